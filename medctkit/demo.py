@@ -1,0 +1,199 @@
+"""`make demo`: the paper's story on this machine, by running the lessons themselves.
+
+Executes notebooks 01 to 04 in order, leaves each as HTML, and prints the table that notebook 04 measured.
+"""
+
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+NOTEBOOKS = (
+    "01_data_prep.ipynb",
+    "02_lora_injection.ipynb",
+    "03_finetuning.ipynb",
+    "04_zero_shot_evaluation.ipynb",
+)
+ROWS = {"auroc": "mean AUROC", "accuracy": "accuracy", "macro_f1": "macro-F1"}
+COLUMNS = ("base", "adapted", "difference")
+KEYS = ("value", "low", "high")
+NOTEBOOKS_DIR = Path(__file__).resolve().parent.parent / "notebooks"
+BAR = "{desc:<26} {bar:30} {n}/{total} cells, {elapsed}"
+
+
+@contextmanager
+def this_interpreter_as_kernel() -> Iterator[None]:
+    """For a while, the kernel name "python3" means the running interpreter.
+
+    A "python3" kernel that someone registered for another environment would otherwise be found first.
+    """
+    from ipykernel.kernelspec import write_kernel_spec
+
+    before = os.environ.get("JUPYTER_PATH")
+    with tempfile.TemporaryDirectory() as folder:
+        write_kernel_spec(Path(folder) / "kernels" / "python3")
+        os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [folder, before]))
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["JUPYTER_PATH"]
+            else:
+                os.environ["JUPYTER_PATH"] = before
+
+
+def export_html(notebook: Path) -> Path:
+    """Write an executed notebook as one HTML file beside it, pictures and widget states inside."""
+    from nbconvert import HTMLExporter
+
+    page, _ = HTMLExporter().from_filename(str(notebook))
+    target = notebook.with_suffix(".html")
+    partial = target.with_suffix(".html.part")
+    partial.write_text(page, encoding="utf-8")
+    os.replace(partial, target)
+    return target
+
+
+def execute(source: Path, output_dir: Path, seed: int) -> Path:
+    """Run one notebook with parameters `output_dir` and `seed`, from its own folder as JupyterLab does.
+
+    Returns:
+        The HTML page; the executed notebook lies beside it.
+
+    Raises:
+        RuntimeError: a cell failed or the kernel died; names the notebook and the cell, with traceback.
+    """
+    from nbclient.exceptions import DeadKernelError
+    from papermill import execute_notebook
+    from papermill.exceptions import PapermillExecutionError
+
+    executed = output_dir / source.name
+    try:
+        execute_notebook(
+            str(source),
+            str(executed),
+            parameters={"output_dir": str(output_dir), "seed": seed},
+            kernel_name="python3",
+            language="python",
+            cwd=str(source.parent),
+            progress_bar={"desc": source.stem, "bar_format": BAR},
+        )
+    except PapermillExecutionError as error:
+        page = export_html(executed)
+        raise RuntimeError(
+            f"{source.name} failed in cell {error.cell_index + 1} (In [{error.exec_count}]):\n"
+            + "\n".join(error.traceback)
+            + f"\nThe notebook so far: {page}"
+        ) from None
+    except DeadKernelError as error:
+        raise RuntimeError(
+            f"{source.name}: its kernel died. The usual reason is too little memory: close other programs "
+            "and try again, or open the notebook in JupyterLab to see which cell it is. "
+            f"The notebook so far: {executed}"
+        ) from error
+    return export_html(executed)
+
+
+def read_metrics(path: Path) -> dict:
+    """Read and check the metrics.json that notebook 04 writes.
+
+    Returns:
+        `{base, adapted, difference}` -> `{auroc, accuracy, macro_f1}` -> `{value, low, high}`, as fractions,
+        low and high being the ends of the 95 % interval.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: something is missing, is not a number, or contradicts itself; says what.
+    """
+    metrics = json.loads(path.read_text(encoding="utf-8"))
+    for column in COLUMNS:
+        for row in ROWS:
+            where = f"{path}: {column}.{row}"
+            try:
+                value, low, high = (metrics[column][row][key] for key in KEYS)
+            except (KeyError, TypeError):
+                raise ValueError(f"{where} needs the keys value, low and high") from None
+            bottom = -1 if column == "difference" else 0
+            if not all(isinstance(x, int | float) and math.isfinite(x) for x in (value, low, high)):
+                raise ValueError(f"{where}: expected three finite numbers, got {value}, {low}, {high}")
+            if not (bottom <= low <= high <= 1 and bottom <= value <= 1):
+                raise ValueError(f"{where}: value {value} with interval {low} to {high} is impossible")
+    for row in ROWS:
+        base, adapted, difference = (metrics[column][row]["value"] for column in COLUMNS)
+        if abs(adapted - base - difference) > 1e-3:
+            raise ValueError(f"{path}: {row} went from {base} to {adapted}, but difference says {difference}")
+    return metrics
+
+
+def result_table(metrics: dict) -> str:
+    """The measured table as text: one row per metric, 95 % intervals in brackets."""
+    lines = [f"{'':12}" + "".join(f"{column:>26}" for column in COLUMNS)]
+    for row, name in ROWS.items():
+        cells = []
+        for column in COLUMNS:
+            sign = "+" if column == "difference" else ""
+            value, low, high = (format(metrics[column][row][key], f"{sign}.3f") for key in ("value", "low", "high"))
+            cells.append(f"{f'{value} [{low}, {high}]':>26}")
+        lines.append(f"{name:12}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def execute_all(notebooks: Sequence[Path], output_dir: Path, seed: int) -> dict:
+    """Run `notebooks` in order, stopping at the first failure, and return the checked metrics.
+
+    Raises:
+        FileNotFoundError: a notebook is not there, or none of them wrote metrics.json.
+        RuntimeError: a cell failed.
+    """
+    missing = [str(path) for path in notebooks if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"no notebook {', '.join(missing)}. The notebooks come with a clone of the repository, not with "
+            "the installed package: run this from a clone, or name their folder with --notebooks-dir."
+        )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    metrics = output_dir / "metrics.json"
+    metrics.unlink(missing_ok=True)  # an earlier run's figures must not pass for this one's
+    with this_interpreter_as_kernel():
+        pages = [execute(path, output_dir, seed) for path in notebooks]
+    print("\nTo read in a browser:", *pages, sep="\n  ")
+    return read_metrics(metrics)
+
+
+def demo(
+    output_dir: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Seed of the adaptation and the bootstrap.")] = 0,
+    notebooks_dir: Annotated[Path, typer.Option(help="Where the notebooks are.")] = NOTEBOOKS_DIR,
+    everything: Annotated[bool, typer.Option("--all", help="Run every notebook, not only 01-04.")] = False,
+) -> None:
+    """Run notebooks 01-04 on synthetic patients: no download, no GPU; then print what was measured."""
+    start = time.perf_counter()
+    output_dir = output_dir.resolve()
+    paths = [notebooks_dir / name for name in NOTEBOOKS]
+    if everything:
+        paths = sorted({*paths, *notebooks_dir.glob("*.ipynb")})
+    print(
+        f"Running {len(paths)} notebooks on synthetic chest CT. It needs no GPU and no network.\n"
+        f"Planned for at most 10 minutes on two CPU cores for the four of the demo. Writes to {output_dir}\n",
+        flush=True,
+    )
+    try:
+        metrics = execute_all(paths, output_dir, seed)
+    except (OSError, RuntimeError, ValueError) as error:
+        typer.echo(f"\n{error}", err=True)
+        raise typer.Exit(1) from None
+    print("\nZero-shot on the target hospital's test patients, before and after LoRA [95 % interval]\n")
+    print(result_table(metrics))
+    minutes, seconds = divmod(round(time.perf_counter() - start), 60)
+    print(f"\nFigures: {output_dir / 'metrics.json'}\nDone in {minutes} min {seconds:02d} s.")
+
+
+if __name__ == "__main__":
+    typer.run(demo)
