@@ -1,0 +1,30 @@
+"""Shared fixtures: real CT scans, which are not part of the repository."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+REAL_SCANS = {
+    "dicom": "cip_ct64/dicom",
+    "nrrd": "cip_ct64/ct-64.nrrd",
+    "nifti-contrast": "totalseg_aorta_cropped/ct_cropped.nii.gz",
+    "nifti-abdomen": "totalseg_example/example_ct.nii.gz",
+    "metaimage": "elastix_lung/3DCT_lung_baseline_small.mha",
+}
+
+
+@pytest.fixture(scope="session")
+def real_ct():
+    """Folder with the real scans; the test is skipped, with the reason, where there is none."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "real-ct"
+    folder = Path(os.environ.get("MEDCTKIT_REAL_CT", default))
+    if not folder.is_dir():
+        pytest.skip(f"no real CT scans at {folder}; set MEDCTKIT_REAL_CT to the folder that has them")
+    return folder
+
+
+@pytest.fixture(params=REAL_SCANS)
+def real_scan(request, real_ct):
+    """Path of one real scan after the other, one for each format and orientation."""
+    return real_ct / REAL_SCANS[request.param]

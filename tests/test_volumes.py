@@ -1,0 +1,432 @@
+"""CTVolume and read_volume: every format, every orientation, and what they refuse."""
+
+import gzip
+
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK as sitk
+from hypothesis import given
+from hypothesis import strategies as st
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+
+from medctkit.volumes import CTVolume, read_volume
+
+SHAPE, SPACING = (8, 12, 10), (2.5, 0.8, 0.7)
+
+
+def chest(shape=SHAPE):
+    """Int16 HU that no axis can be flipped or swapped in unnoticed: soft tissue with a corner of air."""
+    d, h, w = np.indices(shape)
+    hu = (d * 7 + h * 3 + w).astype(np.int16)
+    hu[: shape[0] // 2, :, : shape[2] // 2] -= 900
+    return hu
+
+
+def write_nifti(path, hu, affine=None, **header):
+    image = nib.Nifti1Image(hu.transpose(2, 1, 0), np.diag([*SPACING[::-1], 1]) if affine is None else affine)
+    for name, value in header.items():
+        image.header[name] = value
+    nib.save(image, path)
+    return path
+
+
+def write_itk(path, hu, direction=(1, 0, 0, 0, 1, 0, 0, 0, 1)):
+    image = sitk.GetImageFromArray(hu)
+    image.SetSpacing(SPACING[::-1])
+    image.SetDirection(direction)
+    sitk.WriteImage(image, str(path))
+    return path
+
+
+def write_dicom(folder, hu, names=None, slope=1, intercept=-1024, step=(0, 0, SPACING[0]), series=None, **tags):
+    """A series of one file for each slice; `tags` replace or, where None, remove those of every header."""
+    folder.mkdir(parents=True, exist_ok=True)
+    series = series or generate_uid()
+    for i, pixels in enumerate(hu):
+        meta = FileMetaDataset()
+        meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = CTImageStorage, generate_uid()
+        slice_ = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
+        slice_.SOPClassUID, slice_.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
+        slice_.Modality, slice_.SeriesInstanceUID, slice_.SeriesDescription = "CT", series, "chest"
+        slice_.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
+        slice_.ImagePositionPatient = [float(s * i) for s in step]
+        slice_.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+        slice_.PixelSpacing = list(SPACING[1:])
+        slice_.Rows, slice_.Columns = pixels.shape
+        slice_.SamplesPerPixel, slice_.PhotometricInterpretation = 1, "MONOCHROME2"
+        slice_.BitsAllocated = slice_.BitsStored = 16
+        slice_.HighBit, slice_.PixelRepresentation = 15, 1
+        slice_.RescaleSlope, slice_.RescaleIntercept = slope, intercept
+        slice_.PixelData = np.round((pixels - intercept) / slope).astype("<i2").tobytes()
+        for tag, value in tags.items():
+            if value is None:
+                delattr(slice_, tag)
+            else:
+                setattr(slice_, tag, value)
+        slice_.save_as(folder / (names[i] if names else f"{i:03}.dcm"), enforce_file_format=True)
+    return folder
+
+
+def truncate(path, share=0.5):
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    return path
+
+
+# --- CTVolume
+
+
+def test_a_volume_knows_its_geometry():
+    volume = CTVolume(chest(), [2.5, 0.8, 0.7])
+    assert volume.spacing == SPACING and volume.orientation == "SPL" and volume.shape == SHAPE
+    assert volume.extent_mm == pytest.approx((20.0, 9.6, 7.0))
+    # slices to the head, rows to the back (negative anterior), columns to the left (negative right)
+    np.testing.assert_array_equal(volume.affine[:3, :3], [[0, 0, -0.7], [0, -0.8, 0], [2.5, 0, 0]])
+    assert repr(volume) == "CTVolume(8 x 12 x 10 voxels of 2.5 x 0.8 x 0.7 mm, SPL, -900 to 91 HU, int16)"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(hu=np.zeros((4, 4))), r"2-D, shape \(4, 4\): a CT volume has three axes"),
+        (dict(hu=np.zeros((4, 4, 4, 2))), "4-D"),
+        (dict(hu=np.zeros((0, 4, 4))), "three axes"),
+        (dict(hu=np.zeros((4, 4, 4), complex)), "type complex128"),
+        (dict(hu=np.full((4, 4, 4), np.nan)), "NaN or infinite"),
+        (dict(hu=np.full((4, 4, 4), np.inf)), "NaN or infinite"),
+        (dict(spacing=(1, 0, 1)), r"spacing \(1.0, 0.0, 1.0\): expected three positive lengths"),
+        (dict(spacing=(1, 1)), "three positive lengths"),
+        (dict(spacing=(1, 1, float("nan"))), "three positive lengths"),
+        (dict(orientation="SPX"), "orientation 'SPX': expected one each of R/L, A/P and S/I"),
+        (dict(orientation="SPA"), "orientation 'SPA'"),
+        (dict(orientation="SP"), "orientation 'SP'"),
+        (dict(affine=np.eye(3)), "expected 4 x 4 finite numbers"),
+        (dict(affine=np.diag([1, 1, 9, 1])), r"the affine has steps of \(1.0, 1.0, 9.0\) mm"),
+    ],
+)
+def test_impossible_volumes_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        CTVolume(**{"hu": np.zeros((4, 4, 4)), "spacing": (1, 1, 1), **arguments})
+
+
+orientations = st.permutations(["SI", "PA", "LR"]).flatmap(
+    lambda pairs: st.tuples(*map(st.sampled_from, pairs)).map("".join)
+)
+
+
+@given(orientations, orientations)
+def test_turning_keeps_every_voxel_at_its_place_in_the_patient(first, second):
+    volume = CTVolume(chest((2, 3, 4)), SPACING).reoriented(first)
+    turned = volume.reoriented(second)
+    assert turned.orientation == second
+    index = np.array([1, 0, 1])
+    place = turned.affine @ [*index, 1]
+    d, h, w = np.rint(np.linalg.solve(volume.affine, place)[:3]).astype(int)
+    assert volume.hu[d, h, w] == turned.hu[tuple(index)]
+    back = turned.reoriented(first)
+    np.testing.assert_array_equal(back.hu, volume.hu)
+    np.testing.assert_allclose(back.affine, volume.affine, atol=1e-9)
+    assert back.spacing == volume.spacing
+
+
+# --- NIfTI
+
+
+def test_nifti_is_read_as_it_is_stored(tmp_path):
+    hu = chest()
+    volume = read_volume(write_nifti(tmp_path / "scan.nii.gz", hu))
+    np.testing.assert_array_equal(volume.hu, hu)
+    assert volume.hu.dtype == np.float32
+    assert volume.spacing == SPACING  # float32 in the header, yet 0.7 and not 0.699999988
+    assert volume.orientation == "SAR"
+    assert volume.provenance == ("read from NIfTI file scan.nii.gz", "orientation as stored")
+
+
+def test_nifti_scaling_and_the_callers_rescaling(tmp_path):
+    stored = chest() + 1024
+    path = write_nifti(tmp_path / "v1.nii", stored)
+    volume = read_volume(str(path), rescale_intercept=-1024)
+    np.testing.assert_array_equal(volume.hu, chest())
+    assert "HU = value * 1 + -1024, as asked for" in volume.provenance
+    image = nib.Nifti1Image(stored.transpose(2, 1, 0), np.eye(4))
+    image.header.set_slope_inter(0.5, -1000)
+    nib.save(image, path)
+    expected = nib.load(path).get_fdata().transpose(2, 1, 0)
+    np.testing.assert_allclose(read_volume(path).hu, expected, atol=1e-3)
+
+
+def test_spacing_replaces_the_header(tmp_path):
+    volume = read_volume(write_nifti(tmp_path / "scan.nii", chest()), spacing=(5, 1, 2))
+    assert volume.spacing == (5, 1, 2)
+    np.testing.assert_allclose(np.linalg.norm(volume.affine[:3, :3], axis=0), (5, 1, 2))
+    assert "spacing (5, 1, 2) mm, as asked for" in volume.provenance
+
+
+def test_a_header_without_orientation_gets_the_documented_one(tmp_path):
+    path = tmp_path / "blank.nii"
+    image = nib.Nifti1Image(chest().transpose(2, 1, 0), None)
+    nib.save(image, path)
+    with pytest.raises(ValueError, match="blank.nii: blank header.*pass spacing"):
+        read_volume(path)
+    volume = read_volume(path, spacing=SPACING)
+    assert volume.orientation == "SPL" and volume.spacing == SPACING
+    assert any("SPL assumed" in note for note in volume.provenance)
+    image.header.set_zooms(SPACING[::-1])
+    nib.save(image, path)
+    assert read_volume(path).spacing == SPACING
+
+
+def test_a_header_that_contradicts_itself_is_refused(tmp_path):
+    path = write_nifti(tmp_path / "odd.nii", chest())
+    image = nib.load(path)
+    data = bytearray(path.read_bytes())
+    assert image.header["magic"] == b"n+1"
+    data[80:84] = np.float32(9).tobytes()  # pixdim of x
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"pixdim \(2.5.*9.0\) mm, affine \(2.5, 0.8, 0.7\) mm"):
+        read_volume(path)
+    assert read_volume(path, spacing=SPACING).spacing == SPACING
+
+
+@pytest.mark.parametrize("spacing", [(0, 1, 1), (-1, 1, 1), (1, 1), (1, 1, float("nan"))])
+def test_impossible_spacings_are_refused(tmp_path, spacing):
+    with pytest.raises(ValueError, match="expected three positive lengths"):
+        read_volume(write_nifti(tmp_path / "scan.nii", chest()), spacing=spacing)
+
+
+def test_implausible_spacings_are_refused(tmp_path):
+    path = write_nifti(tmp_path / "scan.nii", chest(), np.diag([300, 1, 1, 1]))
+    with pytest.raises(ValueError, match=r"spacing \(1.0, 1.0, 300.0\) mm .* pass the right one"):
+        read_volume(path)
+
+
+# --- NRRD and MetaImage
+
+
+@pytest.mark.parametrize("suffix", ["nrrd", "nhdr", "mha", "mhd"])
+def test_nrrd_and_metaimage_come_out_canonical(tmp_path, suffix):
+    volume = read_volume(write_itk(tmp_path / f"scan.{suffix}", chest()))
+    np.testing.assert_array_equal(volume.hu, chest())  # ITK's own axes are left, back, head already
+    assert volume.orientation == "SPL" and volume.spacing == SPACING and volume.hu.dtype == np.float32
+
+
+def test_flipped_axes_are_turned_back(tmp_path):
+    path = write_itk(tmp_path / "scan.nrrd", chest(), direction=(-1, 0, 0, 0, 1, 0, 0, 0, -1))
+    volume = read_volume(path)
+    np.testing.assert_array_equal(volume.hu, chest()[::-1, :, ::-1])
+    assert volume.provenance[-1] == "turned from IPR to SPL"
+
+
+# --- DICOM
+
+
+def test_slices_are_sorted_by_position_not_by_name(tmp_path):
+    hu = chest()
+    names = [f"{n:03}.dcm" for n in np.random.default_rng(0).permutation(len(hu))]
+    volume = read_volume(write_dicom(tmp_path / "series", hu, names))
+    np.testing.assert_array_equal(volume.hu, hu)
+    assert volume.orientation == "SPL" and volume.spacing == SPACING and volume.hu.dtype == np.float32
+    assert "slope and intercept of the DICOM headers applied" in volume.provenance
+
+
+def test_slices_from_head_to_foot_come_out_canonical(tmp_path):
+    volume = read_volume(write_dicom(tmp_path, chest(), step=(0, 0, -SPACING[0])))
+    np.testing.assert_array_equal(volume.hu, chest()[::-1])
+
+
+def test_uids_and_fractions_of_slopes(tmp_path):
+    folder = write_dicom(tmp_path, chest(), slope=0.5, intercept=-1000, SOPInstanceUID="")
+    np.testing.assert_array_equal(read_volume(folder).hu, chest())
+
+
+def test_coronal_slices_are_turned(tmp_path):
+    # rows go down from the head, slices from front to back
+    folder = write_dicom(tmp_path, chest(), step=(0, SPACING[0], 0), ImageOrientationPatient=[1, 0, 0, 0, 0, -1])
+    volume = read_volume(folder)
+    np.testing.assert_array_equal(volume.hu, chest().transpose(1, 0, 2)[::-1])
+    assert volume.spacing == (SPACING[1], SPACING[0], SPACING[2])
+
+
+def test_localizers_and_other_files_are_left_out(tmp_path):
+    write_dicom(tmp_path, chest())
+    write_dicom(tmp_path / "scout", chest()[:1], ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    (tmp_path / "readme.txt").write_text("notes")
+    volume = read_volume(tmp_path)
+    assert volume.shape == SHAPE and "1 localizer pictures left out" in volume.provenance
+
+
+def test_several_series_are_listed(tmp_path):
+    write_dicom(tmp_path / "a", chest())
+    write_dicom(tmp_path / "b", chest()[:3], SeriesDescription="sharp kernel")
+    with pytest.raises(ValueError, match="2 series in one folder: 8 of CT 'chest' .*; 3 of CT 'sharp kernel'"):
+        read_volume(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tags", "message"),
+    [
+        (dict(Modality="MR"), "000.dcm is of modality MR, not a CT"),
+        (dict(Modality=None), "modality unknown, not a CT"),
+        (dict(ImagePositionPatient=None), "000.dcm has no ImagePositionPatient"),
+        (dict(PixelSpacing=None), "has no PixelSpacing"),
+        (dict(NumberOfFrames=5), "holds 5 frames"),
+        (dict(ImagePositionPatient=[0, 0, 0]), "8 slices lie in one place"),
+        (dict(step=(0, 1.0, 2.5)), "gantry was tilted by 21.8 degrees"),
+    ],
+)
+def test_series_that_are_no_ct_volume_are_refused(tmp_path, tags, message):
+    with pytest.raises(ValueError, match=message):
+        read_volume(write_dicom(tmp_path, chest(), **tags))
+
+
+def test_a_missing_slice_is_noticed(tmp_path):
+    write_dicom(tmp_path, chest())
+    (tmp_path / "004.dcm").unlink()
+    with pytest.raises(ValueError, match="003.dcm and 005.dcm are 5.00 mm apart, other slices 2.50 mm"):
+        read_volume(tmp_path)
+
+
+def test_a_doubled_slice_is_noticed(tmp_path):
+    write_dicom(tmp_path, chest())
+    (tmp_path / "copy.dcm").write_bytes((tmp_path / "004.dcm").read_bytes())
+    with pytest.raises(ValueError, match="004.dcm and copy.dcm are 0.00 mm apart"):
+        read_volume(tmp_path)
+
+
+def test_slices_of_two_sizes_are_refused(tmp_path):
+    write_dicom(tmp_path, chest(), series="1.2.3")
+    write_dicom(tmp_path, chest()[:1, :, :5], names=["small.dcm"], series="1.2.3")
+    with pytest.raises(ValueError, match="Columns changes along the series: 10 in 000.dcm, 5 in small.dcm"):
+        read_volume(tmp_path)
+
+
+def test_a_single_slice_is_refused(tmp_path):
+    write_dicom(tmp_path, chest()[:1])
+    with pytest.raises(ValueError, match="000.dcm is the only slice"):
+        read_volume(tmp_path)
+    with pytest.raises(ValueError, match="one DICOM file is one slice; give the folder"):
+        read_volume(tmp_path / "000.dcm")
+
+
+def test_dicom_is_not_rescaled_twice(tmp_path):
+    with pytest.raises(ValueError, match="slices have a slope and intercept of their own"):
+        read_volume(write_dicom(tmp_path, chest()), rescale_intercept=-1024)
+
+
+def test_dicom_without_slope_can_be_given_one(tmp_path):
+    folder = write_dicom(tmp_path, chest(), RescaleSlope=None, RescaleIntercept=None)
+    with pytest.raises(ValueError, match="not in HU: .* pass the rescale_slope"):
+        read_volume(folder)
+    np.testing.assert_array_equal(read_volume(folder, 1, -1024).hu, chest())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.15, 0.6, 0.95])
+def test_a_truncated_slice_is_named(tmp_path, share):
+    write_dicom(tmp_path, chest((8, 40, 40)))
+    truncate(tmp_path / "003.dcm", share)
+    with pytest.raises(ValueError, match="003.dcm.*damaged"):
+        read_volume(tmp_path)
+
+
+def test_empty_folders_and_folders_without_dicom(tmp_path):
+    with pytest.raises(ValueError, match="folder is empty; expected the slices of a DICOM series"):
+        read_volume(tmp_path)
+    (tmp_path / "scan.txt").write_text("no scan")
+    with pytest.raises(ValueError, match="no DICOM slice among its 1 files, such as scan.txt"):
+        read_volume(tmp_path)
+
+
+# --- files that are something else
+
+
+def test_missing_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.nii.gz: there is no such file or folder"):
+        read_volume(tmp_path / "nowhere.nii.gz")
+
+
+def test_other_kinds_of_file(tmp_path):
+    (tmp_path / "scan.png").write_bytes(b"\x89PNG")
+    with pytest.raises(ValueError, match="scan.png: not a CT by its name; expected .nii, .nii.gz, .nrrd"):
+        read_volume(tmp_path / "scan.png")
+
+
+@pytest.mark.parametrize("name", ["scan.nii", "scan.nii.gz", "scan.nrrd", "scan.mha"])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.95])
+def test_truncated_files(tmp_path, name, share):
+    write = write_nifti if ".nii" in name else write_itk
+    path = truncate(write(tmp_path / name, chest((20, 30, 40))), share)
+    with pytest.raises(ValueError, match=f"{name}: can't be read: truncated or damaged; get the file again"):
+        read_volume(path)
+
+
+@pytest.mark.parametrize("name", ["scan.nii", "scan.nii.gz", "scan.nrrd", "scan.mha"])
+def test_files_of_rubbish(tmp_path, name):
+    rubbish = np.random.default_rng(0).bytes(5000)
+    (tmp_path / name).write_bytes(gzip.compress(rubbish) if name.endswith("gz") else rubbish)
+    with pytest.raises(ValueError, match="can't be read"):
+        read_volume(tmp_path / name)
+
+
+def test_four_dimensions(tmp_path):
+    nib.save(nib.Nifti1Image(np.zeros((4, 4, 4, 2), np.int16), np.eye(4)), tmp_path / "series.nii")
+    with pytest.raises(ValueError, match=r"series.nii: 4-D, shape \(4, 4, 4, 2\): a CT volume has three axes"):
+        read_volume(tmp_path / "series.nii")
+    sitk.WriteImage(sitk.Image([4, 4, 4, 2], sitk.sitkInt16), str(tmp_path / "series.nrrd"))
+    with pytest.raises(ValueError, match="4-D"):
+        read_volume(tmp_path / "series.nrrd")
+
+
+def test_colour_pictures(tmp_path):
+    sitk.WriteImage(sitk.Image([4, 4, 4], sitk.sitkVectorUInt8, 3), str(tmp_path / "colour.mha"))
+    with pytest.raises(ValueError, match=r"colour or vectors\): not a CT"):
+        read_volume(tmp_path / "colour.mha")
+    rgb = np.zeros((4, 4, 4), [("R", "u1"), ("G", "u1"), ("B", "u1")])
+    nib.save(nib.Nifti1Image(rgb, np.eye(4)), tmp_path / "colour.nii")
+    with pytest.raises(ValueError, match=r"colour or complex\): not a CT"):
+        read_volume(tmp_path / "colour.nii")
+
+
+# --- values that are not HU
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda hu: hu * 0 + 40, "every voxel is 40: there is no picture"),
+        (lambda hu: hu + 1024, "stored or normalised values; pass the rescale_slope"),
+        (lambda hu: (hu + 1024) / 4096, "stored or normalised values"),
+        (lambda hu: hu - 1024, "rescaled twice; leave out"),
+        (lambda hu: hu - 8192, r"HU lie in \(-8192, 32767\); check rescale_slope"),
+        (lambda hu: hu * 1e6, r"HU lie in \(-8192, 32767\)"),
+        (lambda hu: np.where(hu == hu.max(), np.nan, hu), "NaN or infinite"),
+        (lambda hu: np.where(hu == hu.max(), np.inf, hu), "NaN or infinite"),
+    ],
+    ids=["constant", "stored", "normalised", "rescaled twice", "twice -8192", "huge", "NaN", "infinite"],
+)
+def test_values_that_are_not_hu(tmp_path, change, message):
+    path = write_nifti(tmp_path / "scan.nii", change(chest().astype(np.float32)).astype(np.float32))
+    with pytest.raises(ValueError, match=f"scan.nii: .*{message}"):
+        read_volume(path)
+
+
+@pytest.mark.parametrize(("slope", "intercept"), [(0, 0), (-1, 0), (float("nan"), 0), (1, float("inf"))])
+def test_impossible_rescaling(tmp_path, slope, intercept):
+    with pytest.raises(ValueError, match="rescale_slope=.*expected finite numbers, slope above 0"):
+        read_volume(write_nifti(tmp_path / "scan.nii", chest()), slope, intercept)
+
+
+def test_phantoms_of_both_hospitals_are_in_hu():
+    from medctkit.phantom import generate
+    from medctkit.volumes import check_hu
+
+    for hospital in ("source", "target"):
+        check_hu(generate(3, hospital).volume.hu)
+
+
+def test_the_dicom_writer_here_writes_dicom(tmp_path):
+    write_dicom(tmp_path, chest())
+    assert pydicom.dcmread(tmp_path / "000.dcm").pixel_array.shape == SHAPE[1:]
