@@ -1,0 +1,297 @@
+"""Looking at CT: windows, slices in radiological orientation, masks, and a slice viewer for notebooks.
+
+Rendering is plain functions from a volume to a picture; the widget around it only chooses what to render.
+Slices are shown as radiologists hang them: axial from below, so that the patient's right is on the left of
+the picture; coronal from the front; sagittal with the front on the left.
+"""
+
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from medctkit.volumes import CTVolume
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from medctkit.phantom import PhantomStudy
+
+WINDOWS = {"lung": (-600, 1500), "mediastinum": (40, 400), "bone": (400, 1800)}  # centre and width, HU
+PLANES = {"axial": 0, "coronal": 1, "sagittal": 2}
+MARKS = {"axial": ("R", "L", "A", "P"), "coronal": ("R", "L", "S", "I"), "sagittal": ("A", "P", "S", "I")}
+MASK_COLOUR = (230, 159, 0)  # orange, told apart from grey by colour-blind people too
+
+
+def window(hu, centre: float, width: float) -> np.ndarray:
+    """Grey values in [0, 1] of Hounsfield units seen through a window.
+
+    Raises:
+        ValueError: a width that is not above 0.
+    """
+    if not width > 0:
+        raise ValueError(f"window width must be above 0 HU, got {width}")
+    return np.clip((np.asarray(hu, dtype=np.float32) - centre) / width + 0.5, 0.0, 1.0)
+
+
+def window_of(name_or_pair) -> tuple[float, float]:
+    """Centre and width of a preset ("lung", "mediastinum", "bone") or of a (centre, width) pair."""
+    if isinstance(name_or_pair, str):
+        if name_or_pair not in WINDOWS:
+            raise ValueError(f"unknown window {name_or_pair!r}; choose one of {', '.join(WINDOWS)} or (centre, width)")
+        return WINDOWS[name_or_pair]
+    centre, width = name_or_pair
+    return float(centre), float(width)
+
+
+def slice_of(array: np.ndarray, plane: str, index: int) -> np.ndarray:
+    """One slice (rows, columns) of an array (d, h, w) in SPL orientation, as it is hung.
+
+    Raises:
+        ValueError: unknown plane.
+        IndexError: no such slice.
+    """
+    if plane not in PLANES:
+        raise ValueError(f"unknown plane {plane!r}; choose one of {', '.join(PLANES)}")
+    axis = PLANES[plane]
+    if not 0 <= index < array.shape[axis]:
+        raise IndexError(f"{plane} slice {index}: the volume has slices 0 to {array.shape[axis] - 1}")
+    cut = np.take(array, index, axis=axis)
+    return cut if plane == "axial" else cut[::-1]  # head up
+
+
+def pixel_size(volume: CTVolume, plane: str) -> tuple[float, float]:
+    """Height and width of a pixel of a slice, mm."""
+    return tuple(s for axis, s in enumerate(volume.spacing) if axis != PLANES[plane])
+
+
+def _checked(volume: CTVolume, masks: Mapping[str, np.ndarray] | None):
+    """Volume and masks in SPL orientation, or an error that says what does not fit."""
+    if not isinstance(volume, CTVolume):
+        raise TypeError(f"expected a CTVolume, as read_volume(path) gives it, got {type(volume).__name__}")
+    canonical = volume.reoriented()
+    turned = {}
+    for name, mask in (masks or {}).items():
+        if np.shape(mask) != volume.hu.shape:
+            raise ValueError(
+                f"mask {name!r} has shape {np.shape(mask)}, the volume {volume.hu.shape}: they must be the same"
+            )
+        as_volume = CTVolume(np.asarray(mask, dtype=np.uint8), volume.spacing, volume.orientation, volume.affine)
+        turned[name] = as_volume.reoriented().hu > 0
+    return canonical, turned
+
+
+def render(
+    volume: CTVolume, plane: str, index: int, window="lung", mask=None, opacity: float = 0.35, height: int = 480
+):
+    """A slice as a picture (PIL image, RGB), with orientation marks and the right aspect ratio.
+
+    Args:
+        volume: in SPL orientation.
+        plane: "axial", "coronal" or "sagittal".
+        index: slice along the plane's axis.
+        window: preset name or (centre, width) in HU.
+        mask: boolean (d, h, w), tinted and outlined.
+        opacity: of the tint, 0 to 1.
+        height: of the picture, pixels.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    grey = (255 * window_grey(slice_of(volume.hu, plane, index), window)).astype(np.uint8)
+    tall, wide = (n * s for n, s in zip(grey.shape, pixel_size(volume, plane), strict=True))
+    size = (max(1, round(height * wide / tall)), height)
+    picture = Image.fromarray(grey).resize(size, Image.Resampling.BILINEAR).convert("RGB")
+    if mask is not None:
+        shape = Image.fromarray(slice_of(mask, plane, index).astype(np.uint8) * 255).resize(
+            size, Image.Resampling.NEAREST
+        )
+        inside = np.asarray(shape) > 127
+        edge = inside & ~(
+            np.roll(inside, 1, 0) & np.roll(inside, -1, 0) & np.roll(inside, 1, 1) & np.roll(inside, -1, 1)
+        )
+        strength = np.where(edge, 1.0, opacity * inside)[..., None]
+        picture = Image.fromarray(
+            (np.asarray(picture) * (1 - strength) + np.array(MASK_COLOUR) * strength).astype(np.uint8)
+        )
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=15)
+    left, right, top, bottom = MARKS[plane]
+    middle = (size[0] / 2, size[1] / 2)
+    for text, at, anchor in (
+        (left, (6, middle[1]), "lm"), (right, (size[0] - 6, middle[1]), "rm"),
+        (top, (middle[0], 4), "mt"), (bottom, (middle[0], size[1] - 4), "mb"),
+    ):  # fmt: skip
+        draw.text(at, text, fill=(150, 200, 255), font=font, anchor=anchor)
+    return picture
+
+
+def window_grey(hu: np.ndarray, chosen) -> np.ndarray:
+    """Grey values in [0, 1] through a preset or a (centre, width) pair."""
+    return window(hu, *window_of(chosen))
+
+
+class SliceViewer:
+    """Scroll through a volume in a notebook.
+
+    Slider (or its arrow keys), plane, window presets and free centre and width, one mask at a time. Works in
+    JupyterLab and Colab; the first picture also shows in exported HTML. The widget is `.widget`.
+
+    Args:
+        volume: any orientation; it is shown in radiological orientation.
+        masks: named boolean arrays with the volume's shape.
+        window: preset to start with.
+        height: of the picture, pixels.
+
+    Raises:
+        TypeError: not a CTVolume.
+        ValueError: a mask of another shape, an unknown window.
+    """
+
+    def __init__(
+        self, volume: CTVolume, masks: Mapping[str, np.ndarray] | None = None, window="lung", height: int = 440
+    ):
+        import ipywidgets as w
+
+        self.volume, self.masks = _checked(volume, masks)
+        self.height = height
+        centre, width = window_of(window)
+        preset = window if isinstance(window, str) else "free"
+        self.plane = w.ToggleButtons(options=list(PLANES), value="axial", style={"button_width": "80px"})
+        self.index = w.IntSlider(min=0, max=1, description="slice", continuous_update=True, layout={"width": "430px"})
+        self.preset = w.Dropdown(options=[*WINDOWS, "free"], value=preset, description="window")
+        self.centre = w.IntSlider(min=-1000, max=1000, step=10, value=round(centre), description="centre HU")
+        self.width = w.IntSlider(min=10, max=4000, step=10, value=round(width), description="width HU")
+        self.mask = w.Dropdown(options=["none", *self.masks], value="none", description="mask")
+        self.opacity = w.FloatSlider(min=0, max=1, step=0.05, value=0.35, description="opacity")
+        self.image, self.caption = w.Image(format="png"), w.HTML()
+        self._place_slider()
+        for control, react in (
+            (self.plane, self._change_plane), (self.preset, self._change_preset),
+            (self.centre, self._change_window), (self.width, self._change_window),
+            (self.index, self._draw), (self.mask, self._show_mask), (self.opacity, self._draw),
+        ):  # fmt: skip
+            control.observe(self._guarded(react), names="value")
+        rows = [w.HBox([self.plane]), self.index, w.HBox([self.preset, self.mask]), w.HBox([self.centre, self.width])]
+        rows += [self.opacity] if self.masks else []
+        self.widget = w.VBox([*rows, self.image, self.caption])
+        self._draw()
+
+    def _guarded(self, react):
+        """An error in a callback is shown under the picture; it never vanishes."""
+
+        def call(change):
+            try:
+                react()
+            except Exception as error:
+                self.caption.value = f"<b style='color:#D55E00'>{type(error).__name__}: {error}</b>"
+                raise
+
+        return call
+
+    def _place_slider(self):
+        last = self.volume.hu.shape[PLANES[self.plane.value]] - 1
+        self.index.max = last
+        self.index.value = last // 2
+
+    def _change_plane(self):
+        self._place_slider()
+        self._draw()
+
+    def _change_preset(self):
+        if self.preset.value != "free":
+            centre, width = WINDOWS[self.preset.value]
+            self.centre.value, self.width.value = centre, width
+        self._draw()
+
+    def _change_window(self):
+        now = (self.centre.value, self.width.value)
+        if self.preset.value != "free" and now != WINDOWS[self.preset.value]:
+            if self.centre.value in {c for c, _ in WINDOWS.values()} and self.width.value in {
+                x for _, x in WINDOWS.values()
+            }:
+                return  # between the two sliders of a preset
+            self.preset.value = "free"
+        self._draw()
+
+    def _show_mask(self):
+        if self.mask.value != "none":
+            area = self.masks[self.mask.value].sum(axis=tuple({0, 1, 2} - {PLANES[self.plane.value]}))
+            self.index.value = int(area.argmax())  # where there is most of it
+        self._draw()
+
+    def picture(self):
+        """The picture now shown (PIL image)."""
+        mask = self.masks.get(self.mask.value)
+        chosen = (self.centre.value, self.width.value)
+        return render(self.volume, self.plane.value, self.index.value, chosen, mask, self.opacity.value, self.height)
+
+    def _draw(self):
+        buffer = io.BytesIO()
+        self.picture().save(buffer, format="png", compress_level=1)
+        self.image.value = buffer.getvalue()
+        axis = PLANES[self.plane.value]
+        position = (self.index.value - (self.volume.hu.shape[axis] - 1) / 2) * self.volume.spacing[axis]
+        side = ("Superior", "Posterior", "Left")[axis]
+        self.caption.value = (
+            f"{self.plane.value} slice {self.index.value}, {position:+.0f} mm towards {side} from the middle; "
+            f"window centre {self.centre.value} HU, width {self.width.value} HU"
+        )
+
+    def to_png(self, path: str | os.PathLike) -> Path:
+        """Save the picture now shown; written whole or not at all."""
+        path = Path(path)
+        temporary = path.with_name(path.name + ".tmp")
+        self.picture().save(temporary, format="png")
+        os.replace(temporary, path)
+        return path
+
+    def _repr_mimebundle_(self, **kwargs):
+        return self.widget._repr_mimebundle_(**kwargs)
+
+
+def largest_slice(mask: np.ndarray, plane: str = "axial") -> int:
+    """Index of the slice with most of a mask (d, h, w)."""
+    return int(np.asarray(mask).sum(axis=tuple({0, 1, 2} - {PLANES[plane]})).argmax())
+
+
+def montage(volume: CTVolume, plane: str = "axial", window="lung", n: int = 12, columns: int = 6) -> "Figure":
+    """N slices, evenly spaced, as one figure."""
+    import matplotlib.pyplot as plt
+
+    canonical, _ = _checked(volume, None)
+    last = canonical.hu.shape[PLANES[plane]] - 1
+    chosen = np.linspace(0.08 * last, 0.92 * last, n).round().astype(int)
+    rows = -(-n // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(2.2 * columns, 2.4 * rows), facecolor="black", squeeze=False)
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, index in zip(axes.flat, chosen, strict=False):
+        ax.imshow(render(canonical, plane, int(index), window, height=260))
+        ax.set_title(f"{plane} {index}", color="white", fontsize=8)
+    figure.tight_layout(pad=0.4)
+    return figure
+
+
+def finding_gallery(studies: Sequence["PhantomStudy"], columns: int = 6) -> "Figure":
+    """Each study's first finding, cut where its mask is largest: lung window above, mediastinal window below."""
+    import matplotlib.pyplot as plt
+
+    rows = -(-len(studies) // columns)
+    figure, axes = plt.subplots(
+        2 * rows, columns, figsize=(2.5 * columns, 4.7 * rows), facecolor="black", squeeze=False
+    )
+    for ax in axes.flat:
+        ax.axis("off")
+    for i, study in enumerate(studies):
+        name, mask = next(iter(study.masks.items()))
+        canonical, masks = _checked(study.volume, {name: mask})
+        index = largest_slice(masks[name])
+        for j, preset in enumerate(("lung", "mediastinum")):
+            ax = axes[2 * (i // columns) + j, i % columns]
+            outlined = masks[name] if j == 1 else None
+            ax.imshow(render(canonical, "axial", index, preset, outlined, opacity=0.0, height=300))
+            ax.set_title(name if j == 0 else "", color="white", fontsize=9)
+    figure.tight_layout(pad=0.4)
+    return figure

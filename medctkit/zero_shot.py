@@ -1,0 +1,170 @@
+"""Zero-shot classification: two sentences for each finding, and which one the volume is nearer to.
+
+The prompts of the paper, "{finding} is present." and "{finding} is not present.", follow the evaluation of
+CT-CLIP (arXiv 2403.17834). Prompts are encoded once for a model and every volume once, not once per finding.
+Prompts are a data file, `assets/prompts.json`.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from medctkit.findings import FINDINGS
+
+PROMPTS: dict[str, list[str]] = json.loads((files("medctkit") / "assets" / "prompts.json").read_text())
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A data set seen through a model, in the order of the data set.
+
+    Attributes:
+        embeddings: (n, projection_dim) float32, L2-normalised.
+        labels: (n, 18).
+        patients: (n,) names.
+        studies: (n,) names.
+    """
+
+    embeddings: torch.Tensor
+    labels: np.ndarray
+    patients: np.ndarray
+    studies: np.ndarray
+
+
+def prompt_pair(prompts: str | Sequence[str]) -> tuple[str, str]:
+    """The two templates of a named pair, or a pair of your own.
+
+    Raises:
+        ValueError: unknown name, not two templates, or a template without {finding}.
+    """
+    if isinstance(prompts, str):
+        if prompts not in PROMPTS:
+            raise ValueError(
+                f"unknown prompts {prompts!r}; choose one of {sorted(PROMPTS)} or give a pair of templates"
+            )
+        prompts = PROMPTS[prompts]
+    pair = tuple(prompts)
+    if len(pair) != 2 or not all(isinstance(p, str) for p in pair):
+        raise ValueError(
+            f"prompts must be two templates, one that states and one that denies a finding; got {prompts!r}"
+        )
+    for template in pair:
+        if "{finding}" not in template:
+            raise ValueError(f"prompt {template!r} has no {{finding}} in it, so all findings would be asked the same")
+    return pair
+
+
+class ZeroShotClassifier:
+    """Probabilities of findings from a CT-CLIP model and a pair of prompts.
+
+    Args:
+        model: a `CTCLIPModel`, with or without an adapter.
+        tokenizer: of its text encoder.
+        prompts: "paper", "training-style", or your own (stating, denying) templates with {finding} in them.
+        findings: names to put into the templates, in the order of the columns of the scores.
+
+    Raises:
+        ValueError: see `prompt_pair`; a prompt longer than the text encoder's positions.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, prompts: str | Sequence[str] = "paper", findings=FINDINGS):
+        self.model, self.tokenizer, self.findings = model, tokenizer, tuple(findings)
+        stating, denying = prompt_pair(prompts)
+        sentences = [t.format(finding=name) for t in (stating, denying) for name in self.findings]
+        self._words = tokenizer(sentences, padding=True, return_tensors="pt")
+        longest, limit = self._words["input_ids"].shape[1], model.config.text_config["max_position_embeddings"]
+        if longest > limit:
+            raise ValueError(f"a prompt has {longest} tokens, the text encoder takes {limit}; shorten it")
+        self._text: torch.Tensor | None = None
+        self._scale: torch.Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def text_embeds(self) -> torch.Tensor:
+        """Embeddings of the prompts (2, k, p): stating, denying. Encoded at the first call and kept."""
+        if self._text is None:
+            with _evaluating(self.model):
+                found = self.model.encode_text(
+                    self._words["input_ids"].to(self.device), self._words["attention_mask"].to(self.device)
+                )
+                self._scale = self.model.temperature.detach().float().exp()
+            self._text = found.float().unflatten(0, (2, -1))  # (2 k, p) -> (2, k, p)
+        return self._text
+
+    def scores_from_embeddings(self, image_embeds) -> np.ndarray:
+        """Probabilities (b, k) of the findings from image embeddings (b, p)."""
+        stating, denying = self.text_embeds()
+        image_embeds = torch.as_tensor(image_embeds, dtype=torch.float32, device=stating.device)
+        # the softmax of two similarities is the sigmoid of their difference
+        return torch.sigmoid(self._scale * image_embeds @ (stating - denying).T).cpu().numpy()
+
+    def scores(self, volumes: torch.Tensor) -> np.ndarray:
+        """Probabilities (b, k) of the findings for volumes (b, 1, d, h, w) in [-1, 1]."""
+        with _evaluating(self.model):
+            return self.scores_from_embeddings(self.model.encode_image(volumes.to(self.device)))
+
+    def embed(self, dataset: Dataset, batch_size: int = 32, progress: bool = True) -> Embedded:
+        """Encode every volume of a data set once; batches smaller for the full-size model."""
+        from tqdm.auto import tqdm
+
+        def together(items):
+            return torch.stack([i["pixel_values"] for i in items]), items
+
+        loader = DataLoader(dataset, batch_size=batch_size, collate_fn=together)
+        parts, items = [], []
+        with _evaluating(self.model):
+            for volumes, batch in tqdm(loader, desc="embedding", disable=not progress):
+                parts.append(self.model.encode_image(volumes.to(self.device)).float().cpu())
+                items += [(item["labels"].numpy(), item["patient"], item["study"]) for item in batch]
+        labels, patients, studies = (np.array(part) for part in zip(*items, strict=True))
+        return Embedded(torch.cat(parts), labels, patients, studies)
+
+
+class _evaluating(torch.no_grad):
+    """No gradients and evaluation mode; afterwards the model is as it was."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def __enter__(self):
+        self.training = self.model.training
+        self.model.eval()
+        super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.model.train(self.training)
+
+
+def validation_score(dataset: Dataset, tokenizer: Any, prompts: str | Sequence[str] = "paper") -> Callable:
+    """A function from a model to its mean AUROC on a data set: what `finetune` maximises.
+
+    Use it on validation studies only. Findings with one class in the data set are left out of the mean.
+
+    Raises:
+        ValueError: (when called) no finding has both classes.
+    """
+
+    def score(model: nn.Module) -> float:
+        from sklearn.metrics import roc_auc_score
+
+        classifier = ZeroShotClassifier(model, tokenizer, prompts)
+        found = classifier.embed(dataset, progress=False)
+        scores = classifier.scores_from_embeddings(found.embeddings)
+        both = [k for k in range(len(FINDINGS)) if 0 < found.labels[:, k].mean() < 1]
+        if not both:
+            raise ValueError("no finding has both positive and negative studies in the validation data")
+        return float(np.mean([roc_auc_score(found.labels[:, k], scores[:, k]) for k in both]))
+
+    return score
