@@ -26,7 +26,6 @@ _MODULES = (
     "phantom",
     "preprocessing",
     "manifest",
-    "hub",
     "dataset",
     "ctclip",
     "mini",
@@ -34,9 +33,8 @@ _MODULES = (
     "training",
     "zero_shot",
     "metrics",
-    "attention",
+    "experiment",
     "viewers",
-    "report",
 )
 
 __all__ = ["__version__", *_HOME, *_MODULES]

@@ -6,6 +6,7 @@ import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from typing import Annotated
 
 import typer
 from packaging.requirements import Requirement
@@ -90,6 +91,72 @@ def doctor() -> None:
         typer.echo("\nMend the lines marked BAD; for packages: make setup")
         raise typer.Exit(1)
     typer.echo("\nAll fine.")
+
+
+Adapted = Annotated[Path, typer.Argument(help="Folder of the adaptation: adapter, history, metrics.")]
+Manifest = Annotated[Path, typer.Option(help="The cohort.", exists=True, dir_okay=False)]
+Seed = Annotated[int, typer.Option(help="Of the adapter's start, batches and wordings, and of the bootstrap.")]
+Cache = Annotated[Path | None, typer.Option(help="Prepared volumes; OUTPUT_DIR/prepared if not given.")]
+DEFAULT_MANIFEST = Path("data_manifest.csv")
+
+
+@app.command()
+def finetune(
+    output_dir: Adapted, manifest: Manifest = DEFAULT_MANIFEST, seed: Seed = 0, cache_dir: Cache = None
+) -> None:
+    """Adapt the mini base model to the target hospital (phantom), as notebook 03 does."""
+    from medctkit.experiment import adapt
+
+    result = adapt(manifest, output_dir, seed, cache_dir=cache_dir)
+    typer.echo(f"best validation AUROC {result.best_score:.3f} at step {result.best_step}: {result.adapter_dir}")
+
+
+@app.command()
+def evaluate(
+    output_dir: Adapted, manifest: Manifest = DEFAULT_MANIFEST, seed: Seed = 0, cache_dir: Cache = None
+) -> None:
+    """Score base and adapted model on the target hospital's test patients (phantom), as notebook 04 does."""
+    from medctkit.experiment import measure
+
+    typer.echo(demo.result_table(measure(manifest, output_dir, seed, cache_dir)))
+
+
+@app.command("manifest")
+def write_default_manifest(
+    path: Annotated[Path, typer.Argument(help="CSV to write.")] = DEFAULT_MANIFEST,
+) -> None:
+    """Write the default phantom cohort's manifest: about two minutes on two cores."""
+    from medctkit.manifest import build_default_manifest, write_manifest
+
+    typer.echo(f"wrote {write_manifest(build_default_manifest(), path)}")
+
+
+@app.command()
+def pretrain(
+    output_dir: Annotated[
+        Path, typer.Argument(help="Folder for the model; the shipped one is in medctkit/assets/mini.")
+    ],
+    pool_dir: Annotated[Path, typer.Option(help="Phantom studies (4 GB) and the checkpoint to resume from.")] = Path(
+        "runs/pretraining"
+    ),
+) -> None:
+    """Make the mini base model anew: on two cores about 15 minutes of phantoms and 45 of training."""
+    from medctkit.pretrain import pretrain as run
+
+    record = run(output_dir, pool_dir)
+    typer.echo(f"validation AUROC {record['validation_auroc']:.3f} after {record['minutes']} min: {output_dir}")
+
+
+@app.command()
+def gallery(path: Annotated[Path, typer.Argument(help="PNG to write.")]) -> None:
+    """Draw one phantom for each of the 18 findings, in lung and mediastinal windows."""
+    from medctkit.findings import FINDINGS
+    from medctkit.phantom import generate
+    from medctkit.viewers import finding_gallery
+
+    studies = [generate(30 + i, findings=[name], shape=(100, 320, 320)) for i, name in enumerate(FINDINGS)]
+    finding_gallery(studies).savefig(path, dpi=70, facecolor="black")
+    typer.echo(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ differently, as hospitals do; the difference is what LoRA learns to bridge in th
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from statistics import NormalDist
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from medctkit.volumes import CTVolume
 
 FIELD_OF_VIEW = 360.0  # mm, that of the released pipeline: 240 slices of 1.5 mm, 480 pixels of 0.75 mm
 TRAINING_SHAPE = (32, 64, 64)
+_LIMITS = {name: NormalDist().inv_cdf(share) for name, share in PREVALENCE.items()}
 
 
 @dataclass(frozen=True)
@@ -90,12 +92,10 @@ def draw_labels(seed: int, patient: str) -> dict[str, int]:
     Half of what decides a finding belongs to the patient, so that scans of one patient resemble each other,
     and a little is shared by all findings of a scan: some patients are simply sicker.
     """
-    from scipy.stats import norm
-
     lasting = named_rng("labels", patient).normal(size=len(FINDINGS) + 1)
     passing = named_rng("labels", patient, seed).normal(size=len(FINDINGS))
     score = np.sqrt(0.1) * lasting[-1] + np.sqrt(0.5) * lasting[:-1] + np.sqrt(0.4) * passing
-    return {name: int(s < norm.ppf(PREVALENCE[name])) for name, s in zip(FINDINGS, score, strict=True)}
+    return {name: int(s < _LIMITS[name]) for name, s in zip(FINDINGS, score, strict=True)}
 
 
 def _check(seed, hospital, findings, shape) -> None:

@@ -90,7 +90,8 @@ def preprocess(volume: CTVolume, config: PreprocessConfig | None = None) -> "tor
     axes = [_Axis.plan(volume, config, axis, seen_as) for axis, seen_as in enumerate((0, 2, 1))]  # d h w, z y x
     # only what the model will see is converted, clipped and resampled
     seen = volume.hu[tuple(slice(axis.first, axis.last + 1) for axis in axes)]
-    values = torch.from_numpy(np.clip(seen, -HU_LIMIT, HU_LIMIT, dtype=np.float32)).div_(HU_LIMIT)
+    values = torch.from_numpy(np.clip(seen, -HU_LIMIT, HU_LIMIT, dtype=np.float32, order="C"))
+    values /= HU_LIMIT
     depth, rows, columns = axes
     values = rows.resample(depth.resample(values, 0), 1)
     # d h w -> d w h = z x y. Now, because whole rows are quicker to gather than single voxels

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -377,6 +378,9 @@ def _write(run: Run, codes_in_use: float, output_dir: Path) -> dict:
         "history": [row for row in run.history if "auroc" in row],
     }
     (building / "pretraining.json").write_text(json.dumps(record, indent=1))
+    template = (files("medctkit") / "assets" / "model_card.md").read_text(encoding="utf-8")
+    card = template.format(parameters=run.model.num_parameters(), **asdict(run.config), **record)
+    (building / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(output_dir, ignore_errors=True)
     os.replace(building, output_dir)
     return record

@@ -61,9 +61,7 @@ def run_demo(folders, *more):
 def test_demo_runs_all_four_and_prints_what_04_measured(folders, monkeypatch):
     foreign = folders[0].parent / "jupyter" / "kernels" / "python3" / "kernel.json"
     foreign.parent.mkdir(parents=True)
-    foreign.write_text(
-        json.dumps({"argv": ["false"], "display_name": "another Python", "language": "python"})
-    )
+    foreign.write_text(json.dumps({"argv": ["false"], "display_name": "another Python", "language": "python"}))
     monkeypatch.setenv("JUPYTER_PATH", str(folders[0].parent / "jupyter"))
     where = "import os, sys\nprint('here', sys.executable, os.getcwd(), seed)"
     write_notebook(folders[0] / demo.NOTEBOOKS[0], where, "import ipywidgets\nipywidgets.IntSlider(7)")
@@ -74,9 +72,7 @@ def test_demo_runs_all_four_and_prints_what_04_measured(folders, monkeypatch):
     for name in demo.NOTEBOOKS:
         assert (folders[1] / name).with_suffix(".html").stat().st_size > 10_000
     page = (folders[1] / "01_data_prep.html").read_text()
-    assert f"here {sys.executable} {folders[0]} 5" in page, (
-        "another interpreter, folder or seed than asked for"
-    )
+    assert f"here {sys.executable} {folders[0]} 5" in page, "another interpreter, folder or seed than asked for"
     assert "application/vnd.jupyter.widget-state+json" in page and '"IntSliderModel"' in page
 
 
@@ -168,9 +164,7 @@ def test_doctor_looks_at_everything():
 
 
 def test_doctor_names_what_is_missing_or_too_old(monkeypatch, tmp_path):
-    monkeypatch.setattr(
-        cli, "requires", lambda _: ["torch>=99", "no-such-package>=1", "pip; extra == 'test'"]
-    )
+    monkeypatch.setattr(cli, "requires", lambda _: ["torch>=99", "no-such-package>=1", "pip; extra == 'test'"])
     monkeypatch.setenv("MEDCTKIT_REAL_CT", str(tmp_path / "nowhere"))
     result = run("doctor")
     assert result.exit_code == 1

@@ -58,7 +58,7 @@ lengths = st.integers(3, 24)
 steps = st.floats(0.5, 5.0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.tuples(lengths, lengths, lengths), st.tuples(steps, steps, steps), st.integers(0, 99))
 def test_cropping_first_changes_nothing(shape, spacing, seed):
     volume, config = scan(shape, spacing, seed), PreprocessConfig((1.5, 0.75, 1.0), (12, 20, 9))
@@ -91,6 +91,12 @@ def test_the_smaller_pad_comes_first_and_crops_start_at_half():
     torch.testing.assert_close(cropped.flatten(), torch.tensor([0.1, 0.2]))
 
 
+def test_a_view_with_flipped_axes_is_welcome():
+    volume = scan(MINI.shape, MINI.spacing)
+    flipped = CTVolume(volume.hu[::-1, :, ::-1], MINI.spacing)
+    assert torch.equal(preprocess(flipped, MINI), preprocess(volume, MINI).flip(1, 2))
+
+
 def test_the_volume_is_not_touched():
     volume = scan((6, 8, 8), MINI.spacing)
     before = volume.hu.copy()
@@ -113,7 +119,7 @@ def test_antialiasing_moves_nothing():
     target = PreprocessConfig((11.25, 1, 1), (20, 2, 2), antialias=True)
     centres = (np.arange(20) + 0.5) * 7.5 - 0.5
     got = preprocess(CTVolume(z, (1.5, 1, 1)), target)[0, :, 0, 0].numpy()
-    np.testing.assert_allclose(got[1:-1], (centres[1:-1] * 10 - 745) / 1000, atol=1e-5)
+    np.testing.assert_allclose(got[1:-1], (centres[1:-1] * 10 - 745) / 1000, atol=1e-4)
 
 
 def test_antialiasing_leaves_small_factors_alone():

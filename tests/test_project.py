@@ -21,8 +21,8 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 # A module imports only from modules to its left.
 ORDER = """
-    setup_env findings volumes anatomy chest lung_lesions lesions reports phantom preprocessing manifest hub
-    dataset ctclip mini lora training zero_shot metrics attention viewers report pretrain demo cli
+    setup_env findings dicom volumes anatomy chest lung_lesions lesions reports phantom preprocessing manifest hub
+    dataset ctclip mini lora training zero_shot metrics experiment attention viewers report pretrain demo cli
 """.split()
 
 # import name -> distribution name, where they differ
@@ -64,9 +64,7 @@ def test_every_import_is_a_declared_dependency():
         outer = {name.split(".")[0] for name in imports(path)} - sys.stdlib_module_names - {"medctkit"}
         used = {normal(DISTRIBUTIONS.get(name, name)) for name in outer}
         # nbclient is papermill's engine
-        assert used <= declared | {"nbclient"}, (
-            f"{path.name}: {sorted(used - declared)} not in pyproject.toml"
-        )
+        assert used <= declared | {"nbclient"}, f"{path.name}: {sorted(used - declared)} not in pyproject.toml"
 
 
 def test_import_is_quick_and_names_load_on_use():
@@ -126,9 +124,7 @@ def test_environment_yml_says_what_pyproject_says():
 def test_environment_yml_names_what_the_lessons_are_about():
     _, conda, pip = conda_file()
     named = {Requirement(entry).name for entry in [*conda, *pip[1:-1]]}
-    assert named >= set(
-        "pytorch peft transformers monai matplotlib ipywidgets pandas scikit-learn jupyterlab".split()
-    )
+    assert named >= set("pytorch peft transformers monai matplotlib ipywidgets pandas scikit-learn jupyterlab".split())
 
 
 def test_constraints_pin_what_pyproject_asks_for_and_nothing_with_cuda():
@@ -180,9 +176,7 @@ def fake(path, script):
     return str(path)
 
 
-@pytest.mark.parametrize(
-    ("script", "answers"), [("echo GPU 0: H100", True), ("exit 9", False), (None, False)]
-)
+@pytest.mark.parametrize(("script", "answers"), [("echo GPU 0: H100", True), ("exit 9", False), (None, False)])
 def test_a_gpu_counts_only_if_nvidia_smi_works(tmp_path, monkeypatch, script, answers):
     monkeypatch.setenv("PATH", str(tmp_path))
     if script:
@@ -244,9 +238,7 @@ def test_setup_without_any_torch_says_what_it_tried(environment):
         environment / "bin" / "python",
         'case "$*" in *version_info*) echo 3 12;; *--version*) ;; *) exit 1;; esac',
     )
-    with pytest.raises(
-        SystemExit, match=r"Tried:\n  pip install torch==2.13.0\+cpu\n.*\n.*\n  pip install torch==2"
-    ):
+    with pytest.raises(SystemExit, match=r"Tried:\n  pip install torch==2.13.0\+cpu\n.*\n.*\n  pip install torch==2"):
         setup_env.main(environment)
     assert not (environment / ".medctkit-setup").exists()
 
@@ -273,9 +265,7 @@ def test_make_help_lists_every_target():
 def test_make_uses_the_active_environment(active):
     clean = {"PATH": "/usr/local/bin:/usr/bin:/bin", "CONDA_DEFAULT_ENV": "lab" if "CONDA" in active else ""}
     command = ["make", "-n", "setup"]
-    shown = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env=clean | {active: "/some env"}
-    )
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=clean | {active: "/some env"})
     assert '"/some env"' in shown.stdout
     base = clean | {"CONDA_PREFIX": "/opt/conda", "CONDA_DEFAULT_ENV": "base"}
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=base)
@@ -285,9 +275,7 @@ def test_make_uses_the_active_environment(active):
 def test_readme_and_ci_name_only_commands_that_exist():
     for name in ("README.md", ".ci/run"):
         text = (ROOT / name).read_text()
-        code = (
-            "\n".join(re.findall(r"```.*?```|`[^`\n]+`", text, flags=re.S)) if name.endswith(".md") else text
-        )
+        code = "\n".join(re.findall(r"```.*?```|`[^`\n]+`", text, flags=re.S)) if name.endswith(".md") else text
         named = {word for line in re.findall(r"\bmake ((?:[a-z-]+ ?)+)", code) for word in line.split()}
         assert {"demo", "test"} <= named
         assert named <= make_targets(), f"{name}: no such make targets: {sorted(named - make_targets())}"
@@ -305,12 +293,7 @@ def test_notebook_is_whole(path):
     assert notebook.metadata.kernelspec.name == "python3"
     parameters = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     assert len(parameters) == 1, "one cell tagged parameters"
-    names = {
-        t.id
-        for n in ast.walk(ast.parse(parameters[0].source))
-        if isinstance(n, ast.Assign)
-        for t in n.targets
-    }
+    names = {t.id for n in ast.walk(ast.parse(parameters[0].source)) if isinstance(n, ast.Assign) for t in n.targets}
     assert {"output_dir", "seed"} <= names
     for cell in notebook.cells:
         for output in cell.get("outputs", []):

@@ -89,3 +89,21 @@ def test_released_size(thorax):
     assert (seen[0, :, :62] == -1).all() and (seen[0, :, -62:] == -1).all()
     filled = seen[0, 15:-16, 62:-62, 62:-62]
     assert float(filled.mean()) == pytest.approx(np.clip(thorax.hu, -1000, 1000).mean() / 1000, abs=0.01)
+
+
+def test_a_real_scan_goes_through_mini_model_and_viewer(real_scan):
+    from medctkit.mini import load_mini_base
+    from medctkit.preprocessing import preprocess
+    from medctkit.viewers import SliceViewer
+    from medctkit.zero_shot import ZeroShotClassifier
+
+    volume = read_volume(real_scan).reoriented()
+    mini = load_mini_base()
+    pixels = preprocess(volume, mini.preprocess_config)
+    scores = ZeroShotClassifier(mini.model, mini.tokenizer).scores(pixels[None])
+    # the mini model knows phantoms only: that it answers is all there is to check
+    assert scores.shape == (1, 18) and ((scores >= 0) & (scores <= 1)).all()
+    viewer = SliceViewer(volume)
+    first = viewer.image.value
+    viewer.index.value += 1
+    assert viewer.image.value != first
