@@ -22,6 +22,7 @@ import math
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, combinations
@@ -204,7 +205,9 @@ def add_lora(model: CTCLIPModel, preset: str = "paper", **overrides) -> PeftMode
     else:
         patterns = _placement(preset, dict(overrides)).patterns
     _refuse_unmatched(model, patterns)
-    return get_peft_model(model, config)
+    with warnings.catch_warnings():  # peft asks transformers 5 by an old name
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        return get_peft_model(model, config)
 
 
 def _refuse_unmatched(model: nn.Module, patterns: Mapping[str, str]) -> None:

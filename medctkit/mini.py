@@ -39,10 +39,15 @@ def load_mini_base(folder: str | Path = FOLDER) -> MiniBase:
         FileNotFoundError: no model in `folder`.
     """
     from transformers import BertTokenizerFast
+    from transformers.utils import logging
 
     folder = Path(folder)
     if not (folder / "model.safetensors").is_file():
         raise FileNotFoundError(f"{folder} has no model.safetensors; `medctkit pretrain` makes the mini base model")
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # 6 MB need none
     model = CTCLIPModel.from_pretrained(folder).eval()
+    if shown:
+        logging.enable_progress_bar()
     tokenizer = BertTokenizerFast.from_pretrained(folder)
     return MiniBase(model, tokenizer, PreprocessConfig.for_model(model.config))

@@ -108,12 +108,9 @@ def test_the_silent_trap_nothing_below_the_quantiser_learns_in_evaluation_mode()
 def test_training_mode_reaches_every_live_parameter():
     model = small_model().train()
     model(**BATCH, return_loss=True).loss.backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == [
-        # key biases shift all scores of a query alike, which the softmax does not see; rounding may leave either
-        name
-        for name, p in model.named_parameters()
-        if name.endswith("key.bias") and not p.grad.any()
-    ]
+    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    # a key bias shifts all scores of a query alike, which the softmax does not see; rounding may still leave a trace
+    assert all(name.endswith("key.bias") for name in silent), silent
 
 
 def test_gradient_passes_straight_through_the_quantiser(model):
@@ -167,6 +164,7 @@ def test_attention_weights_are_those_of_the_forward_pass(model):
     torch.testing.assert_close(attention.to_out((weights @ values).transpose(1, 2).flatten(2)), attention(x, bias))
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")  # its name in transformers < 5
 def test_gradient_checkpointing_changes_nothing_but_memory():
     plain, saving = small_model().train(), small_model().train()
     saving.gradient_checkpointing_enable()
@@ -181,6 +179,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
             torch.testing.assert_close(p.grad, q.grad, msg=name)
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")  # its name in transformers < 5
 def test_checkpointed_layers_are_computed_twice():
     model, calls = small_model().train(), []
     model.visual_transformer.enc_spatial_transformer.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
