@@ -17,6 +17,7 @@ from medctkit.phantom import HOSPITALS, TRAINING_SHAPE, PhantomStudy, generate, 
 if TYPE_CHECKING:
     import pandas as pd
 
+TEXT_COLUMNS = ("study", "patient", "split", "hospital", "scan", "report", "checksum", "path")
 COLUMNS = ("study", "patient", "split", "hospital", "seed", "scan", "reconstruction", *FINDINGS, "report", "checksum")
 SPLITS = ("train", "valid", "test")
 # Patients of the default cohort. The base model never sees the target hospital before notebook 03, and what
@@ -120,7 +121,8 @@ def load_manifest(path: str | os.PathLike) -> "pd.DataFrame":
     if not path.is_file():
         raise FileNotFoundError(f"no manifest at {path}; `medctkit manifest` writes the default one")
     try:
-        table = pd.read_csv(path)
+        # as text, or patient "007" would become 7
+        table = pd.read_csv(path, dtype=dict.fromkeys(TEXT_COLUMNS, str))
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a readable CSV table: {error}") from None
     return validate_manifest(table)

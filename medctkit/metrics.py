@@ -71,15 +71,15 @@ def compare(
     """What model b does better than model a on the same studies: paired differences, b minus a.
 
     Both models are scored on the same resamples of patients, so that what makes a resample easy for both drops
-    out. `*_p` is a two-sided bootstrap p-value for no difference, at least 1 / (resamples + 1).
+    out. `*_p` is a two-sided bootstrap p-value for no difference, at least 2 / (resamples + 1).
 
     Args and errors are those of `evaluate`, with scores and thresholds for each model.
 
     Returns:
         A row for each finding and "mean": auroc, accuracy, f1, each with _low, _high and _p.
     """
-    labels, scores_a, patients = _check(labels, scores_a, patients, findings)
-    _, scores_b, _ = _check(labels, scores_b, patients, findings)
+    labels, scores_a, patients = _check(labels, scores_a, patients, findings, "scores_a")
+    _, scores_b, _ = _check(labels, scores_b, patients, findings, "scores_b")
     weights = _weights(patients, resamples, seed)
     limits_a, optimistic_a = _thresholds(labels, scores_a, thresholds_a)
     limits_b, optimistic_b = _thresholds(labels, scores_b, thresholds_b)
@@ -89,7 +89,8 @@ def compare(
     for name in METRICS:
         drawn = np.concatenate([difference[name][1:], _mean(difference[name][1:])[:, None]], axis=1)
         tail = np.minimum((drawn <= 0).sum(0), (drawn >= 0).sum(0))
-        p = np.minimum(1.0, 2 * (tail + 1) / (resamples + 1))
+        used = (~np.isnan(drawn)).sum(0)  # a rare finding may lack a class in some resamples
+        p = np.minimum(1.0, 2 * (tail + 1) / (used + 1))
         table[f"{name}_p"] = np.where(np.isnan(table[name]), np.nan, p)
     return table
 
@@ -127,18 +128,22 @@ def summary(base: "pd.DataFrame", adapted: "pd.DataFrame", difference: "pd.DataF
 _ENDS = {"value": "", "low": "_low", "high": "_high"}
 
 
-def _check(labels, scores, patients, findings):
+def _check(labels, scores, patients, findings, called="scores"):
     """Arrays that fit together, or an error that says what does not."""
+    import pandas as pd
+
     labels, scores, patients = np.asarray(labels, float), np.asarray(scores, float), np.asarray(patients)
     if labels.ndim != 2 or labels.shape[1] != len(findings) or not len(labels):
         raise ValueError(f"labels have shape {labels.shape}, expected (n, {len(findings)}), n at least 1")
     if scores.shape != labels.shape:
-        raise ValueError(f"scores have shape {scores.shape}, labels {labels.shape}: they must be the same")
+        raise ValueError(f"{called} have shape {scores.shape}, labels {labels.shape}: they must be the same")
     if patients.shape != (len(labels),):
         raise ValueError(f"patients have shape {patients.shape}, expected ({len(labels)},): one name for each study")
+    if pd.isna(patients).any():
+        raise ValueError(f"patients: study {int(pd.isna(patients).argmax())} has none; every study needs its patient")
     for name, values, fine, expected in (
         ("labels", labels, np.isin(labels, (0, 1)) | np.isnan(labels), "0, 1 or NaN (unknown)"),
-        ("scores", scores, (scores >= 0) & (scores <= 1), "probabilities from 0 to 1"),
+        (called, scores, (scores >= 0) & (scores <= 1), "probabilities from 0 to 1"),
     ):
         if not fine.all():
             row, column = np.argwhere(~fine)[0]
@@ -173,28 +178,31 @@ def _roc_corner(labels, scores) -> np.ndarray:
 
 
 def _weights(patients, resamples: int, seed: int) -> np.ndarray:
-    """How often each study counts: (1 + resamples, n); the first row is the data as it is."""
+    """How often each study counts: (n, 1 + resamples); the first column is the data as it is."""
     if resamples < 1:
         raise ValueError(f"resamples={resamples}: expected at least 1")
     _, patient = np.unique(patients, return_inverse=True)
     n = patient.max() + 1
+    if n < 2:
+        raise ValueError("all studies are of one patient; an interval over patients needs at least two")
     counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
-    return np.concatenate([np.ones((1, len(patient))), counts[:, patient]]).astype(np.float32)
+    counts = np.concatenate([np.ones((1, n)), counts]).astype(np.float32)
+    return np.ascontiguousarray(counts.T)[patient]
 
 
 def _metrics(labels, scores, limits, weights) -> dict[str, np.ndarray]:
     """Each metric for each resample and finding: (1 + resamples, k); NaN where a class is missing."""
-    found = {name: np.full((len(weights), labels.shape[1]), np.nan) for name in METRICS}
+    found = {name: np.full((weights.shape[1], labels.shape[1]), np.nan) for name in METRICS}
     for k in range(labels.shape[1]):
         known = ~np.isnan(labels[:, k])
-        label, score, w = labels[known, k], scores[known, k], weights[:, known]
+        label, score = labels[known, k], scores[known, k]
+        w = weights if known.all() else weights[known]
         if len(np.unique(label)) < 2:
             continue
         found["auroc"][:, k] = _auroc(label, score, w)
         said = score >= limits[k]
-        hit, all_said, sick, everyone = (
-            w @ part.astype(np.float32) for part in (said & (label == 1), said, label == 1, np.ones_like(label))
-        )
+        parts = np.stack([said & (label == 1), said, label == 1, np.ones_like(said)])
+        hit, all_said, sick, everyone = parts.astype(np.float32) @ w
         with np.errstate(invalid="ignore", divide="ignore"):
             found["accuracy"][:, k] = (everyone - sick - all_said + 2 * hit) / everyone
             f1 = 2 * hit / (all_said + sick)
@@ -203,15 +211,19 @@ def _metrics(labels, scores, limits, weights) -> dict[str, np.ndarray]:
 
 
 def _auroc(label, score, weights) -> np.ndarray:
-    """Weighted AUROC for each row of weights (m, n): the share of pairs in the right order, ties half."""
-    order = np.argsort(score, kind="stable")
-    score, label, w = score[order], label[order], weights[:, order].astype(float)
-    positive, negative = w * label, w * (1 - label)
-    starts = np.flatnonzero(np.r_[True, score[1:] != score[:-1]])  # where each run of equal scores starts
-    p, q = np.add.reduceat(positive, starts, axis=1), np.add.reduceat(negative, starts, axis=1)
-    below = np.cumsum(q, axis=1) - q
+    """AUROC for each column of weights (n, m): the share of pairs in the right order, ties half.
+
+    For each positive study it counts the negatives below it, before and after its ties, in all resamples.
+    """
+    order = np.argsort(score)
+    negative, positive = order[label[order] == 0], order[label[order] == 1]
+    below = np.zeros((len(negative) + 1, weights.shape[1]))
+    np.cumsum(weights[negative], axis=0, out=below[1:])
+    first, last = (np.searchsorted(score[negative], score[positive], side) for side in ("left", "right"))
+    sick, w = weights[positive].sum(0, dtype=float), weights[positive].astype(float)
+    right = sum(np.einsum("pm,pm->m", w, below[end]) for end in (first, last)) / 2
     with np.errstate(invalid="ignore", divide="ignore"):
-        return (p * (below + 0.5 * q)).sum(1) / (p.sum(1) * q.sum(1))
+        return right / (sick * below[-1])
 
 
 def _mean(values: np.ndarray) -> np.ndarray:

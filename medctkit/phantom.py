@@ -37,6 +37,7 @@ class Hospital:
         grain: correlation length of the noise, in pixels.
         drift: standard deviation of the calibration offset, HU.
         table: shape of the table under the patient, "curved" or "flat".
+        centre: (z, y, x) in mm of the patient's thorax from the middle of the scan, on average.
     """
 
     field_of_view: float
@@ -47,11 +48,12 @@ class Hospital:
     grain: float
     drift: float
     table: str
+    centre: tuple[float, float, float]
 
 
 HOSPITALS = {
-    "source": Hospital(360.0, 0.04, 1.0, 0.15, 22.0, 0.55, 2.0, "curved"),
-    "target": Hospital(430.0, 0.92, 2.0, 0.85, 34.0, 0.30, 6.0, "flat"),
+    "source": Hospital(360.0, 0.04, 1.0, 0.15, 22.0, 0.55, 2.0, "curved", (0.0, 8.0, 0.0)),
+    "target": Hospital(430.0, 0.92, 2.0, 0.85, 34.0, 0.30, 6.0, "flat", (40.0, 28.0, 0.0)),
 }
 
 
@@ -146,7 +148,7 @@ def generate(
         labels = {name: int(name in chosen) for name in FINDINGS}
     anatomy = Anatomy.sample(named_rng("anatomy", patient))
     scan = named_rng("scan", patient, seed, hospital)
-    offset = (scan.normal(0, 5), 8 + scan.normal(0, 5), scan.normal(0, 6))
+    offset = tuple(c + scan.normal(0, spread) for c, spread in zip(scanner.centre, (5, 5, 6), strict=True))
     tissue = Tissue.sample(scan, scan.random() < scanner.contrast)
     enlarged = named_rng("Cardiomegaly", patient, seed).uniform(1.2, 1.45) if labels["Cardiomegaly"] else 1.0
     low = named_rng("low", patient, seed).uniform(4, 16) if labels["Emphysema"] else 0.0

@@ -6,7 +6,8 @@ Prompts are a data file, `assets/prompts.json`.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -64,6 +65,9 @@ def prompt_pair(prompts: str | Sequence[str]) -> tuple[str, str]:
 class ZeroShotClassifier:
     """Probabilities of findings from a CT-CLIP model and a pair of prompts.
 
+    Prompts are encoded at the first score and kept: after training the model or switching its adapter, make a
+    new classifier.
+
     Args:
         model: a `CTCLIPModel`, with or without an adapter.
         tokenizer: of its text encoder.
@@ -77,7 +81,7 @@ class ZeroShotClassifier:
     def __init__(self, model: nn.Module, tokenizer: Any, prompts: str | Sequence[str] = "paper", findings=FINDINGS):
         self.model, self.tokenizer, self.findings = model, tokenizer, tuple(findings)
         stating, denying = prompt_pair(prompts)
-        sentences = [t.format(finding=name) for t in (stating, denying) for name in self.findings]
+        sentences = [t.replace("{finding}", name) for t in (stating, denying) for name in self.findings]
         self._words = tokenizer(sentences, padding=True, return_tensors="pt")
         longest, limit = self._words["input_ids"].shape[1], model.config.text_config["max_position_embeddings"]
         if longest > limit:
@@ -130,21 +134,17 @@ class ZeroShotClassifier:
         return Embedded(torch.cat(parts), labels, patients, studies)
 
 
-class _evaluating(torch.no_grad):
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
     """No gradients and evaluation mode; afterwards the model is as it was."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def __enter__(self):
-        self.training = self.model.training
-        self.model.eval()
-        super().__enter__()
-
-    def __exit__(self, *error):
-        super().__exit__(*error)
-        self.model.train(self.training)
+    training = {module: module.training for module in model.modules()}  # parts may differ, a frozen one say
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, was in training.items():
+            module.training = was
 
 
 def validation_score(dataset: Dataset, tokenizer: Any, prompts: str | Sequence[str] = "paper") -> Callable:

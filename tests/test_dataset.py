@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from medctkit.dataset import CTReportDataset, collate
+from medctkit.dataset import CTReportDataset, _load, _save, collate
 from medctkit.findings import FINDINGS
 from medctkit.manifest import load_manifest, study_from_row
 from medctkit.mini import load_mini_base
@@ -54,6 +54,19 @@ def test_prepared_files_are_read_again_damaged_ones_made_again(rows, tmp_path):
         file.write_bytes(damaged)
         assert torch.equal(dataset[0]["pixel_values"], first)
         assert file.read_bytes() == content
+
+
+def test_a_flipped_bit_anywhere_is_noticed(tmp_path):
+    file = tmp_path / "small.npz"
+    values = np.random.default_rng(0).integers(-32767, 32768, (1, 6, 6, 6), dtype=np.int16)
+    _save(values, file)
+    content = file.read_bytes()
+    assert np.array_equal(_load(file, (6, 6, 6)), values)
+    for at in range(len(content)):
+        for bit in (1, 8, 64):
+            file.write_bytes(content[:at] + bytes([content[at] ^ bit]) + content[at + 1 :])
+            found = _load(file, (6, 6, 6))  # a bit that nobody reads, of a time stamp say, does no harm
+            assert found is None or np.array_equal(found, values)
 
 
 def test_another_setting_never_reads_an_old_file(rows, tmp_path):

@@ -57,6 +57,12 @@ def test_a_small_cohort_is_the_same_however_many_workers(table, tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_names_that_look_like_numbers_stay_as_they_are(table, tmp_path):
+    numbered = table.head(2).assign(study=["01", "02"], patient=["007", "008"], path=["001.nii.gz", "2"])
+    again = load_manifest(write_manifest(numbered, tmp_path / "m.csv"))
+    assert again[["study", "patient", "path"]].equals(numbered[["study", "patient", "path"]])
+
+
 def test_a_row_at_another_resolution_is_the_same_study(table):
     row = table.iloc[3]
     study = study_from_row(row, shape=(16, 32, 32))
@@ -101,7 +107,8 @@ def test_other_defects_are_refused(table, tmp_path):
     twice = change(table, "study", table["study"].iloc[0])
     with pytest.raises(ValueError, match="a name that occurs once"):
         validate_manifest(twice)
-    crossed = change(table, "patient", table["patient"].iloc[-1])
+    elsewhere = table.loc[table["split"] != table["split"].iloc[4], "patient"].iloc[0]
+    crossed = change(table, "patient", elsewhere)
     with pytest.raises(ValueError, match="is in the splits"):
         validate_manifest(crossed)
     with pytest.raises(FileNotFoundError, match="no manifest at"):

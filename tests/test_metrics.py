@@ -1,5 +1,7 @@
 """Metrics: equal to scikit-learn, honest intervals, bad input refused."""
 
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -42,7 +44,7 @@ def test_resamples_are_scored_as_repeated_rows_would_be(seed):
     weights = metrics._weights(patients, 3, seed)
     values = metrics._metrics(labels, scores, np.full(3, 0.5), weights)
     for m in range(4):
-        rows = np.repeat(np.arange(40), weights[m].astype(int))
+        rows = np.repeat(np.arange(40), weights[:, m].astype(int))
         for k in range(3):
             if len(set(labels[rows, k])) == 2:
                 assert np.isclose(values["auroc"][m, k], roc_auc_score(labels[rows, k], scores[rows, k]))
@@ -95,6 +97,24 @@ def test_paired_differences_find_a_better_model_and_only_that():
     }
 
 
+def test_resamples_that_lack_a_class_do_not_count_as_evidence():
+    labels, weak, patients = simulate(0, n=60)
+    labels[:, 1] = np.arange(60) == 0  # one positive study: about a third of the resamples have none
+    strong = np.clip(weak + 0.2 * (labels - 0.5), 0, 1)
+    table = metrics.compare(labels, weak, strong, patients, findings=NAMES)
+    assert 2 / 750 < table.loc["b", "auroc_p"] < 2 / 550
+    assert table.loc["a", "auroc_p"] == 2 / 1001
+
+
+def test_the_size_of_ct_rates_validation_set_takes_seconds():
+    rng = np.random.default_rng(0)
+    labels, scores = rng.integers(0, 2, (3039, 18)), rng.random((3039, 18))
+    start = time.process_time()
+    table = metrics.evaluate(labels, scores, rng.integers(0, 1304, 3039), resamples=1000)
+    assert time.process_time() - start < 5
+    assert table.shape[0] == 19
+
+
 def test_thresholds_are_the_roc_point_nearest_the_corner():
     labels, scores, _ = simulate(5, n=200)
     limits = metrics.thresholds_from_validation(labels, scores, NAMES)
@@ -136,6 +156,8 @@ def test_unknown_labels_are_left_out():
         (lambda a, s, p: (a[:, :2], s, p), r"labels have shape \(80, 2\), expected \(n, 3\)"),
         (lambda a, s, p: (a, s[:-1], p), "scores have shape"),
         (lambda a, s, p: (a, s, p[:-1]), "patients have shape"),
+        (lambda a, s, p: (a, s, np.array([*p[:-1], None])), "patients: study 79 has none"),
+        (lambda a, s, p: (a, s, p * 0), "all studies are of one patient"),
         (lambda a, s, p: (a + (a == 1), s, p), "labels: study .*, finding '.' is 2.0; expected 0, 1 or NaN"),
         (lambda a, s, p: (a, s * 3, p), "scores: study .* expected probabilities"),
         (lambda a, s, p: (a, s * np.nan, p), "scores: study 0, finding 'a' is nan"),
@@ -144,6 +166,12 @@ def test_unknown_labels_are_left_out():
 def test_bad_input_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         metrics.evaluate(*change(*simulate(0)), findings=NAMES)
+
+
+def test_comparing_names_the_scores_that_are_wrong():
+    labels, scores, patients = simulate(0)
+    with pytest.raises(ValueError, match="scores_b: study 0, finding 'a' is"):
+        metrics.compare(labels, scores, scores - 2, patients, findings=NAMES)
 
 
 @pytest.mark.parametrize("thresholds", [1.5, [0.5, 0.5], "best"])

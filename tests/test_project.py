@@ -22,7 +22,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # A module imports only from modules to its left.
 ORDER = """
     setup_env findings dicom volumes anatomy chest lung_lesions lesions reports phantom preprocessing manifest hub
-    dataset ctclip mini lora training zero_shot metrics experiment attention viewers report pretrain demo cli
+    dataset released ctvit ctclip mini lora training zero_shot metrics experiment attention viewers report pretrain demo cli
 """.split()
 
 # import name -> distribution name, where they differ

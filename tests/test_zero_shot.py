@@ -91,6 +91,15 @@ def test_training_mode_and_gradients_are_left_as_they_were(mini, volumes):
     np.testing.assert_array_equal(ZeroShotClassifier(mini.model, mini.tokenizer).scores(volumes), first)
 
 
+def test_each_part_of_the_model_gets_its_own_mode_back(mini, volumes):
+    mini.model.train()
+    mini.model.text_transformer.eval()
+    before = [module.training for module in mini.model.modules()]
+    ZeroShotClassifier(mini.model, mini.tokenizer).scores(volumes)
+    assert [module.training for module in mini.model.modules()] == before
+    mini.model.eval()
+
+
 def test_validation_score_is_a_mean_auroc(mini, volumes):
     score = validation_score(Studies(volumes), mini.tokenizer)(mini.model)
     assert 0 <= score <= 1
@@ -103,6 +112,8 @@ def test_validation_score_is_a_mean_auroc(mini, volumes):
 def test_prompts_can_be_named_or_given_and_are_checked(mini):
     assert prompt_pair("paper") == ("{finding} is present.", "{finding} is not present.")
     assert prompt_pair(["Signs of {finding}.", "No signs of {finding}."])[0].startswith("Signs")
+    odd = ZeroShotClassifier(mini.model, mini.tokenizer, ["{finding} {sure}.", "No {finding} {sure}."])
+    assert odd.text_embeds().shape[:2] == (2, 18)  # other braces are text like any other
     with pytest.raises(ValueError, match="unknown prompts 'best'; choose one of"):
         prompt_pair("best")
     with pytest.raises(ValueError, match="two templates"):
