@@ -24,7 +24,7 @@ SPLITS = ("train", "valid", "test")
 # it was pretrained on is not listed here: `medctkit.pretrain` draws those studies from seeds of its own.
 DEFAULT_PATIENTS = {
     ("source", "test"): 300,
-    ("target", "train"): 450,
+    ("target", "train"): 900,
     ("target", "valid"): 150,
     ("target", "test"): 300,
 }

@@ -21,12 +21,12 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 # A module imports only from modules to its left.
 ORDER = """
-    setup_env findings dicom volumes anatomy chest lung_lesions lesions reports phantom preprocessing manifest hub
-    dataset released ctvit ctclip mini lora training zero_shot metrics experiment attention viewers report pretrain demo cli
+    setup_env findings dicom volumes anatomy chest lung_lesions lesions reports phantom preprocessing manifest
+    dataset released ctvit ctclip mini lora training zero_shot metrics experiment viewers pretrain demo cli
 """.split()
 
 # import name -> distribution name, where they differ
-DISTRIBUTIONS = {"sklearn": "scikit-learn"}
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "pil": "pillow"}
 
 
 def imports(path):
