@@ -35,7 +35,6 @@ class Adaptation:
         steps: optimiser steps.
         batch_size: volumes per step.
         learning_rate: its peak.
-        prompt_weight: weight of the per-finding objective beside the contrastive one.
     """
 
     preset: str = "paper"
@@ -43,7 +42,6 @@ class Adaptation:
     steps: int = 200
     batch_size: int = 32
     learning_rate: float = 3e-3
-    prompt_weight: float = 4.0
 
     def config(self, seed: int) -> FineTuneConfig:
         """The settings as `finetune` takes them."""
