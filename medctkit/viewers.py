@@ -165,7 +165,8 @@ class SliceViewer:
         self.width = w.IntSlider(min=10, max=4000, step=10, value=round(width), description="width HU")
         self.mask = w.Dropdown(options=["none", *self.masks], value="none", description="mask")
         self.opacity = w.FloatSlider(min=0, max=1, step=0.05, value=0.35, description="opacity")
-        self.image, self.caption = w.Image(format="png"), w.HTML()
+        self.image = w.Image(format="png", layout={"align_self": "flex-start", "max_width": "100%"})  # not stretched
+        self.caption = w.HTML()
         self._place_slider()
         for control, react in (
             (self.plane, self._change_plane), (self.preset, self._change_preset),
