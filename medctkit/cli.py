@@ -154,7 +154,7 @@ def gallery(path: Annotated[Path, typer.Argument(help="PNG to write.")]) -> None
     from medctkit.phantom import generate
     from medctkit.viewers import finding_gallery
 
-    studies = [generate(30 + i, findings=[name], shape=(100, 320, 320)) for i, name in enumerate(FINDINGS)]
+    studies = [generate(30 + i, findings=[name], shape=(80, 256, 256)) for i, name in enumerate(FINDINGS)]
     finding_gallery(studies).savefig(path, dpi=70, facecolor="black")
     typer.echo(f"wrote {path}")
 

@@ -181,7 +181,7 @@ def demo(
         paths = sorted({*paths, *notebooks_dir.glob("*.ipynb")})
     print(
         f"Running {len(paths)} notebooks on synthetic chest CT. It needs no GPU and no network.\n"
-        f"Planned for at most 10 minutes on two CPU cores for the four of the demo. Writes to {output_dir}\n",
+        f"The four of the demo take about 5 minutes on two CPU cores. Writes to {output_dir}\n",
         flush=True,
     )
     try:

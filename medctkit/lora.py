@@ -23,7 +23,8 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, combinations
 from pathlib import Path
@@ -205,9 +206,16 @@ def add_lora(model: CTCLIPModel, preset: str = "paper", **overrides) -> PeftMode
     else:
         patterns = _placement(preset, dict(overrides)).patterns
     _refuse_unmatched(model, patterns)
-    with warnings.catch_warnings():  # peft asks transformers 5 by an old name
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+    with _quiet():
         return get_peft_model(model, config)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the FutureWarning that peft earns by asking transformers 5 for gradient checkpointing by an old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        yield
 
 
 def _refuse_unmatched(model: nn.Module, patterns: Mapping[str, str]) -> None:
@@ -280,7 +288,7 @@ def load_adapter(
 
     base = model.get_base_model() if wrapped else model
     config = PeftConfig.from_pretrained(str(directory))
-    with torch.device("meta"):  # shapes only: what this adapter would look like on this architecture
+    with torch.device("meta"), _quiet():  # shapes only: what this adapter would look like on this architecture
         twin = type(base)(copy.deepcopy(base.config))
         if isinstance(config.target_modules, str):
             _refuse_unmatched(twin, {f"of {directory}": config.target_modules})
@@ -300,7 +308,8 @@ def load_adapter(
             f"load the base model it was trained on. Tensors that differ:\n  {listed}"
         )
     if not wrapped:
-        return PeftModel.from_pretrained(model, str(directory), adapter_name=name, is_trainable=trainable)
+        with _quiet():
+            return PeftModel.from_pretrained(model, str(directory), adapter_name=name, is_trainable=trainable)
     model.load_adapter(str(directory), name, is_trainable=trainable)
     model.set_adapter(name)
     return model if trainable else model.requires_grad_(False)

@@ -9,10 +9,12 @@ import json
 import os
 import random
 import shutil
+import string
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -135,10 +137,11 @@ def train_tokenizer(reports: Iterable[str], size: int, folder: Path):
     from transformers import BertTokenizerFast
 
     trainer = BertWordPieceTokenizer(lowercase=True)
-    # the alphabet is given whole, so that no text in ASCII ever becomes [UNK]
+    # the alphabet is given whole, at the start of words and inside them, so that no ASCII text becomes [UNK]
     alphabet = [chr(c) for c in range(33, 127)]
+    inside = [f"a{c}" for c in string.ascii_lowercase + string.digits] * 2
     trainer.train_from_iterator(
-        reports, vocab_size=size, min_frequency=2, initial_alphabet=alphabet, show_progress=False
+        chain(inside, reports), vocab_size=size, min_frequency=2, initial_alphabet=alphabet, show_progress=False
     )
     folder.mkdir(parents=True, exist_ok=True)
     trainer.save_model(str(folder))

@@ -47,7 +47,8 @@ def test_it_is_small_and_loads_without_pickle():
 
 def test_the_tokenizer_knows_every_word_of_prompts_and_reports():
     tokenizer = load_mini_base().tokenizer
-    texts = [f"{f} is not present." for f in FINDINGS] + load_manifest(MANIFEST)["report"].head(300).tolist()
+    texts = [f"{f} is not present." for f in FINDINGS] + ["Adjacent jejunum, quiz: zebra-like XYZ (42 mm)?"]
+    texts += load_manifest(MANIFEST)["report"].head(300).tolist()
     longest = 0
     for words in tokenizer(texts)["input_ids"]:
         assert tokenizer.unk_token_id not in words

@@ -44,7 +44,7 @@ def test_the_result_loads_and_says_how_it_was_made(pool, tmp_path):
         == 6
         == record["config"]["steps"]
     )
-    words = mini.tokenizer("Kerley lines, GGO; zebra-like XYZ 42 mm")
+    words = mini.tokenizer("Kerley lines, GGO; a major zebra-like quiz: XYZ 42 mm")
     assert mini.tokenizer.unk_token_id not in words["input_ids"]
     volumes = torch.zeros(2, 1, 32, 64, 64)
     assert mini.model.encode_image(volumes).shape == (2, pretrain.MINI_PROJECTION)

@@ -28,7 +28,7 @@ def bright(volume, plane, index):
     """Where the picture is bright, as (row, column) shares of its size."""
     picture = viewers.render(volume, plane, index, "bone", height=200)
     grey = np.asarray(picture).astype(int)
-    white = np.argwhere(grey.min(axis=2) > 235)
+    white = np.argwhere(grey.min(axis=2) > 190)
     return white.mean(axis=0) / grey.shape[:2]
 
 
