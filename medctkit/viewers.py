@@ -5,6 +5,7 @@ Slices are shown as radiologists hang them: axial from below, so that the patien
 the picture; coronal from the front; sagittal with the front on the left.
 """
 
+import html
 import io
 import os
 from collections.abc import Mapping, Sequence
@@ -43,8 +44,12 @@ def window_of(name_or_pair) -> tuple[float, float]:
         if name_or_pair not in WINDOWS:
             raise ValueError(f"unknown window {name_or_pair!r}; choose one of {', '.join(WINDOWS)} or (centre, width)")
         return WINDOWS[name_or_pair]
-    centre, width = name_or_pair
-    return float(centre), float(width)
+    if len(name_or_pair) != 2:
+        raise ValueError(f"window {tuple(name_or_pair)}: expected a preset name or (centre, width) in HU")
+    centre, width = map(float, name_or_pair)
+    if not (np.isfinite(centre) and np.isfinite(width) and width > 0):
+        raise ValueError(f"window {(centre, width)}: expected a finite centre and a width above 0, both in HU")
+    return centre, width
 
 
 def slice_of(array: np.ndarray, plane: str, index: int) -> np.ndarray:
@@ -79,7 +84,8 @@ def _checked(volume: CTVolume, masks: Mapping[str, np.ndarray] | None):
             raise ValueError(
                 f"mask {name!r} has shape {np.shape(mask)}, the volume {volume.hu.shape}: they must be the same"
             )
-        as_volume = CTVolume(np.asarray(mask, dtype=np.uint8), volume.spacing, volume.orientation, volume.affine)
+        filled = (np.asarray(mask) != 0).astype(np.uint8)  # soft masks too: 0.5 is not nothing
+        as_volume = CTVolume(filled, volume.spacing, volume.orientation, volume.affine)
         turned[name] = as_volume.reoriented().hu > 0
     return canonical, turned
 
@@ -96,26 +102,29 @@ def render(
         window: preset name or (centre, width) in HU.
         mask: boolean (d, h, w), tinted and outlined.
         opacity: of the tint, 0 to 1.
-        height: of the picture, pixels.
+        height: of the picture, pixels; less where the slice is more than twice as wide as it is tall.
+
+    Raises:
+        ValueError: a volume in another orientation (its marks would be wrong), unknown plane or window.
+        IndexError: no such slice.
     """
     from PIL import Image, ImageDraw, ImageFont
 
+    if volume.orientation != "SPL":
+        raise ValueError(f"volume in orientation {volume.orientation}, expected SPL: pass volume.reoriented()")
     grey = (255 * window_grey(slice_of(volume.hu, plane, index), window)).astype(np.uint8)
     tall, wide = (n * s for n, s in zip(grey.shape, pixel_size(volume, plane), strict=True))
-    size = (max(1, round(height * wide / tall)), height)
+    scale = min(height / tall, 2 * height / wide)  # pixels per mm; a thin slab must not fill metres
+    size = (max(1, round(scale * wide)), max(1, round(scale * tall)))
     picture = Image.fromarray(grey).resize(size, Image.Resampling.BILINEAR).convert("RGB")
     if mask is not None:
-        shape = Image.fromarray(slice_of(mask, plane, index).astype(np.uint8) * 255).resize(
-            size, Image.Resampling.NEAREST
-        )
-        inside = np.asarray(shape) > 127
-        edge = inside & ~(
-            np.roll(inside, 1, 0) & np.roll(inside, -1, 0) & np.roll(inside, 1, 1) & np.roll(inside, -1, 1)
-        )
-        strength = np.where(edge, 1.0, opacity * inside)[..., None]
-        picture = Image.fromarray(
-            (np.asarray(picture) * (1 - strength) + np.array(MASK_COLOUR) * strength).astype(np.uint8)
-        )
+        filled = Image.fromarray(slice_of(mask, plane, index).astype(np.uint8) * 255)
+        inside = np.asarray(filled.resize(size, Image.Resampling.NEAREST)) > 127
+        around = np.pad(inside, 1)  # a mask that leaves the picture is outlined there too
+        edge = inside & ~(around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:])
+        strength = (255 * opacity * inside).astype(np.uint8)
+        strength[edge] = 255
+        picture.paste(MASK_COLOUR, (0, 0, *size), Image.fromarray(strength))
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=15)
     left, right, top, bottom = MARKS[plane]
     middle = (size[0] / 2, size[1] / 2)
@@ -123,7 +132,7 @@ def render(
         (left, (6, middle[1]), "lm"), (right, (size[0] - 6, middle[1]), "rm"),
         (top, (middle[0], 4), "mt"), (bottom, (middle[0], size[1] - 4), "mb"),
     ):  # fmt: skip
-        draw.text(at, text, fill=(150, 200, 255), font=font, anchor=anchor)
+        draw.text(at, text, (150, 200, 255), font, anchor, stroke_width=2, stroke_fill=(0, 0, 0))
     return picture
 
 
@@ -161,8 +170,12 @@ class SliceViewer:
         self.plane = w.ToggleButtons(options=list(PLANES), value="axial", style={"button_width": "80px"})
         self.index = w.IntSlider(min=0, max=1, description="slice", continuous_update=True, layout={"width": "430px"})
         self.preset = w.Dropdown(options=[*WINDOWS, "free"], value=preset, description="window")
-        self.centre = w.IntSlider(min=-1000, max=1000, step=10, value=round(centre), description="centre HU")
-        self.width = w.IntSlider(min=10, max=4000, step=10, value=round(width), description="width HU")
+        centre, width = round(centre), max(1, round(width))  # the sliders reach as far as what was asked for
+        ends = {"min": min(-1000, centre), "max": max(1000, centre)}
+        self.centre = w.IntSlider(value=centre, step=10, description="centre HU", **ends)
+        ends = {"min": min(10, width), "max": max(4000, width)}
+        self.width = w.IntSlider(value=width, step=10, description="width HU", **ends)
+        self._setting_preset = False
         self.mask = w.Dropdown(options=["none", *self.masks], value="none", description="mask")
         self.opacity = w.FloatSlider(min=0, max=1, step=0.05, value=0.35, description="opacity")
         self.image = w.Image(format="png", layout={"align_self": "flex-start", "max_width": "100%"})  # not stretched
@@ -186,7 +199,7 @@ class SliceViewer:
             try:
                 react()
             except Exception as error:
-                self.caption.value = f"<b style='color:#D55E00'>{type(error).__name__}: {error}</b>"
+                self.caption.value = f"<b style='color:#D55E00'>{html.escape(f'{type(error).__name__}: {error}')}</b>"
                 raise
 
         return call
@@ -202,19 +215,20 @@ class SliceViewer:
 
     def _change_preset(self):
         if self.preset.value != "free":
-            centre, width = WINDOWS[self.preset.value]
-            self.centre.value, self.width.value = centre, width
+            self._setting_preset = True  # the two sliders move one after the other
+            try:
+                self.centre.value, self.width.value = WINDOWS[self.preset.value]
+            finally:
+                self._setting_preset = False
         self._draw()
 
     def _change_window(self):
-        now = (self.centre.value, self.width.value)
-        if self.preset.value != "free" and now != WINDOWS[self.preset.value]:
-            if self.centre.value in {c for c, _ in WINDOWS.values()} and self.width.value in {
-                x for _, x in WINDOWS.values()
-            }:
-                return  # between the two sliders of a preset
-            self.preset.value = "free"
-        self._draw()
+        if self._setting_preset:
+            return
+        if self.preset.value != "free":
+            self.preset.value = "free"  # draws
+        else:
+            self._draw()
 
     def _show_mask(self):
         if self.mask.value != "none":
@@ -261,6 +275,10 @@ def montage(volume: CTVolume, plane: str = "axial", window="lung", n: int = 12, 
     """N slices, evenly spaced, as one figure."""
     import matplotlib.pyplot as plt
 
+    if n < 1 or columns < 1:
+        raise ValueError(f"montage of {n} slices in {columns} columns: both must be at least 1")
+    if plane not in PLANES:
+        raise ValueError(f"unknown plane {plane!r}; choose one of {', '.join(PLANES)}")
     canonical, _ = _checked(volume, None)
     last = canonical.hu.shape[PLANES[plane]] - 1
     chosen = np.linspace(0.08 * last, 0.92 * last, n).round().astype(int)
@@ -279,6 +297,11 @@ def finding_gallery(studies: Sequence["PhantomStudy"], columns: int = 6) -> "Fig
     """Each study's first finding, cut where its mask is largest: lung window above, mediastinal window below."""
     import matplotlib.pyplot as plt
 
+    if not studies:
+        raise ValueError("no studies: a gallery shows at least one")
+    for i, study in enumerate(studies):
+        if not study.masks:
+            raise ValueError(f"study {i} has no finding, so nothing to cut through; leave it out")
     rows = -(-len(studies) // columns)
     figure, axes = plt.subplots(
         2 * rows, columns, figsize=(2.5 * columns, 4.7 * rows), facecolor="black", squeeze=False

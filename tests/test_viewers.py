@@ -81,6 +81,34 @@ def test_choosing_a_preset_sets_both_sliders_and_stays(study):
         assert (viewer.preset.value, viewer.centre.value, viewer.width.value) == (name, centre, width)
 
 
+def test_a_slider_that_meets_another_preset_still_redraws(study):
+    viewer = viewers.SliceViewer(study.volume, window="lung")
+    before = pixels(viewer)
+    viewer.centre.value = 40  # the centre of "mediastinum", with the width of "lung"
+    assert viewer.preset.value == "free" and "centre 40 HU, width 1500 HU" in viewer.caption.value
+    assert (pixels(viewer) != before).any()
+
+
+def test_a_free_window_is_not_bent_to_the_sliders(study):
+    viewer = viewers.SliceViewer(study.volume, window=(2000, 6000))
+    assert (viewer.centre.value, viewer.width.value, viewer.preset.value) == (2000, 6000, "free")
+
+
+def test_soft_masks_are_kept_and_outlined_at_the_border(marked):
+    mask = np.zeros(marked.shape)
+    mask[10, :8] = 0.5
+    shown, masks = viewers._checked(marked, {"m": mask})
+    picture = np.asarray(viewers.render(shown, "axial", 10, mask=masks["m"], opacity=0.0, height=300))
+    assert (picture[0, 20] == viewers.MASK_COLOUR).all()
+    assert (picture[40, 200] != viewers.MASK_COLOUR).any()  # opacity 0: an outline only
+
+
+def test_a_thin_slab_does_not_grow_without_end():
+    slab = CTVolume(np.zeros((4, 100, 100), np.int16), (2.5, 1.0, 1.0))
+    wide, tall = viewers.render(slab, "coronal", 5, height=300).size
+    assert wide == 600 and tall == 60
+
+
 def test_choosing_a_mask_goes_to_where_it_is_and_tints_it(study):
     viewer = viewers.SliceViewer(study.volume, study.masks)
     viewer.mask.value = "Lung nodule"
@@ -119,3 +147,17 @@ def test_bad_input_is_refused(study):
         viewers.render(study.volume, "axial", 32)
     with pytest.raises(ValueError, match="width must be above 0"):
         viewers.window(0, 40, 0)
+    with pytest.raises(ValueError, match=r"window \(40.0, 0.0\): expected a finite centre and a width above 0"):
+        viewers.SliceViewer(study.volume, window=(40, 0))
+    with pytest.raises(ValueError, match=r"window \(1, 2, 3\): expected a preset name or \(centre, width\)"):
+        viewers.window_of((1, 2, 3))
+    with pytest.raises(ValueError, match=r"orientation IAR, expected SPL: pass volume.reoriented\(\)"):
+        viewers.render(study.volume.reoriented("IAR"), "axial", 0)
+    with pytest.raises(ValueError, match="montage of 0 slices"):
+        viewers.montage(study.volume, n=0)
+    with pytest.raises(ValueError, match="unknown plane 'oblique'"):
+        viewers.montage(study.volume, "oblique")
+    with pytest.raises(ValueError, match="no studies"):
+        viewers.finding_gallery([])
+    with pytest.raises(ValueError, match="study 1 has no finding"):
+        viewers.finding_gallery([study, generate(1, findings=[])])
