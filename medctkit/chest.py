@@ -49,7 +49,6 @@ class Chest:
         heart_scale: 1 for a heart of normal size.
         low: mm by which hyperinflation pushes the diaphragm down.
         lung_depth: (d, h, w) signed distance (mm) from the surface of the lungs, positive inside.
-        side: (1, 1, w) +1 on the patient's left, -1 on the right.
         cavity_depth: (d, h, w) signed distance (mm) from the inside of the rib cage.
         airway: (d, h, w) share of every voxel that is the lumen of a large airway.
     """
@@ -60,12 +59,10 @@ class Chest:
     heart_scale: float = 1.0
     low: float = 0.0
     lung_depth: np.ndarray = field(init=False)
-    side: np.ndarray = field(init=False)
     cavity_depth: np.ndarray = field(init=False)
     airway: np.ndarray = field(init=False)
 
     def __post_init__(self):
-        self.side = np.where(self.canvas.x >= 0, 1, -1)
         self._wall()
         self._abdomen()
         self._mediastinum()
@@ -158,25 +155,21 @@ class Chest:
         c.paint(box, share * inside[box], 0.8 * t.blood + 0.2 * t.muscle)
         self.bronchi((0.35 * c.edge, np.inf), wall=0.8, generations=(0, 1))
 
-    def bronchi(self, lumen: tuple[float, float], wall: float, generations: tuple[int, int], side=None, keep=None):
+    def bronchi(self, lumen: tuple[float, float], wall: float, generations: tuple[int, int]):
         """Paint segmental bronchi with walls of `wall` mm.
 
         Args:
             lumen: lowest and highest radius (mm) of the bronchi to paint.
             wall: thickness of the wall, mm.
             generations: first and last generation of the tree, 0 beside the lobar bronchi.
-            side: +1 left, -1 right, None both.
-            keep: optional further choice, from segments (n, 2, 3) to a mask (n,).
 
         Returns:
             (box, share) of the walls, or None if there is none.
         """
-        trees = [self.anatomy.tree(s, "bronchus") for s in ((-1, 1) if side is None else (side,))]
+        trees = [self.anatomy.tree(s, "bronchus") for s in (-1, 1)]
         segments, radii, generation = (np.concatenate(part) for part in zip(*trees, strict=True))
         chosen = (generation >= generations[0]) & (generation <= generations[1])
         chosen &= (radii >= lumen[0]) & (radii <= lumen[1])
-        if keep is not None:
-            chosen &= keep(segments)
         return self.rings(segments[chosen], radii[chosen], wall)
 
     def rings(self, segments: np.ndarray, radii: np.ndarray, wall: float):
