@@ -1,10 +1,21 @@
 """Small scans in every file format, for tests."""
 
+from tempfile import TemporaryDirectory
+
 import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
+from pydicom import dcmread, dcmwrite
 from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import (
+    CTImageStorage,
+    ExplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    RLELossless,
+    generate_uid,
+)
 
 SHAPE, SPACING = (8, 12, 10), (12.5, 8.0, 7.7)  # few voxels, but 100 x 96 x 77 mm of a patient
 
@@ -33,13 +44,23 @@ def write_itk(path, hu, direction=(1, 0, 0, 0, 1, 0, 0, 0, 1)):
     return path
 
 
-def write_dicom(folder, hu, names=None, slope=1, intercept=-1024, step=(0, 0, SPACING[0]), series=None, **tags):
+def write_dicom(
+    folder,
+    hu,
+    names=None,
+    slope=1,
+    intercept=-1024,
+    step=(0, 0, SPACING[0]),
+    series=None,
+    syntax=ExplicitVRLittleEndian,
+    **tags,
+):
     """A series of one file for each slice; `tags` replace or, where None, remove those of every header."""
     folder.mkdir(parents=True, exist_ok=True)
     series = series or generate_uid()
     for i, pixels in enumerate(hu):
         meta = FileMetaDataset()
-        meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        meta.TransferSyntaxUID = syntax
         meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = CTImageStorage, generate_uid()
         slice_ = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
         slice_.SOPClassUID, slice_.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
@@ -51,16 +72,37 @@ def write_dicom(folder, hu, names=None, slope=1, intercept=-1024, step=(0, 0, SP
         slice_.Rows, slice_.Columns = pixels.shape
         slice_.SamplesPerPixel, slice_.PhotometricInterpretation = 1, "MONOCHROME2"
         slice_.BitsAllocated = slice_.BitsStored = 16
-        slice_.HighBit, slice_.PixelRepresentation = 15, 1
+        slice_.HighBit, slice_.PixelRepresentation = 15, tags.get("PixelRepresentation", 1)
         slice_.RescaleSlope, slice_.RescaleIntercept = slope, intercept
-        slice_.PixelData = np.round((pixels - intercept) / slope).astype("<i2").tobytes()
+        stored = np.round((pixels - intercept) / slope).astype("<i2" if slice_.PixelRepresentation else "<u2")
+        slice_.PixelData = stored.astype(stored.dtype if syntax.is_little_endian else ">i2").tobytes()
         for tag, value in tags.items():
             if value is None:
                 delattr(slice_, tag)
             else:
                 setattr(slice_, tag, value)
-        slice_.save_as(folder / (names[i] if names else f"{i:03}.dcm"), enforce_file_format=True)
+        if syntax.is_compressed and syntax.is_encapsulated:
+            _compress(slice_, stored, syntax)
+        file = folder / (names[i] if names else f"{i:03}.dcm")
+        encoding = dict(implicit_vr=syntax.is_implicit_VR, little_endian=syntax.is_little_endian)
+        dcmwrite(file, slice_, **encoding, enforce_file_format=True)
     return folder
+
+
+def _compress(slice_, stored, syntax):
+    if syntax in (RLELossless, JPEGLSLossless):
+        slice_.compress(syntax, stored, generate_instance_uid=False)
+        return
+    with TemporaryDirectory() as folder:  # only the compressed picture of what SimpleITK writes
+        writer = sitk.ImageFileWriter()
+        writer.SetFileName(f"{folder}/picture.dcm")
+        writer.SetUseCompression(True)
+        writer.SetCompressor({JPEGLosslessSV1: "JPEG", JPEG2000Lossless: "JPEG2000"}[syntax])
+        writer.Execute(sitk.GetImageFromArray(stored[None]))
+        picture = dcmread(writer.GetFileName())
+    assert picture.file_meta.TransferSyntaxUID == syntax
+    slice_.PixelData = picture.PixelData
+    slice_["PixelData"].VR, slice_["PixelData"].is_undefined_length = "OB", True
 
 
 def truncate(path, share=0.5):

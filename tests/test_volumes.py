@@ -1,6 +1,7 @@
 """CTVolume and read_volume: every format, every orientation, and what they refuse."""
 
 import gzip
+import zipfile
 
 import nibabel as nib
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import SimpleITK as sitk
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scans import SHAPE, SPACING, chest, truncate, write_itk, write_nifti
+from scans import SHAPE, SPACING, chest, truncate, write_dicom, write_itk, write_nifti
 
 from medctkit.volumes import CTVolume, read_volume
 
@@ -88,18 +89,20 @@ def test_nifti_scaling_and_the_callers_rescaling(tmp_path):
     volume = read_volume(str(path), rescale_intercept=-1024)
     np.testing.assert_array_equal(volume.hu, chest())
     assert "HU = value * 1 + -1024, as asked for" in volume.provenance
-    image = nib.Nifti1Image(stored.transpose(2, 1, 0), np.eye(4))
+    image = nib.Nifti1Image((2 * chest() + 1024).transpose(2, 1, 0), np.diag([*SPACING[::-1], 1]))
     image.header.set_slope_inter(0.5, -512)
     nib.save(image, path)
     expected = nib.load(path).get_fdata().transpose(2, 1, 0)
-    np.testing.assert_allclose(read_volume(path).hu, expected, atol=1e-3)
+    volume = read_volume(path)
+    np.testing.assert_allclose(volume.hu, expected, atol=1e-3)
+    assert "value * 0.5 + -512 of the NIfTI header applied" in volume.provenance
 
 
 def test_spacing_replaces_the_header(tmp_path):
-    volume = read_volume(write_nifti(tmp_path / "scan.nii", chest()), spacing=(5, 1, 2))
-    assert volume.spacing == (5, 1, 2)
-    np.testing.assert_allclose(np.linalg.norm(volume.affine[:3, :3], axis=0), (5, 1, 2))
-    assert "spacing (5, 1, 2) mm, as asked for" in volume.provenance
+    volume = read_volume(write_nifti(tmp_path / "scan.nii", chest()), spacing=(10, 6, 9))
+    assert volume.spacing == (10, 6, 9)
+    np.testing.assert_allclose(np.linalg.norm(volume.affine[:3, :3], axis=0), (10, 6, 9))
+    assert "spacing (10, 6, 9) mm, as asked for" in volume.provenance
 
 
 def test_a_header_without_orientation_gets_the_documented_one(tmp_path):
@@ -242,3 +245,35 @@ def test_phantoms_of_both_hospitals_are_in_hu():
 
     for hospital in ("source", "target"):
         check_hu(generate(3, hospital).volume.hu)
+
+
+# --- zip files
+
+
+def zipped(path, folder):
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*.dcm")):
+            archive.write(file, file.relative_to(folder))
+    return path
+
+
+def test_a_zip_file_is_read_like_its_folder(tmp_path):
+    folder = write_dicom(tmp_path / "series", chest())
+    volume = read_volume(zipped(tmp_path / "Export.ZIP", folder))
+    np.testing.assert_array_equal(volume.hu, read_volume(folder).hu)
+    assert volume.provenance[0] == "read from DICOM series Export.ZIP"
+
+
+def test_one_series_of_a_zip_file_is_chosen(tmp_path):
+    write_dicom(tmp_path / "scans" / "a", chest(), series="1.2.3")
+    write_dicom(tmp_path / "scans" / "b", chest() - 5, series="1.2.4")
+    path = zipped(tmp_path / "scans.zip", tmp_path / "scans")
+    np.testing.assert_array_equal(read_volume(path, series="1.2.4").hu, chest() - 5)
+    with pytest.raises(ValueError, match="scans.zip: .*series"):
+        read_volume(path)
+
+
+def test_a_damaged_zip_file(tmp_path):
+    path = truncate(zipped(tmp_path / "scan.zip", write_dicom(tmp_path / "series", chest())))
+    with pytest.raises(ValueError, match="scan.zip: the zip archive is truncated or damaged"):
+        read_volume(path)

@@ -1,0 +1,255 @@
+"""DICOM files of a folder: which are slices of a scan, and of which series.
+
+A file counts as DICOM by its contents, not by its name, and what is left out is counted.
+"""
+
+import os
+import re
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+_MOST_BYTES = 64 << 20  # of a file; one slice of 4096 x 4096 has 32 MiB
+# where a file without preamble starts: first element, with a type in letters or (implicit) a short length
+_BARE = re.compile(rb"[\x02\x08]\x00[\x00-\x2f]\x00(?:UL|UI|OB|CS|SH|LO|DA|TM|UN|.\x00\x00\x00)", re.DOTALL)
+_USED = """SOPClassUID Modality ImageType SamplesPerPixel PhotometricInterpretation Rows Columns BitsAllocated
+    BitsStored HighBit PixelRepresentation LossyImageCompression LossyImageCompressionRatio PixelData""".split()
+_PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+_SUFFIXES = (".dcm", ".dicom", ".ima")
+_DEFLATED, _EXPLICIT = b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.2.1\0\0\0"
+_CT_IMAGE, _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.7"
+_PAGES = {"SCREEN SAVE", "DOSE_INFO", "CSA REPORT"}  # in ImageType: text as a picture, by GE and Siemens
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A file and its header, without the pixels."""
+
+    path: Path
+    name: str  # path inside the folder
+    header: "Dataset"
+
+    def text(self, tag: str) -> str:
+        """A tag as text, several values with / between them; empty where the header has none."""
+        value = decode(lambda: self.header.get(tag), self.name)
+        values = value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value]
+        return "/".join("" if value is None else str(value).strip() for value in values)
+
+    def numbers(self, tag: str, count: int = 1) -> np.ndarray | None:
+        """Finite numbers of a tag, shape (count,); None where the header has none."""
+        value = decode(lambda: self.header.get(tag), self.name)
+        if value is None or (isinstance(value, str | bytes) and not value.strip()):
+            return None
+        try:
+            numbers = np.atleast_1d(np.array(value, dtype=float))
+        except (TypeError, ValueError, OverflowError):
+            numbers = np.array([])
+        if numbers.shape != (count,) or not np.isfinite(numbers).all():
+            raise ValueError(
+                f"{self.name} is damaged: {tag} is {value!r}, expected {count} number(s); get the file again"
+            )
+        return numbers
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether a file starts as a DICOM file does, with its preamble of 128 bytes or without."""
+    with open(path, "rb") as file:
+        return _starts_as_dicom(file.read(132))
+
+
+def decode(read: Callable[[], Any], part: str = "") -> Any:
+    """Run a decoder; whatever it raises on a broken file (each has its own types), say what the user can do.
+
+    Raises:
+        ValueError: `read` failed; `part` names the file inside a folder.
+    """
+    try:
+        return read()
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        part = f"{part} " if part else ""
+        raise ValueError(f"{part}can't be read: truncated or damaged; get the file again ({lines[-1]})") from error
+
+
+def _starts_as_dicom(head: bytes) -> bool:
+    return head[128:132] == b"DICM" or head.startswith(b"DICM") or _BARE.match(head) is not None
+
+
+def load(path: Path, name: str) -> "Dataset | None":
+    """A whole DICOM file (of more than 64 MiB: its start), or None where it is none.
+
+    Raises:
+        ValueError: names the file, which is damaged.
+    """
+    with open(path, "rb") as file:
+        head = file.read(132)
+        if not _starts_as_dicom(head):
+            return None
+        # pydicom would ask for as many bytes as a damaged header says; of bytes in memory there are no more
+        data = head + file.read(min(os.fstat(file.fileno()).st_size, _MOST_BYTES))
+    return decode(lambda: _parse(data), name)
+
+
+def _parse(data: bytes) -> "Dataset | None":
+    import pydicom
+
+    bare = data[128:132] != b"DICM"
+    if data.startswith(b"DICM"):
+        data = bytes(128) + data
+    elif bare and data.startswith(b"\x02\x00"):
+        data = bytes(128) + b"DICM" + data
+    end_of_meta = 144 + int.from_bytes(data[140:144], "little")
+    if _DEFLATED in data[132:end_of_meta]:
+        # inflated here, with a limit; the header then is that of the inflated file
+        whole = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data[end_of_meta:], _MOST_BYTES)
+        data = data[:end_of_meta].replace(_DEFLATED, _EXPLICIT) + whole
+    dataset = pydicom.dcmread(BytesIO(data), force=True)
+    dataset.buffer = None  # or each header would keep the bytes of its whole file
+    if not dataset.file_meta.get("TransferSyntaxUID"):
+        dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian  # DICOM's default
+    for tag in _USED:
+        dataset.get(tag)  # pydicom decodes a value when it is asked for: let it fail here, not later
+    dataset.file_meta.get("MediaStorageSOPClassUID")
+    return None if bare and not ("SOPClassUID" in dataset or "Modality" in dataset) else dataset
+
+
+def chosen_series(folder: Path, wanted: str | None = None) -> tuple[list[Slice], list[str]]:
+    """The slices of the one series to read, in the order of their names, and notes on what was left out.
+
+    Args:
+        folder: searched with its subfolders.
+        wanted: SeriesInstanceUID, SeriesNumber or SeriesDescription, where there are several.
+
+    Raises:
+        ValueError: no series, several and none or more than one `wanted`, not a CT, or a damaged file.
+    """
+    found, left_out = _sorted_out(folder)
+    listing = "".join(f"\n  {_described(slices)}" for slices in found)
+    if not found:
+        n, what = sum(left_out.values()), _counted(left_out)
+        raise ValueError(f"no DICOM slice of a scan among its {n} files: {what}; give the folder with the series")
+    if wanted is not None:
+        wanted = str(wanted).strip()
+        matches = [slices for slices in found if wanted and wanted in _names(slices[0])]
+        if len(matches) != 1:
+            many = f"{len(matches)} series are" if matches else "no series is"
+            raise ValueError(f"{many} called {wanted!r} (UID, number or description). There are:{listing}")
+    elif len(found) > 1:
+        raise ValueError(
+            f"{len(found)} series in one folder; choose one with series='...', its UID, number or description, or "
+            f"put it into a folder of its own:{listing}"
+        )
+    else:
+        matches = found
+    for item in matches[0]:
+        if item.text("Modality") != "CT":
+            raise ValueError(
+                f"{item.name} is of modality {item.text('Modality') or 'unknown'}, not a CT; choose or get a CT series"
+            )
+    notes = [f"left out: {_counted(left_out)}"] if left_out else []
+    if len(found) > 1:
+        notes.insert(0, f"series {_described(matches[0])}, chosen from {len(found)}")
+    return matches[0], notes
+
+
+def _sorted_out(folder: Path) -> tuple[list[list[Slice]], Counter]:
+    """Series of pictures (slices in the order of their names), and how many files of each other kind."""
+    files = _files(folder)
+    if not files:
+        raise ValueError("the folder is empty; expected the slices of a DICOM series")
+    series, left_out, others = defaultdict(list), Counter(), []
+    for file in files:
+        name = file.relative_to(folder).as_posix()
+        header = load(file, name)
+        if header is None:
+            others.append((file, name))
+            continue
+        item = Slice(file, name, header)
+        kind = _kind_left_out(item)
+        if kind:
+            left_out[kind] += 1
+        else:
+            uid = item.text("SeriesInstanceUID")
+            key = (uid,) if uid else ("", str(file.parent), item.text("SeriesNumber"), item.text("SeriesDescription"))
+            series[key].append(item)
+        for tag in _PIXELS:
+            header.pop(tag, None)
+    alike = {(item.path.parent, item.path.suffix) for slices in series.values() for item in slices}
+    for file, name in others:
+        _check_no_slice(file, name, (file.parent, file.suffix) in alike)
+        left_out["file that is not DICOM"] += 1
+    return list(series.values()), left_out
+
+
+def _files(folder: Path) -> list[Path]:
+    def refuse(error: OSError) -> None:
+        raise error  # a subfolder without permission to read: os.walk would pass it over in silence
+
+    files = sorted(Path(root, name) for root, _, names in os.walk(folder, onerror=refuse) for name in names)
+    for file in files:
+        if file.is_symlink() and not file.exists():
+            name = file.relative_to(folder).as_posix()
+            raise ValueError(f"{name} is a link that leads nowhere; get the file itself, or take the link away")
+    return [file for file in files if file.is_file()]
+
+
+def _kind_left_out(item: Slice) -> str:
+    """What a DICOM file is that is no slice of a scan; empty for one that may be."""
+    from pydicom.uid import UID
+
+    header = item.header
+    kind = item.text("SOPClassUID") or str(header.file_meta.get("MediaStorageSOPClassUID") or "")
+    image_type = set(item.text("ImageType").split("/"))
+    if "DirectoryRecordSequence" in header:
+        return "DICOMDIR"
+    if kind == _SECONDARY_CAPTURE or kind.startswith(_SECONDARY_CAPTURE + "."):
+        return "secondary capture"
+    if not any(tag in header for tag in _PIXELS):
+        if kind in ("", _CT_IMAGE):
+            raise ValueError(f"{item.name} has no pixels: truncated or damaged; get the file again")
+        return UID(kind).name
+    if "LOCALIZER" in image_type:
+        return "localizer"
+    return "page of text (dose report)" if image_type & _PAGES else ""
+
+
+def _check_no_slice(path: Path, name: str, like_slices: bool) -> None:
+    """Refuse a file that is not DICOM, but by its name or contents was to be a slice."""
+    with open(path, "rb") as file:
+        start = file.read(1024)
+    if path.name.startswith(".") or not (like_slices or path.suffix.lower() in _SUFFIXES):
+        return  # a read-me, a viewer, macOS's ._ files
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise ValueError(f"{name} is a web page, not DICOM: its download failed or needs a login; get the file again")
+    if path.suffix.lower() in _SUFFIXES or not start or b"\0" in start:  # a text without suffix may be a read-me
+        size = path.stat().st_size
+        raise ValueError(f"{name} ({size} bytes) is damaged: it has no DICOM header; get it again, or take it away")
+
+
+def _counted(kinds: Counter) -> str:
+    return ", ".join(f"{kind} ({n})" for kind, n in sorted(kinds.items()))
+
+
+def _names(item: Slice) -> set[str]:
+    return {item.text(tag) for tag in ("SeriesInstanceUID", "SeriesNumber", "SeriesDescription")} - {""}
+
+
+def _described(slices: list[Slice]) -> str:
+    first = slices[0]
+    named = {
+        "number": first.text("SeriesNumber"),
+        "kernel": first.text("ConvolutionKernel"),
+        "UID": first.text("SeriesInstanceUID"),
+    }
+    rest = "".join(f", {what} {value or 'not given'}" for what, value in named.items())
+    modality, description = first.text("Modality") or "unknown modality", first.text("SeriesDescription")
+    return f"{modality} {description!r}, {len(slices)} slices{rest}, such as {first.name}"

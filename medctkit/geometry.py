@@ -1,0 +1,140 @@
+"""Where the voxels of a scan lie in the patient: orientation letters, spacing, affines.
+
+The index of a volume is (d, h, w): slices, rows, columns. Patient coordinates are in mm and grow towards the
+patient's right, front and head (RAS, as in NIfTI). A letter of RLAPSI names the side of the patient towards
+which the index of an axis grows.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+CANONICAL = "SPL"  # slices from feet to head, rows from front to back, columns from right to left
+
+# letter -> patient axis (right-left, back-front, feet-head), and whether RAS coordinates grow towards it
+LETTERS = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
+_STEP_RANGE = (0.05, 20.0)  # mm between voxels
+# Millimetres that a scan covers along an axis. One turn of a 64-row scanner covers 40: less is no chest, or has the
+# wrong spacing. 700 is the widest reconstruction circle of large-bore scanners; a scan longer than that goes far
+# beyond the chest, and the model's 360 mm would be cut from its middle, the belly.
+_EXTENT_RANGE = (40.0, 700.0)
+_FARTHEST = 1e6  # mm from the scanner's middle
+_MOST_SHEAR = 1.0  # degrees that two axes may be away from a right angle
+
+
+def checked_spacing(spacing: Sequence[float]) -> tuple[float, float, float]:
+    """Spacing as three floats.
+
+    Raises:
+        ValueError: not three positive lengths.
+    """
+    try:
+        steps = tuple(float(step) for step in spacing)
+    except (TypeError, ValueError):
+        steps = ()
+    if len(steps) != 3 or not all(np.isfinite(step) and step > 0 for step in steps):
+        raise ValueError(f"spacing {steps or repr(spacing)}: expected three positive lengths in mm (d, h, w)")
+    return steps
+
+
+def checked_orientation(orientation: str) -> str:
+    """Orientation in capital letters.
+
+    Raises:
+        ValueError: it does not name one direction of each patient axis.
+    """
+    letters = str(orientation).upper()
+    if sorted(LETTERS.get(letter, (-1,))[0] for letter in letters) != [0, 1, 2]:
+        raise ValueError(f"orientation {orientation!r}: expected one each of R/L, A/P and S/I, such as 'SPL'")
+    return letters
+
+
+def steps_of(affine: np.ndarray) -> tuple[float, float, float]:
+    """Length in mm of one step of d, h and w; rounded, as headers hold float32 (0.75 must stay 0.75)."""
+    return tuple(round(float(step), 6) for step in np.linalg.norm(affine[:3, :3], axis=0))
+
+
+def straight_affine(spacing: Sequence[float], orientation: str) -> np.ndarray:
+    """Affine of a volume that lies straight in the scanner, with its first voxel at the origin."""
+    affine = np.zeros((4, 4))
+    affine[3, 3] = 1
+    for column, (step, letter) in enumerate(zip(spacing, orientation, strict=True)):
+        axis, sign = LETTERS[letter]
+        affine[axis, column] = sign * step
+    return affine
+
+
+def ras_affine(axes: np.ndarray, origin: Sequence[float]) -> np.ndarray:
+    """Affine from the steps of d, h, w (columns) and the first voxel in the LPS mm of DICOM and ITK."""
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = axes, origin
+    affine[:2] *= -1
+    return affine
+
+
+def with_spacing(affine: np.ndarray, spacing: Sequence[float] | None) -> np.ndarray:
+    """The affine with its directions kept and its steps replaced, where `spacing` is given."""
+    if spacing is None:
+        return affine
+    return affine @ np.diag([*np.divide(checked_spacing(spacing), _lengths(affine)), 1])
+
+
+def nearest_orientation(affine: np.ndarray) -> str:
+    """The orientation letters nearest to an affine, which may be oblique.
+
+    Raises:
+        ValueError: the affine is not finite, flattens the scan, or its axes are not at right angles.
+    """
+    from nibabel.orientations import aff2axcodes
+
+    unit = affine[:3, :3] / _lengths(affine)
+    cosines = np.abs(np.triu(unit.T @ unit, 1))
+    shear = np.degrees(np.arcsin(min(1.0, cosines.max())))
+    if shear > _MOST_SHEAR:
+        raise ValueError(
+            f"the axes in the header are {shear:.1f} degrees away from a right angle, as after a tilted gantry or a "
+            "registration: straighten the scan first (dcm2niix makes straight files from its DICOM slices)"
+        )
+    return "".join(aff2axcodes(affine))
+
+
+def check_size(spacing: Sequence[float], shape: Sequence[int], notes: Sequence[str] = ()) -> None:
+    """Refuse a box that can't be the scan of a chest.
+
+    Args:
+        spacing: (d, h, w) in mm.
+        shape: voxels (d, h, w).
+        notes: what was done to the spacing; goes into the message.
+
+    Raises:
+        ValueError: voxels below 0.05 or above 20 mm, or a scan of less than 40 or more than 700 mm.
+    """
+    said = f" ({'; '.join(notes)})" if notes else ""
+    low, high = _STEP_RANGE
+    if not all(low <= step <= high for step in spacing):
+        raise ValueError(
+            f"spacing {tuple(spacing)} mm (slices, rows, columns) is none of a CT, which has {low} to {high} mm; "
+            f"pass the right one as spacing=(d, h, w){said}"
+        )
+    low, high = _EXTENT_RANGE
+    extent = [n * step for n, step in zip(shape, spacing, strict=True)]
+    if not all(low <= length <= high for length in extent):
+        covered = " x ".join(f"{length:.4g}" for length in extent)
+        raise ValueError(
+            f"{' x '.join(map(str, shape))} voxels (slices, rows, columns) of {tuple(spacing)} mm cover {covered} mm, "
+            f"and a scan of a chest covers {low:g} to {high:g} mm along each. Is the spacing wrong? Pass the right one "
+            f"as spacing=(d, h, w). A whole-body scan? Cut the chest out first{said}"
+        )
+
+
+def _lengths(affine: np.ndarray) -> np.ndarray:
+    """Lengths of the three axes in mm, none of them 0."""
+    if np.isfinite(affine).all() and np.abs(affine).max() < _FARTHEST:
+        lengths = np.linalg.norm(affine[:3, :3], axis=0)
+        # a determinant near 0: two axes point the same way
+        if lengths.all() and abs(np.linalg.det(affine[:3, :3] / lengths)) > 1e-3:
+            return lengths
+    raise ValueError(
+        f"the affine in the header is unusable, as it does not span a box: {affine.tolist()}; get the file again, or "
+        "make it anew from the DICOM slices"
+    )

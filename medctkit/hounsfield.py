@@ -1,0 +1,131 @@
+"""The HU guard: are these values the Hounsfield units of a chest?
+
+Nothing fails when a model gets values that are off by 1024: it just sees air. The trap is real: the files of
+CT-RATE version 1 hold stored values that the slope and intercept of its metadata turn into HU, those of
+version 2 hold HU already, and rescaling them once more makes a wall of -1 of the chest. So every scan is
+checked by what any chest shows whatever the scanner: gas, soft tissue at its known place, nothing below gas.
+"""
+
+import numpy as np
+
+HU_RANGE = (-8192, 32767)  # scanners fill what they did not see with values down to -8192; metal reaches 30,000
+MODEL_FLOOR = -1000  # HU that becomes -1, the lowest value a model sees
+
+_GAS, _LEAST_GAS = (-1200, -600), 0.005  # lungs, windpipe, the air around the patient
+_TISSUE, _LEAST_TISSUE = (-300, 300), 0.03
+# Noise and streaks go below gas, but not with a tenth of the scan. The value outside the reconstruction
+# circle (-2000, -3024, -8192) does not count: it is one and the same everywhere.
+_MOST_BELOW_GAS = 0.1
+# Of what is denser than lung, most is fat, muscle or blood (with contrast medium: up to 500); measured on real
+# scans and phantoms: at least 0.68. Where soft tissue was shifted into the lung's place: at most 0.33.
+_DENSER_THAN_LUNG, _SOFT, _LEAST_SOFT = -450, (-200, 500), 0.4
+_MOST_OTHERS = 0.001  # of the voxels, where all the rest has one value
+_USUAL_INTERCEPTS = (-1024.0, -1000.0, -8192.0)
+_SAMPLE = 1_000_000
+
+
+def check_hu(hu: np.ndarray, rescale: tuple[float, float] | None = None) -> None:
+    """Refuse values that can't be the Hounsfield units of a chest.
+
+    Every chest CT shows gas (-1200 to -600 HU, at least 0.5 % of the voxels) and soft tissue (-300 to 300 HU,
+    at least 3 %); of what is denser than lung (-450 HU) at least 40 % is fat, muscle and blood (-200 to 500
+    HU), and next to nothing is below gas but the one value outside the reconstruction circle. Stored values that
+    nobody rescaled lack the gas; in values rescaled twice the lungs lie below gas and the soft tissue where
+    lung should be. The rules look at about a million voxels.
+
+    Args:
+        hu: finite values taken for HU, any shape.
+        rescale: slope and intercept that the caller asked for and that are in `hu` already. Where they do the
+            damage, the message says so.
+
+    Raises:
+        ValueError: constant or nearly so, implausibly low or high, no gas, no soft tissue at its place, much
+            below gas. The message says what would make the values plausible.
+    """
+    limits = np.array([hu.min(), hu.max()], dtype=float)
+    if limits[0] == limits[1]:
+        raise ValueError(f"every voxel is {limits[0]:g}: there is no picture in it")
+    # an odd stride, so that the sample comes from all columns
+    values = hu.reshape(-1)[:: max(1, hu.size // _SAMPLE) | 1]
+    problem = _problem(values, limits)
+    if problem is None:
+        return
+    advice = ""
+    if rescale is not None:
+        slope, intercept = rescale
+        stored, stored_limits = (values - intercept) / slope, (limits - intercept) / slope
+        if _problem(stored, stored_limits) is None:
+            raise ValueError(
+                f"rescaled twice: the file is in HU already (median {np.median(stored):g}; {_floor(stored):.0%} of "
+                f"the voxels at or below {MODEL_FLOOR} HU, which a model sees as -1), and value * {slope:g} + "
+                f"{intercept:g} spoils it (median {np.median(values):g}; {_floor(values):.0%}). Leave out "
+                "rescale_slope and rescale_intercept: in CT-RATE they are meant for version 1, not for version 2 "
+                "(folders ending in _fixed)"
+            )
+        values, limits = stored, stored_limits
+    fitting = [i for i in _USUAL_INTERCEPTS if _problem(values + i, limits + i) is None]
+    undoing = [-i for i in _USUAL_INTERCEPTS if _problem(values - i, limits - i) is None]
+    if fitting:
+        listed = " or ".join(f"{i:g}" for i in fitting)
+        advice = f". With a rescale_intercept of {listed} these values would be plausible"
+        advice += "; the scan's own metadata say which it is" if len(fitting) > 1 else ""
+    elif undoing:
+        advice = (
+            f". With {undoing[0]:g} added they would be plausible: whoever wrote this file subtracted it from values "
+            "that were in HU already; get the file from before that step"
+        )
+    raise ValueError(problem + advice)
+
+
+def _floor(values: np.ndarray) -> float:
+    return float(np.mean(values <= MODEL_FLOOR))
+
+
+def _problem(values: np.ndarray, limits: np.ndarray) -> str | None:
+    """What keeps values (n,) with these limits (lowest, highest) from being a chest in HU; None: nothing."""
+    low, high = limits
+    median = np.median(values)
+    others = np.count_nonzero(values != median)
+    if others <= values.size * _MOST_OTHERS:
+        return f"all but {others} of {values.size} voxels are {median:g}: there is next to no picture in it"
+    below = values < _GAS[0]
+    scanned = values
+    if below.mean() > _MOST_BELOW_GAS:
+        found, counts = np.unique(values[below], return_counts=True)
+        scanned = values[values != found[counts.argmax()]]  # without the outside of the reconstruction circle
+        below = scanned < _GAS[0]
+    gas = np.mean((scanned >= _GAS[0]) & (scanned < _GAS[1]))
+    tissue = np.mean((scanned >= _TISSUE[0]) & (scanned <= _TISSUE[1]))
+    found = (
+        f"not in HU: values {low:g} to {high:g}, median {median:g}, {gas:.1%} gas {_GAS}, "
+        f"{tissue:.1%} soft tissue {_TISSUE}."
+    )
+    if low < HU_RANGE[0] or high > HU_RANGE[1]:
+        return (
+            f"{found} HU lie in {HU_RANGE}; check rescale_slope and rescale_intercept, and leave them out "
+            "if the file is in HU already"
+        )
+    if below.mean() > _MOST_BELOW_GAS:
+        return (
+            f"{found} Nothing in a chest is below gas, and {below.mean():.0%} of this are: these look like values "
+            "rescaled twice; leave out rescale_slope and rescale_intercept if the file is in HU already"
+        )
+    if gas < _LEAST_GAS:
+        return (
+            f"{found} A chest has air: these look like stored or normalised values; pass the rescale_slope "
+            "and rescale_intercept of this scan (often 1 and -1024)"
+        )
+    if tissue < _LEAST_TISSUE:
+        return (
+            f"{found} A chest has soft tissue: these look like values rescaled twice, or a scan of something else; "
+            "leave out rescale_slope and rescale_intercept if the file is in HU already"
+        )
+    dense = scanned[scanned > _DENSER_THAN_LUNG]
+    soft = np.mean((dense >= _SOFT[0]) & (dense <= _SOFT[1]))
+    if soft < _LEAST_SOFT:
+        return (
+            f"{found} Of what is denser than lung most is fat, muscle and blood {_SOFT}, here only {soft:.0%}: these "
+            "look like stored values, or values rescaled with a wrong slope or intercept; check rescale_slope and "
+            "rescale_intercept"
+        )
+    return None
