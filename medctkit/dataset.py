@@ -1,30 +1,23 @@
 """A torch dataset over a manifest, with the prepared volumes kept on disk.
 
 Phantoms are made from their seeds, real scans (rows with a `path`) are read; both go through `preprocess`
-once. A prepared volume is a small file whose name is a hash of the study's checksum and the settings, so a
-changed setting never reads an old file; a damaged file is noticed and made again.
+once, and are read from the cache from then on.
 """
 
-import hashlib
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from medctkit.cache import VolumeCache
 from medctkit.findings import FINDINGS
-from medctkit.manifest import study_from_row
+from medctkit.manifest import volume_from_row
+from medctkit.prepare import content_of, key_of, prepare, prepare_row
 from medctkit.preprocessing import PreprocessConfig, preprocess
-from medctkit.volumes import read_volume
 
 if TYPE_CHECKING:
     import pandas as pd
-
-CACHE_FORMAT = 1  # raised when the content of prepared files changes
-STEPS = 32767  # prepared values are stored as whole numbers of 1/32767: at most 1.6e-5 off, 0.016 HU
 
 
 class CTReportDataset(Dataset):
@@ -47,7 +40,7 @@ class CTReportDataset(Dataset):
             raise ValueError("the manifest has no rows for this dataset; look at its hospital and split columns")
         self.rows: list[dict] = manifest.to_dict("records")
         self.config = preprocess_config
-        self.cache_dir = None if cache_dir is None else Path(cache_dir)
+        self.cache = None if cache_dir is None else VolumeCache(cache_dir)
         self._loaded: list[torch.Tensor] | None = None
 
     def __len__(self) -> int:
@@ -65,31 +58,25 @@ class CTReportDataset(Dataset):
         }
 
     def prepare(self, workers: int | None = None) -> None:
-        """Prepare what is not in the cache yet, in parallel; stop and start again as you like."""
-        from concurrent.futures import ProcessPoolExecutor, as_completed
-        from multiprocessing import get_context
+        """Prepare what is not in the cache yet, in parallel; stop and start again as you like.
 
-        from tqdm.auto import tqdm
+        Args:
+            workers: processes; by default one for each core.
 
-        if self.cache_dir is None:
+        Raises:
+            ValueError: no `cache_dir`, or studies that could not be prepared: which, and why. The others are.
+            OSError: no room on the disk.
+        """
+        if self.cache is None:
             raise ValueError("prepare() needs a cache_dir to put the volumes into; give one to CTReportDataset")
-        self.cache_dir.mkdir(parents=True, exist_ok=True)
-        todo = [row for row in self.rows if not self._file(row).exists()]
-        if not todo:
-            return
-        workers = workers or os.cpu_count() or 1
-        megabytes = len(todo) * 2 * np.prod(self.config.shape) / 1e6
-        print(f"preparing {len(todo)} of {len(self.rows)} studies on {workers} cores, at most {megabytes:.0f} MB")
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
-            parts = [todo[i : i + 8] for i in range(0, len(todo), 8)]
-            futures = [pool.submit(_prepare_rows, part, self.config, self.cache_dir) for part in parts]
-            try:
-                with tqdm(total=len(todo), desc="preparing", unit="study") as bar:
-                    for future in as_completed(futures):
-                        bar.update(future.result())
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        done = prepare(self.rows, self.config, self.cache.folder, workers=workers)
+        for row in self.rows:  # so that no file is hashed again
+            row["checksum"] = done.contents.get(row["study"], row["checksum"])
+        failures = done.failures
+        if failures:
+            listing = "\n".join(f"  {failure['study']}: {failure['message']}" for failure in failures[:5])
+            more = f"\n  ... and {len(failures) - 5} more" if len(failures) > 5 else ""
+            raise ValueError(f"{len(failures)} of {len(self.rows)} studies could not be prepared:\n{listing}{more}")
 
     def in_memory(self) -> "CTReportDataset":
         """Load all volumes at once and go on from memory (0.5 MB each at the mini size); returns itself."""
@@ -99,61 +86,17 @@ class CTReportDataset(Dataset):
         self._loaded = [self._pixels(row) for row in bar]
         return self
 
-    def _file(self, row: dict) -> Path:
-        key = repr((CACHE_FORMAT, row["checksum"], row.get("path"), self.config))
-        return self.cache_dir / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
-
     def _pixels(self, row: dict) -> torch.Tensor:
-        if self.cache_dir is None:
-            return _make(row, self.config)
-        file = self._file(row)
-        values = _load(file, self.config.shape) if file.exists() else None
-        if values is None:
-            values = (_make(row, self.config).numpy() * STEPS).round().astype(np.int16)
-            _save(values, file)
-        # from the stored numbers the first time too, so that a second run sees exactly what the first saw
-        return torch.from_numpy(values.astype(np.float32) / STEPS)
-
-
-def _make(row: dict, config: PreprocessConfig) -> torch.Tensor:
-    """Read or generate a row's volume and prepare it."""
-    path = row.get("path")
-    if isinstance(path, str) and path:
-        return preprocess(read_volume(path), config)
-    return preprocess(study_from_row(row).volume, config)
-
-
-def _save(values: np.ndarray, file: Path) -> None:
-    digest = np.frombuffer(hashlib.sha256(values.tobytes()).digest(), dtype=np.uint8)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"{file.stem}.{os.getpid()}.tmp.npz")
-    np.savez_compressed(temporary, values=values, digest=digest)
-    os.replace(temporary, file)
-
-
-def _load(file: Path, shape: Sequence[int]) -> np.ndarray | None:
-    """The int16 values of a prepared volume, or None if the file is damaged."""
-    try:
-        with np.load(file, allow_pickle=False) as found:
-            values, digest = found["values"], found["digest"]
-    except Exception:  # a flipped bit may raise anything: zip, zlib, "encrypted", "not supported" ...
-        return None
-    if values.shape != (1, *shape) or hashlib.sha256(values.tobytes()).digest() != digest.tobytes():
-        return None
-    return values
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)  # the processes are the parallelism
-
-
-def _prepare_rows(rows: list[dict], config: PreprocessConfig, cache_dir: Path) -> int:
-    import pandas as pd
-
-    dataset = CTReportDataset(pd.DataFrame(rows), config, cache_dir)
-    for row in dataset.rows:
-        dataset._pixels(row)
-    return len(rows)
+        if self.cache is None:
+            return preprocess(volume_from_row(row), self.config)
+        content = content_of(row)
+        key = key_of(row, content, self.config)
+        pixels = self.cache.load(key)
+        if pixels is None:
+            prepare_row(row, content, self.config, self.cache)
+            # as it was stored, so that a second run sees exactly what the first saw
+            pixels = self.cache.load(key)
+        return pixels
 
 
 def collate(tokenizer: Any, max_length: int = 128) -> Callable[[Sequence[dict]], dict[str, Any]]:

@@ -28,3 +28,14 @@ def real_ct():
 def real_scan(request, real_ct):
     """Path of one real scan after the other, one for each format and orientation."""
     return real_ct / REAL_SCANS[request.param]
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """Two workers, as someone else's cluster would be; started once, because that takes seconds."""
+    from distributed import LocalCluster
+
+    with LocalCluster(
+        n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0", silence_logs="CRITICAL"
+    ) as cluster:
+        yield cluster

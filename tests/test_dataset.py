@@ -5,8 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scans import chest, write_nifti
 
-from medctkit.dataset import CTReportDataset, _load, _save, collate
+from medctkit.cache import STEPS, digest_of
+from medctkit.dataset import CTReportDataset, collate
 from medctkit.findings import FINDINGS
 from medctkit.manifest import load_manifest, study_from_row
 from medctkit.mini import load_mini_base
@@ -33,11 +35,11 @@ def test_items_hold_volume_report_and_labels(rows):
 def test_the_cache_changes_nothing_a_model_could_see(rows, tmp_path):
     fresh, kept = CTReportDataset(rows, MINI), CTReportDataset(rows, MINI, tmp_path)
     kept.prepare(workers=1)
-    assert len(list(tmp_path.iterdir())) == len(rows)
+    assert len(list(tmp_path.glob("*.safetensors"))) == len(rows)
     for i in range(len(rows)):
         exact = preprocess(study_from_row(rows.iloc[i]).volume, MINI)
         assert torch.equal(fresh[i]["pixel_values"], exact)
-        assert (kept[i]["pixel_values"] - exact).abs().max() <= 1.6e-5
+        assert (kept[i]["pixel_values"] - exact).abs().max() <= 0.5 / STEPS
     loaded = CTReportDataset(rows, MINI, tmp_path).in_memory()
     assert torch.equal(loaded[1]["pixel_values"], kept[1]["pixel_values"])
 
@@ -54,19 +56,6 @@ def test_prepared_files_are_read_again_damaged_ones_made_again(rows, tmp_path):
         file.write_bytes(damaged)
         assert torch.equal(dataset[0]["pixel_values"], first)
         assert file.read_bytes() == content
-
-
-def test_a_flipped_bit_anywhere_is_noticed(tmp_path):
-    file = tmp_path / "small.npz"
-    values = np.random.default_rng(0).integers(-32767, 32768, (1, 6, 6, 6), dtype=np.int16)
-    _save(values, file)
-    content = file.read_bytes()
-    assert np.array_equal(_load(file, (6, 6, 6)), values)
-    for at in range(len(content)):
-        for bit in (1, 8, 64):
-            file.write_bytes(content[:at] + bytes([content[at] ^ bit]) + content[at + 1 :])
-            found = _load(file, (6, 6, 6))  # a bit that nobody reads, of a time stamp say, does no harm
-            assert found is None or np.array_equal(found, values)
 
 
 def test_another_setting_never_reads_an_old_file(rows, tmp_path):
@@ -94,9 +83,27 @@ def test_real_files_go_through_the_same_dataset(rows, tmp_path):
     hu = np.full((40, 40, 30), -1000, np.int16)
     hu[8:32, 8:32, 4:26] = 40
     nibabel.save(nibabel.Nifti1Image(hu, np.diag([8.0, 8.0, 10.0, 1.0])), tmp_path / "scan.nii.gz")
-    table = rows.head(1).assign(path=str(tmp_path / "scan.nii.gz"))
+    table = rows.head(1).assign(path=str(tmp_path / "scan.nii.gz"), checksum="")
     pixels = CTReportDataset(table, MINI, tmp_path / "cache")[0]["pixel_values"]
     assert pixels.shape == (1, 32, 64, 64) and np.isclose(pixels.max(), 0.04, atol=1e-4)
+
+
+def test_a_file_is_hashed_once_and_then_needed_no_more(rows, tmp_path):
+    scan = write_nifti(tmp_path / "scan.nii.gz", chest())
+    table = rows.head(1).assign(path=str(scan), checksum="", seed=None)
+    dataset = CTReportDataset(table, MINI, tmp_path / "cache")
+    dataset.prepare(workers=1)
+    assert dataset.rows[0]["checksum"] == digest_of(scan)
+    scan.unlink()
+    assert dataset[0]["pixel_values"].max() > -1
+
+
+def test_studies_that_cannot_be_prepared_are_listed(rows, tmp_path):
+    table = rows.head(3).assign(path=["", str(tmp_path / "none.nii"), ""], checksum=lambda t: t["checksum"])
+    table.loc[table.index[1], "checksum"] = ""
+    with pytest.raises(ValueError, match=r"1 of 3 studies could not be prepared:\n  target_.*there is no such file"):
+        CTReportDataset(table, MINI, tmp_path / "cache").prepare(workers=1)
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2
 
 
 def test_bad_input_is_refused(rows):

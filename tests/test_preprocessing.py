@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medctkit.preprocessing import PreprocessConfig, preprocess
+from medctkit.preprocessing import PreprocessConfig, as_seen, model_affine, preprocess
 from medctkit.volumes import CTVolume, read_volume
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -126,6 +126,36 @@ def test_antialiasing_leaves_small_factors_alone():
     volume = scan((20, 30, 30), (8.0, 4.0, 4.0))  # a factor 1.41
     plain = PreprocessConfig(MINI.spacing, MINI.shape)
     assert torch.equal(preprocess(volume, MINI), preprocess(volume, plain))
+
+
+turned = st.permutations(["SI", "PA", "LR"]).flatmap(lambda pairs: st.tuples(*map(st.sampled_from, pairs)).map("".join))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.tuples(lengths, lengths, lengths), st.tuples(steps, steps, steps), turned, st.integers(0, 2))
+def test_every_voxel_of_the_model_lies_where_its_affine_says(shape, spacing, orientation, axis):
+    """HU grow by 1 for each mm along a patient axis, so that a voxel's value is its place."""
+    config = PreprocessConfig((1.5, 0.75, 1.0), (12, 20, 9))
+    if min(int(n * s / t) for n, s, t in zip(shape, spacing, (1.5, 1.0, 0.75), strict=True)) < 1:
+        return
+    affine = CTVolume(np.zeros(shape), spacing, orientation).affine
+    index = np.stack(np.meshgrid(*map(np.arange, (*shape, 1)), indexing="ij"), -1)[..., 0, :]
+    index[..., 3] = 1
+    place = index @ affine.T
+    volume = CTVolume(place[..., axis].astype(np.float32), spacing, orientation, affine)
+    model_index = np.stack(np.meshgrid(*map(np.arange, (*config.shape, 1)), indexing="ij"), -1)[..., 0, :]
+    model_index[..., 3] = 1
+    expected = model_index @ model_affine(volume, config).T
+    within = np.linalg.solve(affine, expected.reshape(-1, 4).T).T.reshape(expected.shape)[..., :3]
+    reach = [max(1.0, n / max(int(n * s / t), 1)) for n, s, t in zip(shape, spacing, (1.5, 1.0, 0.75), strict=True)]
+    inside = ((within >= np.array(reach) - 1) & (within <= np.array(shape) - reach)).all(-1)  # away from the edges
+    seen = preprocess(volume, config)[0].numpy() * 1000
+    np.testing.assert_allclose(seen[inside], expected[..., axis][inside], atol=2e-3)
+    view = as_seen(volume, config)
+    assert view.orientation == orientation and view.shape == (12, 9, 20)
+    np.testing.assert_array_equal(view.hu.transpose(0, 2, 1), preprocess(volume, config)[0] * 1000)
+    np.testing.assert_allclose(view.affine @ [1, 2, 3, 1], model_affine(volume, config) @ [1, 3, 2, 1])
+    assert "resampled to what a model sees" in view.provenance[-1]
 
 
 @pytest.mark.parametrize(
