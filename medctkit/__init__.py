@@ -21,11 +21,17 @@ _HOME = {
 }
 _MODULES = (
     "findings",
+    "hounsfield",
     "volumes",
     "reports",
     "phantom",
     "preprocessing",
+    "transforms",
     "manifest",
+    "ctrate",
+    "hub",
+    "cache",
+    "prepare",
     "dataset",
     "ctclip",
     "mini",

@@ -1,21 +1,27 @@
 """The `medctkit` command: what a cluster or a terminal needs, thin over the package."""
 
+import json
 import os
 import platform
 import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Annotated
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from packaging.requirements import Requirement
 
 from medctkit import demo
 
+if TYPE_CHECKING:
+    from medctkit.preprocessing import PreprocessConfig
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="LoRA on 3D chest CT, from data to evaluation.")
 app.command("demo")(demo.demo)
 
+MINI = Path(__file__).parent / "assets" / "mini"
 MINI_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 
@@ -75,14 +81,17 @@ def doctor() -> None:
         real_row = (True, "own CT", "none (optional: set MEDCTKIT_REAL_CT to a folder of scans)")
     else:
         real_row = (Path(real).is_dir(), "own CT", f"MEDCTKIT_REAL_CT={real}")
+    from medctkit.repository import token_source
+
     disk = shutil.disk_usage(Path.cwd())
     rows = [
         (sys.version_info >= (3, 11), "python", f"{platform.python_version()}, {sys.executable}"),
         (True, "system", platform.platform()),
         describe_device(),
         (True, "free disk", f"{disk.free / 2**30:.0f} GiB here"),
-        check_mini_model(Path(__file__).parent / "assets" / "mini"),
+        check_mini_model(MINI),
         real_row,
+        (True, "HF token", token_source() or "none (only CT-RATE and the released weights need one: hf auth login)"),
         *check_versions(),
     ]
     for fine, name, found in rows:
@@ -147,6 +156,81 @@ def pretrain(
     typer.echo(f"validation AUROC {record['validation_auroc']:.3f} after {record['minutes']} min: {output_dir}")
 
 
+@app.command("prepare")
+def prepare_data(
+    source: Annotated[Path, typer.Argument(help="CT-RATE's folder (the one with dataset/), or a manifest.")],
+    output_dir: Annotated[Path, typer.Argument(help="Gets manifest.csv, prepared/ and, if need be, failures.csv.")],
+    model: Annotated[
+        str | None, typer.Option(help="mini, released, or a model's folder; by default released for files, else mini.")
+    ] = None,
+    version: Annotated[int | None, typer.Option(help="Of CT-RATE, 1 or 2; by default what is on disk.")] = None,
+    one_reconstruction: Annotated[bool, typer.Option("--one-reconstruction", help="Keep one of each scan.")] = False,
+    valid_share: Annotated[float, typer.Option(help="Of CT-RATE's training patients, kept for validation.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Draws those patients.")] = 0,
+    scheduler: Annotated[str | None, typer.Option(help="Address of a dask scheduler, tcp://HOST:8786.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Local processes; by default one for each core.", min=1)] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read prepared volumes again, mend damaged ones.")] = False,
+) -> None:
+    """Read and pre-process every volume of a data set once. Stop it and start it again as you like."""
+    from medctkit import manifest as schema
+    from medctkit.ctrate import manifest_from_ct_rate
+    from medctkit.prepare import prepare, write_failures
+
+    try:
+        if source.is_dir():
+            table, counts = manifest_from_ct_rate(source, version, valid_share, seed, one_reconstruction)
+            typer.echo("\n".join(f"{n:>8,} {what}" for what, n in counts.items()))
+        else:
+            if version or one_reconstruction:
+                raise ValueError("--version and --one-reconstruction are for CT-RATE's folder; a manifest says it all")
+            table = schema.load_manifest(source)
+        typer.echo(f"no patient is in two splits:\n{schema.split_table(table).to_string()}\n")
+        done = prepare(
+            table.to_dict("records"),
+            _model_input(model, "path" in table),
+            output_dir / "prepared",
+            scheduler=scheduler,
+            workers=workers,
+            verify=verify,
+        )
+        write_failures(done.failures, output_dir / "failures.csv")
+        if done.contents:
+            schema.write_manifest(done.prepared_rows(table), output_dir / "manifest.csv")
+    except (OSError, ValueError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("stopped; the same command goes on from here", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(
+        f"{len(done.contents):,} of {len(table):,} volumes are prepared, {done.made:,} of them now "
+        f"({done.bytes / 1e6:,.0f} MB in {done.seconds:,.0f} s). Manifest: {output_dir / 'manifest.csv'}"
+    )
+    if done.failures:
+        first = done.failures[0]
+        typer.echo(
+            f"{len(done.failures):,} failed, listed in {output_dir / 'failures.csv'}; the first, {first['study']}: "
+            f"{first['message']}",
+            err=True,
+        )
+        if done.left:
+            typer.echo(f"As nothing else came through, {done.left:,} were not tried.", err=True)
+        raise typer.Exit(1)
+
+
+def _model_input(model: str | None, real: bool) -> "PreprocessConfig":
+    """What the model of that name or folder wants to see."""
+    from medctkit.preprocessing import PreprocessConfig
+
+    model = model or ("released" if real else "mini")
+    if model == "released":
+        return PreprocessConfig()
+    file = (MINI if model == "mini" else Path(model)) / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"--model {model}: expected mini, released, or a folder with a config.json")
+    return PreprocessConfig.for_model(SimpleNamespace(**json.loads(file.read_text(encoding="utf-8"))))
+
+
 @app.command()
 def gallery(path: Annotated[Path, typer.Argument(help="PNG to write.")]) -> None:
     """Draw one phantom for each of the 18 findings, in lung and mediastinal windows."""
@@ -157,6 +241,67 @@ def gallery(path: Annotated[Path, typer.Argument(help="PNG to write.")]) -> None
     studies = [generate(30 + i, findings=[name], shape=(80, 256, 256)) for i, name in enumerate(FINDINGS)]
     finding_gallery(studies).savefig(path, dpi=70, facecolor="black")
     typer.echo(f"wrote {path}")
+
+
+WHAT_TO_DOWNLOAD = """Choose what to fetch; all of CT-RATE is 50,188 volumes of 12 to 162 MB:
+  --patients N        whole patients of --split (valid, if none is given)
+  --studies NAMES     patients, scans or volumes: valid_1,valid_2_a, or a file with one name a line
+  --split valid       1,304 patients, 3,039 volumes
+  --split train       20,000 patients, 47,149 volumes
+  --weights           CT-CLIP_v2.pt, about 1.77 GB
+  --tokenizer         vocabulary of its text encoder
+With --dry-run the exact size is shown, and no volume is fetched."""
+
+
+@app.command()
+def download(
+    destination: Annotated[Path, typer.Argument(help="Folder for it, with the layout of CT-RATE.")],
+    patients: Annotated[int | None, typer.Option(help="Number of whole patients of the split.")] = None,
+    studies: Annotated[list[str] | None, typer.Option(help="Names with commas between, or a file of names.")] = None,
+    split: Annotated[str | None, typer.Option(help="train or valid; alone, all of it.")] = None,
+    version: Annotated[int, typer.Option(help="2: volumes in HU; 1: stored values.")] = 2,
+    weights: Annotated[bool, typer.Option("--weights", help="The released CT-CLIP_v2.pt too.")] = False,
+    tokenizer: Annotated[bool, typer.Option("--tokenizer", help="The text encoder's tokenizer too.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Draw the patients at random; else the first by number.")] = None,
+    keep_no_chest: Annotated[bool, typer.Option("--keep-no-chest", help="Volumes listed as no chest too.")] = False,
+    workers: Annotated[int, typer.Option(help="Files at a time.", min=1, max=32)] = 4,
+    verify: Annotated[bool, typer.Option("--verify", help="Read and verify files that are there again.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Fetch only the tables, and show the plan.")] = False,
+) -> None:
+    """Fetch a part of CT-RATE, verified; run again, it goes on. Needs a Hugging Face token and accepted terms."""
+    from medctkit import hub
+
+    subset = patients is not None or bool(studies) or split is not None
+    if not (subset or weights or tokenizer):
+        typer.echo(WHAT_TO_DOWNLOAD, err=True)
+        raise typer.Exit(2)
+    try:
+        plans = []
+        if subset or weights:
+            names = hub.study_names(studies) if studies else None
+            checkpoints = ["CT-CLIP_v2.pt"] if weights else []
+            chosen = dict(patients=patients, studies=names, split=split, version=version, seed=seed)
+            plan, selection = hub.plan_ct_rate(destination, weights=checkpoints, keep_no_chest=keep_no_chest, **chosen)
+            plans.append(plan)
+            if selection:
+                how = "drawn by the seed" if seed is not None else "the first by number" if patients else "as asked for"
+                typer.echo(f"{selection} ({how})")
+        if tokenizer:
+            plans.append(hub.plan_tokenizer(destination))
+        for plan in plans:
+            typer.echo(str(plan))
+        outcomes = [hub.download(plan, workers=workers, verify=verify) for plan in plans if not dry_run]
+    except (OSError, ValueError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("stopped; the same command goes on from here", err=True)
+        raise typer.Exit(130) from None
+    for outcome in outcomes:
+        typer.echo(str(outcome))
+    if any(outcome.failures for outcome in outcomes):
+        typer.echo("Not all was fetched; the same command goes on from here.", err=True)
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

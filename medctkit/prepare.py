@@ -42,7 +42,7 @@ class Preparation:
         left: studies that were not tried, because everything failed.
         bytes: written in this run.
         seconds: that this run took.
-        seconds_per_volume: that one core needed for one volume, on average.
+        seconds_per_volume: that one core needed for one volume, the median.
     """
 
     contents: dict[str, str] = field(default_factory=dict)
@@ -142,7 +142,7 @@ def prepare(
     cores = os.cpu_count() or 1
     workers = None if scheduler else min(workers or cores, len(todo))
     print(_announcement(len(todo), len(rows), config, cache.folder, scheduler or f"{workers} of {cores} cores"))
-    busy = 0.0
+    busy = []
     with (
         open(cache.folder / CONTENTS, "a", newline="", encoding="utf-8") as contents,
         _client(scheduler, workers) as client,
@@ -164,11 +164,12 @@ def prepare(
             if result["bytes"]:
                 done.made += 1
                 done.bytes += result["bytes"]
-                busy += result["seconds"]
+                busy.append(result["seconds"])
             if result["stamp"]:
                 csv.writer(contents).writerow([row["path"], *result["stamp"], result["content"]])
                 contents.flush()
-    done.seconds, done.seconds_per_volume = time.perf_counter() - started, busy / max(done.made, 1)
+    done.seconds = time.perf_counter() - started
+    done.seconds_per_volume = float(np.median(busy)) if busy else 0.0
     return done
 
 

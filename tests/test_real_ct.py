@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from medctkit.hounsfield import check_hu
 from medctkit.preprocessing import PreprocessConfig, preprocess
 from medctkit.volumes import read_volume
 
@@ -107,3 +108,18 @@ def test_a_real_scan_goes_through_mini_model_and_viewer(real_scan):
     first = viewer.image.value
     viewer.index.value += 1
     assert viewer.image.value != first
+
+
+def test_asked_for_canonical_every_real_scan_is_canonical(real_scan):
+    volume = read_volume(real_scan, orientation="canonical")
+    assert volume.orientation == "SPL"
+    np.testing.assert_array_equal(volume.hu, read_volume(real_scan).reoriented().hu)
+    np.testing.assert_array_equal(volume.hu, read_volume(real_scan, orientation="stored").reoriented().hu)
+    # the table and the air under it lie behind the patient: rows run from front to back
+    spine = bone(volume.hu)[1]
+    assert (np.arange(len(spine)) * spine).sum() > 0.45 * len(spine)
+
+
+def test_the_middle_of_every_real_scan_passes_for_hu(real_scan):
+    hu = read_volume(real_scan).hu
+    check_hu(hu[tuple(slice(n // 4, n - n // 4) for n in hu.shape)])
