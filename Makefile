@@ -10,7 +10,7 @@ PYTHON ?= python3
 PY := "$(ENV)/bin/python"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test notebooks style clean
+.PHONY: help setup demo test notebooks bench style clean
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  ##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,6 +26,9 @@ test: setup  ## run the tests
 
 notebooks: setup  ## run every notebook, leave HTML in runs/notebooks
 	@$(PY) -m medctkit.demo --all --output-dir runs/notebooks
+
+bench: setup  ## measure speed and memory, check the bars, write bench/*.json: about 3 minutes
+	$(PY) bench/data.py
 
 style: setup  ## check lint and formatting
 	$(PY) -m ruff check
