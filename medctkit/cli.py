@@ -5,6 +5,8 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +25,19 @@ app.command("demo")(demo.demo)
 
 MINI = Path(__file__).parent / "assets" / "mini"
 MINI_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What goes wrong is told without a traceback, and in the exit code."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("stopped; the same command goes on from here", err=True)
+        raise typer.Exit(130) from None
 
 
 @app.callback()
@@ -176,7 +191,7 @@ def prepare_data(
     from medctkit.ctrate import manifest_from_ct_rate
     from medctkit.prepare import prepare, write_failures
 
-    try:
+    with _told():
         if source.is_dir():
             table, counts = manifest_from_ct_rate(source, version, valid_share, seed, one_reconstruction)
             typer.echo("\n".join(f"{n:>8,} {what}" for what, n in counts.items()))
@@ -187,7 +202,7 @@ def prepare_data(
         typer.echo(f"no patient is in two splits:\n{schema.split_table(table).to_string()}\n")
         done = prepare(
             table.to_dict("records"),
-            _model_input(model, "path" in table),
+            _model_input(model, real=any(isinstance(path, str) and path for path in table.get("path", ()))),
             output_dir / "prepared",
             scheduler=scheduler,
             workers=workers,
@@ -196,12 +211,6 @@ def prepare_data(
         write_failures(done.failures, output_dir / "failures.csv")
         if done.contents:
             schema.write_manifest(done.prepared_rows(table), output_dir / "manifest.csv")
-    except (OSError, ValueError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        typer.echo("stopped; the same command goes on from here", err=True)
-        raise typer.Exit(130) from None
     typer.echo(
         f"{len(done.contents):,} of {len(table):,} volumes are prepared, {done.made:,} of them now "
         f"({done.bytes / 1e6:,.0f} MB in {done.seconds:,.0f} s). Manifest: {output_dir / 'manifest.csv'}"
@@ -275,7 +284,7 @@ def download(
     if not (subset or weights or tokenizer):
         typer.echo(WHAT_TO_DOWNLOAD, err=True)
         raise typer.Exit(2)
-    try:
+    with _told():
         plans = []
         if subset or weights:
             names = hub.study_names(studies) if studies else None
@@ -291,12 +300,6 @@ def download(
         for plan in plans:
             typer.echo(str(plan))
         outcomes = [hub.download(plan, workers=workers, verify=verify) for plan in plans if not dry_run]
-    except (OSError, ValueError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        typer.echo("stopped; the same command goes on from here", err=True)
-        raise typer.Exit(130) from None
     for outcome in outcomes:
         typer.echo(str(outcome))
     if any(outcome.failures for outcome in outcomes):

@@ -133,7 +133,7 @@ def prepare(
     if scheduler is not None and workers is not None:
         raise ValueError("workers is for the local cluster; the scheduler has workers of its own")
     started = time.perf_counter()
-    cache, done = VolumeCache(cache_dir), Preparation()
+    cache, done = VolumeCache(os.path.abspath(cache_dir)), Preparation()
     cache.folder.mkdir(parents=True, exist_ok=True)
     cache.sweep()
     todo = _not_yet(rows, config, cache, done, verify)
@@ -192,6 +192,8 @@ def _not_yet(rows, config, cache: VolumeCache, done: Preparation, verify: bool) 
     known, todo = _known_contents(cache.folder), []
     for row in rows:
         row = {name: value for name, value in row.items() if name != "report"}
+        if _is_file(row):
+            row["path"] = os.path.abspath(row["path"])  # workers may be at home in other folders
         content = row.get("checksum")
         if not (isinstance(content, str) and content):
             content = known.get((str(row["path"]), *(_stamp(row["path"]) or ())))

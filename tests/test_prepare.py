@@ -6,11 +6,13 @@ import shutil
 import signal
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from scans import chest, write_nifti
+import torch
+from scans import SPACING, chest, write_dicom, write_nifti
 
 from medctkit import prepare as preparing
 from medctkit.cache import VolumeCache, digest_of
@@ -130,6 +132,21 @@ def test_a_bad_volume_is_recorded_and_the_rest_goes_on(phantoms, cluster, tmp_pa
     assert failures["lost"]["error"] == "FileNotFoundError" and "there is no such file" in failures["lost"]["message"]
     assert "truncated or damaged" in failures["torn"]["message"]
     assert not list((tmp_path / "cache").glob(".*.tmp")) and len(files(tmp_path / "cache")) == 2
+
+
+def test_folders_and_zips_of_dicom_are_volumes_too(cluster, tmp_path):
+    folder = write_dicom(tmp_path / "series", chest())
+    with zipfile.ZipFile(tmp_path / "series.zip", "w") as archive:
+        for file in folder.iterdir():
+            archive.write(file, f"series/{file.name}")
+    rows = [real_row("folder", folder), real_row("zip", tmp_path / "series.zip"), real_row("nifti", tmp_path / "a.nii")]
+    write_nifti(tmp_path / "a.nii", chest(), np.diag([-SPACING[2], -SPACING[1], SPACING[0], 1]))
+    done = prepare(rows, SMALL, tmp_path / "cache", scheduler=cluster.scheduler_address)
+    assert set(done.contents) == {"folder", "zip", "nifti"} and done.contents["folder"] == digest_of(folder)
+    cache = VolumeCache(tmp_path / "cache")
+    volumes = [cache.load(key_of(row, done.contents[row["study"]], SMALL)) for row in rows]
+    assert torch.equal(volumes[0], volumes[1]) and torch.equal(volumes[0], volumes[2])
+    assert prepare(rows, SMALL, tmp_path / "cache", scheduler="nobody is asked").made == 0
 
 
 def test_a_run_in_which_everything_fails_is_stopped(cluster, tmp_path, monkeypatch):

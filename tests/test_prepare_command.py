@@ -1,18 +1,26 @@
 """`medctkit prepare`: from CT-RATE's folder or a manifest to prepared volumes, failures told, nothing half written."""
 
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pandas as pd
+import psutil
 import pytest
 from ct_rate_imitation import write_ct_rate
+from hub_imitation import HubImitation
 from scans import chest, write_nifti
 from typer.testing import CliRunner
 
-from medctkit import cli
+from medctkit import cli, hub
 from medctkit import prepare as preparing
 from medctkit.dataset import CTReportDataset
 from medctkit.findings import FINDINGS
-from medctkit.manifest import load_manifest
+from medctkit.manifest import load_manifest, write_manifest
 from medctkit.preprocessing import PreprocessConfig
 
+MANIFEST = Path(__file__).resolve().parent.parent / "data_manifest.csv"
 MINI = PreprocessConfig((11.25, 5.625, 5.625), (32, 64, 64), antialias=True)
 
 
@@ -57,6 +65,39 @@ def test_ct_rate_becomes_a_prepared_cohort_from_either_version(ct_rate, tmp_path
     assert set(prepared[1]) == set(prepared[2]) and len(prepared[1]) == 7
     for study, pixels in prepared[1].items():
         assert (pixels - prepared[2][study]).abs().max() <= 2e-4
+
+
+def test_from_the_hub_to_a_prepared_cohort(ct_rate, tmp_path, cluster):
+    with HubImitation() as server:
+        server.add(hub.CT_RATE, ct_rate)
+        plan, chosen = hub.plan_ct_rate(tmp_path / "data", split="valid", token=False, endpoint=server.url)
+        assert not hub.download(plan).failures
+    result = run(tmp_path / "data", tmp_path / "out", "--model", "mini", "--scheduler", cluster.scheduler_address)
+    assert result.exit_code == 0 and "3 of 3 volumes are prepared" in result.output, result.output
+    manifest = load_manifest(tmp_path / "out" / "manifest.csv")
+    assert set(manifest["patient"]) == set(chosen.patients) and set(manifest["split"]) == {"test"}
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path):
+    table = load_manifest(MANIFEST).head(60)
+    write_manifest(table, tmp_path / "phantoms.csv")
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "medctkit.cli", "prepare", tmp_path / "phantoms.csv", out, "--workers", "1"]
+    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    children = []
+    while len(list((out / "prepared").glob("*.safetensors"))) < 5 and killed.poll() is None:
+        time.sleep(0.02)
+        children = psutil.Process(killed.pid).children(recursive=True) or children
+    killed.kill()
+    killed.wait()
+    psutil.wait_procs(children, timeout=30)
+    assert not [child for child in children if child.is_running()], "workers outlive the run that started them"
+    there = {path: path.stat().st_mtime_ns for path in (out / "prepared").glob("*.safetensors")}
+    assert 5 <= len(there) < 60 and not (out / "manifest.csv").exists()
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert f"60 of 60 volumes are prepared, {60 - len(there)} of them now" in again.stdout, again.stdout + again.stderr
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in there.items())
+    assert load_manifest(out / "manifest.csv")["study"].tolist() == table["study"].tolist()
 
 
 def test_a_second_run_has_nothing_to_do(ct_rate, tmp_path, cluster):
