@@ -1,6 +1,7 @@
 """What holds the project together: one-way imports, quick import, matching dependency files, notebooks."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -282,6 +283,23 @@ def test_readme_and_ci_name_only_commands_that_exist():
         named = {word for line in re.findall(r"\bmake ((?:[a-z-]+ ?)+)", code) for word in line.split()}
         assert {"demo", "test"} <= named
         assert named <= make_targets(), f"{name}: no such make targets: {sorted(named - make_targets())}"
+
+
+def test_readme_quotes_what_make_bench_measured():
+    found, readme = json.loads((ROOT / "bench" / "data.json").read_text()), (ROOT / "README.md").read_text()
+    preprocessing, cache, prepare = found["preprocessing"], found["cache"], found["prepare"]
+    whole = prepare["all_of_ct_rate"]
+    minutes = {cores: 60 * whole[f"hours_on_{cores}_cores"] for cores in (16, 64, 256)}
+    for quoted in (
+        f"a `.nii.gz` of {cache['megabytes_of_nifti']:.0f} MB",
+        f"{prepare['seconds_of_one_core_per_volume']:.1f} s of one core, {prepare['megabytes_per_volume']:.0f} MB",
+        f"{cache['load_seconds']:.2f} s, a single slice {cache['one_slice_milliseconds']:.0f} ms",
+        f"{preprocessing['times_faster']:.1f} times faster",
+        f"with {100 * preprocessing['share_of_peak_memory']:.0f} % of its memory",
+        f"{whole['terabytes']:.1f} TB; {minutes[16] / 60:.1f} h on 16 cores, {minutes[64]:.0f} min on 64, "
+        f"{minutes[256]:.0f} min on 256",
+    ):
+        assert quoted in readme, f"README does not say {quoted!r}"
 
 
 def test_the_lessons_of_the_demo_are_there():
