@@ -182,7 +182,7 @@ def test_a_full_disk_stops_the_run_and_leaves_no_half_file(phantoms, cluster, tm
 
 def test_a_disk_without_room_is_seen_before_anything_starts(phantoms, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 1_000_000))
-    with pytest.raises(OSError, match=r"preparing 12 volumes takes about 1.4 GB, .* has 0.0 GB free; make room"):
+    with pytest.raises(OSError, match=r"preparing 12 volumes takes about 1.9 GB, .* has 0.0 GB free; make room"):
         prepare(phantoms, PreprocessConfig(shape=(240, 720, 640)), tmp_path, scheduler="nobody is asked")
 
 
