@@ -27,8 +27,9 @@ test: setup  ## run the tests
 notebooks: setup  ## run every notebook, leave HTML in runs/notebooks
 	@$(PY) -m medctkit.demo --all --output-dir runs/notebooks
 
-bench: setup  ## measure speed and memory, check the bars, write bench/*.json: about 3 minutes
+bench: setup  ## measure speed and memory, check the bars, write bench/*.json: about 4 minutes
 	$(PY) bench/data.py
+	$(PY) bench/model.py
 
 style: setup  ## check lint and formatting
 	$(PY) -m ruff check

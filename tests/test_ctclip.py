@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.nn import functional as F
 
 from medctkit.ctclip import CTCLIPConfig, CTCLIPModel, released_layout
+from medctkit.ctvit import FeedForward
 
 GOLDEN = Path(__file__).parent / "golden"
 TENSORS = load_file(GOLDEN / "ctclip_small.safetensors")
@@ -450,3 +452,37 @@ def test_files_that_hold_something_else_are_refused(tmp_path):
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
     with pytest.raises(ValueError, match="tensor.pt holds a Tensor; expected a state dict"):
         CTCLIPModel.from_released_checkpoint(tmp_path / "tensor.pt")
+
+
+# --- quicker ways to the same numbers ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dim", [64, 48, 96])
+@pytest.mark.parametrize("tokens", [1, 7, 40])
+def test_the_quick_feed_forward_gives_the_same_numbers(dim, tokens):
+    torch.manual_seed(0)
+    block, x = FeedForward(dim), torch.randn(2, tokens, dim)
+    block.tokens_at_a_time = 16
+    exact = block(x).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), exact, atol=1e-6, rtol=1e-5)
+        assert block.to(torch.bfloat16)(x.to(torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_an_adapter_or_a_hook_in_the_feed_forward_is_not_passed_over():
+    block, x, seen = FeedForward(32), torch.randn(1, 4, 32), []
+    handle = block[1].register_forward_hook(lambda *_: seen.append(1))
+    with torch.no_grad():
+        block(x)
+        handle.remove()
+        plain = block(x)
+        block[4] = nn.Sequential(block[4], nn.Tanh())  # as peft puts a layer of its own in a layer's place
+        assert seen == [1] and torch.equal(block(x), plain.tanh())
+
+
+def test_one_volume_alone_is_embedded_as_in_a_batch(model):
+    volumes = torch.rand(3, 1, *model.config.volume_shape) * 2 - 1
+    together = model.encode_image(volumes).detach()
+    with torch.no_grad():
+        alone = torch.cat([model.encode_image(volume[None]) for volume in volumes])
+    torch.testing.assert_close(alone, together, atol=1e-6, rtol=1e-5)
