@@ -9,7 +9,6 @@ slab and of the header shows damage. Files appear under their name when they are
 import hashlib
 import json
 import os
-import secrets
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from medctkit.atomic import replacing
 from medctkit.preprocessing import PreprocessConfig
 
 if TYPE_CHECKING:
@@ -108,13 +108,8 @@ class VolumeCache:
         # one entry, as several would come in any order
         content = save(tensors, {"header": hashlib.sha256(header.encode()).hexdigest() + header})
         self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / f".{key}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
-        try:
+        with replacing(self.path(key)) as temporary:
             temporary.write_bytes(content)
-            os.replace(temporary, self.path(key))
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
         return len(content)
 
     def load(self, key: str) -> "torch.Tensor | None":

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from medctkit.findings import FINDINGS
-from medctkit.manifest import COLUMNS, READING, SPACING, SPACING_RANGE, SPLITS, validate_manifest
+from medctkit.geometry import STEP_RANGE
+from medctkit.manifest import COLUMNS, READING, SPACING, SPLITS, validate_manifest
 from medctkit.tables import check_columns, listed, read_table, refuse_wrong, to_numbers
 from medctkit.volumes import CTVolume, read_volume
 
@@ -404,7 +405,7 @@ def _reading_columns(metadata: "pd.DataFrame", table: str) -> "pd.DataFrame":
         "columns": plane[1],
     }
     values = pd.DataFrame({name: pd.to_numeric(v, errors="coerce").astype(float) for name, v in values.items()})
-    low, high = SPACING_RANGE
+    low, high = STEP_RANGE
     inside = values[["ZSpacing", "rows", "columns"]].apply(lambda steps: steps.between(low, high))
     between = f"from {low} to {high} mm"
     rules = [

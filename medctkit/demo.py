@@ -15,6 +15,8 @@ from typing import Annotated
 
 import typer
 
+from medctkit.atomic import replacing
+
 NOTEBOOKS = (
     "01_data_prep.ipynb",
     "02_lora_injection.ipynb",
@@ -55,9 +57,8 @@ def export_html(notebook: Path) -> Path:
 
     page, _ = HTMLExporter().from_filename(str(notebook))
     target = notebook.with_suffix(".html")
-    partial = target.with_suffix(".html.part")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, target)
+    with replacing(target) as temporary:
+        temporary.write_text(page, encoding="utf-8")
     return target
 
 

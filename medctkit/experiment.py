@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from medctkit.atomic import replacing
 from medctkit.dataset import CTReportDataset
 from medctkit.lora import add_lora, load_adapter
 from medctkit.manifest import load_manifest
@@ -141,7 +142,5 @@ def made_with(seed: int) -> dict:
 
 def write_json(content: dict, path: str | os.PathLike) -> None:
     """Write JSON, whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")

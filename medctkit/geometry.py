@@ -13,7 +13,7 @@ CANONICAL = "SPL"  # slices from feet to head, rows from front to back, columns 
 
 # letter -> patient axis (right-left, back-front, feet-head), and whether RAS coordinates grow towards it
 LETTERS = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
-_STEP_RANGE = (0.05, 20.0)  # mm between voxels
+STEP_RANGE = (0.05, 20.0)  # mm between voxels
 # Millimetres that a scan covers along an axis. One turn of a 64-row scanner covers 40: less is no chest, or has the
 # wrong spacing. 700 is the widest reconstruction circle of large-bore scanners; a scan longer than that goes far
 # beyond the chest, and the model's 360 mm would be cut from its middle, the belly.
@@ -110,7 +110,7 @@ def check_size(spacing: Sequence[float], shape: Sequence[int], notes: Sequence[s
         ValueError: voxels below 0.05 or above 20 mm, or a scan of less than 40 or more than 700 mm.
     """
     said = f" ({'; '.join(notes)})" if notes else ""
-    low, high = _STEP_RANGE
+    low, high = STEP_RANGE
     if not all(low <= step <= high for step in spacing):
         raise ValueError(
             f"spacing {tuple(spacing)} mm (slices, rows, columns) is none of a CT, which has {low} to {high} mm; "

@@ -10,14 +10,15 @@ Names imitate CT-RATE's: patient, scan letter, reconstruction number, as in `tar
 
 import hashlib
 import os
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import permutations, product
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medctkit.atomic import replacing
 from medctkit.findings import FINDINGS
+from medctkit.geometry import STEP_RANGE
 from medctkit.phantom import HOSPITALS, TRAINING_SHAPE, PhantomStudy, generate, named_rng
 from medctkit.tables import check_columns, given, read_table, refuse_wrong, to_numbers
 from medctkit.volumes import CTVolume, read_volume
@@ -29,7 +30,6 @@ COLUMNS = ("study", "patient", "split", "hospital", "seed", "scan", "reconstruct
 SPACING = ("spacing_d", "spacing_h", "spacing_w")  # mm, in place of a blank or wrong header
 READING = ("rescale_slope", "rescale_intercept", *SPACING, "orientation", "series")
 SPLITS = ("train", "valid", "test")
-SPACING_RANGE = (0.05, 20.0)  # mm
 # Patients of the default cohort. The base model never sees the target hospital before notebook 03, and what
 # it was pretrained on is not listed here: `medctkit.pretrain` draws those studies from seeds of its own.
 DEFAULT_PATIENTS = {
@@ -192,7 +192,7 @@ def _reading_rules(table: "pd.DataFrame", real: "pd.Series") -> Iterator[tuple]:
     for name, low, high, expected in (
         ("rescale_slope", 0.0, inf, "a number above 0"),
         ("rescale_intercept", -inf, inf, "a number"),
-        *((name, *SPACING_RANGE, f"a length from {SPACING_RANGE[0]} to {SPACING_RANGE[1]} mm") for name in SPACING),
+        *((name, *STEP_RANGE, f"a length from {STEP_RANGE[0]} to {STEP_RANGE[1]} mm") for name in SPACING),
     ):
         if name in table:
             value = pd.to_numeric(table[name].where(real), errors="coerce")
@@ -313,12 +313,8 @@ def write_manifest(table: "pd.DataFrame", path: str | os.PathLike) -> Path:
         folder = Path(os.path.abspath(path.parent))
         table["path"] = ["" if _empty(file) else _from_folder(str(file), folder) for file in table["path"]]
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
+    with replacing(path) as temporary:
         table.to_csv(temporary, index=False, lineterminator="\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from medctkit.atomic import replacing
 from medctkit.cache import VolumeCache, cache_key, digest_of
 from medctkit.manifest import reading_arguments, volume_from_row
 from medctkit.preprocessing import PreprocessConfig, preprocess
@@ -179,12 +180,10 @@ def write_failures(failures: Sequence[Mapping], path: str | os.PathLike) -> None
     if not failures:
         path.unlink(missing_ok=True)
         return
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", newline="", encoding="utf-8") as file:
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["study", "path", "error", "message"])
         writer.writeheader()
         writer.writerows(failures)
-    os.replace(temporary, path)
 
 
 def _not_yet(rows, config, cache: VolumeCache, done: Preparation, verify: bool) -> list[dict]:

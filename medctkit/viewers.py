@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from medctkit.atomic import replacing
 from medctkit.volumes import CTVolume
 
 if TYPE_CHECKING:
@@ -257,9 +258,8 @@ class SliceViewer:
     def to_png(self, path: str | os.PathLike) -> Path:
         """Save the picture now shown; written whole or not at all."""
         path = Path(path)
-        temporary = path.with_name(path.name + ".tmp")
-        self.picture().save(temporary, format="png")
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            self.picture().save(temporary, format="png")
         return path
 
     def _repr_mimebundle_(self, **kwargs):

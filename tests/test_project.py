@@ -22,7 +22,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 # A module imports only from modules to its left.
 ORDER = """
-    setup_env findings tables archives dicom_files dicom_pixels dicom geometry formats hounsfield volumes
+    setup_env atomic findings tables archives dicom_files dicom_pixels dicom geometry formats hounsfield volumes
     anatomy chest lung_lesions lesions reports phantom preprocessing transforms manifest ctrate
     repository preflight transfer hub cache prepare dataset
     released ctvit ctclip mini lora training zero_shot metrics experiment viewers pretrain demo cli
