@@ -151,8 +151,10 @@ class Chest:
         trees = [a.tree(side, kind) for side in (-1, 1) for kind in ("artery", "vein")]
         segments, radii = np.concatenate([t[0] for t in trees]), np.concatenate([t[1] for t in trees])
         keep = radii > 0.1 * c.edge
-        box, share = tubes(c, segments[keep], radii[keep])
-        c.paint(box, share * inside[box], 0.8 * t.blood + 0.2 * t.muscle)
+        vessels = tubes(c, segments[keep], radii[keep])
+        if vessels is not None:  # on the coarsest grids none is thick enough
+            box, share = vessels
+            c.paint(box, share * inside[box], 0.8 * t.blood + 0.2 * t.muscle)
         self.bronchi((0.35 * c.edge, np.inf), wall=0.8, generations=(0, 1))
 
     def bronchi(self, lumen: tuple[float, float], wall: float, generations: tuple[int, int]):

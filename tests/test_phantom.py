@@ -146,6 +146,12 @@ def test_hospitals_differ_as_scanners_do():
     assert spacing["target"][1] > spacing["source"][1]  # field of view
 
 
+@pytest.mark.parametrize("name", FINDINGS)
+def test_the_smallest_shape_has_every_finding(name):
+    study = generate(0, findings=[name], shape=(8, 8, 8))
+    assert study.volume.hu.shape == study.masks[name].shape == (8, 8, 8) and study.masks[name].any()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
