@@ -200,9 +200,10 @@ def prepare_data(
                 raise ValueError("--version and --one-reconstruction are for CT-RATE's folder; a manifest says it all")
             table = schema.load_manifest(source)
         typer.echo(f"no patient is in two splits:\n{schema.split_table(table).to_string()}\n")
+        rows = table.to_dict("records")
         done = prepare(
-            table.to_dict("records"),
-            _model_input(model, real=any(isinstance(path, str) and path for path in table.get("path", ()))),
+            rows,
+            _model_input(model, real=any(map(schema.has_file, rows))),
             output_dir / "prepared",
             scheduler=scheduler,
             workers=workers,

@@ -96,6 +96,7 @@ class CTReportDataset(Dataset):
             prepare_row(row, content, self.config, self.cache)
             # as it was stored, so that a second run sees exactly what the first saw
             pixels = self.cache.load(key)
+        row["checksum"] = content  # so that its file is hashed once, not in every epoch
         return pixels
 
 

@@ -92,9 +92,12 @@ def volume_from_row(row: Mapping) -> CTVolume:
         FileNotFoundError: the file is not there.
         ValueError: see `read_volume`.
     """
-    if _empty(row.get("path")):
-        return study_from_row(row).volume
-    return read_volume(**reading_arguments(row))
+    return read_volume(**reading_arguments(row)) if has_file(row) else study_from_row(row).volume
+
+
+def has_file(row: Mapping) -> bool:
+    """Whether a row is a real scan, which is read from its `path`; a phantom is made from its seed."""
+    return not _empty(row.get("path"))
 
 
 def _empty(value: Any) -> bool:

@@ -7,6 +7,7 @@ recorded and the rest goes on. What is stored stays, so a run that was stopped g
 import csv
 import errno
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -18,7 +19,8 @@ import numpy as np
 
 from medctkit.atomic import replacing
 from medctkit.cache import VolumeCache, cache_key, digest_of
-from medctkit.manifest import reading_arguments, volume_from_row
+from medctkit.manifest import has_file, reading_arguments, volume_from_row
+from medctkit.preflight import as_bytes
 from medctkit.preprocessing import PreprocessConfig, preprocess
 
 if TYPE_CHECKING:
@@ -66,13 +68,18 @@ def content_of(row: Mapping) -> str:
     Raises:
         FileNotFoundError: no checksum and no file.
     """
-    known = row.get("checksum")
-    return known if isinstance(known, str) and known else digest_of(row["path"])
+    return _checksum(row) or digest_of(row["path"])
+
+
+def _checksum(row: Mapping) -> str:
+    """The manifest's checksum of a row, or "" where it gives none."""
+    given = row.get("checksum")
+    return given if isinstance(given, str) else ""
 
 
 def key_of(row: Mapping, content: str, config: PreprocessConfig) -> str:
     """Key in the cache of a row with that content."""
-    reading = reading_arguments(row) if _is_file(row) else {}
+    reading = reading_arguments(row) if has_file(row) else {}
     reading.pop("path", None)  # a data set may be moved
     return cache_key(content, reading, config)
 
@@ -93,7 +100,7 @@ def prepare_row(row: Mapping, content: str, config: PreprocessConfig, cache: Vol
         ValueError: the file can't be read as a CT, or is not the one that the manifest describes.
         OSError: it can't be stored.
     """
-    if _is_file(row) and row.get("checksum") == content and digest_of(row["path"]) != content:
+    if has_file(row) and _checksum(row) == content and digest_of(row["path"]) != content:
         raise ValueError(
             f"{row['path']} is not the file whose checksum the manifest gives for {row['study']} "
             f"({content[:12]}...): it was changed or damaged since; get it again, or empty the checksum to accept it"
@@ -191,11 +198,9 @@ def _not_yet(rows, config, cache: VolumeCache, done: Preparation, verify: bool) 
     known, todo = _known_contents(cache.folder), []
     for row in rows:
         row = {name: value for name, value in row.items() if name != "report"}
-        if _is_file(row):
+        if has_file(row):
             row["path"] = os.path.abspath(row["path"])  # workers may be at home in other folders
-        content = row.get("checksum")
-        if not (isinstance(content, str) and content):
-            content = known.get((str(row["path"]), *(_stamp(row["path"]) or ())))
+        content = _checksum(row) or known.get((row["path"], *(_stamp(row["path"]) or ())))
         key = content and key_of(row, content, config)
         if key and (cache.load(key) is not None if verify else cache.has(key)):
             done.contents[row["study"]] = content
@@ -214,10 +219,6 @@ def _known_contents(folder: Path) -> dict[tuple, str]:
     return {(path, int(size), int(changed)): content for path, size, changed, content in rows}
 
 
-def _is_file(row: Mapping) -> bool:
-    return isinstance(row.get("path"), str) and bool(row["path"])
-
-
 def _stamp(path: str | os.PathLike) -> tuple[int, int] | None:
     """Bytes and time of the last change of a file, or of all files in a folder; None if there is none."""
     path = Path(path)
@@ -230,8 +231,6 @@ def _stamp(path: str | os.PathLike) -> tuple[int, int] | None:
 
 def _announcement(n: int, of: int, config: PreprocessConfig, folder: Path, where: str) -> str:
     """What the run will cost; refuses where even half of it has no room."""
-    import shutil
-
     expected, free = n * BYTES_PER_VOXEL * float(np.prod(config.shape)), shutil.disk_usage(folder).free
     if expected / 2 > free:
         raise OSError(
@@ -240,13 +239,9 @@ def _announcement(n: int, of: int, config: PreprocessConfig, folder: Path, where
             "room, or prepare into a folder on another disk",
         )
     return (
-        f"preparing {n} of {of} volumes on {where}: about {_bytes(expected)} in {folder} ({_bytes(free)} free). "
-        "Stop whenever you like, it goes on where it was."
+        f"preparing {n} of {of} volumes on {where}: about {as_bytes(round(expected))} in {folder} "
+        f"({as_bytes(free)} free). Stop whenever you like, it goes on where it was."
     )
-
-
-def _bytes(n: float) -> str:
-    return f"{n / 1e9:,.1f} GB" if n >= 1e9 else f"{n / 1e6:,.0f} MB"
 
 
 @contextmanager
@@ -318,7 +313,7 @@ def _task(row: Mapping, config: PreprocessConfig, cache: VolumeCache) -> dict[st
     torch.set_num_threads(1)  # the processes are the parallelism
     started = time.perf_counter()
     try:
-        stamp = _stamp(row["path"]) if _is_file(row) else None
+        stamp = _stamp(row["path"]) if has_file(row) else None
         content = content_of(row)
         key = key_of(row, content, config)
         # another process may have been quicker, or an earlier run did not get to writing down the content

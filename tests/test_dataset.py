@@ -7,6 +7,7 @@ import pytest
 import torch
 from scans import chest, write_nifti
 
+from medctkit import prepare as preparing
 from medctkit.cache import STEPS, digest_of
 from medctkit.dataset import CTReportDataset, collate
 from medctkit.findings import FINDINGS
@@ -96,6 +97,14 @@ def test_a_file_is_hashed_once_and_then_needed_no_more(rows, tmp_path):
     assert dataset.rows[0]["checksum"] == digest_of(scan)
     scan.unlink()
     assert dataset[0]["pixel_values"].max() > -1
+
+
+def test_every_epoch_after_the_first_hashes_nothing(rows, tmp_path, monkeypatch):
+    table = rows.head(1).assign(path=str(write_nifti(tmp_path / "scan.nii.gz", chest())), checksum="", seed=None)
+    dataset = CTReportDataset(table, MINI, tmp_path / "cache")
+    first = dataset[0]["pixel_values"]
+    monkeypatch.setattr(preparing, "digest_of", lambda path: pytest.fail(f"{path} was hashed again"))
+    assert torch.equal(dataset[0]["pixel_values"], first)
 
 
 def test_studies_that_cannot_be_prepared_are_listed(rows, tmp_path):
