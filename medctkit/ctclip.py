@@ -12,6 +12,7 @@ Shapes: b batch, c channel, d h w depth, rows, columns, t depth patches, n token
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -132,7 +133,7 @@ class CTCLIPConfig(PretrainedConfig):
 
     def get_text_config(self, *args, **kwargs) -> BertConfig:
         """BERT's configuration, which transformers asks for by this name."""
-        return BertConfig(**self.text_config)
+        return BertConfig(**{"use_cache": False} | self.text_config)  # a cache is for generating text
 
 
 @dataclass
@@ -194,12 +195,15 @@ class CTCLIPModel(PreTrainedModel):
         elif module is self:
             nn.init.ones_(self.temperature)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
-        """Recompute layers in the backward pass to save memory.
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
+        """Compute activations again in the backward pass instead of keeping them; see transformers.
 
         Without re-entrance unless asked for: with it, a LoRA behind a frozen embedding gets no gradient.
         """
-        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False})
+        with warnings.catch_warnings():
+            # transformers 5 has a new name for it, and says so even where the old one is defined anew
+            warnings.simplefilter("ignore", FutureWarning)
+            super().gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False}, **kwargs)
 
     def encode_image(self, volumes: torch.Tensor) -> torch.Tensor:
         """Embed CT volumes.

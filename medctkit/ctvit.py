@@ -14,6 +14,7 @@ t depth patches, n tokens of one sequence.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import nn
@@ -63,9 +64,30 @@ class RelativePositionBias(nn.Module):
             nn.Sequential(nn.Linear(dim, dim), nn.LeakyReLU(0.1)),
             nn.Linear(dim, heads),
         )
+        self._kept = None  # grid, weights, and the bias they gave
 
     def forward(self, h: int, w: int) -> torch.Tensor:
-        """Bias (heads, h * w, h * w), to be added to the scores of query i and key j."""
+        """Bias (heads, h * w, h * w), to be added to the scores of query i and key j.
+
+        On a CPU it is kept while nothing learns, and computed anew once the weights differ in value. A GPU computes
+        it in less time than it takes to wait for the comparison.
+        """
+        if torch.compiler.is_compiling() or not self._constant():
+            return self._bias(h, w)
+        weights = list(self.parameters())
+        kept, grid = self._kept, (h, w, weights[0].dtype)
+        if kept is None or kept[0] != grid or not all(map(torch.equal, weights, kept[1])):
+            with torch.inference_mode(False), torch.no_grad():  # what inference mode makes is of no use in training
+                kept = self._kept = grid, [p.detach().clone() for p in weights], self._bias(h, w)
+        return kept[2]
+
+    def _constant(self) -> bool:
+        """Whether nothing but a change of the weights can change the bias, and their values can be compared quickly."""
+        learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        real = all(type(p.data) is torch.Tensor and p.device.type == "cpu" for p in self.parameters())
+        return real and not learning and all(map(_plain, (self.net[0][0], self.net[1][0], self.net[2])))
+
+    def _bias(self, h: int, w: int) -> torch.Tensor:
         weight = self.net[2].weight
         rows, columns = (torch.arange(1 - n, n, device=weight.device) for n in (h, w))
         offsets = torch.cartesian_prod(rows, columns).float()  # ((2h-1)(2w-1), 2)
@@ -145,10 +167,50 @@ class GatedGELU(nn.Module):
         return value * F.gelu(gate)
 
 
+class _Keep(torch.autograd.Function):
+    """Saves a tensor for `_InParts`, and does nothing else."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.new_empty(0)
+
+
+class _InParts(torch.autograd.Function):
+    """A frozen function of tokens, part by part, of which nothing is kept: the backward pass computes it again.
+
+    The tokens come from a node of their own. A checkpointed layer, computed again, then has all it needs before it
+    gets here, and stops: the function runs twice in all, not three times.
+    """
+
+    @staticmethod
+    def forward(ctx, x, kept, function, size):
+        device = x.device.type
+        ctx.kept, ctx.function, ctx.size = kept, function, size
+        ctx.precision = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        return torch.cat([function(part) for part in x.detach().split(size)])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        if ctx.kept is None:
+            raise RuntimeError("a frozen feed-forward with gradient checkpointing can be backed through only once")
+        (x,), ctx.kept = ctx.kept.saved_tensors, None  # lets go of the tokens as soon as they are used
+        out = torch.empty_like(x)
+        with torch.enable_grad(), torch.autocast(*ctx.precision):
+            for part, g, place in zip(*(y.split(ctx.size) for y in (x, gradient, out)), strict=True):
+                part = part.detach().requires_grad_()
+                ctx.function(part).backward(g)
+                place.copy_(part.grad)
+        return out, None, None, None
+
+
 class FeedForward(nn.Sequential):
     """LayerNorm, gated GELU of width 8/3 dim; places 0, 1 and 4 hold weights, as in the released state dict."""
 
     tokens_at_a_time = 1024  # their 2,730 channels stay in the processor's cache
+    tokens_in_training = 2**14  # enough to keep a GPU busy, and 0.3 GB in bf16 with all that the backward pass needs
+    gradient_checkpointing = False  # transformers' gradient_checkpointing_enable() sets it
 
     def __init__(self, dim: int):
         inner = 8 * dim // 3
@@ -162,6 +224,10 @@ class FeedForward(nn.Sequential):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map tokens (..., c) to the same shape; on a CPU, without gradients, by a quicker way to the same numbers."""
+        if self._frozen_and_checkpointed(x):
+            tokens = x.flatten(0, -2)
+            kept = _Keep.apply(tokens).grad_fn
+            return _InParts.apply(tokens, kept, super().forward, self.tokens_in_training).view(x.shape)
         quick = x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
         if not (quick and _plain(self[1]) and _plain(self[4])):
             return super().forward(x)
@@ -171,6 +237,13 @@ class FeedForward(nn.Sequential):
         widen, narrow = torch.cat([value, zeros, gate, zeros]), F.pad(self[4].weight, (0, len(zeros)))
         parts = x.flatten(0, -2).split(self.tokens_at_a_time)
         return torch.cat([F.linear(self[2](F.linear(self[0](part), widen)), narrow) for part in parts]).view(x.shape)
+
+    def _frozen_and_checkpointed(self, x: torch.Tensor) -> bool:
+        return (
+            (self.gradient_checkpointing and self.training and torch.is_grad_enabled() and x.requires_grad)
+            and not any(p.requires_grad for p in self.parameters())
+            and not torch.compiler.is_compiling()
+        )
 
 
 def _plain(module: nn.Module) -> bool:
@@ -198,7 +271,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(Layer(dim, heads, dim_head) for _ in range(depth))
         self.norm_out = ScaleNorm(dim)
-        self.gradient_checkpointing = False  # transformers' gradient_checkpointing_enable() sets it
+        self.gradient_checkpointing = False  # transformers' gradient_checkpointing_enable() sets this and the next
+        self._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
     def forward(
         self, x: torch.Tensor, grid: tuple[int, int, int, int], bias: torch.Tensor | None = None
@@ -212,7 +286,7 @@ class Transformer(nn.Module):
         """
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(layer, x, grid, bias, use_reentrant=False)
+                x = self._gradient_checkpointing_func(layer.__call__, x, grid, bias)
             else:
                 x = layer(x, grid, bias)
         return self.norm_out(x)
@@ -292,9 +366,9 @@ class VisionTransformer(nn.Module):
 
     def encode(self, volumes: torch.Tensor) -> torch.Tensor:
         """Tokens before quantisation: (b, 1, d, h, w) -> (b, t, h, w, c)."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.to_patch_emb.parameters()):
             tokens = self.to_patch_emb(volumes)
-        else:  # slab by slab: what is cut stays in the processor's cache
+        else:  # slab by slab: what is cut stays in the processor's cache, and takes little memory
             slabs = volumes.split(self.to_patch_emb[0].size[0], dim=2)
             tokens = torch.cat([self.to_patch_emb(slab) for slab in slabs], dim=1)
         b, t, h, w, c = tokens.shape

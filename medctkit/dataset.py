@@ -5,6 +5,7 @@ once, and are read from the cache from then on.
 """
 
 from collections.abc import Callable, Sequence
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -109,7 +110,7 @@ def collate(tokenizer: Any, max_length: int = 128) -> Callable[[Sequence[dict]],
 
     Returns:
         A function from b items to a dict: `study` and `patient` (lists), `pixel_values` (b, 1, D, H, W),
-        `input_ids` and `attention_mask` (b, n), `labels` (b, 18).
+        `input_ids` and `attention_mask` (b, n), `report_id` (b,) equal for equal reports, `labels` (b, 18).
     """
 
     def to_batch(items: Sequence[dict]) -> dict[str, Any]:
@@ -121,7 +122,14 @@ def collate(tokenizer: Any, max_length: int = 128) -> Callable[[Sequence[dict]],
             "pixel_values": torch.stack([item["pixel_values"] for item in items]),
             "input_ids": words["input_ids"],
             "attention_mask": words["attention_mask"],
+            "report_id": report_ids(words["input_ids"], words["attention_mask"]),
             "labels": torch.stack([item["labels"] for item in items]),
         }
 
     return to_batch
+
+
+def report_ids(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """A number (b,) for each tokenised report (b, n), the same for the same tokens in whatever batch."""
+    reports = (ids[mask.bool()].numpy().tobytes() for ids, mask in zip(input_ids, attention_mask, strict=True))
+    return torch.tensor([int.from_bytes(blake2b(report, digest_size=8).digest(), signed=True) for report in reports])

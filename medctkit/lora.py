@@ -38,7 +38,7 @@ from medctkit.ctclip import CTCLIPConfig, CTCLIPModel, released_layout
 
 if TYPE_CHECKING:
     import pandas as pd
-    from peft import LoraConfig, PeftModel
+    from peft import LoraConfig, PeftConfig, PeftModel
 
 
 class LoRALinear(nn.Module):
@@ -87,14 +87,14 @@ class LoRALinear(nn.Module):
 
 
 # Where a projection lives inside CTCLIPModel, at any depth. peft matches the whole module name.
-_VISION_LAYER = r"visual_transformer\.enc_(?:spatial|temporal)_transformer\.layers\.\d+\.1\."
-_TEXT_LAYER = r"text_transformer\.encoder\.layer\.\d+\.attention\."
-VISION_PROJECTIONS = {name: _VISION_LAYER + name for name in ("to_q", "to_kv", "to_out")}
+VISION_LAYER = r"visual_transformer\.enc_(?:spatial|temporal)_transformer\.layers\.\d+\."
+TEXT_LAYER = r"text_transformer\.encoder\.layer\.\d+\."
+VISION_PROJECTIONS = {name: rf"{VISION_LAYER}1\.{name}" for name in ("to_q", "to_kv", "to_out")}
 TEXT_PROJECTIONS = {
-    "query": _TEXT_LAYER + r"self\.query",
-    "key": _TEXT_LAYER + r"self\.key",
-    "value": _TEXT_LAYER + r"self\.value",
-    "attention.output.dense": _TEXT_LAYER + r"output\.dense",
+    "query": TEXT_LAYER + r"attention\.self\.query",
+    "key": TEXT_LAYER + r"attention\.self\.key",
+    "value": TEXT_LAYER + r"attention\.self\.value",
+    "attention.output.dense": TEXT_LAYER + r"attention\.output\.dense",
 }
 
 
@@ -191,7 +191,7 @@ def add_lora(model: CTCLIPModel, preset: str = "paper", **overrides) -> PeftMode
         ValueError: as `lora_config`; a projection that no layer of this model has; a model that has adapters
             already.
     """
-    from peft import PeftModel, get_peft_model
+    from peft import PeftModel
 
     if isinstance(model, PeftModel):
         raise ValueError(
@@ -206,6 +206,13 @@ def add_lora(model: CTCLIPModel, preset: str = "paper", **overrides) -> PeftMode
     else:
         patterns = _placement(preset, dict(overrides)).patterns
     _refuse_unmatched(model, patterns)
+    return add_adapter(model, config)
+
+
+def add_adapter(model: CTCLIPModel, config: PeftConfig) -> PeftModel:
+    """Freeze a plain `model` and add the trainable adapter of any peft configuration to it, in place."""
+    from peft import get_peft_model
+
     with _quiet():
         return get_peft_model(model, config)
 
@@ -234,7 +241,16 @@ def merge_lora(model: PeftModel) -> CTCLIPModel:
 
     Both copies are in memory at once (1.1 GB each at full size). To swap adapters instead, use peft's own
     `model.set_adapter(name)`, and `with model.disable_adapter():` for the base.
+
+    Raises:
+        ValueError: weights in half precision, where the update would be rounded away.
     """
+    half = [name for name, p in model.named_parameters() if p.dtype in (torch.bfloat16, torch.float16)]
+    if half:
+        raise ValueError(
+            f"{half[0]} and {len(half) - 1} more weights are in half precision, which would round the update away; "
+            "load the adapter on a base model in float32 and merge it there"
+        )
     return copy.deepcopy(model).merge_and_unload(safe_merge=True)
 
 

@@ -22,10 +22,12 @@ import torch
 from torch.nn import functional as F
 
 from medctkit.ctclip import CTCLIPConfig, CTCLIPModel
+from medctkit.dataset import report_ids
 from medctkit.findings import FINDINGS
+from medctkit.objectives import draw_prompts, joint_loss, report_prompts
 from medctkit.phantom import TRAINING_SHAPE, generate, named_rng
 from medctkit.reports import write_report
-from medctkit.training import Objective, draw_prompts, learning_rate_factor, report_prompts
+from medctkit.training import learning_rate_factor
 
 CHUNK = 250
 FIRST_SEED = 1_000_000  # seeds of the pool; the patients are named by them
@@ -248,7 +250,6 @@ class Run:
         self.model = CTCLIPModel(CTCLIPConfig(MINI_VISION, text, MINI_PROJECTION))
         torch.nn.init.constant_(self.model.temperature, 2.3)  # cosines times 10: CLIP starts at 14
         self.codebook = CodebookLearner(self.model, config.codebook_decay, config.seed)
-        self.objective = Objective(self.model, 1.0, config.prompt_weight)
         parameters = list(self.model.parameters())
         groups = [
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
@@ -274,11 +275,19 @@ class Run:
             )
         reports = [self.train.report(i, self.epoch) for i in index]
         words = self.tokenizer(reports, padding=True, truncation=True, return_tensors="pt")
-        batch = {"pixel_values": shifted(self.train.pixels(index)), "labels": self.train.labels[index]}
-        batch |= {"input_ids": words["input_ids"], "attention_mask": words["attention_mask"]}
+        words = {name: words[name] for name in ("input_ids", "attention_mask")}
+        batch = {"report_id": report_ids(**words), "labels": self.train.labels[index]}
         self.model.train()
         wordings = random.Random(config.seed * 1_000_003 + self.step)
-        losses = self.objective(batch, draw_prompts(self.prompts, self.tokenizer, wordings))
+        losses = joint_loss(
+            self.model.encode_image(shifted(self.train.pixels(index))),
+            self.model.encode_text(**words),
+            self.model.encode_text(**draw_prompts(self.prompts, self.tokenizer, wordings)),
+            batch,
+            self.model.temperature,
+            1.0,
+            config.prompt_weight,
+        )
         losses["loss"].backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()

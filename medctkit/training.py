@@ -1,14 +1,7 @@
-"""Fine-tuning: two objectives and the one training loop.
+"""Fine-tuning: the settings and the one training loop.
 
-Both objectives work on L2-normalised embeddings, `b` volumes and their reports:
-
-* contrastive, `contrastive_loss`: each volume has to find its own report among the batch's reports and the
-  other way round (InfoNCE in both directions; CLIP, Radford et al. 2021, arXiv 2103.00020; CT-CLIP, Hamamci
-  et al. 2024, arXiv 2403.17834);
-* per-finding prompts, `finding_prompt_loss`: for each of the 18 findings the volume has to be nearer to a
-  sentence that states the finding than to one that denies it, or the reverse (the idea of CT-CLIP's
-  VocabFine). The sentences are report wordings; the prompts of the zero-shot evaluation are refused here, so
-  that evaluation stays zero-shot.
+What is minimised is in `objectives`, how the gradient of one step is computed in `gradients`, what is kept between two
+steps in `checkpoints`.
 """
 
 from __future__ import annotations
@@ -16,114 +9,66 @@ from __future__ import annotations
 import math
 import os
 import random
+import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
+from medctkit import checkpoints
+from medctkit.atomic import replacing
+from medctkit.checkpoints import Progress
 from medctkit.dataset import collate
-from medctkit.findings import FINDINGS
-from medctkit.lora import save_adapter
-from medctkit.reports import finding_sentences
+from medctkit.gradients import Objective, refuse_non_finite, seed_from, step_gradients
+from medctkit.methods import save_trained
+from medctkit.objectives import Prompts, check_prompts, draw_prompts, report_prompts
 
 if TYPE_CHECKING:
     import pandas as pd
-    from peft import PeftModel
-
-Prompts = Mapping[str, tuple[Sequence[str], Sequence[str]]]
-
-
-def contrastive_loss(
-    image_embeds: torch.Tensor,
-    text_embeds: torch.Tensor,
-    temperature: torch.Tensor | float,
-    groups: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Mean of the two InfoNCE directions.
-
-    Args:
-        image_embeds: (b, p), L2-normalised.
-        text_embeds: (b, p), L2-normalised; row i belongs to image i.
-        temperature: as CT-CLIP stores it: cosines are multiplied by exp(temperature).
-        groups: (b,) whole numbers; equal for volumes with the same report, such as two reconstructions of one
-            scan. Such a pair is right, not wrong, so it is left out of each other's negatives. None: all
-            different.
-    """
-    logits = image_embeds @ text_embeds.T * torch.as_tensor(temperature).exp()  # (b, p) (p, b) -> (b, b)
-    own = torch.arange(len(logits), device=logits.device)
-    if groups is not None:
-        same = groups[:, None] == groups[None, :]
-        same[own, own] = False
-        logits = logits.masked_fill(same, -math.inf)
-    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
-
-
-def finding_prompt_loss(
-    image_embeds: torch.Tensor,
-    positive_embeds: torch.Tensor,
-    negative_embeds: torch.Tensor,
-    labels: torch.Tensor,
-    scale: torch.Tensor | float,
-) -> torch.Tensor:
-    """Cross-entropy of the softmax over each finding's two similarities, averaged over volumes and findings.
-
-    The softmax of two numbers is the sigmoid of their difference, hence the binary form.
-
-    Args:
-        image_embeds: (b, p), L2-normalised.
-        positive_embeds: (18, p), sentences that state each finding, L2-normalised.
-        negative_embeds: (18, p), sentences that deny it.
-        labels: (b, 18), 1 present, 0 absent.
-        scale: factor on the cosines, exp(temperature) for CT-CLIP.
-    """
-    margin = scale * image_embeds @ (positive_embeds - negative_embeds).T  # (b, p) (p, 18) -> (b, 18)
-    return F.binary_cross_entropy_with_logits(margin, labels.to(margin.dtype))
-
-
-def report_prompts(hospital: str = "target") -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
-    """Wordings in which `hospital`'s reports state and deny each finding: {finding: (stated, denied)}."""
-    return {f: (finding_sentences(f, True, hospital), finding_sentences(f, False, hospital)) for f in FINDINGS}
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
 class FineTuneConfig:
     """Settings of `finetune`, checked on construction.
 
-    LoRA stands, and needs, a learning rate about ten times that of full fine-tuning: start between 1e-4 and
-    1e-3 and halve it where the loss jumps. alpha multiplies the update too: with alpha = 2 r the rate can
-    stay as it is when r changes.
+    LoRA stands, and needs, a learning rate about ten times that of full fine-tuning (Biderman et al. 2024, "LoRA
+    Learns Less and Forgets Less", arXiv 2405.09673): start between 1e-4 and 1e-3 and halve it where the loss jumps. The
+    update is multiplied by alpha / r: with alpha = 2 r the rate can stay as it is when r changes. B starts at zero
+    and learns first. What was best for each method here is in the table of `medctkit compare`.
 
     Args:
         steps: optimiser steps; give this or `epochs`.
         epochs: passes over the training data (may be fractional).
-        batch_size: volumes per forward pass; also how many reports a volume is told apart from.
-        accumulation: forward passes per optimiser step.
+        batch_size: volumes per optimiser step, over all processes; also how many reports a volume is told apart from.
+        micro_batch_size: volumes in memory at a time, in each process; None: the process's whole share of the batch.
+            Gradients are the same (`medctkit.gradients`), for one more forward pass.
         learning_rate: its peak, after warm-up; falls to zero along a cosine.
         warmup_fraction: share of all steps in which the rate rises, 0 to below 1.
         weight_decay: AdamW's.
         max_grad_norm: longer gradients are scaled down to this norm.
         contrastive_weight: weight of `contrastive_loss`.
         prompt_weight: weight of `finding_prompt_loss`.
-        prompts: for each of the 18 findings, sentences that state and that deny it; every forward pass draws
+        prompts: for each of the 18 findings, sentences that state and that deny it; every step draws
             one of each. Not the prompts of the zero-shot evaluation.
         max_length: tokens a report is cut to.
         evaluate_every: optimiser steps between validations.
+        checkpoint_every: optimiser steps between checkpoints, from which an interrupted run goes on.
         patience: stop after this many validations in a row without a new best; None: never.
         mixed_precision: "no", "bf16" or "fp16".
         seed: of batches, prompt wordings and dropout.
+        workers: processes that load volumes ahead; 0: none, right for data in memory.
     """
 
     steps: int | None = None
     epochs: float | None = None
     batch_size: int = 16
-    accumulation: int = 1
+    micro_batch_size: int | None = None
     learning_rate: float = 5e-4
     warmup_fraction: float = 0.1
     weight_decay: float = 0.01
@@ -133,9 +78,11 @@ class FineTuneConfig:
     prompts: Prompts = field(default_factory=report_prompts, repr=False)
     max_length: int = 128
     evaluate_every: int = 25
+    checkpoint_every: int = 25
     patience: int | None = None
     mixed_precision: str = "no"
     seed: int = 0
+    workers: int = 0
 
     def __post_init__(self):
         def require(ok: bool, name: str, expected: str) -> None:
@@ -146,8 +93,15 @@ class FineTuneConfig:
             raise ValueError(f"give either steps or epochs, got steps={self.steps!r} and epochs={self.epochs!r}")
         require(self.steps is None or self.steps >= 1, "steps", "at least 1")
         require(self.epochs is None or self.epochs > 0, "epochs", "above 0")
-        for name in ("batch_size", "accumulation", "max_length", "evaluate_every"):
+        for name in ("batch_size", "max_length", "evaluate_every", "checkpoint_every"):
             require(getattr(self, name) >= 1, name, "at least 1")
+        micro = self.micro_batch_size
+        require(
+            micro is None or (micro >= 1 and self.batch_size % micro == 0),
+            "micro_batch_size",
+            f"None or a divisor of batch_size {self.batch_size}",
+        )
+        require(self.workers >= 0, "workers", "at least 0")
         require(self.patience is None or self.patience >= 1, "patience", "at least 1, or None")
         for name in ("learning_rate", "max_grad_norm"):
             require(0 < getattr(self, name) < math.inf, name, "a number above 0")
@@ -163,50 +117,24 @@ class FineTuneConfig:
                 f"others in its batch; got {self.batch_size}. Raise it, or set contrastive_weight=0"
             )
         if self.prompt_weight > 0:
-            _check_prompts(self.prompts)
+            check_prompts(self.prompts)
 
 
-def _check_prompts(prompts: Prompts) -> None:
-    missing = [f for f in FINDINGS if f not in prompts or not all(prompts[f])]
-    if missing:
-        raise ValueError(
-            f"prompts need sentences that state and that deny every finding; none for {', '.join(missing)}. "
-            "report_prompts() is a complete set"
-        )
-    for finding in FINDINGS:
-        evaluation = {f"{finding} is present".lower(), f"{finding} is not present".lower()}
-        for sentence in (*prompts[finding][0], *prompts[finding][1]):
-            if sentence.strip().rstrip(".").lower() in evaluation:
-                raise ValueError(
-                    f"training prompt {sentence!r} is a prompt of the zero-shot evaluation, which would no "
-                    "longer be zero-shot; use other wordings, such as report_prompts()"
-                )
+def accelerator_for(mixed_precision: str = "no", output_dir: str | os.PathLike | None = None) -> Accelerator:
+    """This process's device, and the other processes that `accelerate launch` started.
 
+    Args:
+        mixed_precision: "no", "bf16" or "fp16". accelerate fixes it at its first use in a process; here it may change,
+            as it does in notebooks.
+        output_dir: for TensorBoard's files; None: no logging.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
-class Objective(nn.Module):
-    """Model and losses as one module, so that several processes share a single forward call."""
-
-    def __init__(self, model: nn.Module, contrastive_weight: float, prompt_weight: float):
-        super().__init__()
-        self.model = model
-        self.contrastive_weight = contrastive_weight
-        self.prompt_weight = prompt_weight
-
-    def forward(self, batch: Mapping[str, Any], prompts: Mapping[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
-        """Losses `contrastive`, `prompts` (those with a weight) and their weighted sum `loss`."""
-        images = self.model.encode_image(batch["pixel_values"])  # (b, p)
-        temperature = self.model.temperature
-        losses, total = {}, 0.0
-        if self.contrastive_weight:
-            texts = self.model.encode_text(batch["input_ids"], batch["attention_mask"])  # (b, p)
-            groups = torch.unique(batch["input_ids"], dim=0, return_inverse=True)[1]  # same tokens, same report
-            losses["contrastive"] = contrastive_loss(images, texts, temperature, groups)
-            total = total + self.contrastive_weight * losses["contrastive"]
-        if self.prompt_weight:
-            stated, denied = self.model.encode_text(**prompts).chunk(2)  # (36, p) -> 2 of (18, p)
-            losses["prompts"] = finding_prompt_loss(images, stated, denied, batch["labels"], temperature.exp())
-            total = total + self.prompt_weight * losses["prompts"]
-        return losses | {"loss": total}
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
+        AcceleratorState._reset_state()
+    board = {} if output_dir is None else {"log_with": "tensorboard", "project_dir": output_dir}
+    return Accelerator(mixed_precision=mixed_precision, **board)
 
 
 def learning_rate_factor(step: int, steps: int, warmup_fraction: float) -> float:
@@ -222,7 +150,7 @@ class FineTuneResult:
     """What `finetune` found.
 
     `history` has one row per optimiser step (step 0: before training) with losses, learning rate, gradient
-    norm before clipping, seconds since the start, and `score` where validated. The best adapter is in
+    norm before clipping, seconds since the start, and `score` where validated. The best parameters are in
     `adapter_dir` and on the model.
     """
 
@@ -233,8 +161,47 @@ class FineTuneResult:
     seconds: float
 
 
+class StepBatches(Sampler):
+    """Indices of one process's small batches, step after step: each epoch a new order, drawn from seed and epoch.
+
+    Args:
+        studies: how many there are.
+        config: batch sizes and seed.
+        steps: numbers of the optimiser steps, from 1.
+        process: which of the processes.
+        processes: how many share each batch.
+    """
+
+    def __init__(self, studies: int, config: FineTuneConfig, steps: range, process: int = 0, processes: int = 1):
+        self.studies, self.config, self.steps = studies, config, steps
+        self.process, self.share = process, config.batch_size // processes
+        self.size = min(config.micro_batch_size or self.share, self.share)
+        self.parts = self.share // self.size
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.parts * self.rounds
+
+    @property
+    def rounds(self) -> int:
+        """How often `step_gradients` reads each small batch."""
+        return 1 if self.parts == 1 else 2
+
+    def batch(self, step: int) -> list[int]:
+        """Indices of a step's whole batch, of all processes."""
+        epoch, place = divmod(step - 1, self.studies // self.config.batch_size)
+        generator = torch.Generator().manual_seed(seed_from(self.config.seed, "epoch", epoch))
+        order = torch.randperm(self.studies, generator=generator)
+        return order[place * self.config.batch_size :][: self.config.batch_size].tolist()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self.steps:
+            share = self.batch(step)[self.process * self.share :][: self.share]
+            for _ in range(self.rounds):
+                yield from (share[i : i + self.size] for i in range(0, self.share, self.size))
+
+
 def finetune(
-    model: PeftModel,
+    model: nn.Module,
     train_dataset: Dataset,
     tokenizer: Any,
     config: FineTuneConfig,
@@ -242,154 +209,194 @@ def finetune(
     score_fn: Callable[[nn.Module], float],
     callback: Callable[[dict[str, float]], None] | None = None,
 ) -> FineTuneResult:
-    """Train the adapter of `model`; keep the one that scores best on validation data.
+    """Train what is trainable in `model`, usually an adapter; keep what scores best on validation data.
 
-    Only parameters that require gradients change; the base stays as it is, bit for bit, the codebook
-    included.
+    Only parameters that require gradients change; all else stays as it is, bit for bit, the codebook included. Stopped
+    in the middle, by whatever, the same call goes on from the last checkpoint: on a CPU to the same bits, as if
+    nothing had happened. Under `accelerate launch` several processes share each batch.
 
     Args:
-        model: CT-CLIP with an adapter, from `add_lora`.
+        model: CT-CLIP with an adapter, from `add_lora`, or made ready by `methods.apply_method`.
         train_dataset: items as `CTReportDataset` gives them.
         tokenizer: of the text encoder.
         config: settings.
-        output_dir: the best adapter is written to its `adapter` folder, whole or not at all.
-        score_fn: called with the model in evaluation mode and without gradients; returns the number to
-            maximise, such as the mean zero-shot AUROC of the validation split. Never show it a test study.
-        callback: called with each row of the history as it is made, for live plots.
+        output_dir: gets `adapter` (the best parameters so far), `history.csv`, TensorBoard's files in `tensorboard`,
+            and, while the run is not finished, its checkpoint.
+        score_fn: called with the model in evaluation mode and without gradients, in every process; returns the number
+            to maximise, such as the mean zero-shot AUROC of the validation split. Never show it a test study.
+        callback: called with each row of the history as it is made, for live plots; rows of before an interruption
+            come first.
 
     Raises:
-        ValueError: no adapter, fewer studies than one batch, or a score that is not a number.
-        RuntimeError: no gradient reaches the vision encoder's adapter.
+        ValueError: nothing to train, fewer studies than one batch, a batch that the processes cannot share equally,
+            a score that is not a number, a checkpoint of another run.
+        RuntimeError: no gradient reaches the vision encoder's trainable parameters.
         FloatingPointError: a loss or gradient that is not finite, with step and study ids.
     """
     import pandas as pd
-    from accelerate import Accelerator
-    from accelerate.utils import set_seed
+    from accelerate.utils import broadcast, broadcast_object_list
     from tqdm.auto import tqdm
 
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not hasattr(model, "peft_config") or not trainable:
+    if not trainable:
         raise ValueError("the model has no trainable adapter; make one with add_lora(model, 'paper')")
     if len(train_dataset) < config.batch_size:
         raise ValueError(f"{len(train_dataset)} training studies are fewer than one batch of {config.batch_size}")
+    accelerator, output_dir = accelerator_for(config.mixed_precision, output_dir), Path(output_dir)
+    processes = accelerator.num_processes
+    if config.batch_size % processes or (config.batch_size // processes) % (config.micro_batch_size or 1):
+        raise ValueError(
+            f"a batch of {config.batch_size} in small batches of {config.micro_batch_size or 'any size'} cannot be "
+            f"shared equally by {processes} processes; choose a batch_size that can"
+        )
+    steps = config.steps or max(1, round(config.epochs * (len(train_dataset) // config.batch_size)))
 
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    set_seed(config.seed)
-    wordings = random.Random(config.seed)
-    loader = DataLoader(
-        train_dataset,
-        batch_size=config.batch_size,
-        shuffle=True,
-        drop_last=True,
-        collate_fn=collate(tokenizer, config.max_length),
-        generator=torch.Generator().manual_seed(config.seed),
-    )
+    model.to(accelerator.device)
+    for parameter in trainable.values():
+        broadcast(parameter.data)  # all processes start from the first one's
     optimizer = torch.optim.AdamW(trainable.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    objective = Objective(model, config.contrastive_weight, config.prompt_weight)
-    objective, optimizer, loader = accelerator.prepare(objective, optimizer, loader)
-    steps = config.steps or max(1, round(config.epochs * math.ceil(len(loader) / config.accumulation)))
+    prepared = accelerator.prepare_optimizer(optimizer)  # for fp16's loss scale
+    objective = Objective(config.contrastive_weight, config.prompt_weight)
+    checkpoint, adapter_dir = output_dir / checkpoints.NAME, output_dir / "adapter"
+    made_of = checkpoints.made_of(model, trainable, train_dataset, asdict(config))
+    if accelerator.is_main_process:
+        _remove_half_written(output_dir)
+    state = Progress(0, [], -1, -math.inf, {}, 0.0)
+    found = _read_checkpoint(checkpoint, made_of, accelerator)
+    if found is not None:
+        state = checkpoints.restore(*found, trainable, optimizer, accelerator.scaler)
+    started = time.perf_counter() - state.seconds
+    # rows that an interrupted run logged after its last checkpoint are logged anew
+    accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": state.step + 1}})
 
-    adapter_dir = Path(output_dir) / "adapter"
-    started = time.perf_counter()
-    history: list[dict[str, float]] = []
-    best: dict[str, Any] = {"step": -1, "score": -math.inf}
+    def keep() -> None:
+        """Write down where the run stands."""
+        state.seconds = time.perf_counter() - started
+        if accelerator.is_main_process:
+            checkpoints.save(checkpoint, state, trainable, optimizer, accelerator.scaler, made_of)
 
     def validate(step: int) -> float:
-        objective.eval()
-        with torch.no_grad():
+        model.eval()
+        with torch.no_grad(), accelerator.autocast():
             score = float(score_fn(model))
-        objective.train()  # the quantiser passes gradients in training mode only
+        model.train()  # the quantiser passes gradients in training mode only
+        (score,) = broadcast_object_list([score])  # so that all processes keep and stop alike
         if not math.isfinite(score):
             raise ValueError(f"score_fn returned {score} at step {step}; expected a finite number to maximise")
-        if score > best["score"]:
-            best.update(step=step, score=score, weights={n: p.detach().clone() for n, p in trainable.items()})
+        if score > state.best_score:
+            state.best_step, state.best_score = step, score
+            state.best = {name: p.detach().clone() for name, p in trainable.items()}
             if accelerator.is_main_process:
-                save_adapter(model, adapter_dir, model.active_adapter)
+                save_trained(model, adapter_dir)
         return score
 
     def record(row: dict[str, float]) -> None:
-        history.append(row | {"seconds": time.perf_counter() - started})
+        state.history.append(row | {"seconds": time.perf_counter() - started})
+        accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
         if callback is not None:
-            callback(history[-1])
+            callback(state.history[-1])
 
-    record({"step": 0, "score": validate(0)})
-    batches = _endless(loader)
-    without_best = 0
-    bar = tqdm(range(1, steps + 1), desc="fine-tuning", disable=not accelerator.is_local_main_process)
-    for step in bar:
+    for row in state.history if callback is not None else ():
+        callback(row)
+    if not state.history:
+        record({"step": 0, "score": validate(0)})
+    model.train()
+    batches = StepBatches(
+        len(train_dataset), config, range(state.step + 1, steps + 1), accelerator.process_index, processes
+    )
+    loader = iter(
+        DataLoader(
+            train_dataset,
+            batch_sampler=batches,
+            collate_fn=collate(tokenizer, config.max_length),
+            num_workers=config.workers,
+        )
+    )
+    bar = tqdm(
+        total=steps, initial=state.step, desc="fine-tuning", unit="step", disable=not accelerator.is_local_main_process
+    )
+    while state.step < steps and not _patience_is_over(state, config):
+        step = state.step + 1
         rate = config.learning_rate * learning_rate_factor(step - 1, steps, config.warmup_fraction)
-        row: dict[str, float] = {"step": step}
-        for part in range(config.accumulation):
-            batch = next(batches)
-            prompts = None
-            if config.prompt_weight:
-                prompts = draw_prompts(config.prompts, tokenizer, wordings).to(accelerator.device)
-            last = part == config.accumulation - 1  # several processes average their gradients once per step
-            with nullcontext() if last else accelerator.no_sync(objective):
-                losses = objective(batch, prompts)
-                _refuse_non_finite("loss", losses["loss"], step, batch)
-                accelerator.backward(losses["loss"] / config.accumulation)
-            for name, value in losses.items():
-                row[name] = row.get(name, 0.0) + value.item() / config.accumulation
+        prompts = None
+        if config.prompt_weight:
+            prompts = draw_prompts(config.prompts, tokenizer, random.Random(seed_from(config.seed, step, "wordings")))
+        losses = step_gradients(
+            model, loader, batches.parts, objective, accelerator, prompts, seed=config.seed, step=step
+        )
         if step == 1:
             _refuse_silent_vision(trainable)
         norm = accelerator.clip_grad_norm_(list(trainable.values()), config.max_grad_norm)
-        if config.mixed_precision != "fp16":  # fp16 looks for its scale through infinities and skips those
-            _refuse_non_finite("gradient norm", norm, step, batch)
+        if config.mixed_precision != "fp16" and not norm.isfinite():  # fp16 skips infinities, to find its scale
+            studies = [train_dataset[i]["study"] for i in batches.batch(step)]
+            refuse_non_finite("gradient norm", norm, step, studies)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad()
+        prepared.step()
+        prepared.zero_grad()
 
-        row |= {"learning_rate": rate, "grad_norm": norm.item()}
+        row = {name: value.item() for name, value in losses.items()}
+        row = {"step": step} | row | {"learning_rate": rate, "grad_norm": norm.item()}
         if step % config.evaluate_every == 0 or step == steps:
             row["score"] = validate(step)
-            without_best = 0 if best["step"] == step else without_best + 1
         record(row)
-        bar.set_postfix(loss=f"{row['loss']:.3f}", best=f"{best['score']:.3f} at step {best['step']}")
-        if without_best == config.patience:
-            break
+        state.step = step
+        if step % config.checkpoint_every == 0 or step == steps:
+            keep()
+        bar.update()
+        bar.set_postfix(loss=f"{row['loss']:.3f}", best=f"{state.best_score:.3f} at step {state.best_step}")
     bar.close()
 
     with torch.no_grad():
         for name, parameter in trainable.items():
-            parameter.copy_(best["weights"][name])
+            parameter.copy_(state.best[name])
     model.eval()
-    return FineTuneResult(
-        history=pd.DataFrame(history),
-        best_step=best["step"],
-        best_score=best["score"],
-        adapter_dir=adapter_dir,
-        seconds=time.perf_counter() - started,
-    )
+    history = pd.DataFrame(state.history)
+    if accelerator.is_main_process:
+        save_trained(model, adapter_dir)  # what an interrupted run left there may be of a later step
+        with replacing(output_dir / "history.csv") as temporary:
+            history.to_csv(temporary, index=False)
+        checkpoint.unlink(missing_ok=True)
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    accelerator.wait_for_everyone()
+    return FineTuneResult(history, state.best_step, state.best_score, adapter_dir, time.perf_counter() - started)
 
 
-def _endless(loader):
-    while True:
-        yield from loader
+def _remove_half_written(output_dir: Path) -> None:
+    """What a run that was killed while it wrote has left under temporary names."""
+    for file in (*output_dir.glob(f".{checkpoints.NAME}.*.tmp"), *output_dir.glob("adapter/.*.tmp")):
+        file.unlink()
+    for folder in output_dir.glob("adapter/.saving-*"):
+        shutil.rmtree(folder)
 
 
-def draw_prompts(prompts: Prompts, tokenizer: Any, wordings: random.Random) -> Mapping[str, torch.Tensor]:
-    """One stating sentence per finding, then one denying sentence per finding, as tokens (36, n)."""
-    sentences = [wordings.choice(prompts[finding][side]) for side in (0, 1) for finding in FINDINGS]
-    tokens = tokenizer(sentences, padding=True, return_tensors="pt")
-    tokens.pop("token_type_ids", None)
-    return tokens
+def _read_checkpoint(path: Path, made_of: dict, accelerator: Accelerator) -> tuple | None:
+    """The main process reads, all get it; or all fail."""
+    from accelerate.utils import broadcast_object_list
+
+    found = None
+    if accelerator.is_main_process and path.is_file():
+        try:
+            found = checkpoints.read(path, made_of)
+        except ValueError as error:
+            found = error
+    (found,) = broadcast_object_list([found])
+    if isinstance(found, ValueError):
+        raise found
+    return found
 
 
-def _refuse_non_finite(what: str, value: torch.Tensor, step: int, batch: Mapping[str, Any]) -> None:
-    if not torch.isfinite(value).all():
-        raise FloatingPointError(
-            f"{what} is {value.item():g} at step {step}, studies {', '.join(map(str, batch['study']))}. "
-            "Look at these volumes for values outside [-1, 1], lower learning_rate, or train in float32"
-        )
+def _patience_is_over(state: Progress, config: FineTuneConfig) -> bool:
+    without_best = sum("score" in row and row["step"] > state.best_step for row in state.history)
+    return config.patience is not None and without_best >= config.patience
 
 
 def _refuse_silent_vision(trainable: Mapping[str, nn.Parameter]) -> None:
     vision = [p for name, p in trainable.items() if "visual_transformer." in name]
     if vision and not any(p.grad is not None and p.grad.any() for p in vision):
         raise RuntimeError(
-            "no gradient reached the vision encoder's adapter in the first step, so it would never learn. "
+            "no gradient reached the vision encoder's trainable parameters in the first step, so it would never learn. "
             "The vector quantiser passes gradients straight through in training mode only: see that nothing "
             "puts the vision encoder into evaluation mode or detaches encode_image"
         )

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import distributed as dist
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from medctkit.findings import FINDINGS
 
@@ -109,29 +110,54 @@ class ZeroShotClassifier:
         """Probabilities (b, k) of the findings from image embeddings (b, p)."""
         stating, denying = self.text_embeds()
         image_embeds = torch.as_tensor(image_embeds, dtype=torch.float32, device=stating.device)
-        # the softmax of two similarities is the sigmoid of their difference
-        return torch.sigmoid(self._scale * image_embeds @ (stating - denying).T).cpu().numpy()
+        with torch.autocast(stating.device.type, enabled=False):  # bfloat16 would round scores to ties
+            # the softmax of two similarities is the sigmoid of their difference
+            return torch.sigmoid(self._scale * image_embeds @ (stating - denying).T).cpu().numpy()
 
     def scores(self, volumes: torch.Tensor) -> np.ndarray:
         """Probabilities (b, k) of the findings for volumes (b, 1, d, h, w) in [-1, 1]."""
         with _evaluating(self.model):
             return self.scores_from_embeddings(self.model.encode_image(volumes.to(self.device)))
 
-    def embed(self, dataset: Dataset, batch_size: int = 32, progress: bool = True) -> Embedded:
-        """Encode every volume of a data set once; batches smaller for the full-size model."""
+    def embed(self, dataset: Dataset, batch_size: int = 32, progress: bool = True, workers: int = 0) -> Embedded:
+        """Encode every volume of a data set once; under `accelerate launch` the processes share the work.
+
+        Args:
+            dataset: items as `CTReportDataset` gives them.
+            batch_size: volumes at a time; 1 or 2 for the full-size model on a small GPU.
+            progress: show it.
+            workers: processes that load volumes ahead; 0: none, right for data in memory.
+
+        Returns:
+            All of the data set in its order, in every process.
+
+        Raises:
+            ValueError: an empty data set.
+        """
         from tqdm.auto import tqdm
 
-        def together(items):
-            return torch.stack([i["pixel_values"] for i in items]), items
-
-        loader = DataLoader(dataset, batch_size=batch_size, collate_fn=together)
-        parts, items = [], []
+        if not len(dataset):
+            raise ValueError("the data set has no studies to embed")
+        process, processes = (
+            (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+        )
+        share = Subset(dataset, range(process, len(dataset), processes))
+        loader = DataLoader(share, batch_size=batch_size, collate_fn=list, num_workers=workers)
+        found = []
         with _evaluating(self.model):
-            for volumes, batch in tqdm(loader, desc="embedding", disable=not progress):
-                parts.append(self.model.encode_image(volumes.to(self.device)).float().cpu())
-                items += [(item["labels"].numpy(), item["patient"], item["study"]) for item in batch]
-        labels, patients, studies = (np.array(part) for part in zip(*items, strict=True))
-        return Embedded(torch.cat(parts), labels, patients, studies)
+            for batch in tqdm(loader, desc="embedding", disable=not progress or process > 0):
+                volumes = torch.stack([item["pixel_values"] for item in batch])
+                embeds = self.model.encode_image(volumes.to(self.device)).float().cpu().numpy()
+                found += [
+                    (embed, item["labels"].numpy(), item["patient"], item["study"])
+                    for embed, item in zip(embeds, batch, strict=True)
+                ]
+        if processes > 1:
+            shares = [None] * processes
+            dist.all_gather_object(shares, found)
+            found = [shares[i % processes][i // processes] for i in range(len(dataset))]
+        embeddings, labels, patients, studies = (np.array(part) for part in zip(*found, strict=True))
+        return Embedded(torch.from_numpy(embeddings), labels, patients, studies)
 
 
 @contextmanager
@@ -147,10 +173,19 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = was
 
 
-def validation_score(dataset: Dataset, tokenizer: Any, prompts: str | Sequence[str] = "paper") -> Callable:
+def validation_score(
+    dataset: Dataset, tokenizer: Any, prompts: str | Sequence[str] = "paper", batch_size: int = 32, workers: int = 0
+) -> Callable:
     """A function from a model to its mean AUROC on a data set: what `finetune` maximises.
 
     Use it on validation studies only. Findings with one class in the data set are left out of the mean.
+
+    Args:
+        dataset: validation studies.
+        tokenizer: of the text encoder.
+        prompts: see `ZeroShotClassifier`.
+        batch_size: see `ZeroShotClassifier.embed`.
+        workers: see `ZeroShotClassifier.embed`.
 
     Raises:
         ValueError: (when called) no finding has both classes.
@@ -160,7 +195,7 @@ def validation_score(dataset: Dataset, tokenizer: Any, prompts: str | Sequence[s
         from sklearn.metrics import roc_auc_score
 
         classifier = ZeroShotClassifier(model, tokenizer, prompts)
-        found = classifier.embed(dataset, progress=False)
+        found = classifier.embed(dataset, batch_size, progress=False, workers=workers)
         scores = classifier.scores_from_embeddings(found.embeddings)
         both = [k for k in range(len(FINDINGS)) if 0 < found.labels[:, k].mean() < 1]
         if not both:

@@ -486,3 +486,156 @@ def test_one_volume_alone_is_embedded_as_in_a_batch(model):
     with torch.no_grad():
         alone = torch.cat([model.encode_image(volume[None]) for volume in volumes])
     torch.testing.assert_close(alone, together, atol=1e-6, rtol=1e-5)
+
+
+# --- less memory for the same numbers ---------------------------------------------------------------------------
+
+
+def frozen_below_the_latents():
+    """In training mode, with everything frozen but what a vision LoRA would train."""
+    model = small_model().train().requires_grad_(False)
+    for name, p in model.named_parameters():
+        p.requires_grad_(".1.to_q." in name or ".1.to_kv." in name)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")  # its name in transformers < 5
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_frozen_feed_forward_in_parts_gives_the_same_gradients(precision, monkeypatch):
+    monkeypatch.setattr(FeedForward, "tokens_in_training", 7)
+    found = []
+    for checkpointing in (False, True):
+        model = frozen_below_the_latents()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            loss = model(**BATCH, return_loss=True).loss
+        loss.backward()
+        found.append([loss, *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert len(found[0]) == 1 + 2 * 4  # the loss; to_q and to_kv of four layers
+    tolerance = 1e-5 if precision == torch.float32 else 0.02  # products of other sizes round otherwise
+    for plain, in_parts in zip(*found, strict=True):
+        assert relative_error(in_parts, plain) <= tolerance and plain.any()
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
+def test_a_frozen_feed_forward_in_parts_runs_twice_and_not_three_times(monkeypatch):
+    monkeypatch.setattr(FeedForward, "tokens_in_training", 7)
+    model, tokens = frozen_below_the_latents(), []
+    model.gradient_checkpointing_enable()
+    block = model.visual_transformer.enc_spatial_transformer.layers[1]["3"]
+    block[2].register_forward_hook(lambda module, args, out: tokens.append(len(out)))
+    model(**BATCH, return_loss=True).loss.backward()
+    n = 3 * math.prod(model.config.grid)
+    assert sum(tokens) == 2 * n and max(tokens) == 7
+
+
+def test_a_feed_forward_in_parts_refuses_a_second_backward_pass(monkeypatch):
+    monkeypatch.setattr(FeedForward, "tokens_in_training", 4)
+    block = FeedForward(6).double().requires_grad_(False)
+    x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    y = block(x).exp().sum()
+    y.backward(retain_graph=True)
+    (plain,) = torch.autograd.grad(y, x)  # not in parts: as often as you like
+    x.grad = None
+    block.gradient_checkpointing = True
+    y = block(x).exp().sum()
+    y.backward(retain_graph=True)
+    torch.testing.assert_close(x.grad, plain)
+    with pytest.raises(RuntimeError, match="can be backed through only once"):
+        y.backward()
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
+def test_a_feed_forward_that_learns_gets_its_gradients_with_checkpointing():
+    model = frozen_below_the_latents()
+    weight = model.visual_transformer.enc_spatial_transformer.layers[1]["3"][4].weight.requires_grad_(True)
+    model.gradient_checkpointing_enable()
+    (gradient,) = torch.autograd.grad(model(**BATCH, return_loss=True).loss, weight)
+    plain = small_model().train()
+    plain(**BATCH, return_loss=True).loss.backward()
+    expected = plain.visual_transformer.enc_spatial_transformer.layers[1]["3"][4].weight.grad
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_frozen_patches_are_cut_slab_by_slab_in_training_too():
+    shapes = []
+    for frozen in (False, True):
+        model = small_model().train()
+        model.visual_transformer.to_patch_emb.requires_grad_(not frozen)
+        model.visual_transformer.to_patch_emb[0].register_forward_hook(lambda *args: shapes.append(args[2].shape[1]))
+        tokens = model.visual_transformer.encode(BATCH["pixel_values"])
+        assert relative_error(tokens, small_model().visual_transformer.encode(BATCH["pixel_values"])) <= 1e-6
+    t = model.config.grid[0]
+    assert shapes == [t] + [1] * t
+    volumes = BATCH["pixel_values"].clone().requires_grad_(True)  # as for a saliency map
+    model(volumes, BATCH["input_ids"]).logits_per_image.sum().backward()
+    assert volumes.grad.any()
+
+
+def bias_of(model):
+    return model.visual_transformer.spatial_rel_pos_bias
+
+
+def counted(module):
+    """A relative-position bias that writes down every time it is computed."""
+    module.computed, compute = [], module._bias
+
+    def computing(h, w):
+        module.computed.append((h, w))
+        return compute(h, w)
+
+    module._bias = computing
+    return module
+
+
+def test_the_relative_position_bias_is_computed_once_while_its_weights_are_frozen():
+    module = counted(bias_of(small_model()))
+    with torch.no_grad():
+        first = module(4, 3)
+        assert torch.equal(module(4, 3), first) and module.computed == [(4, 3)]
+    module.requires_grad_(False)
+    assert module(4, 3) is first and len(module.computed) == 1
+    assert module(3, 4).shape == (4, 12, 12) and module.computed[1:] == [(3, 4)]
+    module.requires_grad_(True)
+    assert module(3, 4).requires_grad and len(module.computed) == 3
+    assert not [name for name in module.state_dict() if "kept" in name]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda module: module.net[0][0].weight.data.add_(1),  # does not raise the version counter
+        lambda module: module.net[2].bias.data.copy_(torch.ones(4)),
+        lambda module: setattr(module.net[1][0], "weight", nn.Parameter(torch.ones(64, 64))),
+        lambda module: module.load_state_dict({n: t + 1 for n, t in module.state_dict().items()}),
+        lambda module: module.double(),
+        lambda module: module.net[2].register_forward_hook(lambda *args: args[2] + 1),
+    ],
+)
+def test_the_kept_relative_position_bias_is_never_stale(change):
+    module = bias_of(small_model()).requires_grad_(False)
+    before = module(4, 3).clone()
+    change(module)
+    found = module(4, 3)
+    assert torch.equal(found, module._bias(4, 3)) and not torch.equal(found, before)
+    assert torch.equal(copy.deepcopy(module)(4, 3), found)
+
+
+def test_a_bias_from_inference_mode_serves_training():
+    model = frozen_below_the_latents()
+    with torch.inference_mode():
+        model.encode_image(BATCH["pixel_values"])
+    assert not bias_of(model)(*model.config.grid[1:]).is_inference()
+    model(**BATCH, return_loss=True).loss.backward()
+
+
+def test_tensors_without_data_neither_use_nor_leave_a_kept_bias():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with torch.device("meta"):
+        model = CTCLIPModel(small_config())
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        model.to_empty(device="cpu")
+        assert model.encode_image(torch.zeros(2, 1, *model.config.volume_shape)).shape == (2, 32)
+    assert bias_of(model)._kept is None

@@ -1,53 +1,24 @@
-"""Losses against hand-computed values, and the loop on a tiny model and random data."""
+"""The settings and the loop, on a tiny model and random data."""
 
+import json
 import math
+import multiprocessing
+import os
+import random
 import re
+import signal
+import time
+from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
-from torch.nn import functional as F
+from tiny import PROMPTS, tiny_data, tiny_model, tiny_tokenizer
 
-from medctkit.ctclip import CTCLIPConfig, CTCLIPModel
-from medctkit.findings import FINDINGS
-from medctkit.lora import add_lora, load_adapter
-from medctkit.training import (
-    FineTuneConfig,
-    contrastive_loss,
-    finding_prompt_loss,
-    finetune,
-    learning_rate_factor,
-    report_prompts,
-)
-
-PROMPTS = {f: ((f"{f} seen", f"there is {f}"), (f"no {f}", f"without {f}")) for f in FINDINGS}
-
-
-def tiny_model(preset="paper", dropout=0.1):
-    torch.manual_seed(0)
-    vision = {
-        "dim": 32,
-        "codebook_size": 24,
-        "image_size": 32,
-        "num_frames": 8,
-        "patch_size": 16,
-        "temporal_patch_size": 4,
-        "spatial_depth": 1,
-        "temporal_depth": 1,
-        "dim_head": 8,
-        "heads": 4,
-    }
-    text = {
-        "vocab_size": 100,
-        "hidden_size": 24,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 40,
-        "max_position_embeddings": 32,
-        "hidden_dropout_prob": dropout,
-        "attention_probs_dropout_prob": dropout,
-    }
-    config = CTCLIPConfig(vision_config=vision, text_config=text, projection_dim=16)
-    return add_lora(CTCLIPModel(config), preset, r=4)
+from medctkit import checkpoints
+from medctkit.lora import load_adapter
+from medctkit.training import FineTuneConfig, finetune, learning_rate_factor
 
 
 @pytest.fixture(autouse=True)
@@ -58,28 +29,7 @@ def on_the_cpu(monkeypatch):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = sorted({w for f in FINDINGS for w in f.lower().split()} | set("seen there is no without scan".split()))
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *words, *map(str, range(12))])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    backend.normalizer, backend.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]")
-
-
-def tiny_data(n=8):
-    generator = torch.Generator().manual_seed(3)
-    return [
-        {
-            "study": f"study_{i}",
-            "patient": f"patient_{i}",
-            "pixel_values": torch.rand(1, 8, 32, 32, generator=generator) * 2 - 1,
-            "report": f"scan {i}",
-            "labels": torch.randint(0, 2, (18,), generator=generator).float(),
-        }
-        for i in range(n)
-    ]
+    return tiny_tokenizer()
 
 
 def settings(**changes):
@@ -99,63 +49,6 @@ def run(tokenizer, path, model=None, data=None, score_fn=None, callback=None, **
     )
 
 
-# --- objectives ---------------------------------------------------------------------------------
-
-
-def test_contrastive_loss_by_hand():
-    images, texts = torch.eye(2), torch.tensor([[0.6, 0.8], [0.0, 1.0]])
-    # cosines: image 0 against texts 0.6, 0.0; image 1: 0.8, 1.0; factor exp(0) = 1
-    per_image = [math.log(math.exp(0.6) + 1) - 0.6, math.log(math.exp(0.8) + math.e) - 1]
-    per_text = [math.log(math.exp(0.6) + math.exp(0.8)) - 0.6, math.log(1 + math.e) - 1]
-    expected = (sum(per_image) / 2 + sum(per_text) / 2) / 2
-    assert contrastive_loss(images, texts, 0.0).item() == pytest.approx(expected, rel=1e-6)
-    sharper = contrastive_loss(images, texts, torch.tensor(3.0))
-    logits = math.exp(3) * images @ texts.T
-    truth = torch.arange(2)
-    assert sharper.item() == pytest.approx(
-        (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)).item() / 2, rel=1e-6
-    )
-
-
-def test_contrastive_loss_equals_the_loss_of_the_model():
-    model = tiny_model().eval()
-    batch = torch.stack([item["pixel_values"] for item in tiny_data(3)])
-    ids = torch.arange(2, 8).reshape(3, 2)
-    out = model(pixel_values=batch, input_ids=ids, attention_mask=torch.ones_like(ids), return_loss=True)
-    ours = contrastive_loss(out.image_embeds, out.text_embeds, model.temperature)
-    torch.testing.assert_close(ours, out.loss)
-
-
-def test_two_reconstructions_of_one_scan_are_not_negatives_of_each_other():
-    torch.manual_seed(0)
-    images, texts = F.normalize(torch.randn(3, 8), dim=1), F.normalize(torch.randn(3, 8), dim=1)
-    texts[2] = texts[1]
-    groups = torch.tensor([4, 7, 7])
-    got = contrastive_loss(images, texts, 1.0, groups)
-    # volumes 1 and 2 each see the batch without the other; volume 0 still sees both
-    logits = math.e * images @ texts.T
-    first = sum(F.cross_entropy(m[:1], torch.zeros(1, dtype=torch.long)) for m in (logits, logits.T)) / 2
-    others = [
-        sum(F.cross_entropy(m[1:], torch.ones(1, dtype=torch.long)) for m in (sub, sub.T)) / 2
-        for sub in (logits[[0, k]][:, [0, k]] for k in (1, 2))
-    ]
-    assert got.item() == pytest.approx((first + sum(others)).item() / 3, rel=1e-5)
-    assert got < contrastive_loss(images, texts, 1.0)
-
-
-def test_finding_prompt_loss_is_the_cross_entropy_of_the_pair():
-    torch.manual_seed(0)
-    images = F.normalize(torch.randn(2, 5), dim=1)
-    stated, denied = (F.normalize(torch.randn(18, 5), dim=1) for _ in range(2))
-    labels = torch.randint(0, 2, (2, 18))
-    scale, terms = 3.0, []
-    for i in range(2):
-        for k in range(18):
-            s, d = math.exp(scale * (images[i] @ stated[k])), math.exp(scale * (images[i] @ denied[k]))
-            terms.append(-math.log((s if labels[i, k] else d) / (s + d)))
-    assert finding_prompt_loss(images, stated, denied, labels, scale).item() == pytest.approx(sum(terms) / 36, rel=1e-5)
-
-
 def test_learning_rate_rises_then_falls_along_a_cosine():
     factors = [learning_rate_factor(step, 20, 0.2) for step in range(20)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
@@ -172,6 +65,9 @@ def test_learning_rate_rises_then_falls_along_a_cosine():
         ({"steps": None}, "give either steps or epochs, got steps=None and epochs=None"),
         ({"epochs": 2}, "give either steps or epochs, got steps=4 and epochs=2"),
         ({"steps": 0}, "FineTuneConfig.steps must be at least 1, got 0"),
+        ({"micro_batch_size": 3}, "FineTuneConfig.micro_batch_size must be None or a divisor of batch_size 4, got 3"),
+        ({"workers": -1}, "FineTuneConfig.workers must be at least 0, got -1"),
+        ({"checkpoint_every": 0}, "FineTuneConfig.checkpoint_every must be at least 1, got 0"),
         ({"learning_rate": -1e-3}, "FineTuneConfig.learning_rate must be a number above 0, got -0.001"),
         ({"learning_rate": math.nan}, "FineTuneConfig.learning_rate must be a number above 0, got nan"),
         ({"warmup_fraction": 1.0}, "FineTuneConfig.warmup_fraction must be at least 0 and below 1, got 1.0"),
@@ -191,12 +87,6 @@ def test_learning_rate_rises_then_falls_along_a_cosine():
 def test_bad_settings_are_refused(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         settings(**changes)
-
-
-@pytest.mark.parametrize("hospital", ["source", "target"])
-def test_report_wordings_are_complete_and_are_not_the_evaluation_prompts(hospital):
-    assert list(report_prompts(hospital)) == list(FINDINGS)
-    FineTuneConfig(steps=1, prompts=report_prompts(hospital))
 
 
 # --- the loop -----------------------------------------------------------------------------------
@@ -238,9 +128,9 @@ def test_the_first_step_moves_by_the_warm_up_rate(tokenizer, tmp_path):
 
 
 def test_the_loss_falls_on_data_it_can_learn(tokenizer, tmp_path):
-    _, result = run(tokenizer, tmp_path, steps=60, learning_rate=1e-2, evaluate_every=60)
+    _, result = run(tokenizer, tmp_path, tiny_model(dropout=0.0), steps=60, learning_rate=1e-2, evaluate_every=60)
     loss = result.history["loss"]
-    assert loss.iloc[-5:].mean() < loss.iloc[1:6].mean() - 0.1
+    assert loss.iloc[-5:].mean() < loss.iloc[1:6].mean() - 0.2
 
 
 def test_the_best_validation_score_decides_the_adapter(tokenizer, tmp_path):
@@ -269,16 +159,6 @@ def test_early_stopping(tokenizer, tmp_path):
     assert result.history["step"].iloc[-1] == 3 and result.best_step == 0
 
 
-def test_accumulation_equals_the_larger_batch_for_the_prompt_objective(tokenizer, tmp_path):
-    one_wording = {f: (pair[0][:1], pair[1][:1]) for f, pair in PROMPTS.items()}
-    same = {"contrastive_weight": 0, "prompts": one_wording, "steps": 1}
-    norms = []
-    for i, split in enumerate(({"batch_size": 8}, {"batch_size": 4, "accumulation": 2})):
-        model = tiny_model(dropout=0.0)
-        norms.append(run(tokenizer, tmp_path / str(i), model, **same, **split)[1].history["grad_norm"].iloc[1])
-    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
-
-
 def test_epochs_are_counted_in_batches(tokenizer, tmp_path):
     _, result = run(tokenizer, tmp_path, steps=None, epochs=1.5)
     assert result.history["step"].iloc[-1] == 3  # 8 studies in batches of 4: two per epoch
@@ -300,7 +180,9 @@ def test_the_silent_trap_is_caught(tokenizer, tmp_path):
     model = tiny_model()
     tower = model.get_base_model().visual_transformer
     tower.train = lambda mode=True: type(tower).train(tower, False)
-    with pytest.raises(RuntimeError, match="no gradient reached the vision encoder's adapter in the first step"):
+    with pytest.raises(
+        RuntimeError, match="no gradient reached the vision encoder's trainable parameters in the first"
+    ):
         run(tokenizer, tmp_path, model)
     run(tokenizer, tmp_path, tiny_model("text"))  # nothing in the vision encoder to reach: no complaint
 
@@ -310,3 +192,182 @@ def test_a_model_without_adapter_or_too_few_studies_are_refused(tokenizer, tmp_p
         run(tokenizer, tmp_path, tiny_model().unload())
     with pytest.raises(ValueError, match="3 training studies are fewer than one batch of 4"):
         run(tokenizer, tmp_path, data=tiny_data(3))
+
+
+def test_a_gradient_that_is_not_finite_stops_with_step_and_studies(tokenizer, tmp_path):
+    model = tiny_model()
+    next(p for n, p in model.named_parameters() if "lora_B" in n).register_hook(lambda g: g * math.inf)
+    names = ", ".join(r"study_\d" for _ in range(4))
+    with pytest.raises(FloatingPointError, match=rf"gradient norm is (inf|nan) at step 1, studies {names}\."):
+        run(tokenizer, tmp_path, model)
+
+
+def test_precision_may_change_from_run_to_run(tokenizer, tmp_path):
+    losses = {}
+    for precision in ("no", "bf16", "no"):
+        _, result = run(tokenizer, tmp_path / precision, tiny_model(dropout=0.0), mixed_precision=precision)
+        losses.setdefault(precision, result.history["loss"].dropna().to_numpy())
+    assert not np.array_equal(losses["no"], losses["bf16"])
+    np.testing.assert_allclose(losses["bf16"], losses["no"], rtol=0.05)
+
+
+def test_volumes_may_be_loaded_by_other_processes(tokenizer, tmp_path):
+    _, alone = run(tokenizer, tmp_path / "alone", micro_batch_size=2)
+    _, helped = run(tokenizer, tmp_path / "helped", micro_batch_size=2, workers=2)
+    assert alone.history["loss"].equals(helped.history["loss"])
+
+
+def test_tensorboard_has_every_row(tokenizer, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    _, result = run(tokenizer, tmp_path)
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for name in ("loss", "contrastive", "prompts", "learning_rate", "grad_norm", "score"):
+        rows = result.history[["step", name]].dropna()
+        logged = board.Scalars(name)
+        assert [event.step for event in logged] == rows["step"].tolist()
+        assert [event.value for event in logged] == pytest.approx(rows[name].tolist(), rel=1e-6)
+
+
+# --- interrupted runs ------------------------------------------------------------------------------------
+
+
+def in_a_process(folder, changes):
+    """A run that tells in a file how far it is."""
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    torch.set_num_threads(1)
+    folder = Path(folder)
+    model = tiny_model(dropout=0.2)
+
+    def score_fn(model):
+        return float(sum(p.double().abs().sum() for n, p in model.named_parameters() if "lora_B" in n)) % 0.01
+
+    with open(folder.with_suffix(".rows"), "a") as rows:
+
+        def tell(row):
+            rows.write(json.dumps(row) + "\n")
+            rows.flush()
+
+        run(tiny_tokenizer(), folder, model, score_fn=score_fn, callback=tell, **changes)
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Processes that start at once, for what they import is there already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tiny", "medctkit.training", "accelerate", "peft", "torch.utils.tensorboard"])
+    return context
+
+
+LONG = {"steps": 40, "evaluate_every": 4, "checkpoint_every": 3}
+
+
+@pytest.mark.parametrize("more", [{}, {"micro_batch_size": 2, "mixed_precision": "bf16"}])
+def test_kill_9_at_any_moment_and_the_same_run_comes_out(processes, tmp_path, more):
+    def start(folder):
+        process = processes.Process(target=in_a_process, args=(str(folder), LONG | more))
+        process.start()
+        return process
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    start(whole).join(120)
+    kills = []
+    for _ in range(3):
+        told, kills = parts.with_suffix(".rows"), [*kills, random.SystemRandom().randrange(1, 30)]
+        before = len(told.read_text().splitlines()) if told.exists() else 0
+        process = start(parts)
+        while process.is_alive():
+            if told.exists() and len(told.read_text().splitlines()) >= before + kills[-1]:
+                process.kill()
+                break
+            time.sleep(0.001)
+        process.join(120)
+        assert process.exitcode == -signal.SIGKILL, f"ended before it could be killed after {kills}"
+        assert not (parts / "history.csv").exists()
+    last = start(parts)
+    last.join(120)
+    assert last.exitcode == 0
+    history = [pd.read_csv(folder / "history.csv").drop(columns="seconds") for folder in (whole, parts)]
+    pd.testing.assert_frame_equal(*history, check_exact=True, obj=f"history after kills at {kills}")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (whole / "adapter" / name).read_bytes() == (parts / "adapter" / name).read_bytes(), kills
+    for folder in (whole, parts):
+        assert sorted(path.name for path in folder.iterdir()) == ["adapter", "history.csv", "tensorboard"]
+        assert len(list((folder / "adapter").iterdir())) == 2
+
+
+def stopped(tokenizer, path, at=3, model=None, **changes):
+    """Stop a run while its step `at` is told."""
+
+    def stop(row):
+        if row["step"] == at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tokenizer, path, model, callback=stop, **({"checkpoint_every": 1} | changes))
+    return path / checkpoints.NAME
+
+
+def test_a_stopped_run_goes_on_and_tells_what_was_before(tokenizer, tmp_path):
+    seen = []
+    assert stopped(tokenizer, tmp_path).is_file()
+    _, result = run(tokenizer, tmp_path, callback=seen.append)
+    assert [row["step"] for row in seen] == [0, 1, 2, 3, 4] == result.history["step"].tolist()
+    assert not (tmp_path / checkpoints.NAME).exists()
+
+
+def test_early_stopping_counts_validations_before_the_interruption(tokenizer, tmp_path):
+    changes = {"steps": 20, "evaluate_every": 1, "patience": 3, "checkpoint_every": 1}
+    stopped(tokenizer, tmp_path, **changes)
+    _, result = run(tokenizer, tmp_path, **changes)
+    assert result.history["step"].iloc[-1] == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 1e-2}, "learning_rate: 0.0005 there, 0.01 here"),
+        ({"steps": 9}, "steps: 4 there, 9 here"),
+        ({"seed": 1}, "seed: 0 there, 1 here"),
+        ({"prompts": {f: (("seen",), ("none",)) for f in PROMPTS}}, "prompts: "),
+        ({"data": tiny_data(9)}, "training studies: '8, .* there, '9, .* here"),
+        ({"model": tiny_model("vision")}, "trained parameters: "),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_and_kept(tokenizer, tmp_path, changes, message):
+    file = stopped(tokenizer, tmp_path)
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match=rf"of a run that was not finished, and not this one\. Delete .*{message}"):
+        run(tokenizer, tmp_path, **changes)
+    assert file.read_bytes() == before
+
+
+def test_a_checkpoint_of_another_base_model_is_refused(tokenizer, tmp_path):
+    stopped(tokenizer, tmp_path)
+    model = tiny_model()
+    with torch.no_grad():
+        model.get_base_model().to_visual_latent.weight += 1e-3
+    with pytest.raises(ValueError, match=r"base model: '\w+' there, '\w+' here"):
+        run(tokenizer, tmp_path, model)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-9], lambda b: b"", lambda b: b"\xff" * len(b)])
+def test_a_damaged_checkpoint_is_told(tokenizer, tmp_path, damage):
+    file = stopped(tokenizer, tmp_path)
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match=r"is damaged, or no checkpoint of medctkit: .* Delete .* to start over"):
+        run(tokenizer, tmp_path)
+
+
+def test_settings_that_change_nothing_may_change(tokenizer, tmp_path):
+    stopped(tokenizer, tmp_path)
+    _, result = run(tokenizer, tmp_path, checkpoint_every=2, workers=1)
+    assert result.history["step"].iloc[-1] == 4
+
+
+def test_a_checkpoint_is_the_adapter_and_the_optimiser_and_little_else(tokenizer, tmp_path):
+    model = tiny_model()
+    adapter = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
+    size = stopped(tokenizer, tmp_path, model=model).stat().st_size
+    assert 4 * adapter < size < 4 * adapter + 30_000  # now, best, two averages
+    assert size < sum(4 * p.numel() for p in model.parameters())

@@ -122,3 +122,11 @@ def test_prompts_can_be_named_or_given_and_are_checked(mini):
         prompt_pair(["It is present.", "It is not present."])
     with pytest.raises(ValueError, match="tokens, the text encoder takes 192"):
         ZeroShotClassifier(mini.model, mini.tokenizer, ["{finding} " * 200, "no {finding}"])
+
+
+def test_scores_are_not_rounded_in_mixed_precision(mini):
+    classifier = ZeroShotClassifier(mini.model, mini.tokenizer)
+    embeds = torch.nn.functional.normalize(torch.randn(5, 96, generator=torch.Generator().manual_seed(0)), dim=-1)
+    expected = classifier.scores_from_embeddings(embeds)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (classifier.scores_from_embeddings(embeds) == expected).all()
