@@ -27,9 +27,11 @@ test: setup  ## run the tests
 notebooks: setup  ## run every notebook, leave HTML in runs/notebooks
 	@$(PY) -m medctkit.demo --all --output-dir runs/notebooks
 
-bench: setup  ## measure speed and memory, check the bars, write bench/*.json: about 4 minutes
+bench: setup  ## measure speed and memory, check the bars, write bench/*.json: about 6 minutes
 	$(PY) bench/data.py
 	$(PY) bench/model.py
+	$(PY) bench/memory.py
+	$(PY) bench/gpu.py
 
 style: setup  ## check lint and formatting
 	$(PY) -m ruff check
