@@ -32,7 +32,7 @@ def _told() -> Iterator[None]:
     """What goes wrong is told without a traceback, and in the exit code."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (FloatingPointError, OSError, ValueError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
@@ -120,29 +120,100 @@ def doctor() -> None:
 Adapted = Annotated[Path, typer.Argument(help="Folder of the adaptation: adapter, history, metrics.")]
 Manifest = Annotated[Path, typer.Option(help="The cohort.", exists=True, dir_okay=False)]
 Seed = Annotated[int, typer.Option(help="Of the adapter's start, batches and wordings, and of the bootstrap.")]
-Cache = Annotated[Path | None, typer.Option(help="Prepared volumes; OUTPUT_DIR/prepared if not given.")]
+Cache = Annotated[
+    Path | None, typer.Option(help="Prepared volumes; if not given, `prepared` beside the manifest or in OUTPUT_DIR.")
+]
 DEFAULT_MANIFEST = Path("data_manifest.csv")
 
 
 @app.command()
 def finetune(
-    output_dir: Adapted, manifest: Manifest = DEFAULT_MANIFEST, seed: Seed = 0, cache_dir: Cache = None
+    output_dir: Adapted,
+    manifest: Manifest = DEFAULT_MANIFEST,
+    seed: Seed = 0,
+    cache_dir: Cache = None,
+    model: Annotated[str, typer.Option(help="mini, a model's folder, or a file such as CT-CLIP_v2.pt.")] = "mini",
+    tokenizer: Annotated[Path | None, typer.Option(help="Its folder, for a file of weights.")] = None,
+    hospital: Annotated[str | None, typer.Option(help="Of the manifest; by default target for mini, else all.")] = None,
+    preset: Annotated[str | None, typer.Option(help="LoRA placement: paper, vision, text, all-attention.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Of the adapter.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Volumes per step, over all processes.")] = None,
+    micro_batch_size: Annotated[int | None, typer.Option(help="Volumes in memory at a time: same gradients.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Its peak.")] = None,
+    evaluate_every: Annotated[int | None, typer.Option(help="Steps between validations.")] = None,
+    patience: Annotated[int | None, typer.Option(help="Validations without a new best until it stops.")] = None,
+    mixed_precision: Annotated[str | None, typer.Option(help="no, bf16, fp16 or auto.")] = None,
+    gradient_checkpointing: Annotated[bool | None, typer.Option(help="Compute again instead of keeping.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that load volumes ahead.")] = None,
 ) -> None:
-    """Adapt the mini base model to the target hospital (phantom), as notebook 03 does."""
-    from medctkit.experiment import adapt
+    """Adapt a base model to a hospital, as notebook 03 does. Stop it and start it again as you like.
 
-    result = adapt(manifest, output_dir, seed, cache_dir=cache_dir)
-    typer.echo(f"best validation AUROC {result.best_score:.3f} at step {result.best_step}: {result.adapter_dir}")
+    Without options: the mini model, to the target hospital (phantom). Options that are left out have one value for the
+    mini model and another for all others. On several GPUs: accelerate launch -m medctkit.cli finetune ...
+    """
+    from dataclasses import replace
+
+    from medctkit.experiment import DEFAULT, FULL_SIZE, Origin, adapt
+    from medctkit.training import accelerator_for
+
+    given = dict(preset=preset, rank=rank, steps=steps, batch_size=batch_size, micro_batch_size=micro_batch_size)
+    given |= dict(learning_rate=learning_rate, evaluate_every=evaluate_every, patience=patience, workers=workers)
+    given |= dict(mixed_precision=mixed_precision, gradient_checkpointing=gradient_checkpointing)
+    with _told():
+        mini = model == "mini"
+        settings = replace(
+            DEFAULT if mini else FULL_SIZE, **{name: value for name, value in given.items() if value is not None}
+        )
+        hospital = hospital or ("target" if mini else None)
+        origin = Origin(model, None if tokenizer is None else str(tokenizer), hospital)
+        first = accelerator_for().is_main_process
+        if first:
+            typer.echo(f"{settings}\nTo watch: tensorboard --logdir {output_dir}")
+        result = adapt(manifest, output_dir, seed, settings, cache_dir, origin)
+    if first:
+        typer.echo(f"best validation AUROC {result.best_score:.3f} at step {result.best_step}: {result.adapter_dir}")
 
 
 @app.command()
 def evaluate(
-    output_dir: Adapted, manifest: Manifest = DEFAULT_MANIFEST, seed: Seed = 0, cache_dir: Cache = None
+    output_dir: Adapted,
+    manifest: Manifest = DEFAULT_MANIFEST,
+    seed: Seed = 0,
+    cache_dir: Cache = None,
+    batch_size: Annotated[int, typer.Option(help="Volumes at a time; 1 or 2 at full size.", min=1)] = 32,
 ) -> None:
-    """Score base and adapted model on the target hospital's test patients (phantom), as notebook 04 does."""
+    """Score base and adapted model on the hospital's test patients, as notebook 04 does."""
     from medctkit.experiment import measure
+    from medctkit.training import accelerator_for
 
-    typer.echo(demo.result_table(measure(manifest, output_dir, seed, cache_dir)))
+    with _told():
+        metrics = measure(manifest, output_dir, seed, cache_dir, batch_size)
+        if accelerator_for().is_main_process:
+            typer.echo(demo.result_table(metrics))
+
+
+@app.command("compare")
+def compare_methods(
+    output_dir: Annotated[Path, typer.Argument(help="Gets a file for each run, the tables and the figures.")],
+    manifest: Manifest = DEFAULT_MANIFEST,
+    cache_dir: Cache = None,
+    only: Annotated[str | None, typer.Option(help="Of learning-rates,methods,ranks,studies; by default all.")] = None,
+    seeds: Annotated[int, typer.Option(help="Runs of each.", min=1)] = 3,
+    steps: Annotated[int, typer.Option(help="Optimiser steps of a run.", min=1)] = 100,
+    jobs: Annotated[int, typer.Option(help="Runs side by side, each with its share of the cores.", min=1)] = 1,
+) -> None:
+    """Compare ways to fine-tune, ranks and numbers of studies (phantom). Stop it and start it again as you like."""
+    from medctkit import comparison, comparison_results
+
+    with _told():
+        groups = comparison.GROUPS if only is None else [name.strip() for name in only.split(",")]
+        settings = comparison.Settings(steps=steps)
+        comparison.compare_methods(manifest, output_dir, groups, seeds, settings, jobs, cache_dir)
+        results = comparison_results.load_results(output_dir)
+        written = comparison_results.write_figures(results, output_dir)
+    typer.echo(comparison_results.show(comparison_results.method_table(results)))
+    typer.echo(f"tables: {output_dir / 'comparison.csv'}, costs.csv; figures: {', '.join(p.name for p in written)}")
 
 
 @app.command("manifest")

@@ -1,12 +1,13 @@
-"""The kit's default experiment: adapt the mini base model to the target hospital, and measure what that did.
+"""The experiment: adapt a base model to a hospital, and measure what that did; by default mini model and phantoms.
 
 Notebooks 03 and 04 walk through the same steps one by one; here they are in one call each, for the command
 line, for several seeds, and for the checks of the shipped base model.
 """
 
 import json
+import math
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,10 +17,12 @@ import torch
 from medctkit.atomic import replacing
 from medctkit.dataset import CTReportDataset
 from medctkit.lora import add_lora, load_adapter
-from medctkit.manifest import load_manifest
+from medctkit.manifest import has_file, load_manifest
+from medctkit.memory import cast_frozen
 from medctkit.metrics import compare, evaluate, summary, thresholds_from_validation
-from medctkit.mini import load_mini_base
-from medctkit.training import FineTuneConfig, FineTuneResult, finetune
+from medctkit.mini import BaseModel, load_base, load_mini_base
+from medctkit.preprocessing import PreprocessConfig
+from medctkit.training import FineTuneConfig, FineTuneResult, accelerator_for, finetune
 from medctkit.zero_shot import ZeroShotClassifier, validation_score
 
 if TYPE_CHECKING:
@@ -28,14 +31,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Adaptation:
-    """Settings of the default adaptation; chosen on validation patients of the target hospital.
+    """Settings of an adaptation; the defaults are the kit's experiment, chosen on its validation patients.
 
     Args:
         preset: LoRA placement, see `medctkit.lora.PRESETS`.
         rank: of the adapter.
         steps: optimiser steps.
-        batch_size: volumes per step.
+        batch_size: volumes per step, over all processes.
         learning_rate: its peak.
+        micro_batch_size: volumes in memory at a time, in each process; None: all of its share.
+        evaluate_every: optimiser steps between validations.
+        patience: validations without a new best until it stops; None: never.
+        mixed_precision: "no", "bf16", "fp16", or "auto": what the device is quick at.
+        gradient_checkpointing: compute activations again instead of keeping them; for the full-size model.
+        workers: processes that load volumes ahead.
+        max_length: tokens a report is cut to.
     """
 
     preset: str = "paper"
@@ -43,51 +53,148 @@ class Adaptation:
     steps: int = 200
     batch_size: int = 32
     learning_rate: float = 3e-3
+    micro_batch_size: int | None = None
+    evaluate_every: int = 25
+    patience: int | None = None
+    mixed_precision: str = "no"
+    gradient_checkpointing: bool = False
+    workers: int = 0
+    max_length: int = 128
 
     def config(self, seed: int) -> FineTuneConfig:
         """The settings as `finetune` takes them."""
-        return FineTuneConfig(steps=self.steps, batch_size=self.batch_size, learning_rate=self.learning_rate, seed=seed)
+        names = (
+            "steps",
+            "batch_size",
+            "learning_rate",
+            "micro_batch_size",
+            "evaluate_every",
+            "patience",
+            "workers",
+            "max_length",
+        )
+        chosen = {name: getattr(self, name) for name in names}
+        precision = quick_precision() if self.mixed_precision == "auto" else self.mixed_precision
+        return FineTuneConfig(**chosen, mixed_precision=precision, seed=seed)
 
 
 DEFAULT = Adaptation()
+# The released model: rank and placement of the paper; the rest is where to start from, not a result.
+FULL_SIZE = Adaptation(
+    rank=24,
+    steps=1000,
+    learning_rate=2e-4,
+    micro_batch_size=2,
+    evaluate_every=100,
+    patience=3,
+    mixed_precision="auto",
+    gradient_checkpointing=True,
+    workers=2,
+    max_length=512,
+)
+IN_MEMORY = 4e9  # bytes of volumes up to which a data set is loaded at once
 
 
-def cohort(manifest: "pd.DataFrame", hospital: str, split: str, preprocess_config, cache_dir) -> CTReportDataset:
-    """The prepared studies of one hospital and split, in memory."""
-    rows = manifest[(manifest["hospital"] == hospital) & (manifest["split"] == split)]
+@dataclass(frozen=True)
+class Origin:
+    """What is adapted, and to which studies; written beside the adapter, so that it is measured on the same.
+
+    Args:
+        model: see `medctkit.mini.load_base`.
+        tokenizer: see `medctkit.mini.load_base`.
+        hospital: of the manifest; None: all of its studies.
+    """
+
+    model: str = "mini"
+    tokenizer: str | None = None
+    hospital: str | None = "target"
+
+    def load(self) -> BaseModel:
+        """The base model, fresh."""
+        return load_base(self.model, self.tokenizer)
+
+    @classmethod
+    def of(cls, output_dir: Path) -> "Origin":
+        """What `adapt` wrote down in `output_dir`; without it, the default experiment."""
+        file = output_dir / "origin.json"
+        return cls(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else cls()
+
+
+def quick_precision() -> str:
+    """What the device is quick at: bf16 on a GPU that computes in it, fp16 on an older one (T4), on a CPU float32."""
+    if not torch.cuda.is_available():
+        return "no"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def cohort(
+    manifest: "pd.DataFrame", hospital: str | None, split: str, preprocess_config: PreprocessConfig, cache_dir
+) -> CTReportDataset:
+    """The prepared studies of one hospital (None: of all) and split; in memory if they are small enough.
+
+    Under `accelerate launch` the first process prepares them and the others wait.
+
+    Raises:
+        ValueError: no such studies.
+    """
+    rows = manifest[manifest["split"] == split]
+    if hospital is not None:
+        rows = rows[rows["hospital"] == hospital]
+    if not len(rows):
+        known = ", ".join(sorted(manifest["hospital"].unique()))
+        raise ValueError(f"the manifest has no {split} studies of hospital {hospital!r}; its hospitals are {known}")
     dataset = CTReportDataset(rows, preprocess_config, cache_dir)
-    dataset.prepare()
-    return dataset.in_memory()
+    with accelerator_for().main_process_first():
+        dataset.prepare()
+    small = 4 * math.prod(preprocess_config.shape) * len(rows) <= IN_MEMORY
+    return dataset.in_memory() if small else dataset
 
 
-def adapt(manifest_path, output_dir, seed: int = 0, settings: Adaptation = DEFAULT, cache_dir=None) -> FineTuneResult:
-    """Adapt the mini base model to the target hospital's training studies.
+def prepared_dir(manifest_path: str | os.PathLike, output_dir: str | os.PathLike, cache_dir=None) -> Path:
+    """Where prepared volumes are: `cache_dir`, else what `medctkit prepare` put beside the manifest, else a new folder.
 
-    Validation studies choose the best step; test studies are not read.
+    The new one is `prepared` in `output_dir`.
+    """
+    beside = Path(manifest_path).parent / "prepared"
+    return Path(cache_dir) if cache_dir is not None else beside if beside.is_dir() else Path(output_dir) / "prepared"
+
+
+def adapt(
+    manifest_path, output_dir, seed: int = 0, settings: Adaptation = DEFAULT, cache_dir=None, origin: Origin = Origin()
+) -> FineTuneResult:
+    """Adapt a base model to the training studies of a hospital; by default the mini model, to the target hospital.
+
+    Validation studies choose the best step; test studies are not read. Interrupted, the same call goes on.
 
     Args:
         manifest_path: usually `data_manifest.csv`.
-        output_dir: the adapter goes into its `adapter` folder, the history into `history.csv`.
+        output_dir: see `medctkit.training.finetune`; also gets `origin.json`.
         seed: of the adapter's start, batches and wordings.
         settings: of the adaptation.
-        cache_dir: prepared volumes; `output_dir/prepared` by default.
+        cache_dir: see `prepared_dir`.
+        origin: base model and hospital.
     """
     output_dir = Path(output_dir)
-    cache_dir = output_dir / "prepared" if cache_dir is None else cache_dir
-    mini, manifest = load_mini_base(), load_manifest(manifest_path)
+    cache_dir = prepared_dir(manifest_path, output_dir, cache_dir)
+    config, base, manifest = settings.config(seed), origin.load(), load_manifest(manifest_path)
     train, valid = (
-        cohort(manifest, "target", split, mini.preprocess_config, cache_dir) for split in ("train", "valid")
+        cohort(manifest, origin.hospital, split, base.preprocess_config, cache_dir) for split in ("train", "valid")
     )
     torch.manual_seed(seed)
-    model = add_lora(mini.model, settings.preset, r=settings.rank)
-    score = validation_score(valid, mini.tokenizer)
-    result = finetune(model, train, mini.tokenizer, settings.config(seed), output_dir, score)
-    result.history.to_csv(output_dir / "history.csv", index=False)
-    return result
+    model = add_lora(base.model, settings.preset, r=settings.rank)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if config.mixed_precision != "no":
+        cast_frozen(model, torch.bfloat16 if config.mixed_precision == "bf16" else torch.float16)
+    at_a_time = config.micro_batch_size or config.batch_size
+    score = validation_score(valid, base.tokenizer, batch_size=at_a_time, workers=config.workers)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(asdict(origin), output_dir / "origin.json")
+    return finetune(model, train, base.tokenizer, config, output_dir, score)
 
 
-def measure(manifest_path, output_dir, seed: int = 0, cache_dir=None) -> dict:
-    """Score base and adapted model on the target hospital's test patients; write `metrics.json`.
+def measure(manifest_path, output_dir, seed: int = 0, cache_dir=None, batch_size: int = 32) -> dict:
+    """Score base and adapted model on the hospital's test patients; write `metrics.json`.
 
     Thresholds come from validation patients, intervals from a bootstrap over test patients.
 
@@ -95,7 +202,8 @@ def measure(manifest_path, output_dir, seed: int = 0, cache_dir=None) -> dict:
         manifest_path: usually `data_manifest.csv`.
         output_dir: where `adapt` wrote.
         seed: of the bootstrap.
-        cache_dir: prepared volumes; `output_dir/prepared` by default.
+        cache_dir: see `prepared_dir`.
+        batch_size: volumes at a time; 1 or 2 for the full-size model on a small GPU.
 
     Returns:
         What is in metrics.json: see `medctkit.metrics.summary`, and `made_with`.
@@ -103,15 +211,16 @@ def measure(manifest_path, output_dir, seed: int = 0, cache_dir=None) -> dict:
     Raises:
         FileNotFoundError: no adapter in `output_dir`.
     """
-    output_dir = Path(output_dir)
-    cache_dir = output_dir / "prepared" if cache_dir is None else cache_dir
-    mini, manifest = load_mini_base(), load_manifest(manifest_path)
-    adapted = load_adapter(load_mini_base().model, output_dir / "adapter")
-    data = {s: cohort(manifest, "target", s, mini.preprocess_config, cache_dir) for s in ("valid", "test")}
+    output_dir, state = Path(output_dir), accelerator_for()
+    cache_dir = prepared_dir(manifest_path, output_dir, cache_dir)
+    origin, manifest = Origin.of(output_dir), load_manifest(manifest_path)
+    base = origin.load()
+    data = {s: cohort(manifest, origin.hospital, s, base.preprocess_config, cache_dir) for s in ("valid", "test")}
     tables, scores, limits = {}, {}, {}
-    for name, model in {"base": mini.model, "adapted": adapted}.items():
-        classifier = ZeroShotClassifier(model, mini.tokenizer)
-        seen = {split: classifier.embed(dataset) for split, dataset in data.items()}
+    for name in ("base", "adapted"):
+        model = base.model if name == "base" else load_adapter(base.model, output_dir / "adapter")
+        classifier = ZeroShotClassifier(model.to(state.device), base.tokenizer)
+        seen = {split: classifier.embed(dataset, batch_size) for split, dataset in data.items()}
         found = {split: classifier.scores_from_embeddings(e.embeddings) for split, e in seen.items()}
         limits[name] = thresholds_from_validation(seen["valid"].labels, found["valid"])
         scores[name], test = found["test"], seen["test"]
@@ -119,8 +228,10 @@ def measure(manifest_path, output_dir, seed: int = 0, cache_dir=None) -> dict:
     difference = compare(
         test.labels, scores["base"], scores["adapted"], test.patients, limits["base"], limits["adapted"], seed=seed
     )
-    result = summary(tables["base"], tables["adapted"], difference) | {"made_with": made_with(seed)}
-    write_json(result, output_dir / "metrics.json")
+    world = "real CT" if any(map(has_file, data["test"].rows)) else "phantom"
+    result = summary(tables["base"], tables["adapted"], difference) | {"made_with": made_with(seed, world)}
+    if state.is_main_process:
+        write_json(result, output_dir / "metrics.json")
     return result
 
 
@@ -133,11 +244,11 @@ def source_auroc(manifest_path, cache_dir, seed: int = 0) -> "pd.DataFrame":
     return evaluate(seen.labels, classifier.scores_from_embeddings(seen.embeddings), seen.patients, seed=seed)
 
 
-def made_with(seed: int) -> dict:
-    """Seed, device and versions: what a number needs beside it."""
+def made_with(seed: int, data: str = "phantom") -> dict:
+    """Seed, device, versions and kind of data: what a number needs beside it."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     versions = {name: version(name) for name in ("medctkit", "torch", "transformers", "peft", "numpy")}
-    return {"seed": seed, "device": device, "versions": versions, "data": "phantom"}
+    return {"seed": seed, "device": device, "versions": versions, "data": data}
 
 
 def write_json(content: dict, path: str | os.PathLike) -> None:

@@ -1,8 +1,10 @@
 """Slices the way radiologists hang them, and a viewer that reacts."""
 
 import io
+import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -161,3 +163,58 @@ def test_bad_input_is_refused(study):
         viewers.finding_gallery([])
     with pytest.raises(ValueError, match="study 1 has no finding"):
         viewers.finding_gallery([study, generate(1, findings=[])])
+
+
+# --- training ---------------------------------------------------------------------------------------------
+
+
+def some_rows(steps=30):
+    rows = [{"step": 0, "score": 0.55, "seconds": 0.0}]
+    for step in range(1, steps + 1):
+        rows.append({"step": step, "contrastive": 3.4 - step / 50, "prompts": 0.6, "loss": 4.0, "seconds": step})
+        if step % 10 == 0:
+            rows[-1]["score"] = 0.55 + math.sin(step / 20) / 10
+    return rows
+
+
+def test_training_figure_shows_losses_scores_and_guessing():
+    rows = some_rows()
+    left, right = viewers.training_figure(pd.DataFrame(rows), batch_size=32).axes
+    assert [line.get_label() for line in left.lines] == ["contrastive", "prompts", "guessing, ln 32"]
+    assert left.lines[2].get_ydata()[0] == pytest.approx(math.log(32))
+    assert right.lines[0].get_ydata() == pytest.approx([row["score"] for row in rows if "score" in row])
+    assert right.lines[1].get_xdata()[0] == 30 and "0.650" in right.lines[1].get_label()
+    first, _ = viewers.training_figure(pd.DataFrame(rows[:1])).axes  # before the first step
+    assert not first.lines
+
+
+def test_training_plot_updates_one_picture_and_ends_with_the_last_row(monkeypatch):
+    import IPython
+
+    shown = []
+
+    class Handle:
+        def update(self, picture):
+            shown.append(picture)
+
+    monkeypatch.setattr(IPython, "get_ipython", lambda: object())
+    monkeypatch.setattr(IPython.display, "display", lambda picture, display_id: shown.append(picture) or Handle())
+    plot = viewers.TrainingPlot(batch_size=32)
+    monkeypatch.setattr(viewers.time, "perf_counter", lambda: float(len(plot.rows)))  # a second for each row
+    for row in some_rows():
+        plot(row)
+    assert all(picture.data.startswith(b"\x89PNG") for picture in shown)
+    assert len(plot.rows) == 31 == len(shown) and plot.history["step"].iloc[-1] == 30
+    plot._cost = 1.0  # where a picture takes a second: one for each 20 rows, and for each score
+    for row in some_rows()[1:10]:
+        plot(row)
+    assert len(shown) == 31
+    plot(some_rows()[10])
+    assert len(shown) == 32
+
+
+def test_training_plot_outside_a_notebook_only_collects():
+    plot = viewers.TrainingPlot()
+    for row in some_rows():
+        plot(row)
+    assert len(plot.history) == 31
