@@ -36,10 +36,16 @@ _MODULES = (
     "ctclip",
     "mini",
     "lora",
+    "memory",
+    "methods",
+    "objectives",
+    "gradients",
     "training",
     "zero_shot",
     "metrics",
     "experiment",
+    "comparison",
+    "comparison_results",
     "viewers",
 )
 

@@ -25,7 +25,8 @@ ORDER = """
     setup_env atomic findings tables archives dicom_files dicom_pixels dicom geometry formats hounsfield volumes
     anatomy chest lung_lesions lesions reports phantom preprocessing transforms manifest ctrate
     repository preflight transfer hub cache prepare dataset
-    released ctvit ctclip mini lora training zero_shot metrics experiment viewers pretrain demo cli
+    released ctvit ctclip mini lora memory methods objectives gradients checkpoints training
+    zero_shot metrics experiment comparison_runs comparison comparison_results viewers pretrain demo cli
 """.split()
 
 # import name -> distribution name, where they differ
@@ -304,6 +305,18 @@ def test_readme_quotes_what_make_bench_measured():
         f"{minutes[256]:.0f} min on 256",
         f"{seconds[vision]:.1f} s for the embedding of a volume, {seconds[pairs]:.1f} s against all 18 prompt pairs",
         f"{shares[vision]:.2f} and {shares[pairs]:.3f} of the public code's time",
+    ):
+        assert quoted in readme, f"README does not say {quoted!r}"
+
+
+def test_readme_quotes_the_memory_that_make_bench_measured():
+    found = json.loads((ROOT / "bench" / "memory.json").read_text())["bytes_of_a_step"]
+    peak = {(row["batch"], row["volumes_at_a_time"], row["measures"]): row["peak"] / 1e9 for row in found}
+    readme = (ROOT / "README.md").read_text()
+    for quoted in (
+        f"weights in float32 | {peak[8, 8, 'float32 weights']:.1f} GB |",
+        f"frozen weights in bf16 | **{peak[8, 8, 'checkpointing and bf16']:.1f} GB** |",
+        f"batch 32, two volumes at a time | {peak[32, 2, 'checkpointing and bf16']:.1f} GB |",
     ):
         assert quoted in readme, f"README does not say {quoted!r}"
 
