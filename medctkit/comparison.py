@@ -141,7 +141,7 @@ def compare_methods(
         groups: some of `GROUPS`; learning rates that they need are chosen in any case.
         seeds: runs of each.
         settings: of all runs.
-        workers: processes side by side, each with its share of the cores, and about 1 GB.
+        workers: processes side by side, each with its share of the cores, and about 2 GB.
         cache_dir: prepared volumes; by default see `experiment.prepared_dir`.
 
     Returns:
@@ -208,13 +208,18 @@ def _run_all(pool: ProcessPoolExecutor, arguments: list[tuple]) -> None:
 
 def _rates(output_dir: Path, methods: Iterable[str]) -> dict[str, float]:
     """For each method the learning rate of best validation AUROC, of those whose whole grid was run."""
-    found: dict[str, list[tuple[float, float]]] = {}
-    grids: dict[str, int] = {}
+    grids: dict[str, dict[float, dict | None]] = {}
     for job in tuning_jobs(methods):
-        grids[job.method] = grids.get(job.method, 0) + 1
-        if (result := read_result(output_dir, job)) is not None:
-            found.setdefault(job.method, []).append((result["validation_auroc"], -job.learning_rate))
-    return {name: -max(scores)[1] for name, scores in found.items() if len(scores) == grids[name]}
+        grids.setdefault(job.method, {})[job.learning_rate] = read_result(output_dir, job)
+    chosen = {}
+    for method, grid in grids.items():
+        if None in grid.values():
+            continue
+        stable = {rate: found["validation_auroc"] for rate, found in grid.items() if "diverged" not in found}
+        if not stable:
+            raise ValueError(f"{method} diverged with every learning rate of its grid; lower METHODS[{method!r}]'s")
+        chosen[method] = max(stable, key=lambda rate: (stable[rate], -rate))
+    return chosen
 
 
 def auroc_draws(labels, scores, patients, resamples: int = 1000, seed: int = 0) -> np.ndarray:
@@ -242,7 +247,8 @@ def collect(output_dir: Path, test_rows: Sequence[Mapping], seeds: int) -> None:
     labels, patients = truth(test_rows)
     rows, draws = [], {}
     for job in [*tuning_jobs(METHODS), *jobs(GROUPS, seeds, _rates(output_dir, METHODS))]:
-        if (found := read_result(output_dir, job)) is None:
+        found = read_result(output_dir, job)
+        if found is None or "diverged" in found:
             continue
         if job.name not in draws:
             scores = np.frombuffer(base64.b64decode(found["scores"]), dtype="<f4").reshape(labels.shape)

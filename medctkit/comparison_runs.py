@@ -276,7 +276,8 @@ def run_job(job: Job, data: Data, settings: Settings, work_dir: str | os.PathLik
 
     Returns:
         `validation_auroc`, `auroc` (the mean over findings and each finding: value, low, high; bootstrap over test
-        patients), `best_step`, `trainable`, `adapter_bytes`, `seconds`, `one_class`, `scores` of the test studies.
+        patients), `best_step`, `trainable`, `adapter_bytes`, `seconds`, `one_class`, `scores` of the test studies; or
+        only `diverged`, and why, if the learning rate was too high.
     """
     started = time.perf_counter()
     indices = draw_studies([row["patient"] for row in data.train.rows], job.studies, job.seed)
@@ -297,7 +298,10 @@ def run_job(job: Job, data: Data, settings: Settings, work_dir: str | os.PathLik
         model = apply_method(load_mini_base().model, job.method, **{"r": job.rank} if job.rank else {})
         train = Subset(data.train, indices)
         score = validation_score(data.valid, data.mini.tokenizer)
-        result = finetune(model, train, data.mini.tokenizer, _config(job, settings), work_dir, score)
+        try:
+            result = finetune(model, train, data.mini.tokenizer, _config(job, settings), work_dir, score)
+        except FloatingPointError as error:
+            return {"diverged": str(error)}
         found |= {"best_step": result.best_step, "trainable": count_trainable(model), "seconds": result.seconds}
         found |= {"adapter_bytes": trained_bytes(result.adapter_dir)}
         classifier, validation = ZeroShotClassifier(model, data.mini.tokenizer), result.best_score

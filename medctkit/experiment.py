@@ -190,6 +190,14 @@ def adapt(
     score = validation_score(valid, base.tokenizer, batch_size=at_a_time, workers=config.workers)
     output_dir.mkdir(parents=True, exist_ok=True)
     write_json(asdict(origin), output_dir / "origin.json")
+    if accelerator_for().is_main_process:
+        trained, total = model.get_nb_trainable_parameters()
+        passes, validations = config.steps * config.batch_size / len(train), 1 + config.steps // config.evaluate_every
+        print(
+            f"training {trained:,} of {total:,} parameters: {config.steps} steps of {config.batch_size} volumes "
+            f"({passes:.1f} passes over {len(train):,} studies), {validations} validations on {len(valid):,}",
+            flush=True,
+        )
     return finetune(model, train, base.tokenizer, config, output_dir, score)
 
 

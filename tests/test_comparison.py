@@ -227,6 +227,25 @@ def test_learning_rates_are_chosen_by_validation_once_the_whole_grid_is_there(tm
     assert comparison._rates(tmp_path, ["dora"]) == {"lora": grid[0].learning_rate}, "of equals, the lower rate"
 
 
+def test_a_learning_rate_that_diverges_is_left_out_and_does_not_end_the_comparison(tmp_path, monkeypatch):
+    grid = tuning_jobs(["lora"])
+    for job, validation in zip(grid[:2], (0.6, 0.7), strict=True):
+        write_result(tmp_path, job, settings={}, validation_auroc=validation)
+    file = result_file(tmp_path, grid[2])
+    file.write_text(json.dumps({"settings": {}, "diverged": "loss is nan", "learning_rate": grid[2].learning_rate}))
+    assert comparison._rates(tmp_path, ["lora"]) == {"lora": grid[1].learning_rate}
+    for job in grid[:2]:
+        result_file(tmp_path, job).write_text(file.read_text())
+    with pytest.raises(ValueError, match="lora diverged with every learning rate of its grid"):
+        comparison._rates(tmp_path, ["lora"])
+
+
+def test_a_run_that_diverges_says_so(cohort, tmp_path):
+    data = Data.load(cohort / "manifest.csv", cohort / "prepared")
+    found = run_job(Job("learning-rates", "full", learning_rate=1e12), data, Settings(steps=5, batch_size=4), tmp_path)
+    assert found.keys() == {"diverged"} and "at step" in found["diverged"]
+
+
 def test_a_result_of_other_settings_is_refused_and_the_difference_named(tmp_path):
     job, inputs = Job("ranks", "lora", 4, learning_rate=1e-3), {"base": "b", "manifest": "m"}
     assert read_result(tmp_path, job, settings_of(job, TOY, inputs)) is None
