@@ -46,6 +46,7 @@ _MODULES = (
     "experiment",
     "comparison",
     "comparison_results",
+    "report",
     "viewers",
 )
 

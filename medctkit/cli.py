@@ -183,14 +183,16 @@ def evaluate(
     cache_dir: Cache = None,
     batch_size: Annotated[int, typer.Option(help="Volumes at a time; 1 or 2 at full size.", min=1)] = 32,
 ) -> None:
-    """Score base and adapted model on the hospital's test patients, as notebook 04 does."""
+    """Score base and adapted model on the hospital's test patients, as notebook 04 does; write the report."""
     from medctkit.experiment import measure
+    from medctkit.report import write_report
     from medctkit.training import accelerator_for
 
     with _told():
-        metrics = measure(manifest, output_dir, seed, cache_dir, batch_size)
+        measured = measure(manifest, output_dir, seed, cache_dir, batch_size)
         if accelerator_for().is_main_process:
-            typer.echo(demo.result_table(metrics))
+            typer.echo(demo.result_table(measured.summary))
+            typer.echo(f"report: {write_report(measured, output_dir)}")
 
 
 @app.command("compare")

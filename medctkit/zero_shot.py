@@ -1,15 +1,22 @@
-"""Zero-shot classification: two sentences for each finding, and which one the volume is nearer to.
+"""Zero-shot classification: sentences that state and that deny each finding, and which side the volume is nearer to.
 
 The prompts of the paper, "{finding} is present." and "{finding} is not present.", follow the evaluation of
-CT-CLIP (arXiv 2403.17834). Prompts are encoded once for a model and every volume once, not once per finding.
-Prompts are a data file, `assets/prompts.json`.
+CT-CLIP (arXiv 2403.17834). Several wordings of each side make an ensemble: their normalised embeddings are averaged
+and the average is normalised again, as in CLIP's prompt ensembling (Radford et al. 2021, arXiv 2103.00020, section
+3.1.4), so that an ensemble costs no more per volume than a pair. Prompts are encoded once for a model and every volume
+once, not once per finding.
+
+Prompts are a data file, `assets/prompts.json`; your own go into a file of the same form. The wordings of "ensemble" are
+headlines such as "No evidence of pulmonary fibrotic sequela.", which need no article and so fit all 18 names. None is a
+wording of the reports that the kit trains on; "training-style" is the pair that is.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +27,12 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from medctkit.findings import FINDINGS
 
-PROMPTS: dict[str, list[str]] = json.loads((files("medctkit") / "assets" / "prompts.json").read_text())
+SIDES = ("stating", "denying")
+PROMPTS: dict[str, dict[str, list[str]]] = json.loads((files("medctkit") / "assets" / "prompts.json").read_text())
+AT_A_TIME = 128  # sentences in the text encoder
+
+# A name, a file, (stating, denying), {"stating": ..., "denying": ...}, or one of the last two for each finding.
+Prompts = str | Path | Sequence | Mapping
 
 
 @dataclass(frozen=True)
@@ -40,31 +52,88 @@ class Embedded:
     studies: np.ndarray
 
 
-def prompt_pair(prompts: str | Sequence[str]) -> tuple[str, str]:
-    """The two templates of a named pair, or a pair of your own.
+def prompt_sentences(prompts: Prompts, findings: Sequence[str] = FINDINGS) -> tuple[list[list[str]], list[list[str]]]:
+    """The sentences that state and those that deny each finding.
+
+    Args:
+        prompts: the name of a set in `PROMPTS`; (stating, denying), each a template or a list of templates with
+            {finding} in them; a dict {"stating": [...], "denying": [...]}; a dict with one of these for each finding,
+            where a sentence may do without {finding}; or the `Path` of a JSON file with such a dict.
+        findings: names to put into the templates.
+
+    Returns:
+        For each side a list of sentences for each finding.
 
     Raises:
-        ValueError: unknown name, not two templates, or a template without {finding}.
+        FileNotFoundError: no such file.
+        ValueError: an unknown name, a damaged file, no sentence for one side, a template without {finding}, a finding
+            without sentences; says which.
     """
+    where = "prompts"
     if isinstance(prompts, str):
         if prompts not in PROMPTS:
             raise ValueError(
-                f"unknown prompts {prompts!r}; choose one of {sorted(PROMPTS)} or give a pair of templates"
+                f"unknown prompts {prompts!r}; choose one of {sorted(PROMPTS)}, or give templates of your own or the "
+                "Path of a JSON file that holds them"
             )
         prompts = PROMPTS[prompts]
-    pair = tuple(prompts)
-    if len(pair) != 2 or not all(isinstance(p, str) for p in pair):
+    elif isinstance(prompts, Path):
+        where, prompts = str(prompts), _read_prompts(prompts)
+    if not isinstance(prompts, Mapping) or set(prompts) & set(SIDES):
+        stating, denying = _sides(prompts, where)
+        for template in (*stating, *denying):
+            if "{finding}" not in template:
+                raise ValueError(
+                    f"{where}: {template!r} has no {{finding}} in it, so all findings would be asked the same; put "
+                    "{finding} where the name belongs"
+                )
+        of_finding = dict.fromkeys(findings, (stating, denying))
+    else:
+        if set(prompts) != set(findings):
+            missing, unknown = ([n for n in a if n not in b] for a, b in ((findings, prompts), (prompts, findings)))
+            raise ValueError(
+                f'{where}: expected "stating" and "denying", or an entry for each finding; '
+                f"missing {', '.join(missing) or 'none'}; unknown {', '.join(map(str, unknown)) or 'none'}"
+            )
+        of_finding = {name: _sides(prompts[name], f"{where}, {name}") for name in findings}
+    return tuple(
+        [[sentence.replace("{finding}", name) for sentence in of_finding[name][side]] for name in findings]
+        for side in (0, 1)
+    )
+
+
+def _read_prompts(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f'{path}: no such file; expected JSON, {{"stating": [...], "denying": [...]}}')
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable as JSON: {error}. Compare it with assets/prompts.json") from None
+    if isinstance(found, Mapping) and set(found) & set(PROMPTS):
+        raise ValueError(f"{path} holds the sets {', '.join(found)}; keep one: what stands between its braces")
+    return found
+
+
+def _sides(prompts: Any, where: str) -> tuple[list[str], list[str]]:
+    """The stating and the denying sentences of one set."""
+    if isinstance(prompts, Mapping) and set(prompts) == set(SIDES):
+        prompts = [prompts[side] for side in SIDES]
+    if isinstance(prompts, str | Mapping) or not isinstance(prompts, Sequence) or len(prompts) != 2:
         raise ValueError(
-            f"prompts must be two templates, one that states and one that denies a finding; got {prompts!r}"
+            f'{where}: expected {{"stating": [...], "denying": [...]}} or a pair of the two, got {prompts!r:.200}'
         )
-    for template in pair:
-        if "{finding}" not in template:
-            raise ValueError(f"prompt {template!r} has no {{finding}} in it, so all findings would be asked the same")
-    return pair
+    sides = [[side] if isinstance(side, str) else side for side in prompts]
+    for name, side in zip(SIDES, sides, strict=True):
+        if not isinstance(side, list | tuple) or not side:
+            raise ValueError(f"{where}: the {name} side is {side!r:.200}; expected at least one sentence")
+        for sentence in side:
+            if not isinstance(sentence, str) or not sentence.strip():
+                raise ValueError(f"{where}: the {name} side has {sentence!r:.200} in it; expected a sentence")
+    return tuple(map(list, sides))
 
 
 class ZeroShotClassifier:
-    """Probabilities of findings from a CT-CLIP model and a pair of prompts.
+    """Probabilities of findings from a CT-CLIP model and prompts.
 
     Prompts are encoded at the first score and kept: after training the model or switching its adapter, make a
     new classifier.
@@ -72,21 +141,26 @@ class ZeroShotClassifier:
     Args:
         model: a `CTCLIPModel`, with or without an adapter.
         tokenizer: of its text encoder.
-        prompts: "paper", "training-style", or your own (stating, denying) templates with {finding} in them.
+        prompts: "paper", "training-style", "ensemble", your own (stating, denying) templates with {finding} in them, or
+            the `Path` of a JSON file; see `prompt_sentences`.
         findings: names to put into the templates, in the order of the columns of the scores.
 
     Raises:
-        ValueError: see `prompt_pair`; a prompt longer than the text encoder's positions.
+        FileNotFoundError: see `prompt_sentences`.
+        ValueError: see `prompt_sentences`; a prompt longer than the text encoder's positions.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, prompts: str | Sequence[str] = "paper", findings=FINDINGS):
+    def __init__(self, model: nn.Module, tokenizer: Any, prompts: Prompts = "paper", findings=FINDINGS):
         self.model, self.tokenizer, self.findings = model, tokenizer, tuple(findings)
-        stating, denying = prompt_pair(prompts)
-        sentences = [t.replace("{finding}", name) for t in (stating, denying) for name in self.findings]
-        self._words = tokenizer(sentences, padding=True, return_tensors="pt")
-        longest, limit = self._words["input_ids"].shape[1], model.config.text_config["max_position_embeddings"]
-        if longest > limit:
-            raise ValueError(f"a prompt has {longest} tokens, the text encoder takes {limit}; shorten it")
+        self._wordings = [sentences for side in prompt_sentences(prompts, self.findings) for sentences in side]
+        flat = [sentence for sentences in self._wordings for sentence in sentences]
+        self._words = tokenizer(flat, padding=True, return_tensors="pt")
+        lengths, limit = self._words["attention_mask"].sum(1), model.config.text_config["max_position_embeddings"]
+        if lengths.max() > limit:
+            longest = flat[int(lengths.argmax())]
+            raise ValueError(
+                f"the prompt {longest!r:.80} has {lengths.max()} tokens, the text encoder takes {limit}; shorten it"
+            )
         self._text: torch.Tensor | None = None
         self._scale: torch.Tensor | None = None
 
@@ -98,18 +172,30 @@ class ZeroShotClassifier:
     def text_embeds(self) -> torch.Tensor:
         """Embeddings of the prompts (2, k, p): stating, denying. Encoded at the first call and kept."""
         if self._text is None:
+            words = (self._words[name].split(AT_A_TIME) for name in ("input_ids", "attention_mask"))
             with _evaluating(self.model):
-                found = self.model.encode_text(
-                    self._words["input_ids"].to(self.device), self._words["attention_mask"].to(self.device)
-                )
+                parts = [
+                    self.model.encode_text(*(t.to(self.device) for t in part)) for part in zip(*words, strict=True)
+                ]
                 self._scale = self.model.temperature.detach().float().exp()
-            self._text = found.float().unflatten(0, (2, -1))  # (2 k, p) -> (2, k, p)
+            of_wording = torch.cat(parts).float().split([len(sentences) for sentences in self._wordings])
+            found = torch.stack([_direction(embeds) for embeds in of_wording])  # (2 k, p)
+            self._text = found.unflatten(0, (2, -1))  # (2 k, p) -> (2, k, p)
         return self._text
 
     def scores_from_embeddings(self, image_embeds) -> np.ndarray:
-        """Probabilities (b, k) of the findings from image embeddings (b, p)."""
+        """Probabilities (b, k) of the findings from image embeddings (b, p).
+
+        Raises:
+            ValueError: embeddings of another shape.
+        """
         stating, denying = self.text_embeds()
         image_embeds = torch.as_tensor(image_embeds, dtype=torch.float32, device=stating.device)
+        if image_embeds.ndim != 2 or image_embeds.shape[1] != stating.shape[1]:
+            raise ValueError(
+                f"image embeddings have shape {tuple(image_embeds.shape)}; this model's are (volumes, "
+                f"{stating.shape[1]}): embed the volumes with this model"
+            )
         with torch.autocast(stating.device.type, enabled=False):  # bfloat16 would round scores to ties
             # the softmax of two similarities is the sigmoid of their difference
             return torch.sigmoid(self._scale * image_embeds @ (stating - denying).T).cpu().numpy()
@@ -160,6 +246,11 @@ class ZeroShotClassifier:
         return Embedded(torch.from_numpy(embeddings), labels, patients, studies)
 
 
+def _direction(embeds: torch.Tensor) -> torch.Tensor:
+    """What normalised embeddings (n, p) of n wordings have in common (p,); of a single one, itself to the last bit."""
+    return embeds[0] if len(embeds) == 1 else nn.functional.normalize(embeds.mean(0), dim=-1)
+
+
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """No gradients and evaluation mode; afterwards the model is as it was."""
@@ -174,7 +265,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def validation_score(
-    dataset: Dataset, tokenizer: Any, prompts: str | Sequence[str] = "paper", batch_size: int = 32, workers: int = 0
+    dataset: Dataset, tokenizer: Any, prompts: Prompts = "paper", batch_size: int = 32, workers: int = 0
 ) -> Callable:
     """A function from a model to its mean AUROC on a data set: what `finetune` maximises.
 

@@ -15,6 +15,7 @@ from medctkit.ctclip import CTCLIPConfig, CTCLIPModel, released_layout
 from medctkit.experiment import DEFAULT, FULL_SIZE, Origin, adapt, cohort, measure, prepared_dir
 from medctkit.manifest import load_manifest, write_manifest
 from medctkit.mini import FOLDER, load_base, load_mini_base
+from medctkit.zero_shot import PROMPTS
 
 QUICK = replace(DEFAULT, rank=2, steps=2, batch_size=4, evaluate_every=1)
 
@@ -61,9 +62,13 @@ def test_adapt_and_measure_by_default_the_mini_model(few, tmp_path):
         "tokenizer": None,
         "hospital": "target",
     }
-    found = measure(few, tmp_path)
+    measured = measure(few, tmp_path)
+    found = measured.summary
     assert json.loads((tmp_path / "metrics.json").read_text()) == found
     assert found["made_with"]["data"] == "phantom"
+    assert measured.adapter["vision"] == 8 and measured.adapter["text"] == 6
+    assert measured.adapter["trainable"] == 55_296 * 2 // 16
+    assert set(measured.prompts["set"]) == set(PROMPTS) and len(measured.prompts) == 2 * len(PROMPTS)
     assert len(list((few.parent / "prepared").glob("*.safetensors"))) == 32
     assert not (tmp_path / "prepared").exists()
 
@@ -73,7 +78,7 @@ def test_any_base_model_is_adapted_and_measured_with_what_was_written_down(few, 
     settings = replace(FULL_SIZE, steps=2, batch_size=4, evaluate_every=1, workers=0, rank=2)
     result = adapt(few, tmp_path, settings=settings, origin=origin)
     assert len(result.history) == 3
-    assert measure(few, tmp_path, batch_size=2)["made_with"]["data"] == "phantom"
+    assert measure(few, tmp_path, batch_size=2).made_with["data"] == "phantom"
     assert Origin.of(tmp_path) == origin
 
 
@@ -128,7 +133,7 @@ def test_the_commands_tell_what_is_wrong_without_a_traceback(few, tmp_path):
     done = run("finetune", tmp_path, "--manifest", few, "--steps", 2, "--batch-size", 4, "--rank", 2)
     assert done.exit_code == 0 and "best validation AUROC" in done.stdout and "tensorboard --logdir" in done.stdout
     done = run("evaluate", tmp_path, "--manifest", few)
-    assert done.exit_code == 0 and "mean AUROC" in done.stdout
+    assert done.exit_code == 0 and "mean AUROC" in done.stdout and "report.html" in done.stdout
     for arguments, message in (
         (("--batch-size", 99), "8 training studies are fewer than one batch of 99"),
         (("--batch-size", 4, "--micro-batch-size", 3), "micro_batch_size must be None or a divisor of batch_size 4"),
@@ -153,6 +158,6 @@ def test_two_processes_by_accelerate_launch(few, tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("mean AUROC") + done.stdout.count("best validation AUROC") == 1
     metrics = json.loads((shared / "metrics.json").read_text())
-    alone = measure(few, shared)
+    alone = measure(few, shared).summary
     for part in ("base", "adapted", "difference"):
         assert metrics[part] == alone[part]

@@ -26,7 +26,8 @@ ORDER = """
     anatomy chest lung_lesions lesions reports phantom preprocessing transforms manifest ctrate
     repository preflight transfer hub cache prepare dataset
     released ctvit ctclip mini lora memory methods objectives gradients checkpoints training
-    zero_shot metrics experiment comparison_runs comparison comparison_results viewers pretrain demo cli
+    zero_shot embeddings retrieval metrics audit experiment comparison_runs comparison comparison_results
+    report_figures report viewers pretrain demo cli
 """.split()
 
 # import name -> distribution name, where they differ

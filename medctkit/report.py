@@ -1,0 +1,448 @@
+"""The reproduction report: what the paper says, what was measured here, and how far the two can be compared.
+
+One self-contained HTML page, and the same as Markdown with its figures beside it. Every claim of the paper gets a row
+with a verdict; every number says how it was made. Figures are in `report_figures`.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from medctkit import report_figures as figures
+from medctkit.atomic import replacing
+from medctkit.ctclip import CTCLIPConfig, released_layout
+from medctkit.experiment import Measurement
+from medctkit.lora import search_placements
+from medctkit.metrics import METRICS
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+PAPER = "arXiv 2512.00597"
+EXACT = "reproduced exactly"
+MINIATURE = "reproduced in miniature"
+NOT = "not reproduced"
+GATED = "needs the gated files"
+INCOMPARABLE = "not comparable"
+ON_CT_RATE = (
+    "medctkit download data/ct-rate --weights --tokenizer --split train; medctkit download data/ct-rate --split valid; "
+    "medctkit prepare data/ct-rate data/prepared --one-reconstruction; medctkit finetune and evaluate as in README"
+)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper and what became of it.
+
+    Attributes:
+        claim: what it is about.
+        paper: what the paper says.
+        here: what was computed or measured here.
+        world: "any" for what is arithmetic, else "phantom", "real CT" or "CT-RATE".
+        verdict: one of the five above.
+        why: the reason for it, in a sentence.
+        command: what makes the number anew.
+    """
+
+    claim: str
+    paper: str
+    here: str
+    world: str
+    verdict: str
+    why: str
+    command: str
+
+
+@cache
+def _counts() -> tuple[int, int]:
+    """Parameters of the released checkpoint, and of the adapter of rank 24 on q, k, v of both encoders."""
+    total = sum(
+        math.prod(entry.shape) for entry in released_layout(CTCLIPConfig()).values() if entry.kind == "parameter"
+    )
+    searched = search_placements(ranks=(24,))
+    return total, int(searched.loc[searched["exactly q, k, v"], "trainable"].item())
+
+
+def claims(measured: Measurement) -> list[Claim]:
+    """The claims of the paper, one by one."""
+    total, adapter = _counts()
+    share, times = 100 * adapter / (total + adapter), total / adapter
+    sizes, search = "medctkit.lora.search_placements()", "notebook 02 shows the search"
+    found = [
+        Claim(
+            "size of the model",
+            "440 M parameters",
+            f"{total:,} + {adapter:,} = {(total + adapter) / 1e6:.1f} M",
+            "any",
+            EXACT if round((total + adapter) / 1e6) == 440 else NOT,
+            f"the released checkpoint with the adapter; {total - _live(total):,} of them never take part",
+            sizes,
+        ),
+        Claim(
+            "trainable parameters",
+            "1.67 M",
+            f"{adapter:,}",
+            "any",
+            EXACT if round(adapter / 1e6, 2) == 1.67 else NOT,
+            f"rank 24 on q, k, v of both encoders; the placement is inferred, {search}",
+            sizes,
+        ),
+        Claim(
+            "share that is trained",
+            "0.38 %",
+            f"{share:.3f} %",
+            "any",
+            EXACT if round(share, 2) == 0.38 else NOT,
+            "of all parameters, adapter included",
+            sizes,
+        ),
+        _encoders(measured),
+        Claim(
+            "size of a checkpoint",
+            "74 times smaller",
+            f"{times:.0f} times: {4 * adapter / 1e6:.2f} MB against {4 * total / 1e9:.2f} GB, float32",
+            "any",
+            INCOMPARABLE,
+            f"74 times {4 * adapter / 1e6:.2f} MB are {74 * 4 * adapter / 1e6:.0f} MB, no checkpoint of this model in "
+            "float32; which one the paper means is not known to us",
+            sizes,
+        ),
+    ]
+    paper = {"auroc": ("mean AUROC", 61.3, 68.9), "accuracy": ("accuracy", 67.2, 73.6), "f1": ("macro-F1", 32.1, 36.9)}
+    for column, (name, before, after) in paper.items():
+        found += _result(measured, name, column, before, after)
+    return found
+
+
+def _live(total: int) -> int:
+    never = (e for e in released_layout(CTCLIPConfig()).values() if e.kind == "parameter" and not e.live)
+    return total - sum(math.prod(entry.shape) for entry in never)
+
+
+def _encoders(measured: Measurement) -> Claim:
+    facts = measured.adapter
+    both = facts["vision"] > 0 and facts["text"] > 0
+    return Claim(
+        "both encoders are adapted",
+        "attention layers of the vision and the text encoder",
+        f"{facts['vision']} attention projections of the vision encoder, {facts['text']} of the text encoder; "
+        f"{facts['trainable']:,} parameters",
+        measured.made_with["data"],
+        (EXACT if measured.origin.model != "mini" else MINIATURE) if both else NOT,
+        "counted on the adapter that was measured" + ("" if both else "; it is on one encoder only"),
+        measured.made_with["command"],
+    )
+
+
+def _result(measured: Measurement, name: str, column: str, before: float, after: float) -> list[Claim]:
+    base, adapted = (measured.tables[model].loc["mean"] for model in ("base", "adapted"))
+    gain, world = measured.difference.loc["mean"], measured.made_with["data"]
+    here = (
+        f"{100 * base[column]:.1f} -> {100 * adapted[column]:.1f} %, "
+        f"{100 * gain[column]:+.1f} [{100 * gain[column + '_low']:+.1f}, {100 * gain[column + '_high']:+.1f}] points"
+    )
+    paper = f"{before} -> {after} %, {after - before:+.1f} points"
+    low, high = (100 * gain[f"{column}_{end}"] for end in ("low", "high"))
+    if world == "phantom":
+        verdict = MINIATURE if low > 0 else NOT
+        why = (
+            "the interval of the gain lies above 0" if low > 0 else "the interval of the gain holds 0 or lies below it"
+        )
+        why += ", on phantoms with a model of our own: the mechanism, not the number"
+    elif world == "CT-RATE" and measured.origin.model != "mini":
+        inside = low <= after - before <= high
+        verdict = EXACT if inside else NOT
+        why = f"the paper's gain lies {'inside' if inside else 'outside'} the interval of ours"
+    else:
+        verdict, why = INCOMPARABLE, "other patients than the paper's"
+    rows = [Claim(f"{name}, base -> LoRA", paper, here, world, verdict, why, measured.made_with["command"])]
+    if world != "CT-RATE":
+        missing = "not measured: CT-RATE and the released weights are gated"
+        rows.append(
+            Claim(
+                f"{name} on CT-RATE", paper, missing, "CT-RATE", GATED, "accept the terms on the hub first", ON_CT_RATE
+            )
+        )
+    return rows
+
+
+def claims_table(measured: Measurement) -> pd.DataFrame:
+    """`claims` as a table."""
+    import pandas as pd
+
+    return pd.DataFrame([vars(claim) for claim in claims(measured)])
+
+
+def published() -> list[tuple[str, pd.DataFrame]]:
+    """Published results, a table for each set of labels: means over different labels are not to be compared."""
+    import pandas as pd
+
+    table = pd.read_csv(io.StringIO((files("medctkit") / "assets" / "published_results.csv").read_text()))
+    table["f1"] = [f"{row.f1:.3f} ({row.f1_kind})" for row in table.itertuples()]
+    table["n"] = [f"{n:,.0f}" if n == n else "not given" for n in table["n"]]
+    groups = table.groupby(["labels", "dataset"], sort=False)
+    shown = ["model", "setting", "n", "auroc", "accuracy", "f1", "source"]
+    merged: dict[str, list] = {}
+    for (labels, dataset), rows in groups:
+        merged.setdefault(f"{labels} labels, {dataset.removesuffix(' valid')}", []).append(rows[shown])
+    return [(title, pd.concat(parts, ignore_index=True)) for title, parts in merged.items()]
+
+
+REMARK = (
+    "The paper's base model has a mean AUROC of 0.613. CT-CLIP's authors published 0.731 for the same 18 labels: the "
+    "base lies 12 points under it, and the adapted model (0.689) lies under it too. What LoRA gained there may in part "
+    "be what the base had lost on the way, for example by rescaling Hounsfield units twice (notebook 01)."
+)
+
+NAMES = {
+    "auroc": "AUROC",
+    "average_precision": "average precision",
+    "accuracy": "accuracy",
+    "balanced_accuracy": "balanced accuracy",
+    "f1": "F1",
+    "weighted_f1": "weighted F1",
+    "sensitivity": "sensitivity",
+    "specificity": "specificity",
+    "calibration_error": "calibration error",
+}
+
+
+def metrics_table(measured: Measurement, model: str) -> pd.DataFrame:
+    """A row for each finding and the mean: every metric as text, value [95 % interval]."""
+    import pandas as pd
+
+    table = measured.tables[model]
+    shown = {"positives": table["positives"].astype(str), "threshold": table["threshold"].map(_number)}
+    for name in METRICS:
+        shown[NAMES.get(name, name)] = [
+            f"{_number(v)} [{_number(low)}, {_number(high)}]"
+            if v == v
+            else f"no value: {table.attrs['gaps'].get(f, '')}"
+            for f, v, low, high in table[[name, f"{name}_low", f"{name}_high"]].itertuples()
+        ]
+    return pd.DataFrame(shown).rename_axis("finding").reset_index()
+
+
+def difference_table(measured: Measurement) -> pd.DataFrame:
+    """A row for each finding and the mean: paired gain in AUROC with interval, p-value, and Holm's over findings."""
+    import pandas as pd
+
+    table, rows = measured.difference, []
+    for name, row in table.iterrows():
+        gain = (
+            f"{row['auroc']:+.3f} [{row['auroc_low']:+.3f}, {row['auroc_high']:+.3f}]"
+            if row["auroc"] == row["auroc"]
+            else "-"
+        )
+        rows.append({"finding": name, "AUROC, adapted minus base": gain, "p": _number(row["auroc_p"])})
+        if "auroc_p_holm" in table:
+            rows[-1]["p, Holm over findings"] = _number(row["auroc_p_holm"])
+    return pd.DataFrame(rows)
+
+
+def _number(value: float) -> str:
+    return "-" if value != value else f"{value:.3f}"
+
+
+# --- the page ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Block:
+    """A piece of the report: a heading, a paragraph, a table or a figure, with what has to be said about it."""
+
+    kind: str
+    text: str
+    content: pd.DataFrame | Figure | None = None
+    name: str = ""
+
+
+def blocks(measured: Measurement, audit: pd.DataFrame | None = None) -> list[Block]:
+    """The report, piece by piece.
+
+    Args:
+        measured: from `experiment.measure`.
+        audit: rows to show of `medctkit.audit`; None: that part is left out.
+    """
+    made, world = measured.made_with, measured.made_with["data"]
+    by = provenance(made, short=True)
+    page = [
+        Block("title", "MedCT-VLM, reproduced: what was measured here"),
+        Block("banner", _world_note(world)),
+        Block("text", f"Made by: {provenance(made)}."),
+        Block("heading", "The claims of the paper"),
+        Block("table", f"Claims of {PAPER}, and what became of them here.", claims_table(measured)),
+        Block("heading", "What was published"),
+    ]
+    page += [Block("table", f"Published, {title}.", table) for title, table in published()]
+    page += [
+        Block("text", f"Tables of different labels are kept apart: their means are not comparable. {REMARK}"),
+        Block("heading", "Finding by finding"),
+    ]
+    drawn = (
+        ("forest", figures.forest, "AUROC of base and adapted model for each finding, and the paired difference"),
+        ("roc", figures.roc_curves, "ROC curves of base and adapted model, one panel for each finding"),
+        ("calibration", figures.calibration, "observed share of positive studies against predicted probability"),
+        ("prompts", figures.prompt_sensitivity, "mean AUROC with each set of prompts"),
+        ("scores", figures.score_histograms, "scores of studies with and without each finding, adapted model"),
+    )
+    for name, draw, what in drawn:
+        page.append(
+            Block(
+                "figure",
+                f"{what[0].upper()}{what[1:]}. 95 % intervals over patients. {world}; {by}.",
+                draw(measured),
+                name,
+            )
+        )
+    page.append(Block("table", f"Adapted minus base, the same patients. {by}.", difference_table(measured)))
+    for model in ("base", "adapted"):
+        note = measured.tables[model].attrs.get("optimistic")
+        marked = f" OPTIMISTIC: {note}." if note else " Thresholds from validation patients."
+        page.append(Block("table", f"The {model} model.{marked} {by}.", metrics_table(measured, model)))
+    if audit is not None:
+        page += [
+            Block("heading", "What the public evaluation does to numbers"),
+            Block("table", f"Each defect, reproduced on this measurement. {by}.", audit),
+        ]
+    return page
+
+
+def _world_note(world: str) -> str:
+    if world == "phantom":
+        return (
+            "PHANTOM. Everything here was measured on procedural phantoms with a small model of our own. It shows the "
+            "mechanism of the paper, and says nothing about patients."
+        )
+    return "REAL CT. Research only: nothing here is a medical device."
+
+
+def provenance(made_with: dict, short: bool = False) -> str:
+    """Command, seed, commit, device and, if not short, versions, in one line."""
+    versions = ", ".join(f"{name} {number}" for name, number in made_with["versions"].items())
+    at = f"commit {made_with['commit']}" if made_with.get("commit") else "no commit (installed package)"
+    line = f"`{made_with['command']}`, seed {made_with['seed']}, {at}, {made_with['device']}"
+    return line if short else f"{line}, {versions}"
+
+
+def write_report(measured: Measurement, output_dir: str | os.PathLike, audit: pd.DataFrame | None = None) -> Path:
+    """Write `report.html`, self-contained, and `report.md` with its figures in `report_figures`.
+
+    Args:
+        measured: from `experiment.measure`.
+        output_dir: made if need be.
+        audit: see `blocks`.
+
+    Returns:
+        Path of the HTML page.
+    """
+    output_dir = Path(output_dir)
+    (output_dir / "report_figures").mkdir(parents=True, exist_ok=True)
+    page = blocks(measured, audit)
+    pictures = {block.name: _png(block.content) for block in page if block.kind == "figure"}
+    for name, picture in pictures.items():
+        with replacing(output_dir / "report_figures" / f"{name}.png") as temporary:
+            temporary.write_bytes(picture)
+    for name, text in (("report.md", to_markdown(page)), ("report.html", to_html(page, pictures))):
+        with replacing(output_dir / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return output_dir / "report.html"
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return buffer.getvalue()
+
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+.banner { background: #fff3cd; border-left: 6px solid #e69f00; padding: .7rem 1rem; font-weight: 600; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; margin: .5rem 0 1.5rem; }
+caption { text-align: left; color: #555; padding-bottom: .3rem; } img { max-width: 100%; }
+th, td { border-bottom: 1px solid #ddd; padding: .25rem .6rem; text-align: left; vertical-align: top; }
+figure { margin: 1rem 0 2rem; } figcaption { color: #555; font-size: 13px; } code { background: #f3f3f3; }
+td.verdict { font-weight: 600; white-space: nowrap; }
+"""
+
+
+def _code(text: str) -> str:
+    """Escaped, with `...` as code."""
+    parts = html.escape(text).split("`")
+    return "".join(f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts))
+
+
+def to_html(page: Sequence[Block], pictures: dict[str, bytes]) -> str:
+    """The report as one HTML page, figures inside."""
+    out = []
+    for block in page:
+        text = _code(block.text)
+        if block.kind == "title":
+            out.append(f"<h1>{text}</h1>")
+        elif block.kind == "heading":
+            out.append(f"<h2>{text}</h2>")
+        elif block.kind == "banner":
+            out.append(f'<p class="banner" role="note">{text}</p>')
+        elif block.kind == "text":
+            out.append(f"<p>{text}</p>")
+        elif block.kind == "figure":
+            data = base64.b64encode(pictures[block.name]).decode()
+            alt = html.escape(block.text, quote=True)
+            out.append(
+                f'<figure><img alt="{alt}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
+            )
+        else:
+            head = "".join(f'<th scope="col">{html.escape(str(c))}</th>' for c in block.content.columns)
+            rows = "".join(
+                "<tr>"
+                + "".join(
+                    f"<td{' class=verdict' if column == 'verdict' else ''}>{html.escape(str(value))}</td>"
+                    for column, value in zip(block.content.columns, row, strict=True)
+                )
+                + "</tr>"
+                for row in block.content.itertuples(index=False)
+            )
+            out.append(
+                f'<div class="scroll"><table><caption>{text}</caption><thead><tr>{head}</tr></thead>'
+                f"<tbody>{rows}</tbody></table></div>"
+            )
+    title = html.escape(page[0].text)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>\n'
+        + "\n".join(out)
+        + "\n</body></html>\n"
+    )
+
+
+def to_markdown(page: Sequence[Block]) -> str:
+    """The report as Markdown; figures are linked."""
+
+    def cell(value) -> str:
+        return str(value).replace("|", "\\|").replace("\n", " ")
+
+    out = []
+    for block in page:
+        if block.kind in ("title", "heading"):
+            out.append(f"{'#' if block.kind == 'title' else '##'} {block.text}")
+        elif block.kind == "banner":
+            out.append(f"> **{block.text}**")
+        elif block.kind == "text":
+            out.append(block.text)
+        elif block.kind == "figure":
+            out.append(f"![{block.text.split('.')[0]}](report_figures/{block.name}.png)\n\n*{block.text}*")
+        else:
+            rows = [block.content.columns, ["---"] * len(block.content.columns), *block.content.itertuples(index=False)]
+            out.append("\n".join(f"| {' | '.join(map(cell, row))} |" for row in rows) + f"\n\n*{block.text}*")
+    return "\n\n".join(out) + "\n"
