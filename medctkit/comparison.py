@@ -227,9 +227,7 @@ def auroc_draws(labels, scores, patients, resamples: int = 1000, seed: int = 0) 
 
     Resample i is the same for all scores of the same studies, so draws can be subtracted and averaged.
     """
-    weights = metrics._weights(np.asarray(patients), resamples, seed)
-    found = metrics._metrics(np.asarray(labels), np.asarray(scores), np.full(labels.shape[1], 0.5), weights)
-    return metrics._mean(found["auroc"])
+    return metrics.mean_draws(labels, scores, patients, resamples=resamples, seed=seed)
 
 
 def collect(output_dir: Path, test_rows: Sequence[Mapping], seeds: int) -> None:

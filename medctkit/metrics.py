@@ -11,17 +11,15 @@ What each of `METRICS` is, for one finding:
   the CT-CLIP papers, mostly that of the negative class where a finding is rare. Not to be compared with `f1`.
 - `sensitivity`: share of positive studies called positive.
 - `specificity`: share of negative studies called negative.
-- `calibration_error`: expected calibration error of the positive class in ten bins of equal width (Naeini et al., AAAI
-  2015): mean distance of the mean score from the share of positives, bins weighted by their studies.
+- `calibration_error`: expected calibration error of the positive class (Naeini et al., AAAI 2015) in ten bins of equal
+  width: mean distance of the mean score from the share of positives, bins weighted by their studies. Lower is better.
 
-Point estimates are scikit-learn's. Intervals resample patients with all their studies, because two scans of
-one patient are not two independent facts; all resamples are scored at once from counts (`_ranked`,
-`_counted`, `_calibration`), which a test holds equal to scikit-learn on repeated rows.
-
-Intervals are percentiles of the resamples, but for the calibration error. That is too large in small samples, and
-larger again in resamples of them; its draws are mirrored at the estimate (the basic bootstrap interval; Davison and
-Hinkley, Bootstrap Methods and their Application, 1997, chapter 5), which takes the excess off. Its interval can so lie
-below its estimate, and for nearly perfect calibration, where noise is all there is, it is still too high.
+Point estimates are scikit-learn's. Intervals come from resamples of patients (`medctkit.bootstrap`): percentiles, but
+for the calibration error. That is too large in small samples, and larger again in resamples of them; its draws are
+mirrored at the estimate, which takes the excess off (basic bootstrap interval; Davison and Hinkley, Bootstrap Methods
+and their Application, 1997, chapter 5). So its interval can lie below its estimate. It stays the least certain: in a
+simulation with a true error of 0.15 it held the truth for 81 % of samples of 120 studies and for 89 % of 400, and of a
+model that is calibrated nearly perfectly, even the interval is mostly too high.
 """
 
 from collections.abc import Sequence
@@ -29,6 +27,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from medctkit.bootstrap import METRICS, holm, mean_of_findings, metric_draws, patient_weights
 from medctkit.findings import FINDINGS
 
 if TYPE_CHECKING:
@@ -36,18 +35,6 @@ if TYPE_CHECKING:
 
     from medctkit.zero_shot import Embedded
 
-METRICS = (
-    "auroc",
-    "average_precision",
-    "accuracy",
-    "balanced_accuracy",
-    "f1",
-    "weighted_f1",
-    "sensitivity",
-    "specificity",
-    "calibration_error",
-)
-BINS = 10  # of the calibration error
 ON_TEST = "roc-corner-on-test"
 OPTIMISTIC = "optimistic: thresholds were chosen on the labels they are measured on"
 LEVEL = (2.5, 97.5)  # percentiles of a 95 % interval
@@ -87,8 +74,8 @@ def evaluate(
     """
     labels, scores, patients = _check(labels, scores, patients, findings)
     limits, optimistic = _thresholds(labels, scores, thresholds)
-    weights = _weights(patients, resamples, seed)
-    values = _metrics(labels, scores, limits, weights)
+    weights = patient_weights(patients, resamples, seed)
+    values = metric_draws(labels, scores, limits, weights)
     return _table(values, labels, limits, findings, optimistic)
 
 
@@ -117,10 +104,10 @@ def compare(
     """
     _, scores_b, _ = _check(labels, scores_b, patients, findings, "scores_b")
     labels, scores_a, patients = _check(labels, scores_a, patients, findings, "scores_a")
-    weights = _weights(patients, resamples, seed)
+    weights = patient_weights(patients, resamples, seed)
     limits_a, optimistic_a = _thresholds(labels, scores_a, thresholds_a)
     limits_b, optimistic_b = _thresholds(labels, scores_b, thresholds_b)
-    a, b = _metrics(labels, scores_a, limits_a, weights), _metrics(labels, scores_b, limits_b, weights)
+    a, b = metric_draws(labels, scores_a, limits_a, weights), metric_draws(labels, scores_b, limits_b, weights)
     difference = {name: b[name] - a[name] for name in METRICS}
     table = _table(difference, labels, None, findings, optimistic_a or optimistic_b)
     for name in METRICS:
@@ -131,15 +118,6 @@ def compare(
         p = np.where(np.isnan(table[name]), np.nan, p)
         table[f"{name}_p"], table[f"{name}_p_holm"] = p, [*holm(p[:-1]), np.nan]
     return table
-
-
-def holm(p: Sequence[float]) -> np.ndarray:
-    """P-values corrected for being many tests (Holm, Scand. J. Statist. 6, 1979); a NaN is no test and stays NaN."""
-    p = np.asarray(p, dtype=float)
-    corrected, order = np.full(len(p), np.nan), np.argsort(p)[: (~np.isnan(p)).sum()]  # NaNs are sorted last
-    left = np.arange(len(order), 0, -1)  # tests not yet rejected
-    corrected[order] = np.minimum(1.0, np.maximum.accumulate(p[order] * left))
-    return corrected
 
 
 def mean_draws(
@@ -163,7 +141,7 @@ def mean_draws(
         raise ValueError(f"metric={metric!r}: expected one of {', '.join(METRICS)}")
     labels, scores, patients = _check(labels, scores, patients, findings)
     limits, _ = _thresholds(labels, scores, thresholds)
-    return _mean(_metrics(labels, scores, limits, _weights(patients, resamples, seed))[metric])
+    return mean_of_findings(metric_draws(labels, scores, limits, patient_weights(patients, resamples, seed))[metric])
 
 
 def thresholds_from_validation(labels, scores, findings: Sequence[str] = FINDINGS) -> np.ndarray:
@@ -206,21 +184,20 @@ def same_studies(a: "Embedded", b: "Embedded") -> None:
     """
     if len(a.studies) != len(b.studies):
         raise ValueError(f"one model saw {len(a.studies)} studies, the other {len(b.studies)}: embed the same data set")
-    labels_a, labels_b = np.asarray(a.labels, dtype=float), np.asarray(b.labels, dtype=float)
-    if labels_a.shape != labels_b.shape:
-        raise ValueError(f"labels have shape {labels_a.shape} for one model, {labels_b.shape} for the other")
-    other_labels = (labels_a != labels_b) & ~(np.isnan(labels_a) & np.isnan(labels_b))
-    for what, different in (
-        ("name", np.asarray(a.studies) != np.asarray(b.studies)),
-        ("patient", np.asarray(a.patients) != np.asarray(b.patients)),
-        ("labels", other_labels.any(1)),
+    for what, one, two in (
+        ("study", a.studies, b.studies),
+        ("patient", a.patients, b.patients),
+        ("labels", a.labels, b.labels),
     ):
+        one, two = np.asarray(one), np.asarray(two)
+        if one.shape != two.shape:
+            raise ValueError(f"{what} have shape {one.shape} for one model, {two.shape} for the other")
+        different = (one != two) & ((one == one) | (two == two))  # an unknown label, NaN, is not itself
         if different.any():
-            row = int(different.argmax())
-            one, two = ((e.studies[row], e.patients[row], e.labels[row].tolist()) for e in (a, b))
+            row = int(np.argwhere(different)[0, 0])
             raise ValueError(
-                f"study {row} has another {what} for each model: (study, patient, labels) is {one} and {two}. "
-                "Embed the same data set in the same order"
+                f"row {row}: {what} {one[row].tolist()!r} for one model, {two[row].tolist()!r} for the other; "
+                "embed the same data set in the same order"
             )
 
 
@@ -267,8 +244,8 @@ def _check_order(given: dict, findings) -> None:
     first, *others = tables or [None]
     for name in others:
         one, two = tables[first].index, tables[name].index
-        if len(one) == len(two) and not one.equals(two):
-            row = next(i for i in range(len(one)) if one[i] != two[i])
+        if len(one) == len(two) and (different := np.asarray(one != two)).any():
+            row = int(different.argmax())
             raise ValueError(
                 f"study {row} is {one[row]!r} in the index of {first}, {two[row]!r} in that of {name}: bring both into "
                 "one order, or give arrays (.to_numpy()) if the order is the same and only the names differ"
@@ -279,7 +256,9 @@ def _numbers(called: str, values, findings) -> np.ndarray:
     import pandas as pd
 
     values = np.asarray(values)
-    if values.dtype.kind in "biuf" or values.ndim != 2:
+    if values.ndim != 2:
+        return values  # refused for its shape
+    if values.dtype.kind in "biuf":
         return values.astype(float)
     words = pd.DataFrame(values, dtype=object)
     numbers = words.apply(pd.to_numeric, errors="coerce")
@@ -315,98 +294,9 @@ def _roc_corner(labels, scores) -> np.ndarray:
     return found
 
 
-def _weights(patients, resamples: int, seed: int) -> np.ndarray:
-    """How often each study counts: (n, 1 + resamples); the first column is the data as it is."""
-    if resamples < 1:
-        raise ValueError(f"resamples={resamples}: expected at least 1")
-    _, patient = np.unique(patients, return_inverse=True)
-    n = patient.max() + 1
-    if n < 2:
-        raise ValueError("all studies are of one patient; an interval over patients needs at least two")
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
-    counts = np.concatenate([np.ones((1, n)), counts]).astype(np.float32)
-    return np.ascontiguousarray(counts.T)[patient]
-
-
-def _metrics(labels, scores, limits, weights) -> dict[str, np.ndarray]:
-    """Each metric for each resample and finding: (1 + resamples, k); NaN where a class is missing."""
-    found = {name: np.full((weights.shape[1], labels.shape[1]), np.nan) for name in METRICS}
-    for k in range(labels.shape[1]):
-        known = ~np.isnan(labels[:, k])
-        label, score = labels[known, k], scores[known, k]
-        w = weights if known.all() else weights[known]
-        if len(np.unique(label)) < 2:
-            continue
-        with np.errstate(invalid="ignore", divide="ignore"):
-            values = _ranked(label, score, w) | _counted(label, score >= limits[k], w)
-            values["calibration_error"] = _calibration(label, score, w)
-        for name in METRICS:
-            found[name][:, k] = values[name]
-    return found
-
-
-def _ranked(label, score, weights) -> dict[str, np.ndarray]:
-    """AUROC and average precision for each column of weights (n, m).
-
-    For each positive study it counts, in all resamples, the negatives below it, before and after its ties, and the
-    positives from it on, with its ties.
-    """
-    order = np.argsort(score)
-    negative, positive = order[label[order] == 0], order[label[order] == 1]
-    below, w = _cumulated(weights[negative]), weights[positive].astype(float)
-    first, last = (np.searchsorted(score[negative], score[positive], side) for side in ("left", "right"))
-    sick, healthy = w.sum(0), below[-1]
-    right = sum(np.einsum("pm,pm->m", w, below[end]) for end in (first, last)) / 2
-    hits = sick - _cumulated(w)[np.searchsorted(score[positive], score[positive], "left")]
-    called = hits + healthy - below[first]
-    precision = hits / np.maximum(called, 1)  # nobody is called only where the study itself was not drawn
-    return {"auroc": right / (sick * healthy), "average_precision": np.einsum("pm,pm->m", w, precision) / sick}
-
-
-def _cumulated(weights) -> np.ndarray:
-    """Sums of the first 0, 1, ... rows: (n + 1, m)."""
-    sums = np.zeros((len(weights) + 1, weights.shape[1]))
-    np.cumsum(weights, axis=0, out=sums[1:])
-    return sums
-
-
-def _counted(label, said, weights) -> dict[str, np.ndarray]:
-    """The metrics of yes and no, for each column of weights (n, m); F1 of a class nobody has or gets is 0."""
-    parts = np.stack([said & (label == 1), said, label == 1, np.ones_like(said)])
-    hit, all_said, sick, everyone = parts.astype(np.float32) @ weights
-    healthy = everyone - sick
-    rejected = healthy - (all_said - hit)
-    f1 = np.where(all_said + sick > 0, 2 * hit / (all_said + sick), 0.0)
-    negative = everyone - all_said + healthy
-    negative_f1 = np.where(negative > 0, 2 * rejected / negative, 0.0)
-    sensitivity, specificity = hit / sick, rejected / healthy
-    return {
-        "accuracy": (hit + rejected) / everyone,
-        "balanced_accuracy": (sensitivity + specificity) / 2,
-        "f1": f1,
-        "weighted_f1": (sick * f1 + healthy * negative_f1) / everyone,
-        "sensitivity": sensitivity,
-        "specificity": specificity,
-    }
-
-
-def _calibration(label, score, weights) -> np.ndarray:
-    """Calibration error for each column of weights (n, m); a score on an edge belongs to the bin below it."""
-    bins = np.searchsorted(np.linspace(0, 1, BINS + 1)[1:-1], score)  # as scikit-learn's calibration_curve does
-    excess = np.where(bins == np.arange(BINS)[:, None], score - label, 0)  # (bins, n)
-    return np.abs(excess @ weights).sum(0) / weights.sum(0)
-
-
-def _mean(values: np.ndarray) -> np.ndarray:
-    """Mean over the findings that have a value; (m, k) -> (m,)."""
-    known = ~np.isnan(values)
-    total = np.where(known, values, 0).sum(1)
-    return np.where(known.any(1), total / np.maximum(known.sum(1), 1), np.nan)
-
-
 def _drawn(name: str, values: np.ndarray) -> np.ndarray:
     """Values (1 + resamples, k) and their mean over findings; draws of the calibration error are mirrored."""
-    drawn = np.concatenate([values, _mean(values)[:, None]], axis=1)
+    drawn = np.concatenate([values, mean_of_findings(values)[:, None]], axis=1)
     if name == "calibration_error":
         drawn[1:] = 2 * drawn[0] - drawn[1:]
     return drawn
@@ -430,7 +320,8 @@ def _table(values, labels, limits, findings, optimistic: bool) -> "pd.DataFrame"
     columns["studies"] = [*(~np.isnan(labels)).sum(0), len(labels)]
     table = pd.DataFrame(columns, index=pd.Index([*findings, "mean"], name="finding"))
     gaps = [name for name in findings if np.isnan(table.loc[name, "auroc"])]
-    table.attrs["gaps"] = {name: "one class only, so no AUROC; left out of the means" for name in gaps}
+    why = {name: "one class only" if table.loc[name, "studies"] else "no known label" for name in gaps}
+    table.attrs["gaps"] = {name: f"{reason}, so no AUROC; left out of the means" for name, reason in why.items()}
     if optimistic:
         table.attrs["optimistic"] = OPTIMISTIC
         table["optimistic"] = True

@@ -1,0 +1,121 @@
+"""A bootstrap over patients: every metric on the data as it is and on all resamples at once.
+
+A resample is a number for each study: how often its patient was drawn. Two scans of one patient are not two
+independent facts, so they are drawn together. Metrics are sums over these numbers; studies are sorted once for all
+resamples. A test holds them equal to scikit-learn on repeated rows. `medctkit.metrics` says what each metric is.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+METRICS = (
+    "auroc",
+    "average_precision",
+    "accuracy",
+    "balanced_accuracy",
+    "f1",
+    "weighted_f1",
+    "sensitivity",
+    "specificity",
+    "calibration_error",
+)
+BINS = 10  # of the calibration error
+
+
+def patient_weights(patients, resamples: int, seed: int) -> np.ndarray:
+    """How often each study counts: (n, 1 + resamples); the first column is the data as it is."""
+    if resamples < 1:
+        raise ValueError(f"resamples={resamples}: expected at least 1")
+    _, patient = np.unique(patients, return_inverse=True)
+    n = patient.max() + 1
+    if n < 2:
+        raise ValueError("all studies are of one patient; an interval over patients needs at least two")
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
+    counts = np.concatenate([np.ones((1, n)), counts]).astype(np.float32)
+    return np.ascontiguousarray(counts.T)[patient]
+
+
+def metric_draws(labels, scores, limits, weights) -> dict[str, np.ndarray]:
+    """Each metric for each resample and finding: (1 + resamples, k); NaN where a class is missing."""
+    found = {name: np.full((weights.shape[1], labels.shape[1]), np.nan) for name in METRICS}
+    for k in range(labels.shape[1]):
+        known = ~np.isnan(labels[:, k])
+        label, score = labels[known, k], scores[known, k]
+        w = weights if known.all() else weights[known]
+        if len(np.unique(label)) < 2:
+            continue
+        with np.errstate(invalid="ignore", divide="ignore"):
+            values = _ranked(label, score, w) | _counted(label, score >= limits[k], w)
+            values["calibration_error"] = _calibration(label, score, w)
+        for name in METRICS:
+            found[name][:, k] = values[name]
+    return found
+
+
+def _ranked(label, score, weights) -> dict[str, np.ndarray]:
+    """AUROC and average precision for each column of weights (n, m).
+
+    For each positive study it counts, in all resamples, the negatives below it, before and after its ties, and the
+    positives from it on, with its ties.
+    """
+    order = np.argsort(score)
+    negative, positive = order[label[order] == 0], order[label[order] == 1]
+    below, w = _cumulated(weights[negative]), weights[positive].astype(float)
+    first, last = (np.searchsorted(score[negative], score[positive], side) for side in ("left", "right"))
+    sick, healthy = w.sum(0), below[-1]
+    right = sum(np.einsum("pm,pm->m", w, below[end]) for end in (first, last)) / 2
+    hits = sick - _cumulated(w)[np.searchsorted(score[positive], score[positive], "left")]
+    called = hits + healthy - below[first]
+    precision = hits / np.maximum(called, 1)  # nobody is called only where the study itself was not drawn
+    return {"auroc": right / (sick * healthy), "average_precision": np.einsum("pm,pm->m", w, precision) / sick}
+
+
+def _cumulated(weights) -> np.ndarray:
+    """Sums of the first 0, 1, ... rows: (n + 1, m)."""
+    sums = np.zeros((len(weights) + 1, weights.shape[1]))
+    np.cumsum(weights, axis=0, out=sums[1:])
+    return sums
+
+
+def _counted(label, said, weights) -> dict[str, np.ndarray]:
+    """The metrics of yes and no, for each column of weights (n, m); F1 of a class nobody has or gets is 0."""
+    parts = np.stack([said & (label == 1), said, label == 1, np.ones_like(said)])
+    hit, all_said, sick, everyone = parts.astype(np.float32) @ weights
+    healthy = everyone - sick
+    rejected = healthy - (all_said - hit)
+    f1 = np.where(all_said + sick > 0, 2 * hit / (all_said + sick), 0.0)
+    negative = everyone - all_said + healthy
+    negative_f1 = np.where(negative > 0, 2 * rejected / negative, 0.0)
+    sensitivity, specificity = hit / sick, rejected / healthy
+    return {
+        "accuracy": (hit + rejected) / everyone,
+        "balanced_accuracy": (sensitivity + specificity) / 2,
+        "f1": f1,
+        "weighted_f1": (sick * f1 + healthy * negative_f1) / everyone,
+        "sensitivity": sensitivity,
+        "specificity": specificity,
+    }
+
+
+def _calibration(label, score, weights) -> np.ndarray:
+    """Calibration error for each column of weights (n, m); a score on an edge belongs to the bin below it."""
+    bins = np.searchsorted(np.linspace(0, 1, BINS + 1)[1:-1], score)  # as scikit-learn's calibration_curve does
+    excess = np.where(bins == np.arange(BINS)[:, None], score - label, 0)  # (bins, n)
+    return np.abs(excess @ weights).sum(0) / weights.sum(0)
+
+
+def mean_of_findings(values: np.ndarray) -> np.ndarray:
+    """Mean over the findings that have a value; (m, k) -> (m,)."""
+    known = ~np.isnan(values)
+    total = np.where(known, values, 0).sum(1)
+    return np.where(known.any(1), total / np.maximum(known.sum(1), 1), np.nan)
+
+
+def holm(p: Sequence[float]) -> np.ndarray:
+    """P-values corrected for being many tests (Holm, Scand. J. Statist. 6, 1979); a NaN is no test and stays NaN."""
+    p = np.asarray(p, dtype=float)
+    corrected, order = np.full(len(p), np.nan), np.argsort(p)[: (~np.isnan(p)).sum()]  # NaNs are sorted last
+    left = np.arange(len(order), 0, -1)  # tests not yet rejected
+    corrected[order] = np.minimum(1.0, np.maximum.accumulate(p[order] * left))
+    return corrected
