@@ -35,6 +35,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from medctkit.ctclip import CTCLIPConfig, CTCLIPModel, released_layout
+from medctkit.fingerprint import digests
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -210,11 +211,25 @@ def add_lora(model: CTCLIPModel, preset: str = "paper", **overrides) -> PeftMode
 
 
 def add_adapter(model: CTCLIPModel, config: PeftConfig) -> PeftModel:
-    """Freeze a plain `model` and add the trainable adapter of any peft configuration to it, in place."""
+    """Freeze a plain `model` and add the trainable adapter of any peft configuration to it, in place.
+
+    The digest of the base model becomes part of the configuration, so that `load_adapter` refuses any other.
+    """
     from peft import get_peft_model
 
     with _quiet():
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
+    (config,) = adapted.peft_config.values()
+    config.base_model_name_or_path = f"{_DIGEST}{digests(adapted)[0]}" if _has_exact_weights(adapted) else None
+    return adapted
+
+
+_DIGEST = "sha256:"
+
+
+def _has_exact_weights(model: nn.Module) -> bool:
+    """Whether there are weights to tell one base model from another by: not on the meta device, not rounded."""
+    return all(type(p.data) is torch.Tensor and not p.is_meta and p.dtype == torch.float32 for p in model.parameters())
 
 
 @contextmanager
@@ -290,7 +305,7 @@ def load_adapter(
 
     Raises:
         FileNotFoundError: no adapter in `directory`.
-        ValueError: the adapter was made for another architecture; names taken twice.
+        ValueError: the adapter was made for another architecture or base model; names taken twice.
     """
     from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
     from safetensors import safe_open
@@ -308,7 +323,9 @@ def load_adapter(
         twin = type(base)(copy.deepcopy(base.config))
         if isinstance(config.target_modules, str):
             _refuse_unmatched(twin, {f"of {directory}": config.target_modules})
-        expected = get_peft_model_state_dict(get_peft_model(twin, copy.deepcopy(config)), save_embedding_layers=False)
+        plain = copy.deepcopy(config)
+        plain.base_model_name_or_path = None
+        expected = get_peft_model_state_dict(get_peft_model(twin, plain), save_embedding_layers=False)
     expected = {key: tuple(tensor.shape) for key, tensor in expected.items()}
     with safe_open(str(Path(directory) / _ADAPTER_FILES[0]), "pt") as file:
         found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
@@ -323,6 +340,14 @@ def load_adapter(
             f"the adapter in {directory} was made for another architecture; "
             f"load the base model it was trained on. Tensors that differ:\n  {listed}"
         )
+    made_on = config.base_model_name_or_path or ""
+    if made_on.startswith(_DIGEST) and _has_exact_weights(model):
+        here = digests(model)[0]
+        if made_on != f"{_DIGEST}{here}":
+            raise ValueError(
+                f"the adapter in {directory} was trained on a base model with other weights ({made_on}; this one is "
+                f"{_DIGEST}{here}): load that one"
+            )
     if not wrapped:
         with _quiet():
             return PeftModel.from_pretrained(model, str(directory), adapter_name=name, is_trainable=trainable)

@@ -173,7 +173,7 @@ class ZeroShotClassifier:
         """Embeddings of the prompts (2, k, p): stating, denying. Encoded at the first call and kept."""
         if self._text is None:
             words = (self._words[name].split(AT_A_TIME) for name in ("input_ids", "attention_mask"))
-            with _evaluating(self.model):
+            with evaluating(self.model):
                 parts = [
                     self.model.encode_text(*(t.to(self.device) for t in part)) for part in zip(*words, strict=True)
                 ]
@@ -202,7 +202,7 @@ class ZeroShotClassifier:
 
     def scores(self, volumes: torch.Tensor) -> np.ndarray:
         """Probabilities (b, k) of the findings for volumes (b, 1, d, h, w) in [-1, 1]."""
-        with _evaluating(self.model):
+        with evaluating(self.model):
             return self.scores_from_embeddings(self.model.encode_image(volumes.to(self.device)))
 
     def embed(self, dataset: Dataset, batch_size: int = 32, progress: bool = True, workers: int = 0) -> Embedded:
@@ -224,13 +224,11 @@ class ZeroShotClassifier:
 
         if not len(dataset):
             raise ValueError("the data set has no studies to embed")
-        process, processes = (
-            (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-        )
+        process, processes = process_and_processes()
         share = Subset(dataset, range(process, len(dataset), processes))
         loader = DataLoader(share, batch_size=batch_size, collate_fn=list, num_workers=workers)
         found = []
-        with _evaluating(self.model):
+        with evaluating(self.model):
             for batch in tqdm(loader, desc="embedding", disable=not progress or process > 0):
                 volumes = torch.stack([item["pixel_values"] for item in batch])
                 embeds = self.model.encode_image(volumes.to(self.device)).float().cpu().numpy()
@@ -246,13 +244,20 @@ class ZeroShotClassifier:
         return Embedded(torch.from_numpy(embeddings), labels, patients, studies)
 
 
+def process_and_processes() -> tuple[int, int]:
+    """Which process this is, and of how many that `accelerate launch` started."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
 def _direction(embeds: torch.Tensor) -> torch.Tensor:
     """What normalised embeddings (n, p) of n wordings have in common (p,); of a single one, itself to the last bit."""
     return embeds[0] if len(embeds) == 1 else nn.functional.normalize(embeds.mean(0), dim=-1)
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """No gradients and evaluation mode; afterwards the model is as it was."""
     training = {module: module.training for module in model.modules()}  # parts may differ, a frozen one say
     model.eval()

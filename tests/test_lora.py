@@ -417,3 +417,16 @@ def test_a_merge_that_would_round_the_update_away_is_refused():
     adapted.get_base_model().to_visual_latent.bfloat16()
     with pytest.raises(ValueError, match=r"to_visual_latent\.weight and 0 more weights are in half precision"):
         merge_lora(adapted)
+
+
+def test_an_adapter_of_another_base_model_is_refused(tmp_path):
+    adapted = add_lora(tiny_model(), "paper", r=2)
+    save_adapter(adapted, tmp_path)
+    load_adapter(tiny_model(), tmp_path)
+    two = add_lora(tiny_model(), "text", r=3)
+    load_adapter(two, tmp_path, name="second")  # the same base, under another adapter
+    other = tiny_model()
+    with torch.no_grad():
+        other.visual_transformer.vq._codebook.embed[0, 0, 0] += 1e-3
+    with pytest.raises(ValueError, match=r"was trained on a base model with other weights \(sha256:\w+; this one is"):
+        load_adapter(other, tmp_path)

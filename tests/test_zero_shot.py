@@ -1,5 +1,8 @@
 """Zero-shot scoring: once per prompt, once per volume, and equal to the slow way."""
 
+import json
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +11,9 @@ from torch.utils.data import Dataset
 from medctkit.findings import FINDINGS
 from medctkit.lora import add_lora
 from medctkit.mini import load_mini_base
-from medctkit.zero_shot import ZeroShotClassifier, prompt_pair, validation_score
+from medctkit.objectives import report_prompts
+from medctkit.reports import finding_sentences
+from medctkit.zero_shot import PROMPTS, ZeroShotClassifier, prompt_sentences, validation_score
 
 
 @pytest.fixture(scope="module")
@@ -109,19 +114,136 @@ def test_validation_score_is_a_mean_auroc(mini, volumes):
         validation_score(alike, mini.tokenizer)(mini.model)
 
 
-def test_prompts_can_be_named_or_given_and_are_checked(mini):
-    assert prompt_pair("paper") == ("{finding} is present.", "{finding} is not present.")
-    assert prompt_pair(["Signs of {finding}.", "No signs of {finding}."])[0].startswith("Signs")
-    odd = ZeroShotClassifier(mini.model, mini.tokenizer, ["{finding} {sure}.", "No {finding} {sure}."])
-    assert odd.text_embeds().shape[:2] == (2, 18)  # other braces are text like any other
-    with pytest.raises(ValueError, match="unknown prompts 'best'; choose one of"):
-        prompt_pair("best")
-    with pytest.raises(ValueError, match="two templates"):
-        prompt_pair(["{finding}"])
-    with pytest.raises(ValueError, match="has no {finding} in it"):
-        prompt_pair(["It is present.", "It is not present."])
-    with pytest.raises(ValueError, match="tokens, the text encoder takes 192"):
-        ZeroShotClassifier(mini.model, mini.tokenizer, ["{finding} " * 200, "no {finding}"])
+def test_prompts_can_be_named_or_given(mini):
+    stating, denying = prompt_sentences("paper")
+    assert stating[2] == ["Cardiomegaly is present."] and denying[2] == ["Cardiomegaly is not present."]
+    own = {"stating": ["Signs of {finding}.", "{finding} {sure}."], "denying": "No signs of {finding}."}
+    stating, denying = prompt_sentences(own, ["Emphysema"])  # other braces are text like any other
+    assert (stating, denying) == ([["Signs of Emphysema.", "Emphysema {sure}."]], [["No signs of Emphysema."]])
+    assert prompt_sentences(["Signs of {finding}.", "No signs of {finding}."], ["Emphysema"])[1] == denying
+
+
+def test_a_finding_can_have_wordings_of_its_own(mini, volumes):
+    stating, denying = prompt_sentences(
+        {"A": (["The heart is large."], "The heart is small."), "B": PROMPTS["paper"]}, "AB"
+    )
+    assert stating == [["The heart is large."], ["B is present."]]
+    assert denying == [["The heart is small."], ["B is not present."]]
+    reports = report_prompts("source")  # what training uses has the same form, and unequal numbers of wordings
+    classifier = ZeroShotClassifier(mini.model, mini.tokenizer, reports)
+    assert classifier.text_embeds().shape == (2, 18, 96)
+    with pytest.raises(ValueError, match="or an entry for each finding; missing B; unknown C"):
+        prompt_sentences({"A": PROMPTS["paper"], "C": PROMPTS["paper"]}, "AB")
+    with pytest.raises(ValueError, match=r"prompts, B: the denying side is \[\]; expected at least one sentence"):
+        prompt_sentences({"A": PROMPTS["paper"], "B": (["B."], [])}, "AB")
+
+
+def test_prompts_in_a_file_of_your_own_score_as_the_same_ones_given(mini, volumes, tmp_path):
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps(PROMPTS["ensemble"]))
+    scores = ZeroShotClassifier(mini.model, mini.tokenizer, own).scores(volumes)
+    np.testing.assert_array_equal(ZeroShotClassifier(mini.model, mini.tokenizer, "ensemble").scores(volumes), scores)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ("best", r"unknown prompts 'best'; choose one of \['ensemble', 'paper', 'training-style'\], or give templates"),
+        (["{finding}"], r'expected {"stating": \[...\], "denying": \[...\]} or a pair of the two, got'),
+        (["It is present.", "No {finding}."], "'It is present.' has no {finding} in it"),
+        (["{finding}", ["No {finding}.", "None."]], "'None.' has no {finding} in it, .* put {finding} where"),
+        ({"stating": ["{finding}"]}, "expected {.stating"),
+        ({"stating": [], "denying": ["No {finding}"]}, r"the stating side is \[\]; expected at least one sentence"),
+        (
+            {"stating": ["{finding}", 3], "denying": ["No {finding}"]},
+            "the stating side has 3 in it; expected a sentence",
+        ),
+        ({"stating": ["{finding}"], "denying": [" "]}, "the denying side has ' ' in it; expected a sentence"),
+        ({"stating": {"a": 1}, "denying": ["No {finding}"]}, "the stating side is {'a': 1}"),
+        (7, "got 7"),
+    ],
+)
+def test_prompts_that_ask_nothing_are_refused_and_named(prompts, message):
+    with pytest.raises(ValueError, match=message):
+        prompt_sentences(prompts)
+
+
+def test_a_file_of_prompts_that_cannot_be_used_is_named(tmp_path):
+    file = tmp_path / "own.json"
+    with pytest.raises(FileNotFoundError, match="own.json: no such file; expected JSON"):
+        prompt_sentences(file)
+    for content, message in (
+        ('{"stating": ["{finding}"],', "own.json is not readable as JSON: .* Compare it with assets/prompts.json"),
+        (json.dumps(PROMPTS), "own.json holds the sets paper, training-style, ensemble; keep one"),
+        ('{"stating": ["yes"], "denying": ["no"]}', "own.json: 'yes' has no {finding} in it"),
+        ("[1, 2]", "own.json: the stating side is 1"),
+    ):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            prompt_sentences(file)
+
+
+def test_a_prompt_longer_than_the_text_encoder_is_named(mini):
+    long = "{finding} " * 200
+    with pytest.raises(
+        ValueError, match="the prompt 'Coronary artery .* tokens, the text encoder takes 192; shorten it"
+    ):
+        ZeroShotClassifier(mini.model, mini.tokenizer, [long, "no {finding}"])
+
+
+def test_an_ensemble_is_the_normalised_mean_of_normalised_embeddings(mini, volumes):
+    scores = ZeroShotClassifier(mini.model, mini.tokenizer, "ensemble").scores(volumes)
+    model, slow = mini.model, []
+    with torch.no_grad():
+        images = model.encode_image(volumes)
+        for name in FINDINGS:
+            similarity = []
+            for side in ("stating", "denying"):
+                total = 0
+                for template in PROMPTS["ensemble"][side]:
+                    words = mini.tokenizer(template.replace("{finding}", name), return_tensors="pt")
+                    total = total + model.encode_text(words["input_ids"], words["attention_mask"])[0]
+                similarity.append(model.temperature.exp() * images @ (total / total.norm()))
+            slow.append(torch.stack(similarity, dim=-1).softmax(dim=-1)[:, 0])
+    np.testing.assert_allclose(scores, torch.stack(slow, dim=1).numpy(), atol=1e-5)
+
+
+def test_a_set_of_one_pair_is_the_pair_to_the_last_bit(mini, volumes):
+    names = [t.format(finding=f) for t in ("{finding} is present.", "{finding} is not present.") for f in FINDINGS]
+    words = mini.tokenizer(names, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        pair = mini.model.encode_text(words["input_ids"], words["attention_mask"]).unflatten(0, (2, -1))
+    assert torch.equal(ZeroShotClassifier(mini.model, mini.tokenizer, "paper").text_embeds(), pair)
+
+
+def test_the_wordings_of_the_ensemble_are_no_wordings_of_reports():
+    stating, denying = prompt_sentences("ensemble")
+    sides = PROMPTS["ensemble"]["stating"], PROMPTS["ensemble"]["denying"]
+    assert [len(set(side)) for side in sides] == [8, 8] and not set(sides[0]) & set(sides[1])
+
+    def bare(sentence):
+        return re.sub(r"\W+", " ", sentence).strip().lower()
+
+    asked = {bare(s) for side in (stating, denying) for sentences in side for s in sentences}
+    assert len(asked) == 2 * 8 * 18
+    for hospital in ("source", "target"):
+        for finding in FINDINGS:
+            for present in (True, False):
+                assert not asked & set(map(bare, finding_sentences(finding, present, hospital)))
+
+
+def test_the_mini_model_knows_every_word_of_its_prompts(mini):
+    for name in PROMPTS:
+        for side in prompt_sentences(name):
+            for sentences in side:
+                ids = mini.tokenizer(sentences)["input_ids"]
+                assert not any(mini.tokenizer.unk_token_id in words for words in ids), sentences
+
+
+def test_embeddings_of_another_model_are_refused(mini):
+    classifier = ZeroShotClassifier(mini.model, mini.tokenizer)
+    with pytest.raises(ValueError, match=r"image embeddings have shape \(5, 512\); this model's are \(volumes, 96\)"):
+        classifier.scores_from_embeddings(torch.zeros(5, 512))
 
 
 def test_scores_are_not_rounded_in_mixed_precision(mini):
