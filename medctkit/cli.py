@@ -182,17 +182,54 @@ def evaluate(
     seed: Seed = 0,
     cache_dir: Cache = None,
     batch_size: Annotated[int, typer.Option(help="Volumes at a time; 1 or 2 at full size.", min=1)] = 32,
+    audit_volumes: Annotated[
+        int | None, typer.Option(help="Scans for the audit; by default 30 phantoms, no real ones.", min=0)
+    ] = None,
 ) -> None:
     """Score base and adapted model on the hospital's test patients, as notebook 04 does; write the report."""
-    from medctkit.experiment import measure
+    from medctkit.measurement import measure
     from medctkit.report import write_report
     from medctkit.training import accelerator_for
 
     with _told():
-        measured = measure(manifest, output_dir, seed, cache_dir, batch_size)
+        measured = measure(manifest, output_dir, seed, cache_dir, batch_size, audit_volumes)
         if accelerator_for().is_main_process:
             typer.echo(demo.result_table(measured.summary))
             typer.echo(f"report: {write_report(measured, output_dir)}")
+
+
+@app.command()
+def embed(
+    out: Annotated[Path, typer.Argument(help="The .safetensors file to write, or to go on with.", dir_okay=False)],
+    manifest: Manifest = DEFAULT_MANIFEST,
+    cache_dir: Cache = None,
+    model: Annotated[str, typer.Option(help="mini, a model's folder, or a file such as CT-CLIP_v2.pt.")] = "mini",
+    tokenizer: Annotated[Path | None, typer.Option(help="Its folder, for a file of weights.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Folder of an adapter; by default the base model alone.")] = None,
+    split: Annotated[str, typer.Option(help="Of the manifest: train, valid or test.")] = "test",
+    hospital: Annotated[str | None, typer.Option(help="Of the manifest; by default all.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Volumes at a time; 1 or 2 at full size.", min=1)] = 32,
+    workers: Annotated[int, typer.Option(help="Processes that load volumes ahead.", min=0)] = 0,
+) -> None:
+    """Encode every volume once and keep the embeddings in a file. Stop it and start it again as you like."""
+    from medctkit.embeddings import embed_manifest
+    from medctkit.experiment import cohort, prepared_dir
+    from medctkit.lora import load_adapter
+    from medctkit.manifest import load_manifest
+    from medctkit.mini import load_base
+    from medctkit.training import accelerator_for
+    from medctkit.zero_shot import ZeroShotClassifier
+
+    with _told():
+        base = load_base(model, tokenizer)
+        loaded = base.model if adapter is None else load_adapter(base.model, adapter)
+        prepared = prepared_dir(manifest, out.parent, cache_dir)
+        dataset = cohort(load_manifest(manifest), hospital, split, base.preprocess_config, prepared)
+        classifier = ZeroShotClassifier(loaded.to(accelerator_for().device), base.tokenizer)
+        embedded = embed_manifest(classifier, dataset, out, batch_size, workers)
+    if accelerator_for().is_main_process:
+        n, width = embedded.embeddings.shape
+        typer.echo(f"{n:,} volumes, {width} numbers each ({out.stat().st_size / 1e6:,.1f} MB): {out}")
 
 
 @app.command("compare")

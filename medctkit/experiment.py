@@ -1,6 +1,6 @@
-"""The experiment: adapt a base model to a hospital, and measure what that did; by default mini model and phantoms.
+"""The experiment: adapt a base model to a hospital; by default the mini model, to phantoms of the target hospital.
 
-Notebooks 03 and 04 walk through the same steps one by one; here they are in one call each, for the command
+Notebook 03 walks through the same steps one by one; here they are in one call, for the command
 line, for several seeds, and for the checks of the shipped base model.
 """
 
@@ -13,20 +13,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
-from medctkit import ctrate
 from medctkit.atomic import replacing
 from medctkit.dataset import CTReportDataset
-from medctkit.lora import add_lora, load_adapter
-from medctkit.manifest import has_file, load_manifest
+from medctkit.lora import add_lora
+from medctkit.manifest import load_manifest
 from medctkit.memory import cast_frozen
-from medctkit.metrics import compare, evaluate, summary, thresholds_from_validation
+from medctkit.metrics import evaluate
 from medctkit.mini import BaseModel, load_base, load_mini_base
 from medctkit.preprocessing import PreprocessConfig
 from medctkit.training import FineTuneConfig, FineTuneResult, accelerator_for, finetune
-from medctkit.zero_shot import PROMPTS, ZeroShotClassifier, validation_score
+from medctkit.zero_shot import ZeroShotClassifier, validation_score
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -202,112 +200,6 @@ def adapt(
             flush=True,
         )
     return finetune(model, train, base.tokenizer, config, output_dir, score)
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """Base and adapted model on the test studies of a hospital: what the reproduction report is made from.
-
-    Attributes:
-        labels: (n, 18) of the test studies.
-        patients: (n,) names.
-        scores: (n, 18) probabilities for "base" and "adapted".
-        tables: see `medctkit.metrics.evaluate`, for both; thresholds are from validation studies.
-        difference: see `medctkit.metrics.compare`, adapted minus base.
-        prompts: mean AUROC of both models with every set of prompts: set, model, auroc, auroc_low, auroc_high.
-        adapter: `vision` and `text`, adapted layers in each encoder; `trainable` and `bytes` of the adapter;
-            `base_parameters`.
-        origin: base model and hospital.
-        made_with: see `made_with`, and the command.
-    """
-
-    labels: np.ndarray
-    patients: np.ndarray
-    scores: dict[str, np.ndarray]
-    tables: dict[str, "pd.DataFrame"]
-    difference: "pd.DataFrame"
-    prompts: "pd.DataFrame"
-    adapter: dict[str, int]
-    origin: Origin
-    made_with: dict
-
-    @property
-    def summary(self) -> dict:
-        """What is in metrics.json: see `medctkit.metrics.summary`, and `made_with`."""
-        means = summary(self.tables["base"], self.tables["adapted"], self.difference)
-        return means | {"made_with": self.made_with}
-
-
-def measure(manifest_path, output_dir, seed: int = 0, cache_dir=None, batch_size: int = 32) -> Measurement:
-    """Score base and adapted model on the hospital's test patients; write `metrics.json`.
-
-    Thresholds come from validation patients, intervals from a bootstrap over test patients.
-
-    Args:
-        manifest_path: usually `data_manifest.csv`.
-        output_dir: where `adapt` wrote.
-        seed: of the bootstrap.
-        cache_dir: see `prepared_dir`.
-        batch_size: volumes at a time; 1 or 2 for the full-size model on a small GPU.
-
-    Raises:
-        FileNotFoundError: no adapter in `output_dir`.
-    """
-    import pandas as pd
-
-    output_dir, accelerator = Path(output_dir), accelerator_for()
-    cache_dir = prepared_dir(manifest_path, output_dir, cache_dir)
-    origin, manifest = Origin.of(output_dir), load_manifest(manifest_path)
-    base = origin.load()
-    base_parameters = base.model.num_parameters()
-    data = {s: cohort(manifest, origin.hospital, s, base.preprocess_config, cache_dir) for s in ("valid", "test")}
-    tables, scores, limits, prompts = {}, {}, {}, []
-    for name in ("base", "adapted"):
-        model = base.model if name == "base" else load_adapter(base.model, output_dir / "adapter")
-        classifier = ZeroShotClassifier(model.to(accelerator.device), base.tokenizer)
-        seen = {split: classifier.embed(dataset, batch_size) for split, dataset in data.items()}
-        found = {split: classifier.scores_from_embeddings(e.embeddings) for split, e in seen.items()}
-        limits[name] = thresholds_from_validation(seen["valid"].labels, found["valid"])
-        scores[name], test = found["test"], seen["test"]
-        tables[name] = evaluate(test.labels, scores[name], test.patients, limits[name], seed=seed)
-        for kind in PROMPTS:
-            asked = ZeroShotClassifier(model, base.tokenizer, kind).scores_from_embeddings(test.embeddings)
-            mean = evaluate(test.labels, asked, test.patients, seed=seed).loc["mean"]
-            prompts.append({"set": kind, "model": name} | mean[["auroc", "auroc_low", "auroc_high"]].to_dict())
-    difference = compare(
-        test.labels, scores["base"], scores["adapted"], test.patients, limits["base"], limits["adapted"], seed=seed
-    )
-    rows = data["test"].rows
-    world = "phantom" if not any(map(has_file, rows)) else "real CT"
-    if {row["hospital"] for row in rows} == {ctrate.HOSPITAL}:
-        world = ctrate.HOSPITAL
-    command = f"medctkit evaluate {output_dir} --manifest {manifest_path} --seed {seed}"
-    measured = Measurement(
-        labels=test.labels,
-        patients=test.patients,
-        scores=scores,
-        tables=tables,
-        difference=difference,
-        prompts=pd.DataFrame(prompts),
-        adapter=_adapter_facts(model, output_dir / "adapter") | {"base_parameters": base_parameters},
-        origin=origin,
-        made_with=made_with(seed, world) | {"command": command},
-    )
-    if accelerator.is_main_process:
-        write_json(measured.summary, output_dir / "metrics.json")
-    return measured
-
-
-def _adapter_facts(model, folder: Path) -> dict[str, int]:
-    """Layers of each encoder that carry the adapter, its parameters, and its bytes on disk."""
-    adapted = [name for name, module in model.named_modules() if hasattr(module, "adapter_layer_names")]
-    names = model.active_adapters
-    return {
-        "vision": sum("visual_transformer." in name for name in adapted),
-        "text": sum("text_transformer." in name for name in adapted),
-        "trainable": sum(p.numel() for key, p in model.named_parameters() if set(names) & set(key.split("."))),
-        "bytes": (folder / "adapter_model.safetensors").stat().st_size,
-    }
 
 
 def source_auroc(manifest_path, cache_dir, seed: int = 0) -> "pd.DataFrame":

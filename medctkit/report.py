@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING
 
 from medctkit import report_figures as figures
 from medctkit.atomic import replacing
+from medctkit.audit import audit_figure, audit_table
 from medctkit.ctclip import CTCLIPConfig, released_layout
-from medctkit.experiment import Measurement
 from medctkit.lora import search_placements
+from medctkit.measurement import Measurement
 from medctkit.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -251,6 +252,24 @@ def difference_table(measured: Measurement) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def retrieval_table(measured: Measurement) -> pd.DataFrame:
+    """A row for each kind of search: both models with intervals, and chance."""
+    table = measured.retrieval.copy()
+    table["shown"] = [f"{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]" for r in table.itertuples()]
+    shown = table.pivot(index="search", columns="model", values="shown")[["base", "adapted"]]
+    shown["chance"] = table.groupby("search")["chance"].mean().map(_number)
+    return shown.loc[list(dict.fromkeys(table["search"]))].reset_index()
+
+
+def defects_table(measured: Measurement) -> pd.DataFrame:
+    """A row for each number that a defect of the public evaluation changes."""
+    table = audit_table(measured.defects)
+    for column in ("public", "right"):
+        table[column] = [f"{value:.3g} {unit}" for value, unit in zip(table[column], table["unit"], strict=True)]
+    shown = ["name", "quantity", "public", "right", "public_way", "right_way", "why", "source"]
+    return table[shown].rename(columns=lambda name: name.replace("_", " "))
+
+
 def _number(value: float) -> str:
     return "-" if value != value else f"{value:.3f}"
 
@@ -268,13 +287,8 @@ class Block:
     name: str = ""
 
 
-def blocks(measured: Measurement, audit: pd.DataFrame | None = None) -> list[Block]:
-    """The report, piece by piece.
-
-    Args:
-        measured: from `experiment.measure`.
-        audit: rows to show of `medctkit.audit`; None: that part is left out.
-    """
+def blocks(measured: Measurement) -> list[Block]:
+    """The report, piece by piece."""
     made, world = measured.made_with, measured.made_with["data"]
     by = provenance(made, short=True)
     page = [
@@ -311,11 +325,26 @@ def blocks(measured: Measurement, audit: pd.DataFrame | None = None) -> list[Blo
         note = measured.tables[model].attrs.get("optimistic")
         marked = f" OPTIMISTIC: {note}." if note else " Thresholds from validation patients."
         page.append(Block("table", f"The {model} model.{marked} {by}.", metrics_table(measured, model)))
-    if audit is not None:
+    if len(measured.retrieval):
         page += [
-            Block("heading", "What the public evaluation does to numbers"),
-            Block("table", f"Each defect, reproduced on this measurement. {by}.", audit),
+            Block("heading", "Retrieval"),
+            Block("table", f"Base and adapted model, and a random order. {world}; {by}.", retrieval_table(measured)),
         ]
+    page += [
+        Block("heading", "What the public evaluation would have made of it"),
+        Block(
+            "text",
+            "The public evaluation code has known defects. Each was done the public way and the right way, on the base "
+            "model and the studies of this report.",
+        ),
+        Block(
+            "figure",
+            f"Each number, the public way and the right way. {world}; {by}.",
+            audit_figure(measured.defects),
+            "audit",
+        ),
+        Block("table", f"Each defect, and what is right. {world}; {by}.", defects_table(measured)),
+    ]
     return page
 
 
@@ -336,20 +365,19 @@ def provenance(made_with: dict, short: bool = False) -> str:
     return line if short else f"{line}, {versions}"
 
 
-def write_report(measured: Measurement, output_dir: str | os.PathLike, audit: pd.DataFrame | None = None) -> Path:
+def write_report(measured: Measurement, output_dir: str | os.PathLike) -> Path:
     """Write `report.html`, self-contained, and `report.md` with its figures in `report_figures`.
 
     Args:
-        measured: from `experiment.measure`.
+        measured: from `measurement.measure`.
         output_dir: made if need be.
-        audit: see `blocks`.
 
     Returns:
         Path of the HTML page.
     """
     output_dir = Path(output_dir)
     (output_dir / "report_figures").mkdir(parents=True, exist_ok=True)
-    page = blocks(measured, audit)
+    page = blocks(measured)
     pictures = {block.name: _png(block.content) for block in page if block.kind == "figure"}
     for name, picture in pictures.items():
         with replacing(output_dir / "report_figures" / f"{name}.png") as temporary:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from medctkit.experiment import Measurement
+    from medctkit.measurement import Measurement
 
 COLOURS = {"base": "#0072B2", "adapted": "#D55E00"}
 DIFFERENCE = "#009E73"

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from medctkit import ctclip
+from medctkit.audit import DEFECTS
 from medctkit.cli import app
 from medctkit.ctclip import CTCLIPConfig, CTCLIPModel, released_layout
-from medctkit.experiment import DEFAULT, FULL_SIZE, Origin, adapt, cohort, measure, prepared_dir
+from medctkit.experiment import DEFAULT, FULL_SIZE, Origin, adapt, cohort, prepared_dir
 from medctkit.manifest import load_manifest, write_manifest
+from medctkit.measurement import measure
 from medctkit.mini import FOLDER, load_base, load_mini_base
 from medctkit.zero_shot import PROMPTS
 
@@ -33,7 +35,7 @@ def few(tmp_path_factory):
     folder = tmp_path_factory.mktemp("few")
     table = load_manifest(Path(__file__).parents[1] / "data_manifest.csv")
     target = table[table["hospital"] == "target"]
-    parts = [target[target["split"] == split].head(n) for split, n in (("train", 8), ("valid", 12), ("test", 12))]
+    parts = [target[target["split"] == split].head(n) for split, n in (("train", 8), ("valid", 12), ("test", 24))]
     write_manifest(pd.concat(parts), folder / "manifest.csv")
     (folder / "prepared").mkdir()
     return folder / "manifest.csv"
@@ -68,8 +70,11 @@ def test_adapt_and_measure_by_default_the_mini_model(few, tmp_path):
     assert found["made_with"]["data"] == "phantom"
     assert measured.adapter["vision"] == 8 and measured.adapter["text"] == 6
     assert measured.adapter["trainable"] == 55_296 * 2 // 16
+    assert len(measured.retrieval) == 2 * 5 and measured.retrieval["value"].between(0, 1).all()
+    assert [defect.name for defect in measured.defects][0] == "unused bootstrap"
+    assert {defect.name for defect in measured.defects} == set(DEFECTS)
     assert set(measured.prompts["set"]) == set(PROMPTS) and len(measured.prompts) == 2 * len(PROMPTS)
-    assert len(list((few.parent / "prepared").glob("*.safetensors"))) == 32
+    assert len(list((few.parent / "prepared").glob("*.safetensors"))) == 44
     assert not (tmp_path / "prepared").exists()
 
 

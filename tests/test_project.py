@@ -25,9 +25,9 @@ ORDER = """
     setup_env atomic findings tables archives dicom_files dicom_pixels dicom geometry formats hounsfield volumes
     anatomy chest lung_lesions lesions reports phantom preprocessing transforms manifest ctrate
     repository preflight transfer hub cache prepare dataset
-    released ctvit ctclip mini lora memory methods objectives gradients checkpoints training
-    zero_shot embeddings retrieval metrics audit experiment comparison_runs comparison comparison_results
-    report_figures report viewers pretrain demo cli
+    released ctvit ctclip mini fingerprint lora memory methods objectives gradients checkpoints training
+    zero_shot embeddings retrieval bootstrap metrics audit experiment comparison_runs comparison comparison_results
+    measurement report_figures report viewers pretrain demo cli
 """.split()
 
 # import name -> distribution name, where they differ

@@ -9,8 +9,10 @@ import pandas as pd
 import pytest
 
 from medctkit import report, report_figures
-from medctkit.experiment import Measurement, Origin
+from medctkit.audit import Defect
+from medctkit.experiment import Origin
 from medctkit.findings import FINDINGS
+from medctkit.measurement import Measurement
 from medctkit.metrics import compare, evaluate
 
 MADE = {"seed": 3, "device": "CPU, 2 threads", "versions": {"torch": "2.0"}, "commit": "abc1234", "data": "phantom"}
@@ -36,7 +38,15 @@ def measurement(gain=0.3, one_class=False, **changes):
         tables=tables,
         difference=compare(labels, scores["base"], scores["adapted"], patients, resamples=100),
         prompts=pd.DataFrame(rows),
+        retrieval=pd.DataFrame(
+            [("recall@5", model, 0.25, 0.2, 0.3, 0.0417) for model in scores],
+            columns=["search", "model", "value", "low", "high", "chance"],
+        ),
         adapter={"vision": 8, "text": 6, "trainable": 100, "bytes": 500, "base_parameters": 1000},
+        defects=[
+            Defect("unused bootstrap", "width", "of AUROC", 0.0, 0.0471, "draws", "use", "why", "source"),
+            Defect("weighted | F1", "mean F1", "F1", 0.6, 0.3, "averages", "macro", "why", "source"),
+        ],
         origin=Origin(),
         made_with=MADE,
     )
@@ -120,7 +130,7 @@ def test_the_page_is_self_contained_and_says_where_numbers_come_from(measured, t
     path = report.write_report(measured, tmp_path / "new")
     text = path.read_text()
     page = Page(text)
-    assert not page.open and len(page.sources) == 5
+    assert not page.open and len(page.sources) == 6
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
     assert all(alt and len(alt) > 30 for alt in page.alts)
     assert "PHANTOM" in text and "12 points under" in text
@@ -158,11 +168,21 @@ def test_optimistic_thresholds_are_marked(measured):
     assert sum("OPTIMISTIC" in text for text in texts) == 1
 
 
-def test_an_audit_is_a_table_of_the_page(measured, tmp_path):
-    audit = pd.DataFrame({"defect": ["a|b"], "public way": ["1"]})
-    text = report.write_report(measured, tmp_path, audit).read_text()
-    assert "What the public evaluation does to numbers" in text and "a|b" in text
-    assert r"a\|b" in (tmp_path / "report.md").read_text()
+def test_the_audit_is_a_figure_and_a_table_of_the_page(measured):
+    table = report.defects_table(measured)
+    assert table["name"].tolist() == ["unused bootstrap", "weighted | F1"]
+    assert table.loc[0, ["public", "right"]].tolist() == ["0 of AUROC", "0.0471 of AUROC"]
+    page = report.blocks(measured)
+    assert r"weighted \| F1" in report.to_markdown(page)
+    assert [block.name for block in page if block.kind == "figure"][-1] == "audit"
+
+
+def test_retrieval_is_beside_chance_and_left_out_where_there_is_none(measured):
+    row = report.retrieval_table(measured).iloc[0].tolist()
+    assert row == ["recall@5", "0.250 [0.200, 0.300]", "0.250 [0.200, 0.300]", "0.042"]
+    without = dataclasses.replace(measured, retrieval=measured.retrieval.iloc[:0])
+    headings = [[block.text for block in report.blocks(m) if block.kind == "heading"] for m in (measured, without)]
+    assert "Retrieval" in headings[0] and "Retrieval" not in headings[1]
 
 
 def test_figures_draw_what_was_measured(measured):
