@@ -97,14 +97,14 @@ METHODS: dict[str, Method] = {
         "Every weight of both encoders, both projections and the temperature.",
         "Radford et al. 2021, arXiv 2103.00020",
         _full,
-        (1e-4, 3e-4, 1e-3),
+        (3e-4, 1e-3, 3e-3),
     ),
     "bitfit": Method(
         "BitFit",
         "The bias vectors of both encoders, and no weight matrix.",
         "Zaken et al. 2021, arXiv 2106.10199",
         _bitfit,
-        (1e-3, 3e-3, 1e-2),
+        (3e-3, 1e-2, 3e-2),
     ),
     "lora": Method(
         "LoRA",
@@ -143,7 +143,7 @@ METHODS: dict[str, Method] = {
         "What LoRA trains, with the update scaled by alpha / sqrt(r) in place of alpha / r.",
         "Kalajdzievski 2023, arXiv 2312.03732",
         _lora(use_rslora=True),
-        (3e-4, 1e-3, 3e-3),
+        (1e-3, 3e-3, 1e-2),
         16,
     ),
     "vera": Method(
@@ -159,7 +159,7 @@ METHODS: dict[str, Method] = {
         "One factor for each channel of keys, values and the inner layer of the feed-forwards.",
         "Liu et al. 2022, arXiv 2205.05638",
         _ia3,
-        (3e-3, 1e-2, 3e-2),
+        (1e-2, 3e-2, 1e-1),
     ),
 }
 

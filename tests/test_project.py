@@ -322,6 +322,18 @@ def test_readme_quotes_the_memory_that_make_bench_measured():
         assert quoted in readme, f"README does not say {quoted!r}"
 
 
+def test_readme_has_the_table_of_the_comparison_that_comes_with_the_package():
+    from medctkit.comparison_results import load_results, method_table
+
+    readme = (ROOT / "README.md").read_text()
+    for row in method_table(load_results()).itertuples():
+        name = row.label if row.zero_shot else f"{row.label} (not zero-shot)"
+        quoted = f"| {name} | {row.auroc:.3f} [{row.auroc_low:.3f}, {row.auroc_high:.3f}] | {row.trainable:,.0f} |"
+        assert quoted in readme
+        if row.seconds_per_step == row.seconds_per_step:
+            assert f"| {row.seconds_per_step_of_full:.2f} | {row.peak_bytes_of_full:.2f} |" in readme
+
+
 def test_the_lessons_of_the_demo_are_there():
     assert {path.name for path in NOTEBOOKS} >= set(demo.NOTEBOOKS)
 
