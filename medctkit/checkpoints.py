@@ -92,17 +92,22 @@ def read(path: Path, made_of: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged, or no checkpoint of medctkit: {error}. {way_out}") from None
-    there, here = rest["made_of"], json.loads(json.dumps(dict(made_of)))
-    different = [
-        f"{key}: {there.get(key)!r} there, {here.get(key)!r} here"
-        for key in sorted(there.keys() | here.keys())
-        if there.get(key) != here.get(key)
-    ]
+    different = differences(rest["made_of"], made_of)
     if different:
         raise ValueError(
             f"{path} is of a run that was not finished, and not this one. {way_out}. {'; '.join(different)}"
         )
     return rest, tensors
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """What a file says that it was made of (read from JSON) against what is at hand: a text for each difference."""
+    here = json.loads(json.dumps(dict(here)))
+    return [
+        f"{key}: {there.get(key)!r} there, {here.get(key)!r} here"
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key) != here.get(key)
+    ]
 
 
 def restore(

@@ -35,6 +35,7 @@ from torch.utils.data import Dataset
 
 from medctkit import metrics
 from medctkit.atomic import replacing
+from medctkit.checkpoints import differences
 from medctkit.comparison_runs import (
     BASE,
     GROUPS,
@@ -110,12 +111,7 @@ def read_result(output_dir: Path, job: Job, made_of: Mapping | None = None) -> d
         there = found["settings"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no result of this command ({error}); delete it to do that run again") from None
-    here = there if made_of is None else json.loads(json.dumps(made_of))
-    different = [
-        f"{key}: {there.get(key)!r} there, {here.get(key)!r} here"
-        for key in sorted(there.keys() | here.keys())
-        if there.get(key) != here.get(key)
-    ]
+    different = [] if made_of is None else differences(there, made_of)
     if different:
         raise ValueError(
             f"{path} was made with other settings; choose another folder, or delete it. {'; '.join(different)}"

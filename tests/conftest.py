@@ -39,3 +39,20 @@ def cluster():
         n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0", silence_logs="CRITICAL"
     ) as cluster:
         yield cluster
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch):
+    """Bit-for-bit claims are about the CPU, also where there is a GPU."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Tensors of a toy model lose time to threads that wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

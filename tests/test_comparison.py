@@ -55,23 +55,11 @@ from medctkit.mini import load_mini_base
 from medctkit.prepare import content_of, key_of
 from medctkit.zero_shot import Embedded
 
+pytestmark = pytest.mark.usefixtures("one_thread", "on_the_cpu")
+
 TUNED = [name for name in METHODS if name not in comparison_runs.TUNED_AS]
 RATES = {name: METHODS[name].learning_rates[-1] for name in TUNED}
 TOY = Settings(steps=1, batch_size=4, evaluate_every=1)
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small lose time to threads that wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -19,12 +19,9 @@ from medctkit.measurement import measure
 from medctkit.mini import FOLDER, load_base, load_mini_base
 from medctkit.zero_shot import PROMPTS
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
 QUICK = replace(DEFAULT, rank=2, steps=2, batch_size=4, evaluate_every=1)
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,8 @@ from medctkit.ctclip import CTCLIPConfig, CTCLIPModel
 from medctkit.lora import load_adapter
 from medctkit.methods import METHODS, apply_method, count_trainable, load_trained, save_trained, trained_bytes
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ADAPTERS = [name for name in METHODS if name not in ("full", "bitfit")]
 VISION = {  # no two widths alike, so that a formula cannot be right by chance
     "dim": 32,
@@ -42,15 +44,6 @@ def model_with(vision=None, text=None):
         if getattr(module, "bias", None) is not None:
             torch.nn.init.normal_(module.bias, std=0.1)
     return model
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small lose time to threads that wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

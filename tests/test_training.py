@@ -20,11 +20,7 @@ from medctkit import checkpoints
 from medctkit.lora import load_adapter
 from medctkit.training import FineTuneConfig, finetune, learning_rate_factor
 
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    """Bit-for-bit claims are about the CPU, also where there is a GPU."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 @pytest.fixture(scope="module")
