@@ -275,8 +275,13 @@ def double_rescale(base: BaseModel, volumes: Sequence[CTVolume], labels, seed: i
     return _defects(
         "rescaled twice",
         *((f"voxels at the lowest value, intercept {i:g}", "%", lowest[i], lowest[0.0]) for i in INTERCEPTS),
-        *((f"mean AUROC, intercept {i:g}", "AUROC", auroc[i], auroc[0.0]) for i in INTERCEPTS),
-        ("mean AUROC, both intercepts as often as in CT-RATE", "AUROC", auroc["mixed"], auroc[0.0]),
+        *((f"mean AUROC of {len(volumes)} scans, intercept {i:g}", "AUROC", auroc[i], auroc[0.0]) for i in INTERCEPTS),
+        (
+            f"mean AUROC of {len(volumes)} scans, both intercepts as often as in CT-RATE",
+            "AUROC",
+            auroc["mixed"],
+            auroc[0.0],
+        ),
         ("spoiled scans that reach the model", "%", 100, np.mean([passed[i] for i in INTERCEPTS])),
         source=f"{REPOSITORY}, issue 50",
     )
@@ -314,7 +319,7 @@ def clip_order(base: BaseModel, volumes: Sequence[CTVolume], labels) -> list[Def
         ("largest difference between training and evaluation", "HU", largest, 0),
         ("mean difference between training and evaluation", "HU", mean, 0),
         (
-            "mean AUROC, clipped after or before",
+            f"mean AUROC of {len(volumes)} scans, clipped after or before",
             "AUROC",
             _auroc(labels, np.array(after)),
             _auroc(labels, np.array(before)),

@@ -182,7 +182,8 @@ def _cell_rules(table: "pd.DataFrame", real: "pd.Series") -> Iterator[tuple]:
     unfilled = real & ~given(table["checksum"])
     yield "checksum", ~digits & ~unfilled, "64 hexadecimal digits in small letters"
     for name in FINDINGS:
-        yield name, ~table[name].isin((0, 1)), "0 or 1"
+        unknown = real & ~given(table[name])
+        yield name, ~table[name].isin((0, 1)) & ~unknown, "0 or 1, or nothing for a real scan: unknown"
 
 
 def _reading_rules(table: "pd.DataFrame", real: "pd.Series") -> Iterator[tuple]:
@@ -222,7 +223,10 @@ def _scan_rules(table: "pd.DataFrame") -> Iterator[tuple]:
     scan = table.groupby(["patient", "scan"], sort=False).ngroup()
     first = row.groupby(scan).transform("first")
     for name in ("hospital", "report", *FINDINGS):
-        differs = table[name].groupby(scan).transform("first") != table[name]
+        values = (
+            table[name].fillna(-1) if name in FINDINGS else table[name]
+        )  # an unknown label differs from a known one
+        differs = values.groupby(scan).transform("first") != values
         yield name, differs, "that of row " + first + ", another reconstruction of the same scan"
     earlier = row.groupby([scan, table["reconstruction"].astype(float)]).transform("first")
     yield "reconstruction", earlier != row, "another number: row " + earlier + " is this reconstruction of this scan"
@@ -293,6 +297,8 @@ def load_manifest(path: str | os.PathLike) -> "pd.DataFrame":
         table[name] = table[name].str.strip()
     for name in table.columns.intersection(_NUMBERS):
         table[name] = to_numbers(table[name])
+        if name in FINDINGS and str(table[name].dtype) == "Int64":
+            table[name] = table[name].astype(float)  # NaN: unknown
     if "path" in table:
         folder = os.path.abspath(path.parent)
         table["path"] = [p and os.path.abspath(os.path.join(folder, os.path.expanduser(p))) for p in table["path"]]

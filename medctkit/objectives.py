@@ -57,7 +57,7 @@ def finding_prompt_loss(
     labels: torch.Tensor,
     scale: torch.Tensor | float,
 ) -> torch.Tensor:
-    """Cross-entropy of the softmax over each finding's two similarities, averaged over volumes and findings.
+    """Cross-entropy of the softmax over each finding's two similarities, averaged over known labels.
 
     The softmax of two numbers is the sigmoid of their difference, hence the binary form.
 
@@ -65,11 +65,14 @@ def finding_prompt_loss(
         image_embeds: (b, p), L2-normalised.
         positive_embeds: (18, p), sentences that state each finding, L2-normalised.
         negative_embeds: (18, p), sentences that deny it.
-        labels: (b, 18), 1 present, 0 absent.
+        labels: (b, 18), 1 present, 0 absent, NaN unknown, which counts nowhere.
         scale: factor on the cosines, exp(temperature) for CT-CLIP.
     """
     margin = scale * image_embeds @ (positive_embeds - negative_embeds).T  # (b, p) (p, 18) -> (b, 18)
-    return F.binary_cross_entropy_with_logits(margin, labels.to(margin.dtype))
+    known = ~labels.isnan()
+    if not known.any():
+        return margin.sum() * 0.0
+    return F.binary_cross_entropy_with_logits(margin[known], labels[known].to(margin.dtype))
 
 
 def report_prompts(hospital: str = "target") -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:

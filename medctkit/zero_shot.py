@@ -41,7 +41,7 @@ class Embedded:
 
     Attributes:
         embeddings: (n, projection_dim) float32, L2-normalised.
-        labels: (n, 18).
+        labels: (n, 18); NaN where unknown.
         patients: (n,) names.
         studies: (n,) names.
     """
@@ -274,7 +274,8 @@ def validation_score(
 ) -> Callable:
     """A function from a model to its mean AUROC on a data set: what `finetune` maximises.
 
-    Use it on validation studies only. Findings with one class in the data set are left out of the mean.
+    Use it on validation studies only. Findings with one class in the data set are left out of the mean, and unknown
+    labels (NaN) count nowhere.
 
     Args:
         dataset: validation studies.
@@ -293,9 +294,14 @@ def validation_score(
         classifier = ZeroShotClassifier(model, tokenizer, prompts)
         found = classifier.embed(dataset, batch_size, progress=False, workers=workers)
         scores = classifier.scores_from_embeddings(found.embeddings)
-        both = [k for k in range(len(FINDINGS)) if 0 < found.labels[:, k].mean() < 1]
-        if not both:
+        aurocs = []
+        for k in range(len(FINDINGS)):
+            known = ~np.isnan(found.labels[:, k])
+            labels = found.labels[known, k]
+            if 0 < labels.sum() < len(labels):
+                aurocs.append(roc_auc_score(labels, scores[known, k]))
+        if not aurocs:
             raise ValueError("no finding has both positive and negative studies in the validation data")
-        return float(np.mean([roc_auc_score(found.labels[:, k], scores[:, k]) for k in both]))
+        return float(np.mean(aurocs))
 
     return score

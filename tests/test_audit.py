@@ -207,9 +207,9 @@ def test_double_rescale_blinds_the_model(base, few):
     found = numbers(audit.double_rescale(base, volumes, seen.labels))
     scores = ZeroShotClassifier(base.model, base.tokenizer).scores_from_embeddings(seen.embeddings)
     right = evaluate(seen.labels, scores, np.arange(24), resamples=1).loc["mean", "auroc"]
-    assert found["mean AUROC, intercept -8192"] == (0.5, pytest.approx(right, abs=1e-3))
-    assert found["mean AUROC, intercept -1024"][0] < right - 0.05
-    assert found["mean AUROC, both intercepts as often as in CT-RATE"][0] < right - 0.05
+    assert found["mean AUROC of 24 scans, intercept -8192"] == (0.5, pytest.approx(right, abs=1e-3))
+    assert found["mean AUROC of 24 scans, intercept -1024"][0] < right - 0.05
+    assert found["mean AUROC of 24 scans, both intercepts as often as in CT-RATE"][0] < right - 0.05
     assert found["voxels at the lowest value, intercept -8192"][0] == 100
     lowest = [float((preprocess(v, base.preprocess_config) == -1).float().mean()) for v in volumes]
     public, honest = found["voxels at the lowest value, intercept -1024"]

@@ -135,6 +135,37 @@ def test_names_that_look_like_numbers_or_like_nothing_stay_as_they_are(tmp_path)
     assert found["age"].tolist() == ["60"] * 4 + [""], "columns that nobody knows are kept"
 
 
+def test_labels_of_real_scans_may_be_unknown(tmp_path):
+    rows = real_rows()
+    rows[2]["Emphysema"] = ""
+    for row in rows[:4]:
+        row["Lung nodule"] = " "
+    found = loaded(tmp_path, as_csv(rows))
+    assert np.isnan(float(found.to_dict("records")[2]["Emphysema"]))
+    assert found["Emphysema"].isna().tolist() == [False, False, True, False, False]
+    assert found["Lung nodule"].isna().tolist() == [True] * 4 + [False]
+    again = load_manifest(write_manifest(found, tmp_path / "again.csv"))
+    assert again[list(FINDINGS)].equals(found[list(FINDINGS)])
+    rows[3]["Atelectasis"] = "0.5"
+    with pytest.raises(ValueError, match=r"column 'Atelectasis': got 0.5, expected 0 or 1, or nothing for a real scan"):
+        loaded(tmp_path, as_csv(rows))
+
+
+def test_a_phantom_needs_all_its_labels(table):
+    with pytest.raises(ValueError, match="row 2, column 'Emphysema': got .*, expected 0 or 1"):
+        validate_manifest(change(table, "Emphysema", None, row=0))
+
+
+def test_reconstructions_agree_on_what_is_unknown(tmp_path):
+    rows = real_rows()
+    rows[0]["Emphysema"] = rows[1]["Emphysema"] = ""
+    loaded(tmp_path, as_csv(rows))
+    for first, second in (("", "1"), ("0", "")):
+        rows[0]["Emphysema"], rows[1]["Emphysema"] = first, second
+        with pytest.raises(ValueError, match="row 3, column 'Emphysema': .*another reconstruction of the same scan"):
+            loaded(tmp_path, as_csv(rows))
+
+
 def test_a_table_may_mix_real_scans_and_phantoms(tmp_path):
     rows = real_rows()
     write_nifti(tmp_path / "01.nii.gz", chest() + np.int16(1024), affine=np.diag([1, 1, 1, 1]))

@@ -66,6 +66,21 @@ def test_finding_prompt_loss_is_the_cross_entropy_of_the_pair():
     assert finding_prompt_loss(images, stated, denied, labels, scale).item() == pytest.approx(sum(terms) / 36, rel=1e-5)
 
 
+def test_unknown_labels_count_nowhere():
+    torch.manual_seed(0)
+    images, prompts = F.normalize(torch.randn(3, 8), dim=1).requires_grad_(), F.normalize(torch.randn(36, 8), dim=1)
+    labels = torch.randint(0, 2, (3, 18)).float()
+    whole = finding_prompt_loss(images, *prompts.chunk(2), labels, 2.0)
+    alone = finding_prompt_loss(images[:2], *prompts.chunk(2), labels[:2], 2.0)
+    labels[2] = math.nan
+    known = finding_prompt_loss(images, *prompts.chunk(2), labels, 2.0)
+    assert known.item() == pytest.approx(alone.item(), rel=1e-6) and known != whole
+    (gradient,) = torch.autograd.grad(known, images)
+    assert gradient[:2].any() and not gradient[2].any()
+    none = finding_prompt_loss(images, *prompts.chunk(2), torch.full((3, 18), math.nan), 2.0)
+    assert none == 0 and not torch.autograd.grad(none, images)[0].any()
+
+
 def test_the_joint_loss_is_the_weighted_sum_and_leaves_out_what_has_no_weight():
     torch.manual_seed(0)
     images, texts = (F.normalize(torch.randn(4, 8), dim=1) for _ in range(2))

@@ -252,3 +252,22 @@ def test_scores_are_not_rounded_in_mixed_precision(mini):
     expected = classifier.scores_from_embeddings(embeds)
     with torch.autocast("cpu", torch.bfloat16):
         assert (classifier.scores_from_embeddings(embeds) == expected).all()
+
+
+def test_unknown_labels_count_nowhere_in_the_validation_score(mini):
+    generator = torch.Generator().manual_seed(0)
+    items = [
+        {
+            "study": f"s{i}",
+            "patient": f"p{i}",
+            "pixel_values": torch.rand(1, 32, 64, 64, generator=generator) * 2 - 1,
+            "labels": torch.randint(0, 2, (18,), generator=generator).float(),
+        }
+        for i in range(8)
+    ]
+    for item in items[6:]:
+        item["labels"] = torch.full((18,), float("nan"))
+    score = validation_score(items, mini.tokenizer)(mini.model)
+    assert score == validation_score(items[:6], mini.tokenizer)(mini.model)
+    with pytest.raises(ValueError, match="no finding has both positive and negative studies in the validation data"):
+        validation_score(items[6:], mini.tokenizer)(mini.model)
