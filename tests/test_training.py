@@ -255,7 +255,7 @@ def processes():
     return context
 
 
-LONG = {"steps": 40, "evaluate_every": 4, "checkpoint_every": 3}
+LONG = {"steps": 120, "evaluate_every": 10, "checkpoint_every": 7}  # long after the last kill, however slow the machine
 
 
 @pytest.mark.parametrize("more", [{}, {"micro_batch_size": 2, "mixed_precision": "bf16"}])
