@@ -686,6 +686,8 @@ def start(server, tmp_path):
     def go(*options, before=""):
         home = tmp_path / "hf_home"
         changes = {"HF_ENDPOINT": server.url, "HF_TOKEN": server.token, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"}
+        # as from a terminal: what a shell starts in the background inherits that Ctrl-C is ignored
+        before += "\nimport signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
         code = f"{before}\nfrom medctkit import cli\ncli.app()"
         command = [sys.executable, "-c", code, "download", str(tmp_path / "data"), *map(str, options)]
         text = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
