@@ -59,7 +59,7 @@ from medctkit.memory import PeakMemory
 from medctkit.methods import METHODS, apply_method
 from medctkit.mini import load_mini_base
 from medctkit.objectives import draw_prompts
-from medctkit.training import FineTuneConfig
+from medctkit.training import FineTuneConfig, accelerator_for
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -294,9 +294,7 @@ def measure_costs(train: Dataset, settings: Settings, repeats: int = 5) -> pd.Da
 
 def _cost(model: nn.Module, batch: Mapping[str, Any], tokenizer: Any, repeats: int) -> tuple[float, int]:
     """Median seconds, and peak bytes, of an optimiser step."""
-    from accelerate import Accelerator
-
-    accelerator, config = Accelerator(), FineTuneConfig(steps=1)
+    accelerator, config = accelerator_for(), FineTuneConfig(steps=1)
     model.to(accelerator.device).train()
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate)

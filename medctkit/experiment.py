@@ -64,19 +64,12 @@ class Adaptation:
 
     def config(self, seed: int) -> FineTuneConfig:
         """The settings as `finetune` takes them."""
-        names = (
-            "steps",
-            "batch_size",
-            "learning_rate",
-            "micro_batch_size",
-            "evaluate_every",
-            "patience",
-            "workers",
-            "max_length",
-        )
-        chosen = {name: getattr(self, name) for name in names}
-        precision = quick_precision() if self.mixed_precision == "auto" else self.mixed_precision
-        return FineTuneConfig(**chosen, mixed_precision=precision, seed=seed)
+        chosen = asdict(self)
+        for of_the_model in ("preset", "rank", "gradient_checkpointing"):
+            del chosen[of_the_model]
+        if self.mixed_precision == "auto":
+            chosen["mixed_precision"] = quick_precision()
+        return FineTuneConfig(**chosen, seed=seed)
 
 
 DEFAULT = Adaptation()

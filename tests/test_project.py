@@ -27,7 +27,7 @@ ORDER = """
     repository preflight transfer hub cache prepare dataset
     released ctvit ctclip mini fingerprint lora memory methods objectives gradients checkpoints training
     zero_shot embeddings retrieval bootstrap metrics audit experiment comparison_runs comparison comparison_results
-    measurement report_figures report viewers pretrain demo cli
+    measurement report_figures report_page report viewers pretrain demo cli
 """.split()
 
 # import name -> distribution name, where they differ
