@@ -199,6 +199,27 @@ def evaluate(
 
 
 @app.command()
+def localise(
+    output_dir: Adapted,
+    manifest: Manifest = DEFAULT_MANIFEST,
+    seed: Seed = 0,
+    cache_dir: Cache = None,
+    studies: Annotated[int | None, typer.Option(help="Test studies; by default all.", min=1)] = None,
+) -> None:
+    """Hold the maps of base and adapted model against the masks of test phantoms, as notebook 05 does.
+
+    About 5 minutes for all 446 on two cores. Writes localisation.csv, .json and .png.
+    """
+    from medctkit.localisation_measurement import measure_localisation
+
+    with _told():
+        found = measure_localisation(manifest, output_dir, seed, cache_dir, studies)
+        means = found.table[found.table["finding"] == "mean"].drop(columns="finding")
+        for table in (means, found.differences, found.sanity):
+            typer.echo(f"{table.round(3).to_string(index=False)}\n")
+
+
+@app.command()
 def embed(
     out: Annotated[Path, typer.Argument(help="The .safetensors file to write, or to go on with.", dir_okay=False)],
     manifest: Manifest = DEFAULT_MANIFEST,

@@ -23,11 +23,14 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # A module imports only from modules to its left.
 ORDER = """
     setup_env atomic findings tables archives dicom_files dicom_pixels dicom geometry formats hounsfield volumes
-    anatomy chest lung_lesions lesions reports phantom preprocessing transforms manifest ctrate
+    anatomy chest lung_lesions lesions reports phantom heat_maps rendering composition stack_page
+    preprocessing transforms manifest ctrate
     repository preflight transfer hub cache prepare dataset
     released ctvit ctclip mini fingerprint lora memory methods objectives gradients checkpoints training
-    zero_shot embeddings retrieval bootstrap metrics audit experiment comparison_runs comparison comparison_results
-    measurement report_figures report_page report viewers pretrain demo cli
+    zero_shot embeddings retrieval bootstrap attention localisation metrics audit experiment comparison_runs comparison comparison_results
+    measurement localisation_measurement report_figures report_page report
+    callback_errors canvases slice_viewer attention_viewer cases case_browser training_plot viewers
+    exercises checks_data checks_lora checks_training checks_evaluation worlds colab notebook_outputs course pretrain demo cli
 """.split()
 
 # import name -> distribution name, where they differ
