@@ -23,6 +23,8 @@ _MODULES = (
     "findings",
     "hounsfield",
     "volumes",
+    "heat_maps",
+    "rendering",
     "reports",
     "phantom",
     "preprocessing",
@@ -44,14 +46,19 @@ _MODULES = (
     "zero_shot",
     "embeddings",
     "retrieval",
+    "attention",
+    "localisation",
     "metrics",
     "audit",
     "experiment",
     "comparison",
     "comparison_results",
     "measurement",
+    "localisation_measurement",
     "report",
     "viewers",
+    "exercises",
+    "worlds",
 )
 
 __all__ = ["__version__", *_HOME, *_MODULES]

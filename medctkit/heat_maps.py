@@ -67,7 +67,8 @@ class HeatMap:
         points = np.asarray(points, float)
         inverse = np.linalg.inv(self.affine)
         index = points @ inverse[:3, :3].T + inverse[:3, 3]
-        found = map_coordinates(self.values, np.moveaxis(index, -1, 0), order=1, mode="nearest")
+        places = np.moveaxis(np.atleast_2d(index), -1, 0)
+        found = map_coordinates(self.values, places, order=1, mode="nearest").reshape(points.shape[:-1])
         last = np.array(self.values.shape) - 0.5
         return np.where(((index >= -0.5 - 1e-6) & (index <= last + 1e-6)).all(-1), found, np.nan)
 

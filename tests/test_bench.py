@@ -27,7 +27,7 @@ def bench(monkeypatch):
     monkeypatch.syspath_prepend(BENCH)
     before = set(sys.modules)
     yield importlib.import_module
-    for name in {"memory", "model", "gpu"} - before:
+    for name in {"memory", "model", "gpu", "viewers"} - before:
         sys.modules.pop(name, None)
 
 
@@ -126,3 +126,42 @@ def test_out_of_memory_is_a_row_and_misses_the_bar(bench, tmp_path, monkeypatch,
     rows = json.loads((tmp_path / "gpu.json").read_text())["lora_step_with_checkpointing_and_frozen_weights_in_bf16"]
     assert rows == [{"batch": batch, "out_of_memory": True} for batch in (1, 8, 32)]
     assert "out_of_memory True" in capsys.readouterr().out
+
+
+def test_steps_of_the_slice_viewer_are_measured_with_both_canvases(tmp_path):
+    done = run("viewers.py", "--tiny", "--output", tmp_path / "viewers.json")
+    assert "memory grows by" in done.stdout, done.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["viewers.json"]
+    found = json.loads((tmp_path / "viewers.json").read_text())
+    steps = found["steps"]
+    rows = [name for name in steps["plain"] if name.startswith("with both, ")]
+    assert rows == ["with both, axial", "with both, coronal", "with both, sagittal"]
+    assert list(steps["plain"]) == list(steps["ipympl"]) and len(steps["plain"]) == 13
+    slowest = max(row["milliseconds"] for canvas in ("plain", "ipympl") for row in steps[canvas].values())
+    assert steps["slowest_step_milliseconds"] == slowest > 0
+    assert steps["times_faster_than_matplotlib"] == pytest.approx(steps["matplotlib_milliseconds"] / slowest)
+    assert found["stack_page"]["slices"] == 16 and 0 < found["stack_page"]["megabytes"] < 1
+    assert found["made_with"]["volume"] == "16 x 32 x 32"
+
+
+@pytest.mark.filterwarnings("ignore:Passing unrecognized arguments to super.Toolbar:DeprecationWarning")  # ipympl's
+def test_a_viewer_that_is_slow_or_keeps_pictures_misses_the_bars(bench, monkeypatch):
+    from medctkit import composition
+
+    viewers, kept, draw_slice = bench("viewers"), [], composition.draw_slice
+    volume = viewers.study((16, 32, 32), 3)
+    monkeypatch.setattr(composition, "draw_slice", lambda *how: kept.append(draw_slice(*how)) or kept[-1])
+    memory = viewers.bench_memory(*volume, 60)
+    assert min(memory["growth_mb"].values()) > 8
+    slow = {"steps": {"slowest_step_milliseconds": 50.1}, "memory": memory}
+    slow["stack_page"] = {"slices": 240, "megabytes": 6.1}
+    assert [met for met, _ in viewers.bars(slow)] == [False, False, False]
+    slow["steps"]["slowest_step_milliseconds"], memory["growth_mb"] = 49.9, {"plain": 0.0, "ipympl": 7.9}
+    slow["stack_page"]["megabytes"] = 5.9
+    assert [met for met, _ in viewers.bars(slow)] == [True, True, True]
+
+
+def test_what_the_repository_says_about_the_viewer_is_within_the_bars_and_of_a_volume_of_full_size(bench):
+    found = json.loads((BENCH / "viewers.json").read_text())
+    assert all(met for met, _ in bench("viewers").bars(found))
+    assert found["made_with"]["volume"] == "240 x 480 x 480" and found["memory"]["steps"] == 300

@@ -105,9 +105,11 @@ def test_a_real_scan_goes_through_mini_model_and_viewer(real_scan):
     # the mini model knows phantoms only: that it answers is all there is to check
     assert scores.shape == (1, 18) and ((scores >= 0) & (scores <= 1)).all()
     viewer = SliceViewer(volume)
-    first = viewer.image.value
-    viewer.index.value += 1
-    assert viewer.image.value != first
+    for slider in viewer.sliders.values():
+        before = viewer.canvas.widget.value
+        slider.value += 1
+        assert viewer.canvas.widget.value != before
+    assert viewer.messages.text == ""
 
 
 def test_asked_for_canonical_every_real_scan_is_canonical(real_scan):

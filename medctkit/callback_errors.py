@@ -1,0 +1,65 @@
+"""What a widget says when something went wrong: a line in the widget, and the exception for everyone else."""
+
+import html
+from collections.abc import Callable
+
+
+class Messages:
+    """A line of a widget for what its user has to know; empty and hidden as long as all is well.
+
+    What the user can put right (a sentence that is too long, a study that can't be read) is said in words and has
+    the CSS class `medctkit-message`. An exception that nobody expected has the class `medctkit-error`, and is raised
+    again, so that logs and tests see it too. The line is `.widget`.
+    """
+
+    def __init__(self):
+        import ipywidgets as w
+
+        self.widget, self._text = w.HTML(layout={"display": "none"}), ""
+
+    @property
+    def text(self) -> str:
+        """What is said now, as plain text; "" for nothing."""
+        return self._text
+
+    def say(self, text: str) -> None:
+        """Tell the user what to put right."""
+        self._show("medctkit-message", text)
+
+    def fail(self, error: Exception) -> None:
+        """Tell the user that the program failed."""
+        self._show("medctkit-error", f"{type(error).__name__}: {error}")
+
+    def clear(self) -> None:
+        """All is well again."""
+        self.widget.value, self.widget.layout.display, self._text = "", "none", ""
+        self.widget.remove_class("medctkit-message").remove_class("medctkit-error")
+
+    def guarded(self, react: Callable, expected: tuple[type[Exception], ...] = (), keep: bool = False) -> Callable:
+        """A callback that clears the line, does its work, and says here what went wrong.
+
+        Args:
+            react: called without what the event brings.
+            expected: exceptions whose text is for the user: shown as a message, not raised.
+            keep: leave what is said now, for what happens without being asked for, such as a moving mouse.
+        """
+
+        def call(*_):
+            if not keep:
+                self.clear()
+            try:
+                react()
+            except expected as error:
+                self.say(str(error))
+            except Exception as error:
+                self.fail(error)
+                raise
+
+        return call
+
+    def _show(self, css_class: str, text: str) -> None:
+        self.clear()
+        self._text = text
+        self.widget.value = f'<b role="alert" style="color:#D55E00">{html.escape(text)}</b>'
+        self.widget.add_class(css_class)
+        self.widget.layout.display = None

@@ -1,0 +1,46 @@
+"""What a widget says when something went wrong."""
+
+import pytest
+
+from medctkit.callback_errors import Messages
+
+
+def failing(error):
+    def react():
+        raise error
+
+    return react
+
+
+def test_an_unexpected_error_is_shown_and_raised_again():
+    messages = Messages()
+    with pytest.raises(KeyError, match="lung"):
+        messages.guarded(failing(KeyError("lung <b>")))("what the event brings")
+    assert messages.text == "KeyError: 'lung <b>'" and "&lt;b&gt;" in messages.widget.value
+    assert "medctkit-error" in messages.widget._dom_classes and messages.widget.layout.display is None
+
+
+def test_what_the_user_can_put_right_is_a_message_and_nothing_is_raised():
+    messages = Messages()
+    messages.guarded(failing(ValueError("77 tokens at most")), expected=(ValueError,))()
+    assert messages.text == "77 tokens at most"
+    assert messages.widget._dom_classes == ("medctkit-message",)
+    with pytest.raises(TypeError):
+        messages.guarded(failing(TypeError("else")), expected=(ValueError,))()
+    assert messages.widget._dom_classes == ("medctkit-error",)
+
+
+def test_the_next_reaction_that_succeeds_clears_the_line():
+    messages = Messages()
+    messages.say("too long")
+    messages.guarded(lambda: None, keep=True)()
+    assert messages.text == "too long"
+    messages.guarded(lambda: None)()
+    assert (messages.text, messages.widget.value, messages.widget.layout.display) == ("", "", "none")
+    assert messages.widget._dom_classes == ()
+
+
+def test_what_a_reaction_says_stays():
+    messages = Messages()
+    messages.guarded(lambda: messages.say("no mask here"))()
+    assert messages.text == "no mask here"
