@@ -5,17 +5,14 @@ Executes notebooks 01 to 04 in order, leaves each as HTML, and prints the table 
 
 import json
 import math
-import os
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from medctkit.atomic import replacing
+from medctkit.course import ROOT, execute, this_interpreter_as_kernel
 
 NOTEBOOKS = (
     "01_data_prep.ipynb",
@@ -26,80 +23,7 @@ NOTEBOOKS = (
 ROWS = {"auroc": "mean AUROC", "accuracy": "accuracy", "macro_f1": "macro-F1"}
 COLUMNS = ("base", "adapted", "difference")
 KEYS = ("value", "low", "high")
-NOTEBOOKS_DIR = Path(__file__).resolve().parent.parent / "notebooks"
-BAR = "{desc:<26} {bar:30} {n}/{total} cells, {elapsed}"
-
-
-@contextmanager
-def this_interpreter_as_kernel() -> Iterator[None]:
-    """For a while, the kernel name "python3" means the running interpreter.
-
-    A "python3" kernel that someone registered for another environment would otherwise be found first.
-    """
-    from ipykernel.kernelspec import write_kernel_spec
-
-    before = os.environ.get("JUPYTER_PATH")
-    with tempfile.TemporaryDirectory() as folder:
-        write_kernel_spec(Path(folder) / "kernels" / "python3")
-        os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [folder, before]))
-        try:
-            yield
-        finally:
-            if before is None:
-                del os.environ["JUPYTER_PATH"]
-            else:
-                os.environ["JUPYTER_PATH"] = before
-
-
-def export_html(notebook: Path) -> Path:
-    """Write an executed notebook as one HTML file beside it, pictures and widget states inside."""
-    from nbconvert import HTMLExporter
-
-    page, _ = HTMLExporter().from_filename(str(notebook))
-    target = notebook.with_suffix(".html")
-    with replacing(target) as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    return target
-
-
-def execute(source: Path, output_dir: Path, seed: int) -> Path:
-    """Run one notebook with parameters `output_dir` and `seed`, from its own folder as JupyterLab does.
-
-    Returns:
-        The HTML page; the executed notebook lies beside it.
-
-    Raises:
-        RuntimeError: a cell failed or the kernel died; names the notebook and the cell, with traceback.
-    """
-    from nbclient.exceptions import DeadKernelError
-    from papermill import execute_notebook
-    from papermill.exceptions import PapermillExecutionError
-
-    executed = output_dir / source.name
-    try:
-        execute_notebook(
-            str(source),
-            str(executed),
-            parameters={"output_dir": str(output_dir), "seed": seed},
-            kernel_name="python3",
-            language="python",
-            cwd=str(source.parent),
-            progress_bar={"desc": source.stem, "bar_format": BAR},
-        )
-    except PapermillExecutionError as error:
-        page = export_html(executed)
-        raise RuntimeError(
-            f"{source.name} failed in cell {error.cell_index + 1} (In [{error.exec_count}]):\n"
-            + "\n".join(error.traceback)
-            + f"\nThe notebook so far: {page}"
-        ) from None
-    except DeadKernelError as error:
-        raise RuntimeError(
-            f"{source.name}: its kernel died. The usual reason is too little memory: close other programs "
-            "and try again, or open the notebook in JupyterLab to see which cell it is. "
-            f"The notebook so far: {executed}"
-        ) from error
-    return export_html(executed)
+NOTEBOOKS_DIR = ROOT / "notebooks"
 
 
 def read_metrics(path: Path) -> dict:
@@ -163,7 +87,8 @@ def execute_all(notebooks: Sequence[Path], output_dir: Path, seed: int) -> dict:
     metrics = output_dir / "metrics.json"
     metrics.unlink(missing_ok=True)  # an earlier run's figures must not pass for this one's
     with this_interpreter_as_kernel():
-        pages = [execute(path, output_dir, seed) for path in notebooks]
+        parameters = {"output_dir": str(output_dir), "seed": seed}
+        pages = [execute(path, output_dir / path.name, parameters) for path in notebooks]
     print("\nTo read in a browser:", *pages, sep="\n  ")
     return read_metrics(metrics)
 

@@ -14,7 +14,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from medctkit import demo, setup_env
+from medctkit import course, demo, setup_env
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -23,14 +23,16 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # A module imports only from modules to its left.
 ORDER = """
     setup_env atomic findings tables archives dicom_files dicom_pixels dicom geometry formats hounsfield volumes
-    anatomy chest lung_lesions lesions reports phantom heat_maps rendering composition stack_page
+    anatomy chest lung_lesions lesions reports phantom heat_maps rendering linked_scans composition stack_page
     preprocessing transforms manifest ctrate
     repository preflight transfer hub cache prepare dataset
     released ctvit ctclip mini fingerprint lora memory methods objectives gradients checkpoints training
-    zero_shot embeddings retrieval bootstrap attention localisation metrics audit experiment comparison_runs comparison comparison_results
+    zero_shot embeddings retrieval bootstrap attention localisation metrics audit experiment comparison_runs comparison
+    comparison_results
     measurement localisation_measurement report_figures report_page report
     callback_errors canvases slice_viewer attention_viewer cases case_browser training_plot viewers
-    exercises checks_data checks_lora checks_training checks_evaluation worlds colab notebook_outputs course pretrain demo cli
+    quickstart exercises checks_data checks_lora checks_training checks_evaluation worlds colab notebook_outputs course
+    pretrain demo cli
 """.split()
 
 # import name -> distribution name, where they differ
@@ -341,16 +343,52 @@ def test_the_lessons_of_the_demo_are_there():
     assert {path.name for path in NOTEBOOKS} >= set(demo.NOTEBOOKS)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_is_whole(path):
+def read(path):
     notebook = nbformat.read(path, as_version=nbformat.NO_CONVERT)
     assert notebook.nbformat == 4
     nbformat.validate(notebook)
+    return notebook
+
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+@each_notebook
+def test_notebook_opens_as_all_do(path):
+    notebook = read(path)
     assert notebook.metadata.kernelspec.name == "python3"
-    parameters = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-    assert len(parameters) == 1, "one cell tagged parameters"
-    names = {t.id for n in ast.walk(ast.parse(parameters[0].source)) if isinstance(n, ast.Assign) for t in n.targets}
+    opening, colab, parameters, *rest = notebook.cells
+    assert opening.cell_type == "markdown" and opening.source.startswith("# ")
+    assert course.is_tagged(colab, "colab") and course.is_tagged(parameters, "parameters")
+    assert not any(course.is_tagged(cell, "parameters") for cell in rest), "one cell tagged parameters"
+    names = {t.id for n in ast.walk(ast.parse(parameters.source)) if isinstance(n, ast.Assign) for t in n.targets}
     assert {"output_dir", "seed"} <= names
     for cell in notebook.cells:
+        assert cell.cell_type != "code" or len(cell.source.splitlines()) <= 20, f"more than 20 lines:\n{cell.source}"
+
+
+@each_notebook
+def test_exercises_are_those_of_the_solutions(path):
+    notebook, solutions = read(path), course.read_solutions(path.parent / "solutions" / f"{path.stem}.py")
+    assert {name[:2] for name in solutions} <= {path.stem[:2]}
+    before = {cell.id: cell.source for cell in notebook.cells}
+    changed = [cell.id for cell in course.assembled(notebook, solutions).cells if before.get(cell.id) != cell.source]
+    assert not changed, f"{path.name}: cells {changed} are not as `make render` writes them from the solutions"
+
+
+@each_notebook
+def test_outputs_are_committed_as_make_render_leaves_them(path):
+    notebook, text = read(path), path.read_text(encoding="utf-8")
+    assert len(text.encode()) <= course.LARGEST
+    assert set(notebook.metadata) <= {"kernelspec", "language_info"}
+    counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+    assert counts in ([None] * len(counts), list(range(1, len(counts) + 1))), "not of one run from top to bottom"
+    for cell in notebook.cells:
+        assert set(cell.metadata) <= {"tags"}
         for output in cell.get("outputs", []):
             assert output.output_type != "error", f"{cell.source}\n{output.get('evalue')}"
+            assert output.get("name") != "stderr" and not any("widget" in mime for mime in output.get("data", ()))
+
+
+def test_every_solution_belongs_to_a_notebook():
+    assert {path.stem for path in (ROOT / "notebooks" / "solutions").glob("*.py")} <= {path.stem for path in NOTEBOOKS}
