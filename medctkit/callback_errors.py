@@ -1,7 +1,10 @@
 """What a widget says when something went wrong: a line in the widget, and the exception for everyone else."""
 
 import html
+import threading
 from collections.abc import Callable
+
+_TURN = threading.RLock()  # JupyterLab hands events to the kernel on two threads: one callback at a time
 
 
 class Messages:
@@ -45,15 +48,16 @@ class Messages:
         """
 
         def call(*_):
-            if not keep:
-                self.clear()
-            try:
-                react()
-            except expected as error:
-                self.say(str(error))
-            except Exception as error:
-                self.fail(error)
-                raise
+            with _TURN:
+                if not keep:
+                    self.clear()
+                try:
+                    react()
+                except expected as error:
+                    self.say(str(error))
+                except Exception as error:
+                    self.fail(error)
+                    raise
 
         return call
 
