@@ -224,7 +224,7 @@ def audit(
 def prompt_mismatch(base: BaseModel, test: Embedded, asked="paper", trained="training-style") -> list[Defect]:
     """Prompts worded otherwise than in training, against those of training; image embeddings are the same.
 
-    For `asked` (evaluation) and `trained` (training) see `medctkit.zero_shot.prompt_pair`.
+    For `asked` (evaluation) and `trained` (training) see `medctkit.zero_shot.prompt_sentences`.
     """
     found = []
     for prompts in (asked, trained):

@@ -222,6 +222,7 @@ def auroc_draws(labels, scores, patients, resamples: int = 1000, seed: int = 0) 
     """Mean AUROC over findings on the data as it is, then on each bootstrap resample of patients: (1 + resamples,).
 
     Resample i is the same for all scores of the same studies, so draws can be subtracted and averaged.
+    Args and errors are those of `medctkit.metrics.mean_draws`.
     """
     return metrics.mean_draws(labels, scores, patients, resamples=resamples, seed=seed)
 

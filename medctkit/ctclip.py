@@ -270,6 +270,12 @@ class CTCLIPModel(PreTrainedModel):
 
         The loss is the mean of InfoNCE over texts per image and over images per text (CLIP, arXiv 2103.00020).
 
+        Args:
+            pixel_values: (b, 1, d, h, w); see `encode_image`.
+            input_ids: (b, n); see `encode_text`.
+            attention_mask: (b, n); see `encode_text`.
+            return_loss: also compute the loss.
+
         Raises:
             ValueError: as `encode_image` and `encode_text`; `return_loss` with unequal numbers of each.
         """

@@ -128,6 +128,13 @@ def cohort(
 
     Under `accelerate launch` the first process prepares them and the others wait.
 
+    Args:
+        manifest: see `medctkit.manifest`.
+        hospital: of the manifest; None: all.
+        split: "train", "valid" or "test".
+        preprocess_config: what the model wants to see.
+        cache_dir: of the prepared volumes.
+
     Raises:
         ValueError: no such studies.
     """

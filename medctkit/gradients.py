@@ -158,7 +158,7 @@ def _suspects(studies: list[str], embedded: list[dict[str, torch.Tensor]]) -> li
 
 
 def refuse_non_finite(what: str, value: torch.Tensor, step: int, studies: list[str]) -> None:
-    """Stop on a number that is not finite.
+    """Stop on a number that is not finite; `value` is a scalar tensor, `what` its name.
 
     Raises:
         FloatingPointError: with the step and the studies.

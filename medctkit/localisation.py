@@ -225,7 +225,7 @@ def localisation_table(
 def paired_difference(
     regions: Regions, first: np.ndarray, second: np.ndarray, resamples: int = 1000, seed: int = 0
 ) -> "pd.DataFrame":
-    """Second minus first map on the same regions, mean of findings: score, value, low, high (95 %)."""
+    """Second minus first maps (m, t, h, w) on the same regions, mean of findings: score, value, low, high (95 %)."""
     import pandas as pd
 
     weights, rows = patient_weights(regions.patients, resamples, seed), []

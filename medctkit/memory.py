@@ -27,6 +27,8 @@ def _storages(tree: Any) -> dict[int, torch.UntypedStorage]:
 class PeakMemory(TorchDispatchMode):
     """Bytes of all tensors that are alive in a block, now and at their highest.
 
+    Used as::
+
         with PeakMemory(alive=model.parameters()) as memory:
             loss_of(model).backward()
         print(memory.peak_bytes)
@@ -76,6 +78,8 @@ class PeakMemory(TorchDispatchMode):
 
 class SavedActivations(torch.autograd.graph.saved_tensors_hooks):
     """Bytes that the forward passes in a block keep for the backward pass.
+
+    Used as::
 
         with SavedActivations(apart_from=[*model.parameters(), volumes]) as saved:
             loss = loss_of(model)
