@@ -375,15 +375,14 @@ def _model_input(model: str | None, real: bool) -> "PreprocessConfig":
 
 
 @app.command()
-def gallery(path: Annotated[Path, typer.Argument(help="PNG to write.")]) -> None:
-    """Draw one phantom for each of the 18 findings, in lung and mediastinal windows."""
-    from medctkit.findings import FINDINGS
-    from medctkit.phantom import generate
-    from medctkit.viewers import finding_gallery
+def gallery(
+    folder: Annotated[Path, typer.Argument(help="Where findings.png and viewer.png are written.", file_okay=False)],
+) -> None:
+    """Draw README's pictures of phantoms: the 18 findings in two windows, and the slice viewer with mask and map."""
+    from medctkit.pictures import draw_pictures
 
-    studies = [generate(30 + i, findings=[name], shape=(80, 256, 256)) for i, name in enumerate(FINDINGS)]
-    finding_gallery(studies).savefig(path, dpi=70, facecolor="black")
-    typer.echo(f"wrote {path}")
+    for picture in draw_pictures(folder):
+        typer.echo(f"wrote {picture}")
 
 
 WHAT_TO_DOWNLOAD = """Choose what to fetch; all of CT-RATE is 50,188 volumes of 12 to 162 MB:

@@ -30,7 +30,7 @@ ORDER = """
     zero_shot embeddings retrieval bootstrap attention localisation metrics audit experiment comparison_runs comparison
     comparison_results
     measurement localisation_measurement report_figures report_page report
-    callback_errors canvases slice_viewer attention_viewer cases case_browser training_plot viewers
+    callback_errors canvases slice_viewer attention_viewer cases case_browser training_plot viewers pictures
     quickstart exercises checks_data checks_lora checks_training checks_evaluation worlds colab notebook_outputs course
     pretrain demo cli
 """.split()
