@@ -18,6 +18,7 @@ _HOME = {
     "CTCLIPModel": "ctclip",
     "load_mini_base": "mini",
     "ZeroShotClassifier": "zero_shot",
+    "classify": "quickstart",
 }
 _MODULES = (
     "findings",
@@ -44,6 +45,7 @@ _MODULES = (
     "gradients",
     "training",
     "zero_shot",
+    "quickstart",
     "embeddings",
     "retrieval",
     "attention",

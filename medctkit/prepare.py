@@ -149,7 +149,7 @@ def prepare(
         return done
     cores = os.cpu_count() or 1
     workers = None if scheduler else min(workers or cores, len(todo))
-    print(_announcement(len(todo), len(rows), config, cache.folder, scheduler or f"{workers} of {cores} cores"))
+    print(_announcement(len(todo), len(rows), config, Path(cache_dir), scheduler or f"{workers} of {cores} cores"))
     busy = []
     with (
         open(cache.folder / CONTENTS, "a", newline="", encoding="utf-8") as contents,

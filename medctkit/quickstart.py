@@ -1,0 +1,152 @@
+"""One call from nothing to a result: a chest CT in, 18 scores and a picture out.
+
+`classify()` makes a phantom, loads the mini CT-CLIP that comes with the package, asks it about all 18 findings and
+keeps the answer as a table and a picture. It downloads nothing and takes seconds on a CPU. The same call takes
+a scan of your own, with a model that knows patients.
+"""
+
+import io
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from medctkit.findings import FINDINGS, PREVALENCE
+from medctkit.mini import BaseModel, load_mini_base
+from medctkit.phantom import PhantomStudy, generate
+from medctkit.preprocessing import preprocess
+from medctkit.rendering import Scan, largest_slice, render
+from medctkit.volumes import CTVolume, read_volume
+from medctkit.zero_shot import Prompts, ZeroShotClassifier
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+# Of the first seeds, one whose drawn findings are several, some of which the mini model sees and some not.
+SAMPLE_SEED, SAMPLE_SHAPE = 2, (96, 224, 224)
+TRUTH = {1: "present", 0: "absent"}
+COLOURS = {"present": "#E69F00", "absent": "#56B4E9", "unknown": "#999999"}
+
+
+@dataclass(frozen=True, eq=False)
+class Classified:
+    """What a model says about one scan; shown in a notebook as a picture, printed as a table.
+
+    Attributes:
+        volume: the scan, in HU.
+        table: one row for each of the 18 findings: `finding`, `score` (0 to 1), `truth` ("present", "absent" or
+            "unknown") and `usual`, the share of CT-RATE's training scans that have it.
+        title: what was classified, in a few words.
+        masks: where findings are, boolean arrays (d, h, w), as far as that is known.
+    """
+
+    volume: CTVolume
+    table: "pd.DataFrame"
+    title: str
+    masks: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def figure(self) -> "Figure":
+        """Slices of the scan in two windows, and the 18 scores as bars that show the truth by colour and in words."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(15, 6.6), layout="constrained")
+        slices, bars = figure.subfigures(1, 2, width_ratios=(1, 1.15))
+        self._draw_slices(slices.subplots(2, 2))
+        self._draw_bars(bars.subplots())
+        figure.suptitle(self.title, fontsize=12)
+        return figure
+
+    def _draw_slices(self, axes) -> None:
+        scan = Scan.of(self.volume, self.masks)
+        filled = sum((mask.astype(np.uint8) for mask in scan.masks.values()), np.zeros(scan.volume.shape, np.uint8))
+        depth, rows, _ = scan.volume.shape
+        cuts = {"axial": largest_slice(filled) if filled.any() else depth // 2, "coronal": rows // 2}
+        for row, (plane, index) in zip(axes, cuts.items(), strict=True):
+            for ax, window in zip(row, ("lung", "mediastinum"), strict=True):
+                ax.imshow(render(scan.volume, plane, index, window))
+                ax.set_title(f"{plane}, {window} window", fontsize=10)
+                ax.axis("off")
+
+    def _draw_bars(self, ax) -> None:
+        from matplotlib.patches import Patch
+
+        table = self.table
+        ax.barh(table["finding"], table["score"], color=table["truth"].map(COLOURS))
+        ax.plot(table["usual"], table.index, "k|", ms=13)
+        for row in table.itertuples():
+            said = f"{row.score:.2f}{'  present' if row.truth == 'present' else ''}"
+            ax.text(max(row.score, row.usual) + 0.01, row.Index, said, va="center", fontsize=9)
+        ax.set(xlim=(0, 1.15), xlabel="score: nearer to “... is not present.” (0) or to “... is present.” (1)")
+        ax.invert_yaxis()
+        shown = [name for name in COLOURS if (table["truth"] == name).any()]
+        handles = [Patch(color=COLOURS[name], label=f"truth: {name}") for name in shown]
+        usual = ax.plot([], [], "k|", ms=13, label="share of CT-RATE's scans that have it")
+        ax.legend(handles=[*handles, *usual], loc="lower right", bbox_to_anchor=(1.02, 1), ncols=3, frameon=False)
+
+    def _repr_png_(self) -> tuple[bytes, dict]:
+        buffer = io.BytesIO()
+        self.figure().savefig(buffer, format="png", dpi=80)
+        highest = self.table.nlargest(3, "score")
+        named = ", ".join(f"{row.finding} {row.score:.2f} ({row.truth})" for row in highest.itertuples())
+        alt = f"{self.title}: axial and coronal slices, and a bar for each of 18 scores; highest are {named}"
+        return buffer.getvalue(), {"alt": alt}
+
+    def __repr__(self) -> str:
+        return f"{self.title}\n{self.table.round(3).to_string(index=False)}"
+
+
+def classify(
+    scan: CTVolume | PhantomStudy | str | os.PathLike | None = None,
+    base: BaseModel | None = None,
+    *,
+    labels: Mapping | None = None,
+    prompts: Prompts = "paper",
+) -> Classified:
+    """Ask a CT-CLIP about all 18 findings of a scan.
+
+    Args:
+        scan: a phantom study, a CT volume, or the path of a scan as `read_volume` takes it; None: a sample phantom.
+        base: model with its tokenizer and pre-processing, as `medctkit.mini.load_base` gives it; None: the mini model,
+            which knows phantoms only.
+        labels: what is true, where it is known: 0 or 1 for findings, such as a row of a manifest; a phantom study
+            brings its own.
+        prompts: see `ZeroShotClassifier`.
+
+    Raises:
+        ValueError: a scan that is no phantom, without a `base`; see also `read_volume` and `ZeroShotClassifier`.
+        TypeError: something else than a scan.
+    """
+    import pandas as pd
+
+    if scan is None:
+        scan = generate(SAMPLE_SEED, shape=SAMPLE_SHAPE)
+    masks, volume, known = {}, scan, {} if labels is None else labels
+    if isinstance(scan, PhantomStudy):
+        volume, masks, known = scan.volume, scan.masks, scan.labels if labels is None else labels
+    elif isinstance(scan, str | os.PathLike):
+        volume = read_volume(scan)
+    if not isinstance(volume, CTVolume):
+        raise TypeError(f"expected a CT volume, a phantom study or the path of a scan, got {type(volume).__name__}")
+    is_phantom = volume.provenance[:1] and volume.provenance[0].startswith("phantom")
+    if base is None and not is_phantom:
+        raise ValueError(
+            f"{', '.join(volume.provenance[:1]) or 'this volume'}: the mini model knows phantoms only, and what it "
+            "says about any other scan means nothing. Give the model to ask, for example "
+            'base=load_base("CT-CLIP_v2.pt", "BiomedVLP-CXR-BERT-specialized") from medctkit.mini; '
+            "base=load_mini_base() if this is a phantom that was saved to a file"
+        )
+    base = load_mini_base() if base is None else base
+    classifier = ZeroShotClassifier(base.model, base.tokenizer, prompts)
+    scores = classifier.scores(preprocess(volume, base.preprocess_config)[None])[0]
+    table = pd.DataFrame({"finding": FINDINGS, "score": scores.astype(float)})
+    table["truth"] = [TRUTH.get(known.get(name), "unknown") for name in FINDINGS]
+    table["usual"] = [PREVALENCE[name] for name in FINDINGS]
+    return Classified(volume, table, _title(volume, base), masks)
+
+
+def _title(volume: CTVolume, base: BaseModel) -> str:
+    what = volume.provenance[0] if volume.provenance else "a scan"
+    return f"{what}; CT-CLIP of {sum(p.numel() for p in base.model.parameters()) / 1e6:,.1f} M parameters in use"
