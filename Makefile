@@ -10,7 +10,7 @@ PYTHON ?= python3
 PY := "$(ENV)/bin/python"
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test notebooks bench style clean
+.PHONY: help setup demo test test-browser test-colab notebooks render docs docs-links bench style clean
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  ##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -22,21 +22,42 @@ demo: setup  ## the whole story: run notebooks 01 to 04, print the results, leav
 	@$(PY) -m medctkit.demo
 
 test: setup  ## run the tests
-	$(PY) -m pytest -rs --durations=10
+	OMP_NUM_THREADS=1 $(PY) -m pytest -rs --durations=10 -n auto --maxprocesses 4 --dist loadfile
 
-notebooks: setup  ## run every notebook, leave HTML in runs/notebooks
-	@$(PY) -m medctkit.demo --all --output-dir runs/notebooks
+test-browser: setup  ## test the viewers in JupyterLab and voila; installs Chromium if there is none
+	@rm -rf runs/browser
+	@$(PY) tests/browser/chromium.py
+	$(PY) -m pytest -rs tests/browser
+
+test-colab: setup  ## run notebooks 00 and 02 with the packages that Colab has (2 GB, minutes)
+	MEDCTKIT_TEST_COLAB=runs/colab $(PY) -m pytest -rs tests/test_colab.py
+
+notebooks: setup  ## run every notebook with its exercises solved; fail where outputs differ in kind
+	@$(PY) -m medctkit.course check
+
+render: setup  ## run every notebook from nothing and write it back with its outputs
+	@$(PY) -m medctkit.course render
+	@$(PY) docs/course_map.py
+
+docs: setup  ## build the documentation site into build/docs
+	@$(PY) -m pip install --quiet -c constraints.txt -e ".[docs]"
+	$(PY) -m sphinx -c docs -b html -E -W --keep-going -q . build/docs
+
+docs-links: setup  ## check the links that lead out of the site; needs a network
+	@$(PY) -m pip install --quiet -c constraints.txt -e ".[docs]"
+	$(PY) -m sphinx -c docs -b linkcheck -E -q . build/links
 
 bench: setup  ## measure speed and memory, check the bars, write bench/*.json: about 6 minutes
 	$(PY) bench/data.py
 	$(PY) bench/model.py
 	$(PY) bench/memory.py
 	$(PY) bench/gpu.py
+	$(PY) bench/viewers.py
 
 style: setup  ## check lint and formatting
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 
 clean:  ## remove caches and what demo and notebooks wrote; your own runs and .venv stay
-	rm -rf runs/demo runs/notebooks build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf runs/demo runs/notebooks runs/render runs/browser build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find medctkit tests notebooks -name __pycache__ -prune -exec rm -rf {} +

@@ -114,7 +114,8 @@ class MouseCanvas:
         self._tell("scroll", event, 1 if event.step > 0 else -1)
 
     def _key(self, event):
-        self._tell("key", event, event.key)
+        if self.widget.picture is not None:  # wherever the mouse is: it may never have been over the picture
+            self._on_event("key", 0, 0, event.key)
 
 
 @lru_cache

@@ -15,6 +15,7 @@ import numpy as np
 from medctkit.anatomy import Anatomy, Canvas
 from medctkit.chest import Chest, Tissue
 from medctkit.findings import FINDINGS, PREVALENCE
+from medctkit.geometry import CANONICAL, straight_affine
 from medctkit.lesions import PAINTERS
 from medctkit.reports import write_report
 from medctkit.volumes import CTVolume
@@ -165,7 +166,9 @@ def generate(
     hu = _scan(chest, scanner, scan, named_rng("noise", patient, seed, hospital, reconstruction), reconstruction)
     report = write_report(labels, details, hospital, named_rng("report", patient, seed, hospital))
     provenance = (f"phantom, seed {seed}, patient {patient}, {hospital} hospital, reconstruction {reconstruction}",)
-    volume = CTVolume(hu, spacing, provenance=provenance)
+    affine = straight_affine(spacing, CANONICAL)
+    affine[:3, 3] = -affine[:3, :3] @ ((np.array(shape) - 1) / 2)  # the origin is the middle, as a scanner's isocentre
+    volume = CTVolume(hu, spacing, CANONICAL, affine, provenance)
     return PhantomStudy(volume, labels, masks, report, details, hospital, int(seed), patient)
 
 

@@ -140,14 +140,19 @@ class Scan:
         return tuple(int(i) for i in np.clip(np.rint(voxel), 0, last))
 
     def described(self, voxel: Sequence[int]) -> str:
-        """Where a voxel (d, h, w) lies in the patient, and its value: "R 12 mm, A 30 mm, S -41 mm · -842 HU"."""
-        right, front, head = (round(float(x)) for x in self.point_of(voxel))
-        return f"R {right} mm, A {front} mm, S {head} mm · {self.volume.hu[tuple(voxel)]:.0f} HU"
+        """Where a voxel (d, h, w) lies in the patient, and its value: "R 12 mm, P 30 mm, S 41 mm · -842 HU"."""
+        return f"{place_of(self.point_of(voxel))} · {self.volume.hu[tuple(voxel)]:.0f} HU"
 
     @property
     def middle(self) -> np.ndarray:
         """The middle of the scanned box, patient coordinates in mm."""
         return self.point_of((np.array(self.volume.shape) - 1) / 2)
+
+
+def place_of(point: Sequence[float]) -> str:
+    """Patient coordinates (3,) in words: how far to which side of the scan's origin, "R 12 mm, P 30 mm, S 41 mm"."""
+    rounded = (round(float(x)) for x in point)
+    return ", ".join(f"{side[x < 0]} {abs(x)} mm" for side, x in zip(("RL", "AP", "SI"), rounded, strict=True))
 
 
 def _turned(array: np.ndarray, orientation: str) -> np.ndarray:

@@ -24,7 +24,7 @@ def test_one_scan_within_another_has_its_coordinates():
     assert linked.how == "linked by patient coordinates" and not linked.offset.any()
     assert linked.voxels((15, 6, 7)) == [(15, 6, 7), (5, 6, 7)]
     assert linked.in_first(1, (5, 6, 7)) == (15, 6, 7) and linked.in_first(0, (1, 2, 3)) == (1, 2, 3)
-    assert linked.described((15, 6, 7)) == ["second scan: R 46 mm, A 28 mm, S -825 mm · 0 HU", linked.how]
+    assert linked.described((15, 6, 7)) == ["second scan: R 46 mm, A 28 mm, I 825 mm · 0 HU", linked.how]
     assert linked.described((2, 6, 7))[0] == "second scan: does not reach this place"
     assert linked.voxels((2, 6, 7))[1] == (0, 6, 7)  # the nearest that it has
     assert LinkedScans(crop, other=whole).how == linked.how

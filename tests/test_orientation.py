@@ -24,7 +24,7 @@ def ill():
     """The same patient with a pleural effusion on the left, and nothing else."""
     study = generate(1, findings=["Pleural effusion"])
     assert study.details["Pleural effusion"]["side"] == "left"
-    return study.volume
+    return CTVolume(study.volume.hu, study.volume.spacing)  # its first voxel at the origin, as the files below say
 
 
 def check_the_effusion_is_left_and_low_and_at_the_back(healthy, ill):

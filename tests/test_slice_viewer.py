@@ -153,8 +153,9 @@ def test_position_and_value_are_those_of_the_volume_as_it_was_given(orientation)
         place = volume.affine[:3, :3] @ index + volume.affine[:3, 3]
         viewer.move_to(place)
         np.testing.assert_allclose(viewer.position, place, atol=1e-6)
-        right, front, head = place.round().astype(int)
-        shown = f"R {right} mm, A {front} mm, S {head} mm · {volume.hu[tuple(index)]} HU"
+        sides = zip("RAS", "LPI", place.round().astype(int), strict=True)
+        where = ", ".join(f"{far if mm < 0 else near} {abs(mm)} mm" for near, far, mm in sides)
+        shown = f"{where} · {volume.hu[tuple(index)]} HU"
         assert shown in viewer.readout.value
         assert viewer.scans[0].described(viewer.voxel) == shown
 

@@ -1,0 +1,130 @@
+"""The attention viewer where it runs: maps chosen by key, a place clicked, prompts and sentences, and what is wrong."""
+
+import re
+
+import pytest
+from test_slices_in_browser import CANVAS, does, in_panel, mouse_on
+
+VIEWER = [
+    """
+from medctkit import load_mini_base, lora, phantom, viewers
+from medctkit.ctclip import CTCLIPConfig, CTCLIPModel
+
+study = phantom.generate(seed=7, findings=["Consolidation", "Pleural effusion"], shape=(48, 96, 96))
+base = load_mini_base()
+adapted = lora.add_lora(load_mini_base().model, "paper", r=4, init_lora_weights=False)
+vision = base.model.config.vision_config | {"image_size": 32}
+smaller = CTCLIPModel(CTCLIPConfig(vision, base.model.config.text_config, base.model.config.projection_dim))
+models = {"base": base.model, "adapted": adapted.eval(), "smaller": smaller.eval()}
+""",
+    "viewers.AttentionViewer(study.volume, models, base.tokenizer, base.preprocess_config, study.masks)",
+]
+PATCH = r"patch \(t, i, j\) = \((\d), (\d), (\d)\)"
+MESSAGE = ".medctkit-message"
+
+
+@pytest.fixture
+def viewer(visit):
+    return visit("attention", VIEWER)
+
+
+def show(page, what, model="base"):
+    """Choose with the mouse."""
+    page.tab.get_by_role("button", name=model, exact=True).click()
+    page.control("show").locator("select").select_option(what)
+
+
+def field(page, description):
+    return page.control(description).locator("input")
+
+
+def enter(page, description, sentence):
+    """Type as a person does: into the field, then Enter."""
+    field(page, description).fill(sentence)
+    field(page, description).press("Enter")
+
+
+def test_it_opens_with_a_map_and_says_what_it_is(viewer):
+    assert viewer.pixels(viewer.find(CANVAS)).startswith("data:image")
+    said = viewer.text_appears("base: rollout")
+    assert "0.391 % if all were alike" in said, "of 4 x 8 x 8 patches"
+    for mask in ("Consolidation", "Pleural effusion"):
+        assert re.search(rf"[\d.]+ % of the map lies in {mask}, [\d.]+ % of what the model sees", said)
+    viewer.screenshot("rollout", full_page=True)
+
+
+def test_what_is_shown_is_chosen_by_key(viewer):
+    show(viewer, "rollout")
+    viewer.text_appears("base: rollout")
+    canvas, shown = viewer.find(CANVAS), viewer.control("show").locator("select")
+    shown.focus()
+    assert does(viewer, canvas, lambda: shown.press("ArrowDown"))
+    viewer.text_appears("base: spatial attention of a patch, layer 0 of 0 to 1, mean of heads")
+    layer = viewer.control("layer").locator(".noUi-handle")
+    layer.focus()
+    assert does(viewer, canvas, lambda: layer.press("ArrowRight"))
+    viewer.text_appears("base: spatial attention of a patch, layer 1 of 0 to 1, mean of heads")
+    head = viewer.control("head").locator("select")
+    head.focus()
+    assert does(viewer, canvas, lambda: head.press("ArrowDown"))
+    viewer.text_appears("layer 1 of 0 to 1, head 0")
+    adapted = viewer.tab.get_by_role("button", name="adapted", exact=True)
+    adapted.focus()
+    assert does(viewer, canvas, lambda: adapted.press("Enter"))
+    viewer.text_appears("adapted: spatial attention of a patch, layer 1 of 0 to 1, head 0")
+    viewer.screenshot("by key", full_page=True)
+
+
+def test_a_click_asks_the_patch_at_that_place(viewer):
+    show(viewer, "temporal attention of a patch")
+    show(viewer, "spatial attention of a patch")
+    canvas, asked = viewer.find(CANVAS), []
+    for across in (0.10, 0.24):
+        assert does(viewer, canvas, lambda x=across: mouse_on(viewer).click(position=in_panel(canvas, x, 0.6)))
+        asked.append(tuple(map(int, re.search(PATCH, viewer.text_appears(PATCH)).groups())))
+        viewer.screenshot("clicked")
+    (t, i, j), (t_then, i_then, j_then) = asked
+    assert (t, i) == (t_then, i_then) and j_then != j, f"{asked}: further to the patient's left in the same slab"
+
+
+def test_a_prompt_is_taken_from_the_list(viewer):
+    show(viewer, "speaks for a prompt")
+    viewer.text_appears("base: speaks for a prompt")
+    prompt = viewer.control("prompt").locator("select")
+    assert does(viewer, viewer.find(CANVAS), lambda: prompt.select_option("Emphysema"))
+    viewer.text_appears("'Emphysema is present.' against 'Emphysema is not present.'")
+    assert field(viewer, "states").input_value() == "Emphysema is present."
+    prompt.select_option("Consolidation")
+    viewer.text_appears("'Consolidation is present.' against")
+    viewer.screenshot("consolidation", full_page=True)
+
+
+def test_any_sentence_is_asked_and_one_too_long_gives_a_message(viewer):
+    show(viewer, "speaks for a prompt")
+    canvas = viewer.find(CANVAS)
+    enter(viewer, "states", "there is fluid around the lung")
+    viewer.text_appears("base: speaks for a prompt: 'there is fluid around the lung'$")
+    assert viewer.control("prompt").locator("select").input_value() == "a sentence of my own"
+    assert field(viewer, "denies").input_value() == "", "what it denied was another sentence"
+    assert does(viewer, canvas, lambda: enter(viewer, "states", "fluid " * 600))
+    viewer.find(MESSAGE).wait_for()
+    assert re.search(r"has \d+ tokens, the text encoder takes \d+; shorten it", viewer.find(MESSAGE).inner_text())
+    viewer.screenshot("too long", full_page=True)
+    assert does(viewer, canvas, lambda: enter(viewer, "states", "there is emphysema"))
+    viewer.text_appears("base: speaks for a prompt: 'there is emphysema'")
+    assert viewer.tab.locator(MESSAGE).count() == 0
+    assert does(viewer, canvas, lambda: enter(viewer, "denies", "there is no emphysema"))
+    viewer.text_appears("'there is emphysema' against 'there is no emphysema'")
+
+
+def test_a_model_of_another_input_size_gives_a_message_and_the_next_a_map(viewer):
+    show(viewer, "rollout")
+    canvas = viewer.find(CANVAS)
+    viewer.text_appears("base: rollout")
+    assert does(viewer, canvas, lambda: show(viewer, "rollout", model="smaller"))
+    viewer.find(MESSAGE).wait_for()
+    assert "this model expects (batch, 1, 32, 32, 32)" in viewer.find(MESSAGE).inner_text()
+    viewer.screenshot("another model", full_page=True)
+    assert does(viewer, canvas, lambda: show(viewer, "rollout", model="adapted"))
+    viewer.text_appears("adapted: rollout")
+    assert viewer.tab.locator(MESSAGE).count() == 0

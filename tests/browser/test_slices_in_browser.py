@@ -1,0 +1,211 @@
+"""The slice viewer where it runs: notebook 01's own cells, then a plain picture, and two linked volumes."""
+
+import re
+
+import nbformat
+import pytest
+
+STUDY = """
+from medctkit import phantom, viewers
+
+study = phantom.generate(seed=7, findings=["Lung nodule", "Pleural effusion"], shape=(40, 96, 96))
+"""
+KEYS = [STUDY, "viewers.SliceViewer(study.volume, study.masks)"]
+PLAIN = [STUDY, 'viewers.SliceViewer(study.volume, study.masks, canvas="plain")']
+LINKED = [
+    STUDY,
+    """
+other = phantom.generate(seed=7, hospital="target", findings=["Lung nodule"], shape=(30, 80, 80))
+viewers.SliceViewer(study.volume, other=other.volume, names=("source hospital", "target hospital"))
+""",
+]
+CANVAS = ".jupyter-matplotlib canvas"  # the picture, and on it a second one, which hears the mouse
+IMAGE = "img.widget-image"
+
+
+@pytest.fixture
+def course(visit, root):
+    """Notebook 01 up to its first viewer."""
+    cells = []
+    for cell in nbformat.read(root / "notebooks" / "01_data_prep.ipynb", as_version=4).cells:
+        if cell.cell_type == "code":
+            cells.append(cell.source)
+            if "SliceViewer(" in cell.source:
+                return visit("first_viewer", cells)
+    raise AssertionError("notebook 01 has no SliceViewer")
+
+
+def slices(page):
+    """What the readout says: the slice of each plane."""
+    said = page.text_appears(r"axial \d+ of 0 to")
+    return {plane: int(n) for plane, n in re.findall(r"(axial|coronal|sagittal) (\d+) of", said)}
+
+
+def does(page, picture, act):
+    """Whether the picture changes when something is done."""
+    before = page.pixels(picture)
+    act()
+    return page.changed(picture, before)
+
+
+def mouse_on(page):
+    """Where ipympl listens."""
+    return page.find(CANVAS, 1)
+
+
+def in_panel(picture, across, down=0.5):
+    """A place in the picture for the mouse: shares of its width and height."""
+    box = picture.bounding_box()
+    return {"x": across * box["width"], "y": down * box["height"]}
+
+
+def test_notebook_01_opens_runs_and_shows_three_planes(course):
+    canvas = course.find(CANVAS)
+    assert course.pixels(canvas).startswith("data:image")
+    box = canvas.bounding_box()
+    assert box["width"] > 2 * box["height"] > 400, "three planes side by side"
+    assert set(slices(course)) == {"axial", "coronal", "sagittal"}
+    course.screenshot("three planes")
+
+
+def test_a_slider_is_moved_by_its_keys(course):
+    handle = course.control("axial").locator(".noUi-handle")
+    before = slices(course)
+    handle.focus()
+    assert does(course, course.find(CANVAS), lambda: handle.press("ArrowRight"))
+    assert slices(course) == before | {"axial": before["axial"] + 1}
+    course.screenshot("one slice up")
+
+
+def test_a_slider_is_dragged(course):
+    handle, before = course.control("coronal").locator(".noUi-handle"), slices(course)
+    handle.hover()
+    at = handle.bounding_box()
+    x, y = at["x"] + at["width"] / 2, at["y"] + at["height"] / 2
+
+    def drag():
+        course.tab.mouse.down()
+        course.tab.mouse.move(x + 40, y, steps=8)
+        course.tab.mouse.up()
+
+    assert does(course, course.find(CANVAS), drag)
+    assert slices(course)["coronal"] > before["coronal"] + 5
+    course.screenshot("dragged")
+
+
+def test_the_wheel_changes_the_slice_of_the_plane_under_the_mouse(course):
+    canvas, before = course.find(CANVAS), slices(course)
+    mouse_on(course).hover(position=in_panel(canvas, 0.15))
+    top = canvas.bounding_box()["y"]
+    assert does(course, canvas, lambda: course.tab.mouse.wheel(0, -100))
+    after = slices(course)
+    assert abs(after["axial"] - before["axial"]) == 1
+    assert (after["coronal"], after["sagittal"]) == (before["coronal"], before["sagittal"])
+    assert canvas.bounding_box()["y"] == top, "the page stays where it is"
+    course.screenshot("after the wheel")
+
+
+def test_a_click_moves_the_crosshair_in_all_planes(course):
+    canvas, before = course.find(CANVAS), slices(course)
+    assert does(course, canvas, lambda: mouse_on(course).click(position=in_panel(canvas, 0.10, 0.4)))
+    after = slices(course)
+    assert after["axial"] == before["axial"]
+    assert after["coronal"] != before["coronal"] and after["sagittal"] != before["sagittal"]
+    course.screenshot("crosshair")
+
+
+def test_the_value_under_the_cursor_is_told(course):
+    canvas = mouse_on(course)
+    canvas.hover(position=in_panel(canvas, 0.2, 0.6))
+    assert re.search(r"R \d+ mm, [AP] \d+ mm, [SI] \d+ mm · -?\d+ HU", course.text_appears("under the cursor: R"))
+
+
+def test_a_window_is_chosen(course):
+    window = course.control("window").locator("select")
+    assert does(course, course.find(CANVAS), lambda: window.select_option("mediastinum"))
+    course.text_appears("window centre 40 HU, width 400 HU")
+    course.screenshot("mediastinal window")
+    handle = course.control("width HU").locator(".noUi-handle")
+    handle.focus()
+    assert does(course, course.find(CANVAS), lambda: handle.press("ArrowRight"))
+    course.text_appears("window centre 40 HU, width 410 HU")
+    course.tab.wait_for_timeout(300)
+    assert window.input_value() == "free"
+    assert does(course, course.find(CANVAS), lambda: window.select_option("lung"))
+
+
+def test_a_mask_is_shown_where_most_of_it_is(course):
+    box = course.tab.get_by_label("Lung nodule").first
+    assert does(course, course.find(CANVAS), box.check)
+    course.text_appears("inside of Lung nodule")
+    course.screenshot("nodule")
+    assert does(course, course.find(CANVAS), box.uncheck)
+
+
+def test_a_single_plane_is_larger(course):
+    canvas = course.find(CANVAS)
+    small = canvas.bounding_box()["height"]
+    course.tab.get_by_role("button", name="sagittal", exact=True).click()
+    course.tab.wait_for_timeout(1000)
+    assert canvas.bounding_box()["height"] > 1.3 * small
+    course.screenshot("sagittal")
+    course.tab.get_by_role("button", name="three planes").click()
+    course.tab.wait_for_timeout(1000)
+    assert canvas.bounding_box()["height"] == small
+
+
+def test_everything_is_reached_without_a_mouse(visit):
+    page = visit("keys", KEYS)  # a page that no mouse has been on
+    tab, canvas = page.tab, page.find(CANVAS)
+    page.pixels(canvas)
+    tab.get_by_role("button", name="three planes").focus()
+    focused = "() => document.activeElement.closest('.jupyter-widgets')?.innerText.split('\\n')[0] ?? ''"
+    reached = []
+    for _ in range(30):
+        tab.keyboard.press("Tab")
+        reached.append(tab.evaluate(focused))
+        if tab.evaluate("() => document.activeElement.tagName") == "CANVAS":
+            break
+    for control in ("crosshair", "axial", "coronal", "sagittal", "window", "centre HU", "width HU", "Lung nodule"):
+        assert control in reached, reached
+    before = slices(page)
+    assert does(page, canvas, lambda: tab.keyboard.press("ArrowUp")), "keys work once the picture has the focus"
+    assert slices(page)["axial"] == before["axial"] + 1
+    assert does(page, canvas, lambda: tab.keyboard.press("2"))
+    page.text_appears("window centre 40 HU")
+    assert does(page, canvas, lambda: tab.keyboard.press("1"))
+    assert does(page, canvas, lambda: tab.keyboard.press("m"))
+    page.screenshot("masks by key")
+    assert does(page, canvas, lambda: tab.keyboard.press("m"))
+
+
+def test_the_plain_picture_follows_its_sliders(visit):
+    page = visit("plain", PLAIN)
+    image = page.find(IMAGE)
+    handle = page.control("sagittal").locator(".noUi-handle")
+    before = slices(page)
+    handle.focus()
+    assert does(page, image, lambda: handle.press("PageUp"))
+    assert slices(page)["sagittal"] > before["sagittal"]
+    assert does(page, image, lambda: page.control("window").locator("select").select_option("bone"))
+    page.text_appears("window centre 400 HU")
+    assert does(page, image, page.tab.get_by_label("Pleural effusion").first.check)
+    page.screenshot("plain")
+    assert page.tab.locator(CANVAS).count() == 0
+
+
+def test_two_volumes_move_together(visit):
+    page = visit("linked", LINKED)
+    canvas = page.find(CANVAS)
+    told = page.text_appears("target hospital: ")
+    handle = page.control("axial").locator(".noUi-handle")
+    handle.focus()
+    assert does(page, canvas, lambda: handle.press("PageUp"))
+    assert page.text_appears("target hospital: ") != told
+    page.screenshot("slider")
+    before = slices(page)
+    assert does(page, canvas, lambda: mouse_on(page).click(position=in_panel(canvas, 0.12, 0.8))), (
+        "a click in the lower row"
+    )
+    assert slices(page) != before
+    page.screenshot("click in the second volume")
