@@ -23,6 +23,7 @@ WIDEST = 2.35  # heights: how wide a row of panels may be; 360 pixels fit Jupyte
 LARGE = 1.5  # heights: a single plane
 CROSSHAIR = (240, 228, 66)
 _HOLE = 9  # pixels: the crosshair leaves its middle free, so that what it points at can be seen
+_MARKS = 22  # pixels at the edges that the crosshair leaves to the orientation marks
 _GROUND = (50, 50, 50)  # between panels; no slice is there
 _LINE = 22  # pixels: a line of the legend
 
@@ -154,11 +155,12 @@ def _draw_crosshair(picture, panel: Panel, voxel: Sequence[int]) -> None:
     from PIL import ImageDraw
 
     draw, (x, y) = ImageDraw.Draw(picture), map(round, panel.place(voxel))
-    right, bottom = panel.left + panel.size[0] - 1, panel.top + panel.size[1] - 1
-    for ends in ((panel.left, x - _HOLE), (x + _HOLE, right)):
+    left, top = panel.left + _MARKS, panel.top + _MARKS
+    right, bottom = panel.left + panel.size[0] - 1 - _MARKS, panel.top + panel.size[1] - 1 - _MARKS
+    for ends in ((left, x - _HOLE), (x + _HOLE, right)):
         if ends[0] <= ends[1]:
             draw.line([(ends[0], y), (ends[1], y)], CROSSHAIR)
-    for ends in ((panel.top, y - _HOLE), (y + _HOLE, bottom)):
+    for ends in ((top, y - _HOLE), (y + _HOLE, bottom)):
         if ends[0] <= ends[1]:
             draw.line([(x, ends[0]), (x, ends[1])], CROSSHAIR)
 
