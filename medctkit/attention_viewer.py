@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from medctkit.callback_errors import Messages
+from medctkit.rendering import place_of
 from medctkit.slice_viewer import SliceViewer
 from medctkit.volumes import CTVolume
 
@@ -245,8 +246,8 @@ class AttentionViewer:
             head = MEAN if self.head.value == MEAN else f"head {self.head.value}"
             what += f", layer {self.layer.value} of 0 to {self.layer.max}, {head}"
         if self._patch is not None:
-            r, a, s = (heat_map.affine @ [*self._patch, 1])[:3]
-            what += f"; patch (t, i, j) = {self._patch} under the crosshair, around R {r:.0f}, A {a:.0f}, S {s:.0f} mm"
+            middle = (heat_map.affine @ [*self._patch, 1])[:3]
+            what += f"; patch (t, i, j) = {self._patch} under the crosshair, around {place_of(middle)}"
         if shown == "speaks for a prompt":
             against = f" against {self.denying.value.strip()!r}" if self.denying.value.strip() else ""
             what += f": {self.stating.value.strip()!r}{against}"
@@ -254,9 +255,8 @@ class AttentionViewer:
         lines = [what, f"{low} to {high} of the map in a patch; {_percent(1 / values.size)} if all were alike"]
         for name, filled in self._filled(values.shape).items():
             share = (values * filled).sum() / values.sum()
-            lines.append(
-                f"{_percent(share)} of the map lies in {name}, {_percent(filled.mean())} of what the model sees"
-            )
+            size = _percent(filled.mean())
+            lines.append(f"{_percent(share)} of the map lies in {name}, which is {size} of what the model sees")
         return f'<div style="line-height:1.4">{"<br>".join(map(html.escape, lines))}</div>'
 
     def _filled(self, grid: tuple[int, int, int]) -> dict[str, np.ndarray]:

@@ -83,6 +83,10 @@ def students(source: str) -> str:
     return "\n".join(lines)
 
 
+# The cell for Colab, which no lesson is about: folded in JupyterLab, in Colab and on the site.
+FOLDED = {"tags": ["colab", "hide-input"], "jupyter": {"source_hidden": True}, "cellView": "form"}
+
+
 def assembled(notebook, solutions: Mapping[str, str], solved: bool = False):
     """A notebook with the cell for Colab and with its exercises, as the student gets them or solved.
 
@@ -108,8 +112,9 @@ def assembled(notebook, solutions: Mapping[str, str], solved: bool = False):
         _set_source(cell, solutions[name] if solved else students(solutions[name]))
     cells = [cell for cell in notebook.cells if is_tagged(cell, "colab")]
     if not cells:
-        cells = [nbformat.v4.new_code_cell(id="colab", metadata={"tags": ["colab"]})]
+        cells = [nbformat.v4.new_code_cell(id="colab")]
         notebook.cells.insert(1, cells[0])
+    cells[0].metadata = nbformat.from_dict(FOLDED)
     _set_source(cells[0], COLAB_CELL.read_text(encoding="utf-8").strip())
     return notebook
 
