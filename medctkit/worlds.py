@@ -54,7 +54,7 @@ class World:
         manifest_path: the cohort.
         cache_dir: prepared volumes.
         settings: of the adaptation.
-        said: one line for the reader.
+        said: for the reader, a line or two.
     """
 
     name: str
@@ -146,8 +146,8 @@ def open_world(
             manifest,
             prepared_dir(manifest, output_dir),
             DEFAULT,
-            "phantom: procedural chest CTs of two hospitals and the mini CT-CLIP, 1.5 M parameters. Nothing measured "
-            "here says anything about patients.",
+            "phantom: procedural chest CTs of two hospitals and the mini CT-CLIP, 1.5 M parameters.\nNothing "
+            "measured here says anything about patients.",
         )
     if world != "released":
         raise ValueError(f"world={world!r}: expected phantom or released")
