@@ -97,17 +97,14 @@ def demo(
     output_dir: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Seed of the adaptation and the bootstrap.")] = 0,
     notebooks_dir: Annotated[Path, typer.Option(help="Where the notebooks are.")] = NOTEBOOKS_DIR,
-    everything: Annotated[bool, typer.Option("--all", help="Run every notebook, not only 01-04.")] = False,
 ) -> None:
     """Run notebooks 01-04 on synthetic patients: no download, no GPU; then print what was measured."""
     start = time.perf_counter()
     output_dir = output_dir.resolve()
     paths = [notebooks_dir / name for name in NOTEBOOKS]
-    if everything:
-        paths = sorted({*paths, *notebooks_dir.glob("*.ipynb")})
     print(
         f"Running {len(paths)} notebooks on synthetic chest CT. It needs no GPU and no network.\n"
-        f"The four of the demo take about 5 minutes on two CPU cores. Writes to {output_dir}\n",
+        f"They take about 5 minutes on two CPU cores. Writes to {output_dir}\n",
         flush=True,
     )
     try:

@@ -102,12 +102,12 @@ def test_demo_without_notebooks_says_where_they_come_from(tmp_path):
     assert "04_zero_shot_evaluation.ipynb" in result.output and "clone" in result.output
 
 
-def test_all_runs_the_other_notebooks_too(folders, monkeypatch):
+def test_the_demo_runs_its_own_notebooks_only(folders, monkeypatch):
     write_notebook(folders[0] / "05_more.ipynb", "1 + 1")
     ran = []
     monkeypatch.setattr(demo, "execute", lambda path, *rest: ran.append(path.name))
-    assert run_demo(folders, "--all").exit_code == 1, "no metrics.json can have been written"
-    assert ran == [*demo.NOTEBOOKS, "05_more.ipynb"]
+    assert run_demo(folders).exit_code == 1, "no metrics.json can have been written"
+    assert ran == [*demo.NOTEBOOKS]
 
 
 def test_jupyter_path_is_put_back(monkeypatch):
