@@ -87,7 +87,7 @@ def describe_device() -> tuple[bool, str, str]:
         found = "Apple GPU (mps)"
     else:
         found = "CPU (enough for the demo and all default notebooks)"
-    return True, "device", f"{found}; {torch.get_num_threads()} thread(s) of {os.cpu_count()} cores"
+    return True, "device", f"{found}; {torch.get_num_threads()} threads of {os.cpu_count()} cores"
 
 
 @app.command()
