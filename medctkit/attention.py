@@ -15,6 +15,7 @@ Shapes: t, h, w patches along the model's axes (z, x, y); n = h * w; c channels;
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -172,8 +173,8 @@ def embed_sentences(model: nn.Module, tokenizer: Any, sentences: Sequence[str]) 
     words = tokenizer(list(sentences), padding=True, return_tensors="pt")
     lengths, limit = words["attention_mask"].sum(1), model.config.text_config["max_position_embeddings"]
     if lengths.max() > limit:
-        longest = sentences[int(lengths.argmax())]
-        raise ValueError(f"{longest!r:.80} has {lengths.max()} tokens, the text encoder takes {limit}; shorten it")
+        longest = shorten(sentences[int(lengths.argmax())], 60, placeholder=" ...")
+        raise ValueError(f"{longest!r} has {lengths.max()} tokens, the text encoder takes {limit}; shorten it")
     device = model.temperature.device
     with evaluating(model):
         return model.encode_text(words["input_ids"].to(device), words["attention_mask"].to(device)).float()

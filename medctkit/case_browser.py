@@ -97,6 +97,8 @@ class CaseBrowser:
         self.finding = w.Dropdown(options=[ALL, *FINDINGS], description="finding", layout=wide)
         self.presence = w.Dropdown(options=PRESENCE, description="label", layout=wide, disabled=True)
         self.study = w.Select(layout={"width": "290px", "height": f"{self.height + 40}px"})
+        self.previous = w.Button(description="previous study", layout={"width": "142px"})
+        self.next = w.Button(description="next study", layout={"width": "142px"})
         self.count, self.facts, self.table, self.scores = w.HTML(), w.HTML(), w.HTML(), w.HTML()
         text = {"continuous_update": False, "layout": {"width": "98%"}, "style": {"description_width": "50px"}}
         self.stating = w.Text(description="states", placeholder="any sentence, then Enter", **text)
@@ -106,9 +108,13 @@ class CaseBrowser:
         for control in (self.sorting, self.finding, self.presence):
             self._observe(control, self.messages, self._list)
         self._observe(self.study, self.messages, self._show)
+        for button, step in ((self.previous, -1), (self.next, 1)):
+            button.on_click(self.messages.guarded(lambda step=step: self._step(step)))
         for control in (self.stating, self.denying):
             self._observe(control, self.typing, self._score)
-        left = w.VBox([self.sorting, self.finding, self.presence, self.study, self.count], layout={"width": "300px"})
+        steps = w.HBox([self.previous, self.next])
+        controls = [self.sorting, self.finding, self.presence, self.study, steps, self.count]
+        left = w.VBox(controls, layout={"width": "300px"})
         right = w.VBox([self.messages.widget, self.scan], layout=_beside(560))
         asked = [w.HTML("<b>Score any sentence</b>"), self.stating, self.denying, self.typing.widget, self.scores]
         told = w.VBox([self.facts, *asked], layout=_beside(380))
@@ -142,6 +148,11 @@ class CaseBrowser:
         self.count.value = f"{len(found):,} of {len(self.cases):,} studies, with their {shown} ({of})"
         if self.index != self._shown or not self.scan.children:
             self._show()
+
+    def _step(self, step: int) -> None:
+        """Go on in the list, at its end to its start; JupyterLab keeps the arrow keys for its cells."""
+        if self.study.options:
+            self.study.index = (self.study.index + step) % len(self.study.options)
 
     def _line(self, index: int, value: float) -> str:
         study = self.cases.rows[index]["study"]

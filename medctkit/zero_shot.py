@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -157,9 +158,9 @@ class ZeroShotClassifier:
         self._words = tokenizer(flat, padding=True, return_tensors="pt")
         lengths, limit = self._words["attention_mask"].sum(1), model.config.text_config["max_position_embeddings"]
         if lengths.max() > limit:
-            longest = flat[int(lengths.argmax())]
+            longest = shorten(flat[int(lengths.argmax())], 60, placeholder=" ...")
             raise ValueError(
-                f"the prompt {longest!r:.80} has {lengths.max()} tokens, the text encoder takes {limit}; shorten it"
+                f"the prompt {longest!r} has {lengths.max()} tokens, the text encoder takes {limit}; shorten it"
             )
         self._text: torch.Tensor | None = None
         self._scale: torch.Tensor | None = None

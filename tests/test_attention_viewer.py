@@ -11,6 +11,7 @@ from medctkit.ctclip import CTCLIPConfig, CTCLIPModel
 from medctkit.localisation import patch_shares
 from medctkit.phantom import generate
 from medctkit.preprocessing import PreprocessConfig, preprocess
+from medctkit.rendering import place_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PATCH = (1, 1, 0)
@@ -122,7 +123,7 @@ def test_the_patch_is_the_one_under_the_crosshair(viewer, study, config, monkeyp
     for patch in ((0, 0, 1), (1, 1, 1)):
         point = middle_of(patch, study, config)
         viewer.slices.move_to(point)
-        assert f"patch (t, i, j) = {patch} under the crosshair, around R {point[0]:.0f}, A" in viewer.caption.value
+        assert f"patch (t, i, j) = {patch} under the crosshair, around {place_of(point)}<br>" in viewer.caption.value
         assert shown(viewer).values[patch[0]].sum() == pytest.approx(1, abs=1e-5)
     monkeypatch.setattr(viewer, "_draw", None)  # fails when called
     viewer.slices.move_to(middle_of((1, 1, 1), study, config) + 20)  # in the same patch
@@ -200,9 +201,11 @@ def test_the_caption_says_how_much_of_the_map_lies_in_each_mask(study, models, c
     assert 0 < share < 1 and share != pytest.approx(filled.mean(), rel=1e-3)
     said = viewer.caption.value
     assert (
-        f"{100 * share:.3g} % of the map lies in effusion, {100 * filled.mean():.3g} % of what the model sees" in said
+        f"{100 * share:.3g} % of the map lies in effusion, which is {100 * filled.mean():.3g} % of what the model"
+        in said
     )
-    assert "100 % of the map lies in everything, 100 % of" in said and "0 % of the map lies in nothing, 0 % of" in said
+    assert "100 % of the map lies in everything, which is 100 % of" in said
+    assert "0 % of the map lies in nothing, which is 0 % of" in said
     assert "12.5 % if all were alike" in said
 
 

@@ -247,6 +247,22 @@ def test_picking_a_study_shows_its_scan_report_labels_and_probabilities(browser,
                 )
 
 
+def test_the_list_is_walked_by_buttons_and_round_its_ends(browser):
+    listed = [i for _, i in browser.study.options]
+    browser.next.click()
+    assert browser.index == listed[1]
+    assert browser.cases.rows[listed[1]]["study"] in browser.facts.value
+    browser.previous.click()
+    browser.previous.click()  # the last one cannot be read
+    assert browser.index == listed[-1] and "can't be shown" in browser.messages.text
+    browser.next.click()
+    assert browser.index == listed[0] and not browser.messages.text
+    browser.finding.value = "Mosaic attenuation pattern"
+    browser.presence.value = "unknown"
+    browser.next.click()
+    assert browser.index is None
+
+
 def test_a_real_scan_with_unknown_labels_is_shown_and_its_text_is_escaped(browser):
     pick(browser, "real")
     assert browser.slices.scans[0].volume.shape == (40, 60, 60) and not browser.messages.text

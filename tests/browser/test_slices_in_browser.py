@@ -117,7 +117,7 @@ def test_a_click_moves_the_crosshair_in_all_planes(course):
 def test_the_value_under_the_cursor_is_told(course):
     canvas = mouse_on(course)
     canvas.hover(position=in_panel(canvas, 0.2, 0.6))
-    assert re.search(r"R \d+ mm, [AP] \d+ mm, [SI] \d+ mm · -?\d+ HU", course.text_appears("under the cursor: R"))
+    assert re.search(r"[RL] \d+ mm, [AP] \d+ mm, [SI] \d+ mm · -?\d+ HU", course.text_appears("under the cursor: "))
 
 
 def test_a_window_is_chosen(course):
