@@ -34,7 +34,7 @@ from medctkit.rendering import (
 
 QUALITY = 50  # of WebP: 240 slices in two windows take 5 MB where the CT is noisy, 3 MB where it is not
 _MAP_POINTS = 48  # a side of a heat map
-_TOWARDS = {"axial": (2, "S"), "coronal": (1, "A"), "sagittal": (0, "R")}  # patient axis that a plane moves along
+_ALONG = {"axial": 2, "coronal": 1, "sagittal": 0}  # patient axis (RAS) that a plane moves along
 
 
 def write_stack_page(
@@ -173,10 +173,11 @@ def _text(scan: Scan, plane: str, index: int, masks: tuple[str, ...]) -> str:
     """What is said of a slice: its number, where its middle lies, what is marked in it."""
     voxel = (np.array(scan.volume.shape) - 1) / 2
     voxel[PLANES[plane]] = index
-    axis, letter = _TOWARDS[plane]
+    axis = _ALONG[plane]
+    place = round(float(scan.point_of(voxel)[axis]))
     last = scan.volume.shape[PLANES[plane]] - 1
     marked = [name for name in masks if slice_of(scan.masks[name], plane, index).any()]
-    said = f"{plane} slice {index} of 0 to {last}, {letter} {scan.point_of(voxel)[axis]:.0f} mm"
+    said = f"{plane} slice {index} of 0 to {last}, {('RAS', 'LPI')[place < 0][axis]} {abs(place)} mm"
     return f"{said}; marked: {', '.join(marked)}" if marked else said
 
 

@@ -57,9 +57,11 @@ def test_every_slice_is_there_in_every_window(page, scan):
 
 def test_texts_say_slice_place_and_what_is_marked(page, scan):
     texts, step = data_of(page)["texts"], scan.volume.spacing[0]
+    assert [text.split(", ")[1].split("; ")[0] for text in texts[::31]] == ["I 174 mm", "S 174 mm"]
     filled = scan.masks["Lung nodule"].any(axis=(1, 2))
     for index, text in enumerate(texts):
-        assert text.startswith(f"axial slice {index} of 0 to 31, S {round(index * step)} mm")
+        place = round((index - 15.5) * step)
+        assert text.startswith(f"axial slice {index} of 0 to 31, {'SI'[place < 0]} {abs(place)} mm")
         assert text.endswith("; marked: Lung nodule") == filled[index]
     assert filled.any()
 
@@ -115,7 +117,7 @@ def test_the_page_can_be_read_and_used_without_seeing_or_a_mouse(page):
     tags = {tag: attributes for tag, attributes, _ in reader.found}
     assert tags["html"]["lang"] == "en" and "title" in tags and "noscript" in tags
     images = [attributes for tag, attributes, _ in reader.found if tag == "img"]
-    assert images[0]["alt"] == "axial slice 16 of 0 to 31, S 180 mm; lung window, centre -600 HU, width 1500 HU"
+    assert images[0]["alt"] == "axial slice 16 of 0 to 31, S 6 mm; lung window, centre -600 HU, width 1500 HU"
     assert images[0]["src"] == data_of(page)["windows"][0][16]  # shown before any script runs
     inputs = [(attributes["type"], inside) for tag, attributes, inside in reader.found if tag == "input"]
     assert [kind for kind, _ in inputs] == ["range", "radio", "radio", "range", "range"]
@@ -136,7 +138,7 @@ def test_names_cannot_break_out_of_the_page(scan, tmp_path):
 def test_a_plain_page_has_no_layers(scan, tmp_path):
     written = write_stack_page(tmp_path / "p.html", scan, "sagittal").read_text()
     assert data_of(written)["layers"] == [] and 'class="opacity"' not in written
-    assert data_of(written)["texts"][63].startswith("sagittal slice 63 of 0 to 63, R -354 mm")
+    assert data_of(written)["texts"][63].startswith("sagittal slice 63 of 0 to 63, L 177 mm")
 
 
 def test_bad_input_leaves_no_file(scan, tmp_path):
