@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from printing import show
 
 HERE = Path(__file__).resolve().parent
 WORK = HERE.parent / "runs" / "bench"
@@ -182,15 +183,6 @@ def bars(found):
         (cache["largest_error"] <= 1e-4, "the cache changes values by at most 1e-4"),
         (cache["times_faster"] >= 1, "reading it is faster than preparing again"),
     ]
-
-
-def show(name, values, indent=0):
-    print(f"{'  ' * indent}{name}")
-    for key, value in values.items():
-        if isinstance(value, dict):
-            show(key, value, indent + 1)
-        else:
-            print(f"{'  ' * (indent + 1)}{key.replace('_', ' '):38} {value:,.4g}")
 
 
 def main():

@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from printing import show
 
 HERE = Path(__file__).resolve().parent
 COARSE, FACTOR, SPACING = (80, 160, 160), 3, (1.5, 0.75, 0.75)  # a phantom, each voxel made to 3 x 3 x 3; mm
@@ -167,15 +168,6 @@ def bars(found):
             f"{page['slices']} slices as HTML take {page['megabytes']:.1f} MB, at most {PAGE_MEGABYTES}",
         ),
     ]
-
-
-def show(name, values, indent=0):
-    print(f"{'  ' * indent}{name}")
-    for key, value in values.items():
-        if isinstance(value, dict):
-            show(key, value, indent + 1)
-        else:
-            print(f"{'  ' * (indent + 1)}{key.replace('_', ' '):40} {value:,.4g}")
 
 
 def main():
