@@ -131,10 +131,6 @@ def test_what_has_no_mask_is_refused():
             loc.score_maps(np.full((1, 2, 2, 2), wrong), shares)
 
 
-class Data(list):
-    """Items of a data set."""
-
-
 def test_shuffling_destroys_a_map_and_touches_only_what_it_should():
     torch.manual_seed(0)
     model = tiny_model().unload().eval()
@@ -143,7 +139,7 @@ def test_shuffling_destroys_a_map_and_touches_only_what_it_should():
         same = name != "to_visual_latent.weight"
         assert torch.equal(before, after) == same, name
         torch.testing.assert_close(before.flatten().sort()[0], after.flatten().sort()[0])
-    data = Data(tiny_data(4))
+    data = tiny_data(4)
     rng = np.random.default_rng(0)
     regions = loc.Regions(
         np.array([0, 1, 2, 3]), np.array([1, 5, 7, 7]), np.array(list("abcd")), rng.random((4, 2, 2, 2))
@@ -156,7 +152,7 @@ def test_shuffling_destroys_a_map_and_touches_only_what_it_should():
 
 
 def test_the_control_asks_for_another_finding():
-    model, data, words = tiny_model().eval(), Data(tiny_data(2)), tiny_tokenizer()
+    model, data, words = tiny_model().eval(), tiny_data(2), tiny_tokenizer()
     regions = loc.Regions(np.array([0, 1]), np.array([0, 3]), np.array(["a", "b"]), np.ones((2, 2, 2, 2)))
     moved = loc.Regions(regions.study, np.array([9, 12]), regions.patients, regions.shares)
     kinds = {"stating": ["{finding} seen"], "denying": ["no {finding}"]}
@@ -169,7 +165,7 @@ def test_the_control_asks_for_another_finding():
 
 
 def test_contrast_and_rollout_know_no_prompt():
-    model, data = tiny_model().eval(), Data(tiny_data(2))
+    model, data = tiny_model().eval(), tiny_data(2)
     regions = loc.Regions(np.array([0, 0, 1]), np.array([0, 3, 3]), np.array(["a", "a", "b"]), np.ones((3, 2, 2, 2)))
     for maps in (loc.contrast_of_regions(data, regions, (2, 2, 2)), loc.rollout_of_regions(model, data, regions)):
         np.testing.assert_array_equal(maps[0], maps[1])

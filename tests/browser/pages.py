@@ -4,6 +4,7 @@ import re
 import time
 from pathlib import Path
 
+import nbformat
 from servers import Server
 
 READY = """() => {
@@ -24,6 +25,17 @@ PIXELS = """element => {
 NOT_OURS = re.compile(r"fortawesome|ERR_FAILED|shared module|Federation Runtime", flags=re.I)
 ERRORS = ".medctkit-error, [data-mime-type='application/vnd.jupyter.stderr']:has-text('Traceback')"
 TRACEBACK = re.compile(r"Traceback \(most recent call last\)")
+
+
+def cells_up_to(notebook: Path, words: str) -> list[str]:
+    """The code of a notebook up to the first cell that has some words in it."""
+    cells = []
+    for cell in nbformat.read(notebook, as_version=4).cells:
+        if cell.cell_type == "code":
+            cells.append(cell.source)
+            if words in cell.source:
+                return cells
+    raise AssertionError(f"{notebook.name} has no {words}")
 
 
 class NotebookPage:

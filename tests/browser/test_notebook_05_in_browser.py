@@ -2,8 +2,8 @@
 
 import re
 
-import nbformat
 import pytest
+from pages import cells_up_to
 from test_slices_in_browser import CANVAS, does
 
 from medctkit import load_mini_base, lora
@@ -18,13 +18,8 @@ def course(visit, root):
     folder = root / "runs" / "notebooks" / "adapter"  # the notebook's ../runs/notebooks
     if not folder.exists():
         lora.save_adapter(lora.add_lora(load_mini_base().model, "paper", r=4, init_lora_weights=False), folder)
-    cells = []
-    for cell in nbformat.read(root / "notebooks" / "05_slices_and_attention.ipynb", as_version=4).cells:
-        if cell.cell_type == "code":
-            cells.append(cell.source)
-            if "AttentionViewer(" in cell.source:
-                return visit("up_to_attention", cells)
-    raise AssertionError("notebook 05 has no AttentionViewer")
+    notebook = root / "notebooks" / "05_slices_and_attention.ipynb"
+    return visit("up_to_attention", cells_up_to(notebook, "AttentionViewer("))
 
 
 def viewer(page, name):

@@ -2,8 +2,8 @@
 
 import re
 
-import nbformat
 import pytest
+from pages import cells_up_to
 
 STUDY = """
 from medctkit import phantom, viewers
@@ -26,13 +26,7 @@ IMAGE = "img.widget-image"
 @pytest.fixture
 def course(visit, root):
     """Notebook 01 up to its first viewer."""
-    cells = []
-    for cell in nbformat.read(root / "notebooks" / "01_data_prep.ipynb", as_version=4).cells:
-        if cell.cell_type == "code":
-            cells.append(cell.source)
-            if "SliceViewer(" in cell.source:
-                return visit("first_viewer", cells)
-    raise AssertionError("notebook 01 has no SliceViewer")
+    return visit("first_viewer", cells_up_to(root / "notebooks" / "01_data_prep.ipynb", "SliceViewer("))
 
 
 def slices(page):
