@@ -262,8 +262,7 @@ def _explicit(model: nn.Module) -> Iterator[dict[str, list[torch.Tensor]]]:
     def listen(layer: AttentionLayer, part: str) -> None:
         def forward(x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
             q, k, v = layer.project(x)
-            scores = layer.scale * q @ k.transpose(-1, -2)
-            probabilities = (scores if bias is None else scores + bias).softmax(dim=-1)
+            probabilities = layer.probabilities(q, k, bias)
             kept[part].append(probabilities)
             return layer.to_out((probabilities.to(v.dtype) @ v).transpose(1, 2).flatten(2))
 

@@ -145,8 +145,12 @@ class Attention(nn.Module):
         return q.to(v.dtype), k.to(v.dtype), v
 
     def weights(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """The attention map (b, heads, n queries, n keys); each row sums to one."""
+        """The attention map (b, heads, n queries, n keys) of tokens (b, n, c); each row sums to one."""
         q, k, _ = self.project(x)
+        return self.probabilities(q, k, bias)
+
+    def probabilities(self, q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """The attention map (b, heads, n queries, n keys) of queries and keys (b, heads, n, dim_head)."""
         scores = self.scale * q @ k.transpose(-1, -2)
         return (scores if bias is None else scores + bias).softmax(dim=-1)
 
