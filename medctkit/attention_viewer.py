@@ -5,8 +5,7 @@ when a map first needs it, and kept until `close`: a viewer that shows nothing c
 """
 
 import html
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -80,7 +79,6 @@ class AttentionViewer:
         self._attention: dict[str, Attention] = {}
         self._relevance: dict[tuple[str, str, str], np.ndarray] = {}
         self._inside: dict[tuple, dict[str, np.ndarray]] = {}
-        self._setting = False
         self._build(show)
         self._draw()
 
@@ -102,10 +100,10 @@ class AttentionViewer:
         self.denying = w.Text(first[1], description="denies", placeholder="its negation, or nothing", **text)
         self.caption, self.messages = w.HTML(), Messages()
         for control in (self.model, self.shown, self.layer, self.head):
-            self._observe(control, self._changed)
-        self._observe(self.prompt, self._chose_prompt)
+            self.messages.observe(control, self._draw)
+        self.messages.observe(self.prompt, self._chose_prompt)
         for control in (self.stating, self.denying):
-            self._observe(control, self._typed)
+            self.messages.observe(control, self._typed)
         self.slices.on_move(self._moved)
         rows = (
             [w.Label("model"), self.model, self.shown],
@@ -118,37 +116,19 @@ class AttentionViewer:
 
     # --- what happens when ---
 
-    def _observe(self, control: Any, react: Callable[[], None]) -> None:
-        """React to a control."""
-        control.observe(self.messages.guarded(react), names="value")
-
-    @contextmanager
-    def _quietly(self) -> Iterator[None]:
-        """Several controls are set before anything is drawn."""
-        self._setting, before = True, self._setting
-        try:
-            yield
-        finally:
-            self._setting = before
-
-    def _changed(self) -> None:
-        if not self._setting:
-            self._draw()
-
     def _chose_prompt(self) -> None:
-        if not self._setting and self.prompt.value != OWN:
-            with self._quietly():
+        if self.prompt.value != OWN:
+            with self.messages.quietly():
                 self.stating.value, self.denying.value = self.prompts[self.prompt.value]
             self._draw()
 
     def _typed(self) -> None:
-        if not self._setting:
-            with self._quietly():
-                stating, denying = self.prompts.get(self.prompt.value, ("", ""))
-                if self.stating.value != stating and self.denying.value == denying:
-                    self.denying.value = ""  # it denied another sentence
-                self.prompt.value = OWN
-            self._draw()
+        with self.messages.quietly():
+            stating, denying = self.prompts.get(self.prompt.value, ("", ""))
+            if self.stating.value != stating and self.denying.value == denying:
+                self.denying.value = ""  # it denied another sentence
+            self.prompt.value = OWN
+        self._draw()
 
     def _moved(self, point: np.ndarray) -> None:
         """The crosshair moved: perhaps to another patch."""
@@ -158,7 +138,7 @@ class AttentionViewer:
     # --- the map ---
 
     def _draw(self) -> None:
-        with self._quietly():
+        with self.messages.quietly():
             self._offer_controls()
         self.caption.value = "computing the map ..."
         try:

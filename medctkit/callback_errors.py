@@ -2,7 +2,8 @@
 
 import html
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 _TURN = threading.RLock()  # JupyterLab hands events to the kernel on two threads: one callback at a time
 
@@ -18,7 +19,7 @@ class Messages:
     def __init__(self):
         import ipywidgets as w
 
-        self.widget, self._text = w.HTML(layout={"display": "none"}), ""
+        self.widget, self._text, self._quiet = w.HTML(layout={"display": "none"}), "", False
 
     @property
     def text(self) -> str:
@@ -60,6 +61,26 @@ class Messages:
                     raise
 
         return call
+
+    def observe(self, control, react: Callable) -> None:
+        """Have `react` called, guarded, when the value of a control changes; not while `quietly`."""
+        guarded = self.guarded(react)
+
+        def call(_) -> None:
+            with _TURN:  # what another thread brings waits until the controls have changed, and is not passed over
+                if not self._quiet:
+                    guarded()
+
+        control.observe(call, names="value")
+
+    @contextmanager
+    def quietly(self) -> Iterator[None]:
+        """Controls change together, and nothing that observes them reacts."""
+        self._quiet, before = True, self._quiet
+        try:
+            yield
+        finally:
+            self._quiet = before
 
     def _show(self, css_class: str, text: str) -> None:
         self.clear()

@@ -5,7 +5,7 @@ What is shown is computed in `medctkit.cases`; here it becomes a widget.
 
 import html
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -76,7 +76,6 @@ class CaseBrowser:
         self.height, self.slices = height, None
         self._sentence: Sentence | None = None
         self._shown: int | None = None
-        self._setting = False
         print(self.cases.cost(), flush=True)
         self.cases.embed(batch_size)
         self._build()
@@ -106,12 +105,12 @@ class CaseBrowser:
         self.messages, self.typing = Messages(), Messages()
         self.scan = w.VBox()
         for control in (self.sorting, self.finding, self.presence):
-            self._observe(control, self.messages, self._list)
-        self._observe(self.study, self.messages, self._show)
+            self.messages.observe(control, self._list)
+        self.messages.observe(self.study, self._show)
         for button, step in ((self.previous, -1), (self.next, 1)):
             button.on_click(self.messages.guarded(lambda step=step: self._step(step)))
         for control in (self.stating, self.denying):
-            self._observe(control, self.typing, self._score)
+            self.typing.observe(control, self._score)
         steps = w.HBox([self.previous, self.next])
         controls = [self.sorting, self.finding, self.presence, self.study, steps, self.count]
         left = w.VBox(controls, layout={"width": "300px"})
@@ -123,17 +122,11 @@ class CaseBrowser:
 
     # --- what happens when ---
 
-    def _observe(self, control: Any, messages: Messages, react: Callable[[], None]) -> None:
-        """React to a control."""
-        control.observe(messages.guarded(react), names="value")
-
     def _list(self) -> None:
         """Sort and filter the studies; the one that is shown stays, where the filter lets it."""
-        if self._setting:
-            return
         finding = None if self.finding.value == ALL else self.finding.value
-        self._setting, chosen = True, self.study.value
-        try:
+        chosen = self.study.value
+        with self.messages.quietly():
             self.presence.disabled = finding is None
             if finding is None:
                 self.presence.value = "any"
@@ -141,8 +134,6 @@ class CaseBrowser:
             found = self.cases.ordered(self.sorting.value, finding, presence)
             self.study.options = [(self._line(i, value), i) for i, value in found.items()]
             self.study.value = chosen if chosen in found.index else next(iter(found.index), None)
-        finally:
-            self._setting = False
         shown = self.sorting.value if self.sorting.value != "study" else "disagreement"
         of = "mean of the findings" if finding is None else finding
         self.count.value = f"{len(found):,} of {len(self.cases):,} studies, with their {shown} ({of})"
@@ -161,8 +152,6 @@ class CaseBrowser:
         return f"{value:.3f}  {study}" if value == value else f"   ?   {study}"
 
     def _show(self) -> None:
-        if self._setting:
-            return
         index, self._shown = self.index, None  # another may be picked while this one is made
         if index is None:
             self.scan.children, self.facts.value, self.table.value, self.scores.value = (), "", "", ""

@@ -3,7 +3,6 @@
 import html
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +69,7 @@ class SliceViewer:
             )
         centre, width = window_of(window)
         linked, heat_maps = LinkedScans(volume, masks, other, names), _heat_maps(heat_maps)
-        self.height, self.messages, self._callbacks, self._quiet = height, Messages(), [], False
+        self.height, self.messages, self._callbacks = height, Messages(), []
         self._touched, self._hidden, self._cursor = "axial", (), None
         kind = kind_that_works() if canvas is None else canvas
         self.canvas = PlainCanvas() if kind == "plain" else MouseCanvas(self._on_canvas)
@@ -107,13 +106,13 @@ class SliceViewer:
         self.colour_map = w.Dropdown(options=COLOUR_MAPS, description="colours", layout={"width": "210px"})
         self.readout, self.hover = w.HTML(), w.HTML(_HELP if isinstance(self.canvas, MouseCanvas) else "")
         for plane in PLANES:
-            self._observe(self.sliders[plane], self._moved)
-        self._observe(self.view, self._arrange)
-        self._observe(self.preset, self._change_preset)
+            self.messages.observe(self.sliders[plane], self._moved)
+        self.messages.observe(self.view, self._arrange)
+        self.messages.observe(self.preset, self._change_preset)
         for control in (self.centre, self.width):
-            self._observe(control, self._change_window)
+            self.messages.observe(control, self._change_window)
         for control in (self.crosshair, self.opacity, self.heat_map, self.heat_opacity, self.colour_map):
-            self._observe(control, self._draw)
+            self.messages.observe(control, self._draw)
 
         wrapping = {"flex_flow": "row wrap", "align_items": "center"}
         self._mask_row, self._heat_row = w.HBox(layout=wrapping), w.HBox(layout=wrapping)
@@ -126,19 +125,6 @@ class SliceViewer:
                 self._mask_row, self._heat_row, self.canvas.widget, self.readout, self.hover, self.messages.widget,
             ]
         )  # fmt: skip
-
-    def _observe(self, control, react) -> None:
-        guarded = self.messages.guarded(react)
-        control.observe(lambda change: None if self._quiet else guarded(), names="value")
-
-    @contextmanager
-    def _quietly(self):
-        """Controls change together, and nothing reacts until they all have."""
-        self._quiet, before = True, self._quiet
-        try:
-            yield
-        finally:
-            self._quiet = before
 
     # --- what is shown ------------------------------------------------------------------------------------
 
@@ -173,7 +159,7 @@ class SliceViewer:
         import ipywidgets as w
 
         self._linked, self.scans = linked, linked.scans
-        with self._quietly():
+        with self.messages.quietly():
             for slider, n in zip(self.sliders.values(), self.scans[0].volume.shape, strict=True):
                 slider.max = n - 1
                 slider.value = slider.max // 2
@@ -184,7 +170,7 @@ class SliceViewer:
             for name in self.scans[0].masks
         }
         for name, box in self.mask_boxes.items():
-            self._observe(box, lambda name=name: self._choose_mask(name))
+            self.messages.observe(box, lambda name=name: self._choose_mask(name))
         self._mask_row.children = [
             w.Label("masks", layout={"margin": "0 1em 0 0"}),
             *self.mask_boxes.values(),
@@ -197,7 +183,7 @@ class SliceViewer:
 
     def _take_heat_maps(self, heat_maps: dict[str, HeatMap]) -> None:
         self.heat_maps = heat_maps
-        with self._quietly():
+        with self.messages.quietly():
             self.heat_map.options = ["none", *heat_maps]
             self.heat_map.value = next(iter(heat_maps), "none")
         self._heat_row.layout.display = None if heat_maps else "none"
@@ -252,7 +238,7 @@ class SliceViewer:
         """Move to a voxel of the first scan, draw and tell; False where the crosshair is there already."""
         if voxel == self.voxel:
             return False
-        with self._quietly():
+        with self.messages.quietly():
             for slider, index in zip(self.sliders.values(), voxel, strict=True):
                 slider.value = index
         self.messages.guarded(self._moved)()
@@ -273,12 +259,12 @@ class SliceViewer:
 
     def _change_preset(self) -> None:
         if self.preset.value != "free":
-            with self._quietly():
+            with self.messages.quietly():
                 self.centre.value, self.width.value = WINDOWS[self.preset.value]
         self._draw()
 
     def _change_window(self) -> None:
-        with self._quietly():
+        with self.messages.quietly():
             self.preset.value = "free"
         self._draw()
 
@@ -333,7 +319,7 @@ class SliceViewer:
             self.crosshair.value = not self.crosshair.value
         elif key == "m":
             shown, self._hidden = self._hidden or tuple(self.mask_boxes), self.chosen_masks
-            with self._quietly():
+            with self.messages.quietly():
                 for name, box in self.mask_boxes.items():
                     box.value = not self._hidden and name in shown
             self._draw()

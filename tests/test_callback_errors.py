@@ -44,3 +44,22 @@ def test_what_a_reaction_says_stays():
     messages = Messages()
     messages.guarded(lambda: messages.say("no mask here"))()
     assert messages.text == "no mask here"
+
+
+def test_controls_that_change_together_are_reacted_to_once():
+    import ipywidgets as w
+
+    messages, seen = Messages(), []
+    controls = [w.IntSlider(), w.IntSlider()]
+    for control in controls:
+        messages.observe(control, lambda: seen.append([c.value for c in controls]))
+    controls[0].value = 3
+    messages.say("still here")
+    with messages.quietly():
+        controls[0].value = 4
+        with messages.quietly():
+            controls[1].value = 5
+        controls[1].value = 6
+    assert seen == [[3, 0]] and messages.text == "still here"
+    controls[1].value = 7
+    assert seen == [[3, 0], [4, 7]] and messages.text == ""
