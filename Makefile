@@ -16,10 +16,10 @@ help:  ## list these targets
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  ##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup:  ## install everything into the active environment, or into .venv (once; 2 GB)
-	@"$(PYTHON)" -m medctkit.setup_env "$(ENV)"
+	@"$(PYTHON)" -m tools.setup_env "$(ENV)"
 
 demo: setup  ## the whole story: run notebooks 01 to 04, print the results, leave HTML in runs/demo
-	@$(PY) -m medctkit.demo
+	@$(PY) -m tools.demo
 
 test: setup  ## run the tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -rs --durations=10 -n auto --maxprocesses 4 --dist loadfile
@@ -33,10 +33,10 @@ test-colab: setup  ## run notebooks 00 and 02 with the packages that Colab has (
 	MEDCTKIT_TEST_COLAB=runs/colab $(PY) -m pytest -rs tests/test_colab.py
 
 notebooks: setup  ## run every notebook with its exercises solved; fail where outputs differ in kind
-	@$(PY) -m medctkit.course check
+	@$(PY) -m tools.notebooks check
 
 render: setup  ## run every notebook from nothing and write it back with its outputs
-	@$(PY) -m medctkit.course render
+	@$(PY) -m tools.notebooks render
 	@$(PY) docs/course_map.py
 
 docs: setup  ## build the documentation site into build/docs

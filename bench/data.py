@@ -29,7 +29,7 @@ def make_phantom():
     """A phantom of full size, with the noise of a scanner: what compresses well must not flatter the cache."""
     import nibabel as nib
 
-    from medctkit.phantom import generate
+    from medctkit.phantom.study import generate
 
     if not PHANTOM.exists():
         print(f"making a phantom of {SHAPE} voxels, once: about a minute", flush=True)
@@ -44,7 +44,7 @@ def make_phantom():
 
 
 def volume():
-    from medctkit.volumes import CTVolume
+    from medctkit.scans.volumes import CTVolume
 
     return CTVolume(np.load(PHANTOM).astype(np.float32), SPACING)
 
@@ -54,7 +54,7 @@ def straightforward(scan):
     import torch
     from torch.nn.functional import interpolate, pad
 
-    from medctkit.preprocessing import PreprocessConfig
+    from medctkit.scans.preprocessing import PreprocessConfig
 
     config = PreprocessConfig()
     values = torch.from_numpy(scan.hu.astype(np.float64)).clamp(-1000, 1000).transpose(1, 2)
@@ -76,7 +76,7 @@ def peak_megabytes():
 
 def alone(name):
     """In a process of its own: the most memory before and after one call."""
-    from medctkit.preprocessing import preprocess
+    from medctkit.scans.preprocessing import preprocess
 
     call, scan = {"straightforward": straightforward, "medctkit": preprocess}[name], volume()
     before = peak_megabytes()
@@ -91,7 +91,7 @@ def in_child(name):
 
 
 def bench_preprocessing():
-    from medctkit.preprocessing import preprocess
+    from medctkit.scans.preprocessing import preprocess
 
     calls = {"straightforward": straightforward, "medctkit": preprocess}
     found, scan, times = {name: in_child(name) for name in calls}, volume(), {name: [] for name in calls}
@@ -121,9 +121,9 @@ def best_of(call, repeats=REPEATS):
 def bench_cache():
     import torch
 
-    from medctkit.cache import VolumeCache
-    from medctkit.preprocessing import preprocess
-    from medctkit.volumes import read_volume
+    from medctkit.cohort.cache import VolumeCache
+    from medctkit.scans.preprocessing import preprocess
+    from medctkit.scans.volumes import read_volume
 
     torch.set_num_threads(1)  # as one of several data-loading processes
     again, exact = best_of(lambda: preprocess(read_volume(NIFTI)), 2)
@@ -149,8 +149,8 @@ def bench_cache():
 def bench_prepare():
     import shutil
 
-    from medctkit.prepare import prepare
-    from medctkit.preprocessing import PreprocessConfig
+    from medctkit.cohort import prepare
+    from medctkit.scans.preprocessing import PreprocessConfig
 
     shutil.rmtree(WORK / "prepared", ignore_errors=True)
     spacings = [{"spacing_d": 1.0 + i / 1e3, "spacing_h": 0.7, "spacing_w": 0.7} for i in range(VOLUMES)]

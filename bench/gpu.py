@@ -21,10 +21,10 @@ from model import WORDS as PROMPT_WORDS
 from torch.utils.flop_counter import FlopCounterMode
 
 import medctkit
-from medctkit.atomic import replacing
-from medctkit.ctclip import CTCLIPConfig, CTCLIPModel
-from medctkit.lora import add_lora
-from medctkit.memory import cast_frozen
+from medctkit.common.atomic import replacing
+from medctkit.lora.adapter import add_lora
+from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel
+from medctkit.training.memory import cast_frozen
 
 HERE = Path(__file__).resolve().parent
 SEED, REPEATS = 0, 5

@@ -17,11 +17,11 @@ import torch
 import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from medctkit.atomic import replacing
-from medctkit.ctclip import CTCLIPConfig, CTCLIPModel
-from medctkit.gradients import Objective, step_gradients
-from medctkit.lora import add_lora
-from medctkit.memory import PeakMemory, SavedActivations, cast_frozen
+from medctkit.common.atomic import replacing
+from medctkit.lora.adapter import add_lora
+from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel
+from medctkit.training.gradients import Objective, step_gradients
+from medctkit.training.memory import PeakMemory, SavedActivations, cast_frozen
 
 HERE = Path(__file__).resolve().parent
 WORDS = 128  # tokens of the longest report, FineTuneConfig's default
@@ -173,7 +173,7 @@ def main():
     transformers.logging.set_verbosity_error()
     config = CTCLIPConfig(TINY_VISION, TINY_TEXT, 16) if arguments.tiny else CTCLIPConfig()
     # there are no numbers to look at
-    unchecked = [mock.patch(f"medctkit.gradients.{name}") for name in ("refuse_non_finite", "_suspects")]
+    unchecked = [mock.patch(f"medctkit.training.gradients.{name}") for name in ("refuse_non_finite", "_suspects")]
     with autocast_of_a_gpu(), unchecked[0], unchecked[1]:
         found = measure(config, (BAR_BATCH,), ()) if arguments.tiny else measure(config, BATCHES, CACHED)
     (at_bar,) = (

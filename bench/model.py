@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from medctkit.ctclip import CTCLIPConfig, CTCLIPModel
+from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel
 
 HERE = Path(__file__).resolve().parent
 SEED, REPEATS = 0, 3

@@ -29,9 +29,9 @@ MILLISECONDS, MEGABYTES, PAGE_MEGABYTES = 50, 8, 6
 
 def study(coarse, factor):
     """A volume in float32, as `read_volume` gives it, with noise of 20 HU; a mask of a finding, and a heat map."""
-    from medctkit.heat_maps import HeatMap
-    from medctkit.phantom import generate
-    from medctkit.volumes import CTVolume
+    from medctkit.phantom.study import generate
+    from medctkit.scans.heat_map import HeatMap
+    from medctkit.scans.volumes import CTVolume
 
     phantom = generate(SEED, findings=["Pleural effusion"], shape=coarse)
 
@@ -196,7 +196,7 @@ def main():
         "seed": SEED,
         "versions": {n: version(n) for n in ("medctkit", "numpy", "pillow", "matplotlib", "ipywidgets", "ipympl")},
     }
-    from medctkit.atomic import replacing
+    from medctkit.common.atomic import replacing
 
     with replacing(chosen.output) as temporary:
         temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -1,69 +1,46 @@
 """MedCT-VLM, taught and reproduced: CT-CLIP adapted with LoRA in both encoders.
 
-Names load on first use, so that `import medctkit` takes milliseconds although torch and transformers
-take seconds.
+Names and wings load on first use, so that `import medctkit` takes milliseconds although torch and transformers
+take seconds. `__init__.pyi` beside this file says the same to editors.
 """
 
 from importlib import import_module
 
 _HOME = {
     "FINDINGS": "findings",
-    "PREVALENCE": "findings",
-    "CTVolume": "volumes",
-    "read_volume": "volumes",
-    "PreprocessConfig": "preprocessing",
-    "preprocess": "preprocessing",
-    "CTReportDataset": "dataset",
-    "CTCLIPConfig": "ctclip",
-    "CTCLIPModel": "ctclip",
-    "load_mini_base": "mini",
+    "CTVolume": "scans",
+    "read_volume": "scans",
+    "PreprocessConfig": "scans",
+    "preprocess": "scans",
+    "CTReportDataset": "cohort",
+    "CTCLIPConfig": "model",
+    "CTCLIPModel": "model",
+    "load_base": "model",
+    "load_mini_base": "model",
+    "add_lora": "lora",
+    "load_adapter": "lora",
+    "FineTuneConfig": "training",
+    "finetune": "training",
     "ZeroShotClassifier": "zero_shot",
     "classify": "quickstart",
 }
-_MODULES = (
+_WINGS = (
     "findings",
-    "hounsfield",
-    "volumes",
-    "heat_maps",
-    "rendering",
-    "reports",
+    "scans",
+    "metrics",
     "phantom",
-    "preprocessing",
-    "transforms",
-    "manifest",
-    "ctrate",
-    "hub",
-    "cache",
-    "prepare",
-    "dataset",
-    "ctclip",
-    "mini",
+    "model",
+    "cohort",
     "lora",
-    "memory",
-    "methods",
-    "objectives",
-    "gradients",
     "training",
     "zero_shot",
-    "quickstart",
-    "embeddings",
-    "retrieval",
     "attention",
-    "localisation",
-    "metrics",
-    "audit",
-    "experiment",
-    "comparison",
-    "comparison_results",
-    "measurement",
-    "localisation_measurement",
-    "report",
     "viewers",
-    "exercises",
-    "worlds",
+    "experiments",
+    "course",
 )
 
-__all__ = ["__version__", *_HOME, *_MODULES]
+__all__ = ["__version__", *_HOME, *_WINGS]
 
 
 def __getattr__(name):
@@ -73,7 +50,7 @@ def __getattr__(name):
         return version("medctkit")
     if name in _HOME:
         value = getattr(import_module(f"medctkit.{_HOME[name]}"), name)
-    elif name in _MODULES:
+    elif name in _WINGS:
         value = import_module(f"medctkit.{name}")
     else:
         raise AttributeError(f"module 'medctkit' has no attribute {name!r}; it has {', '.join(__all__)}")

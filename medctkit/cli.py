@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from packaging.requirements import Requirement
 
-from medctkit import colab, demo
+from medctkit.course import colab
 
 if TYPE_CHECKING:
-    from medctkit.preprocessing import PreprocessConfig
+    from medctkit.scans.preprocessing import PreprocessConfig
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="LoRA on 3D chest CT, from data to evaluation.")
-app.command("demo")(demo.demo)
 
 MINI = Path(__file__).parent / "assets" / "mini"
 MINI_FILES = ("config.json", "model.safetensors", "tokenizer.json")
@@ -98,7 +97,7 @@ def doctor() -> None:
         real_row = (True, "own CT", "none (optional: set MEDCTKIT_REAL_CT to a folder of scans)")
     else:
         real_row = (Path(real).is_dir(), "own CT", f"MEDCTKIT_REAL_CT={real}")
-    from medctkit.repository import token_source
+    from medctkit.cohort.hub.repository import token_source
 
     disk = shutil.disk_usage(Path.cwd())
     rows = [
@@ -156,8 +155,8 @@ def finetune(
     """
     from dataclasses import replace
 
-    from medctkit.experiment import DEFAULT, FULL_SIZE, Origin, adapt
-    from medctkit.training import accelerator_for
+    from medctkit.common.processes import accelerator_for
+    from medctkit.experiments.adapt import DEFAULT, FULL_SIZE, Origin, adapt
 
     given = dict(preset=preset, rank=rank, steps=steps, batch_size=batch_size, micro_batch_size=micro_batch_size)
     given |= dict(learning_rate=learning_rate, evaluate_every=evaluate_every, patience=patience, workers=workers)
@@ -189,14 +188,15 @@ def evaluate(
     ] = None,
 ) -> None:
     """Score base and adapted model on the hospital's test patients, as notebook 04 does; write the report."""
-    from medctkit.measurement import measure
-    from medctkit.report import write_report
-    from medctkit.training import accelerator_for
+    from medctkit.common.processes import accelerator_for
+    from medctkit.experiments import measure
+    from medctkit.experiments.report.claims import write_report
+    from medctkit.metrics.scores import result_table
 
     with _told():
         measured = measure(manifest, output_dir, seed, cache_dir, batch_size, audit_volumes)
         if accelerator_for().is_main_process:
-            typer.echo(demo.result_table(measured.summary))
+            typer.echo(result_table(measured.summary))
             typer.echo(f"report: {write_report(measured, output_dir)}")
 
 
@@ -212,7 +212,7 @@ def localise(
 
     About 5 minutes for all 446 on two cores. Writes localisation.csv, .json and .png.
     """
-    from medctkit.localisation_measurement import measure_localisation
+    from medctkit.experiments.localise import measure_localisation
 
     with _told():
         found = measure_localisation(manifest, output_dir, seed, cache_dir, studies)
@@ -235,13 +235,13 @@ def embed(
     workers: Annotated[int, typer.Option(help="Processes that load volumes ahead.", min=0)] = 0,
 ) -> None:
     """Encode every volume once and keep the embeddings in a file. Stop it and start it again as you like."""
-    from medctkit.embeddings import embed_manifest
-    from medctkit.experiment import cohort, prepared_dir
-    from medctkit.lora import load_adapter
-    from medctkit.manifest import load_manifest
-    from medctkit.mini import load_base
-    from medctkit.training import accelerator_for
-    from medctkit.zero_shot import ZeroShotClassifier
+    from medctkit.cohort.dataset import cohort, prepared_dir
+    from medctkit.cohort.manifest import load_manifest
+    from medctkit.common.processes import accelerator_for
+    from medctkit.lora.adapter import load_adapter
+    from medctkit.model.base_model import load_base
+    from medctkit.zero_shot.classifier import ZeroShotClassifier
+    from medctkit.zero_shot.embeddings import embed_manifest
 
     with _told():
         base = load_base(model, tokenizer)
@@ -266,7 +266,8 @@ def compare_methods(
     jobs: Annotated[int, typer.Option(help="Runs side by side, each with its share of the cores.", min=1)] = 1,
 ) -> None:
     """Compare ways to fine-tune, ranks and numbers of studies (phantom). Stop it and start it again as you like."""
-    from medctkit import comparison, comparison_results
+    from medctkit.experiments.compare import results as comparison_results
+    from medctkit.experiments.compare import run_all as comparison
 
     with _told():
         groups = comparison.GROUPS if only is None else [name.strip() for name in only.split(",")]
@@ -283,7 +284,7 @@ def write_default_manifest(
     path: Annotated[Path, typer.Argument(help="CSV to write.")] = DEFAULT_MANIFEST,
 ) -> None:
     """Write the default phantom cohort's manifest: about two minutes on two cores."""
-    from medctkit.manifest import build_default_manifest, write_manifest
+    from medctkit.cohort.manifest import build_default_manifest, write_manifest
 
     typer.echo(f"wrote {write_manifest(build_default_manifest(), path)}")
 
@@ -298,7 +299,7 @@ def pretrain(
     ),
 ) -> None:
     """Make the mini base model anew: on two cores about 15 minutes of phantoms and 45 of training."""
-    from medctkit.pretrain import pretrain as run
+    from medctkit.experiments import pretrain as run
 
     record = run(output_dir, pool_dir)
     typer.echo(f"validation AUROC {record['validation_auroc']:.3f} after {record['minutes']} min: {output_dir}")
@@ -320,9 +321,9 @@ def prepare_data(
     verify: Annotated[bool, typer.Option("--verify", help="Read prepared volumes again, mend damaged ones.")] = False,
 ) -> None:
     """Read and pre-process every volume of a data set once. Stop it and start it again as you like."""
-    from medctkit import manifest as schema
-    from medctkit.ctrate import manifest_from_ct_rate
-    from medctkit.prepare import prepare, write_failures
+    from medctkit.cohort import manifest as schema
+    from medctkit.cohort import prepare, write_failures
+    from medctkit.cohort.ct_rate import manifest_from_ct_rate
 
     with _told():
         if source.is_dir():
@@ -363,7 +364,7 @@ def prepare_data(
 
 def _model_input(model: str | None, real: bool) -> "PreprocessConfig":
     """What the model of that name or folder wants to see."""
-    from medctkit.preprocessing import PreprocessConfig
+    from medctkit.scans.preprocessing import PreprocessConfig
 
     model = model or ("released" if real else "mini")
     if model == "released":
@@ -379,7 +380,7 @@ def gallery(
     folder: Annotated[Path, typer.Argument(help="Where findings.png and viewer.png are written.", file_okay=False)],
 ) -> None:
     """Draw README's pictures of phantoms: the 18 findings in two windows, and the slice viewer with mask and map."""
-    from medctkit.pictures import draw_pictures
+    from medctkit.viewers.gallery import draw_pictures
 
     for picture in draw_pictures(folder):
         typer.echo(f"wrote {picture}")
@@ -411,7 +412,7 @@ def download(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Fetch only the tables, and show the plan.")] = False,
 ) -> None:
     """Fetch a part of CT-RATE, verified; run again, it goes on. Needs a Hugging Face token and accepted terms."""
-    from medctkit import hub
+    from medctkit.cohort.hub import ct_rate_files as hub
 
     subset = patients is not None or bool(studies) or split is not None
     if not (subset or weights or tokenizer):

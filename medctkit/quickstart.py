@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from medctkit.findings import FINDINGS, PREVALENCE
-from medctkit.mini import BaseModel, load_mini_base
-from medctkit.phantom import PhantomStudy, generate
-from medctkit.preprocessing import preprocess
-from medctkit.rendering import Scan, largest_slice, render
-from medctkit.volumes import CTVolume, read_volume
-from medctkit.zero_shot import Prompts, ZeroShotClassifier
+from medctkit.model.base_model import BaseModel, load_mini_base
+from medctkit.phantom.study import PhantomStudy, generate
+from medctkit.scans.preprocessing import preprocess
+from medctkit.scans.volumes import CTVolume, read_volume
+from medctkit.viewers.drawing.rendering import Scan, largest_slice, render
+from medctkit.zero_shot.classifier import ZeroShotClassifier
+from medctkit.zero_shot.prompts import Prompts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -109,7 +110,7 @@ def classify(
 
     Args:
         scan: a phantom study, a CT volume, or the path of a scan as `read_volume` takes it; None: a sample phantom.
-        base: model with its tokenizer and pre-processing, as `medctkit.mini.load_base` gives it; None: the mini model,
+        base: model with its tokenizer and pre-processing, as `medctkit.load_base` gives it; None: the mini model,
             which knows phantoms only.
         labels: what is true, where it is known: 0 or 1 for findings, such as a row of a manifest; a phantom study
             brings its own.
@@ -135,7 +136,7 @@ def classify(
         raise ValueError(
             f"{', '.join(volume.provenance[:1]) or 'this volume'}: the mini model knows phantoms only, and what it "
             "says about any other scan means nothing. Give the model to ask, for example "
-            'base=load_base("CT-CLIP_v2.pt", "BiomedVLP-CXR-BERT-specialized") from medctkit.mini; '
+            'base=load_base("CT-CLIP_v2.pt", "BiomedVLP-CXR-BERT-specialized") from medctkit.model.base_model; '
             "base=load_mini_base() if this is a phantom that was saved to a file"
         )
     base = load_mini_base() if base is None else base

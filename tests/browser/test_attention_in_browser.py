@@ -10,7 +10,7 @@ VIEWER = [
 import torch
 
 from medctkit import load_mini_base, lora, phantom, viewers
-from medctkit.ctclip import CTCLIPConfig, CTCLIPModel
+from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel
 
 study = phantom.generate(seed=7, findings=["Consolidation", "Pleural effusion"], shape=(48, 96, 96))
 base = load_mini_base()

@@ -12,7 +12,7 @@ import tempfile
 import torch
 
 from medctkit import load_mini_base, lora, viewers
-from medctkit.manifest import load_manifest
+from medctkit.cohort.manifest import load_manifest
 
 manifest = load_manifest("../data_manifest.csv")
 at_target = manifest[(manifest["hospital"] == "target") & (manifest["split"] == "test")][:6]

@@ -6,7 +6,8 @@ import pytest
 from pages import cells_up_to
 from test_slices_in_browser import CANVAS, does
 
-from medctkit import load_mini_base, lora
+from medctkit import load_mini_base
+from medctkit.lora import adapter as lora
 
 pytestmark = pytest.mark.parametrize("server", ["lab"], indirect=True)
 VIEWERS = ("one scan", "two hospitals", "attention")

@@ -1,0 +1,308 @@
+"""Is attention right? Maps of a model against the masks of phantoms, which know where each finding is.
+
+Everything is counted in patches, the grain of the model: of each patch the mask fills a share. Three scores for a map
+and a mask, each with the value that a map without any knowledge has on average ("chance"):
+
+- pointing game (Zhang et al. 2016, arXiv 1608.00507): does the highest patch hold part of the finding?
+- AUPRC: average precision of the map as a detector of voxels in the mask; every voxel of a patch scores alike.
+- in-mask mass: the share of the map that lies inside the mask.
+
+Two controls show what a good score is worth: a map that knows neither model nor prompt (the local contrast of the scan,
+smoothed), and the map of another finding's prompt. The sanity check shuffles weights, after which a map that explains
+the model must be another map (Adebayo et al. 2018, arXiv 1810.03292).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from medctkit.attention.maps import attend, relevance_maps
+from medctkit.cohort.dataset import CTReportDataset
+from medctkit.cohort.manifest import has_file, study_from_row
+from medctkit.findings import FINDINGS
+from medctkit.metrics.bootstrap import mean_of_findings, patient_weights
+from medctkit.scans.preprocessing import HU_LIMIT, PreprocessConfig, preprocess
+from medctkit.scans.volumes import CTVolume
+from medctkit.zero_shot.classifier import ZeroShotClassifier
+from medctkit.zero_shot.prompts import Prompts
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCORES = ("pointing game", "AUPRC", "in-mask mass")
+CONTRAST = "smoothed contrast"
+PART_OF_A_PATCH = 0.01  # the least share of a patch that counts as holding a finding; or the largest share, if less
+AT_A_TIME = 32  # volumes of the mini model in one backward pass
+STAGES = {  # shuffled one after the other, from the output down
+    "projection": ("to_visual_latent",),
+    "temporal attention": ("visual_transformer.enc_temporal_transformer",),
+    "spatial attention": ("visual_transformer.enc_spatial_transformer", "visual_transformer.spatial_rel_pos_bias"),
+    "patches": ("visual_transformer.to_patch_emb",),
+}
+
+
+@dataclass(frozen=True)
+class Regions:
+    """Where findings are: one entry for each finding of each study that has any.
+
+    Attributes:
+        study: (m,) index of the study in the data set.
+        finding: (m,) index into FINDINGS.
+        patients: (m,) names.
+        shares: (m, t, h, w) how much of each patch the mask fills, 0 to 1.
+    """
+
+    study: np.ndarray
+    finding: np.ndarray
+    patients: np.ndarray
+    shares: np.ndarray
+
+
+def patch_shares(
+    mask: np.ndarray, volume: CTVolume, preprocess_config: PreprocessConfig, grid: Sequence[int]
+) -> np.ndarray:
+    """How much of each patch a mask fills: (t, h, w), 0 to 1; the mask goes the way of the scan.
+
+    Raises:
+        ValueError: a mask of another shape than the volume.
+    """
+    if np.shape(mask) != volume.shape:
+        raise ValueError(f"the mask has shape {np.shape(mask)}, the volume {volume.shape}: they must be the same")
+    filled = CTVolume(np.asarray(mask, np.float32) * HU_LIMIT, volume.spacing, volume.orientation, volume.affine)
+    seen = preprocess(filled, preprocess_config).clamp(min=0)  # -1 where the scan covers less than the model sees
+    size = tuple(n // g for n, g in zip(preprocess_config.shape, grid, strict=True))
+    return nn.functional.avg_pool3d(seen[None], size)[0, 0].numpy()
+
+
+def find_regions(rows: Sequence[Mapping], preprocess_config: PreprocessConfig, grid, progress: bool = True) -> Regions:
+    """The masks of phantoms, made anew from their rows.
+
+    Args:
+        rows: of a manifest.
+        preprocess_config: what the model sees.
+        grid: patches of the model, (t, h, w).
+        progress: show it.
+
+    Raises:
+        ValueError: a row of a real scan, of which no mask is known; no finding at all.
+    """
+    from tqdm.auto import tqdm
+
+    found = []
+    for index, row in enumerate(tqdm(rows, desc="masks", unit="study", disable=not progress)):
+        if has_file(row):
+            raise ValueError(f"study {row['study']} is a real scan: only phantoms know where their findings are")
+        study = study_from_row(row)
+        for name, mask in study.masks.items():
+            shares = patch_shares(mask, study.volume, preprocess_config, grid)
+            if shares.max() > 0:  # else it lies outside of what the model sees
+                found.append((index, FINDINGS.index(name), row["patient"], shares))
+    if not found:
+        raise ValueError(f"none of the {len(rows)} studies has a finding that the model sees; there is nothing to find")
+    return Regions(*(np.array(part) for part in zip(*found, strict=True)))
+
+
+def relevance_of_regions(
+    model: nn.Module,
+    tokenizer: Any,
+    dataset: CTReportDataset,
+    regions: Regions,
+    prompts: Prompts = "paper",
+    shift: int = 0,
+    progress: bool = True,
+) -> np.ndarray:
+    """Gradient-weighted relevance of each region's own prompt pair: (m, t, h, w), by `attention.maps.relevance`.
+
+    Args:
+        model: with or without an adapter.
+        tokenizer: of its text encoder.
+        dataset: the studies that `regions` counts.
+        regions: which findings of which studies.
+        prompts: see `ZeroShotClassifier`.
+        shift: 0: ask for the finding itself; k: for the k-th finding after it, as a control.
+        progress: show it.
+    """
+    from tqdm.auto import tqdm
+
+    stating, denying = ZeroShotClassifier(model, tokenizer, prompts).text_embeds()
+    directions = (stating - denying)[(regions.finding + shift) % len(FINDINGS)]
+    found = []
+    for start in tqdm(range(0, len(directions), AT_A_TIME), desc="relevance", disable=not progress):
+        part = slice(start, start + AT_A_TIME)
+        pixels = torch.stack([dataset[i]["pixel_values"] for i in regions.study[part]])
+        found.append(relevance_maps(model, pixels, directions[part]))
+    return np.concatenate(found)
+
+
+def rollout_of_regions(model: nn.Module, dataset: CTReportDataset, regions: Regions) -> np.ndarray:
+    """Attention rollout of each region's study: (m, t, h, w); the same for all findings of a study."""
+    maps = {i: attend(model, dataset[i]["pixel_values"]).rollout() for i in np.unique(regions.study)}
+    return np.stack([maps[i] for i in regions.study])
+
+
+def contrast_of_regions(dataset: CTReportDataset, regions: Regions, grid: Sequence[int]) -> np.ndarray:
+    """A map without a model: the gradient of the scan, smoothed to the grain of the patches: (m, t, h, w), sum 1."""
+    from scipy.ndimage import gaussian_gradient_magnitude
+
+    maps = {}
+    for i in np.unique(regions.study):
+        seen = dataset[i]["pixel_values"][0]
+        size = tuple(n // g for n, g in zip(seen.shape, grid, strict=True))
+        edges = torch.from_numpy(gaussian_gradient_magnitude(seen.numpy(), 1.0))
+        pooled = nn.functional.avg_pool3d(edges[None, None], size)[0, 0].numpy()
+        maps[i] = pooled / pooled.sum()
+    return np.stack([maps[i] for i in regions.study])
+
+
+def score_maps(maps: np.ndarray, shares: np.ndarray) -> dict[str, np.ndarray]:
+    """Each score of `SCORES`, and "<score> by chance", of maps (m, t, h, w) against shares (m, t, h, w): (m,) each.
+
+    Raises:
+        ValueError: unequal shapes; a map with negative or missing values, or none above 0.
+    """
+    from sklearn.metrics import average_precision_score
+
+    if maps.shape != shares.shape or maps.ndim != 4:
+        raise ValueError(f"maps of shape {maps.shape} and shares of shape {shares.shape}: expected (m, t, h, w) twice")
+    maps, shares = (x.reshape(len(x), -1).astype(float) for x in (maps, shares))
+    if not (np.isfinite(maps).all() and (maps >= 0).all() and (maps.sum(1) > 0).all()):
+        raise ValueError("maps must be finite, not negative, and not all 0")
+    held = shares >= np.minimum(PART_OF_A_PATCH, shares.max(1, keepdims=True))
+    highest = maps == maps.max(1, keepdims=True)
+    inside = np.tile([1, 0], shares.shape[1])  # each patch is a positive of weight share and a negative of the rest
+    precision = [
+        average_precision_score(inside, np.repeat(m, 2), sample_weight=np.stack([s, 1 - s], 1).ravel())
+        for m, s in zip(maps, shares, strict=True)
+    ]
+    return {
+        "pointing game": (held & highest).sum(1) / highest.sum(1),
+        "AUPRC": np.array(precision),
+        "in-mask mass": (maps * shares).sum(1) / maps.sum(1),
+        "pointing game by chance": held.mean(1),
+        "AUPRC by chance": shares.mean(1),
+        "in-mask mass by chance": shares.mean(1),
+    }
+
+
+def localisation_table(
+    regions: Regions, maps: Mapping[str, np.ndarray], resamples: int = 1000, seed: int = 0
+) -> "pd.DataFrame":
+    """Scores of maps for each finding and their mean, with 95 % intervals from a bootstrap over patients.
+
+    Args:
+        regions: where the findings are.
+        maps: name -> (m, t, h, w).
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+
+    Returns:
+        Columns finding (or "mean"), method (the name of the map), score, value, low, high, chance, regions (how many).
+        For two maps of one kind, `paired_difference` says more than two intervals.
+
+    Raises:
+        ValueError: see `score_maps`.
+    """
+    import pandas as pd
+
+    weights, rows = patient_weights(regions.patients, resamples, seed), []
+    counts = {name: int((regions.finding == k).sum()) for k, name in enumerate(FINDINGS)}
+    counts["mean"] = len(regions.finding)
+    there = [(k, name) for k, name in enumerate(counts) if counts[name]]
+    for name, of_map in maps.items():
+        scores = score_maps(of_map, regions.shares)
+        for score in SCORES:
+            values, chance = (_draws(scores[s], regions, weights) for s in (score, f"{score} by chance"))
+            for k, finding in there:
+                low, high = np.nanpercentile(values[1:, k], [2.5, 97.5])
+                rows.append((finding, name, score, values[0, k], low, high, chance[0, k], counts[finding]))
+    columns = ["finding", "method", "score", "value", "low", "high", "chance", "regions"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def paired_difference(
+    regions: Regions, first: np.ndarray, second: np.ndarray, resamples: int = 1000, seed: int = 0
+) -> "pd.DataFrame":
+    """Second minus first maps (m, t, h, w) on the same regions, mean of findings: score, value, low, high (95 %)."""
+    import pandas as pd
+
+    weights, rows = patient_weights(regions.patients, resamples, seed), []
+    before, after = score_maps(first, regions.shares), score_maps(second, regions.shares)
+    for score in SCORES:
+        draws = _draws(after[score] - before[score], regions, weights)[:, -1]
+        rows.append((score, draws[0], *np.nanpercentile(draws[1:], [2.5, 97.5])))
+    return pd.DataFrame(rows, columns=["score", "value", "low", "high"])
+
+
+def _draws(values: np.ndarray, regions: Regions, weights: np.ndarray) -> np.ndarray:
+    """Means for each finding and, last, their mean, on the data and each resample: (1 + resamples, 19)."""
+    of_finding = np.eye(len(FINDINGS))[regions.finding]  # (m, 18)
+    total = weights.T @ of_finding
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = weights.T @ (of_finding * values[:, None]) / total
+    return np.concatenate([means, mean_of_findings(means)[:, None]], axis=1)
+
+
+def shuffled(model: nn.Module, prefixes: Sequence[str], seed: int = 0) -> nn.Module:
+    """A copy of a model in which the numbers of each weight under `prefixes` have changed places.
+
+    What was learned is gone; how large the weights are is not.
+    """
+    import copy
+
+    model = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if any(name.startswith(f"{prefix}.") for prefix in prefixes):
+                order = torch.randperm(weight.numel(), generator=generator)
+                weight.copy_(weight.flatten()[order.to(weight.device)].view(weight.shape))
+    return model
+
+
+def sanity_check(
+    model: nn.Module, tokenizer: Any, dataset: CTReportDataset, regions: Regions, seed: int = 0, progress: bool = True
+) -> "pd.DataFrame":
+    """How much of a map is left as weights are shuffled from the output down: the mean rank correlation with itself.
+
+    Args:
+        model: a plain `CTCLIPModel`; of an adapted one, what `medctkit.lora.adapter.merge_lora` gives.
+        tokenizer: of its text encoder.
+        dataset: the studies that `regions` counts.
+        regions: which findings of which studies.
+        seed: of the shuffling.
+        progress: show it.
+
+    Returns:
+        Rows of shuffled parts, top down; columns relevance and rollout: Spearman's correlation, 1 for the same map; and
+        "in-mask mass" of the relevance, mean of findings, with its chance.
+    """
+    import pandas as pd
+    from scipy.stats import rankdata
+
+    def ranks(maps: np.ndarray) -> np.ndarray:
+        order = rankdata(maps.reshape(len(maps), -1), axis=1)
+        order -= order.mean(1, keepdims=True)
+        return order / np.maximum(np.linalg.norm(order, axis=1, keepdims=True), 1e-12)
+
+    parts, before, rows = [], None, []
+    for stage in (None, *STAGES):
+        parts += STAGES.get(stage, ())
+        blind = shuffled(model, parts, seed)
+        maps = {
+            "relevance": relevance_of_regions(blind, tokenizer, dataset, regions, progress=progress),
+            "rollout": rollout_of_regions(blind, dataset, regions),
+        }
+        before = before or {name: ranks(of) for name, of in maps.items()}
+        alike = {name: float((ranks(of) * before[name]).sum(1).mean()) for name, of in maps.items()}
+        scores = score_maps(maps["relevance"], regions.shares)
+        once = np.ones((len(regions.study), 1))
+        mass = {
+            name: float(_draws(scores[name], regions, once)[0, -1])
+            for name in ("in-mask mass", "in-mask mass by chance")
+        }
+        rows.append({"shuffled": f"{'+ ' if len(rows) > 1 else ''}{stage or 'nothing'}"} | alike | mass)
+    return pd.DataFrame(rows).set_index("shuffled")

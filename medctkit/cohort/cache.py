@@ -1,0 +1,290 @@
+"""Prepared volumes on disk: each stored once, compressed, checked when it is read.
+
+A file is named by a hash of what is in it: the content of the scan and every setting on the way to the model.
+So a changed setting never reads an old file, and moving a data set loses nothing. Inside, a safetensors file
+holds slabs of a few slices, each compressed with Blosc2, so that single slices can be read; a SHA-256 of every
+slab and of the header shows damage. Files appear under their name when they are whole, never before.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from medctkit.common.atomic import replacing
+from medctkit.scans.preprocessing import PreprocessConfig
+
+if TYPE_CHECKING:
+    import torch
+from typing import TYPE_CHECKING
+
+from medctkit.cohort.manifest import has_file, reading_arguments, volume_from_row
+from medctkit.scans.preprocessing import preprocess
+
+if TYPE_CHECKING:
+    pass
+
+FORMAT = 2  # raised when the content of prepared files changes
+STEPS = 8192  # prepared values are stored as whole numbers of 1/8192: at most 6.1e-5 off, 0.06 HU
+SLAB = 8  # slices compressed together
+SUFFIX = ".safetensors"
+_STALE = 24 * 3600  # seconds after which a temporary file can't belong to a process that still writes
+
+
+def digest_of(path: str | os.PathLike) -> str:
+    """SHA-256 of what a scan consists of: a file's bytes, or those of all files in a folder, whatever their names.
+
+    Raises:
+        FileNotFoundError: nothing at `path`.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such file or folder")
+    if not path.is_dir():
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    inside = sorted(digest_of(file) for file in path.rglob("*") if file.is_file())
+    return hashlib.sha256("".join(inside).encode()).hexdigest()
+
+
+def cache_key(content: str, reading: Mapping[str, Any], config: PreprocessConfig) -> str:
+    """Name of a prepared volume: 32 hexadecimal digits.
+
+    Args:
+        content: what identifies the scan's content, such as its `digest_of`.
+        reading: how it is read: rescale_slope, spacing, orientation, whatever was given.
+        config: how it is prepared.
+    """
+    key = repr((FORMAT, STEPS, content, sorted(reading.items()), config))
+    return hashlib.sha256(key.encode()).hexdigest()[:32]
+
+
+class VolumeCache:
+    """A folder of prepared volumes.
+
+    Any number of processes may use one folder at once: who writes second replaces a file by an equal one.
+
+    Args:
+        folder: made when the first volume is written.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+
+    def path(self, key: str) -> Path:
+        """Where the volume of `key` lies, or would lie."""
+        return self.folder / f"{key}{SUFFIX}"
+
+    def save(self, key: str, volume: "torch.Tensor") -> int:
+        """Store a prepared volume, whole or not at all.
+
+        Args:
+            key: see `cache_key`.
+            volume: (1, z, x, y), values in [-1, 1].
+
+        Returns:
+            Bytes of the file.
+
+        Raises:
+            ValueError: values outside [-1, 1], or not of that shape.
+            OSError: the disk is full, or the folder can't be written.
+        """
+        from safetensors.numpy import save
+
+        low, high = map(float, volume.aminmax())
+        if volume.ndim != 4 or volume.shape[0] != 1 or not (low >= -1 and high <= 1):  # NaN is neither
+            raise ValueError(
+                f"shape {tuple(volume.shape)}, values {low:g} to {high:g}: a prepared volume is (1, z, x, y) with "
+                "values in [-1, 1], as preprocess gives it"
+            )
+        slabs = [_compressed(slab.mul(STEPS).round_().short().numpy()) for slab in volume[0].split(SLAB)]
+        header = json.dumps(
+            {
+                "format": FORMAT,
+                "key": key,
+                "shape": volume.shape[1:],
+                "sha256": [hashlib.sha256(slab).hexdigest() for slab in slabs],
+            }
+        )
+        tensors = {_name(i): np.frombuffer(slab, np.uint8) for i, slab in enumerate(slabs)}
+        # one entry, as several would come in any order
+        content = save(tensors, {"header": hashlib.sha256(header.encode()).hexdigest() + header})
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with replacing(self.path(key)) as temporary:
+            temporary.write_bytes(content)
+        return len(content)
+
+    def load(self, key: str) -> "torch.Tensor | None":
+        """A prepared volume, float32 (1, z, x, y); None where there is none or its file is damaged."""
+        import torch
+
+        try:
+            with _Opened(self.path(key), key) as file:
+                values = np.empty(file.shape, np.float32)
+                for i in range(file.slabs):
+                    np.divide(file.slab(i), np.float32(STEPS), out=values[i * SLAB : (i + 1) * SLAB])
+        except (FileNotFoundError, ValueError):
+            return None
+        return torch.from_numpy(values)[None]
+
+    def slices(self, key: str, start: int, stop: int) -> "torch.Tensor":
+        """Some slices of a prepared volume, float32 (n, x, y); only their slabs are read.
+
+        Args:
+            key: see `cache_key`.
+            start: first slice.
+            stop: the one after the last.
+
+        Raises:
+            FileNotFoundError: no such volume.
+            IndexError: no such slices.
+            ValueError: the file is damaged.
+        """
+        import torch
+
+        with _Opened(self.path(key), key) as file:
+            if not 0 <= start < stop <= file.shape[0]:
+                raise IndexError(f"slices {start} to {stop - 1}: the volume has slices 0 to {file.shape[0] - 1}")
+            first = start // SLAB
+            values = np.concatenate([file.slab(i) for i in range(first, -(-stop // SLAB))])
+        values = values[start - first * SLAB : stop - first * SLAB]
+        return torch.from_numpy(values.astype(np.float32) / np.float32(STEPS))
+
+    def has(self, key: str) -> bool:
+        """Whether a volume is there with its whole length; `load` finds damage inside too."""
+        try:
+            with _Opened(self.path(key), key):
+                return True
+        except (FileNotFoundError, ValueError):
+            return False
+
+    def sweep(self) -> None:
+        """Remove what processes that were killed while they wrote have left."""
+        for left in self.folder.glob(".*.tmp"):
+            try:
+                if time.time() - left.stat().st_mtime > _STALE:
+                    left.unlink()
+            except FileNotFoundError:
+                continue  # another process was quicker
+
+
+class _Opened:
+    """A prepared file, its header checked.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is damaged.
+    """
+
+    def __init__(self, path: Path, key: str):
+        self.path, self.key = path, key
+
+    def __enter__(self) -> "_Opened":
+        from safetensors import SafetensorError, safe_open
+
+        if not self.path.is_file():
+            raise FileNotFoundError(f"no prepared volume at {self.path}; `medctkit prepare` makes it")
+        try:
+            self._file = safe_open(self.path, framework="numpy").__enter__()
+        except (SafetensorError, OSError, ValueError) as error:
+            raise self._damaged(str(error)) from error
+        stored = (self._file.metadata() or {}).get("header", "")
+        digest, header = stored[:64], stored[64:]
+        if hashlib.sha256(header.encode()).hexdigest() != digest:
+            raise self._damaged("its header is not what was written")
+        self._header = json.loads(header)
+        if self._header["key"] != self.key:
+            raise self._damaged(f"it belongs to key {self._header['key']}")
+        self.shape, self.slabs = tuple(self._header["shape"]), len(self._header["sha256"])
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._file.__exit__(*error)
+
+    def slab(self, i: int) -> np.ndarray:
+        """Slab `i` as int16 (up to SLAB, x, y)."""
+        import blosc2
+        from safetensors import SafetensorError
+
+        try:
+            stored = self._file.get_tensor(_name(i)).tobytes()
+        except SafetensorError as error:
+            raise self._damaged(str(error)) from error
+        if hashlib.sha256(stored).hexdigest() != self._header["sha256"][i]:
+            raise self._damaged(f"slab {i} is not what was written")
+        values = np.empty((min(SLAB, self.shape[0] - i * SLAB), *self.shape[1:]), np.int16)
+        blosc2.decompress2(stored, dst=values, nthreads=1)
+        return values
+
+    def _damaged(self, reason: str) -> ValueError:
+        return ValueError(f"{self.path} is damaged ({reason}); delete it and prepare the study again")
+
+
+def _name(slab: int) -> str:
+    return f"slab.{slab:04}"
+
+
+def _compressed(values: np.ndarray) -> bytes:
+    """Blosc2: bytes of equal weight side by side, then Zstandard. One thread: several would write in any order."""
+    import blosc2
+
+    return blosc2.compress2(
+        np.ascontiguousarray(values),
+        typesize=2,
+        codec=blosc2.Codec.ZSTD,
+        clevel=1,
+        filters=[blosc2.Filter.SHUFFLE],
+        filters_meta=[0],
+        nthreads=1,
+    )
+
+
+def content_of(row: Mapping) -> str:
+    """What identifies a study's content: the manifest's checksum, else the SHA-256 of its file.
+
+    Raises:
+        FileNotFoundError: no checksum and no file.
+    """
+    return checksum_of(row) or digest_of(row["path"])
+
+
+def checksum_of(row: Mapping) -> str:
+    """The manifest's checksum of a row, or "" where it gives none."""
+    given = row.get("checksum")
+    return given if isinstance(given, str) else ""
+
+
+def key_of(row: Mapping, content: str, config: PreprocessConfig) -> str:
+    """Key in the cache of a row with that content."""
+    reading = reading_arguments(row) if has_file(row) else {}
+    reading.pop("path", None)  # a data set may be moved
+    return cache_key(content, reading, config)
+
+
+def prepare_row(row: Mapping, content: str, config: PreprocessConfig, cache: VolumeCache) -> int:
+    """Read or generate one study, pre-process and store it.
+
+    Args:
+        row: of a manifest.
+        content: see `content_of`.
+        config: what the model wants.
+        cache: where it is stored.
+
+    Returns:
+        Bytes of the prepared file.
+
+    Raises:
+        ValueError: the file can't be read as a CT, or is not the one that the manifest describes.
+        OSError: it can't be stored.
+    """
+    if has_file(row) and checksum_of(row) == content and digest_of(row["path"]) != content:
+        raise ValueError(
+            f"{row['path']} is not the file whose checksum the manifest gives for {row['study']} "
+            f"({content[:12]}...): it was changed or damaged since; get it again, or empty the checksum to accept it"
+        )
+    return cache.save(key_of(row, content, config), preprocess(volume_from_row(row), config))

@@ -1,0 +1,425 @@
+"""CT-RATE's folder: names of volumes, its two versions, its tables, and the manifest made from them.
+
+The data set (arXiv 2403.17834) sets four traps. `train_1` and `valid_1` are two patients. Its second split is
+`valid_` in some file names and `validation_` in others. Some volumes show no chest. And version 1 holds stored
+values that the metadata turn into HU, while version 2 (`train_fixed`, `valid_fixed`) is in HU with its true
+geometry: the metadata applied to it once more shift every voxel by -1024 or -8192.
+"""
+
+import hashlib
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import inf
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from medctkit.cohort.manifest import COLUMNS, READING, SPACING, SPLITS, validate_manifest
+from medctkit.common.csv_tables import check_columns, read_table, refuse_wrong, to_numbers
+from medctkit.common.text import listed
+from medctkit.findings import FINDINGS
+from medctkit.scans.geometry import STEP_RANGE
+from medctkit.scans.volumes import CTVolume, read_volume
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+HOSPITAL = "CT-RATE"
+VERSIONS = {1: "dataset/{split}", 2: "dataset/{split}_fixed"}
+TABLES = {
+    split: {
+        "labels": f"dataset/multi_abnormality_labels/{split}_predicted_labels.csv",
+        "reports": f"dataset/radiology_text_reports/{long}_reports.csv",
+        "metadata": f"dataset/metadata/{long}_metadata.csv",
+        "no_chest": f"dataset/metadata/no_chest_{split}.txt",
+    }
+    for split, long in (("train", "train"), ("valid", "validation"))
+}
+REPORT_SECTIONS = ("ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN")
+FALLBACK = "Impressions_EN"
+KEPT = ("Manufacturer", "ConvolutionKernel", "PatientSex", "PatientAge")  # of the metadata, where it has them
+_GEOMETRY = ("RescaleSlope", "RescaleIntercept", "XYSpacing", "ZSpacing")
+_NAME = re.compile(r"(?P<patient>(?P<split>train|valid)_[1-9][0-9]*)_(?P<scan>[a-z]+)_(?P<reconstruction>[1-9][0-9]*)")
+_PLACEHOLDER = r"(?i:\s*(?:not given\.?)?\s*)"
+_LENGTH = r"\s*'?([0-9.eE+-]+)'?\s*"
+
+
+class VolumeName(NamedTuple):
+    """What the name of a CT-RATE volume says, as in `train_1_a_2.nii.gz`."""
+
+    split: str
+    patient: str
+    scan: str
+    reconstruction: int
+
+
+def parse_volume_name(name: str) -> VolumeName:
+    """Split, patient ("train_1": with the split, as numbers begin anew in each), scan and reconstruction.
+
+    Args:
+        name: with or without .nii.gz.
+
+    Raises:
+        ValueError: not a name of CT-RATE.
+    """
+    found = _NAME.fullmatch(str(name).removesuffix(".nii.gz"))
+    if not found:
+        raise ValueError(
+            f"{name!r} is not the name of a CT-RATE volume; expected split, patient, scan and reconstruction as in "
+            "train_1_a_1.nii.gz"
+        )
+    return VolumeName(found["split"], found["patient"], found["scan"], int(found["reconstruction"]))
+
+
+def volume_path(name: str, version: int) -> str:
+    """Where a volume lies, from the folder that holds `dataset`: `dataset/train/train_1/train_1_a/train_1_a_1.nii.gz`.
+
+    Args:
+        name: with or without .nii.gz.
+        version: 1 (stored values) or 2 (HU).
+    """
+    split, patient, scan, reconstruction = parse_volume_name(name)
+    folder = VERSIONS[_checked_version(version)].format(split=split)
+    return f"{folder}/{patient}/{patient}_{scan}/{patient}_{scan}_{reconstruction}.nii.gz"
+
+
+def find_volume(root: str | os.PathLike, name: str, version: int | None = None) -> Path:
+    """The file of a volume.
+
+    Args:
+        root: the folder that holds `dataset`.
+        name: with or without .nii.gz.
+        version: 1 or 2; None: the one that is there, 2 if both are.
+
+    Raises:
+        FileNotFoundError: not there; says where it was looked for.
+    """
+    versions = (2, 1) if version is None else (version,)
+    files = [Path(root).expanduser() / volume_path(name, wanted) for wanted in versions]
+    for file in files:
+        if file.is_file():
+            return file
+    raise FileNotFoundError(f"no volume {name}; looked for {' and '.join(map(str, files))}")
+
+
+def reading_arguments_of(metadata_row: Mapping, version: int, table: str = "the metadata") -> dict[str, Any]:
+    """How `read_volume` turns a file into HU and mm.
+
+    Args:
+        metadata_row: the volume's row of CT-RATE's metadata.
+        version: of the file. Version 2 needs nothing: what it needs is in the file.
+        table: the table's name, for errors.
+
+    Returns:
+        For version 1 `rescale_slope`, `rescale_intercept` and `spacing` (slices, rows, columns in mm).
+
+    Raises:
+        ValueError: a value that is missing or malformed; names row and column.
+    """
+    import pandas as pd
+
+    if _checked_version(version) == 2:
+        return {}
+    check_columns(metadata_row.keys(), _GEOMETRY, table)
+    text = {name: [str(metadata_row[name])] for name in _GEOMETRY}
+    return _arguments(pd.DataFrame(text, index=[metadata_row.get("VolumeName", "given")], dtype=str), table)
+
+
+def read_ct_rate(root: str | os.PathLike, name: str, version: int | None = None, **overrides: Any) -> CTVolume:
+    """Read a volume by its name, in the right way for its version.
+
+    Args:
+        root: the folder that holds `dataset`.
+        name: with or without .nii.gz.
+        version: 1 or 2; None: the one that is there, 2 if both are.
+        overrides: arguments of `read_volume` that replace those of the metadata.
+
+    Raises:
+        FileNotFoundError: no such volume, or no metadata for version 1.
+        ValueError: malformed metadata; a slope or intercept for version 2, which is in HU; see `read_volume`.
+    """
+    path = find_volume(root, name, version)
+    found = 2 if path == Path(root).expanduser() / volume_path(name, 2) else 1
+    if found == 2 and (rescaling := [key for key in overrides if key.startswith("rescale_")]):
+        raise ValueError(f"{path}: version 2 is in HU already; leave out {' and '.join(rescaling)}")
+    note, arguments = f"CT-RATE version {found}", {}
+    if found == 1:
+        split, stem = parse_volume_name(name).split, path.name.removesuffix(".nii.gz")
+        table, metadata = _table_path(root, split, "metadata"), _read_table(root, split, "metadata", _GEOMETRY)
+        row = metadata[metadata["VolumeName"] == stem]
+        if not len(row):
+            raise ValueError(f"{table} has no row for {stem}, so its HU and spacing are unknown")
+        arguments = _arguments(row, str(table))
+    elif version is None and (Path(root).expanduser() / volume_path(name, 1)).is_file():
+        note += "; version 1 is there too and was not read"
+    volume = read_volume(path, **(arguments | overrides))
+    return replace(volume, provenance=(*volume.provenance, note))
+
+
+def manifest_from_ct_rate(
+    root: str | os.PathLike,
+    version: int | None = None,
+    valid_share: float = 0.1,
+    seed: int = 0,
+    one_reconstruction: bool = False,
+    report_sections: Sequence[str] = ("Findings_EN",),
+) -> tuple["pd.DataFrame", dict[str, int]]:
+    """Make a manifest of the volumes of CT-RATE that are on disk, chests with a report and labels.
+
+    CT-RATE's validation patients become the split "test"; a share of its training patients becomes "valid".
+    Whether a patient does depends on the seed and the patient's name alone, so that no patient ever moves when
+    others are added.
+
+    Args:
+        root: the folder that holds `dataset`.
+        version: 1 or 2; None: for each volume the one that is there, 2 if both are.
+        valid_share: share of the training patients that becomes "valid", from 0 to below 1.
+        seed: draws them.
+        one_reconstruction: keep of each scan only the reconstruction with the lowest number.
+        report_sections: columns of the report table that are joined; `Impressions_EN` where they hold only
+            "Not given.".
+
+    Returns:
+        The manifest, and counts of what was found, dropped (by reason) and kept.
+
+    Raises:
+        FileNotFoundError: no volumes, or a table is missing.
+        ValueError: malformed tables (names table, row and column), or nothing left.
+    """
+    import pandas as pd
+
+    if not 0 <= valid_share < 1:
+        raise ValueError(f"valid_share={valid_share}: expected a share of patients, from 0 to below 1")
+    unknown = [name for name in report_sections if name not in REPORT_SECTIONS]
+    if isinstance(report_sections, str) or unknown or not report_sections:
+        raise ValueError(f"report_sections={report_sections!r}: expected some of {list(REPORT_SECTIONS)}")
+    root = Path(root).expanduser()
+    counts: Counter[str] = Counter()
+    volumes = _volumes_on_disk(root, version, counts)
+    parts = [_joined(root, split, part, report_sections, counts) for split, part in volumes.groupby("split")]
+    table = pd.concat(parts, ignore_index=True)
+    if one_reconstruction:
+        table = _without(table, table.duplicated(["patient", "scan"]), "another reconstruction is kept", counts)
+    if not len(table):
+        raise ValueError(f"{root}: none of its volumes can be used: {dict(counts)}")
+    training = table["split"] == "train"
+    drawn = {name for name in table.loc[training, "patient"].unique() if _draw(seed, name) < valid_share}
+    table["split"] = table["split"].map({"train": "train", "valid": "test"}).mask(table["patient"].isin(drawn), "valid")
+    counts["kept: volumes"] = len(table)
+    counts["kept: scans"] = len(table[["patient", "scan"]].drop_duplicates())
+    counts["kept: patients"] = table["patient"].nunique()
+    for split in SPLITS:
+        counts[f"kept: patients in {split}"] = table.loc[table["split"] == split, "patient"].nunique()
+    for number in VERSIONS:
+        counts[f"kept: volumes of version {number}"] = int((table["ct_rate_version"] == number).sum())
+    return validate_manifest(table), dict(counts)
+
+
+def _checked_version(version: int) -> int:
+    if version not in VERSIONS:
+        raise ValueError(f"version={version!r}: CT-RATE has the versions {' and '.join(map(str, VERSIONS))}")
+    return version
+
+
+def _draw(seed: int, patient: str) -> float:
+    """A number from 0 to below 1 that depends on nothing else."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{patient}".encode()).digest()[:6]) / 2**48
+
+
+def _without(table: "pd.DataFrame", dropped: "pd.Series", reason: str, counts: Counter) -> "pd.DataFrame":
+    counts[f"dropped: {reason}"] += int(dropped.sum())
+    return table[~dropped]
+
+
+def _fail(error: OSError) -> None:
+    raise error  # os.walk passes over folders that it may not read
+
+
+def _volumes_on_disk(root: Path, version: int | None, counts: Counter) -> "pd.DataFrame":
+    """Columns of the manifest that names and folders give, in the order of patients, scans, reconstructions."""
+    import pandas as pd
+
+    versions = tuple(VERSIONS) if version is None else (_checked_version(version),)
+    found: dict[VolumeName, tuple[int, str]] = {}
+    for number in versions:
+        for split in TABLES:
+            top = os.path.abspath(root / VERSIONS[number].format(split=split))
+            if not os.path.isdir(top):
+                continue
+            for folder, _, files in os.walk(top, onerror=_fail, followlinks=True):
+                for file in files:
+                    if not file.endswith(".nii.gz"):
+                        continue
+                    name = _NAME.fullmatch(file.removesuffix(".nii.gz"))
+                    place = name and os.path.join(top, name["patient"], f"{name['patient']}_{name['scan']}")
+                    if folder == place and name["split"] == split:
+                        found[parse_volume_name(file)] = number, os.path.join(folder, file)  # the later version wins
+                    else:
+                        counts["ignored: files whose name or folder is not CT-RATE's"] += 1
+    counts["volumes on disk"] = len(found)
+    if not found:
+        looked = " or ".join(f"{folder.format(split='*')}/" for n, folder in VERSIONS.items() if n in versions)
+        raise FileNotFoundError(
+            f"{root}: no volume of CT-RATE in {looked} (a volume is {volume_path('train_1_a_1', versions[-1])}); "
+            "give the folder that holds `dataset`"
+        )
+    order = sorted(found, key=lambda name: (name.split, int(name.patient.split("_")[1]), name))
+    table = pd.DataFrame(order, columns=VolumeName._fields)
+    table["study"] = [f"{name.patient}_{name.scan}_{name.reconstruction}" for name in order]
+    table["ct_rate_version"] = [found[name][0] for name in order]
+    table["path"] = [found[name][1] for name in order]
+    return table.assign(hospital=HOSPITAL)
+
+
+def _joined(
+    root: Path, split: str, volumes: "pd.DataFrame", sections: Sequence[str], counts: Counter
+) -> "pd.DataFrame":
+    """Rows of the manifest for the volumes of one of CT-RATE's splits; `split` is still CT-RATE's."""
+    import pandas as pd
+
+    texts = tuple(dict.fromkeys((*sections, FALLBACK)))
+    labels = _read_table(root, split, "labels", FINDINGS)
+    reports = _read_table(root, split, "reports", texts)
+    metadata = _read_table(root, split, "metadata", _GEOMETRY, KEPT)
+    listed_somewhere = set().union(*(table["VolumeName"] for table in (labels, reports, metadata)))
+    counts["rows of the tables without a file"] += len(listed_somewhere - set(volumes["study"]))
+    volumes = _without(volumes, volumes["study"].isin(_no_chest(root, split)), "not a chest", counts)
+    for kind, table, needed in (("labels", labels, (1, 2)), ("reports", reports, (1, 2)), ("metadata", metadata, (1,))):
+        lacking = ~volumes["study"].isin(table["VolumeName"]) & volumes["ct_rate_version"].isin(needed)
+        volumes = _without(volumes, lacking, f"no row in the {kind} table", counts)
+    report = _report_texts(reports, sections).set_axis(reports["VolumeName"])
+    empty = report.reindex(volumes["study"]).eq("").set_axis(volumes.index)
+    volumes = _without(volumes, empty, "report not given", counts)
+
+    names = pd.Index(volumes["study"])
+    labels, reports, metadata = (table[table["VolumeName"].isin(names)] for table in (labels, reports, metadata))
+    labels = labels.assign(**{name: to_numbers(labels[name]) for name in FINDINGS})
+    of_labels, of_reports, of_metadata = (str(_table_path(root, split, kind)) for kind in list(TABLES[split])[:3])
+    refuse_wrong(of_labels, labels, [(name, ~labels[name].isin((0, 1)), "0 or 1") for name in FINDINGS])
+    refuse_wrong(of_labels, labels, _one_value_for_each_scan(labels, FINDINGS))
+    refuse_wrong(of_reports, reports, _one_value_for_each_scan(reports, sections))
+    stored = metadata["VolumeName"].isin(volumes.loc[volumes["ct_rate_version"] == 1, "study"])
+    reading = _reading_columns(metadata[stored], of_metadata)
+    extra = _extra_columns(metadata)
+
+    def joined(table: pd.DataFrame, keys: pd.Series) -> pd.DataFrame:
+        return table.set_axis(keys).reindex(names).set_axis(volumes.index)
+
+    parts = [
+        volumes.assign(report=report.reindex(names).to_numpy(), seed=pd.array([pd.NA] * len(names), "Int64")),
+        joined(labels[list(FINDINGS)], labels["VolumeName"]).astype("int64"),
+        joined(reading, metadata.loc[stored, "VolumeName"]),
+        joined(extra, metadata["VolumeName"]),
+    ]
+    table = pd.concat(parts, axis=1).assign(checksum="")
+    return table[[*COLUMNS, "path", *READING[:5], "ct_rate_version", *extra.columns]]
+
+
+def _extra_columns(metadata: "pd.DataFrame") -> "pd.DataFrame":
+    """What is worth keeping of the metadata; the age in years, missing where it isn't written as "036Y"."""
+    import pandas as pd
+
+    extra = metadata[[name for name in KEPT if name in metadata]]
+    if "PatientAge" in extra:
+        years = extra["PatientAge"].str.extract(r"^\s*([0-9]{1,3})Y\s*$", expand=False)
+        extra = extra.assign(PatientAge=pd.to_numeric(years).astype("Int64"))
+    return extra
+
+
+def _table_path(root: str | os.PathLike, split: str, kind: str) -> Path:
+    return Path(root).expanduser() / TABLES[split][kind]
+
+
+def _read_table(
+    root: str | os.PathLike, split: str, kind: str, columns: Sequence[str], optional: Sequence[str] = ()
+) -> "pd.DataFrame":
+    """A table of CT-RATE with VolumeName checked and without its .nii.gz; the index is the row in the file."""
+    import pandas as pd
+
+    path = _table_path(root, split, kind)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: this table of CT-RATE is missing; download it as well")
+    table = read_table(path, ("VolumeName", *columns), optional)
+    table["VolumeName"] = table["VolumeName"].str.strip().str.removesuffix(".nii.gz")
+    named = table["VolumeName"].str.fullmatch(_NAME.pattern) & table["VolumeName"].str.startswith(f"{split}_")
+    row = pd.Series(table.index.astype(str), index=table.index)
+    first = row.groupby(table["VolumeName"]).transform("first")
+    rules = [
+        ("VolumeName", ~named.astype(bool), f"a volume of this split, such as {split}_1_a_1.nii.gz"),
+        ("VolumeName", table["VolumeName"].duplicated(), "another volume: row " + first + " is this one already"),
+    ]
+    refuse_wrong(str(path), table, rules)
+    return table
+
+
+def _no_chest(root: Path, split: str) -> set[str]:
+    """Names of the volumes that CT-RATE lists as no chests, without .nii.gz."""
+    path = _table_path(root, split, "no_chest")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: the list of volumes that show no chest is missing; download it as well")
+    names, wrong = set(), []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
+        name = line.strip().rsplit("/")[-1].removesuffix(".nii.gz")
+        found = _NAME.fullmatch(name)
+        if found and found["split"] == split:
+            names.add(name)
+        elif name:
+            wrong.append(f"{path} line {number}: got {line!r}, expected a volume such as {split}_1_a_1.nii.gz")
+    if wrong:
+        raise ValueError(listed(wrong))
+    return names
+
+
+def _report_texts(reports: "pd.DataFrame", sections: Sequence[str]) -> "pd.Series":
+    """The wanted sections joined, or the fallback where they say nothing; "" where that says nothing either."""
+
+    def text(name: str) -> "pd.Series":
+        return reports[name].str.strip().mask(reports[name].str.fullmatch(_PLACEHOLDER).astype(bool), "")
+
+    joined = text(sections[0])
+    for name in sections[1:]:
+        joined = (joined + " " + text(name)).str.strip()
+    return joined.mask(joined == "", text(FALLBACK))
+
+
+def _one_value_for_each_scan(table: "pd.DataFrame", columns: Sequence[str]) -> list[tuple]:
+    import pandas as pd
+
+    scan = pd.factorize(table["VolumeName"].str.rsplit("_", n=1).str[0])[0]
+    first = pd.Series(table.index.astype(str), index=table.index).groupby(scan).transform("first")
+    expected = "that of row " + first + ", another reconstruction of the same scan"
+    return [(name, table[name].groupby(scan).transform("first") != table[name], expected) for name in columns]
+
+
+def _reading_columns(metadata: "pd.DataFrame", table: str) -> "pd.DataFrame":
+    """Slope, intercept and spacing (columns as in the manifest) of rows of the metadata, which are text."""
+    import pandas as pd
+
+    plane = metadata["XYSpacing"].str.extract(rf"^\s*\[{_LENGTH},{_LENGTH}\]\s*$")
+    values = {
+        "RescaleSlope": to_numbers(metadata["RescaleSlope"]),
+        "RescaleIntercept": to_numbers(metadata["RescaleIntercept"]),
+        "ZSpacing": to_numbers(metadata["ZSpacing"]),
+        "rows": plane[0],
+        "columns": plane[1],
+    }
+    values = pd.DataFrame({name: pd.to_numeric(v, errors="coerce").astype(float) for name, v in values.items()})
+    low, high = STEP_RANGE
+    inside = values[["ZSpacing", "rows", "columns"]].apply(lambda steps: steps.between(low, high))
+    between = f"from {low} to {high} mm"
+    rules = [
+        ("RescaleSlope", ~values["RescaleSlope"].between(0, inf, inclusive="neither"), "a number above 0"),
+        ("RescaleIntercept", ~values["RescaleIntercept"].between(-inf, inf, inclusive="neither"), "a number"),
+        ("ZSpacing", ~inside["ZSpacing"], f"a length {between}"),
+        ("XYSpacing", ~(inside["rows"] & inside["columns"]), f"two lengths {between}, such as [0.7, 0.7]"),
+    ]
+    refuse_wrong(table, metadata, rules)
+    return values[["RescaleSlope", "RescaleIntercept", "ZSpacing", "rows", "columns"]].set_axis(READING[:5], axis=1)
+
+
+def _arguments(metadata_row: "pd.DataFrame", table: str) -> dict[str, Any]:
+    (found,) = _reading_columns(metadata_row, table).to_dict("records")
+    spacing = tuple(found.pop(name) for name in SPACING)
+    return found | {"spacing": spacing}

@@ -1,0 +1,186 @@
+"""A torch dataset over a manifest, with the prepared volumes kept on disk.
+
+Phantoms are made from their seeds, real scans (rows with a `path`) are read; both go through `preprocess`
+once, and are read from the cache from then on.
+"""
+
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import Dataset
+
+from medctkit.cohort import prepare
+from medctkit.cohort.cache import VolumeCache, content_of, key_of, prepare_row
+from medctkit.cohort.manifest import volume_from_row
+from medctkit.findings import FINDINGS
+from medctkit.scans.preprocessing import PreprocessConfig, preprocess
+
+if TYPE_CHECKING:
+    import pandas as pd
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from medctkit.common.processes import accelerator_for
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class CTReportDataset(Dataset):
+    """Volumes, reports and labels of the rows of a manifest.
+
+    An item is a dict: `study` and `patient` (str), `pixel_values` float32 (1, D, H, W) in [-1, 1], `report`
+    (str) and `labels` float32 (18,).
+
+    Args:
+        manifest: rows as `load_manifest` gives them.
+        preprocess_config: spacing and shape that the model wants.
+        cache_dir: folder for prepared volumes; None: prepare anew at every access.
+
+    Raises:
+        ValueError: no rows.
+    """
+
+    def __init__(self, manifest: "pd.DataFrame", preprocess_config: PreprocessConfig, cache_dir=None):
+        if not len(manifest):
+            raise ValueError("the manifest has no rows for this dataset; look at its hospital and split columns")
+        self.rows: list[dict] = manifest.to_dict("records")
+        self.config = preprocess_config
+        self.cache = None if cache_dir is None else VolumeCache(cache_dir)
+        self._loaded: list[torch.Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.rows[index]
+        pixels = self._loaded[index] if self._loaded is not None else self._pixels(row)
+        return {
+            "study": row["study"],
+            "patient": row["patient"],
+            "pixel_values": pixels,
+            "report": row["report"],
+            "labels": torch.tensor([float(row[name]) for name in FINDINGS]),
+        }
+
+    def prepare(self, workers: int | None = None) -> None:
+        """Prepare what is not in the cache yet, in parallel; stop and start again as you like.
+
+        Args:
+            workers: processes; by default one for each core.
+
+        Raises:
+            ValueError: no `cache_dir`, or studies that could not be prepared: which, and why. The others are.
+            OSError: no room on the disk.
+        """
+        if self.cache is None:
+            raise ValueError("prepare() needs a cache_dir to put the volumes into; give one to CTReportDataset")
+        done = prepare(self.rows, self.config, self.cache.folder, workers=workers)
+        for row in self.rows:  # so that no file is hashed again
+            row["checksum"] = done.contents.get(row["study"], row["checksum"])
+        failures = done.failures
+        if failures:
+            listing = "\n".join(f"  {failure['study']}: {failure['message']}" for failure in failures[:5])
+            more = f"\n  ... and {len(failures) - 5} more" if len(failures) > 5 else ""
+            raise ValueError(f"{len(failures)} of {len(self.rows)} studies could not be prepared:\n{listing}{more}")
+
+    def in_memory(self) -> "CTReportDataset":
+        """Load all volumes at once and go on from memory (0.5 MB each at the mini size); returns itself."""
+        from tqdm.auto import tqdm
+
+        bar = tqdm(self.rows, desc="loading", unit="study", leave=False, delay=2)
+        self._loaded = [self._pixels(row) for row in bar]
+        return self
+
+    def _pixels(self, row: dict) -> torch.Tensor:
+        if self.cache is None:
+            return preprocess(volume_from_row(row), self.config)
+        content = content_of(row)
+        key = key_of(row, content, self.config)
+        pixels = self.cache.load(key)
+        if pixels is None:
+            prepare_row(row, content, self.config, self.cache)
+            # as it was stored, so that a second run sees exactly what the first saw
+            pixels = self.cache.load(key)
+        row["checksum"] = content  # so that its file is hashed once, not in every epoch
+        return pixels
+
+
+def collate(tokenizer: Any, max_length: int = 128) -> Callable[[Sequence[dict]], dict[str, Any]]:
+    """A collate function: items to a batch with tokenised reports.
+
+    Args:
+        tokenizer: of the model's text encoder.
+        max_length: tokens a report is cut to; shorter batches are padded to their longest report only.
+
+    Returns:
+        A function from b items to a dict: `study` and `patient` (lists), `pixel_values` (b, 1, D, H, W),
+        `input_ids` and `attention_mask` (b, n), `report_id` (b,) equal for equal reports, `labels` (b, 18).
+    """
+
+    def to_batch(items: Sequence[dict]) -> dict[str, Any]:
+        reports = [item["report"] for item in items]
+        words = tokenizer(reports, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+        return {
+            "study": [item["study"] for item in items],
+            "patient": [item["patient"] for item in items],
+            "pixel_values": torch.stack([item["pixel_values"] for item in items]),
+            "input_ids": words["input_ids"],
+            "attention_mask": words["attention_mask"],
+            "report_id": report_ids(words["input_ids"], words["attention_mask"]),
+            "labels": torch.stack([item["labels"] for item in items]),
+        }
+
+    return to_batch
+
+
+def report_ids(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """A number (b,) for each tokenised report (b, n), the same for the same tokens in whatever batch."""
+    reports = (ids[mask.bool()].numpy().tobytes() for ids, mask in zip(input_ids, attention_mask, strict=True))
+    return torch.tensor([int.from_bytes(blake2b(report, digest_size=8).digest(), signed=True) for report in reports])
+
+
+IN_MEMORY = 4e9  # bytes of volumes up to which a data set is loaded at once
+
+
+def cohort(
+    manifest: "pd.DataFrame", hospital: str | None, split: str, preprocess_config: PreprocessConfig, cache_dir
+) -> CTReportDataset:
+    """The prepared studies of one hospital (None: of all) and split; in memory if they are small enough.
+
+    Under `accelerate launch` the first process prepares them and the others wait.
+
+    Args:
+        manifest: see `medctkit.cohort.manifest`.
+        hospital: of the manifest; None: all.
+        split: "train", "valid" or "test".
+        preprocess_config: what the model wants to see.
+        cache_dir: of the prepared volumes.
+
+    Raises:
+        ValueError: no such studies.
+    """
+    rows = manifest[manifest["split"] == split]
+    if hospital is not None:
+        rows = rows[rows["hospital"] == hospital]
+    if not len(rows):
+        known = ", ".join(sorted(manifest["hospital"].unique()))
+        raise ValueError(f"the manifest has no {split} studies of hospital {hospital!r}; its hospitals are {known}")
+    dataset = CTReportDataset(rows, preprocess_config, cache_dir)
+    with accelerator_for().main_process_first():
+        dataset.prepare()
+    small = 4 * math.prod(preprocess_config.shape) * len(rows) <= IN_MEMORY
+    return dataset.in_memory() if small else dataset
+
+
+def prepared_dir(manifest_path: str | os.PathLike, output_dir: str | os.PathLike, cache_dir=None) -> Path:
+    """Where prepared volumes are: `cache_dir`, else what `medctkit prepare` put beside the manifest, else a new folder.
+
+    The new one is `prepared` in `output_dir`.
+    """
+    beside = Path(manifest_path).parent / "prepared"
+    return Path(cache_dir) if cache_dir is not None else beside if beside.is_dir() else Path(output_dir) / "prepared"

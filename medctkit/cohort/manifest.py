@@ -1,0 +1,371 @@
+"""`data_manifest.csv`: one row per study, its schema, and the default phantom cohort.
+
+A row holds study, patient, split, hospital, seed, scan, reconstruction, the 18 labels, the report and a
+checksum. A phantom can be made again from its row. A real scan has a `path`: of it, `seed` may be empty, the
+hospital has any name, the checksum is the SHA-256 of the file (empty until `medctkit prepare` fills it in),
+and further columns say how to read the file (`READING`, empty where the file itself knows). A table may hold
+both. Other columns are kept as they are.
+Names imitate CT-RATE's: patient, scan letter, reconstruction number, as in `target_train_0012_a_1`.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import permutations, product
+from math import inf
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medctkit.common.atomic import replacing
+from medctkit.common.csv_tables import check_columns, given, read_table, refuse_wrong, to_numbers
+from medctkit.findings import FINDINGS
+from medctkit.phantom.study import HOSPITALS, TRAINING_SHAPE, PhantomStudy, generate, named_rng
+from medctkit.scans.geometry import STEP_RANGE
+from medctkit.scans.volumes import CTVolume, read_volume
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLUMNS = ("study", "patient", "split", "hospital", "seed", "scan", "reconstruction", *FINDINGS, "report", "checksum")
+SPACING = ("spacing_d", "spacing_h", "spacing_w")  # mm, in place of a blank or wrong header
+READING = ("rescale_slope", "rescale_intercept", *SPACING, "orientation", "series")
+SPLITS = ("train", "valid", "test")
+# Patients of the default cohort. The base model never sees the target hospital before notebook 03, and what
+# it was pretrained on is not listed here: `medctkit.experiments.pretrain` draws those studies from seeds of its own.
+DEFAULT_PATIENTS = {
+    ("source", "test"): 300,
+    ("target", "train"): 900,
+    ("target", "valid"): 150,
+    ("target", "test"): 300,
+}
+_NAMES = ("study", "patient", "split", "hospital", "scan", "checksum", "path", "orientation", "series")
+_NUMBERS = ("seed", "reconstruction", *FINDINGS, *READING[:5])
+_ORIENTATIONS = {
+    "stored",
+    "canonical",
+    *("".join(letters) for axes in permutations(("RL", "AP", "SI")) for letters in product(*axes)),
+}
+
+
+def phantom_checksum(study: PhantomStudy) -> str:
+    """SHA-256 over the voxels (int16, C order) and the report."""
+    return hashlib.sha256(study.volume.hu.tobytes() + study.report.encode()).hexdigest()
+
+
+def study_from_row(row: Mapping, shape: tuple[int, int, int] = TRAINING_SHAPE) -> PhantomStudy:
+    """Make the phantom of a row again, at its own or any other resolution (d, h, w).
+
+    Raises:
+        ValueError: the row is a real scan's and has no seed.
+    """
+    if _empty(row["seed"]):
+        raise ValueError(f"study {row['study']} has no seed: it is a real scan, which volume_from_row reads")
+    present = [name for name in FINDINGS if row[name]]
+    reconstruction = int(row["reconstruction"])
+    return generate(
+        int(row["seed"]), row["hospital"], present, shape, patient=row["patient"], reconstruction=reconstruction
+    )
+
+
+def reading_arguments(row: Mapping) -> dict[str, Any]:
+    """What `read_volume` needs to know for the real scan of a row, as keyword arguments.
+
+    Args:
+        row: one with a `path`.
+
+    Returns:
+        `path`, and of `rescale_slope`, `rescale_intercept`, `spacing` (d, h, w in mm), `orientation` and
+        `series` those that the row gives.
+    """
+    here = {name: row[name] for name in READING if name in row and not _empty(row[name])}
+    arguments = {"path": str(row["path"])}
+    arguments |= {name: float(here[name]) for name in ("rescale_slope", "rescale_intercept") if name in here}
+    if SPACING[0] in here:
+        arguments["spacing"] = tuple(float(here[name]) for name in SPACING)
+    return arguments | {name: str(here[name]) for name in ("orientation", "series") if name in here}
+
+
+def volume_from_row(row: Mapping) -> CTVolume:
+    """The scan of a row: its file read, or its phantom made.
+
+    Raises:
+        FileNotFoundError: the file is not there.
+        ValueError: see `read_volume`.
+    """
+    return read_volume(**reading_arguments(row)) if has_file(row) else study_from_row(row).volume
+
+
+def has_file(row: Mapping) -> bool:
+    """Whether a row is a real scan, which is read from its `path`; a phantom is made from its seed."""
+    return not _empty(row.get("path"))
+
+
+def _empty(value: Any) -> bool:
+    """None, NaN, pandas' NA, or a blank text."""
+    import pandas as pd
+
+    return bool(pd.isna(value)) or not str(value).strip()
+
+
+def verify_row(row: Mapping) -> None:
+    """Make the phantom of a row again and compare.
+
+    Raises:
+        ValueError: it is not the one the manifest describes.
+    """
+    found = phantom_checksum(study_from_row(row))
+    if found != row["checksum"]:
+        raise ValueError(
+            f"study {row['study']}: made again it has checksum {found[:12]}..., the manifest says "
+            f"{str(row['checksum'])[:12]}...; the generator has changed since the manifest was written. "
+            "`medctkit manifest` writes it anew"
+        )
+
+
+def validate_manifest(table: "pd.DataFrame", rows: Sequence[int] | None = None) -> "pd.DataFrame":
+    """Check a manifest; returns it unchanged.
+
+    Args:
+        table: the manifest.
+        rows: the row of the file that each row comes from; by default 2, 3, ... below the header in row 1.
+
+    Raises:
+        ValueError: names the rows (as in the file), the columns and the values that are wrong: a wrong cell,
+            reconstructions of one scan that disagree, a scan that is listed twice, a patient in two splits.
+    """
+    check_columns(table.columns, COLUMNS, "the manifest")
+    _refuse_misspelt(table.columns)
+    if not len(table):
+        raise ValueError("the manifest has no rows")
+    numbered = table.set_axis(range(2, len(table) + 2) if rows is None else list(rows))
+    real = given(numbered["path"]) if "path" in table else given(numbered["study"]) & False
+    refuse_wrong("manifest", numbered, [*_cell_rules(numbered, real), *_reading_rules(numbered, real)])
+    refuse_wrong("manifest", numbered, [_split_rule(numbered)])
+    refuse_wrong("manifest", numbered, _scan_rules(numbered))
+    return table
+
+
+def _refuse_misspelt(columns: Sequence[str]) -> None:
+    """An optional column by another spelling would be kept, unread: a scan would lose its slope."""
+
+    def plain(name: str) -> str:
+        return "".join(filter(str.isalnum, str(name))).lower()
+
+    absent = {plain(name): name for name in (*READING, "path") if name not in columns}
+    for name in columns:
+        if plain(name) in absent:
+            raise ValueError(f"the manifest has a column {name!r}; write it {absent[plain(name)]!r}")
+
+
+def _cell_rules(table: "pd.DataFrame", real: "pd.Series") -> Iterator[tuple]:
+    """(column, wrong rows, what was expected) for everything that a cell alone can have wrong.
+
+    `real`: which rows are real scans.
+    """
+    from pandas.api.types import is_numeric_dtype
+
+    for name in ("study", "patient", "hospital", "scan"):
+        text = table[name].astype(str)
+        yield name, ~given(table[name]) | (text.str.strip() != text), "a name, without spaces around it"
+    yield "study", given(table["study"]) & table["study"].duplicated(), "a name that occurs once"
+    phantoms = sorted(HOSPITALS)
+    elsewhere = ~real & given(table["hospital"]) & ~table["hospital"].isin(phantoms)
+    yield "hospital", elsewhere, f"one of {phantoms} for a phantom; a real scan needs a path"
+    yield "split", ~table["split"].isin(SPLITS), f"one of {SPLITS}"
+    yield "seed", ~table["seed"].map(_is_whole) & (~real | given(table["seed"])), "a whole number >= 0"
+    yield "reconstruction", ~table["reconstruction"].map(_is_whole), "a whole number >= 0"
+    yield "report", ~table["report"].map(lambda r: isinstance(r, str) and bool(r.strip())), "a text"
+    for name in table.columns:
+        if not is_numeric_dtype(table[name]):
+            yield name, table[name].map(lambda cell: isinstance(cell, str) and "\0" in cell), "a text without NUL bytes"
+    digits = table["checksum"].astype(str).str.fullmatch("[0-9a-f]{64}").astype(bool)
+    unfilled = real & ~given(table["checksum"])
+    yield "checksum", ~digits & ~unfilled, "64 hexadecimal digits in small letters"
+    for name in FINDINGS:
+        unknown = real & ~given(table[name])
+        yield name, ~table[name].isin((0, 1)) & ~unknown, "0 or 1, or nothing for a real scan: unknown"
+
+
+def _reading_rules(table: "pd.DataFrame", real: "pd.Series") -> Iterator[tuple]:
+    """The same for the columns that say how to read a file."""
+    import pandas as pd
+
+    filled = {name: given(table[name]) if name in table else real & False for name in READING}
+    for name in table.columns.intersection(READING):
+        yield name, filled[name] & ~real, "nothing: a phantom (no path) is made, not read"
+    for name, low, high, expected in (
+        ("rescale_slope", 0.0, inf, "a number above 0"),
+        ("rescale_intercept", -inf, inf, "a number"),
+        *((name, *STEP_RANGE, f"a length from {STEP_RANGE[0]} to {STEP_RANGE[1]} mm") for name in SPACING),
+    ):
+        if name in table:
+            value = pd.to_numeric(table[name].where(real), errors="coerce")
+            inside = value.between(low, high, inclusive="both" if name in SPACING else "neither")
+            yield name, filled[name] & real & ~inside, expected
+    lengths = sum(filled[name].astype(int) for name in SPACING)
+    for name in SPACING:
+        wrong = lengths.between(1, 2) & ~filled[name]
+        if name in table:
+            yield name, wrong, f"a length in mm: spacing needs all of {list(SPACING)}"
+        elif wrong.any():
+            raise ValueError(f"the manifest lacks the column {name!r}: spacing needs all of {list(SPACING)}")
+    if "orientation" in table:
+        known = table["orientation"].astype(str).isin(_ORIENTATIONS)
+        expected = "'stored', 'canonical' or one each of R/L, A/P and S/I, such as 'SPL'"
+        yield "orientation", filled["orientation"] & ~known, expected
+
+
+def _scan_rules(table: "pd.DataFrame") -> Iterator[tuple]:
+    """The same for what rows have wrong against each other; every cell alone is right already."""
+    import pandas as pd
+
+    row = pd.Series(table.index.astype(str), index=table.index)
+    scan = table.groupby(["patient", "scan"], sort=False).ngroup()
+    first = row.groupby(scan).transform("first")
+    for name in ("hospital", "report", *FINDINGS):
+        values = (
+            table[name].fillna(-1) if name in FINDINGS else table[name]
+        )  # an unknown label differs from a known one
+        differs = values.groupby(scan).transform("first") != values
+        yield name, differs, "that of row " + first + ", another reconstruction of the same scan"
+    earlier = row.groupby([scan, table["reconstruction"].astype(float)]).transform("first")
+    yield "reconstruction", earlier != row, "another number: row " + earlier + " is this reconstruction of this scan"
+    if "path" in table:
+        file = table.loc[given(table["path"]), "path"].astype(str).map(os.path.normpath)
+        series = table["series"].fillna("").astype(str) if "series" in table else pd.Series("", index=table.index)
+        earlier = row[file.index].groupby([file, series[file.index]]).transform("first").reindex(table.index)
+        yield "path", earlier.notna() & (earlier != row), "another file: row " + earlier + " is this scan already"
+    known = table.loc[given(table["checksum"]), ["study", "split", "checksum"]]
+    first = known.groupby("checksum")[["study", "split"]].transform("first").reindex(table.index)
+    leaked = first["split"].notna() & (first["split"] != table["split"])
+    twin = first["study"] + " in the split " + first["split"]
+    yield "checksum", leaked, "another scan: study " + table["study"].astype(str) + " is the same as " + twin
+
+
+def _split_rule(table: "pd.DataFrame") -> tuple:
+    import pandas as pd
+
+    patient = table["patient"]
+    row = pd.Series(table.index.astype(str), index=table.index).groupby(patient).transform("first")
+    first = table["split"].groupby(patient).transform("first")
+    expected = (
+        first + ": patient " + patient.astype(str) + " is in two splits (see row " + row + "); all scans of a patient "
+        "belong into one, or the test measures memory"
+    )
+    return "split", first != table["split"], expected
+
+
+def split_table(table: "pd.DataFrame") -> "pd.DataFrame":
+    """How many patients, scans and volumes each hospital has in each split.
+
+    Returns:
+        Columns hospital, split, patients, scans, volumes.
+
+    Raises:
+        ValueError: a patient is in two splits; without the error, none is.
+    """
+    import pandas as pd
+
+    numbered = table.set_axis(range(2, len(table) + 2))
+    refuse_wrong("manifest", numbered, [_split_rule(numbered)])
+    order = pd.Categorical(table["split"], SPLITS, ordered=True)
+    scans = table["patient"].astype(str) + "/" + table["scan"].astype(str)
+    counted = table.assign(split=order, scans=scans).groupby(["hospital", "split"], observed=True)
+    counts = counted.agg(patients=("patient", "nunique"), scans=("scans", "nunique"), volumes=("study", "size"))
+    return counts.reset_index().astype({"split": str})
+
+
+def _is_whole(value: Any) -> bool:
+    try:
+        return int(value) == float(value) and 0 <= int(value) < 2**53
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def load_manifest(path: str | os.PathLike) -> "pd.DataFrame":
+    """Read and check a manifest. A relative `path` in it counts from the manifest's own folder.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a table (see `read_table`), or see `validate_manifest`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no manifest at {path}; `medctkit manifest` writes the default one")
+    table = read_table(path, COLUMNS)
+    for name in table.columns.intersection(_NAMES):
+        table[name] = table[name].str.strip()
+    for name in table.columns.intersection(_NUMBERS):
+        table[name] = to_numbers(table[name])
+        if name in FINDINGS and str(table[name].dtype) == "Int64":
+            table[name] = table[name].astype(float)  # NaN: unknown
+    if "path" in table:
+        folder = os.path.abspath(path.parent)
+        table["path"] = [p and os.path.abspath(os.path.join(folder, os.path.expanduser(p))) for p in table["path"]]
+    try:
+        return validate_manifest(table.reset_index(drop=True), rows=table.index)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def write_manifest(table: "pd.DataFrame", path: str | os.PathLike) -> Path:
+    """Check a manifest and write it, whole or not at all.
+
+    A `path` inside the manifest's folder is written relative to it, so that both can move together; other
+    paths are written whole.
+    """
+    path = Path(path)
+    validate_manifest(table)
+    # a lone carriage return would end the row for some readers
+    table = table.replace(r"\r\n?", "\n", regex=True)
+    if "path" in table:
+        folder = Path(os.path.abspath(path.parent))
+        table["path"] = ["" if _empty(file) else _from_folder(str(file), folder) for file in table["path"]]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        table.to_csv(temporary, index=False, lineterminator="\n")
+    return path
+
+
+def _from_folder(file: str, folder: Path) -> str:
+    whole = Path(os.path.abspath(os.path.expanduser(file)))
+    return whole.relative_to(folder).as_posix() if whole.is_relative_to(folder) else str(whole)
+
+
+def _rows_of_patient(task: tuple[str, str, int]) -> list[dict]:
+    """All studies of one patient: one to three scans, each in one or two reconstructions."""
+    hospital, split, number = task
+    patient = f"{hospital}_{split}_{number:04d}"
+    rng = named_rng("cohort", patient)
+    rows = []
+    for letter in "abc"[: int(rng.choice([1, 2, 3], p=[0.82, 0.14, 0.04]))]:
+        seed = int(rng.integers(2**31))
+        labels = None
+        for reconstruction in range(int(rng.choice([1, 2], p=[0.8, 0.2]))):
+            study = generate(seed, hospital, patient=patient, reconstruction=reconstruction)
+            if labels is None:
+                labels = study.labels
+            row = dict(study=f"{patient}_{letter}_{reconstruction + 1}", patient=patient, split=split)
+            row |= dict(hospital=hospital, seed=seed, scan=letter, reconstruction=reconstruction, **labels)
+            rows.append(row | dict(report=study.report, checksum=phantom_checksum(study)))
+    return rows
+
+
+def build_default_manifest(patients: Mapping[tuple[str, str], int] | None = None, workers: int | None = None):
+    """Generate the default phantom cohort's manifest (DataFrame), in the order of hospital, split and patient.
+
+    Args:
+        patients: how many for each (hospital, split); `DEFAULT_PATIENTS` by default.
+        workers: processes; by default one per core.
+    """
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    import pandas as pd
+    from tqdm.auto import tqdm
+
+    patients = DEFAULT_PATIENTS if patients is None else patients
+    tasks = [(hospital, split, i) for (hospital, split), n in patients.items() for i in range(1, n + 1)]
+    with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        found = list(tqdm(pool.map(_rows_of_patient, tasks, chunksize=8), total=len(tasks), desc="patients"))
+    return validate_manifest(pd.DataFrame([row for rows in found for row in rows], columns=list(COLUMNS)))

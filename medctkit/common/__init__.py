@@ -1,0 +1,3 @@
+"""Helpers that know nothing of CT: atomic writes, tables, words for messages, provenance, processes."""
+
+__all__ = []

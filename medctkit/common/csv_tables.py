@@ -1,0 +1,200 @@
+"""CSV tables as people send them: read as text, with errors that name row, column and value.
+
+Spreadsheets leave their marks: a byte order mark, semicolons, decimal commas, empty rows and columns. What
+has one meaning is read; what has none or two is refused. Rows are counted as a spreadsheet shows them: the
+header is row 1, and a text with line breaks in it stays one row.
+"""
+
+import csv
+import io
+import os
+from collections.abc import Collection, Iterable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from medctkit.common.text import SHOWN, listed
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_DELIMITERS = ",;\t"
+_HEADER = 100_000  # characters that the header is looked for in
+_DECIMAL_COMMA = r"([+-]?\d+),(\d+)"
+_THOUSANDS = r"[+-]?[1-9]\d{0,2},\d{3}"  # 1,250 is 1250 to some and 1.25 to others
+
+
+def read_table(
+    path: str | os.PathLike, required: Collection[str], optional: Collection[str] | None = None
+) -> "pd.DataFrame":
+    """Read a CSV table, separated by commas, semicolons or tabs, in UTF-8 (or UTF-16 with its mark).
+
+    Args:
+        path: the file.
+        required: columns it must have.
+        optional: further columns to keep where it has them; None: all.
+
+    Returns:
+        Every cell as text, "" where empty; the index is the row in the file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: unreadable text, a quote that is never closed, rows of unequal length, a required column
+            that is missing or a column that is there twice. The message names the file and the row.
+    """
+    import pandas as pd
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such table")
+    text, broken = _decode(path)
+    delimiter = max(_DELIMITERS, key=lambda mark: len(set(_header(text, mark)) & set(required)))
+    rows, numbers = _rows(path, text, delimiter)
+    if not rows:
+        raise ValueError(f"{path}: the table is empty; expected a header with the columns {list(required)}")
+    if broken:
+        _refuse_broken_text(path, rows, numbers)
+    unequal = [
+        f"row {number} has {len(row)} cells, the header {len(rows[0])}"
+        for number, row in zip(numbers, rows, strict=True)
+        if len(row) != len(rows[0])
+    ]
+    if unequal:
+        raise ValueError(f"{path}: {listed(unequal)}. A text with a {delimiter!r} in it needs quotes around it")
+    header, rows = [name.strip() for name in rows[0]], rows[1:]
+    check_columns(header, required, str(path))
+    kept = [i for i, name in enumerate(header) if optional is None or name in required or name in optional]
+    cells = rows if len(kept) == len(header) else [[row[i] for i in kept] for row in rows]
+    return pd.DataFrame(cells, index=numbers[1:], columns=[header[i] for i in kept], dtype=str)
+
+
+def _decode(path: Path) -> tuple[str, bool]:
+    """The text of a file, and whether there is anything in it that can't be text."""
+    data = path.read_bytes()
+    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError:
+        # bytes that are no UTF-8 become lone surrogates, by which their cell is found
+        return data.decode("utf-8-sig", errors="surrogateescape"), True
+    return text, "\0" in text
+
+
+def _header(text: str, delimiter: str) -> list[str]:
+    reader = csv.reader(io.StringIO(text[:_HEADER], newline=""), delimiter=delimiter)
+    try:
+        return [name.strip() for name in next(reader, [])]
+    except csv.Error:
+        return []
+
+
+def _rows(path: Path, text: str, delimiter: str) -> tuple[list[list[str]], list[int]]:
+    """All rows that aren't empty, without the empty cells that a spreadsheet appends, and their numbers."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows, numbers, number = [], [], 0
+    try:
+        for number, row in enumerate(reader, 1):
+            if not any(row):
+                continue
+            if not rows:
+                row = row[: max(i for i, name in enumerate(row) if name) + 1]
+            elif not any(row[len(rows[0]) :]):
+                row = row[: len(rows[0])]
+            rows.append(row)
+            numbers.append(number)
+    except csv.Error as error:
+        raise ValueError(
+            f"{path} row {number + 1}: a quotation mark is never closed, or text follows after it ({error}); "
+            "save the table as CSV again"
+        ) from None
+    return rows, numbers
+
+
+def _refuse_broken_text(path: Path, rows: list[list[str]], numbers: list[int]) -> None:
+    for number, row in zip(numbers, rows, strict=True):
+        for i, cell in enumerate(row):
+            found = cell.encode("utf-8", errors="surrogateescape")
+            if "\0" in cell or found.decode("utf-8", errors="replace") != cell:
+                column = rows[0][i] if number > numbers[0] and i < len(rows[0]) else f"number {i + 1}"
+                raise ValueError(
+                    f"{path} row {number}, column {column!r}: got {found[:80]!r}, which is not text in UTF-8; "
+                    "save the table as 'CSV UTF-8', so that no letter has to be guessed"
+                )
+
+
+def check_columns(found: Iterable[str], required: Collection[str], where: str) -> None:
+    """Refuse a header with a column twice or without a required one.
+
+    Raises:
+        ValueError: names the columns, and the ones that may be meant.
+    """
+    found = list(found)
+    missing = [name for name in required if name not in found]
+    if missing:
+        others = [name for name in found if name not in required]
+        meant = {name: close[0] for name in missing if (close := get_close_matches(name, others, 1))}
+        hint = "".join(f"; {other!r} may be meant for {name!r}" for name, other in meant.items())
+        raise ValueError(f"{where} lacks the column(s) {missing}{hint}; expected {list(required)}")
+    twice = sorted({name for name in found if found.count(name) > 1})
+    if twice:
+        raise ValueError(f"{where}: the column(s) {twice} occur more than once; keep one of each")
+
+
+def to_numbers(column: "pd.Series") -> "pd.Series":
+    """Turn a column of text into numbers; a cell that isn't one keeps its text.
+
+    A decimal comma is read where it can't be a thousands separator. Whole numbers become integers, also where
+    they are written as "1.0"; empty cells become missing values.
+    """
+    import pandas as pd
+
+    text = column.str.strip()
+    numbers = pd.to_numeric(text, errors="coerce").astype(float)
+    wrong = numbers.isna() & (text != "")
+    if wrong.any():
+        other = text[wrong]
+        comma = other[other.str.fullmatch(_DECIMAL_COMMA) & ~other.str.fullmatch(_THOUSANDS)]
+        numbers[comma.index] = pd.to_numeric(comma.str.replace(",", ".", regex=False))
+        wrong[comma.index] = False
+    if wrong.any():
+        return numbers.astype(object).mask(wrong, column).mask(text == "", None)
+    whole = numbers.dropna()
+    if len(whole) and (whole % 1 == 0).all() and (whole.abs() < 2**53).all():
+        return numbers.astype("Int64" if len(whole) < len(numbers) else "int64")
+    return numbers
+
+
+def given(column: "pd.Series") -> "pd.Series":
+    """Which cells hold anything but blanks (bool)."""
+    return column.notna() & (column.astype(str).str.strip() != "")
+
+
+def refuse_wrong(where: str, table: "pd.DataFrame", rules: Iterable[tuple]) -> None:
+    """Refuse a table if a rule finds wrong cells.
+
+    Args:
+        where: the table's name in the message.
+        table: its index holds the rows in the file.
+        rules: (column, wrong, expected): which rows are wrong (bool), and what was expected: one text, or a
+            series with a text for each row.
+
+    Raises:
+        ValueError: lists the first wrong rows, each with its column, its value and what was expected.
+    """
+    found = []
+    for column, wrong, expected in rules:
+        found += [(int(at), column, expected) for at in wrong.to_numpy(dtype=bool).nonzero()[0]]
+    if found:
+        found.sort(key=lambda cell: cell[0])
+        texts = [
+            f"{where} row {table.index[at]}, column {column!r}: got {_shown(table[column].iloc[at])}, "
+            f"expected {expected if isinstance(expected, str) else expected.iloc[at]}"
+            for at, column, expected in found[:SHOWN]
+        ]
+        raise ValueError(listed(texts, len(found)))
+
+
+def _shown(value) -> str:
+    value = value.item() if hasattr(value, "item") else value
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."

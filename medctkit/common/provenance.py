@@ -1,0 +1,45 @@
+"""What a result was made with, and writing it down."""
+
+import json
+import os
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from medctkit.common.atomic import replacing
+
+
+def made_with(seed: int, data: str = "phantom") -> dict:
+    """Seed, device, versions, commit and data ("phantom", "CT-RATE", "real CT"): what a number needs beside it."""
+    threads = torch.get_num_threads()
+    device = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    versions = {name: version(name) for name in ("medctkit", "torch", "transformers", "peft", "numpy")}
+    return {"seed": seed, "device": device, "versions": versions, "commit": commit(), "data": data}
+
+
+def commit() -> str | None:
+    """The commit of this package, with a + where files differ from it; None if it does not run from its repository."""
+    package = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(package), *arguments], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != package.parent:
+            return None
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", str(package))
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def write_json(content: dict, path: str | os.PathLike) -> None:
+    """Write JSON, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")

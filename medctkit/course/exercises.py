@@ -1,0 +1,218 @@
+"""Exercises of the course: an answer is judged, and what is wrong with it is said.
+
+A notebook's exercise ends with `check("01.1", answer)`. What is right is decided by a function registered under that
+name with `checks`, in the module of `CHECKS`; it computes what it compares with from the package.
+"""
+
+import math
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from html import escape
+from importlib import import_module
+from inspect import signature
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    pass
+
+# Where the checks of a notebook are. They import this module, so that they are imported by name, when asked for.
+CHECKS = {
+    "00": "checks_data",
+    "01": "checks_data",
+    "02": "checks_lora",
+    "03": "checks_training",
+    "04": "checks_evaluation",
+    "05": "checks_evaluation",
+    "06": "checks_training",
+}
+STRICT = "MEDCTKIT_STRICT_EXERCISES"
+_REGISTERED: dict[str, Callable[..., str]] = {}
+_LOOKS = {"right": ("#009E73", "Right."), "wrong": ("#D55E00", "Not yet."), "open": ("#56B4E9", "Not done yet.")}
+
+
+class Wrong(Exception):
+    """Raised by a check: what is wrong with the answer, said to the person who gave it."""
+
+
+class NotDone(Exception):
+    """The answer still has a `...` in it."""
+
+
+class NotSolved(AssertionError):
+    """An exercise that isn't solved, where the course runs strictly."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of an answer.
+
+    Attributes:
+        name: of the exercise, such as "01.1".
+        state: "right", "wrong" or "open".
+        text: praise, or what is wrong; plain text, with `code` in backticks.
+    """
+
+    name: str
+    state: str
+    text: str
+
+    def __repr__(self) -> str:
+        return f"Exercise {self.name}: {_LOOKS[self.state][1]} {self.text}"
+
+    def _repr_html_(self) -> str:
+        colour, word = _LOOKS[self.state]
+        text = re.sub(r"`([^`\n]+)`", r"<code>\1</code>", escape(self.text, quote=False)).replace("\n", "<br>")
+        return (
+            f'<div role="status" style="border-left: 6px solid {colour}; padding: 0.4em 0.8em; margin: 0.3em 0">'
+            f"<b>Exercise {escape(self.name)}: {word}</b> {text}</div>"
+        )
+
+
+def checks(name: str) -> Callable[[Callable[..., str]], Callable[..., str]]:
+    """Register the function that judges exercise `name`.
+
+    It gets the answers in the order of the call of `check`, raises `Wrong` with what is wrong, and returns one or two
+    sentences of praise and insight. A function among the answers may be called as it is: one that isn't written yet
+    or that fails is dealt with here.
+
+    Raises:
+        ValueError: a name that isn't like "01.1", or is taken.
+    """
+    if not re.fullmatch(r"\d\d\.[1-9]", name):
+        raise ValueError(f"exercise {name!r}: expected the notebook's number, a dot and a number, such as 01.1")
+
+    def register(function: Callable[..., str]) -> Callable[..., str]:
+        before = _REGISTERED.get(name)
+        if before is not None and before.__qualname__ != function.__qualname__:
+            raise ValueError(f"exercise {name} has two checks: {before.__qualname__} and {function.__qualname__}")
+        _REGISTERED[name] = function
+        return function
+
+    return register
+
+
+def judge(name: str, *answer: Any) -> Verdict:
+    """Judge an answer, without showing anything; see `check`."""
+    function = _check_of(name)
+    try:
+        signature(function).bind(*answer)
+    except TypeError:
+        wanted = ", ".join(signature(function).parameters)
+        raise TypeError(
+            f'exercise {name} is checked with check("{name}", {wanted}); it was called with {len(answer)} answers'
+        ) from None
+    if any(map(_is_open, answer)):
+        return Verdict(name, "open", "Replace the `...` by your code and run the cell again.")
+    try:
+        return Verdict(name, "right", function(*map(_guarded, answer)))
+    except NotDone as error:
+        return Verdict(name, "open", str(error) or "Replace the `...` by your code and run the cell again.")
+    except Wrong as error:
+        return Verdict(name, "wrong", str(error))
+    except Exception as error:  # whatever a student hands in: the lesson goes on
+        kinds = ", ".join(type(value).__name__ for value in answer)
+        return Verdict(
+            name,
+            "wrong",
+            f"The check could not work with your answer ({kinds}): {type(error).__name__}: {error}. "
+            "Is it of the kind that the exercise asks for?",
+        )
+
+
+def check(name: str, *answer: Any) -> None:
+    """Show whether an answer is right, and if not, what is wrong: a box in a notebook, text elsewhere.
+
+    Args:
+        name: of the exercise: the notebook's number, a dot, and its number there, such as "01.1".
+        answer: what the exercise asks for; `...` or None, or a function that returns it, is not done yet.
+
+    Raises:
+        NotSolved: the answer isn't right, and the environment variable MEDCTKIT_STRICT_EXERCISES is 1.
+        ValueError: there is no such exercise.
+        TypeError: more or fewer answers than the exercise has.
+    """
+    from IPython.display import display
+
+    verdict = judge(name, *answer)
+    if verdict.state != "right" and os.environ.get(STRICT) == "1":
+        raise NotSolved(repr(verdict))
+    display(verdict)
+
+
+def _check_of(name: str) -> Callable[..., str]:
+    module = CHECKS.get(str(name)[:2])
+    if name not in _REGISTERED and module is not None:
+        import_module(f"medctkit.{module}")
+    if name not in _REGISTERED:
+        known = sorted(other for other in _REGISTERED if other[:2] == str(name)[:2])
+        raise ValueError(
+            f"there is no exercise {name!r}; "
+            + (f"this notebook has {', '.join(known)}" if known else f"notebooks with exercises: {', '.join(CHECKS)}")
+        )
+    return _REGISTERED[name]
+
+
+def _is_open(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(item is ... for item in value)
+    if isinstance(value, dict):
+        return any(item is ... for item in value.values())
+    return value is ... or value is None
+
+
+def _guarded(value: Any) -> Any:
+    """A function of the student's that says so where it isn't written yet or fails; anything else as it is."""
+    if not isinstance(value, FunctionType):
+        return value
+
+    @wraps(value)
+    def called(*arguments, **named):
+        try:
+            result = value(*arguments, **named)
+        except Exception as error:
+            raise Wrong(f"`{value.__name__}` stopped with {type(error).__name__}: {error}") from error
+        if _is_open(result):
+            raise NotDone(f"`{value.__name__}` gives nothing back yet: replace the `...` in it by your code.")
+        return result
+
+    return called
+
+
+def number(value, what: str = "a number") -> float:
+    """The answer as a float.
+
+    Raises:
+        Wrong: it is something else; says what was expected.
+    """
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        raise Wrong(f"Expected {what}, got {type(value).__name__}.") from None
+    if not math.isfinite(found):
+        raise Wrong(f"Expected {what}, got {found}.")
+    return found
+
+
+def interval(value) -> tuple[float, float]:
+    """The answer as the two ends of an interval.
+
+    Raises:
+        Wrong: not two numbers, or the wrong way round.
+    """
+    if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str) or len(value) != 2:
+        raise Wrong("Expected the two ends of an interval, (low, high).")
+    low, high = (number(end, "two numbers") for end in value)
+    if low > high:
+        raise Wrong(f"The lower end, {low:.3f}, lies above the upper one, {high:.3f}.")
+    return low, high
+
+
+def close(a: float, b: float, tolerance: float = 1e-4) -> bool:
+    """Whether two numbers are the same but for rounding, relative to the larger."""
+    return math.isclose(a, b, rel_tol=tolerance, abs_tol=tolerance * 1e-2)

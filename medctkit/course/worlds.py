@@ -1,0 +1,250 @@
+"""The two worlds of the notebooks: phantoms with the mini model, or CT-RATE with the released weights.
+
+`open_world` says which files are which, and stops before anything is computed where some are missing. It asks the disk
+only, never the network.
+"""
+
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from medctkit.cohort.dataset import CTReportDataset, cohort, prepared_dir
+from medctkit.cohort.hub.ct_rate_files import CT_RATE, TEXT_ENCODER, WEIGHTS
+from medctkit.cohort.hub.repository import token_source
+from medctkit.cohort.manifest import SPLITS, has_file, load_manifest, study_from_row, volume_from_row
+from medctkit.experiments.adapt import DEFAULT, FULL_SIZE, Adaptation, Origin
+from medctkit.model.base_model import BaseModel, load_mini_base
+from medctkit.scans.preprocessing import PreprocessConfig
+from medctkit.scans.volumes import CTVolume
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+WORLDS = ("phantom", "released")
+TO_LOOK_AT = (80, 256, 256)  # voxels of a phantom that is shown, not scored
+# A part of CT-RATE to begin with: patients of its train and its valid tables (the latter become the split "test").
+PATIENTS = {"train": 500, "valid": 150}
+# Volumes for each patient, and bytes of a volume, smallest and largest: of CT-RATE's tables and listing.
+VOLUMES_OF_A_PATIENT = {"train": 47_149 / 20_000, "valid": 3_039 / 1_304}
+GIGABYTES_OF_A_VOLUME = (0.012, 0.162)
+# Measured by `make bench` (bench/data.json, bench/model.json, two cores).
+GIGABYTES_PREPARED = 0.058
+SECONDS_TO_PREPARE = 2.3
+SECONDS_TO_EMBED = 5.4
+
+
+class NotReady(FileNotFoundError):
+    """The released world lacks files; the message says which, and how to come by them."""
+
+    def _render_traceback_(self) -> list[str]:  # IPython asks for this: the reader wants the steps, not our stack
+        return [f"{type(self).__name__}: {self}"]
+
+
+@dataclass(frozen=True)
+class World:
+    """Model, studies and settings that a notebook works with; made by `open_world`.
+
+    Attributes:
+        name: "phantom" or "released".
+        origin: base model, its tokenizer, and the hospital of the manifest that is adapted to.
+        manifest_path: the cohort.
+        cache_dir: prepared volumes.
+        settings: of the adaptation.
+        said: for the reader, a line or two.
+    """
+
+    name: str
+    origin: Origin
+    manifest_path: Path
+    cache_dir: Path
+    settings: Adaptation
+    said: str
+
+    def __str__(self) -> str:
+        return self.said
+
+    @property
+    def hospital(self) -> str | None:
+        """The hospital of the manifest that is adapted to; None: all of its studies."""
+        return self.origin.hospital
+
+    @cached_property
+    def manifest(self) -> "pd.DataFrame":
+        """The cohort, one row a study; see `medctkit.cohort.manifest`."""
+        return load_manifest(self.manifest_path)
+
+    @cached_property
+    def preprocess_config(self) -> PreprocessConfig:
+        """Spacing (mm) and shape of the base model's input."""
+        return PreprocessConfig() if self.name == "released" else load_mini_base().preprocess_config
+
+    def load_base(self) -> BaseModel:
+        """The base model, fresh each time."""
+        return self.origin.load()
+
+    def dataset(self, split: str) -> CTReportDataset:
+        """The prepared studies of a split ("train", "valid" or "test"), in memory if they are small enough.
+
+        Raises:
+            ValueError: no such studies, or some that could not be prepared.
+        """
+        if split not in SPLITS:
+            raise ValueError(f"split {split!r}: expected one of {', '.join(SPLITS)}")
+        return cohort(self.manifest, self.hospital, split, self.preprocess_config, self.cache_dir)
+
+    def sample(self, split: str = "test", index: int = 0) -> tuple[CTVolume, dict]:
+        """One study to look at, in Hounsfield units: a scan as it is on disk, or a phantom at a fine resolution.
+
+        Args:
+            split: "train", "valid" or "test".
+            index: which of its studies.
+
+        Returns:
+            The scan, and its row of the manifest.
+
+        Raises:
+            ValueError: no such study.
+            FileNotFoundError: its file has been moved or deleted since it was prepared.
+        """
+        rows = self.manifest[self.manifest["split"] == split]
+        if self.hospital is not None:
+            rows = rows[rows["hospital"] == self.hospital]
+        if not 0 <= index < len(rows):
+            raise ValueError(f"study {index} of split {split!r}: the manifest has {len(rows):,} there, counted from 0")
+        row = rows.iloc[index].to_dict()
+        return (volume_from_row(row) if has_file(row) else study_from_row(row, TO_LOOK_AT).volume), row
+
+
+def open_world(
+    world: str = "phantom",
+    data_dir: str | os.PathLike = "../data",
+    output_dir: str | os.PathLike = "../runs/notebooks",
+    seed: int = 0,
+) -> World:
+    """Open the world that a notebook's parameters name, or say what it lacks.
+
+    Args:
+        world: "phantom": made here, needs nothing; "released": CT-RATE and CT-CLIP's weights in `data_dir`.
+        data_dir: folder with `ct-rate` and `prepared`, as `medctkit download` and `medctkit prepare` leave them.
+        output_dir: of the notebook; phantoms are prepared in it.
+        seed: draws the patients that are fetched in the commands shown.
+
+    Raises:
+        ValueError: another world, or a manifest that can't be used.
+        NotReady: the released world lacks files; says which, and every step to get them.
+        FileNotFoundError: `data_manifest.csv` is not near the notebook.
+    """
+    if world == "phantom":
+        manifest = _default_manifest()
+        return World(
+            world,
+            Origin(),
+            manifest,
+            prepared_dir(manifest, output_dir),
+            DEFAULT,
+            "phantom: procedural chest CTs of two hospitals and the mini CT-CLIP, 1.5 M parameters.\nNothing "
+            "measured here says anything about patients.",
+        )
+    if world != "released":
+        raise ValueError(f"world={world!r}: expected phantom or released")
+    data_dir = Path(data_dir).expanduser()
+    lacking = [what for what, path in _parts(data_dir).items() if not path.exists()]
+    if lacking:
+        raise NotReady(released_steps(data_dir, seed, lacking))
+    parts = _parts(data_dir)
+    weights, tokenizer, manifest = parts["weights"], parts["tokenizer"].parent, parts["manifest"]
+    table = load_manifest(manifest)
+    drawn = sum(not has_file(row) for row in table.to_dict("records"))
+    if drawn:
+        raise ValueError(
+            f"{manifest}: {drawn:,} of its {len(table):,} studies are phantoms; the released world wants scans only. "
+            f"`medctkit prepare {data_dir / 'ct-rate'} {data_dir / 'prepared'}` makes it anew"
+        )
+    lacking = [split for split in SPLITS if split not in set(table["split"])]
+    if lacking:
+        raise NotReady(released_steps(data_dir, seed, [f"{split} studies" for split in lacking]))
+    return World(
+        world,
+        Origin(str(weights), str(tokenizer), None),
+        manifest,
+        prepared_dir(manifest, output_dir),
+        FULL_SIZE,
+        f"released: CT-CLIP, 438 M parameters, and {len(table):,} scans of {table['patient'].nunique():,} patients "
+        f"({manifest}). {_device()}",
+    )
+
+
+def released_steps(data_dir: str | os.PathLike = "../data", seed: int = 0, lacking: Sequence[str] = ()) -> str:
+    """All steps to the released world as text: what to accept, where the token goes, commands, disk and time.
+
+    Args:
+        data_dir: see `open_world`.
+        seed: draws the patients.
+        lacking: what is missing, for the first line; () leaves the line out.
+    """
+    data_dir = Path(data_dir)
+    ct_rate, prepared = (shlex.quote(str(data_dir / name)) for name in ("ct-rate", "prepared"))
+    download = f"medctkit download {ct_rate} --seed {seed} --split"
+    scans = {split: round(number * VOLUMES_OF_A_PATIENT[split]) for split, number in PATIENTS.items()}
+    total = sum(scans.values())
+    least, most = (share * total for share in GIGABYTES_OF_A_VOLUME)
+    there = {what: "there" if path.exists() else "missing" for what, path in _parts(data_dir).items()}
+    token = token_source()
+    lines = [f"The released world lacks: {', '.join(lacking)}.", ""] if lacking else []
+    lines += [
+        *(f"  {there[what]:8} {what}: {path}" for what, path in _parts(data_dir).items()),
+        f"  {'there' if token else 'missing':8} Hugging Face token" + (f" ({token})" if token else ""),
+        "",
+        "CT-RATE and CT-CLIP's weights are gated: everyone fetches them with an account of their own.",
+        f"1. Log in at https://huggingface.co, open https://huggingface.co/datasets/{CT_RATE} and accept its terms.",
+        "2. Make a token of type Read at https://huggingface.co/settings/tokens and give it to this machine:",
+        "   `hf auth login` in a terminal; in Colab, the key at the left, a secret named HF_TOKEN, and then in a cell",
+        '   import os; from google.colab import userdata; os.environ["HF_TOKEN"] = userdata.get("HF_TOKEN")',
+        "3. In a terminal in this folder (in a cell, with a ! before each):",
+        f"   {download} train --patients {PATIENTS['train']} --weights --tokenizer --dry-run",
+        "      asks whether you may, and tells the exact size; fetches no volume",
+        f"   {download} train --patients {PATIENTS['train']} --weights --tokenizer",
+        f"   {download} valid --patients {PATIENTS['valid']}",
+        f"   medctkit prepare {ct_rate} {prepared} --one-reconstruction",
+        "   Stopped, the same command goes on where it was. Fewer patients will do to look around.",
+        f"4. Disk: {total:,} volumes of 12 to 162 MB, {least:.0f} to {most:.0f} GB in all; 1.8 GB of weights; at most "
+        f"{GIGABYTES_PREPARED * total:.0f} GB prepared.",
+        f"   Time: your network's for the download; preparing {SECONDS_TO_PREPARE} s for each volume, at most "
+        f"{SECONDS_TO_PREPARE * total / 3600:.1f} h on one core;",
+        f"   scoring {SECONDS_TO_EMBED} s for each volume on two cores. Fine-tuning wants a GPU: 6.5 GB for 8 volumes.",
+        '   Until then, `world = "phantom"` needs nothing.',
+    ]
+    return "\n".join(lines)
+
+
+def _parts(data_dir: Path) -> dict[str, Path]:
+    """What the released world consists of, and where `medctkit download` and `prepare` put it."""
+    return {
+        "weights": data_dir / "ct-rate" / WEIGHTS / "CT-CLIP_v2.pt",
+        "tokenizer": data_dir / "ct-rate" / TEXT_ENCODER.rpartition("/")[2] / "vocab.txt",
+        "manifest": data_dir / "prepared" / "manifest.csv",
+    }
+
+
+def _default_manifest() -> Path:
+    """The phantom cohort: in this folder, in the one above (a notebook's), or in the package's repository."""
+    places = [folder / "data_manifest.csv" for folder in (Path(), Path(".."), Path(__file__).resolve().parents[2])]
+    for place in places:
+        if place.is_file():
+            return place
+    raise FileNotFoundError(
+        f"no data_manifest.csv in {Path.cwd()} or above. It comes with a clone of the repository; "
+        "`medctkit manifest` writes it anew"
+    )
+
+
+def _device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return f"Computes on {torch.cuda.get_device_name()}."
+    return f"No GPU here: about {SECONDS_TO_EMBED} s for each scan on two cores; fine-tuning wants a GPU."

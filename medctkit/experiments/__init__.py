@@ -1,0 +1,3 @@
+"""Adapt, measure, localise, compare, audit, report."""
+
+__all__ = []

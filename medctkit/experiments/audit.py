@@ -1,0 +1,436 @@
+"""The known defects of the public CT-CLIP evaluation: each done both ways, and what that does to the numbers.
+
+Every function does one step of an evaluation the public way and the right way, on the same data, and says why they
+differ. `audit` needs scores only, `prompt_mismatch` a model, `audit_scans` a model and scans. What the public
+evaluation does was read off the repository ibrahimethemhamamci/CT-CLIP and is done here in our own words; nothing else
+in the package works like this.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from medctkit.findings import FINDINGS
+from medctkit.metrics.scores import LEVEL, evaluate, thresholds_from_validation
+from medctkit.model.base_model import BaseModel
+from medctkit.scans.hounsfield import check_hu
+from medctkit.scans.preprocessing import HU_LIMIT, PreprocessConfig, preprocess
+from medctkit.scans.volumes import CTVolume
+from medctkit.zero_shot.classifier import Embedded, ZeroShotClassifier
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+REPOSITORY = "repository ibrahimethemhamamci/CT-CLIP"
+INTERCEPTS = (-1024.0, -8192.0)  # HU, of CT-RATE's metadata
+SHARE_8192 = 850 / 3039  # volumes of CT-RATE's validation split with the second one
+WIDTH = ("width of the 95 % interval of the mean AUROC", "of AUROC")
+PUBLIC_COLOUR, RIGHT_COLOUR = "#D55E00", "#0072B2"  # Okabe and Ito: the colour-blind can tell them apart
+_WHOLE = {"AUROC": 1.0, "accuracy": 1.0, "F1": 1.0, "%": 100.0}  # where the scale of a unit ends
+
+# For each defect: what the public evaluation does; what to do instead; why it matters.
+DEFECTS = {
+    "unused bootstrap": (
+        "draws rows for each resample, then scores all studies again",
+        "score the studies of the patients that were drawn",
+        "An interval without width calls every difference between two models real.",
+    ),
+    "thresholds chosen on the test labels": (
+        "takes for each finding the threshold that does best on the test studies",
+        "take thresholds from validation studies",
+        "The threshold has seen the answers: even scores without information look better than a coin.",
+    ),
+    "weighted F1": (
+        "averages the F1 of absent and of present, weighted by their numbers of studies",
+        "F1 of the positive class, averaged over findings (macro F1); say which F1 it is",
+        "Most findings are absent in most studies, so that weighted F1 mostly says how well absence is found.",
+    ),
+    "volumes counted as patients": (
+        "treats every reconstruction of every scan as an independent case",
+        "split and resample by patient, with all volumes of the patient",
+        "Copies of a scan are no new evidence: they narrow the interval and not the uncertainty.",
+    ),
+    "prompts other than in training": (
+        'trains with "There is X." and asks "X is present."',
+        "ask with the sentences of training, or choose them on validation studies, and say which they are",
+        "Another wording moves every score: two models are then compared by their prompts.",
+    ),
+    "rescaled twice": (
+        "applies slope and intercept of the metadata to files that hold HU already (CT-RATE version 2)",
+        "check that the values are HU, and refuse what is not",
+        "Nothing fails: the model sees the lungs and more as one flat -1, and its scores mean less.",
+    ),
+    "clipped after or before resizing": (
+        "clips to [-1000, 1000] HU after resampling in training, before it in evaluation",
+        "one path from scan to input for both; this package clips before",
+        "A model should be tested on what it was trained on; they differ at metal and in air.",
+    ),
+    "a pass of the encoder for each finding": (
+        "encodes the volume anew for every finding",
+        "encode it once, and compare it with all prompts",
+        "The scores are the same and the time is not: the encoder is nearly all of the work.",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Defect:
+    """One number of an evaluation, the public way and the right way.
+
+    Attributes:
+        name: of the defect, a key of `DEFECTS`; one defect may show in several numbers.
+        quantity: what `public` and `right` are, in `unit`.
+        public_way: what the public evaluation does; `right_way`: what to do instead; `why` it matters.
+        source: where it is known from.
+    """
+
+    name: str
+    quantity: str
+    unit: str
+    public: float
+    right: float
+    public_way: str
+    right_way: str
+    why: str
+    source: str
+
+
+# --- defects that scores alone show ----------------------------------------------------------------------
+
+
+def unused_bootstrap(labels, scores, patients, findings=FINDINGS, resamples: int = 1000, seed: int = 0) -> list[Defect]:
+    """Resamples that are drawn and never used, against a bootstrap over patients.
+
+    Args and errors are those of `metrics.evaluate`; the public way, whose resamples are all the same, gets 20
+    at most.
+    """
+    right = _mean(labels, scores, patients, findings, resamples=resamples, seed=seed)
+    rng, values = np.random.default_rng(seed), []
+    for _ in range(min(resamples, 20)):
+        _rows = rng.integers(0, len(labels), len(labels))  # drawn, and left lying there
+        values.append(_mean(labels, scores, patients, findings)["auroc"])
+    width = right["auroc_high"] - right["auroc_low"]
+    return _defects("unused bootstrap", (*WIDTH, np.ptp(np.percentile(values, LEVEL)), width))
+
+
+def thresholds_on_test(labels, scores, patients, valid_labels, valid_scores, findings=FINDINGS) -> list[Defect]:
+    """Thresholds chosen on the test labels, against thresholds from validation studies.
+
+    Means are over the findings that have both classes in validation (m, k) and in test (n, k). Args and errors are
+    those of `metrics.evaluate`.
+    """
+    _mean(labels, scores, patients, findings)
+    try:
+        honest = thresholds_from_validation(valid_labels, valid_scores, findings)
+    except ValueError as error:
+        raise ValueError(f"validation studies: {error}") from error
+    both = _both_classes(labels) & _both_classes(valid_labels)
+    if not both.any():
+        raise ValueError("no finding has positive and negative studies in both validation and test; give more studies")
+    labels, scores = np.asarray(labels, float)[:, both], np.asarray(scores, float)[:, both]
+    names = [name for name, used in zip(findings, both, strict=True) if used]
+    found = []
+    for limits in (thresholds_from_validation(labels, scores, names), honest[both]):
+        mean = _mean(labels, scores, patients, names, thresholds=limits)
+        found.append((_balanced_accuracy(labels, scores, limits), mean["accuracy"], mean["f1"]))
+    shown = ("balanced accuracy", "accuracy", "F1 of the positive class"), ("accuracy", "accuracy", "F1")
+    return _defects("thresholds chosen on the test labels", *zip(*shown, *found, strict=True))
+
+
+def thresholds_on_noise(studies: int = 100, prevalence: float = 0.1, repeats: int = 500, seed: int = 0) -> list[Defect]:
+    """The same where there is nothing to find: random scores, whose balanced accuracy is 0.5 whatever the threshold.
+
+    Simulates `studies` for test and as many for validation, a share of `prevalence` positive, `repeats` times.
+    """
+    positives = round(studies * prevalence)
+    if not 0 < positives < studies or repeats < 1:
+        given = f"studies={studies}, prevalence={prevalence}, repeats={repeats}"
+        raise ValueError(f"{given}: expected at least one positive study, one negative and one repeat")
+    labels = np.tile((np.arange(studies) < positives).astype(float)[:, None], repeats)
+    test, valid = np.random.default_rng(seed).random((2, studies, repeats))
+    public, right = (
+        _balanced_accuracy(labels, test, thresholds_from_validation(labels, scores, range(repeats)))
+        for scores in (test, valid)
+    )
+    quantity = f"balanced accuracy of random scores, {positives} of {studies} studies positive"
+    source = f"{REPOSITORY}; simulation, seed {seed}, mean of {repeats}"
+    return _defects("thresholds chosen on the test labels", (quantity, "accuracy", public, right), source=source)
+
+
+def f1_weighted_by_class(labels, scores, patients, thresholds=0.5, findings=FINDINGS) -> list[Defect]:
+    """Weighted F1 against the F1 of the positive class, of the same answers; and of a model that always says no.
+
+    Weighted F1 is the mean of the F1 of "absent" and of "present", each weighted by how many studies it has. Args and
+    errors are those of `metrics.evaluate`.
+    """
+    from sklearn.metrics import f1_score
+
+    labels, numbers = np.asarray(labels, float), []
+    for quantity, given, limits in (
+        ("mean F1 of these answers", np.asarray(scores, float), thresholds),
+        ("mean F1 of a model that always says no", np.zeros(labels.shape), 0.5),
+    ):
+        right = _mean(labels, given, patients, findings, thresholds=limits)["f1"]
+        said, known, weighted = given >= limits, ~np.isnan(labels), []
+        for k in np.flatnonzero(_both_classes(labels)):
+            label, answer = labels[known[:, k], k], said[known[:, k], k]
+            weighted.append(f1_score(label, answer, average="weighted", zero_division=0))
+        numbers.append((quantity, "F1", np.mean(weighted), right))
+    return _defects("weighted F1", *numbers)
+
+
+def counted_by_volume(
+    labels, scores, patients, reconstructions: int = 2, findings=FINDINGS, resamples: int = 1000, seed: int = 0
+) -> list[Defect]:
+    """Volumes counted as if each were another patient, against patients.
+
+    Each row is repeated `reconstructions` times, as the reconstructions of a scan repeat its labels and very nearly its
+    scores (CT-RATE has about two for each scan); 1: the rows are volumes already. Other args and errors are those of
+    `metrics.evaluate`.
+    """
+    if reconstructions < 1:
+        raise ValueError(f"reconstructions={reconstructions}: expected at least 1, the scan itself")
+    labels, scores, patients = (np.repeat(np.asarray(a), reconstructions, axis=0) for a in (labels, scores, patients))
+    right = _mean(labels, scores, patients, findings, resamples=resamples, seed=seed)
+    public = _mean(labels, scores, np.arange(len(labels)), findings, resamples=resamples, seed=seed)
+    widths = (mean["auroc_high"] - mean["auroc_low"] for mean in (public, right))
+    cases = ("independent cases", "cases", len(labels), len(np.unique(patients)))
+    return _defects("volumes counted as patients", cases, (*WIDTH, *widths))
+
+
+def audit(
+    labels, scores, patients, valid_labels, valid_scores, findings=FINDINGS, resamples: int = 1000, seed: int = 0
+) -> list[Defect]:
+    """All defects that scores alone show; arguments and errors are those of the functions for single defects."""
+    drawn = dict(findings=findings, resamples=resamples, seed=seed)
+    on_test = thresholds_on_test(labels, scores, patients, valid_labels, valid_scores, findings)
+    limits = thresholds_from_validation(valid_labels, valid_scores, findings)
+    return [
+        *unused_bootstrap(labels, scores, patients, **drawn),
+        *on_test,
+        *thresholds_on_noise(seed=seed),
+        *f1_weighted_by_class(labels, scores, patients, limits, findings),
+        *counted_by_volume(labels, scores, patients, **drawn),
+    ]
+
+
+# --- defects that take a model, or scans -----------------------------------------------------------------
+
+
+def prompt_mismatch(base: BaseModel, test: Embedded, asked="paper", trained="training-style") -> list[Defect]:
+    """Prompts worded otherwise than in training, against those of training; image embeddings are the same.
+
+    For `asked` (evaluation) and `trained` (training) see `medctkit.zero_shot.prompts.prompt_sentences`.
+    """
+    found = []
+    for prompts in (asked, trained):
+        scores = ZeroShotClassifier(base.model, base.tokenizer, prompts).scores_from_embeddings(test.embeddings)
+        found.append((_auroc(test.labels, scores), 100 * np.mean(scores >= 0.5)))
+    numbers = zip(("mean AUROC", "answers of 0.5 and above"), ("AUROC", "%"), *found, strict=True)
+    return _defects("prompts other than in training", *numbers)
+
+
+def rescaled_again(volume: CTVolume, intercept: float, slope: float = 1.0) -> CTVolume:
+    """A scan in HU with slope and intercept applied once more, on purpose: `read_volume` refuses to do it."""
+    hu = volume.hu.astype(np.float32) * np.float32(slope) + np.float32(intercept)
+    note = f"spoiled for the audit: value * {slope:g} + {intercept:g} on values in HU"
+    return replace(volume, hu=hu, provenance=(*volume.provenance, note))
+
+
+def double_rescale(base: BaseModel, volumes: Sequence[CTVolume], labels, seed: int = 0) -> list[Defect]:
+    """Slope 1 and an intercept of CT-RATE's metadata applied to scans that are in HU already.
+
+    The public way checks nothing, so all spoiled scans reach the model; the right way those that `check_hu` lets pass.
+
+    Args:
+        base: model, tokenizer and what the model wants to see.
+        volumes: n scans in HU; a sequence that reads them one by one will do.
+        labels: (n, 18) of 0 and 1; NaN where unknown.
+        seed: draws which scans have which intercept.
+
+    Raises:
+        ValueError: not as many labels as scans; see `metrics.evaluate`.
+    """
+    _check_volumes(volumes, labels)
+    classifier = ZeroShotClassifier(base.model, base.tokenizer)
+    scores, floor, passed = ({intercept: [] for intercept in (0.0, *INTERCEPTS)} for _ in range(3))
+    for i in range(len(volumes)):
+        volume = volumes[i]
+        for intercept in scores:
+            scan = rescaled_again(volume, intercept) if intercept else volume
+            inputs = preprocess(scan, base.preprocess_config)[None]
+            # one at a time: in batches of unequal size even equal volumes differ in their last digits
+            scores[intercept].append(classifier.scores(inputs)[0])
+            floor[intercept].append(100 * (inputs == -1).float().mean().item())
+            passed[intercept].append(100 * _plausible(scan.hu))
+    scores = {intercept: np.array(rows) for intercept, rows in scores.items()}
+    rare = np.random.default_rng(seed).permutation(len(volumes)) < round(SHARE_8192 * len(volumes))
+    scores["mixed"] = np.where(rare[:, None], scores[INTERCEPTS[1]], scores[INTERCEPTS[0]])
+    auroc = {way: _auroc(labels, found) for way, found in scores.items()}
+    lowest = {way: np.mean(found) for way, found in floor.items()}
+    return _defects(
+        "rescaled twice",
+        *((f"voxels at the lowest value, intercept {i:g}", "%", lowest[i], lowest[0.0]) for i in INTERCEPTS),
+        *((f"mean AUROC of {len(volumes)} scans, intercept {i:g}", "AUROC", auroc[i], auroc[0.0]) for i in INTERCEPTS),
+        (
+            f"mean AUROC of {len(volumes)} scans, both intercepts as often as in CT-RATE",
+            "AUROC",
+            auroc["mixed"],
+            auroc[0.0],
+        ),
+        ("spoiled scans that reach the model", "%", 100, np.mean([passed[i] for i in INTERCEPTS])),
+        source=f"{REPOSITORY}, issue 50",
+    )
+
+
+def clipped_after_resizing(volume: CTVolume, config: PreprocessConfig) -> torch.Tensor:
+    """Model input (1, z, x, y) as `preprocess` makes it, but with HU clipped after resampling, not before.
+
+    Resampling is linear: scaled down (by a power of two, exact) until nothing is clipped, and scaled up afterwards.
+    """
+    hu = volume.hu.astype(np.float32)
+    scale = 2.0 ** max(0, np.frexp(np.abs(hu).max() / HU_LIMIT)[1])
+    return (preprocess(replace(volume, hu=hu / np.float32(scale)), config) * scale).clamp_(-1, 1)
+
+
+def clip_order(base: BaseModel, volumes: Sequence[CTVolume], labels) -> list[Defect]:
+    """HU clipped after resampling in training and before it in evaluation, against one way for both.
+
+    The right way's difference of 0 is no measurement: there is one path, so nothing to differ. Args and errors are
+    those of `double_rescale`.
+    """
+    _check_volumes(volumes, labels)
+    classifier, after, before, differences = ZeroShotClassifier(base.model, base.tokenizer), [], [], []
+    for i in range(len(volumes)):
+        volume = volumes[i]
+        late = clipped_after_resizing(volume, base.preprocess_config)
+        early = preprocess(volume, base.preprocess_config)
+        after.append(classifier.scores(late[None])[0])
+        before.append(classifier.scores(early[None])[0])
+        off = HU_LIMIT * (late - early).abs()
+        differences.append((off.max().item(), off.mean().item()))
+    largest, mean = np.max(differences, axis=0)[0], np.mean(differences, axis=0)[1]
+    return _defects(
+        "clipped after or before resizing",
+        ("largest difference between training and evaluation", "HU", largest, 0),
+        ("mean difference between training and evaluation", "HU", mean, 0),
+        (
+            f"mean AUROC of {len(volumes)} scans, clipped after or before",
+            "AUROC",
+            _auroc(labels, np.array(after)),
+            _auroc(labels, np.array(before)),
+        ),
+    )
+
+
+def encoder_per_finding(base: BaseModel, volume: CTVolume) -> list[Defect]:
+    """Forward passes of the vision encoder for one volume (HU): one for each finding, against one for all."""
+    inputs, counts = preprocess(volume, base.preprocess_config)[None], []
+    for groups in ([[name] for name in FINDINGS], [FINDINGS]):
+        passes = []
+        with base.model.visual_transformer.register_forward_hook(lambda *_, seen=passes: seen.append(1)):
+            for names in groups:
+                ZeroShotClassifier(base.model, base.tokenizer, findings=names).scores(inputs)
+        counts.append(len(passes))
+    numbers = ("passes of the vision encoder for one volume", "passes", *counts)
+    return _defects("a pass of the encoder for each finding", numbers)
+
+
+def audit_scans(base: BaseModel, volumes: Sequence[CTVolume], labels, seed: int = 0) -> list[Defect]:
+    """All defects that take scans, on the first of the test studies; arguments and errors are `double_rescale`'s.
+
+    The volumes are gone through twice; there may be fewer of them than labels.
+    """
+    labels = np.asarray(labels)[: len(volumes)]
+    return [
+        *double_rescale(base, volumes, labels, seed),
+        *clip_order(base, volumes, labels),
+        *encoder_per_finding(base, volumes[0]),
+    ]
+
+
+def audit_table(defects: Sequence[Defect]) -> "pd.DataFrame":
+    """A row for each number: the attributes of `Defect`, and the difference, public minus right."""
+    import pandas as pd
+
+    table = pd.DataFrame([asdict(defect) for defect in defects], columns=[field.name for field in fields(Defect)])
+    table.insert(5, "difference", table["public"] - table["right"])
+    return table
+
+
+def audit_figure(defects: Sequence[Defect]) -> "Figure":
+    """Each number the public way and the right way, one above the other, each on its own scale."""
+    from matplotlib.figure import Figure
+
+    if not defects:
+        raise ValueError("no defects to draw; give what audit() or audit_scans() returned")
+    figure = Figure(figsize=(11, 1 + 0.6 * len(defects)), layout="constrained")
+    rows = figure.subplots(len(defects), 1, squeeze=False)[:, 0]
+    right = dict(marker="o", s=95, facecolor="none", edgecolor=RIGHT_COLOUR, label="the right way")
+    public = dict(marker="x", s=45, color=PUBLIC_COLOUR, label="the public way")
+    for axes, defect, before in zip(rows, defects, [None, *defects[:-1]], strict=True):
+        if before is None or defect.name != before.name:
+            axes.set_title(defect.name, loc="left", fontsize=10, fontweight="bold")
+        end = _WHOLE.get(defect.unit) or 1.1 * max(defect.public, defect.right) or 1.0
+        axes.plot([defect.public, defect.right], [0, 0], color="#999999", linewidth=1.5, zorder=1)
+        for value, mark in ((defect.right, right), (defect.public, public)):
+            axes.scatter(value, 0, zorder=2, clip_on=False, linewidth=2, **mark)
+        axes.set(xlim=(0, end), ylim=(-1, 1))
+        axes.locator_params(axis="x", nbins=5)
+        axes.set_yticks([0], [defect.quantity.replace(", ", ",\n", 1)], fontsize=9)
+        axes.tick_params(axis="x", labelsize=7)
+        axes.tick_params(axis="y", length=0, pad=10)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        form = ".3f" if end <= 1 else ".0f" if (defect.public + defect.right) % 1 == 0 else ".1f"
+        texts = (f"{defect.public:{form}}", f"{defect.right:{form}}", defect.unit)
+        for x, text, colour in zip((16, 62, 108), texts, (PUBLIC_COLOUR, RIGHT_COLOUR, "black"), strict=True):
+            place = dict(xycoords="axes fraction", xytext=(x, 0), textcoords="offset points", va="center")
+            axes.annotate(text, (1, 0.5), color=colour, fontsize=10, **place)
+    figure.legend(*rows[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
+    return figure
+
+
+def _defects(name: str, *numbers: tuple, source: str = REPOSITORY) -> list[Defect]:
+    """Numbers (quantity, unit, public, right) of a defect with what there is to say about it."""
+    texts = DEFECTS[name]
+    return [Defect(name, what, unit, float(a), float(b), *texts, source) for what, unit, a, b in numbers]
+
+
+def _mean(labels, scores, patients, findings, resamples=20, **options) -> "pd.Series":
+    """The mean over findings as `evaluate` gives it; few resamples where nobody looks at the interval."""
+    mean = evaluate(labels, scores, patients, findings=findings, resamples=resamples, **options).loc["mean"]
+    if np.isnan(mean["auroc"]):
+        raise ValueError("no finding has both positive and negative studies, so nothing can be scored; give more")
+    return mean
+
+
+def _auroc(labels, scores) -> float:
+    return _mean(labels, scores, np.arange(len(labels)), FINDINGS)["auroc"]
+
+
+def _both_classes(labels) -> np.ndarray:
+    return (np.asarray(labels) == 1).any(0) & (np.asarray(labels) == 0).any(0)
+
+
+def _balanced_accuracy(labels, scores, limits) -> float:
+    said, sick, well = scores >= limits, labels == 1, labels == 0
+    return float(np.mean((said & sick).sum(0) / sick.sum(0) + (~said & well).sum(0) / well.sum(0)) / 2)
+
+
+def _check_volumes(volumes: Sequence[CTVolume], labels) -> None:
+    if not hasattr(volumes, "__getitem__"):
+        raise ValueError(f"volumes: got a {type(volumes).__name__}, expected a list or another sequence of CTVolume")
+    if len(volumes) != len(labels) or not len(volumes):
+        raise ValueError(f"{len(volumes)} volumes and labels of {len(labels)} studies; expected as many, at least one")
+
+
+def _plausible(hu: np.ndarray) -> bool:
+    try:
+        check_hu(hu)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,320 @@
+"""Ways to fine-tune, side by side under equal conditions: what they score, and what they cost.
+
+What a run is stands in `comparison_runs`. Here all of them are done, each with its result in a file of its own, so that
+an interrupted comparison goes on where it was. `comparison_results` reads, pools and draws them.
+
+Seconds and memory are measured apart, after the runs, one method after the other.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import redirect_stderr
+from dataclasses import asdict
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from medctkit.cohort.dataset import CTReportDataset, collate, prepared_dir
+from medctkit.cohort.manifest import load_manifest
+from medctkit.common.atomic import replacing
+from medctkit.common.processes import accelerator_for
+from medctkit.common.provenance import made_with, write_json
+from medctkit.experiments.compare.runs import (
+    BASE,
+    GROUPS,
+    Data,
+    Job,
+    Settings,
+    inputs_of,
+    jobs,
+    methods_of,
+    run_job,
+    settings_of,
+    truth,
+    tuning_jobs,
+)
+from medctkit.findings import FINDINGS
+from medctkit.lora.methods import METHODS, apply_method
+from medctkit.metrics import scores as metrics
+from medctkit.model.base_model import load_mini_base
+from medctkit.training.checkpoints import differences
+from medctkit.training.gradients import Objective, step_gradients
+from medctkit.training.memory import PeakMemory
+from medctkit.training.objectives import draw_prompts
+from medctkit.training.settings import FineTuneConfig
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_SECONDS = {"step": 0.38, "validation": 1.1, "start": 5}  # measured on two cores; for a guess of the time
+
+_data: Data | tuple  # of a worker process: where to load it from, then what was loaded
+
+
+def _start_worker(manifest_path, cache_dir, threads: int) -> None:
+    global _data
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # stopping is the parent's to tell
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()  # not without it
+    torch.set_num_threads(threads)
+    _data = (manifest_path, cache_dir)
+
+
+def _work(job: Job, settings: Settings, made_of: dict, output_dir: Path) -> None:
+    global _data
+    if isinstance(_data, tuple):
+        _data = Data.load(*_data)
+    work_dir = output_dir / "work" / job.name
+    with redirect_stderr(io.StringIO()):  # the bar of all runs is enough
+        found = run_job(job, _data, settings, work_dir)
+    run = {key: value for key, value in asdict(job).items() if key != "group"}
+    studies = len(_data.train) if job.studies is None else job.studies
+    run |= {"studies": 0 if job.method == BASE else studies, "settings": made_of}
+    result_file(output_dir, job).parent.mkdir(parents=True, exist_ok=True)
+    write_json(run | found | {"made_with": made_with(job.seed)}, result_file(output_dir, job))
+    shutil.rmtree(work_dir, ignore_errors=True)
+
+
+def result_file(output_dir: Path, job: Job) -> Path:
+    """Where the result of a job is."""
+    return output_dir / "runs" / f"{job.name}.json"
+
+
+def read_result(output_dir: Path, job: Job, made_of: Mapping | None = None) -> dict[str, Any] | None:
+    """The result of a job, or None if there is none yet.
+
+    Raises:
+        ValueError: damaged, or of other settings than `made_of`; says what differs.
+    """
+    path = result_file(output_dir, job)
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        there = found["settings"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no result of this command ({error}); delete it to do that run again") from None
+    different = [] if made_of is None else differences(there, made_of)
+    if different:
+        raise ValueError(
+            f"{path} was made with other settings; choose another folder, or delete it. {'; '.join(different)}"
+        )
+    return found
+
+
+def compare_methods(
+    manifest_path: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    groups: Sequence[str] = GROUPS,
+    seeds: int = 3,
+    settings: Settings | None = None,
+    workers: int = 1,
+    cache_dir: str | os.PathLike | None = None,
+) -> Path:
+    """Do all runs that are not there yet, measure seconds and memory, and write the tables.
+
+    Args:
+        manifest_path: usually `data_manifest.csv`.
+        output_dir: gets `runs` (a file for each run), `comparison.csv`, `draws.npz` and `costs.csv`; see
+            `medctkit.experiments.compare.results.load_results`.
+        groups: some of `GROUPS`; learning rates that they need are chosen in any case.
+        seeds: runs of each.
+        settings: of all runs.
+        workers: processes side by side, each with its share of the cores, and about 2 GB.
+        cache_dir: prepared volumes; by default see `experiment.prepared_dir`.
+
+    Returns:
+        `output_dir`.
+
+    Raises:
+        ValueError: unknown group; results of other settings in `output_dir`.
+        OSError: a worker process died.
+    """
+    if unknown := [group for group in groups if group not in GROUPS]:
+        raise ValueError(f"unknown group {unknown[0]!r}; choose from {', '.join(GROUPS)}")
+    if seeds < 1 or workers < 1:
+        raise ValueError(f"seeds and workers must be at least 1, got {seeds} and {workers}")
+    output_dir, settings, inputs = Path(output_dir), settings or Settings(), inputs_of(manifest_path)
+    cache_dir = prepared_dir(manifest_path, output_dir, cache_dir)
+    table = load_manifest(manifest_path)
+    here = table[table["hospital"] == "target"]
+    studies, needed = int((here["split"] == "train").sum()), methods_of(groups)
+
+    def wanted(rates: Mapping[str, float]) -> dict[str, Job]:
+        listed = [*tuning_jobs(needed), *jobs(groups, seeds, rates)]
+        return {job.name: job for job in listed if (job.studies or 0) < studies}
+
+    def missing(rates: Mapping[str, float]) -> list[tuple[Job, dict]]:
+        made_of = [(job, settings_of(job, settings, inputs)) for job in wanted(rates).values()]
+        return [each for each in made_of if read_result(output_dir, *each) is None]
+
+    total = len(wanted({name: METHODS[name].learning_rates[0] for name in needed}))  # as many with any rate
+    left = total - len(wanted(rates := _rates(output_dir, needed))) + len(missing(rates))
+    validations = 1 + settings.steps / settings.evaluate_every
+    each = _SECONDS["start"] + settings.steps * _SECONDS["step"] + validations * _SECONDS["validation"]
+    print(f"{total} runs, {total - left} of them there; about {left * each / 60:.0f} min left on two cores", flush=True)
+
+    start_with = (manifest_path, cache_dir, max(1, (os.cpu_count() or 1) // workers))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, start_with)
+    try:
+        while todo := missing(_rates(output_dir, needed)):  # twice: learning rates are chosen in between
+            CTReportDataset(here, load_mini_base().preprocess_config, cache_dir).prepare()
+            _run_all(pool, [(job, settings, made_of, output_dir) for job, made_of in todo])
+    finally:
+        pool.shutdown(cancel_futures=True)
+    shutil.rmtree(output_dir / "work", ignore_errors=True)
+    collect(output_dir, here[here["split"] == "test"].to_dict("records"), seeds)
+    if "methods" in groups and not (output_dir / "costs.csv").is_file():
+        train = CTReportDataset(here[here["split"] == "train"], load_mini_base().preprocess_config, cache_dir)
+        _write_csv(measure_costs(train, settings), output_dir / "costs.csv")
+    return output_dir
+
+
+def _run_all(pool: ProcessPoolExecutor, arguments: list[tuple]) -> None:
+    """All runs; the first that fails ends it."""
+    from tqdm.auto import tqdm
+
+    try:
+        futures = [pool.submit(_work, *each) for each in arguments]
+        for future in tqdm(as_completed(futures), total=len(futures), desc="comparing", unit="run"):
+            future.result()
+    except BrokenProcessPool:
+        raise OSError(
+            "a worker process died, most often for want of memory. Runs that were finished are kept: the same "
+            "command goes on from here, if need be with fewer --jobs"
+        ) from None
+
+
+def _rates(output_dir: Path, methods: Iterable[str]) -> dict[str, float]:
+    """For each method the learning rate of best validation AUROC, of those whose whole grid was run."""
+    grids: dict[str, dict[float, dict | None]] = {}
+    for job in tuning_jobs(methods):
+        grids.setdefault(job.method, {})[job.learning_rate] = read_result(output_dir, job)
+    chosen = {}
+    for method, grid in grids.items():
+        if None in grid.values():
+            continue
+        stable = {rate: found["validation_auroc"] for rate, found in grid.items() if "diverged" not in found}
+        if not stable:
+            raise ValueError(f"{method} diverged with every learning rate of its grid; lower METHODS[{method!r}]'s")
+        chosen[method] = max(stable, key=lambda rate: (stable[rate], -rate))
+    return chosen
+
+
+def auroc_draws(labels, scores, patients, resamples: int = 1000, seed: int = 0) -> np.ndarray:
+    """Mean AUROC over findings on the data as it is, then on each bootstrap resample of patients: (1 + resamples,).
+
+    Resample i is the same for all scores of the same studies, so draws can be subtracted and averaged.
+    Args and errors are those of `medctkit.metrics.scores.mean_draws`.
+    """
+    return metrics.mean_draws(labels, scores, patients, resamples=resamples, seed=seed)
+
+
+def collect(output_dir: Path, test_rows: Sequence[Mapping], seeds: int) -> None:
+    """Write `comparison.csv`, a row for each job that has a result, and `draws.npz`, see `auroc_draws`.
+
+    Args:
+        output_dir: with `runs`.
+        test_rows: the test studies, rows of the manifest.
+        seeds: as of `jobs`; more, if there are results of more.
+    """
+    import pandas as pd
+
+    names = " ".join(path.stem for path in output_dir.glob("runs/*.json"))
+    seeds = max([seeds, *(1 + int(number) for number in re.findall(r"-seed(\d+)", names))])
+    labels, patients = truth(test_rows)
+    rows, draws = [], {}
+    for job in [*tuning_jobs(METHODS), *jobs(GROUPS, seeds, _rates(output_dir, METHODS))]:
+        found = read_result(output_dir, job)
+        if found is None or "diverged" in found:
+            continue
+        if job.name not in draws:
+            scores = np.frombuffer(base64.b64decode(found["scores"]), dtype="<f4").reshape(labels.shape)
+            draws[job.name] = auroc_draws(labels, scores, patients).astype(np.float32)
+        mean, made = found["auroc"]["mean"], found["made_with"]
+        row = {"group": job.group, "name": job.name}
+        keys = ("method", "rank", "studies", "learning_rate", "seed", "best_step", "validation_auroc")
+        row |= {key: found[key] for key in keys}
+        row |= {"test_auroc": mean["value"], "test_auroc_low": mean["low"], "test_auroc_high": mean["high"]}
+        row |= {key: found[key] for key in ("trainable", "adapter_bytes", "seconds")}
+        row |= {"one_class": ", ".join(found["one_class"]), "steps": found["settings"].get("steps")}
+        row |= {"device": made["device"], "medctkit": made["versions"]["medctkit"], "torch": made["versions"]["torch"]}
+        rows.append(row | {name: found["auroc"][name]["value"] for name in FINDINGS})
+    with replacing(output_dir / "draws.npz") as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **draws)
+    _write_csv(pd.DataFrame(rows), output_dir / "comparison.csv")
+
+
+def _write_csv(table: pd.DataFrame, path: Path) -> None:
+    with replacing(path) as temporary:
+        table.to_csv(temporary, index=False)
+
+
+def measure_costs(train: Dataset, settings: Settings, repeats: int = 5) -> pd.DataFrame:
+    """Seconds and memory of an optimiser step of each method, alone on the machine, one after the other.
+
+    Args:
+        train: at least one batch of studies.
+        settings: for the batch size.
+        repeats: timed steps, after two that warm up.
+
+    Returns:
+        A row for each of `METHODS`: `seconds_per_step` (median), `peak_bytes` (of one step: weights, inputs,
+        activations, gradients, optimiser), both also relative to full fine-tuning, batch size and device.
+    """
+    import pandas as pd
+
+    mini, rows = load_mini_base(), []
+    batch = collate(mini.tokenizer)([train[i] for i in range(settings.batch_size)])
+    for name in METHODS:
+        torch.manual_seed(0)
+        seconds, peak = _cost(apply_method(load_mini_base().model, name), batch, mini.tokenizer, repeats)
+        rows.append({"method": name, "seconds_per_step": seconds, "peak_bytes": peak})
+    table = pd.DataFrame(rows)
+    for column in ("seconds_per_step", "peak_bytes"):
+        table[f"{column}_of_full"] = table[column] / table.loc[table["method"] == "full", column].item()
+    return table.assign(batch_size=settings.batch_size, device=made_with(0)["device"])
+
+
+def _cost(model: nn.Module, batch: Mapping[str, Any], tokenizer: Any, repeats: int) -> tuple[float, int]:
+    """Median seconds, and peak bytes, of an optimiser step."""
+    accelerator, config = accelerator_for(), FineTuneConfig(steps=1)
+    model.to(accelerator.device).train()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate)
+    prompts = draw_prompts(config.prompts, tokenizer, random.Random(0))
+
+    def step() -> float:
+        started = time.perf_counter()
+        step_gradients(model, iter([batch]), 1, Objective(), accelerator, prompts)
+        accelerator.clip_grad_norm_(trainable, config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        if accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    seconds = [step() for _ in range(2 + repeats)][2:]
+    kept = [value for state in optimizer.state.values() for value in state.values()]
+    inputs = [value for value in batch.values() if isinstance(value, torch.Tensor)]
+    with PeakMemory(alive=[*model.state_dict().values(), *kept, *inputs]) as memory:
+        step()
+    return statistics.median(seconds), memory.peak_bytes

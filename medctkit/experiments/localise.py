@@ -1,0 +1,151 @@
+"""Base and adapted model on a hospital's test phantoms: do their maps lie on the findings, and mean anything?"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from medctkit.attention.localisation import (
+    CONTRAST,
+    SCORES,
+    Regions,
+    contrast_of_regions,
+    find_regions,
+    localisation_table,
+    paired_difference,
+    relevance_of_regions,
+    rollout_of_regions,
+    sanity_check,
+)
+from medctkit.cohort.dataset import cohort, prepared_dir
+from medctkit.cohort.manifest import load_manifest
+from medctkit.common.atomic import replacing
+from medctkit.common.provenance import made_with, write_json
+from medctkit.experiments.adapt import Origin
+from medctkit.findings import FINDINGS
+from medctkit.lora.adapter import load_adapter, merge_lora
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Localisation:
+    """What `measure_localisation` found.
+
+    Attributes:
+        table: see `localisation_table`.
+        differences: see `paired_difference`: rows for adapted minus base, and for each model its own prompt minus
+            another finding's; column "difference" says which.
+        sanity: see `sanity_check`, with a column "model".
+        made_with: see `medctkit.common.provenance.made_with`, and the command.
+    """
+
+    table: "pd.DataFrame"
+    differences: "pd.DataFrame"
+    sanity: "pd.DataFrame"
+    made_with: dict
+
+
+def measure_localisation(
+    manifest_path,
+    output_dir,
+    seed: int = 0,
+    cache_dir=None,
+    studies: int | None = None,
+    sanity_regions: int = 200,
+    progress: bool = True,
+) -> Localisation:
+    """Base and adapted model on the test phantoms of a hospital: do their maps lie on the findings?
+
+    Writes `localisation.csv`, `localisation.json` and `localisation.png` into `output_dir`.
+
+    Args:
+        manifest_path: usually `data_manifest.csv`.
+        output_dir: where `adapt` wrote.
+        seed: of the bootstrap, and of the shuffling.
+        cache_dir: see `prepared_dir`.
+        studies: how many test studies; None: all.
+        sanity_regions: findings in the sanity check.
+        progress: show it.
+
+    Raises:
+        FileNotFoundError: no adapter in `output_dir`.
+        ValueError: real scans, of which no masks are known.
+    """
+    import pandas as pd
+
+    output_dir, origin = Path(output_dir), Origin.of(Path(output_dir))
+    base = origin.load()
+    models = {"base": base.model, "adapted": load_adapter(origin.load().model, output_dir / "adapter")}
+    manifest = load_manifest(manifest_path)
+    grid, config = base.model.config.grid, base.preprocess_config
+    dataset = cohort(manifest, origin.hospital, "test", config, prepared_dir(manifest_path, output_dir, cache_dir))
+    regions = find_regions(dataset.rows[:studies], config, grid, progress)
+    maps = {}
+    for name, model in models.items():
+        for kind, shift in (("relevance", 0), ("another prompt", len(FINDINGS) // 2)):
+            maps[f"{name}, {kind}"] = relevance_of_regions(
+                model, base.tokenizer, dataset, regions, shift=shift, progress=progress
+            )
+        maps[f"{name}, rollout"] = rollout_of_regions(model, dataset, regions)
+    maps[CONTRAST] = contrast_of_regions(dataset, regions, grid)
+    compared = [("adapted minus base", "base, relevance", "adapted, relevance")]
+    compared += [
+        (f"{name}: own minus another prompt", f"{name}, another prompt", f"{name}, relevance") for name in models
+    ]
+    differences = [
+        paired_difference(regions, maps[a], maps[b], seed=seed).assign(difference=said) for said, a, b in compared
+    ]
+    few = Regions(*(part[:sanity_regions] for part in vars(regions).values()))
+    checks = [
+        sanity_check(model, base.tokenizer, dataset, few, seed, progress).assign(model=name)
+        for name, model in (("base", base.model), ("adapted", merge_lora(models["adapted"])))
+    ]
+    command = f"medctkit localise {output_dir} --manifest {manifest_path} --seed {seed}"
+    command += "" if studies is None else f" --studies {studies}"
+    measured = Localisation(
+        localisation_table(regions, maps, seed=seed),
+        pd.concat(differences, ignore_index=True),
+        pd.concat(checks).reset_index(),
+        made_with(seed) | {"command": command, "studies": len(np.unique(regions.study)), "regions": len(regions.study)},
+    )
+    with replacing(output_dir / "localisation.csv") as temporary:
+        measured.table.to_csv(temporary, index=False)
+    with replacing(output_dir / "localisation.png") as temporary:
+        localisation_figure(measured.table).savefig(temporary, format="png", dpi=110)
+    means = measured.table[measured.table["finding"] == "mean"]
+    write_json(
+        {
+            "means": means.drop(columns="finding").to_dict("records"),
+            "differences": measured.differences.to_dict("records"),
+            "sanity": measured.sanity.to_dict("records"),
+            "made_with": measured.made_with,
+        },
+        output_dir / "localisation.json",
+    )
+    return measured
+
+
+def localisation_figure(table: "pd.DataFrame") -> "Figure":
+    """Each score, mean of findings, for each map with its interval, beside its chance."""
+    from matplotlib.figure import Figure
+
+    means = table[table["finding"] == "mean"]
+    colours = {"base": "#0072B2", "adapted": "#D55E00"}
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    for i, (ax, score) in enumerate(zip(figure.subplots(1, len(SCORES), sharey=True), SCORES, strict=True)):
+        rows = means[means["score"] == score].iloc[::-1]
+        for y, row in enumerate(rows.itertuples()):
+            colour = colours.get(row.method.split(",")[0], "#555555")
+            ax.plot([row.low, row.high], [y, y], color=colour, lw=2)
+            ax.plot(row.value, y, "o", color=colour, ms=7)
+        chance = rows["chance"].iloc[0]
+        ax.axvline(chance, color="black", ls=":", label=f"chance, {chance:.3f}")
+        ax.set(title=score, xlabel="mean of findings, 95 % interval", yticks=range(len(rows)), xlim=(0, None))
+        ax.legend(loc="lower right", fontsize=8)
+        if i == 0:
+            ax.set_yticklabels(rows["method"])
+    return figure

@@ -1,0 +1,3 @@
+"""The reproduction report: claims, figures, page."""
+
+__all__ = []

@@ -1,0 +1,155 @@
+"""Figures of the reproduction report, each from a `Measurement`: such as one could put into a paper.
+
+Colours are told apart by colour-blind people (Okabe and Ito); base is blue, adapted orange everywhere.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from medctkit.findings import FINDINGS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from medctkit.experiments.measure import Measurement
+
+COLOURS = {"base": "#0072B2", "adapted": "#D55E00"}
+DIFFERENCE = "#009E73"
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _bars(table, column: str) -> list:
+    return [table[column] - table[f"{column}_low"], table[f"{column}_high"] - table[column]]
+
+
+def forest(measured: Measurement) -> Figure:
+    """AUROC of base and adapted model with intervals, and their paired difference; largest gain on top."""
+    difference = measured.difference
+    order = [*difference.drop(index="mean")["auroc"].sort_values(na_position="first").index, "mean"]
+    figure = _figure(12, 7.5)
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    places = np.arange(len(order))
+    for (name, colour), shift in zip(COLOURS.items(), (0.15, -0.15), strict=True):
+        table = measured.tables[name].loc[order]
+        left.errorbar(
+            table["auroc"], places + shift, xerr=_bars(table, "auroc"), fmt="o", color=colour, ms=5, lw=1.2, label=name
+        )
+    left.axvline(0.5, color="grey", ls=":", label="chance")
+    positives = measured.tables["base"].loc[order, "positives"]
+    names = [f"{name} ({positives[name]})" if name != "mean" else "mean of findings" for name in order]
+    left.set(yticks=places, yticklabels=names, xlabel="AUROC, 95 % interval", title="test patients (positive studies)")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    table = difference.loc[order]
+    right.errorbar(table["auroc"], places, xerr=_bars(table, "auroc"), fmt="s", color=DIFFERENCE, ms=5, lw=1.2)
+    right.axvline(0, color="grey", ls=":")
+    right.set(xlabel="adapted minus base, 95 % interval", title="paired difference in AUROC")
+    for axes in (left, right):
+        axes.axhspan(len(order) - 1.5, len(order) - 0.5, color="0.93", zorder=0)
+        axes.grid(axis="x", alpha=0.25)
+    return figure
+
+
+def _panels(height: float = 9.5) -> tuple[Figure, list[Axes]]:
+    figure = _figure(13, height)
+    return figure, list(figure.subplots(3, 6, sharex=True, sharey=True).flat)
+
+
+def roc_curves(measured: Measurement) -> Figure:
+    """ROC curves of both models, one panel for each finding, with the AUROC of each."""
+    from sklearn.metrics import roc_curve
+
+    figure, panels = _panels(7.5)
+    for k, (axes, finding) in enumerate(zip(panels, FINDINGS, strict=True)):
+        axes.plot([0, 1], [0, 1], color="grey", ls=":", lw=1)
+        known = ~np.isnan(measured.labels[:, k])
+        labels = measured.labels[known, k]
+        for place, (name, colour) in enumerate(COLOURS.items()):
+            if len(np.unique(labels)) < 2:
+                continue
+            false, true, _ = roc_curve(labels, measured.scores[name][known, k])
+            axes.plot(false, true, color=colour, lw=1.4, label=name)
+            value = measured.tables[name].loc[finding, "auroc"]
+            axes.text(0.97, 0.05 + 0.1 * (1 - place), f"{value:.2f}", color=colour, ha="right", fontsize=9)
+        if len(np.unique(labels)) < 2:
+            axes.text(0.5, 0.5, "one class only", ha="center")
+        axes.set_title(finding, fontsize=8.5)
+        axes.set_aspect("equal")
+    figure.supxlabel("1 - specificity")
+    figure.supylabel("sensitivity")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
+    return figure
+
+
+def calibration(measured: Measurement, bins: int = 10, fewest: int = 20) -> Figure:
+    """Observed share of positive studies against predicted probability, and how often each is predicted.
+
+    Bins of fewer than `fewest` scores say little, and are not drawn.
+    """
+    figure = _figure(8, 6)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    top.plot([0, 1], [0, 1], color="grey", ls=":", label="perfectly calibrated")
+    known = ~np.isnan(measured.labels)
+    edges = np.linspace(0, 1, bins + 1)
+    for name, colour in COLOURS.items():
+        scores, labels = measured.scores[name][known], measured.labels[known]
+        place = np.clip(np.digitize(scores, edges[1:-1]), 0, bins - 1)
+        counts = np.bincount(place, minlength=bins)
+        full = counts >= fewest
+        predicted, observed = (np.bincount(place, x, bins)[full] / counts[full] for x in (scores, labels))
+        error = measured.tables[name].loc["mean"].get("calibration_error", np.nan)
+        label = f"{name} (mean calibration error {error:.2f})" if error == error else name
+        top.plot(predicted, observed, "o-", color=colour, label=label)
+        bottom.stairs(counts, edges, color=colour, fill=name == "base", alpha=0.5 if name == "base" else 1.0, lw=1.5)
+    top.set(
+        ylabel="observed share positive",
+        title=f"calibration, all findings together (bins of {fewest} and more)",
+        ylim=(0, 1),
+    )
+    top.legend(frameon=False)
+    bottom.set(xlabel="predicted probability", ylabel="scores", xlim=(0, 1))
+    return figure
+
+
+def prompt_sensitivity(measured: Measurement) -> Figure:
+    """Mean AUROC of both models with each set of prompts."""
+    sets = list(dict.fromkeys(measured.prompts["set"]))
+    figure = _figure(8, 1.2 + 0.7 * len(sets))
+    axes = figure.subplots()
+    for (name, colour), shift in zip(COLOURS.items(), (-0.1, 0.1), strict=True):
+        rows = measured.prompts[measured.prompts["model"] == name].set_index("set").loc[sets]
+        places = np.arange(len(sets)) + shift
+        axes.errorbar(rows["auroc"], places, xerr=_bars(rows, "auroc"), fmt="o", color=colour, lw=1.2, label=name)
+    axes.set(yticks=range(len(sets)), yticklabels=sets, xlabel="mean AUROC, 95 % interval", ylabel="prompts")
+    axes.set_title("the same images, asked in other words")
+    axes.margins(y=0.3)
+    axes.grid(axis="x", alpha=0.25)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    return figure
+
+
+def score_histograms(measured: Measurement, model: str = "adapted", bins: int = 25) -> Figure:
+    """Scores of studies with and without each finding, and the threshold from validation."""
+    figure, panels = _panels(7.5)
+    table, scores = measured.tables[model], measured.scores[model]
+    edges = np.linspace(0, 1, bins + 1)
+    for k, (axes, finding) in enumerate(zip(panels, FINDINGS, strict=True)):
+        for value, colour, label in ((0, "0.45", "without the finding"), (1, COLOURS["adapted"], "with it")):
+            chosen = scores[measured.labels[:, k] == value, k]
+            if len(chosen):
+                counts = np.histogram(chosen, edges)[0] / len(chosen)
+                axes.stairs(counts, edges, color=colour, fill=value == 0, alpha=0.45 if value == 0 else 1, label=label)
+        axes.axvline(table.loc[finding, "threshold"], color="black", ls="--", lw=1, label="threshold (validation)")
+        axes.set_title(finding, fontsize=8.5)
+    figure.supxlabel(f"probability given by the {model} model")
+    figure.supylabel("share of studies")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False)
+    return figure

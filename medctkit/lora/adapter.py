@@ -1,0 +1,216 @@
+"""LoRA in both encoders of CT-CLIP: from scratch, through peft, and counted.
+
+LoRA (Hu et al. 2021, arXiv 2106.09685) freezes a weight matrix W (out, in) and learns a low-rank update
+beside it,
+
+    y = W x + (alpha / r) B A x,      A (r, in) random,  B (out, r) zero at the start,
+
+so that training starts exactly at the base model, `r (in + out)` numbers are learned instead of
+`in * out`, and afterwards B A can be added into W at no cost. `LoRALinear` is that equation; everything
+else here hands the work to peft and says *where* in CT-CLIP the update goes.
+
+The paper (MedCT-VLM, arXiv 2512.00597) reports 1.67 M trainable parameters, 0.38 % of 440 M. Its full text
+was not at hand, so the placement of preset "paper" is inferred: `search_placements` shows that of all ranks
+and attention projections only rank 24 fits, and of those only one set is "q, k and v of both encoders". Its
+alpha is not known to us; alpha = 2 r and no dropout are our choice.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from medctkit.lora.placement import lora_config, placement_of
+from medctkit.model.ct_clip import CTCLIPModel
+from medctkit.model.fingerprint import digests
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+
+def add_lora(model: CTCLIPModel, preset: str = "paper", **overrides) -> PeftModel:
+    """Freeze `model` and add a trainable LoRA adapter to it, in place.
+
+    The random A matrices come from torch's generator: call `torch.manual_seed` before for a repeatable start.
+
+    Args:
+        model: a plain CT-CLIP.
+        preset: see `lora_config`.
+        **overrides: see `lora_config`.
+
+    Raises:
+        ValueError: as `lora_config`; a projection that no layer of this model has; a model that has adapters
+            already.
+    """
+    from peft import PeftModel
+
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            f"this model already carries the adapter(s) {', '.join(model.peft_config)}; add another with "
+            "model.add_adapter(name, lora_config(...)), or merge_lora(model) first"
+        )
+    config = lora_config(preset, **overrides)
+    if "target_modules" in overrides:
+        targets = overrides["target_modules"]  # peft: one pattern, or a list of last parts of names
+        patterns = {name: rf"(?:.*\.)?{re.escape(name)}" for name in targets}
+        patterns = {targets: targets} if isinstance(targets, str) else patterns
+    else:
+        patterns = placement_of(preset, dict(overrides)).patterns
+    _refuse_unmatched(model, patterns)
+    return add_adapter(model, config)
+
+
+def add_adapter(model: CTCLIPModel, config: PeftConfig) -> PeftModel:
+    """Freeze a plain `model` and add the trainable adapter of any peft configuration to it, in place.
+
+    The digest of the base model becomes part of the configuration, so that `load_adapter` refuses any other.
+    """
+    from peft import get_peft_model
+
+    with _quiet():
+        adapted = get_peft_model(model, config)
+    (config,) = adapted.peft_config.values()
+    config.base_model_name_or_path = f"{_DIGEST}{digests(adapted)[0]}" if _has_exact_weights(adapted) else None
+    return adapted
+
+
+_DIGEST = "sha256:"
+
+
+def _has_exact_weights(model: nn.Module) -> bool:
+    """Whether there are weights to tell one base model from another by: not on the meta device, not rounded."""
+    return all(type(p.data) is torch.Tensor and not p.is_meta and p.dtype == torch.float32 for p in model.parameters())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the FutureWarning that peft earns by asking transformers 5 for gradient checkpointing by an old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        yield
+
+
+def _refuse_unmatched(model: nn.Module, patterns: Mapping[str, str]) -> None:
+    names = [name for name, _ in model.named_modules()]
+    for label, pattern in patterns.items():
+        if not any(re.fullmatch(pattern, name) for name in names):
+            linear = {re.sub(r"\d+", "N", n) for n, module in model.named_modules() if isinstance(module, nn.Linear)}
+            raise ValueError(
+                f"LoRA placement {label!r} (pattern {pattern}) matches no module of {type(model).__name__}; "
+                f"its linear layers (N: layer number) are: {', '.join(sorted(linear)) or 'none'}"
+            )
+
+
+def merge_lora(model: PeftModel) -> CTCLIPModel:
+    """A plain CT-CLIP with the active adapter added into its weights; `model` itself is left as it is.
+
+    Both copies are in memory at once (1.1 GB each at full size). To swap adapters instead, use peft's own
+    `model.set_adapter(name)`, and `with model.disable_adapter():` for the base.
+
+    Raises:
+        ValueError: weights in half precision, where the update would be rounded away.
+    """
+    half = [name for name, p in model.named_parameters() if p.dtype in (torch.bfloat16, torch.float16)]
+    if half:
+        raise ValueError(
+            f"{half[0]} and {len(half) - 1} more weights are in half precision, which would round the update away; "
+            "load the adapter on a base model in float32 and merge it there"
+        )
+    return copy.deepcopy(model).merge_and_unload(safe_merge=True)
+
+
+_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
+
+
+def save_adapter(model: PeftModel, directory: str | os.PathLike, name: str = "default") -> Path:
+    """Write adapter `name` in peft's format; a crash midway leaves the previous files whole."""
+    if name not in model.peft_config:
+        raise ValueError(f"no adapter {name!r} on this model; it has {', '.join(model.peft_config)}")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as scratch:
+        model.save_pretrained(scratch, selected_adapters=[name], save_embedding_layers=False)
+        written = Path(scratch) if name == "default" else Path(scratch) / name
+        for file in _ADAPTER_FILES:
+            os.replace(written / file, directory / file)
+    return directory
+
+
+def load_adapter(
+    model: CTCLIPModel | PeftModel,
+    directory: str | os.PathLike,
+    name: str = "default",
+    trainable: bool = False,
+) -> PeftModel:
+    """Put a saved adapter on `model` and make it the active one.
+
+    peft alone passes over tensors that are missing or left over with a warning, and the adapter then silently
+    does half its work; here the file has to fit the model exactly.
+
+    Args:
+        model: a plain CT-CLIP, or one that already carries other adapters.
+        directory: where `save_adapter` or peft's `save_pretrained` wrote.
+        name: the name to swap by, `model.set_adapter(name)`.
+        trainable: True to train on, False for inference.
+
+    Raises:
+        FileNotFoundError: no adapter in `directory`.
+        ValueError: the adapter was made for another architecture or base model; names taken twice.
+    """
+    from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    for file in _ADAPTER_FILES:
+        if not (Path(directory) / file).is_file():
+            raise FileNotFoundError(f"{directory} has no {file}; expected a folder written by save_adapter")
+    wrapped = isinstance(model, PeftModel)
+    if wrapped and name in model.peft_config:
+        raise ValueError(f"an adapter named {name!r} is already on this model; pass another name")
+
+    base = model.get_base_model() if wrapped else model
+    config = PeftConfig.from_pretrained(str(directory))
+    with torch.device("meta"), _quiet():  # shapes only: what this adapter would look like on this architecture
+        twin = type(base)(copy.deepcopy(base.config))
+        if isinstance(config.target_modules, str):
+            _refuse_unmatched(twin, {f"of {directory}": config.target_modules})
+        plain = copy.deepcopy(config)
+        plain.base_model_name_or_path = None
+        expected = get_peft_model_state_dict(get_peft_model(twin, plain), save_embedding_layers=False)
+    expected = {key: tuple(tensor.shape) for key, tensor in expected.items()}
+    with safe_open(str(Path(directory) / _ADAPTER_FILES[0]), "pt") as file:
+        found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    wrong = [
+        f"{key}: adapter {found.get(key, 'none')}, model {expected.get(key, 'none')}"
+        for key in sorted(found.keys() | expected.keys())
+        if found.get(key) != expected.get(key)
+    ]
+    if wrong:
+        listed = "\n  ".join(wrong[:5] + ([f"... {len(wrong) - 5} more"] if len(wrong) > 5 else []))
+        raise ValueError(
+            f"the adapter in {directory} was made for another architecture; "
+            f"load the base model it was trained on. Tensors that differ:\n  {listed}"
+        )
+    made_on = config.base_model_name_or_path or ""
+    if made_on.startswith(_DIGEST) and _has_exact_weights(model):
+        here = digests(model)[0]
+        if made_on != f"{_DIGEST}{here}":
+            raise ValueError(
+                f"the adapter in {directory} was trained on a base model with other weights ({made_on}; this one is "
+                f"{_DIGEST}{here}): load that one"
+            )
+    if not wrapped:
+        with _quiet():
+            return PeftModel.from_pretrained(model, str(directory), adapter_name=name, is_trainable=trainable)
+    model.load_adapter(str(directory), name, is_trainable=trainable)
+    model.set_adapter(name)
+    return model if trainable else model.requires_grad_(False)

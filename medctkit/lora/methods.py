@@ -1,0 +1,312 @@
+"""Ways to fine-tune CT-CLIP, from all of its weights to a few thousand numbers, behind one name each.
+
+Every method starts at the base model exactly and leaves the codebook alone; they differ in what may change.
+peft makes all adapters; `full` and `bitfit` train tensors of the model itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from medctkit.common.atomic import replacing
+from medctkit.lora.adapter import add_adapter, add_lora, load_adapter, save_adapter
+from medctkit.lora.placement import PRESETS, TEXT_LAYER, VISION_LAYER
+from medctkit.model.ct_clip import CTCLIPModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TRAINED_FILE = "trained.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to fine-tune.
+
+    Attributes:
+        label: its name in tables and figures.
+        trains: what it trains, in a sentence.
+        paper: where it comes from.
+        apply: freezes what has to be frozen; takes a plain `CTCLIPModel`, returns the model to train.
+        learning_rates: peak rates worth a try, lowest first.
+        rank: r if none is given; None: it has no rank.
+    """
+
+    label: str
+    trains: str
+    paper: str
+    apply: Callable[..., nn.Module]
+    learning_rates: tuple[float, ...]
+    rank: int | None = None
+
+
+def _full(model: CTCLIPModel) -> CTCLIPModel:
+    return model.requires_grad_(True)
+
+
+def _bitfit(model: CTCLIPModel) -> CTCLIPModel:
+    model.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name.endswith(".bias")
+    return model
+
+
+def _vera(model: CTCLIPModel, r: int, **fields) -> nn.Module:
+    import torch
+    from peft import VeraConfig
+
+    key = int(torch.randint(2**31, ()))  # as every random start, from torch's generator
+    targets = "|".join(PRESETS["paper"].patterns.values())
+    fields = {"projection_prng_key": key, "target_modules": targets} | fields
+    return add_adapter(model, VeraConfig(r=r, **fields))
+
+
+# (IA)^3 rescales keys, values and what enters the layer that narrows a feed-forward
+_NARROWING = "|".join((VISION_LAYER + r"3\.4", TEXT_LAYER + r"output\.dense"))
+_KEYS_VALUES = "|".join(
+    (VISION_LAYER + r"1\.to_kv", *(TEXT_LAYER + rf"attention\.self\.{name}" for name in ("key", "value")))
+)
+
+
+def _ia3(model: CTCLIPModel, **fields) -> nn.Module:
+    from peft import IA3Config
+
+    fields = {"target_modules": f"{_KEYS_VALUES}|{_NARROWING}", "feedforward_modules": _NARROWING} | fields
+    return add_adapter(model, IA3Config(**fields))
+
+
+def _lora(preset: str = "paper", **fixed) -> Callable[..., nn.Module]:
+    def apply(model: CTCLIPModel, r: int, **fields) -> nn.Module:
+        return add_lora(model, preset, r=r, **fixed | fields)
+
+    return apply
+
+
+_LORA_RATES = (1e-3, 3e-3, 1e-2)
+
+METHODS: dict[str, Method] = {
+    "full": Method(
+        "full fine-tuning",
+        "Every weight of both encoders, both projections and the temperature.",
+        "Radford et al. 2021, arXiv 2103.00020",
+        _full,
+        (3e-4, 1e-3, 3e-3),
+    ),
+    "bitfit": Method(
+        "BitFit",
+        "The bias vectors of both encoders, and no weight matrix.",
+        "Zaken et al. 2021, arXiv 2106.10199",
+        _bitfit,
+        (3e-3, 1e-2, 3e-2),
+    ),
+    "lora": Method(
+        "LoRA",
+        "A low-rank update beside each query, key and value projection of both encoders.",
+        "Hu et al. 2021, arXiv 2106.09685",
+        _lora(),
+        _LORA_RATES,
+        16,
+    ),
+    "lora-vision": Method(
+        "LoRA, vision only",
+        "LoRA in the vision encoder; the text encoder stays as it is.",
+        "Hu et al. 2021, arXiv 2106.09685",
+        _lora("vision"),
+        _LORA_RATES,
+        16,
+    ),
+    "lora-text": Method(
+        "LoRA, text only",
+        "LoRA in the text encoder; the images are seen as before, and only what is asked of them changes.",
+        "Hu et al. 2021, arXiv 2106.09685",
+        _lora("text"),
+        _LORA_RATES,
+        16,
+    ),
+    "dora": Method(
+        "DoRA",
+        "LoRA's direction of each weight column, and its length as a number of its own.",
+        "Liu et al. 2024, arXiv 2402.09353",
+        _lora(use_dora=True),
+        _LORA_RATES,
+        16,
+    ),
+    "rslora": Method(
+        "rsLoRA",
+        "What LoRA trains, with the update scaled by alpha / sqrt(r) in place of alpha / r.",
+        "Kalajdzievski 2023, arXiv 2312.03732",
+        _lora(use_rslora=True),
+        (1e-3, 3e-3, 1e-2),
+        16,
+    ),
+    "vera": Method(
+        "VeRA",
+        "Two vectors for each query, key and value projection, between two random matrices that all of them share.",
+        "Kopiczko et al. 2023, arXiv 2310.11454",
+        _vera,
+        (1e-2, 3e-2, 1e-1),
+        64,
+    ),
+    "ia3": Method(
+        "(IA)³",
+        "One factor for each channel of keys, values and the inner layer of the feed-forwards.",
+        "Liu et al. 2022, arXiv 2205.05638",
+        _ia3,
+        (1e-2, 3e-2, 1e-1),
+    ),
+}
+
+
+def apply_method(model: CTCLIPModel, name: str, **settings) -> nn.Module:
+    """Freeze and extend `model` for a method, in place.
+
+    Random starts come from torch's generator: call `torch.manual_seed` before for a repeatable one.
+
+    Args:
+        model: a plain CT-CLIP.
+        name: one of `METHODS`.
+        **settings: `r` where the method has a rank, and any field of its peft configuration; `full` and `bitfit`
+            have none.
+
+    Returns:
+        The model to train: `model` itself, or a `PeftModel` around it.
+
+    Raises:
+        ValueError: unknown method or setting; a model that has an adapter already; as `add_lora`.
+    """
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; choose one of {', '.join(METHODS)}")
+    if hasattr(model, "peft_config"):
+        raise ValueError(f"this model already carries an adapter; {name} starts from a plain CTCLIPModel")
+    method = METHODS[name]
+    rank = {} if method.rank is None else {"r": method.rank}
+    try:
+        return method.apply(model, **rank | settings)
+    except TypeError as error:
+        if "unexpected keyword" not in str(error):
+            raise
+        raise ValueError(f"method {name!r} does not know one of the settings {settings}: {error}") from None
+
+
+def count_trainable(model: nn.Module) -> int:
+    """Number of parameters that require gradients."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def trained_bytes(directory: str | os.PathLike) -> int:
+    """Size on disk, in bytes, of the weights that `save_trained` wrote."""
+    return _weights_file(Path(directory)).stat().st_size
+
+
+def save_trained(model: nn.Module, directory: str | os.PathLike) -> Path:
+    """Write what was trained, and nothing else: an adapter in peft's format, or `trained.safetensors`.
+
+    A crash midway leaves the previous file whole.
+
+    Args:
+        model: from `apply_method`, or any CT-CLIP with parameters that require gradients.
+        directory: made if need be.
+
+    Raises:
+        ValueError: nothing is trainable; trainable tensors that the adapter's file would not hold; the folder
+            holds weights of the other kind.
+    """
+    directory = Path(directory)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trained:
+        raise ValueError("nothing on this model is trainable, so there is nothing to save; see apply_method")
+    adapter = hasattr(model, "peft_config")
+    other = directory / (TRAINED_FILE if adapter else ADAPTER_FILE)
+    if other.exists():
+        raise ValueError(f"{directory} holds {other.name}, weights of another method; choose another folder")
+    if adapter:
+        _refuse_unsaved(model, trained)
+        return save_adapter(model, directory, model.active_adapter)
+    from safetensors.torch import save_file
+
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {name: p.detach().contiguous() for name, p in trained.items()}
+    with replacing(directory / TRAINED_FILE) as temporary:
+        save_file(tensors, temporary, {"architecture": _architecture(model)})
+    return directory
+
+
+def load_trained(model: CTCLIPModel, directory: str | os.PathLike) -> nn.Module:
+    """Put what `save_trained` wrote on a plain base model, in place; frozen, in evaluation mode.
+
+    Args:
+        model: the base that it was trained on.
+        directory: where `save_trained` wrote.
+
+    Raises:
+        FileNotFoundError: nothing saved there.
+        ValueError: made for another architecture; `model` carries an adapter.
+    """
+    import torch
+    from safetensors import safe_open
+
+    file = _weights_file(Path(directory))
+    if hasattr(model, "peft_config"):
+        raise ValueError("this model carries an adapter; load_trained expects the plain base model")
+    if file.name == ADAPTER_FILE:
+        return load_adapter(model, directory).eval()
+    with safe_open(str(file), "pt") as opened:
+        found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        made_for = (opened.metadata() or {}).get("architecture")
+    here = dict(model.named_parameters())
+    wrong = [
+        f"{name}: saved {tuple(tensor.shape)}, model {tuple(here[name].shape) if name in here else 'none'}"
+        for name, tensor in found.items()
+        if name not in here or here[name].shape != tensor.shape
+    ]
+    if wrong or made_for != _architecture(model):
+        listed = "\n  ".join(wrong[:5]) or "none that were saved; but some of the model's would be left untrained"
+        raise ValueError(
+            f"{file} was made for another architecture; load the base model it was trained on. "
+            f"Tensors that differ:\n  {listed}"
+        )
+    with torch.no_grad():
+        for name, tensor in found.items():
+            here[name].copy_(tensor)
+    return model.requires_grad_(False).eval()
+
+
+def _weights_file(directory: Path) -> Path:
+    present = [directory / name for name in (ADAPTER_FILE, TRAINED_FILE) if (directory / name).is_file()]
+    if not present:
+        raise FileNotFoundError(
+            f"{directory} has neither {ADAPTER_FILE} nor {TRAINED_FILE}; expected a folder written by save_trained"
+        )
+    if len(present) > 1:
+        raise ValueError(f"{directory} holds both {ADAPTER_FILE} and {TRAINED_FILE}; keep the one you mean")
+    return present[0]
+
+
+def _refuse_unsaved(model: nn.Module, trained: dict[str, Tensor]) -> None:
+    """Refuse trainable tensors that are not in what peft writes."""
+    from peft import get_peft_model_state_dict
+
+    adapter = model.active_adapter
+    held = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    places = {tensor.data_ptr() for tensor in held.values()}
+    lost = [name for name, p in trained.items() if p.data_ptr() not in places]
+    if lost:
+        raise ValueError(
+            f"beside the adapter, {len(lost)} more tensors are trainable and would not be saved: "
+            f"{', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}. Freeze them, or name their modules in "
+            "modules_to_save when making the adapter"
+        )
+
+
+def _architecture(model: nn.Module) -> str:
+    """A fingerprint of the names and shapes of all parameters."""
+    shapes = "\n".join(f"{name} {tuple(p.shape)}" for name, p in sorted(model.named_parameters()))
+    return hashlib.sha256(shapes.encode()).hexdigest()

@@ -1,0 +1,5 @@
+"""Labels and scores to tables with 95 % intervals; knows no model."""
+
+from medctkit.metrics.scores import compare, evaluate, mean_draws, result_table, summary, thresholds_from_validation
+
+__all__ = ["compare", "evaluate", "mean_draws", "result_table", "summary", "thresholds_from_validation"]

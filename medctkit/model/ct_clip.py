@@ -1,0 +1,348 @@
+"""CT-CLIP as a Hugging Face configuration and model: a CT volume and a report into one embedding space.
+
+CT-CLIP (Hamamci et al. 2024, arXiv 2403.17834; vision tower after CT-ViT, arXiv 2305.16037) pairs a 3D
+vision transformer that ends in a vector quantiser with BERT, and is trained contrastively as CLIP is. This
+is an independent implementation, written from a description of the released model and tested against numbers
+that its public code computes. Module names are those of the released state dict, so its weights load by name;
+tensors it carries but never uses are listed by `released_layout` and not built.
+
+Shapes: b batch, c channel, d h w depth, rows, columns, t depth patches, n tokens of one sequence.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import BertConfig, BertModel, PretrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from medctkit.model.released_checkpoint import ReleasedTensor, never_used, read_checkpoint, refuse_other_layout
+from medctkit.model.vision_tower import Attention, Codebook, ScaleNorm, VisionTransformer
+
+RELEASED_VISION = {
+    "dim": 512,
+    "codebook_size": 8192,
+    "image_size": 480,
+    "num_frames": 240,
+    "patch_size": 20,
+    "temporal_patch_size": 10,
+    "spatial_depth": 4,
+    "temporal_depth": 4,
+    "dim_head": 32,
+    "heads": 8,
+}
+RELEASED_TEXT = {  # BERT-base
+    "vocab_size": 30522,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+}
+
+
+class CTCLIPConfig(PretrainedConfig):
+    """Sizes of a CT-CLIP; without arguments those of the released model.
+
+    Args:
+        vision_config: any of `dim` (token width), `codebook_size`, `image_size` (rows and columns of the
+            volume in voxels, an int or [h, w]), `num_frames` (its depth in slices), `patch_size` and
+            `temporal_patch_size` (voxels), `spatial_depth` and `temporal_depth` (layers), `dim_head`, `heads`.
+        text_config: any fields of `transformers.BertConfig`.
+        projection_dim: width of the shared embedding space.
+
+    Keys that are left out take the released values.
+
+    Raises:
+        ValueError: an unknown key, a size that is not a positive whole number, an image that does not divide
+            into patches.
+    """
+
+    model_type = "ct-clip"
+
+    def __init__(
+        self,
+        vision_config: dict | None = None,
+        text_config: dict | None = None,
+        projection_dim: int = 512,
+        **kwargs,
+    ):
+        for name, given in (("vision_config", vision_config), ("text_config", text_config)):
+            if not isinstance(given, Mapping | None):
+                raise ValueError(f"{name} must be a dict, got {type(given).__name__}")
+        self.vision_config = RELEASED_VISION | dict(vision_config or {})
+        self.text_config = RELEASED_TEXT | dict(text_config or {})
+        self.projection_dim = projection_dim
+        self._validate()
+        super().__init__(**kwargs)
+
+    def _validate(self):
+        known = {"vision_config": RELEASED_VISION, "text_config": BertConfig().to_dict()}
+        for section, fields in known.items():
+            if unknown := [key for key in getattr(self, section) if key not in fields]:
+                expected = ", ".join(RELEASED_VISION) if fields is RELEASED_VISION else "fields of BertConfig"
+                raise ValueError(f"unknown {section} key {unknown[0]!r}; expected {expected}")
+        vision, text = self.vision_config, self.text_config
+        sizes = {f"vision_config {k!r}": v for k, v in vision.items() if k != "image_size"}
+        sizes |= {f"text_config {k!r}": text[k] for k in RELEASED_TEXT if not k.endswith("prob")}
+        sizes["projection_dim"] = self.projection_dim
+        size = vision["image_size"]
+        if not isinstance(size, int) and not (isinstance(size, list | tuple) and len(size) == 2):
+            raise ValueError(f"vision_config 'image_size' must be an int or [h, w], got {size!r}")
+        image_sizes = [size] if isinstance(size, int) else size
+        for name, value in [*sizes.items(), *(("vision_config 'image_size'", n) for n in image_sizes)]:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if isinstance(size, tuple):
+            vision["image_size"] = list(size)  # as JSON gives it back
+        depth, rows, columns = self.volume_shape
+        for name, n, patch in (
+            ("num_frames", depth, "temporal_patch_size"),
+            ("image_size", rows, "patch_size"),
+            ("image_size", columns, "patch_size"),
+        ):
+            if n % vision[patch]:
+                raise ValueError(f"{name} {n} must be a multiple of {patch} {vision[patch]}")
+        if text["hidden_size"] % text["num_attention_heads"]:
+            raise ValueError(
+                f"text_config hidden_size {text['hidden_size']} must be a multiple of num_attention_heads "
+                f"{text['num_attention_heads']}"
+            )
+
+    @property
+    def volume_shape(self) -> tuple[int, int, int]:
+        """Depth, rows and columns of the input volume, in voxels."""
+        size = self.vision_config["image_size"]
+        return (self.vision_config["num_frames"], *([size, size] if isinstance(size, int) else size))
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """The volume's shape in patches: (t, h, w)."""
+        depth, rows, columns = self.volume_shape
+        patch = self.vision_config["patch_size"]
+        return (depth // self.vision_config["temporal_patch_size"], rows // patch, columns // patch)
+
+    def get_text_config(self, *args, **kwargs) -> BertConfig:
+        """BERT's configuration, which transformers asks for by this name."""
+        return BertConfig(**{"use_cache": False} | self.text_config)  # a cache is for generating text
+
+
+@dataclass
+class CTCLIPOutput(ModelOutput):
+    """What `CTCLIPModel` returns.
+
+    Attributes:
+        loss: contrastive loss, with `return_loss=True`.
+        logits_per_image: cosine * exp(temperature), (images, texts).
+        logits_per_text: its transpose.
+        image_embeds: (images, projection_dim), L2-normalised.
+        text_embeds: (texts, projection_dim), L2-normalised.
+    """
+
+    loss: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None
+    logits_per_text: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+
+
+class CTCLIPModel(PreTrainedModel):
+    """CT-CLIP: `encode_image`, `encode_text`, and their similarity."""
+
+    config_class = CTCLIPConfig
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+
+    def __init__(self, config: CTCLIPConfig):
+        super().__init__(config)
+        self.text_transformer = BertModel(config.get_text_config(), add_pooling_layer=False)
+        self.visual_transformer = VisionTransformer(config.vision_config)
+        _, h, w = config.grid
+        self.to_text_latent = nn.Linear(config.text_config["hidden_size"], config.projection_dim, bias=False)
+        self.to_visual_latent = nn.Linear(h * w * config.vision_config["dim"], config.projection_dim, bias=False)
+        self.temperature = nn.Parameter(torch.tensor(1.0))
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Start values of a fresh model; transformers also calls it for tensors a checkpoint lacks."""
+        if isinstance(module, nn.Linear | nn.Conv3d):
+            fan_in = module.weight[0].numel()
+            nn.init.trunc_normal_(module.weight, std=(3 * fan_in) ** -0.5)  # 0.026 at a width of 512
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, ScaleNorm):
+            nn.init.ones_(module.gamma)
+            nn.init.zeros_(module.beta)
+        elif isinstance(module, Attention):
+            nn.init.ones_(module.q_scale)
+            nn.init.ones_(module.k_scale)
+        elif isinstance(module, Codebook) and not getattr(module.embed, "_is_hf_initialized", False):
+            module.embed.copy_(F.normalize(torch.randn_like(module.embed), dim=-1))
+        elif module is self:
+            nn.init.ones_(self.temperature)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
+        """Compute activations again in the backward pass instead of keeping them; see transformers.
+
+        Without re-entrance unless asked for: with it, a LoRA behind a frozen embedding gets no gradient.
+        """
+        with warnings.catch_warnings():
+            # transformers 5 has a new name for it, and says so even where the old one is defined anew
+            warnings.simplefilter("ignore", FutureWarning)
+            super().gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False}, **kwargs)
+
+    def encode_image(self, volumes: torch.Tensor) -> torch.Tensor:
+        """Embed CT volumes.
+
+        Args:
+            volumes: (b, 1, depth, rows, columns) of this model's size, HU / 1000 clipped to [-1, 1], on the
+                axes that `medctkit.preprocess` gives them.
+
+        Returns:
+            (b, projection_dim), L2-normalised.
+
+        Raises:
+            ValueError: another shape, or whole numbers (HU not yet scaled).
+        """
+        expected = self.config.volume_shape
+        if volumes.ndim != 5 or tuple(volumes.shape[1:]) != (1, *expected) or not volumes.shape[0]:
+            raise ValueError(
+                f"volumes have shape {tuple(volumes.shape)}; this model expects (batch, 1, "
+                f"{', '.join(map(str, expected))}), as preprocess(volume, PreprocessConfig.for_model(config)) "
+                "and a batch axis give it"
+            )
+        if not volumes.is_floating_point():
+            raise ValueError(
+                f"volumes are {volumes.dtype}; expected floating point in [-1, 1] as medctkit.preprocess gives it"
+            )
+        tokens = self.visual_transformer(volumes)  # (b, t, h, w, c)
+        return F.normalize(self.to_visual_latent(tokens.mean(1).flatten(1)), dim=-1)
+
+    def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Embed tokenised texts.
+
+        Args:
+            input_ids: (b, n) token ids.
+            attention_mask: (b, n), one for tokens and zero for padding; ones if left out.
+
+        Returns:
+            (b, projection_dim), L2-normalised, from BERT's last hidden state of token 0.
+
+        Raises:
+            ValueError: not two axes, longer than the text encoder's positions, or a mask of another shape.
+        """
+        longest = self.config.text_config["max_position_embeddings"]
+        if input_ids.ndim != 2 or not 0 < input_ids.shape[1] <= longest:
+            raise ValueError(
+                f"input_ids have shape {tuple(input_ids.shape)}; expected (batch, n) with n of at most {longest}: "
+                f"tokenise with truncation=True, max_length={longest}"
+            )
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}; expected {tuple(input_ids.shape)}, that of "
+                "input_ids: one for each token, zero for padding"
+            )
+        hidden = self.text_transformer(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return F.normalize(self.to_text_latent(hidden[:, 0]), dim=-1)
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        return_loss: bool = False,
+    ) -> CTCLIPOutput:
+        """Similarity of every volume with every text; with `return_loss`, row i of each belong together.
+
+        The loss is the mean of InfoNCE over texts per image and over images per text (CLIP, arXiv 2103.00020).
+
+        Args:
+            pixel_values: (b, 1, d, h, w); see `encode_image`.
+            input_ids: (b, n); see `encode_text`.
+            attention_mask: (b, n); see `encode_text`.
+            return_loss: also compute the loss.
+
+        Raises:
+            ValueError: as `encode_image` and `encode_text`; `return_loss` with unequal numbers of each.
+        """
+        image_embeds = self.encode_image(pixel_values)
+        text_embeds = self.encode_text(input_ids, attention_mask)
+        logits = image_embeds @ text_embeds.T * self.temperature.exp()  # (images, texts)
+        loss = None
+        if return_loss:
+            if logits.shape[0] != logits.shape[1]:
+                raise ValueError(
+                    f"the loss pairs volumes with texts one to one, got {logits.shape[0]} volumes and "
+                    f"{logits.shape[1]} texts; leave return_loss out for similarities only"
+                )
+            pairs = torch.arange(len(logits), device=logits.device)
+            loss = (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
+        return CTCLIPOutput(loss, logits, logits.T, image_embeds, text_embeds)
+
+    @classmethod
+    def from_released_checkpoint(
+        cls,
+        path_or_state_dict: str | os.PathLike | Mapping[str, torch.Tensor],
+        config: CTCLIPConfig | None = None,
+    ) -> CTCLIPModel:
+        """Build the model with weights in the layout of the released checkpoint (CT-CLIP_v2.pt).
+
+        Tensors that never take part in the forward pass may be there or not; they are left out.
+
+        Args:
+            path_or_state_dict: a .pt file (read with `weights_only=True`), a .safetensors file, or a state dict.
+            config: sizes of the model; the released ones by default.
+
+        Returns:
+            The model in float32 and evaluation mode, with its own copy of the weights.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: a file that cannot be read or holds something else; tensors missing, unexpected or
+                misshapen (all listed).
+        """
+        config = config or CTCLIPConfig()
+        source, state = "the state dict", path_or_state_dict
+        if not isinstance(state, Mapping):
+            source, state = str(state), read_checkpoint(state)
+        refuse_other_layout(source, state, released_layout(config))
+        with torch.device("meta"):
+            model = cls(config)
+        live = {name: state[name].to(torch.float32, copy=True) for name in model.state_dict()}
+        model.load_state_dict(live, assign=True)
+        embeddings, device = model.text_transformer.embeddings, model.temperature.device
+        # BERT's own index buffers are in no checkpoint and still on the meta device
+        positions = torch.arange(config.text_config["max_position_embeddings"], device=device)[None]
+        embeddings.register_buffer("position_ids", positions, persistent=False)
+        embeddings.register_buffer("token_type_ids", torch.zeros_like(positions), persistent=False)
+        return model.eval()
+
+
+def released_layout(config: CTCLIPConfig | None = None) -> dict[str, ReleasedTensor]:
+    """Every tensor of the released state dict at the sizes of `config` (default: the released ones), by name.
+
+    The live ones are those of `CTCLIPModel`; the others sit in the checkpoint and are never used.
+    """
+    config = config or CTCLIPConfig()
+    with torch.device("meta"):
+        model = CTCLIPModel(config)
+    parameters = {name for name, _ in model.named_parameters()}
+    live = {
+        name: ReleasedTensor(tuple(tensor.shape), "parameter" if name in parameters else "buffer", True)
+        for name, tensor in model.state_dict().items()
+    }
+    return live | never_used(config.vision_config, config.text_config, config.projection_dim)

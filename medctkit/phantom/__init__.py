@@ -1,0 +1,6 @@
+"""Drawn chests: synthetic patients with findings, masks and reports."""
+
+from medctkit.phantom.report_text import write_report
+from medctkit.phantom.study import HOSPITALS, PhantomStudy, generate
+
+__all__ = ["HOSPITALS", "PhantomStudy", "generate", "write_report"]

@@ -1,0 +1,242 @@
+"""Stored values of one DICOM slice, compressed or not.
+
+Uncompressed pixels are read by pydicom. Compressed ones are decoded by GDCM (SimpleITK) in a process of its
+own: on a damaged picture its decoders may crash or ask for gigabytes, and a notebook has to survive that. That
+process gets a new file with nothing but the checked header and the compressed picture.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from medctkit.scans.dicom_files import decode
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+MOST_ROWS = 4096  # and columns; CT slices have 256 to 2048
+_UNCOMPRESSED = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
+_JPEG = "1.2.840.10008.1.2.4."
+_LOSSY = (_JPEG + "50", _JPEG + "51")
+_MAYBE_LOSSY = (_JPEG + "81", _JPEG + "91")
+_COMPRESSED = (*_LOSSY, *_MAYBE_LOSSY, *(_JPEG + n for n in ("57", "70", "80", "90")), "1.2.840.10008.1.2.5")
+_BITS = ("BitsAllocated", "BitsStored", "PixelRepresentation")
+_DONE = "done"  # answer of the decoding process; else what went wrong
+_MEMORY, _SECONDS = 2 << 30, 60  # of the decoding process; seconds for each slice
+
+
+def check_pixels(dataset: "Dataset") -> None:
+    """Refuse a slice whose pixels can't be read or are not one value in each voxel.
+
+    Args:
+        dataset: a whole DICOM file.
+
+    Raises:
+        ValueError: says what was found and what to do; the caller adds the file's name.
+    """
+    from pydicom.uid import UID
+
+    if "PixelData" not in dataset:
+        raise ValueError("has no pixels: truncated or damaged; get the file again")
+    syntax = _syntax(dataset)
+    if syntax not in _UNCOMPRESSED + _COMPRESSED:
+        name = UID(syntax).name if UID(syntax).name != syntax else "an unknown transfer syntax"
+        raise ValueError(
+            f"is compressed as {name} ({syntax}), which can't be read here; export it again uncompressed or as "
+            "JPEG Lossless, or decompress it with `dcmdjpeg`, `gdcmconv --raw` or the archive's own tool"
+        )
+    packed = dataset["PixelData"].is_undefined_length
+    if packed != (syntax in _COMPRESSED):
+        raise ValueError(
+            f"is damaged: its header says {UID(syntax).name}, its pixels are {'' if packed else 'not '}compressed; "
+            "get the file again"
+        )
+    samples, photometric = _number(dataset, "SamplesPerPixel", 1), str(dataset.get("PhotometricInterpretation"))
+    if samples != 1 or photometric != "MONOCHROME2":
+        raise ValueError(
+            f"holds {photometric} with {samples} value(s) in a pixel, a CT MONOCHROME2 with 1; a picture of a CT is "
+            "not a CT: get the original slices"
+        )
+    rows, columns = _number(dataset, "Rows"), _number(dataset, "Columns")
+    if not (0 < rows <= MOST_ROWS and 0 < columns <= MOST_ROWS):
+        raise ValueError(
+            f"is damaged: its header says {rows} Rows and {columns} Columns, a CT slice has up to {MOST_ROWS} of "
+            "each; get the file again"
+        )
+    allocated, stored, signed = (_number(dataset, tag) for tag in _BITS)
+    highest = _number(dataset, "HighBit", stored - 1)
+    if allocated not in (8, 16, 32) or not 0 < stored <= allocated or highest != stored - 1 or signed not in (0, 1):
+        raise ValueError(
+            f"is damaged, or no CT: BitsAllocated {allocated}, BitsStored {stored}, HighBit {highest}, "
+            f"PixelRepresentation {signed}; a CT has 12 to 16 of 16 bits, signed (1) or not (0)"
+        )
+    expected = rows * columns * allocated // 8
+    if not packed and len(dataset.PixelData) < expected:
+        raise ValueError(
+            f"is truncated: {len(dataset.PixelData)} bytes of pixels, its header says {expected} "
+            f"({rows} x {columns}); the file is damaged, get it again"
+        )
+
+
+def loss(dataset: "Dataset") -> str:
+    """Which lossy compression a slice has been through, with the ratio where given; empty for none."""
+    from pydicom.uid import UID
+
+    syntax = _syntax(dataset)
+    flag = str(dataset.get("LossyImageCompression") or "")
+    if flag != "01" and syntax not in _LOSSY + (() if flag == "00" else _MAYBE_LOSSY):
+        return ""
+    ratio = dataset.get("LossyImageCompressionRatio") or "not given"
+    ratio = "/".join(map(str, ratio)) if isinstance(ratio, Sequence) and not isinstance(ratio, str) else str(ratio)
+    how = UID(syntax).name if syntax in _LOSSY + _MAYBE_LOSSY else "before it was stored"
+    return f"{'lossy' if flag == '01' or syntax in _LOSSY else 'possibly lossy'} compression, ratio {ratio} ({how})"
+
+
+class PixelReader:
+    """Reads slices that `check_pixels` has passed; a context manager, for the process that decompresses."""
+
+    def __enter__(self) -> "PixelReader":
+        self._decoder, self._started = None, 0
+        self._folder = tempfile.TemporaryDirectory(prefix="medctkit-")  # here: a process that crashes leaves its own
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+        self._folder.cleanup()
+
+    def start(self, dataset: "Dataset") -> Callable[[], np.ndarray]:
+        """Start to read a slice.
+
+        Returns:
+            A function that waits for the stored integers, shape (rows, columns), and raises ValueError as this one
+            does. To be called in the order of the starts, up to the first error.
+
+        Raises:
+            ValueError: the pixels are damaged; the caller adds the file's name.
+        """
+        if _syntax(dataset) in _UNCOMPRESSED:
+            return lambda: decode(lambda: dataset.pixel_array)
+        file = decode(lambda: _bare_copy(dataset))
+        name, shape = str(self._started), (1, dataset.Rows, dataset.Columns)
+        self._started += 1
+        if self._decoder is None:
+            # -P and the path of this process: import what this process would, not what lies in the current folder
+            paths = os.pathsep.join(path for path in sys.path if path)
+            self._decoder = subprocess.Popen(
+                [sys.executable, "-P", "-m", "medctkit.scans.dicom_pixels", self._folder.name],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                errors="replace",
+                env=os.environ | {"PYTHONPATH": paths, "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS": "1"},
+            )
+        Path(self._folder.name, name + ".dcm").write_bytes(file)
+        with suppress(BrokenPipeError):  # it broke down on an earlier slice, which will say so
+            print(name, file=self._decoder.stdin, flush=True)
+        return lambda: self._finish(Path(self._folder.name, name + ".npy"), shape)
+
+    def _finish(self, file: Path, shape: tuple[int, int, int]) -> np.ndarray:
+        answer = self._decoder.stdout.readline().strip()
+        if answer != _DONE:
+            self._stop()
+            raise ValueError(
+                f"can't be read: truncated or damaged; get the file again ({answer or 'the decoder broke down'})"
+            )
+        pixels = np.load(file, allow_pickle=False)
+        file.unlink()
+        if pixels.shape != shape:
+            raise ValueError(f"is damaged: the compressed picture has shape {pixels.shape}, the header says {shape}")
+        return pixels[0]
+
+    def _stop(self) -> None:
+        if self._decoder is not None:
+            self._decoder.kill()
+            self._decoder.communicate()
+            self._decoder = None
+
+
+def _syntax(dataset: "Dataset") -> str:
+    return str(dataset.file_meta.TransferSyntaxUID)
+
+
+def _number(dataset: "Dataset", tag: str, default: int | None = None) -> int:
+    value = dataset.get(tag)
+    value = default if value in (None, "") else value
+    if not isinstance(value, int):
+        raise ValueError(f"is damaged: {tag} is {value!r}, expected a whole number; get the file again")
+    return value
+
+
+def _bare_copy(dataset: "Dataset") -> bytes:
+    """A DICOM file of what the decoder needs of a compressed slice: stored values, so no slope or intercept."""
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    from pydicom.encaps import encapsulate, get_frame
+    from pydicom.uid import CTImageStorage
+
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = _syntax(dataset), CTImageStorage
+    meta.MediaStorageSOPInstanceUID = "1.2.3"
+    bare = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
+    bare.SOPClassUID, bare.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
+    bare.SamplesPerPixel, bare.PhotometricInterpretation = 1, "MONOCHROME2"
+    for tag in ("Rows", "Columns", *_BITS):
+        setattr(bare, tag, dataset[tag].value)
+    bare.HighBit = bare.BitsStored - 1
+    bare.PixelData = encapsulate([get_frame(dataset.PixelData, 0, number_of_frames=1)], has_bot=False)
+    bare["PixelData"].VR = "OB"
+    file = BytesIO()
+    bare.save_as(file, enforce_file_format=True)
+    return file.getvalue()
+
+
+def _serve(folder: str) -> None:
+    """Decode one file in `folder` for each name on standard input, until that ends."""
+    import SimpleITK as sitk
+
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the decoders print must not get between the answers
+    _limit_memory()
+    for line in sys.stdin:
+        _limit_seconds()
+        file = Path(folder, line.strip() + ".dcm")
+        try:
+            image = sitk.ReadImage(str(file), imageIO="GDCMImageIO")
+            np.save(file.with_suffix(".npy"), sitk.GetArrayViewFromImage(image))
+            answer = _DONE
+        except (RuntimeError, MemoryError, OSError) as error:  # SimpleITK's, and a full disk
+            answer = (str(error).strip().splitlines() or ["out of memory"])[-1]
+        file.unlink()
+        print(answer, file=answers, flush=True)
+
+
+def _limit_memory() -> None:
+    try:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    except (ImportError, ValueError, OSError):  # Windows has no such limit, macOS may refuse one
+        pass
+
+
+def _limit_seconds() -> None:
+    try:
+        import resource
+
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+        resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + _SECONDS, hard))
+    except (ImportError, ValueError, OSError):
+        pass
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1])

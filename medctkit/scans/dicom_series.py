@@ -1,0 +1,247 @@
+"""One DICOM series from a folder: its slices in the right order, and the values in them.
+
+File names and SOPInstanceUIDs say nothing about the order of slices (both may be shuffled, repeated or
+empty). The position of each slice in the patient does.
+"""
+
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from medctkit.scans.dicom_files import Slice, chosen_series, decode, is_dicom, load
+from medctkit.scans.dicom_pixels import PixelReader, check_pixels, loss
+
+__all__ = ["decode", "is_dicom", "read_series"]
+
+PADDING_HU = -1024  # what most scanners write where they did not look
+_PLAUSIBLE_HU = (-1024, 3071)  # 12 bits, the range of a CT without the extended scale
+_GAP = 0.1  # by which part a gap between two slices may differ from the usual one
+_LEAST_GAP = 0.01  # mm; closer slices lie in one place
+_AHEAD = 8  # slices that are decompressed while the next ones are read
+_MOST_TILT = 1.0  # degrees
+_GEOMETRY = {"ImageOrientationPatient": 6, "PixelSpacing": 2, "Rows": 1, "Columns": 1}
+_NOT_HU = {"OD", "MGML", "PCT", "Z_EFF", "ED", "EDW"}  # RescaleType: density, concentration, atomic number ...
+
+
+def read_series(folder: Path, series: str | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool, list[str]]:
+    """Read one CT series in a folder and its subfolders.
+
+    Args:
+        folder: a folder of DICOM files, with or without .dcm in their names.
+        series: SeriesInstanceUID, SeriesNumber or SeriesDescription of the one to read, where there are several.
+
+    Returns:
+        Values, float32 (d, h, w), each slice with the slope and intercept of its own header; the steps of d, h
+        and w as columns (3, 3) and the centre of the first voxel (3,), both in DICOM's patient mm (LPS: towards
+        left, back, head); whether the headers gave slope or intercept; notes.
+
+    Raises:
+        ValueError: no series or several, not a CT, a damaged slice, or slices that don't form a straight box.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pydicom's, of each unusual value; those that matter are checked here
+        slices, notes = chosen_series(Path(folder), series)
+        slices, axes = _by_position(slices)
+        hu, rescaled, more = _read_values(slices)
+    return hu, axes, slices[0].numbers("ImagePositionPatient", 3), rescaled, notes + more
+
+
+def _by_position(slices: list[Slice]) -> tuple[list[Slice], np.ndarray]:
+    """Slices sorted along their normal, and the steps of d, h and w as columns (3, 3), mm."""
+    orientation, spacing = _common_geometry(slices)
+    along_row, along_column = orientation.reshape(2, 3)
+    positions = np.array([_required(item, "ImagePositionPatient", 3) for item in slices])
+    normal = np.cross(along_row, along_column)
+    order = np.argsort(positions @ normal, kind="stable")
+    slices, positions = [slices[i] for i in order], positions[order]
+    step = _even_step(slices, positions, normal, float(spacing.min()))
+    # PixelSpacing is (between rows, between columns); moving to the next row is moving along a column
+    return slices, np.stack([step, along_column * spacing[0], along_row * spacing[1]], axis=1)
+
+
+def _common_geometry(slices: list[Slice]) -> tuple[np.ndarray, np.ndarray]:
+    """Orientation (6,) and spacing of pixels (2,), which all slices have in common."""
+    first = slices[0]
+    for item in slices:
+        frames = item.numbers("NumberOfFrames")
+        if frames is not None and frames[0] > 1:
+            raise ValueError(f"{item.name} holds {frames[0]:.0f} frames; turn it into NIfTI with dcm2niix")
+        for tag, count in _GEOMETRY.items():
+            here, there = _required(item, tag, count), _required(first, tag, count)
+            if not np.allclose(here, there, rtol=0, atol=1e-3):
+                raise ValueError(
+                    f"{tag} changes along the series: {_plain(there)} in {first.name}, {_plain(here)} in {item.name}; "
+                    "put the slices of one scan into a folder of their own"
+                )
+        if item.text("ConvolutionKernel") != first.text("ConvolutionKernel"):
+            raise ValueError(
+                f"two reconstructions in one series: kernel {first.text('ConvolutionKernel')!r} in {first.name}, "
+                f"{item.text('ConvolutionKernel')!r} in {item.name}; put the slices of each into a folder of its own"
+            )
+    if len(slices) < 2:
+        raise ValueError(f"{first.name} is the only slice; a volume needs the whole series")
+    orientation, spacing = first.numbers("ImageOrientationPatient", 6), first.numbers("PixelSpacing", 2)
+    axes = orientation.reshape(2, 3)
+    if not np.allclose(axes @ axes.T, np.eye(2), atol=1e-2) or not (spacing > 0).all():
+        raise ValueError(
+            f"{first.name} is damaged: ImageOrientationPatient {_plain(orientation)}, PixelSpacing {_plain(spacing)}; "
+            "expected two directions at a right angle, and lengths above 0 mm"
+        )
+    return orientation, spacing
+
+
+def _required(item: Slice, tag: str, count: int) -> np.ndarray:
+    numbers = item.numbers(tag, count)
+    if numbers is None:
+        raise ValueError(f"{item.name} has no {tag}: damaged, or not a slice of a scan; get the file again")
+    return numbers
+
+
+def _plain(numbers: np.ndarray) -> str:
+    return ", ".join(f"{number:g}" for number in numbers)
+
+
+def _even_step(slices: list[Slice], positions: np.ndarray, normal: np.ndarray, pixel: float) -> np.ndarray:
+    """Step from slice to slice in mm (3,); refuses slices that are doubled, missing, uneven or shifted."""
+    along = positions @ normal
+    gaps = np.diff(along)
+    real_gaps = gaps[gaps > _LEAST_GAP]
+
+    def pair(i: int) -> str:
+        return f"{slices[i].name} and {slices[i + 1].name}"
+
+    if not len(real_gaps):
+        raise ValueError(f"all {len(slices)} slices lie in one place, {_plain(positions[0])} mm; a scan has a length")
+    if len(real_gaps) < len(gaps):
+        doubled = np.flatnonzero(gaps <= _LEAST_GAP)
+        raise ValueError(
+            f"duplicate slices: {pair(doubled[0])} both lie at {along[doubled[0]]:.2f} mm, {len(doubled)} of "
+            f"{len(slices)} slices in a place that is taken; leave one slice in each place (copies, or two "
+            "reconstructions or phases in one series)"
+        )
+    step = (positions[-1] - positions[0]) / (len(slices) - 1)
+    sideways = positions - positions[0] - np.outer(along - along[0], step / (step @ normal))
+    off = np.linalg.norm(sideways, axis=1)
+    if off.max() > pixel / 2:
+        i = int(off.argmax())
+        raise ValueError(
+            f"{slices[i].name} lies {off[i]:.2f} mm beside the line from {slices[0].name} to {slices[-1].name}: two "
+            "scans in one series; put the slices of each into a folder of its own"
+        )
+    tilt = np.degrees(np.arccos(np.clip(step @ normal / np.linalg.norm(step), -1, 1)))
+    if tilt > _MOST_TILT:
+        raise ValueError(
+            f"the gantry was tilted by {tilt:.1f} degrees (from {slices[0].name} to {slices[-1].name}, "
+            f"{along[-1] - along[0]:.2f} mm); straighten the scan with dcm2niix and read its *_Tilt NIfTI file"
+        )
+    usual = float(np.median(gaps))
+    steps = np.round(gaps / usual)
+    if (np.abs(gaps - steps * usual) <= _GAP * usual).all() and (steps >= 1).all() and (steps > 1).any():
+        holes = np.flatnonzero(steps > 1)
+        raise ValueError(
+            f"missing slices: {pair(holes[0])} are {gaps[holes[0]]:.2f} mm apart, other slices {usual:.2f} mm; "
+            f"{steps.sum() - len(gaps):.0f} missing in {len(holes)} place(s); get the whole series"
+        )
+    drift = np.abs(along - along[0] - np.arange(len(slices)) * (along[-1] - along[0]) / (len(slices) - 1))
+    if np.abs(gaps - usual).max() > _GAP * usual or drift.max() > usual / 4:
+        raise ValueError(
+            f"uneven gaps between slices: {gaps.min():.2f} mm ({pair(gaps.argmin())}) to {gaps.max():.2f} mm "
+            f"({pair(gaps.argmax())}), median {usual:.2f} mm; get a reconstruction with even steps, or let dcm2niix "
+            "make one and read its *_Eq NIfTI file"
+        )
+    return step
+
+
+def _read_values(slices: list[Slice]) -> tuple[np.ndarray, bool, list[str]]:
+    """HU float32 (d, h, w), whether headers gave slope or intercept, and notes."""
+    rescales = [_rescale(item) for item in slices]
+    without = [item.name for item, rescale in zip(slices, rescales, strict=True) if rescale is None]
+    if 0 < len(without) < len(slices):
+        raise ValueError(
+            f"{len(without)} of {len(slices)} slices have no RescaleSlope and RescaleIntercept, such as {without[0]}; "
+            "the others have: get the series again"
+        )
+    hu, padded, losses = None, 0, Counter()
+    with PixelReader() as reader:
+        for i, (stored, lost) in enumerate(_stored_values(slices, reader)):
+            losses[lost] += 1
+            if hu is None:  # only now: the sizes in a damaged header may be anything
+                hu = np.empty((len(slices), *stored.shape), dtype=np.float32)
+            slope, intercept = rescales[i] or (1.0, 0.0)
+            hu[i] = stored * slope + intercept  # float64 until here, as GDCM does it
+            padded += _fill_padding(hu[i], stored, slices[i])
+    notes = [f"{what}, in {n} of {len(slices)} slices" for what, n in losses.items() if what]
+    if padded:
+        share = f"{padded / hu.size:.2%} of the voxels are padding (PixelPaddingValue)"
+        notes.append(f"{share} outside of {_PLAUSIBLE_HU} HU; set to {PADDING_HU} HU")
+    kinds = {item.text("RescaleType") for item in slices} - {"", "HU"}
+    if kinds:
+        notes.append(f"RescaleType {', '.join(sorted(kinds))} of the headers taken for HU")
+    return hu, not without, notes
+
+
+def _stored_values(slices: list[Slice], reader: PixelReader) -> Iterator[tuple[np.ndarray, str]]:
+    """Integers of slice after slice, shape (rows, columns), and its lossy compression, if any."""
+    started = deque()
+    for item in slices:
+        whole = load(item.path, item.name)  # again: the pixels of all slices need not be in memory at one time
+        with _named(item):
+            check_pixels(whole)
+            started.append((item, reader.start(whole), loss(whole)))
+        if len(started) > _AHEAD:
+            yield _finished(*started.popleft())
+    while started:
+        yield _finished(*started.popleft())
+
+
+def _finished(item: Slice, finish: Callable[[], np.ndarray], lost: str) -> tuple[np.ndarray, str]:
+    with _named(item):
+        return finish(), lost
+
+
+@contextmanager
+def _named(item: Slice) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{item.name} {error}") from error
+
+
+def _rescale(item: Slice) -> tuple[float, float] | None:
+    """Slope and intercept of a slice's header; None where it has neither."""
+    kind = item.text("RescaleType").upper()
+    if kind in _NOT_HU:
+        raise ValueError(f"{item.name} is not in HU: its RescaleType is {kind} (spectral CT?); choose the series in HU")
+    if "ModalityLUTSequence" in item.header:
+        raise ValueError(f"{item.name} turns stored values into HU by a table; export it with slope and intercept")
+    slope, intercept = item.numbers("RescaleSlope"), item.numbers("RescaleIntercept")
+    if slope is None and intercept is None:
+        return None
+    if slope is None or intercept is None or slope[0] <= 0:
+        found = [None if number is None else float(number[0]) for number in (slope, intercept)]
+        raise ValueError(
+            f"{item.name} has RescaleSlope {found[0]} and RescaleIntercept {found[1]}, expected both, the slope above "
+            "0; get the file again"
+        )
+    return float(slope[0]), float(intercept[0])
+
+
+def _fill_padding(hu: np.ndarray, stored: np.ndarray, item: Slice) -> int:
+    """Make air of padding whose HU nobody could tell from metal or from an error; returns how many voxels.
+
+    Padding is what the scanner did not see (the corners around the circle). Where its value is a plausible HU it
+    is left alone: tissue may have the same value.
+    """
+    edges = [item.numbers(tag) for tag in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
+    if edges[0] is None:
+        return 0
+    # headers give -2000 of 16 signed bits as 63536 too
+    edges = [int(edge[0]) & (2 ** (8 * stored.itemsize) - 1) for edge in edges if edge is not None]
+    low, high = sorted(np.array(edges, f"u{stored.itemsize}").view(stored.dtype)[[0, -1]])
+    padding = (stored >= low) & (stored <= high) & ((hu < _PLAUSIBLE_HU[0]) | (hu > _PLAUSIBLE_HU[1]))
+    hu[padding] = PADDING_HU
+    return int(padding.sum())

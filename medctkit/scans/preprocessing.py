@@ -1,0 +1,233 @@
+"""From a CT volume to model input: the one path that training, evaluation and viewers share.
+
+The steps are those behind the released weights (repository ibrahimethemhamamci/CT-CLIP): clip to
+[-1000, 1000] HU, resample linearly to the model's spacing, divide by 1000, crop or pad to the model's shape.
+Their axes are the model's, (z, x, y): a volume's rows and columns change places.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from medctkit.scans.volumes import CTVolume
+
+if TYPE_CHECKING:
+    import torch
+
+FIELD_OF_VIEW = 360.0  # mm along each axis: 240 x 1.5 = 480 x 0.75
+HU_LIMIT = 1000.0
+ANTIALIAS_TARGET = 3.0  # mm; no chest CT is much coarser than this
+ANTIALIAS_RATIO = 1.5
+_SEEN_AS = (0, 2, 1)  # d h w of a scan are z y x of the model, whose axes are (z, x, y)
+_SLAB = 4  # slices that are resampled at a time: what they need stays in the processor's cache
+
+
+@dataclass(frozen=True)
+class PreprocessConfig:
+    """What a model wants to see.
+
+    Args:
+        spacing: mm along the model's axes (z, x, y).
+        shape: voxels along (z, x, y).
+        antialias: average over what a coarse voxel covers, along each axis where the scan is finer than the
+            model by more than a factor 1.5. The released pipeline does not, and its factors are near 1; a model
+            of coarse voxels needs it, because two of 15 fine slices show their noise, not their average.
+
+    Raises:
+        ValueError: spacing or shape that isn't three positive numbers.
+    """
+
+    spacing: tuple[float, float, float] = (1.5, 0.75, 0.75)
+    shape: tuple[int, int, int] = (240, 480, 480)
+    antialias: bool = False
+
+    def __post_init__(self) -> None:
+        spacing = tuple(float(step) for step in self.spacing)
+        if len(spacing) != 3 or not all(np.isfinite(step) and step > 0 for step in spacing):
+            raise ValueError(f"spacing={self.spacing}: expected three positive lengths in mm (z, x, y)")
+        if len(self.shape) != 3 or not all(n == int(n) and n > 0 for n in self.shape):
+            raise ValueError(f"shape={self.shape}: expected three positive numbers of voxels (z, x, y)")
+        object.__setattr__(self, "spacing", spacing)
+        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+
+    @classmethod
+    def for_model(cls, model_config: Any) -> "PreprocessConfig":
+        """The released field of view, 360 mm along each axis, at the input size of a model.
+
+        Args:
+            model_config: a `CTCLIPConfig`, or anything with its `vision_config`.
+        """
+        vision: Mapping = model_config.vision_config
+        size: int | Sequence[int] = vision["image_size"]
+        shape = (vision["num_frames"], *((size, size) if isinstance(size, int) else size))
+        spacing = tuple(FIELD_OF_VIEW / n for n in shape)
+        return cls(spacing, shape, antialias=max(spacing) > ANTIALIAS_TARGET)
+
+
+def preprocess(volume: CTVolume, config: PreprocessConfig | None = None) -> "torch.Tensor":
+    """Turn a CT volume into model input.
+
+    Orientation is taken as it comes: the released weights saw NIfTI files as stored, which is what
+    `read_volume` gives; pass `volume.reoriented()` to show a model the canonical orientation of the phantoms.
+
+    Args:
+        volume: scan in HU (d, h, w).
+        config: spacing and shape the model wants; those of the released weights by default.
+
+    Returns:
+        float32 tensor (1, z, x, y) of `config.shape`, HU / 1000 clipped to [-1, 1]; -1 (air) where the scan
+        covers less than the model sees.
+
+    Raises:
+        TypeError: `volume` is not a `CTVolume`.
+        ValueError: less than one voxel of the model along some axis.
+    """
+    import torch
+
+    if not isinstance(volume, CTVolume):
+        raise TypeError(f"expected a CTVolume, as read_volume(path) gives it, got {type(volume).__name__}")
+    config = PreprocessConfig() if config is None else config
+    axes = _plan(volume, config)
+    depth, rows, columns = axes
+    model_input = torch.full((1, *config.shape), -1.0)
+    filled = model_input[0, depth.filled, columns.filled, rows.filled]
+    for start in range(0, depth.kept, _SLAB):
+        slab = depth.part(start, start + _SLAB)
+        # only what the model will see is converted, clipped and resampled
+        seen = volume.hu[slab.used, rows.used, columns.used]
+        values = torch.from_numpy(np.clip(seen, -HU_LIMIT, HU_LIMIT, dtype=np.float32, order="C"))
+        values /= HU_LIMIT
+        values = rows.resample(slab.resample(values, 0), 1)
+        # d h w -> d w h = z x y. Now, because whole rows are quicker to gather than single voxels
+        filled[start : start + _SLAB] = columns.resample(values.transpose(1, 2).contiguous(), 1)
+    return model_input
+
+
+def model_affine(volume: CTVolume, config: PreprocessConfig | None = None) -> np.ndarray:
+    """Where the voxels of a model input lie in the patient.
+
+    Args:
+        volume: what `preprocess` was given.
+        config: and with which settings.
+
+    Returns:
+        4 x 4 matrix from the model's index (z, x, y, 1) to patient coordinates in mm (RAS, as `CTVolume.affine`).
+
+    Raises:
+        ValueError: as `preprocess`.
+    """
+    to_scan = np.zeros((4, 4))
+    to_scan[3, 3] = 1
+    axes = _plan(volume, PreprocessConfig() if config is None else config)
+    for axis, seen_as, plan in zip(range(3), _SEEN_AS, axes, strict=True):
+        to_scan[axis, seen_as], to_scan[axis, 3] = plan.scale, plan.origin
+    return volume.affine @ to_scan
+
+
+def as_seen(volume: CTVolume, config: PreprocessConfig | None = None) -> CTVolume:
+    """What a model sees of a scan, as a CT volume that viewers can show beside the scan itself.
+
+    Args:
+        volume: as `preprocess` takes it.
+        config: and with which settings.
+
+    Returns:
+        HU clipped to [-1000, 1000], float32, axes (d, h, w) as those of `volume`, each voxel at its place in the
+        patient.
+
+    Raises:
+        TypeError: as `preprocess`.
+        ValueError: as `preprocess`.
+    """
+    hu = preprocess(volume, config)[0].mul_(HU_LIMIT).permute(_SEEN_AS).contiguous().numpy()
+    affine = model_affine(volume, config)[:, [*_SEEN_AS, 3]]
+    steps = tuple(np.linalg.norm(affine[:3, :3], axis=0))
+    provenance = (*volume.provenance, f"resampled to what a model sees: {hu.shape} voxels, -1000 to 1000 HU")
+    return CTVolume(hu, steps, volume.orientation, affine, provenance)
+
+
+def _plan(volume: CTVolume, config: PreprocessConfig) -> list["_Axis"]:
+    """How d, h and w are resampled."""
+    return [_Axis.plan(volume, config, axis, seen_as) for axis, seen_as in enumerate(_SEEN_AS)]
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """Linear resampling along one axis, for the voxels that the crop keeps.
+
+    Attributes:
+        first: first voxel of the scan that is used.
+        last: last voxel of the scan that is used.
+        offset: where the model's axis starts to be filled.
+        kept: how many of the model's voxels are filled.
+        index: (taps, kept) which voxels, counted from `first`, make each new one; None: nothing to resample.
+        weight: (taps, kept) and with what weights.
+        scale: voxels of the scan from one voxel of the model to the next.
+        origin: where the model's voxel 0 lies, in voxels of the scan.
+    """
+
+    first: int
+    last: int
+    offset: int
+    kept: int
+    index: np.ndarray | None = None
+    weight: np.ndarray | None = None
+    scale: float = 1.0
+    origin: float = 0.0
+
+    @property
+    def filled(self) -> slice:
+        return slice(self.offset, self.offset + self.kept)
+
+    @property
+    def used(self) -> slice:
+        return slice(self.first, self.last + 1)
+
+    def part(self, start: int, stop: int) -> "_Axis":
+        """The same for some of the new voxels, counted among those kept."""
+        stop = min(stop, self.kept)
+        if self.index is None:
+            return _Axis(self.first + start, self.first + stop - 1, self.offset + start, stop - start)
+        index, weight = self.index[:, start:stop], self.weight[:, start:stop]
+        first, last = int(index.min()), int(index.max())
+        return _Axis(self.first + first, self.first + last, self.offset + start, stop - start, index - first, weight)
+
+    @classmethod
+    def plan(cls, volume: CTVolume, config: PreprocessConfig, axis: int, seen_as: int) -> "_Axis":
+        n, step = volume.shape[axis], volume.spacing[axis]
+        target, target_step = config.shape[seen_as], config.spacing[seen_as]
+        resampled = int(n * step / target_step)
+        if resampled < 1:
+            raise ValueError(
+                f"the scan covers {n * step:g} mm along axis {axis} of (d, h, w), less than one voxel of the "
+                f"model ({target_step:g} mm)"
+            )
+        kept, offset = min(resampled, target), max(target - resampled, 0) // 2
+        start = max(resampled - target, 0) // 2
+        ratio = n / resampled
+        origin = (start - offset + 0.5) * ratio - 0.5
+        if ratio == 1:
+            return cls(start, start + kept - 1, offset, kept, origin=origin)
+        reach = ratio if config.antialias and ratio > ANTIALIAS_RATIO else 1.0
+        centres = (np.arange(start, start + kept) + 0.5) * ratio - 0.5  # half-pixel centres, in voxels of the scan
+        index = np.floor(centres - reach) + 1 + np.arange(np.ceil(2 * reach))[:, None]
+        weight = np.maximum(1 - np.abs(index - centres) / reach, 0)  # a triangle; of reach 1: linear interpolation
+        weight /= weight.sum(axis=0)
+        index = index.clip(0, n - 1).astype(np.int64)  # beyond the edge the edge voxel goes on
+        first, last = int(index.min()), int(index.max())
+        return cls(first, last, offset, kept, index - first, weight.astype(np.float32), ratio, origin)
+
+    def resample(self, values: "torch.Tensor", axis: int) -> "torch.Tensor":
+        import torch
+
+        if self.index is None:
+            return values
+        shape = [1, 1, 1]
+        shape[axis] = self.kept
+        total = None
+        for index, weight in zip(torch.from_numpy(self.index), torch.from_numpy(self.weight), strict=True):
+            part = values.index_select(axis, index)
+            total = part.mul_(weight.view(shape)) if total is None else total.addcmul_(part, weight.view(shape))
+        return total

@@ -1,0 +1,272 @@
+"""CT volumes: one type for every scan, and one reader for every file format.
+
+Orientation, stated once. A NIfTI file is kept as it is stored, because that is what the released weights saw
+in training. DICOM, NRRD and MetaImage are turned to the canonical orientation "SPL", the radiological
+display. That is `DEFAULT_ORIENTATION`; `read_volume(path, orientation=...)` asks for another, and
+`CTVolume.reoriented` turns any volume to any orientation. The provenance says what was done.
+
+Shape legend of the package: b batch, c channel, d h w depth (slices), rows, columns.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from medctkit.scans.dicom_series import is_dicom, read_series
+from medctkit.scans.geometry import (
+    CANONICAL,
+    LETTERS,
+    check_size,
+    checked_orientation,
+    checked_spacing,
+    nearest_orientation,
+    ras_affine,
+    steps_of,
+    straight_affine,
+    with_spacing,
+)
+from medctkit.scans.hounsfield import check_hu
+from medctkit.scans.nifti_and_itk import ITK, NIFTI, read_itk, read_nifti
+
+# What `read_volume(orientation=None)` means for each kind of file
+DEFAULT_ORIENTATION = {"NIfTI file": "stored", "NRRD or MetaImage file": "canonical", "DICOM series": "canonical"}
+
+
+@dataclass(frozen=True, eq=False)
+class CTVolume:
+    """A CT scan in Hounsfield units.
+
+    Args:
+        hu: values in HU, shape (d, h, w): slices, rows, columns.
+        spacing: distance between voxel centres along (d, h, w), mm.
+        orientation: three letters of RLAPSI: the side of the patient towards which the index of d, h and w
+            grows. In the canonical "SPL" slices run from the feet to the head, rows from front to back and
+            columns from the patient's right to the left: the patient's right is on the left of the picture.
+        affine: 4 x 4 matrix from the index (d, h, w, 1) to patient coordinates in mm that grow towards right,
+            front and head (RAS, as in NIfTI). Made from spacing and orientation where not given.
+        provenance: short sentences: where the values came from and what was done to them.
+
+    Raises:
+        ValueError: values, spacing, orientation or affine that no CT volume can have.
+    """
+
+    hu: np.ndarray
+    spacing: tuple[float, float, float]
+    orientation: str = CANONICAL
+    affine: np.ndarray | None = None
+    provenance: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        hu = np.asarray(self.hu)
+        if hu.ndim != 3 or 0 in hu.shape:
+            raise ValueError(f"{hu.ndim}-D, shape {hu.shape}: a CT volume has three axes (slices, rows, columns)")
+        if hu.dtype.kind not in "iuf":
+            raise ValueError(f"values of type {hu.dtype}: Hounsfield units are real numbers")
+        if not (np.isfinite(hu.min()) and np.isfinite(hu.max())):  # both pass NaN on, and need no copy
+            raise ValueError(_where_not_finite(hu))
+        spacing = checked_spacing(self.spacing)
+        orientation = checked_orientation(self.orientation)
+        affine = straight_affine(spacing, orientation) if self.affine is None else np.array(self.affine, float)
+        if affine.shape != (4, 4) or not np.isfinite(affine).all():
+            raise ValueError(f"affine {affine.tolist()}: expected 4 x 4 finite numbers")
+        if not np.allclose(steps_of(affine), spacing, rtol=1e-2):
+            raise ValueError(f"spacing {spacing} mm, but the affine has steps of {steps_of(affine)} mm")
+        affine.flags.writeable = False
+        checked = dict(hu=hu, spacing=spacing, orientation=orientation, affine=affine)
+        for name, value in {**checked, "provenance": tuple(self.provenance)}.items():
+            object.__setattr__(self, name, value)  # frozen for everyone else
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Number of slices, rows and columns."""
+        return self.hu.shape
+
+    @property
+    def extent_mm(self) -> tuple[float, float, float]:
+        """Size of the scanned box along (d, h, w), mm."""
+        return tuple(n * step for n, step in zip(self.shape, self.spacing, strict=True))
+
+    def reoriented(self, orientation: str = CANONICAL) -> "CTVolume":
+        """The same scan with its axes swapped and flipped to another orientation; no value is changed.
+
+        Args:
+            orientation: three letters, as in the class.
+
+        Raises:
+            ValueError: `orientation` does not name one direction of each patient axis.
+        """
+        target = checked_orientation(orientation)
+        if target == self.orientation:
+            return self
+        patient_axes = [LETTERS[letter][0] for letter in self.orientation]
+        order = [patient_axes.index(LETTERS[letter][0]) for letter in target]
+        flipped = [new for new, old in enumerate(order) if target[new] != self.orientation[old]]
+        to_old_index = np.zeros((4, 4))
+        to_old_index[order, range(3)] = to_old_index[3, 3] = 1
+        for new in flipped:
+            to_old_index[order[new], new] = -1
+            to_old_index[order[new], 3] = self.shape[order[new]] - 1
+        return CTVolume(
+            np.ascontiguousarray(np.flip(self.hu.transpose(order), flipped)),
+            tuple(self.spacing[old] for old in order),
+            target,
+            self.affine @ to_old_index,
+            (*self.provenance, f"turned from {self.orientation} to {target}"),
+        )
+
+    def __repr__(self) -> str:
+        shape, steps = " x ".join(map(str, self.shape)), " x ".join(f"{step:.4g}" for step in self.spacing)
+        values = f"{self.hu.min():.0f} to {self.hu.max():.0f} HU"
+        return f"CTVolume({shape} voxels of {steps} mm, {self.orientation}, {values}, {self.hu.dtype})"
+
+
+def read_volume(
+    path: str | Path,
+    rescale_slope: float | None = None,
+    rescale_intercept: float | None = None,
+    spacing: Sequence[float] | None = None,
+    *,
+    orientation: str | None = None,
+    series: str | None = None,
+) -> CTVolume:
+    """Read a CT scan: a NIfTI, NRRD or MetaImage file, or one DICOM series in a folder or a zip file.
+
+    By default NIfTI keeps its stored orientation: the array (x, y, z) becomes (d, h, w) = (z, y, x), neither
+    flipped nor turned. Everything else comes out as "SPL".
+
+    Args:
+        path: a file (.nii, .nii.gz, .nrrd, .nhdr, .mha, .mhd), or a folder or .zip with the slices of a DICOM
+            series.
+        rescale_slope: HU = value * slope + intercept, for files that hold stored values (CT-RATE version 1:
+            RescaleSlope of its metadata). Leave out for files in HU (CT-RATE version 2, most others).
+        rescale_intercept: see `rescale_slope`.
+        spacing: (d, h, w) in mm as stored, in place of a blank or wrong header (CT-RATE: ZSpacing, XYSpacing
+            twice).
+        orientation: "stored", "canonical" (SPL) or three letters of RLAPSI; None: `DEFAULT_ORIENTATION`.
+        series: DICOM only: SeriesInstanceUID, SeriesNumber or SeriesDescription of the one to read, where there are
+            several.
+
+    Returns:
+        The scan in float32 Hounsfield units.
+
+    Raises:
+        FileNotFoundError: nothing at `path`.
+        PermissionError: `path` may not be read.
+        ValueError: the file can't be read, is not a CT, not three-dimensional, not in HU, not of the size of a
+            chest, or has a geometry that can't be right. The message names the file, what was found and the
+            way out.
+    """
+    if not os.fspath(path):
+        raise ValueError("the path of the scan is empty; give a file, or the folder of a DICOM series")
+    path = Path(os.path.expanduser(path))
+    kind = _kind(path)
+    try:
+        target = _target(orientation, kind)
+        rescale = _rescale(rescale_slope, rescale_intercept)
+        if series is not None and kind != "DICOM series":
+            raise ValueError(f"series={series!r} chooses one of several DICOM series; a {kind} holds one scan")
+        if kind == "DICOM series":
+            hu, affine, notes = _read_dicom(path, spacing, series, rescale is not None)
+        else:
+            hu, affine, notes = (read_nifti if kind == "NIfTI file" else read_itk)(path, spacing)
+        said, notes = notes, [f"read from {kind} {path.name}", *notes]
+        if rescale is not None:
+            slope, intercept = rescale
+            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused below
+                hu *= slope  # in place: every reader gives an array of its own
+                hu += intercept
+            notes.append(f"HU = value * {slope:g} + {intercept:g}, as asked for")
+        if spacing is not None:
+            notes.append(f"spacing {tuple(spacing)} mm, as asked for")
+        lies, steps = nearest_orientation(affine), steps_of(affine)
+        check_size(steps, hu.shape, said)
+        if target in (None, lies):
+            notes.append("orientation as stored" if target is None else f"lies {lies} already, nothing turned")
+        volume = CTVolume(hu, steps, lies, affine, notes)
+        check_hu(hu, rescale)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return volume if target is None else volume.reoriented(target)
+
+
+def _kind(path: Path) -> str:
+    """The kind of file at `path`: a key of `DEFAULT_ORIENTATION`."""
+    if not path.exists():
+        what = "this link leads nowhere" if path.is_symlink() else "there is no such file or folder"
+        raise FileNotFoundError(f"{path}: {what}")
+    if not os.access(path, os.R_OK):
+        raise PermissionError(f"{path}: no permission to read it; ask its owner, or copy it to a folder of your own")
+    name, known = path.name.lower(), NIFTI + ITK
+    if path.is_dir():
+        if name.endswith(known):
+            raise ValueError(f"{path}: a folder, in spite of its name; give the file in it")
+        return "DICOM series"
+    if not path.is_file():
+        raise ValueError(f"{path}: neither a file nor a folder")
+    if name.endswith(".zip"):
+        return "DICOM series"
+    if name.endswith(NIFTI):
+        return "NIfTI file"
+    if name.endswith(ITK):
+        return "NRRD or MetaImage file"
+    if name.endswith((".hdr", ".img", ".hdr.gz", ".img.gz")):
+        raise ValueError(
+            f"{path}: half of an Analyze or NIfTI pair (.hdr with .img); save a NIfTI pair as one .nii.gz. Analyze "
+            "does not say which side is left: make a NIfTI from the DICOM slices, with dcm2niix for example"
+        )
+    if is_dicom(path):
+        raise ValueError(f"{path}: one DICOM file is one slice; give the folder that holds the whole series")
+    raise ValueError(f"{path}: not a CT by its name; expected {', '.join(known)}, or a folder or .zip of DICOM slices")
+
+
+def _target(orientation: str | None, kind: str) -> str | None:
+    """The letters to turn a scan to; None: as stored."""
+    asked = DEFAULT_ORIENTATION[kind] if orientation is None else orientation
+    if asked == "stored":
+        return None
+    try:
+        return CANONICAL if asked == "canonical" else checked_orientation(asked)
+    except ValueError as error:
+        raise ValueError(f"{error}, or 'stored' or 'canonical'") from None
+
+
+def _rescale(slope: float | None, intercept: float | None) -> tuple[float, float] | None:
+    if slope is None and intercept is None:
+        return None
+    try:
+        numbers = float(1 if slope is None else slope), float(0 if intercept is None else intercept)
+    except (TypeError, ValueError):
+        numbers = (np.nan, np.nan)
+    if not (np.isfinite(numbers).all() and numbers[0] > 0):
+        raise ValueError(
+            f"rescale_slope={slope!r}, rescale_intercept={intercept!r}: expected finite numbers, slope above 0"
+        )
+    return numbers
+
+
+def _read_dicom(path: Path, spacing: Sequence[float] | None, series: str | None, rescale: bool) -> tuple:
+    """Like the readers of `formats`; `rescale`: the caller brings a slope or intercept."""
+    if path.is_file():
+        from medctkit.scans.archives import unpacked
+
+        with unpacked(path) as folder:
+            return _read_dicom(folder, spacing, series, rescale)
+    hu, axes, origin, rescaled, notes = read_series(path, series)
+    if rescale and rescaled:
+        raise ValueError("the slices have a slope and intercept of their own; leave out rescale_slope/intercept")
+    if rescaled:
+        notes.append("slope and intercept of the DICOM headers applied")
+    return hu, with_spacing(ras_affine(axes, origin), spacing), notes
+
+
+def _where_not_finite(hu: np.ndarray) -> str:
+    bad = [int(hu[i].size - np.isfinite(hu[i]).sum()) for i in range(len(hu))]  # a slice at a time
+    first = next(i for i, n in enumerate(bad) if n)
+    row, column = np.argwhere(~np.isfinite(hu[first]))[0]
+    return (
+        f"{sum(bad)} of {hu.size} voxels have NaN or infinite values, the first at slice {first}, row {row}, column "
+        f"{column}: every voxel needs a value in HU; repair or drop this scan"
+    )

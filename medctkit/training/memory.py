@@ -1,0 +1,166 @@
+"""Memory of a training step: how much it takes, and frozen weights in half precision to take less.
+
+Both measures also work on tensors without data (`torch._subclasses.fake_tensor.FakeTensorMode`), so that a step of
+the full-size model can be measured in seconds on a machine that could never run it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from medctkit.model.vision_tower import RelativePositionBias
+
+
+def _storages(tree: Any) -> dict[int, torch.UntypedStorage]:
+    """The storages of all tensors in nested lists, tuples and dicts, each once, by address of their C++ part."""
+    found = (leaf.untyped_storage() for leaf in tree_iter(tree) if isinstance(leaf, torch.Tensor))
+    return {storage._cdata: storage for storage in found}
+
+
+class PeakMemory(TorchDispatchMode):
+    """Bytes of all tensors that are alive in a block, now and at their highest.
+
+    Used as::
+
+        with PeakMemory(alive=model.parameters()) as memory:
+            loss_of(model).backward()
+        print(memory.peak_bytes)
+
+    Counted are the storages given as `alive`, and each one that an operation in the block makes, until nothing refers
+    to it any more: activations that wait for the backward pass, gradients, optimiser state. A storage counts once,
+    however many views there are of it. Not counted: what an operation takes for itself while it runs, and what an
+    allocator keeps in reserve or loses to rounding.
+
+    Tensors without data count as if they had some; enter their FakeTensorMode first, `with FakeTensorMode(),
+    PeakMemory() as memory`.
+
+    Args:
+        alive: tensors that are there already, such as weights, inputs and optimiser state.
+
+    Attributes:
+        now_bytes: of what is alive now.
+        peak_bytes: the highest it has been.
+    """
+
+    def __init__(self, alive: Iterable[torch.Tensor] = ()):
+        super().__init__()
+        self.now_bytes = self.peak_bytes = 0
+        self._known: dict[int, tuple[int, weakref.ref]] = {}  # address: bytes, and what notices the end
+        self._count(_storages(list(alive)))
+
+    def _count(self, storages: dict[int, torch.UntypedStorage]) -> None:
+        for address, storage in storages.items():
+            known, _ = self._known.get(address, (0, None))
+            if storage.nbytes() != known or address not in self._known:  # new, or resized
+                self.now_bytes += storage.nbytes() - known
+                end = weakref.ref(storage, lambda _, address=address: self._forget(address))
+                self._known[address] = (storage.nbytes(), end)
+        self.peak_bytes = max(self.peak_bytes, self.now_bytes)
+
+    def _forget(self, address: int) -> None:
+        self.now_bytes -= self._known.pop(address)[0]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        # a view of a tensor from outside, or a change to it in place, makes nothing; torch.tensor([...]) does
+        given = {} if func is torch.ops.aten.lift_fresh.default else _storages((args, kwargs))
+        self._count({a: s for a, s in _storages(out).items() if a in self._known or a not in given})
+        return out
+
+
+class SavedActivations(torch.autograd.graph.saved_tensors_hooks):
+    """Bytes that the forward passes in a block keep for the backward pass.
+
+    Used as::
+
+        with SavedActivations(apart_from=[*model.parameters(), volumes]) as saved:
+            loss = loss_of(model)
+        print(saved.bytes)
+
+    A storage counts once. Of a checkpointed layer only its inputs are kept.
+
+    Args:
+        apart_from: tensors that are not counted, such as weights and inputs, which are there anyway.
+
+    Attributes:
+        bytes: kept so far.
+    """
+
+    def __init__(self, apart_from: Iterable[torch.Tensor] = ()):
+        self.bytes = 0
+        self._seen = _storages(list(apart_from))  # held, so that no address is used twice
+        super().__init__(self._keep, lambda tensor: tensor)
+
+    def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        for address, storage in _storages(tensor).items():
+            if address not in self._seen:
+                self._seen[address] = storage
+                self.bytes += storage.nbytes()
+        return tensor
+
+    def __enter__(self) -> SavedActivations:
+        super().__enter__()
+        return self
+
+    def __exit__(self, *args) -> None:
+        super().__exit__(*args)
+        self._seen = {}
+
+
+def cast_frozen(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Keep frozen weights in half precision, in place, where autocast would round them at every call anyway.
+
+    These are the frozen weights and biases of linear layers and 3D convolutions, an adapter's base layers included.
+    Under autocast to `dtype` results and gradients stay the same bit for bit; without it the model no longer runs as
+    it was, so use it under autocast from here on. Everything else stays float32: whatever is trained, adapters, norms,
+    embeddings, the codebook, the relative-position bias (computed outside autocast), and base layers whose adapter
+    reads their weight itself (DoRA). To merge an adapter, put it on a base model that was not cast.
+
+    With float16 weights end at 65,504. Its small gradients vanish unless the loss is scaled, as accelerate does;
+    bfloat16 has the range of float32 and needs neither care.
+
+    Args:
+        model: any module, frozen where it shall stay as it is.
+        dtype: torch.bfloat16 or torch.float16.
+
+    Returns:
+        Bytes saved.
+
+    Raises:
+        ValueError: another dtype; a weight that float16 cannot hold. Nothing is cast then.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"frozen weights can be kept in torch.bfloat16 or torch.float16, got {dtype}")
+    kept = set()
+    for module in model.modules():
+        if isinstance(module, RelativePositionBias):
+            kept.update(module.modules())
+        elif hasattr(module, "adapter_layer_names"):  # one of peft's layers
+            plain_lora = hasattr(module, "lora_A") and not len(module.lora_magnitude_vector)
+            base = set(module.base_layer.modules()) if plain_lora else set()
+            kept.update(set(module.modules()) - base)
+    frozen = {
+        f"{name}.{key}": parameter
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv3d) and module not in kept
+        for key, parameter in module.named_parameters(recurse=False)
+        if not parameter.requires_grad and parameter.dtype == torch.float32
+    }
+    if dtype == torch.float16:
+        for name, parameter in frozen.items():
+            if not (largest := parameter.abs().max()) <= torch.finfo(dtype).max:
+                raise ValueError(
+                    f"{name} holds {largest:g}, more than float16 can (65,504), and would become infinite; "
+                    "keep the weights in torch.bfloat16 instead"
+                )
+    for parameter in frozen.values():
+        parameter.data = parameter.data.to(dtype)
+    return sum(parameter.numel() for parameter in frozen.values()) * (4 - dtype.itemsize)

@@ -1,0 +1,141 @@
+"""What fine-tuning minimises: two objectives on L2-normalised embeddings, `b` volumes and their reports.
+
+* contrastive, `contrastive_loss`: each volume has to find its own report among the batch's reports and the
+  other way round (InfoNCE in both directions; CLIP, Radford et al. 2021, arXiv 2103.00020; CT-CLIP, Hamamci
+  et al. 2024, arXiv 2403.17834);
+* per-finding prompts, `finding_prompt_loss`: for each of the 18 findings the volume has to be nearer to a
+  sentence that states the finding than to one that denies it, or the reverse (the idea of CT-CLIP's
+  VocabFine, arXiv 2403.17834). The sentences are report wordings; the prompts of the zero-shot evaluation are
+  refused here, so that evaluation stays zero-shot.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from medctkit.findings import FINDINGS
+from medctkit.phantom.report_text import finding_sentences
+
+Prompts = Mapping[str, tuple[Sequence[str], Sequence[str]]]
+
+
+def contrastive_loss(
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    temperature: torch.Tensor | float,
+    groups: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Mean of the two InfoNCE directions.
+
+    Args:
+        image_embeds: (b, p), L2-normalised.
+        text_embeds: (b, p), L2-normalised; row i belongs to image i.
+        temperature: as CT-CLIP stores it: cosines are multiplied by exp(temperature).
+        groups: (b,) whole numbers; equal for volumes with the same report, such as two reconstructions of one
+            scan. Such a pair is right, not wrong, so it is left out of each other's negatives. None: all
+            different.
+    """
+    logits = image_embeds @ text_embeds.T * torch.as_tensor(temperature).exp()  # (b, p) (p, b) -> (b, b)
+    own = torch.arange(len(logits), device=logits.device)
+    if groups is not None:
+        same = groups[:, None] == groups[None, :]
+        same[own, own] = False
+        logits = logits.masked_fill(same, -math.inf)
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+
+def finding_prompt_loss(
+    image_embeds: torch.Tensor,
+    positive_embeds: torch.Tensor,
+    negative_embeds: torch.Tensor,
+    labels: torch.Tensor,
+    scale: torch.Tensor | float,
+) -> torch.Tensor:
+    """Cross-entropy of the softmax over each finding's two similarities, averaged over known labels.
+
+    The softmax of two numbers is the sigmoid of their difference, hence the binary form.
+
+    Args:
+        image_embeds: (b, p), L2-normalised.
+        positive_embeds: (18, p), sentences that state each finding, L2-normalised.
+        negative_embeds: (18, p), sentences that deny it.
+        labels: (b, 18), 1 present, 0 absent, NaN unknown, which counts nowhere.
+        scale: factor on the cosines, exp(temperature) for CT-CLIP.
+    """
+    margin = scale * image_embeds @ (positive_embeds - negative_embeds).T  # (b, p) (p, 18) -> (b, 18)
+    known = ~labels.isnan()
+    if not known.any():
+        return margin.sum() * 0.0
+    return F.binary_cross_entropy_with_logits(margin[known], labels[known].to(margin.dtype))
+
+
+def report_prompts(hospital: str = "target") -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Wordings in which `hospital`'s reports state and deny each finding: {finding: (stated, denied)}."""
+    return {f: (finding_sentences(f, True, hospital), finding_sentences(f, False, hospital)) for f in FINDINGS}
+
+
+def check_prompts(prompts: Prompts) -> None:
+    """Refuse prompts that lack a finding, or that the zero-shot evaluation will ask.
+
+    Raises:
+        ValueError: says which.
+    """
+    missing = [f for f in FINDINGS if f not in prompts or not all(prompts[f])]
+    if missing:
+        raise ValueError(
+            f"prompts need sentences that state and that deny every finding; none for {', '.join(missing)}. "
+            "report_prompts() is a complete set"
+        )
+    for finding in FINDINGS:
+        evaluation = {f"{finding} is present".lower(), f"{finding} is not present".lower()}
+        for sentence in (*prompts[finding][0], *prompts[finding][1]):
+            if sentence.strip().rstrip(".").lower() in evaluation:
+                raise ValueError(
+                    f"training prompt {sentence!r} is a prompt of the zero-shot evaluation, which would no "
+                    "longer be zero-shot; use other wordings, such as report_prompts()"
+                )
+
+
+def draw_prompts(prompts: Prompts, tokenizer: Any, wordings: random.Random) -> Mapping[str, torch.Tensor]:
+    """One stating sentence per finding, then one denying sentence per finding, as tokens (36, n)."""
+    sentences = [wordings.choice(prompts[finding][side]) for side in (0, 1) for finding in FINDINGS]
+    tokens = tokenizer(sentences, padding=True, return_tensors="pt")
+    tokens.pop("token_type_ids", None)
+    return tokens
+
+
+def joint_loss(
+    images: torch.Tensor,
+    texts: torch.Tensor | None,
+    prompts: torch.Tensor | None,
+    batch: Mapping[str, torch.Tensor],
+    temperature: torch.Tensor,
+    contrastive_weight: float,
+    prompt_weight: float,
+) -> dict[str, torch.Tensor]:
+    """Both objectives and their weighted sum `loss`; an objective of weight 0 is left out.
+
+    Args:
+        images: (b, p), L2-normalised.
+        texts: (b, p), reports in the same order; needed with a contrastive weight.
+        prompts: (36, p), 18 sentences that state the findings, then 18 that deny them; needed with a prompt weight.
+        batch: `report_id` (b,), equal for equal reports, and `labels` (b, 18).
+        temperature: as CT-CLIP stores it, the logarithm of the factor on the cosines.
+        contrastive_weight: of `contrastive`.
+        prompt_weight: of `prompts`.
+    """
+    losses, total = {}, 0.0
+    if contrastive_weight:
+        losses["contrastive"] = contrastive_loss(images, texts, temperature, batch["report_id"])
+        total = total + contrastive_weight * losses["contrastive"]
+    if prompt_weight:
+        stated, denied = prompts.chunk(2)  # (36, p) -> 2 of (18, p)
+        losses["prompts"] = finding_prompt_loss(images, stated, denied, batch["labels"], temperature.exp())
+        total = total + prompt_weight * losses["prompts"]
+    return losses | {"loss": total}

@@ -1,0 +1,99 @@
+"""The settings of a fine-tuning run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from medctkit.training.objectives import Prompts, check_prompts, report_prompts
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class FineTuneConfig:
+    """Settings of `finetune`, checked on construction.
+
+    LoRA stands, and needs, a learning rate about ten times that of full fine-tuning (Biderman et al. 2024, "LoRA
+    Learns Less and Forgets Less", arXiv 2405.09673): start between 1e-4 and 1e-3 and halve it where the loss jumps. The
+    update is multiplied by alpha / r: with alpha = 2 r the rate can stay as it is when r changes. B starts at zero
+    and learns first. What was best for each method here is in the table of `medctkit compare`.
+
+    Args:
+        steps: optimiser steps; give this or `epochs`.
+        epochs: passes over the training data (may be fractional).
+        batch_size: volumes per optimiser step, over all processes; also how many reports a volume is told apart from.
+        micro_batch_size: volumes in memory at a time, in each process; None: the process's whole share of the batch.
+            Gradients are the same (`medctkit.training.gradients`), for one more forward pass.
+        learning_rate: its peak, after warm-up; falls to zero along a cosine.
+        warmup_fraction: share of all steps in which the rate rises, 0 to below 1.
+        weight_decay: AdamW's.
+        max_grad_norm: longer gradients are scaled down to this norm.
+        contrastive_weight: weight of `contrastive_loss`.
+        prompt_weight: weight of `finding_prompt_loss`.
+        prompts: for each of the 18 findings, sentences that state and that deny it; every step draws
+            one of each. Not the prompts of the zero-shot evaluation.
+        max_length: tokens a report is cut to.
+        evaluate_every: optimiser steps between validations.
+        checkpoint_every: optimiser steps between checkpoints, from which an interrupted run goes on.
+        patience: stop after this many validations in a row without a new best; None: never.
+        mixed_precision: "no", "bf16" or "fp16".
+        seed: of batches, prompt wordings and dropout.
+        workers: processes that load volumes ahead; 0: none, right for data in memory.
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 16
+    micro_batch_size: int | None = None
+    learning_rate: float = 5e-4
+    warmup_fraction: float = 0.1
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    contrastive_weight: float = 1.0
+    prompt_weight: float = 1.0
+    prompts: Prompts = field(default_factory=report_prompts, repr=False)
+    max_length: int = 128
+    evaluate_every: int = 25
+    checkpoint_every: int = 25
+    patience: int | None = None
+    mixed_precision: str = "no"
+    seed: int = 0
+    workers: int = 0
+
+    def __post_init__(self):
+        def require(ok: bool, name: str, expected: str) -> None:
+            if not ok:
+                raise ValueError(f"FineTuneConfig.{name} must be {expected}, got {getattr(self, name)!r}")
+
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(f"give either steps or epochs, got steps={self.steps!r} and epochs={self.epochs!r}")
+        require(self.steps is None or self.steps >= 1, "steps", "at least 1")
+        require(self.epochs is None or self.epochs > 0, "epochs", "above 0")
+        for name in ("batch_size", "max_length", "evaluate_every", "checkpoint_every"):
+            require(getattr(self, name) >= 1, name, "at least 1")
+        micro = self.micro_batch_size
+        require(
+            micro is None or (micro >= 1 and self.batch_size % micro == 0),
+            "micro_batch_size",
+            f"None or a divisor of batch_size {self.batch_size}",
+        )
+        require(self.workers >= 0, "workers", "at least 0")
+        require(self.patience is None or self.patience >= 1, "patience", "at least 1, or None")
+        for name in ("learning_rate", "max_grad_norm"):
+            require(0 < getattr(self, name) < math.inf, name, "a number above 0")
+        require(0 <= self.warmup_fraction < 1, "warmup_fraction", "at least 0 and below 1")
+        for name in ("weight_decay", "contrastive_weight", "prompt_weight"):
+            require(0 <= getattr(self, name) < math.inf, name, "a number of at least 0")
+        require(self.mixed_precision in ("no", "bf16", "fp16"), "mixed_precision", "'no', 'bf16' or 'fp16'")
+        if self.contrastive_weight == self.prompt_weight == 0:
+            raise ValueError("contrastive_weight and prompt_weight are both 0: nothing to learn from; raise one")
+        if self.contrastive_weight > 0 and self.batch_size < 2:
+            raise ValueError(
+                "batch_size must be at least 2 for the contrastive objective, which tells a report from the "
+                f"others in its batch; got {self.batch_size}. Raise it, or set contrastive_weight=0"
+            )
+        if self.prompt_weight > 0:
+            check_prompts(self.prompts)

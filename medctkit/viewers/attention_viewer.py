@@ -1,0 +1,274 @@
+"""Where a model looks: attention, rollout and relevance over the slices, with the masks beside them.
+
+The maps are computed in `medctkit.attention`; here one chooses which, and sees where it lies. Attention is captured
+when a map first needs it, and kept until `close`: a viewer that shows nothing costs the model nothing.
+"""
+
+import html
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from medctkit.scans.volumes import CTVolume
+from medctkit.viewers.drawing.messages import Messages
+from medctkit.viewers.drawing.rendering import place_of
+from medctkit.viewers.slice_viewer import SliceViewer
+
+if TYPE_CHECKING:
+    from medctkit.attention.maps import Attention
+    from medctkit.scans.heat_map import HeatMap
+    from medctkit.scans.preprocessing import PreprocessConfig
+
+# what can be shown, and the controls that it needs
+SHOWN = {
+    "nothing": (),
+    "rollout": (),
+    "spatial attention of a patch": ("layer", "head"),
+    "temporal attention of a patch": ("layer", "head"),
+    "spatial attention received": ("layer", "head"),
+    "temporal attention received": ("layer", "head"),
+    "speaks for a prompt": ("prompt", "stating", "denying"),
+}
+OWN = "a sentence of my own"
+MEAN = "mean of heads"
+
+
+class AttentionViewer:
+    """Slices of a scan with a map of what a model looks at.
+
+    Choose a model and what to show. The patch whose attention is shown is the one under the crosshair: click a place.
+    A prompt is one of the findings, or any sentence with or without its negation. The caption says what the map is, its
+    range, and how much of it lies inside each mask. The widget is `.widget`, the slices are `.slices`.
+
+    Args:
+        volume: the scan, as `preprocess` is to be given it.
+        models: a name for each `CTCLIPModel`, with or without an adapter, such as {"base": ..., "adapted": ...}.
+        tokenizer: of their text encoders.
+        preprocess_config: what the models see.
+        masks: named boolean arrays with the volume's shape.
+        prompts: a name for each pair (stating, denying) to choose from; by default the 18 findings in the paper's
+            wording. The first that has a mask is chosen to start with.
+        height: of the picture, pixels.
+        show: one of `SHOWN`, to start with. "nothing" runs no model.
+
+    Raises:
+        TypeError: not a CTVolume; models that are not a dict.
+        ValueError: a mask of another shape; an unknown `show`.
+    """
+
+    def __init__(
+        self,
+        volume: CTVolume,
+        models: Mapping[str, Any],
+        tokenizer: Any,
+        preprocess_config: "PreprocessConfig",
+        masks: Mapping[str, np.ndarray] | None = None,
+        prompts: Mapping[str, tuple[str, str]] | None = None,
+        height: int = 300,
+        show: str = "rollout",
+    ):
+        if not isinstance(models, Mapping) or not models:
+            raise TypeError(f"models: expected a dict such as {{'base': model}}, got {models!r:.80}")
+        if show not in SHOWN:
+            raise ValueError(f"show={show!r}: expected one of {', '.join(SHOWN)}")
+        self.slices = SliceViewer(volume, masks, height=height)
+        self.volume, self.models, self.tokenizer, self.config = volume, dict(models), tokenizer, preprocess_config
+        self.masks, self.prompts = dict(masks or {}), dict(_of_findings() if prompts is None else prompts)
+        self._pixels, self._patch = None, None
+        self._attention: dict[str, Attention] = {}
+        self._relevance: dict[tuple[str, str, str], np.ndarray] = {}
+        self._inside: dict[tuple, dict[str, np.ndarray]] = {}
+        self._build(show)
+        self._draw()
+
+    def _build(self, show: str) -> None:
+        import ipywidgets as w
+
+        wide = {"width": "420px"}
+        self.model = w.ToggleButtons(options=list(self.models), style={"button_width": "auto"})
+        self.shown = w.Dropdown(options=list(SHOWN), value=show, description="show", layout={"width": "330px"})
+        self.layer = w.IntSlider(min=0, max=0, description="layer", tooltip="layers count from 0", layout=wide)
+        self.head = w.Dropdown(description="head", options=[MEAN])
+        marked = next((name for name in self.prompts if name in self.masks), next(iter(self.prompts), OWN))
+        self.prompt = w.Dropdown(
+            options=[*self.prompts, OWN], value=marked, description="prompt", layout={"width": "330px"}
+        )
+        first = self.prompts.get(marked, ("", ""))
+        text = {"continuous_update": False, "layout": wide}  # Enter, or leaving the field
+        self.stating = w.Text(first[0], description="states", placeholder="a sentence", **text)
+        self.denying = w.Text(first[1], description="denies", placeholder="its negation, or nothing", **text)
+        self.caption, self.messages = w.HTML(), Messages()
+        for control in (self.model, self.shown, self.layer, self.head):
+            self.messages.observe(control, self._draw)
+        self.messages.observe(self.prompt, self._chose_prompt)
+        for control in (self.stating, self.denying):
+            self.messages.observe(control, self._typed)
+        self.slices.on_move(self._moved)
+        rows = (
+            [w.Label("model"), self.model, self.shown],
+            [self.layer, self.head],
+            [self.prompt],
+            [self.stating, self.denying],
+        )
+        lines = [w.HBox(row, layout={"flex_flow": "row wrap"}) for row in rows]
+        self.widget = w.VBox([*lines, self.messages.widget, self.caption, self.slices.widget])
+
+    # --- what happens when ---
+
+    def _chose_prompt(self) -> None:
+        if self.prompt.value != OWN:
+            with self.messages.quietly():
+                self.stating.value, self.denying.value = self.prompts[self.prompt.value]
+            self._draw()
+
+    def _typed(self) -> None:
+        with self.messages.quietly():
+            stating, denying = self.prompts.get(self.prompt.value, ("", ""))
+            if self.stating.value != stating and self.denying.value == denying:
+                self.denying.value = ""  # it denied another sentence
+            self.prompt.value = OWN
+        self._draw()
+
+    def _moved(self, point: np.ndarray) -> None:
+        """The crosshair moved: perhaps to another patch."""
+        if self.shown.value.endswith("of a patch") and self._patch_under(point) != self._patch:
+            self.messages.guarded(self._draw)()
+
+    # --- the map ---
+
+    def _draw(self) -> None:
+        with self.messages.quietly():
+            self._offer_controls()
+        self.caption.value = "computing the map ..."
+        try:
+            heat_map = self.heat_map()
+        except ValueError as error:  # what was given does not fit: no map, and the reason
+            heat_map = None
+            self.messages.say(str(error))
+        self.slices.set_heat_maps({} if heat_map is None else {heat_map.name: heat_map})
+        self.caption.value = "" if heat_map is None else self._described(heat_map)
+
+    def _offer_controls(self) -> None:
+        """Show the controls that the choice needs, with as many layers and heads as the model has."""
+        needed, vision = SHOWN[self.shown.value], self.models[self.model.value].config.vision_config
+        for name in {control for controls in SHOWN.values() for control in controls}:
+            getattr(self, name).layout.display = None if name in needed else "none"
+        if "layer" in needed:
+            self.layer.max = vision[f"{self.shown.value.split()[0]}_depth"] - 1
+            chosen = self.head.value
+            heads = range(vision["heads"])
+            self.head.options = [(MEAN, MEAN), *((f"head {i}", i) for i in heads)]
+            self.head.value = chosen if chosen in heads else MEAN
+
+    def heat_map(self) -> "HeatMap | None":
+        """The map that the controls ask for; None: nothing.
+
+        Raises:
+            ValueError: a model of another input size, a crosshair outside of what the model sees, no sentence, or a
+                sentence too long.
+        """
+        from medctkit.attention.maps import patch_map
+
+        shown, name = self.shown.value, self.model.value
+        head = None if self.head.value == MEAN else self.head.value
+        self._patch = None
+        if shown == "nothing":
+            return None
+        if shown == "speaks for a prompt":
+            values = self._relevance_of(name, self.stating.value.strip(), self.denying.value.strip())
+        elif shown == "rollout":
+            values = self._attention_of(name).rollout()
+        elif shown.endswith("received"):
+            values = self._attention_of(name).received(shown.split()[0], self.layer.value, head)
+        else:
+            self._patch = self._patch_under(self.slices.position)
+            if self._patch is None:
+                raise ValueError("the crosshair is outside of what the model sees; click a place further inside")
+            values = self._attention_of(name).of_query(shown.split()[0], self.layer.value, head, self._patch)
+        return patch_map(values, self.volume, self.config, f"{name}: {shown}")
+
+    def _patch_under(self, point: np.ndarray) -> tuple[int, int, int] | None:
+        from medctkit.attention.maps import patch_at
+
+        return patch_at(point, self.volume, self.config, self.models[self.model.value].config.grid)
+
+    def _seen(self) -> Any:
+        """The scan as the models see it."""
+        from medctkit.scans.preprocessing import preprocess
+
+        if self._pixels is None:
+            self._pixels = preprocess(self.volume, self.config)
+        return self._pixels
+
+    def _attention_of(self, name: str) -> "Attention":
+        from medctkit.attention.maps import attend
+
+        if name not in self._attention:
+            self._attention[name] = attend(self.models[name], self._seen())
+        return self._attention[name]
+
+    def _relevance_of(self, name: str, stating: str, denying: str) -> np.ndarray:
+        from medctkit.attention.maps import relevance
+
+        key = (name, stating, denying)
+        if key not in self._relevance:
+            self._relevance[key] = relevance(self.models[name], self.tokenizer, self._seen(), stating, denying or None)
+        return self._relevance[key]
+
+    # --- what it says ---
+
+    def _described(self, heat_map: "HeatMap") -> str:
+        """The caption: which map, its range, and how much of it lies in each mask."""
+        shown, values = self.shown.value, heat_map.values
+        what = f"{self.model.value}: {shown}"
+        if "layer" in SHOWN[shown]:
+            head = MEAN if self.head.value == MEAN else f"head {self.head.value}"
+            what += f", layer {self.layer.value} of 0 to {self.layer.max}, {head}"
+        if self._patch is not None:
+            middle = (heat_map.affine @ [*self._patch, 1])[:3]
+            what += f"; patch (t, i, j) = {self._patch} under the crosshair, around {place_of(middle)}"
+        if shown == "speaks for a prompt":
+            against = f" against {self.denying.value.strip()!r}" if self.denying.value.strip() else ""
+            what += f": {self.stating.value.strip()!r}{against}"
+        low, high = map(_percent, heat_map.limits)
+        lines = [what, f"{low} to {high} of the map in a patch; {_percent(1 / values.size)} if all were alike"]
+        for name, filled in self._filled(values.shape).items():
+            share = (values * filled).sum() / values.sum()
+            size = _percent(filled.mean())
+            lines.append(f"{_percent(share)} of the map lies in {name}, which is {size} of what the model sees")
+        return f'<div style="line-height:1.4">{"<br>".join(map(html.escape, lines))}</div>'
+
+    def _filled(self, grid: tuple[int, int, int]) -> dict[str, np.ndarray]:
+        """For each mask the share of every patch (t, h, w) that it fills."""
+        from medctkit.attention.localisation import patch_shares
+
+        if grid not in self._inside:
+            self._inside[grid] = {
+                name: patch_shares(mask, self.volume, self.config, grid) for name, mask in self.masks.items()
+            }
+        return self._inside[grid]
+
+    def close(self) -> None:
+        """Free what was captured, and the widget."""
+        self._attention.clear()
+        self._relevance.clear()
+        self._pixels = None
+        self.slices.close()
+        self.widget.close()
+
+    def _repr_mimebundle_(self, **kwargs):
+        return self.widget._repr_mimebundle_(**kwargs)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
+
+
+def _of_findings() -> dict[str, tuple[str, str]]:
+    """The paper's pair for each of the 18 findings."""
+    from medctkit.findings import FINDINGS
+    from medctkit.zero_shot.prompts import prompt_sentences
+
+    stating, denying = prompt_sentences("paper")
+    return {name: (states[0], denies[0]) for name, states, denies in zip(FINDINGS, stating, denying, strict=True)}

@@ -1,0 +1,310 @@
+"""Browse the studies of a manifest: the scan, its report, what two models say of it, and what they say of any sentence.
+
+What is shown is computed in `medctkit.viewers.cases`; here it becomes a widget.
+"""
+
+import html
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from medctkit.findings import FINDINGS
+from medctkit.viewers.drawing.messages import Messages
+from medctkit.viewers.slice_viewer import SliceViewer
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from medctkit.scans.preprocessing import PreprocessConfig
+    from medctkit.viewers.cases import Sentence
+
+ALL = "all findings"
+MARKS = (  # a colour and a shape for each model, told apart by colour-blind people and in grey
+    ("#0072B2", '<circle cx="{x}" cy="9" r="5" fill="{c}"/>'),
+    ("#D55E00", '<path d="M{x} 3l6 6-6 6-6-6z" fill="{c}"/>'),
+    ("#009E73", '<path d="M{x} 3l6 11h-12z" fill="{c}"/>'),
+    ("#CC79A7", '<path d="M{x} 4m-5 0h10v10h-10z" fill="{c}"/>'),
+)
+LABELS = {1.0: "&#9679; present", 0.0: "&#9675; absent"}  # a full and an empty circle
+WIDTH = 180  # of the drawing of a probability, pixels
+
+
+class CaseBrowser:
+    """Pick a study and see its scan, report and labels, and its 18 probabilities by each model.
+
+    Studies are sorted by how much the models disagree: the mean absolute difference of the 18 probabilities, or the one
+    of a single finding. A sentence of your own is scored at Enter. Every volume is embedded once, before the widget
+    shows; what that costs is said first. The widget is `.widget`, the numbers behind it are `.cases`.
+
+    Args:
+        manifest: rows as `load_manifest` gives them, or the path of a manifest.
+        models: a name for each `CTCLIPModel`, with or without an adapter, such as {"base": ..., "adapted": ...}.
+        tokenizer: of their text encoders.
+        preprocess_config: what the models see.
+        cache_dir: folder for prepared volumes and embeddings; None: nothing is kept.
+        limit: only the first so many rows.
+        prompts: of the 18 probabilities; see `ZeroShotClassifier`.
+        batch_size: volumes embedded at a time; 1 or 2 for the full-size model.
+        height: of the picture, pixels.
+
+    Raises:
+        TypeError: see `Cases`.
+        ValueError: see `Cases`; more than four models.
+        FileNotFoundError: see `Cases`.
+    """
+
+    def __init__(
+        self,
+        manifest: "pd.DataFrame | str | os.PathLike",
+        models: Mapping[str, Any],
+        tokenizer: Any,
+        preprocess_config: "PreprocessConfig",
+        cache_dir: str | os.PathLike | None = None,
+        limit: int | None = None,
+        *,
+        prompts: Any = "paper",
+        batch_size: int = 8,
+        height: int = 240,
+    ):
+        from medctkit.viewers.cases import Cases
+
+        if isinstance(models, Mapping) and len(models) > len(MARKS):
+            raise ValueError(f"{len(models)} models; the browser tells {len(MARKS)} apart")
+        self.cases = Cases(manifest, models, tokenizer, preprocess_config, cache_dir, limit, prompts)
+        self.height, self.slices = height, None
+        self._sentence: Sentence | None = None
+        self._shown: int | None = None
+        print(self.cases.cost(), flush=True)
+        self.cases.embed(batch_size)
+        self._build()
+        self._list()
+
+    @property
+    def index(self) -> int | None:
+        """The row of the study that is shown; None where the filter lets none through."""
+        return self.study.value
+
+    def _build(self) -> None:
+        import ipywidgets as w
+
+        from medctkit.viewers.cases import PRESENCE
+
+        wide = {"width": "290px"}
+        self.sorting = w.Dropdown(options=self.cases.sortings, description="sort by", layout=wide)
+        self.finding = w.Dropdown(options=[ALL, *FINDINGS], description="finding", layout=wide)
+        self.presence = w.Dropdown(options=PRESENCE, description="label", layout=wide, disabled=True)
+        self.study = w.Select(layout={"width": "290px", "height": f"{self.height + 40}px"})
+        self.previous = w.Button(description="previous study", layout={"width": "142px"})
+        self.next = w.Button(description="next study", layout={"width": "142px"})
+        self.count, self.facts, self.table, self.scores = w.HTML(), w.HTML(), w.HTML(), w.HTML()
+        text = {"continuous_update": False, "layout": {"width": "98%"}, "style": {"description_width": "50px"}}
+        self.stating = w.Text(description="states", placeholder="any sentence, then Enter", **text)
+        self.denying = w.Text(description="denies", placeholder="its negation, or nothing", **text)
+        self.messages, self.typing = Messages(), Messages()
+        self.scan = w.VBox()
+        for control in (self.sorting, self.finding, self.presence):
+            self.messages.observe(control, self._list)
+        self.messages.observe(self.study, self._show)
+        for button, step in ((self.previous, -1), (self.next, 1)):
+            button.on_click(self.messages.guarded(lambda step=step: self._step(step)))
+        for control in (self.stating, self.denying):
+            self.typing.observe(control, self._score)
+        steps = w.HBox([self.previous, self.next])
+        controls = [self.sorting, self.finding, self.presence, self.study, steps, self.count]
+        left = w.VBox(controls, layout={"width": "300px"})
+        right = w.VBox([self.messages.widget, self.scan], layout=_beside(560))
+        asked = [w.HTML("<b>Score any sentence</b>"), self.stating, self.denying, self.typing.widget, self.scores]
+        told = w.VBox([self.facts, *asked], layout=_beside(380))
+        rows = ([left, right], [self.table, told])
+        self.widget = w.VBox([w.HBox(row, layout={"flex_flow": "row wrap", "grid_gap": "16px"}) for row in rows])
+
+    # --- what happens when ---
+
+    def _list(self) -> None:
+        """Sort and filter the studies; the one that is shown stays, where the filter lets it."""
+        finding = None if self.finding.value == ALL else self.finding.value
+        chosen = self.study.value
+        with self.messages.quietly():
+            self.presence.disabled = finding is None
+            if finding is None:
+                self.presence.value = "any"
+            presence = "any" if finding is None else self.presence.value
+            found = self.cases.ordered(self.sorting.value, finding, presence)
+            self.study.options = [(self._line(i, value), i) for i, value in found.items()]
+            self.study.value = chosen if chosen in found.index else next(iter(found.index), None)
+        shown = self.sorting.value if self.sorting.value != "study" else "disagreement"
+        of = "mean of the findings" if finding is None else finding
+        self.count.value = f"{len(found):,} of {len(self.cases):,} studies, with their {shown} ({of})"
+        if self.index != self._shown or not self.scan.children:
+            self._show()
+
+    def _step(self, step: int) -> None:
+        """Go on in the list, at its end to its start; JupyterLab keeps the arrow keys for its cells."""
+        if self.study.options:
+            self.study.index = (self.study.index + step) % len(self.study.options)
+
+    def _line(self, index: int, value: float) -> str:
+        study = self.cases.rows[index]["study"]
+        if study in self.cases.failures:
+            return f"unread  {study}"
+        return f"{value:.3f}  {study}" if value == value else f"   ?   {study}"
+
+    def _show(self) -> None:
+        index, self._shown = self.index, None  # another may be picked while this one is made
+        if index is None:
+            self.scan.children, self.facts.value, self.table.value, self.scores.value = (), "", "", ""
+            self.messages.say("no study passes this filter; choose another label or finding")
+            return
+        self._show_scan(index)
+        self.facts.value = facts(self.cases.rows[index])
+        probabilities = {name: values[index] for name, values in self.cases.probabilities.items()}
+        self.table.value = probability_table(probabilities, self.cases.labels[index])
+        self._show_scores()
+        self._shown = index
+
+    def _show_scan(self, index: int) -> None:
+        """The scan, or why there is none: never that of the study before."""
+        study = self.cases.rows[index]["study"]
+        self.scan.children = ()
+        if study in self.cases.failures:
+            self.messages.say(f"study {study} has no probabilities: {self.cases.failures[study]}")
+        try:
+            volume, masks = self.cases.view(index)
+        except (OSError, ValueError) as error:
+            self.messages.say(f"study {study} can't be shown: {error}")
+            return
+        if self.slices is None:
+            self.slices = SliceViewer(volume, masks, height=self.height)
+        else:
+            self.slices.set_volume(volume, masks)
+        self.scan.children = (self.slices.widget,)
+
+    def _score(self) -> None:
+        self._sentence = None
+        if self.stating.value.strip() or self.denying.value.strip():
+            try:
+                self._sentence = self.cases.score(self.stating.value, self.denying.value)
+            except ValueError as error:  # empty or too long
+                self.typing.say(str(error))
+        self._show_scores()
+
+    def _show_scores(self) -> None:
+        index, studies = self.index, [row["study"] for row in self.cases.rows]
+        shown = self._sentence is not None and index is not None
+        self.scores.value = sentence_table(self._sentence, index, studies) if shown else ""
+
+    def close(self) -> None:
+        """Free the widgets."""
+        if self.slices is not None:
+            self.slices.close()
+        self.widget.close()
+
+    def _repr_mimebundle_(self, **kwargs):
+        return self.widget._repr_mimebundle_(**kwargs)
+
+
+def _beside(width: int) -> dict[str, str]:
+    """A column that takes the room that is left, and goes below where that is less than `width` pixels."""
+    return {"flex": f"1 1 {width}px", "min_width": "0"}
+
+
+def facts(row: Mapping[str, Any]) -> str:
+    """Whose study it is and its report, as HTML."""
+    present = [name for name in FINDINGS if row[name] == 1]
+    unknown = sum(row[name] != row[name] for name in FINDINGS)
+    labels = ", ".join(present) or "none"
+    labels += f"; {unknown} unknown" if unknown else ""
+    where = f"patient {row['patient']}, {row['hospital']} hospital, {row['split']} split"
+    lines = [
+        f"<b>{html.escape(str(row['study']))}</b>",
+        html.escape(where),
+        f"<b>Labels</b> {html.escape(labels)}",
+        f"<b>Report</b> {html.escape(str(row['report']))}",
+    ]
+    return f'<div style="line-height:1.45">{"<br>".join(lines)}</div>'
+
+
+def probability_table(probabilities: Mapping[str, np.ndarray], labels: np.ndarray) -> str:
+    """Probabilities of the 18 findings by each model, those they disagree on first, as an HTML table.
+
+    Args:
+        probabilities: for each model (18,); NaN where there are none.
+        labels: (18,) 0, 1 or NaN, unknown.
+    """
+    values = np.stack(list(probabilities.values()))  # (models, 18)
+    differences = values.max(0) - values.min(0)
+    order = np.argsort(-differences, kind="stable")
+    marks = dict(zip(probabilities, MARKS, strict=False))
+    key = "".join(
+        f'<span style="white-space:nowrap">{_mark(mark)} {html.escape(n)}</span> ' for n, mark in marks.items()
+    )
+    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in probabilities)
+    rows = []
+    for k in order:
+        label = LABELS.get(float(labels[k]), "? unknown")
+        numbers = "".join(f'<td style="text-align:right">{_number(value)}</td>' for value in values[:, k])
+        told = ", ".join(f"{name} {_number(value)}" for name, value in zip(probabilities, values[:, k], strict=True))
+        spoken = html.escape(f"{FINDINGS[k]}, {label.split(maxsplit=1)[1]}: {told}", quote=True)
+        rows.append(
+            f'<tr><th scope="row" style="text-align:left;font-weight:normal">{FINDINGS[k]}</th><td>{label}</td>'
+            f'<td><svg width="{WIDTH}" height="18" role="img" aria-label="{spoken}">{_drawn(values[:, k])}</svg></td>'
+            f'{numbers}<td style="text-align:right">{_number(differences[k])}</td></tr>'
+        )
+    return (
+        '<table class="medctkit-probabilities" style="line-height:1.3;border-spacing:8px 0">'
+        f'<caption style="text-align:left">Probability of each finding, by disagreement: {key}</caption>'
+        f'<tr><th scope="col" style="text-align:left">finding</th><th scope="col">label</th>'
+        f'<th scope="col" style="font-weight:normal">0<span style="padding:0 {WIDTH / 2 - 22:.0f}px">0.5</span>1</th>'
+        f'{head}<th scope="col">apart</th></tr>'
+        f"{''.join(rows)}</table>"
+    )
+
+
+def sentence_table(sentence: "Sentence", index: int, studies: Sequence[str]) -> str:
+    """What each model makes of a sentence for one study, and which study it finds nearest, as an HTML table.
+
+    Args:
+        sentence: scored against all studies.
+        index: of the study.
+        studies: names of all.
+    """
+    what = "probability" if sentence.denying else "cosine"
+    rows = []
+    for name, values in sentence.values.items():
+        share, known = sentence.share_below(name, index), int((~np.isnan(values)).sum())
+        others = "no other studies" if np.isnan(share) else f"{share:.0%} of the other {known - 1:,} studies"
+        best = f"{studies[np.nanargmax(values)]} ({_number(np.nanmax(values))})" if known else "none"
+        cells = [_number(values[index]), others, html.escape(best)]
+        rows.append(f'<tr><th scope="row" style="text-align:left">{html.escape(name)}</th>{_cells(cells)}</tr>')
+    head = "".join(f'<th scope="col">{text}</th>' for text in ("model", what, "nearer to it than", "nearest of all"))
+    reads = html.escape(" ".join(sentence.tokens))
+    return (
+        f'<table class="medctkit-sentence" style="line-height:1.4;border-spacing:10px 0"><tr>{head}</tr>'
+        f"{''.join(rows)}</table><div>The text encoder reads: <code>{reads}</code></div>"
+    )
+
+
+def _cells(texts: Sequence[str]) -> str:
+    return "".join(f"<td>{text}</td>" for text in texts)
+
+
+def _number(value: float) -> str:
+    return "?" if np.isnan(value) else f"{value:.2f}"
+
+
+def _mark(mark: tuple[str, str], x: float = 9) -> str:
+    """The key of a model: its mark in a small picture."""
+    return f'<svg width="18" height="18" aria-hidden="true">{mark[1].format(x=x, c=mark[0])}</svg>'
+
+
+def _drawn(values: Sequence[float]) -> str:
+    """Marks of the models on a line from 0 to 1, and what lies between them."""
+    at = [None if np.isnan(value) else 8 + value * (WIDTH - 16) for value in values]
+    there = [x for x in at if x is not None]
+    lines = [f'<path d="M8 9h{WIDTH - 16}M{WIDTH / 2} 2v14" stroke="currentColor" stroke-opacity="0.3"/>']
+    if there:
+        lines.append(f'<path d="M{min(there):.1f} 9H{max(there):.1f}" stroke="currentColor" stroke-width="2"/>')
+    marks = [mark.format(x=f"{x:.1f}", c=c) for x, (c, mark) in zip(at, MARKS, strict=False) if x is not None]
+    return "".join(lines + marks)

@@ -1,0 +1,315 @@
+"""Studies of a manifest as several models see them: what a case browser shows, without the widget.
+
+Every volume is prepared once and embedded once for each model; probabilities, and the scores of any sentence, are then
+a matter of milliseconds. With a folder, both are kept there, so that the next browser starts at once.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from medctkit.cohort.cache import content_of, key_of
+from medctkit.cohort.dataset import CTReportDataset
+from medctkit.cohort.manifest import has_file, load_manifest, study_from_row, validate_manifest, volume_from_row
+from medctkit.findings import FINDINGS
+from medctkit.scans.preprocessing import PreprocessConfig
+from medctkit.scans.volumes import CTVolume
+from medctkit.zero_shot.classifier import Embedded, ZeroShotClassifier
+from medctkit.zero_shot.embeddings import describe, load_embeddings, save_embeddings
+from medctkit.zero_shot.prompts import Prompts
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+VIEW_SHAPE = (80, 160, 160)  # voxels at which a phantom is made to be looked at
+PRESENCE = ("any", "present", "absent", "unknown")
+WRITE_EVERY = 10.0  # seconds: what an interruption costs at most
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A sentence scored against all studies.
+
+    Attributes:
+        stating: the sentence.
+        denying: its negation, or "" for the sentence alone.
+        values: for each model (n,): with a negation the probability of the sentence, else the cosine of sentence and
+            volume; NaN for studies that could not be read.
+        tokens: what the text encoder reads of the sentence: a word it has not learned falls into pieces.
+    """
+
+    stating: str
+    denying: str
+    values: dict[str, np.ndarray]
+    tokens: tuple[str, ...]
+
+    def share_below(self, model: str, index: int) -> float:
+        """Of the other studies, the share that a model finds less near to the sentence; NaN where none can be told."""
+        values = self.values[model]
+        others = np.delete(values, index)
+        others = others[~np.isnan(others)]
+        known = len(others) and not np.isnan(values[index])
+        return float((others < values[index]).mean()) if known else float("nan")
+
+
+class Cases:
+    """Embeddings, probabilities and labels of a manifest's studies.
+
+    Args:
+        manifest: rows as `load_manifest` gives them, or the path of a manifest.
+        models: a name for each `CTCLIPModel`, with or without an adapter, such as {"base": ..., "adapted": ...}.
+        tokenizer: of their text encoders.
+        preprocess_config: what the models see.
+        cache_dir: folder for prepared volumes, and in it `embeddings`; None: nothing is kept.
+        limit: only the first so many rows.
+        prompts: of the 18 probabilities; see `ZeroShotClassifier`.
+
+    Attributes:
+        rows: one dict for each study.
+        labels: (n, 18); NaN where unknown.
+        embeddings: for each model (n, p); NaN before `embed`, and for studies in `failures`.
+        failures: for each study that could not be read or prepared, why.
+
+    Raises:
+        TypeError: models that are not a dict.
+        ValueError: a wrong manifest, no models, a limit below 1, a model of another input size; see
+            `ZeroShotClassifier`.
+        FileNotFoundError: no manifest at that path.
+    """
+
+    def __init__(
+        self,
+        manifest: "pd.DataFrame | str | os.PathLike",
+        models: Mapping[str, nn.Module],
+        tokenizer: Any,
+        preprocess_config: PreprocessConfig,
+        cache_dir: str | os.PathLike | None = None,
+        limit: int | None = None,
+        prompts: Prompts = "paper",
+    ):
+        if not isinstance(models, Mapping) or not models:
+            raise TypeError(f"models: expected a dict such as {{'base': model}}, got {models!r:.80}")
+        if limit is not None and not (isinstance(limit, int) and limit >= 1):
+            raise ValueError(f"limit={limit!r}: expected a whole number of studies, at least 1, or None for all")
+        for name, model in models.items():
+            sees = tuple(model.config.volume_shape)
+            if sees != preprocess_config.shape:
+                raise ValueError(
+                    f"model {name!r} sees volumes of {sees} voxels, preprocess_config makes {preprocess_config.shape}; "
+                    "use PreprocessConfig.for_model(model.config)"
+                )
+        self.models, self.tokenizer, self.cache_dir = dict(models), tokenizer, cache_dir
+        self.failures: dict[str, str] = {}
+        table = load_manifest(manifest) if isinstance(manifest, str | os.PathLike) else validate_manifest(manifest)
+        self.dataset = CTReportDataset(table[:limit], preprocess_config, cache_dir)
+        self.rows = self.dataset.rows
+        self.labels = np.array([[float(row[name]) for name in FINDINGS] for row in self.rows])
+        self.classifiers = {name: ZeroShotClassifier(model, tokenizer, prompts) for name, model in models.items()}
+        self._made_of = {name: describe(model, preprocess_config) for name, model in models.items()}
+        self.embeddings = {
+            name: torch.full((len(self.rows), model.config.projection_dim), torch.nan) for name, model in models.items()
+        }
+        self._keys = [self._key(row) for row in self.rows]
+        self._read_kept()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    # --- embedding ---
+
+    def _key(self, row: dict) -> str:
+        """The study's content and how it is read; "" if its file is not there, which `embed` will say."""
+        try:
+            row["checksum"] = content_of(row)  # so that its file is hashed once
+        except OSError:
+            return ""
+        return key_of(row, row["checksum"], self.dataset.config)
+
+    def _file(self, name: str) -> Path:
+        digest = hashlib.sha256(json.dumps(self._made_of[name], sort_keys=True).encode()).hexdigest()[:32]
+        return Path(self.cache_dir) / "embeddings" / f"{digest}.safetensors"
+
+    def _read_kept(self) -> None:
+        for name, found in self.embeddings.items():
+            if self.cache_dir is not None and self._file(name).is_file():
+                kept = load_embeddings(self._file(name), self._made_of[name])
+                of_key = dict(zip(kept.studies.tolist(), kept.embeddings, strict=True))
+                for i, key in enumerate(self._keys):
+                    if key in of_key:
+                        found[i] = of_key[key]
+
+    def _keep(self) -> None:
+        """Add to the files what they lack; they hold the studies of other browsers too."""
+        if self.cache_dir is None:
+            return
+        for name, found in self.embeddings.items():
+            path, of_key = self._file(name), {}
+            if path.is_file():
+                kept = load_embeddings(path, self._made_of[name])
+                of_key = dict(zip(kept.studies.tolist(), kept.embeddings, strict=True))
+            before = len(of_key)
+            of_key |= {key: found[i] for i, key in enumerate(self._keys) if key and not found[i].isnan().any()}
+            if len(of_key) > before:
+                unknown = np.full((len(of_key), len(FINDINGS)), np.nan)
+                keys = np.array(list(of_key))
+                embedded = Embedded(torch.stack(list(of_key.values())), unknown, keys, keys)
+                save_embeddings(embedded, path, self._made_of[name])
+
+    def _left(self) -> dict[str, list[int]]:
+        """For each model the studies without an embedding."""
+        return {name: found.isnan().any(1).nonzero()[:, 0].tolist() for name, found in self.embeddings.items()}
+
+    def cost(self) -> str:
+        """What `embed` will have to do, in a sentence."""
+        left = self._left()
+        n, todo = len(self.rows), sorted(set().union(*left.values()))
+        cache = self.dataset.cache
+        unprepared = sum(cache is None or not self._keys[i] or not cache.has(self._keys[i]) for i in todo)
+        return (
+            f"{n:,} {_plural('study', n)}, {len(self.models)} {_plural('model', len(self.models))} "
+            f"({', '.join(self.models)}): {sum(map(len, left.values())):,} of {n * len(self.models):,} embeddings are "
+            f"to be computed, {unprepared:,} {_plural('volume', unprepared)} to be prepared first"
+        )
+
+    def embed(self, batch_size: int = 8, progress: bool = True) -> None:
+        """Embed what is not embedded yet. Interrupted, the same call goes on.
+
+        Args:
+            batch_size: volumes in memory at a time; 1 or 2 for the full-size model.
+            progress: show it.
+        """
+        from tqdm.auto import tqdm
+
+        left = self._left()
+        todo, written = sorted(set().union(*left.values())), time.monotonic()
+        try:
+            with tqdm(total=len(todo), desc="studies", unit="study", disable=not progress or not todo) as bar:
+                for start in range(0, len(todo), batch_size):
+                    self._embed_some(todo[start : start + batch_size], left)
+                    bar.update(len(todo[start : start + batch_size]))
+                    if time.monotonic() - written > WRITE_EVERY:
+                        self._keep()
+                        written = time.monotonic()
+        finally:
+            self._keep()
+
+    def _embed_some(self, indices: Sequence[int], left: Mapping[str, Sequence[int]]) -> None:
+        items = {}
+        for i in indices:
+            study = self.rows[i]["study"]
+            self.failures.pop(study, None)
+            try:
+                items[i] = self.dataset[i]
+            except (OSError, ValueError) as error:  # one bad file does not cost the others
+                self.failures[study] = str(error)
+        for name, classifier in self.classifiers.items():
+            mine = [i for i in items if i in left[name]]
+            if mine:
+                seen = classifier.embed([items[i] for i in mine], len(mine), progress=False)
+                self.embeddings[name][mine] = seen.embeddings
+
+    # --- what is shown ---
+
+    @property
+    def probabilities(self) -> dict[str, np.ndarray]:
+        """For each model (n, 18); NaN for studies in `failures`."""
+        return {name: c.scores_from_embeddings(self.embeddings[name]) for name, c in self.classifiers.items()}
+
+    @property
+    def sortings(self) -> tuple[str, ...]:
+        """What `ordered` sorts by."""
+        return ("disagreement", *(f"error of {name}" for name in self.models), "study")
+
+    def differences(self) -> np.ndarray:
+        """How far apart the models' probabilities are (n, 18): the largest minus the smallest."""
+        stacked = np.stack(list(self.probabilities.values()))
+        return stacked.max(0) - stacked.min(0)
+
+    def ordered(self, by: str = "disagreement", finding: str | None = None, presence: str = "any") -> "pd.Series":
+        """Studies that a filter lets through, in order.
+
+        Args:
+            by: "disagreement", the mean over findings of what `differences` gives, largest first; "error of NAME", the
+                mean over known labels of |probability - label| of that model, largest first; "study", by name.
+            finding: takes disagreement and error of this finding alone; None: of all.
+            presence: keeps studies whose label of the finding is "present", "absent" or "unknown"; "any" keeps all.
+
+        Returns:
+            The value sorted by, or of the disagreement where sorted by name, on the index of the row. Studies that
+            could not be read come last, with NaN.
+
+        Raises:
+            ValueError: an unknown `by`, finding or presence; a presence without a finding.
+        """
+        import pandas as pd
+
+        for what, value, known in (("by", by, self.sortings), ("presence", presence, PRESENCE)):
+            if value not in known:
+                raise ValueError(f"{what}={value!r}: expected one of {', '.join(known)}")
+        if finding is not None and finding not in FINDINGS:
+            raise ValueError(f"finding={finding!r} is unknown; the 18 names are in medctkit.FINDINGS")
+        if finding is None and presence != "any":
+            raise ValueError(f"presence={presence!r} needs a finding: present, absent or unknown is the label of one")
+        columns = range(len(FINDINGS)) if finding is None else [FINDINGS.index(finding)]
+        if by.startswith("error of "):
+            values = np.abs(self.probabilities[by.removeprefix("error of ")] - self.labels)
+        else:
+            values = self.differences()
+        # over a data frame, because a mean over no known label is NaN there, without a warning
+        found = pd.DataFrame(values)[list(columns)].mean(axis=1)
+        if presence != "any":
+            label = self.labels[:, columns[0]]
+            found = found[{"present": label == 1, "absent": label == 0, "unknown": np.isnan(label)}[presence]]
+        if by == "study":
+            return found.loc[sorted(found.index, key=lambda i: self.rows[i]["study"])]
+        return found.sort_values(ascending=False, na_position="last", kind="stable")
+
+    def score(self, stating: str, denying: str = "") -> Sentence:
+        """Score any sentence against all studies.
+
+        Args:
+            stating: the sentence.
+            denying: its negation; "": none, the cosine of the sentence alone.
+
+        Raises:
+            ValueError: no sentence, or one that is longer than the text encoder takes.
+        """
+        stating, denying = stating.strip(), denying.strip()
+        if not stating:
+            raise ValueError("type a sentence, for example: There is a nodule in the right upper lobe.")
+        values = {}
+        for name, model in self.models.items():
+            pair = {"sentence": ([stating], [denying or stating])}
+            classifier = ZeroShotClassifier(model, self.tokenizer, pair, findings=("sentence",))
+            embeds = self.embeddings[name]
+            if denying:
+                values[name] = classifier.scores_from_embeddings(embeds)[:, 0]
+            else:
+                values[name] = (embeds.to(classifier.device) @ classifier.text_embeds()[0, 0]).cpu().numpy()
+        return Sentence(stating, denying, values, tuple(self.tokenizer.tokenize(stating)))
+
+    def view(self, index: int) -> tuple[CTVolume, dict[str, np.ndarray]]:
+        """A study to look at: a phantom, made again at `VIEW_SHAPE`, with its masks; a real scan, read, without.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: see `read_volume`.
+        """
+        row = self.rows[index]
+        if has_file(row):
+            return volume_from_row(row), {}
+        study = study_from_row(row, VIEW_SHAPE)
+        return study.volume, study.masks
+
+
+def _plural(word: str, n: int) -> str:
+    return word if n == 1 else {"study": "studies"}.get(word, f"{word}s")

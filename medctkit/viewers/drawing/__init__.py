@@ -1,0 +1,3 @@
+"""What the viewers draw with."""
+
+__all__ = []

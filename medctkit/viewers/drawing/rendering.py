@@ -1,0 +1,371 @@
+"""From a CT to pictures: windows, slices in radiological orientation, masks and heat maps over them.
+
+Plain functions from a volume to a picture, without a widget. Slices are shown as radiologists hang them: axial from
+below, so that the patient's right is on the left of the picture; coronal from the front; sagittal with the front on
+the left.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from medctkit.scans.geometry import CANONICAL, LETTERS, straight_affine
+from medctkit.scans.heat_map import HeatMap
+from medctkit.scans.volumes import CTVolume
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from medctkit.phantom.study import PhantomStudy
+
+WINDOWS = {"lung": (-600, 1500), "mediastinum": (40, 400), "bone": (400, 1800)}  # centre and width, HU
+PLANES = {"axial": 0, "coronal": 1, "sagittal": 2}
+MARKS = {"axial": ("R", "L", "A", "P"), "coronal": ("R", "L", "S", "I"), "sagittal": ("A", "P", "S", "I")}
+COLOUR_MAPS = ("inferno", "viridis", "cividis")
+# Okabe and Ito's colours, told apart by colour-blind people and from grey; yellow is the crosshair's
+MASK_COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (213, 94, 0), (204, 121, 167), (0, 114, 178))
+_MAP_POINTS = 96  # a side: a heat map is coarse, and asked for at no more points than this
+
+
+def window(hu, centre: float, width: float) -> np.ndarray:
+    """Grey values in [0, 1] of Hounsfield units seen through a window.
+
+    Raises:
+        ValueError: a width that is not above 0.
+    """
+    if not width > 0:
+        raise ValueError(f"window width must be above 0 HU, got {width}")
+    return np.clip((np.asarray(hu, dtype=np.float32) - centre) / width + 0.5, 0.0, 1.0)
+
+
+def window_of(name_or_pair) -> tuple[float, float]:
+    """Centre and width of a preset ("lung", "mediastinum", "bone") or of a (centre, width) pair.
+
+    Raises:
+        ValueError: neither.
+    """
+    if isinstance(name_or_pair, str):
+        if name_or_pair not in WINDOWS:
+            raise ValueError(f"unknown window {name_or_pair!r}; choose one of {', '.join(WINDOWS)} or (centre, width)")
+        return WINDOWS[name_or_pair]
+    if len(name_or_pair) != 2:
+        raise ValueError(f"window {tuple(name_or_pair)}: expected a preset name or (centre, width) in HU")
+    centre, width = map(float, name_or_pair)
+    if not (np.isfinite(centre) and np.isfinite(width) and width > 0):
+        raise ValueError(f"window {(centre, width)}: expected a finite centre and a width above 0, both in HU")
+    return centre, width
+
+
+def checked_plane(plane: str) -> str:
+    """The plane.
+
+    Raises:
+        ValueError: there is no such plane.
+    """
+    if plane not in PLANES:
+        raise ValueError(f"unknown plane {plane!r}; choose one of {', '.join(PLANES)}")
+    return plane
+
+
+def slice_of(array: np.ndarray, plane: str, index: int) -> np.ndarray:
+    """One slice (rows, columns) of an array (d, h, w) in SPL orientation, as it is hung.
+
+    Raises:
+        ValueError: unknown plane.
+        IndexError: no such slice.
+    """
+    axis = PLANES[checked_plane(plane)]
+    if not 0 <= index < array.shape[axis]:
+        raise IndexError(f"{plane} slice {index}: the volume has slices 0 to {array.shape[axis] - 1}")
+    cut = array[(slice(None),) * axis + (index,)]
+    return cut if plane == "axial" else cut[::-1]  # head up
+
+
+def pixel_size(volume: CTVolume, plane: str) -> tuple[float, float]:
+    """Height and width of a pixel of a slice, mm."""
+    return tuple(s for axis, s in enumerate(volume.spacing) if axis != PLANES[checked_plane(plane)])
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """A volume and its masks, turned to SPL: ready to be drawn. Made with `Scan.of`.
+
+    Attributes:
+        volume: in SPL orientation.
+        masks: boolean arrays (d, h, w).
+        name: what it is called where two scans are shown; may be "".
+        placed: does the affine say where the patient lay? Not if it is only what spacing and orientation give.
+    """
+
+    volume: CTVolume
+    masks: Mapping[str, np.ndarray] = field(default_factory=dict)
+    name: str = ""
+    placed: bool = True
+
+    @classmethod
+    def of(cls, volume: CTVolume, masks: Mapping[str, np.ndarray] | None = None, name: str = "") -> "Scan":
+        """A scan of a volume in any orientation, with masks of the same shape; where a mask isn't 0 it is filled.
+
+        Raises:
+            TypeError: not a CTVolume.
+            ValueError: a mask of another shape.
+        """
+        if not isinstance(volume, CTVolume):
+            raise TypeError(f"expected a CTVolume, as read_volume(path) gives it, got {type(volume).__name__}")
+        turned = {}
+        for title, mask in (masks or {}).items():
+            if np.shape(mask) != volume.shape:
+                raise ValueError(
+                    f"mask {title!r} has shape {np.shape(mask)}, the volume {volume.shape}: they must be the same"
+                )
+            mask = np.asarray(mask)
+            turned[title] = _turned(mask if mask.dtype == bool else mask != 0, volume.orientation)
+        placed = not np.allclose(volume.affine, straight_affine(volume.spacing, volume.orientation))
+        return cls(volume.reoriented(), turned, name, placed)
+
+    def point_of(self, voxel: Sequence[float]) -> np.ndarray:
+        """Patient coordinates (RAS, mm) of a voxel's middle."""
+        return self.volume.affine[:3, :3] @ voxel + self.volume.affine[:3, 3]
+
+    def voxel_of(self, point: Sequence[float]) -> np.ndarray:
+        """Where a point (RAS, mm) lies, as an index (d, h, w) with fractions; may be outside."""
+        return np.linalg.solve(self.volume.affine[:3, :3], np.asarray(point, float) - self.volume.affine[:3, 3])
+
+    def nearest(self, voxel: Sequence[float]) -> tuple[int, int, int]:
+        """The voxel of the scan that is nearest to an index with fractions."""
+        last = np.array(self.volume.shape) - 1
+        return tuple(int(i) for i in np.clip(np.rint(voxel), 0, last))
+
+    def described(self, voxel: Sequence[int]) -> str:
+        """Where a voxel (d, h, w) lies in the patient, and its value: "R 12 mm, P 30 mm, S 41 mm · -842 HU"."""
+        return f"{place_of(self.point_of(voxel))} · {self.volume.hu[tuple(voxel)]:.0f} HU"
+
+    @property
+    def middle(self) -> np.ndarray:
+        """The middle of the scanned box, patient coordinates in mm."""
+        return self.point_of((np.array(self.volume.shape) - 1) / 2)
+
+
+def place_of(point: Sequence[float]) -> str:
+    """Patient coordinates (3,) in words: how far to which side of the scan's origin, "R 12 mm, P 30 mm, S 41 mm"."""
+    rounded = (round(float(x)) for x in point)
+    return ", ".join(f"{side[x < 0]} {abs(x)} mm" for side, x in zip(("RL", "AP", "SI"), rounded, strict=True))
+
+
+def _turned(array: np.ndarray, orientation: str) -> np.ndarray:
+    """An array (d, h, w) of a volume in some orientation, seen in SPL; nothing is copied."""
+    axes = [LETTERS[letter][0] for letter in orientation]
+    order = [axes.index(LETTERS[letter][0]) for letter in CANONICAL]
+    flipped = [new for new, old in enumerate(order) if CANONICAL[new] != orientation[old]]
+    return np.flip(array.transpose(order), flipped)
+
+
+def mask_colours(names: Sequence[str]) -> dict[str, tuple[int, int, int]]:
+    """A colour for each mask; after six they come again."""
+    return {name: MASK_COLOURS[i % len(MASK_COLOURS)] for i, name in enumerate(names)}
+
+
+@lru_cache
+def font(size: int):
+    """The font of all marks and legends."""
+    from PIL import ImageFont
+
+    return ImageFont.load_default(size=size)
+
+
+@lru_cache
+def colour_table(name: str) -> np.ndarray:
+    """The colours (256, 3) of a colour map from its low to its high end.
+
+    Raises:
+        ValueError: not one of `COLOUR_MAPS`.
+    """
+    from matplotlib import colormaps
+
+    if name not in COLOUR_MAPS:
+        raise ValueError(f"unknown colour map {name!r}; choose one of {', '.join(COLOUR_MAPS)}")
+    return colormaps[name](np.arange(256), bytes=True)[:, :3]
+
+
+@dataclass(frozen=True)
+class Look:
+    """How slices are drawn.
+
+    Attributes:
+        window: centre and width, HU.
+        masks: names of the masks that are shown, each in its colour of `mask_colours`.
+        opacity: of the masks' tint, 0 to 1; their outlines are always drawn.
+        heat_map: laid over the slices.
+        heat_opacity: where the map is highest, 0 to 1.
+        colour_map: one of `COLOUR_MAPS`.
+    """
+
+    window: tuple[float, float] = WINDOWS["lung"]
+    masks: tuple[str, ...] = ()
+    opacity: float = 0.35
+    heat_map: HeatMap | None = None
+    heat_opacity: float = 0.6
+    colour_map: str = COLOUR_MAPS[0]
+
+
+def draw_slice(scan: Scan, plane: str, index: int, size: tuple[int, int], look: Look):
+    """A slice as a picture (PIL image, RGB) of a size (width, height) in pixels, without any text.
+
+    Grey values, over them the heat map, over it the masks. A heat map covers the more the higher its value is: where
+    it is lowest the CT is as it was.
+    """
+    from PIL import Image
+
+    grey = np.rint(255 * window(slice_of(scan.volume.hu, plane, index), *look.window)).astype(np.uint8)
+    picture = Image.fromarray(grey).resize(size, Image.Resampling.BILINEAR).convert("RGB")
+    if look.heat_map is not None:
+        share = Image.fromarray(heat_share(look.heat_map, scan.volume, plane, index))
+        levels = np.rint(255 * np.asarray(share.resize(size, Image.Resampling.BILINEAR))).astype(np.uint8)
+        cover = Image.fromarray(np.rint(look.heat_opacity * levels).astype(np.uint8))
+        picture.paste(Image.fromarray(colour_table(look.colour_map)[levels]), (0, 0), cover)
+    colours = mask_colours([*scan.masks])
+    for name in look.masks:
+        filled = slice_of(scan.masks[name], plane, index)
+        if not filled.any():
+            continue
+        filled = Image.fromarray(filled.astype(np.uint8) * 255)
+        inside = np.asarray(filled.resize(size, Image.Resampling.NEAREST)) > 127
+        around = np.pad(inside, 1)  # a mask that leaves the picture is outlined there too
+        edge = inside & ~(around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:])
+        strength = (255 * look.opacity * inside).astype(np.uint8)
+        strength[edge] = 255
+        picture.paste(colours[name], (0, 0, *size), Image.fromarray(strength))
+    return picture
+
+
+def heat_share(heat_map: HeatMap, volume: CTVolume, plane: str, index: int, most: int = _MAP_POINTS) -> np.ndarray:
+    """A heat map on a coarse grid of points of a slice: (rows, columns) float32, 0 for its lowest value, 1 its highest.
+
+    0 too where the map says nothing, or is the same everywhere. There are at most `most` points a side.
+    """
+    low, high = heat_map.limits
+    axis = PLANES[plane]
+    steps = []
+    for other, n in enumerate(volume.shape):
+        points = min(n, most)
+        steps.append([index] if other == axis else (np.arange(points) + 0.5) * n / points - 0.5)
+    voxels = np.stack(np.meshgrid(*steps, indexing="ij"), axis=-1)
+    found = np.take(heat_map.at(voxels @ volume.affine[:3, :3].T + volume.affine[:3, 3]), 0, axis=axis)
+    share = (found - low) / (high - low) if high > low else np.zeros_like(found)
+    share = np.nan_to_num(share).clip(0, 1).astype(np.float32)
+    return share if plane == "axial" else share[::-1]
+
+
+def draw_marks(picture, plane: str, title: str = "", name: str = "") -> None:
+    """Write the sides of the patient at the edges of a slice, and what it is in its corners."""
+    from PIL import ImageDraw
+
+    draw, (wide, tall) = ImageDraw.Draw(picture), picture.size
+    left, right, top, bottom = MARKS[plane]
+    for text, at, anchor in (
+        (left, (6, tall / 2), "lm"), (right, (wide - 6, tall / 2), "rm"),
+        (top, (wide / 2, 20 if title and wide < 200 else 4), "mt"), (bottom, (wide / 2, tall - 4), "mb"),
+    ):  # fmt: skip
+        draw.text(at, text, (150, 200, 255), font(15), anchor, stroke_width=2, stroke_fill=(0, 0, 0))
+    for text, at, anchor in ((title, (6, 5), "lt"), (name, (6, tall - 5), "lb")):
+        draw.text(at, text, (255, 255, 255), font(12), anchor, stroke_width=2, stroke_fill=(0, 0, 0))
+
+
+def render(
+    volume: CTVolume,
+    plane: str,
+    index: int,
+    window="lung",
+    masks: Mapping[str, np.ndarray] | None = None,
+    opacity: float = 0.35,
+    height: int = 480,
+    *,
+    heat_map: HeatMap | None = None,
+    heat_opacity: float = 0.6,
+    colour_map: str = "inferno",
+):
+    """A slice as a picture (PIL image, RGB), with orientation marks and the right aspect ratio.
+
+    Args:
+        volume: in SPL orientation.
+        plane: "axial", "coronal" or "sagittal".
+        index: slice along the plane's axis.
+        window: preset name or (centre, width) in HU.
+        masks: named boolean arrays (d, h, w), each tinted and outlined in its colour of `mask_colours`.
+        opacity: of the tint, 0 to 1.
+        height: of the picture, pixels; less where the slice is more than twice as wide as it is tall.
+        heat_map: laid over the slice.
+        heat_opacity: where the map is highest, 0 to 1.
+        colour_map: one of `COLOUR_MAPS`.
+
+    Raises:
+        ValueError: a volume in another orientation (its marks would be wrong), unknown plane or window, a mask of
+            another shape.
+        IndexError: no such slice.
+    """
+    if volume.orientation != CANONICAL:
+        raise ValueError(f"volume in orientation {volume.orientation}, expected SPL: pass volume.reoriented()")
+    scan, steps = Scan.of(volume, masks), pixel_size(volume, plane)
+    tall, wide = (n * s for n, s in zip(slice_of(volume.hu, plane, index).shape, steps, strict=True))
+    scale = min(height / tall, 2 * height / wide)  # pixels per mm; a thin slab must not fill metres
+    size = (max(1, round(scale * wide)), max(1, round(scale * tall)))
+    look = Look(window_of(window), tuple(scan.masks), opacity, heat_map, heat_opacity, colour_map)
+    picture = draw_slice(scan, plane, index, size, look)
+    draw_marks(picture, plane)
+    return picture
+
+
+def largest_slice(mask: np.ndarray, plane: str = "axial") -> int:
+    """Index of the slice with most of a mask (d, h, w)."""
+    return int(np.asarray(mask).sum(axis=tuple({0, 1, 2} - {PLANES[checked_plane(plane)]})).argmax())
+
+
+def montage(volume: CTVolume, plane: str = "axial", window="lung", n: int = 12, columns: int = 6) -> "Figure":
+    """N slices, evenly spaced, as one figure."""
+    import matplotlib.pyplot as plt
+
+    if n < 1 or columns < 1:
+        raise ValueError(f"montage of {n} slices in {columns} columns: both must be at least 1")
+    canonical = Scan.of(volume).volume
+    last = canonical.shape[PLANES[checked_plane(plane)]] - 1
+    chosen = np.linspace(0.08 * last, 0.92 * last, n).round().astype(int)
+    rows = -(-n // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(2.2 * columns, 2.4 * rows), facecolor="black", squeeze=False)
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, index in zip(axes.flat, chosen, strict=False):
+        ax.imshow(render(canonical, plane, int(index), window, height=260))
+        ax.set_title(f"{plane} {index}", color="white", fontsize=8)
+    figure.tight_layout(pad=0.4)
+    return figure
+
+
+def finding_gallery(studies: Sequence["PhantomStudy"], columns: int = 6) -> "Figure":
+    """Each study's first finding, cut where its mask is largest: lung window above, mediastinal window below."""
+    import matplotlib.pyplot as plt
+
+    if not studies:
+        raise ValueError("no studies: a gallery shows at least one")
+    for i, study in enumerate(studies):
+        if not study.masks:
+            raise ValueError(f"study {i} has no finding, so nothing to cut through; leave it out")
+    rows = -(-len(studies) // columns)
+    figure, axes = plt.subplots(
+        2 * rows, columns, figsize=(2.5 * columns, 4.7 * rows), facecolor="black", squeeze=False
+    )
+    for ax in axes.flat:
+        ax.axis("off")
+    for i, study in enumerate(studies):
+        name, mask = next(iter(study.masks.items()))
+        scan = Scan.of(study.volume, {name: mask})
+        index = largest_slice(scan.masks[name])
+        for j, preset in enumerate(("lung", "mediastinum")):
+            ax = axes[2 * (i // columns) + j, i % columns]
+            outlined = scan.masks if j == 1 else None
+            ax.imshow(render(scan.volume, "axial", index, preset, outlined, opacity=0.0, height=300))
+            ax.set_title(name if j == 0 else "", color="white", fontsize=9)
+    figure.tight_layout(pad=0.4)
+    return figure

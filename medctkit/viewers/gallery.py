@@ -1,0 +1,36 @@
+"""The pictures of phantoms in README, drawn by the kit itself."""
+
+from pathlib import Path
+
+from medctkit.attention.maps import patch_map, relevance
+from medctkit.common.atomic import replacing
+from medctkit.findings import FINDINGS
+from medctkit.model.base_model import load_mini_base
+from medctkit.phantom.study import generate
+from medctkit.scans.preprocessing import preprocess
+from medctkit.viewers.drawing.rendering import finding_gallery
+from medctkit.viewers.slice_viewer import SliceViewer
+
+SHAPE = (80, 256, 256)
+
+
+def draw_pictures(folder: Path) -> list[Path]:
+    """Write `findings.png`, a phantom for each finding, and `viewer.png`, the slice viewer with a mask and a map.
+
+    Args:
+        folder: made if it is not there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    findings, viewer = folder / "findings.png", folder / "viewer.png"
+    studies = [generate(30 + i, findings=[name], shape=SHAPE) for i, name in enumerate(FINDINGS)]
+    with replacing(findings) as temporary:
+        finding_gallery(studies).savefig(temporary, format="png", dpi=70, facecolor="black")
+
+    name, mini = "Pleural effusion", load_mini_base()
+    study = generate(7, findings=["Lung nodule", name, "Lymphadenopathy"], shape=SHAPE)
+    pixels = preprocess(study.volume, mini.preprocess_config)
+    values = relevance(mini.model, mini.tokenizer, pixels, f"{name} is present.", f"{name} is not present.")
+    speaks = patch_map(values, study.volume, mini.preprocess_config, "speaks for pleural effusion")
+    slices = SliceViewer(study.volume, study.masks, height=420, heat_maps={"relevance": speaks}, canvas="plain")
+    slices.mask_boxes[name].value = True
+    return [findings, slices.to_png(viewer)]

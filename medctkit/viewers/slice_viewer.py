@@ -1,0 +1,392 @@
+"""The slice viewer: a CT in three linked planes in a notebook."""
+
+import html
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from medctkit.common.atomic import replacing
+from medctkit.scans.heat_map import HeatMap
+from medctkit.scans.volumes import CTVolume
+from medctkit.viewers.drawing.canvases import KINDS, MouseCanvas, PlainCanvas, kind_that_works
+from medctkit.viewers.drawing.composition import Composition, Panel
+from medctkit.viewers.drawing.linked_scans import LinkedScans
+from medctkit.viewers.drawing.messages import Messages
+from medctkit.viewers.drawing.rendering import COLOUR_MAPS, PLANES, WINDOWS, Look, largest_slice, window_of
+from medctkit.viewers.drawing.stack_page import write_stack_page
+
+ALL_PLANES = "three planes"
+_KEYS = {"up": 1, "right": 1, "down": -1, "left": -1, "pageup": 10, "pagedown": -10}
+_HELP = (
+    "Over the picture: the wheel changes the slice, a click or drag moves the crosshair. After a click, keys too: "
+    "arrows, page up and page down for the slice; 1, 2, 3 for the windows; c for the crosshair; m for the masks."
+)
+
+
+class SliceViewer:
+    """Look through a volume in a notebook: axial, coronal and sagittal slices, linked by a crosshair.
+
+    Sliders (or their arrow keys) do everything, also in Colab. Where ipympl is installed the picture hears the mouse
+    and keys too: wheel, click, drag, and the HU and position under the cursor. Slices hang as radiologists hang them.
+    The first picture also shows in exported HTML. The widget is `.widget`; `.messages` says what went wrong.
+
+    A second volume is shown below, or beside it in a single plane, and moves along: by patient coordinates, or by the
+    distance from the middle of each scan. `LinkedScans` says when; the lines under the picture say which.
+
+    Args:
+        volume: any orientation.
+        masks: named arrays with the volume's shape, filled where they are not 0. Choosing one moves the crosshair to
+            where most of it is.
+        window: preset to start with, or (centre, width) in HU.
+        height: of the picture's rows, pixels; a single plane is 1.5 times as tall.
+        other: a second volume to compare with.
+        names: what to call the two volumes.
+        heat_maps: named maps to lay over the volume; the first is shown.
+        canvas: "ipympl", "plain", or None for what works here.
+
+    Raises:
+        TypeError: not a CTVolume, or not a HeatMap.
+        ValueError: a mask of another shape, an unknown window or canvas, not two names.
+    """
+
+    def __init__(
+        self,
+        volume: CTVolume,
+        masks: Mapping[str, np.ndarray] | None = None,
+        window="lung",
+        height: int = 360,
+        *,
+        other: CTVolume | None = None,
+        names: Sequence[str] | None = None,
+        heat_maps: Mapping[str, HeatMap] | None = None,
+        canvas: str | None = None,
+    ):
+        if canvas not in (None, *KINDS):
+            raise ValueError(
+                f"unknown canvas {canvas!r}; choose one of {', '.join(KINDS)}, or None for what works here"
+            )
+        centre, width = window_of(window)
+        linked, heat_maps = LinkedScans(volume, masks, other, names), _heat_maps(heat_maps)
+        self.height, self.messages, self._callbacks = height, Messages(), []
+        self._touched, self._hidden, self._cursor = "axial", (), None
+        kind = kind_that_works() if canvas is None else canvas
+        self.canvas = PlainCanvas() if kind == "plain" else MouseCanvas(self._on_canvas)
+        self._build(window if isinstance(window, str) else "free", round(centre), max(1, round(width)))
+        self._show_scans(linked, heat_maps)
+
+    def _build(self, preset: str, centre: int, width: int) -> None:
+        """Make the controls."""
+        import ipywidgets as w
+
+        def slider(kind, description, tooltip, wide="280px", **values):
+            return kind(description=description, tooltip=tooltip, layout={"width": wide}, **values)
+
+        self.view = w.ToggleButtons(
+            options=[ALL_PLANES, *PLANES], tooltips=["side by side", *(f"{plane} only, larger" for plane in PLANES)],
+            style={"button_width": "auto"},
+        )  # fmt: skip
+        self.sliders = {name: slider(w.IntSlider, name, f"{name} slice", min=0, max=0) for name in PLANES}
+        self.preset = w.Dropdown(
+            options=[*WINDOWS, "free"], value=preset, description="window", tooltip="which HU are black and white",
+            layout={"width": "210px"},
+        )  # fmt: skip
+        # the sliders reach as far as what was asked for
+        ends = {"value": centre, "min": min(-1000, centre), "max": max(1000, centre), "step": 10}
+        self.centre = slider(w.IntSlider, "centre HU", "HU that are shown as middle grey", **ends)
+        ends = {"value": width, "min": min(10, width), "max": max(4000, width), "step": 10}
+        self.width = slider(w.IntSlider, "width HU", "HU from black to white", **ends)
+        self.crosshair = w.Checkbox(value=True, description="crosshair", indent=False, layout={"width": "110px"})
+        self.mask_boxes: dict[str, w.Checkbox] = {}
+        share = {"min": 0, "max": 1, "step": 0.05}
+        self.opacity = slider(w.FloatSlider, "mask tint", "opacity of the masks", value=0.35, **share)
+        self.heat_map = w.Dropdown(options=["none"], description="heat map", tooltip="which map lies over the slices")
+        self.heat_opacity = slider(w.FloatSlider, "map tint", "opacity where the map is highest", value=0.6, **share)
+        self.colour_map = w.Dropdown(options=COLOUR_MAPS, description="colours", layout={"width": "210px"})
+        self.readout, self.hover = w.HTML(), w.HTML(_HELP if isinstance(self.canvas, MouseCanvas) else "")
+        for plane in PLANES:
+            self.messages.observe(self.sliders[plane], self._moved)
+        self.messages.observe(self.view, self._arrange)
+        self.messages.observe(self.preset, self._change_preset)
+        for control in (self.centre, self.width):
+            self.messages.observe(control, self._change_window)
+        for control in (self.crosshair, self.opacity, self.heat_map, self.heat_opacity, self.colour_map):
+            self.messages.observe(control, self._draw)
+
+        wrapping = {"flex_flow": "row wrap", "align_items": "center"}
+        self._mask_row, self._heat_row = w.HBox(layout=wrapping), w.HBox(layout=wrapping)
+        self._heat_row.children = [self.heat_map, self.heat_opacity, self.colour_map]
+        self.widget = w.VBox(
+            [
+                w.HBox([self.view, self.crosshair], layout=wrapping),
+                w.HBox([*self.sliders.values()], layout=wrapping),
+                w.HBox([self.preset, self.centre, self.width], layout=wrapping),
+                self._mask_row, self._heat_row, self.canvas.widget, self.readout, self.hover, self.messages.widget,
+            ]
+        )  # fmt: skip
+
+    # --- what is shown ------------------------------------------------------------------------------------
+
+    def set_volume(
+        self,
+        volume: CTVolume,
+        masks: Mapping[str, np.ndarray] | None = None,
+        heat_maps: Mapping[str, HeatMap] | None = None,
+        other: CTVolume | None = None,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        """Show another study; window, view and opacities stay, the crosshair goes to the middle of the scan.
+
+        Callbacks of `on_move` are not called. Where the input is refused, the old study stays.
+
+        Raises:
+            TypeError: as the class.
+            ValueError: as the class.
+        """
+        self._show_scans(LinkedScans(volume, masks, other, names), _heat_maps(heat_maps))
+
+    def set_heat_maps(self, heat_maps: Mapping[str, HeatMap] | None) -> None:
+        """Lay other maps over the volume, and show the first; opacity and colours stay.
+
+        Raises:
+            TypeError: not a HeatMap.
+        """
+        self._take_heat_maps(_heat_maps(heat_maps))
+        self._draw()
+
+    def _show_scans(self, linked: LinkedScans, heat_maps: dict[str, HeatMap]) -> None:
+        import ipywidgets as w
+
+        self._linked, self.scans = linked, linked.scans
+        with self.messages.quietly():
+            for slider, n in zip(self.sliders.values(), self.scans[0].volume.shape, strict=True):
+                slider.max = n - 1
+                slider.value = slider.max // 2
+        for box in self.mask_boxes.values():
+            box.close()
+        self.mask_boxes = {
+            name: w.Checkbox(description=name, indent=False, layout={"width": "auto", "margin": "0 1em 0 0"})
+            for name in self.scans[0].masks
+        }
+        for name, box in self.mask_boxes.items():
+            self.messages.observe(box, lambda name=name: self._choose_mask(name))
+        self._mask_row.children = [
+            w.Label("masks", layout={"margin": "0 1em 0 0"}),
+            *self.mask_boxes.values(),
+            self.opacity,
+        ]
+        self._mask_row.layout.display = None if self.mask_boxes else "none"
+        self._hidden = ()
+        self._take_heat_maps(heat_maps)
+        self._arrange()
+
+    def _take_heat_maps(self, heat_maps: dict[str, HeatMap]) -> None:
+        self.heat_maps = heat_maps
+        with self.messages.quietly():
+            self.heat_map.options = ["none", *heat_maps]
+            self.heat_map.value = next(iter(heat_maps), "none")
+        self._heat_row.layout.display = None if heat_maps else "none"
+
+    @property
+    def chosen_masks(self) -> tuple[str, ...]:
+        """Names of the masks that are shown."""
+        return tuple(name for name, box in self.mask_boxes.items() if box.value)
+
+    @property
+    def look(self) -> Look:
+        """How the slices are drawn now."""
+        return Look(
+            (self.centre.value, self.width.value), self.chosen_masks, self.opacity.value,
+            self.heat_maps.get(self.heat_map.value), self.heat_opacity.value, self.colour_map.value,
+        )  # fmt: skip
+
+    def picture(self):
+        """The picture now shown (PIL image, RGB)."""
+        return self._composition.picture(self._linked.voxels(self.voxel), self.look, self.crosshair.value)
+
+    # --- the crosshair ------------------------------------------------------------------------------------
+
+    @property
+    def voxel(self) -> tuple[int, int, int]:
+        """The voxel (d, h, w) under the crosshair, of the volume in SPL orientation."""
+        return tuple(slider.value for slider in self.sliders.values())
+
+    @property
+    def position(self) -> np.ndarray:
+        """The middle of the voxel under the crosshair, patient coordinates (RAS) in mm."""
+        return self.scans[0].point_of(self.voxel)
+
+    def move_to(self, point: Sequence[float]) -> None:
+        """Move the crosshair to the voxel that is nearest to a point in the patient (RAS, mm).
+
+        Raises:
+            ValueError: not three finite numbers.
+        """
+        point = np.asarray(point, float)
+        if point.shape != (3,) or not np.isfinite(point).all():
+            raise ValueError(
+                f"point {point.tolist()}: expected three finite patient coordinates (right, front, head) in mm"
+            )
+        self._go_to(self.scans[0].nearest(self.scans[0].voxel_of(point)))
+
+    def on_move(self, callback: Callable[[np.ndarray], None]) -> None:
+        """Have a function called with the new position (RAS, mm) after every move of the crosshair."""
+        self._callbacks.append(callback)
+
+    def _go_to(self, voxel: tuple[int, int, int]) -> bool:
+        """Move to a voxel of the first scan, draw and tell; False where the crosshair is there already."""
+        if voxel == self.voxel:
+            return False
+        with self.messages.quietly():
+            for slider, index in zip(self.sliders.values(), voxel, strict=True):
+                slider.value = index
+        self.messages.guarded(self._moved)()
+        return True
+
+    def _moved(self) -> None:
+        self._draw()
+        for callback in self._callbacks:
+            callback(self.position)
+
+    # --- reactions ----------------------------------------------------------------------------------------
+
+    def _arrange(self) -> None:
+        planes = tuple(PLANES) if self.view.value == ALL_PLANES else (self.view.value,)
+        self._touched = planes[0]
+        self._composition = Composition(self.scans, planes, self.height)
+        self._draw()
+
+    def _change_preset(self) -> None:
+        if self.preset.value != "free":
+            with self.messages.quietly():
+                self.centre.value, self.width.value = WINDOWS[self.preset.value]
+        self._draw()
+
+    def _change_window(self) -> None:
+        with self.messages.quietly():
+            self.preset.value = "free"
+        self._draw()
+
+    def _choose_mask(self, name: str) -> None:
+        mask, moved = self.scans[0].masks[name], False
+        if self.mask_boxes[name].value and mask.any():
+            index = largest_slice(mask)  # where there is most of it
+            moved = self._go_to((index, *(int(np.median(where)) for where in np.nonzero(mask[index]))))
+        if not moved:
+            self._draw()
+
+    def _on_canvas(self, what: str, x: float, y: float, more) -> None:
+        react = {
+            "press": self._press, "drag": self._press, "hover": self._hover, "scroll": self._scroll, "key": self._key,
+        }  # fmt: skip
+        self.messages.guarded(lambda: react[what](x, y, more), keep=what == "hover")()
+
+    def _under(self, x: float, y: float) -> tuple[Panel, tuple[int, int, int]] | None:
+        """The panel at a place of the picture, and the voxel of its scan."""
+        panel = self._composition.panel_at(x, y)
+        if panel is None:
+            return None
+        return panel, panel.voxel(x, y, self._linked.voxels(self.voxel)[panel.scan][PLANES[panel.plane]])
+
+    def _press(self, x: float, y: float, _) -> None:
+        if found := self._under(x, y):
+            panel, voxel = found
+            self._touched = panel.plane
+            self._go_to(self._linked.in_first(panel.scan, voxel))
+
+    def _scroll(self, x: float, y: float, step: int) -> None:
+        if found := self._under(x, y):
+            self._touched = found[0].plane
+            self._step(step)
+
+    def _step(self, step: int) -> None:
+        slider = self.sliders[self._touched]
+        slider.value = min(max(slider.value + step, 0), slider.max)
+
+    def _hover(self, x: float, y: float, _) -> None:
+        self._cursor = x, y
+        if found := self._under(x, y):
+            panel, voxel = found
+            self.hover.value = f"under the cursor: {self.scans[panel.scan].described(voxel)}"
+
+    def _key(self, x: float, y: float, key: str) -> None:
+        if key in _KEYS:
+            self._step(_KEYS[key])
+        elif key in ("1", "2", "3"):
+            self.preset.value = [*WINDOWS][int(key) - 1]
+        elif key == "c":
+            self.crosshair.value = not self.crosshair.value
+        elif key == "m":
+            shown, self._hidden = self._hidden or tuple(self.mask_boxes), self.chosen_masks
+            with self.messages.quietly():
+                for name, box in self.mask_boxes.items():
+                    box.value = not self._hidden and name in shown
+            self._draw()
+
+    def _draw(self) -> None:
+        self.canvas.show(self.picture())
+        first = self.scans[0]
+        slices = ", ".join(f"{plane} {slider.value} of 0 to {slider.max}" for plane, slider in self.sliders.items())
+        said = [f"{slices} · {first.described(self.voxel)}"]
+        inside = [name for name in self.chosen_masks if first.masks[name][self.voxel]]
+        said += [f"inside of {', '.join(inside)}"] if inside else []
+        if (heat_map := self.look.heat_map) is not None:
+            value = float(heat_map.at(self.position[None])[0])
+            said.append(f"{heat_map.name}: {'does not reach this place' if np.isnan(value) else f'{value:.3g}'}")
+        said.append(f"window centre {self.centre.value} HU, width {self.width.value} HU")
+        said += self._linked.described(self.voxel)
+        self.readout.value = "<br>".join(map(html.escape, said))
+        if self._cursor is not None:  # another slice lies under it now
+            self._hover(*self._cursor, None)
+
+    # --- keeping ------------------------------------------------------------------------------------------
+
+    def to_png(self, path: str | os.PathLike) -> Path:
+        """Save the picture now shown; written whole or not at all."""
+        path = Path(path)
+        with replacing(path) as temporary:
+            self.picture().save(temporary, format="png")
+        return path
+
+    def to_html(self, path: str | os.PathLike, plane: str = "axial", title: str | None = None) -> Path:
+        """Save a plane's whole stack as one HTML file that works without a kernel: see `write_stack_page`.
+
+        It has the window, masks and heat map that are shown now, and a second window to switch to. Of two volumes it
+        has the first.
+
+        Args:
+            path: the file.
+            plane: "axial", "coronal" or "sagittal".
+            title: heading of the page; the volume's name if not given.
+
+        Raises:
+            ValueError: unknown plane.
+        """
+        second = "mediastinum" if self.preset.value == "lung" else "lung"
+        windows = {self.preset.value: self.look.window, second: WINDOWS[second]}
+        title = title or self.scans[0].name or "CT"
+        return write_stack_page(path, self.scans[0], plane, windows, self.look, title)
+
+    def close(self) -> None:
+        """Remove the widget, and let go of the volumes."""
+        self.canvas.close()
+        for row in self.widget.children:
+            for control in getattr(row, "children", ()):
+                control.close()
+            row.close()
+        self.widget.close()
+        self.scans, self.heat_maps, self._callbacks, self._linked, self._composition = (), {}, [], None, None
+
+    def _repr_mimebundle_(self, **kwargs):
+        return self.widget._repr_mimebundle_(**kwargs)
+
+
+def _heat_maps(heat_maps) -> dict[str, HeatMap]:
+    for name, heat_map in (heat_maps or {}).items():
+        if not isinstance(heat_map, HeatMap):
+            raise TypeError(
+                f"heat map {name!r} is of type {type(heat_map).__name__}, expected a HeatMap; "
+                "HeatMap.of_voxels(values, volume) makes one of an array with the volume's shape"
+            )
+    return dict(heat_maps or {})

@@ -1,0 +1,215 @@
+"""Zero-shot classification: sentences that state and that deny each finding, and which side the volume is nearer to.
+
+The prompts of the paper, "{finding} is present." and "{finding} is not present.", follow the evaluation of
+CT-CLIP (arXiv 2403.17834). Several wordings of each side make an ensemble: their normalised embeddings are averaged
+and the average is normalised again, as in CLIP's prompt ensembling (Radford et al. 2021, arXiv 2103.00020, section
+3.1.4), so that an ensemble costs no more per volume than a pair. Prompts are encoded once for a model and every volume
+once, not once per finding.
+
+Prompts are a data file, `assets/prompts.json`; your own go into a file of the same form. The wordings of "ensemble" are
+headlines such as "No evidence of pulmonary fibrotic sequela.", which need no article and so fit all 18 names. None is a
+wording of the reports that the kit trains on; "training-style" is the pair that is.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from textwrap import shorten
+from typing import Any
+
+import numpy as np
+import torch
+from torch import distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from medctkit.common.processes import process_and_processes
+from medctkit.findings import FINDINGS
+from medctkit.zero_shot.prompts import Prompts, prompt_sentences
+
+AT_A_TIME = 128  # sentences in the text encoder
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A data set seen through a model, in the order of the data set.
+
+    Attributes:
+        embeddings: (n, projection_dim) float32, L2-normalised.
+        labels: (n, 18); NaN where unknown.
+        patients: (n,) names.
+        studies: (n,) names.
+    """
+
+    embeddings: torch.Tensor
+    labels: np.ndarray
+    patients: np.ndarray
+    studies: np.ndarray
+
+
+class ZeroShotClassifier:
+    """Probabilities of findings from a CT-CLIP model and prompts.
+
+    Prompts are encoded at the first score and kept: after training the model or switching its adapter, make a
+    new classifier.
+
+    Args:
+        model: a `CTCLIPModel`, with or without an adapter.
+        tokenizer: of its text encoder.
+        prompts: "paper", "training-style", "ensemble", your own (stating, denying) templates with {finding} in them, or
+            the `Path` of a JSON file; see `prompt_sentences`.
+        findings: names to put into the templates, in the order of the columns of the scores.
+
+    Raises:
+        FileNotFoundError: see `prompt_sentences`.
+        ValueError: see `prompt_sentences`; a prompt longer than the text encoder's positions.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, prompts: Prompts = "paper", findings=FINDINGS):
+        self.model, self.tokenizer, self.findings = model, tokenizer, tuple(findings)
+        self._wordings = [sentences for side in prompt_sentences(prompts, self.findings) for sentences in side]
+        flat = [sentence for sentences in self._wordings for sentence in sentences]
+        self._words = tokenizer(flat, padding=True, return_tensors="pt")
+        lengths, limit = self._words["attention_mask"].sum(1), model.config.text_config["max_position_embeddings"]
+        if lengths.max() > limit:
+            longest = shorten(flat[int(lengths.argmax())], 60, placeholder=" ...")
+            raise ValueError(
+                f"the prompt {longest!r} has {lengths.max()} tokens, the text encoder takes {limit}; shorten it"
+            )
+        self._text: torch.Tensor | None = None
+        self._scale: torch.Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def text_embeds(self) -> torch.Tensor:
+        """Embeddings of the prompts (2, k, p): stating, denying. Encoded at the first call and kept."""
+        if self._text is None:
+            words = (self._words[name].split(AT_A_TIME) for name in ("input_ids", "attention_mask"))
+            with evaluating(self.model):
+                parts = [
+                    self.model.encode_text(*(t.to(self.device) for t in part)) for part in zip(*words, strict=True)
+                ]
+                self._scale = self.model.temperature.detach().float().exp()
+            of_wording = torch.cat(parts).float().split([len(sentences) for sentences in self._wordings])
+            found = torch.stack([_direction(embeds) for embeds in of_wording])  # (2 k, p)
+            self._text = found.unflatten(0, (2, -1))  # (2 k, p) -> (2, k, p)
+        return self._text
+
+    def scores_from_embeddings(self, image_embeds) -> np.ndarray:
+        """Probabilities (b, k) of the findings from image embeddings (b, p).
+
+        Raises:
+            ValueError: embeddings of another shape.
+        """
+        stating, denying = self.text_embeds()
+        image_embeds = torch.as_tensor(image_embeds, dtype=torch.float32, device=stating.device)
+        if image_embeds.ndim != 2 or image_embeds.shape[1] != stating.shape[1]:
+            raise ValueError(
+                f"image embeddings have shape {tuple(image_embeds.shape)}; this model's are (volumes, "
+                f"{stating.shape[1]}): embed the volumes with this model"
+            )
+        with torch.autocast(stating.device.type, enabled=False):  # bfloat16 would round scores to ties
+            # the softmax of two similarities is the sigmoid of their difference
+            return torch.sigmoid(self._scale * image_embeds @ (stating - denying).T).cpu().numpy()
+
+    def scores(self, volumes: torch.Tensor) -> np.ndarray:
+        """Probabilities (b, k) of the findings for volumes (b, 1, d, h, w) in [-1, 1]."""
+        with evaluating(self.model):
+            return self.scores_from_embeddings(self.model.encode_image(volumes.to(self.device)))
+
+    def embed(self, dataset: Dataset, batch_size: int = 32, progress: bool = True, workers: int = 0) -> Embedded:
+        """Encode every volume of a data set once; under `accelerate launch` the processes share the work.
+
+        Args:
+            dataset: items as `CTReportDataset` gives them.
+            batch_size: volumes at a time; 1 or 2 for the full-size model on a small GPU.
+            progress: show it.
+            workers: processes that load volumes ahead; 0: none, right for data in memory.
+
+        Returns:
+            All of the data set in its order, in every process.
+
+        Raises:
+            ValueError: an empty data set.
+        """
+        from tqdm.auto import tqdm
+
+        if not len(dataset):
+            raise ValueError("the data set has no studies to embed")
+        process, processes = process_and_processes()
+        share = Subset(dataset, range(process, len(dataset), processes))
+        loader = DataLoader(share, batch_size=batch_size, collate_fn=list, num_workers=workers)
+        found = []
+        with evaluating(self.model):
+            for batch in tqdm(loader, desc="embedding", disable=not progress or process > 0):
+                volumes = torch.stack([item["pixel_values"] for item in batch])
+                embeds = self.model.encode_image(volumes.to(self.device)).float().cpu().numpy()
+                found += [
+                    (embed, item["labels"].numpy(), item["patient"], item["study"])
+                    for embed, item in zip(embeds, batch, strict=True)
+                ]
+        if processes > 1:
+            shares = [None] * processes
+            dist.all_gather_object(shares, found)
+            found = [shares[i % processes][i // processes] for i in range(len(dataset))]
+        embeddings, labels, patients, studies = (np.array(part) for part in zip(*found, strict=True))
+        return Embedded(torch.from_numpy(embeddings), labels, patients, studies)
+
+
+def _direction(embeds: torch.Tensor) -> torch.Tensor:
+    """What normalised embeddings (n, p) of n wordings have in common (p,); of a single one, itself to the last bit."""
+    return embeds[0] if len(embeds) == 1 else nn.functional.normalize(embeds.mean(0), dim=-1)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No gradients and evaluation mode; afterwards the model is as it was."""
+    training = {module: module.training for module in model.modules()}  # parts may differ, a frozen one say
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, was in training.items():
+            module.training = was
+
+
+def validation_score(
+    dataset: Dataset, tokenizer: Any, prompts: Prompts = "paper", batch_size: int = 32, workers: int = 0
+) -> Callable:
+    """A function from a model to its mean AUROC on a data set: what `finetune` maximises.
+
+    Use it on validation studies only. Findings with one class in the data set are left out of the mean, and unknown
+    labels (NaN) count nowhere.
+
+    Args:
+        dataset: validation studies.
+        tokenizer: of the text encoder.
+        prompts: see `ZeroShotClassifier`.
+        batch_size: see `ZeroShotClassifier.embed`.
+        workers: see `ZeroShotClassifier.embed`.
+
+    Raises:
+        ValueError: (when called) no finding has both classes.
+    """
+
+    def score(model: nn.Module) -> float:
+        from sklearn.metrics import roc_auc_score
+
+        classifier = ZeroShotClassifier(model, tokenizer, prompts)
+        found = classifier.embed(dataset, batch_size, progress=False, workers=workers)
+        scores = classifier.scores_from_embeddings(found.embeddings)
+        aurocs = []
+        for k in range(len(FINDINGS)):
+            known = ~np.isnan(found.labels[:, k])
+            labels = found.labels[known, k]
+            if 0 < labels.sum() < len(labels):
+                aurocs.append(roc_auc_score(labels, scores[known, k]))
+        if not aurocs:
+            raise ValueError("no finding has both positive and negative studies in the validation data")
+        return float(np.mean(aurocs))
+
+    return score

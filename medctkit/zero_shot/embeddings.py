@@ -1,0 +1,325 @@
+"""Embeddings of a data set in one file, with what they were made from.
+
+A volume is encoded once; prompts, thresholds and retrieval can then be tried in no time. The file says of which base
+model, adapter, pre-processing, precision and studies it is, and is refused for any other, because scores of mixed
+origin look like any others.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import distributed as dist
+from torch import nn
+from torch.utils.data import Subset
+
+from medctkit.cohort.cache import content_of, key_of
+from medctkit.common.atomic import replacing
+from medctkit.common.processes import process_and_processes
+from medctkit.findings import FINDINGS
+from medctkit.model.fingerprint import add_tensor, digests
+from medctkit.zero_shot.classifier import Embedded, ZeroShotClassifier
+
+if TYPE_CHECKING:
+    from medctkit.cohort.dataset import CTReportDataset
+    from medctkit.scans.preprocessing import PreprocessConfig
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from medctkit.zero_shot.classifier import Embedded
+
+BLOCK = 32  # volumes of a process between two writes: what an interruption costs at most
+
+
+def describe(model: nn.Module, preprocess_config: "PreprocessConfig") -> dict[str, Any]:
+    """What embeddings of a model are made from.
+
+    The digests are over every weight, so they differ if any does (0.6 s for each GB). The same base model has the same
+    digest with and without an adapter; a merged adapter makes another base model. An adapter that is switched off
+    counts as none.
+
+    Args:
+        model: a `CTCLIPModel`, with or without an adapter.
+        preprocess_config: of the volumes.
+
+    Returns:
+        `base model` and `adapter` (digests; "none"), `preprocessing`, and `precision`: the types of the weights, and of
+        autocast if it is on.
+    """
+    base, adapter = digests(model)
+    kinds = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
+    device = next(model.parameters()).device.type
+    if torch.is_autocast_enabled(device):
+        kinds.append(f"autocast {str(torch.get_autocast_dtype(device)).removeprefix('torch.')}")
+    return {
+        "base model": base,
+        "adapter": adapter,
+        "preprocessing": asdict(preprocess_config),
+        "precision": ", ".join(kinds),
+    }
+
+
+def _digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        add_tensor(digest, name, tensor)
+    return digest.hexdigest()
+
+
+def save_embeddings(embedded: Embedded, path: str | os.PathLike, made_of: Mapping[str, Any]) -> None:
+    """Write embeddings, whole or not at all: a safetensors file, 2 kB for each volume at full size.
+
+    Args:
+        embedded: what `ZeroShotClassifier.embed` gave; labels may be NaN, unknown.
+        path: the file.
+        made_of: see `describe`; anything that JSON can hold.
+
+    Raises:
+        ValueError: parts of unequal length, embeddings that are not finite, a study twice; says which.
+    """
+    from safetensors.torch import save_file
+
+    _check(embedded)
+    tensors = {
+        "embeddings": embedded.embeddings.detach().to("cpu", torch.float32).contiguous(),
+        "labels": torch.from_numpy(np.ascontiguousarray(embedded.labels, dtype=np.float32)),
+    }
+    rest = {"made_of": dict(made_of), "findings": FINDINGS, "sha256": _digest_of(tensors)}
+    rest |= {"studies": list(map(str, embedded.studies)), "patients": list(map(str, embedded.patients))}
+    rest |= {"versions": {"medctkit": version("medctkit"), "torch": torch.__version__}}  # told, not compared
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"medctkit": json.dumps(rest)})
+
+
+def load_embeddings(path: str | os.PathLike, made_of: Mapping[str, Any] | None = None) -> Embedded:
+    """Read what `save_embeddings` wrote, to the last bit.
+
+    Args:
+        path: the file.
+        made_of: see `describe`; entries of the file that are not in it are not compared. None: none is.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a damaged file, or one of another model, other settings or other studies; says which.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: there is no such file; medctkit embed writes one")
+    try:
+        with safe_open(str(path), "pt") as file:
+            rest = json.loads(file.metadata()["medctkit"])
+            tensors = {name: file.get_tensor(name) for name in ("embeddings", "labels")}
+        if rest["sha256"] != _digest_of(tensors):
+            raise ValueError("its numbers are not those that were written")
+        patients, studies = (np.array(rest[name]) for name in ("patients", "studies"))
+        embedded = Embedded(tensors["embeddings"], tensors["labels"].numpy(), patients, studies)
+        there, findings = rest["made_of"], tuple(rest["findings"])
+        _check(embedded)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged, or no file of embeddings: {error}. Delete it and embed anew, or give another file"
+        ) from None
+    if findings != FINDINGS:
+        raise ValueError(f"{path}: its labels are of {', '.join(findings)}; expected those of medctkit.FINDINGS")
+    here = json.loads(json.dumps(dict(made_of or {})))
+    different = [
+        f"{key}: {there.get(key, 'nothing')!r} there, {here[key]!r} here" for key in here if there.get(key) != here[key]
+    ]
+    if different:
+        raise ValueError(
+            f"{path} holds embeddings of something else. {'; '.join(different)}. Use the model, adapter, settings and "
+            "studies that it was made from, or embed anew into another file"
+        )
+    return embedded
+
+
+def _check(embedded: Embedded) -> None:
+    n = len(embedded.studies)
+    for name, expected in (("embeddings", 2), ("labels", 2), ("patients", 1), ("studies", 1)):
+        shape = tuple(getattr(embedded, name).shape)
+        if len(shape) != expected or shape[0] != n or (name == "labels" and shape[1] != len(FINDINGS)):
+            raise ValueError(
+                f"{name} have shape {shape}, but there are {n} studies; expected one row for each of them, "
+                f"and {len(FINDINGS)} labels"
+            )
+    _refuse_twice(embedded.studies)
+    finite = embedded.embeddings.isfinite().all(1)
+    if not finite.all():
+        first = embedded.studies[int((~finite).int().argmax())]
+        raise ValueError(f"study {first} has an embedding that is not finite; look at its volume and at the model")
+
+
+def _refuse_twice(studies: Sequence[str]) -> None:
+    names, counts = np.unique(np.asarray(studies), return_counts=True)
+    if len(names) < len(studies):
+        raise ValueError(f"study {names[counts.argmax()]} is there {counts.max()} times; each has one embedding")
+
+
+def refuse_other_order(
+    studies: Sequence[str], expected: Sequence[str], what: str = "embedding", other: str = "label"
+) -> None:
+    """Refuse what is not of the same studies in the same order: row i would be taken for another study's.
+
+    Args:
+        studies: names, such as `Embedded.studies`.
+        expected: names of what they are to be put beside, such as a manifest's column `study`.
+        what: one of the first, for the message.
+        other: one of the second.
+
+    Raises:
+        ValueError: the first row that differs, and both names.
+    """
+    studies, expected = list(map(str, studies)), list(map(str, expected))
+    if len(studies) != len(expected):
+        raise ValueError(
+            f"one {what} for each {other} is needed, but they are {len(studies):,} and {len(expected):,}; make both "
+            "from the same rows of the manifest"
+        )
+    for row, (one, another) in enumerate(zip(studies, expected, strict=True)):
+        if one != another:
+            same = "the same studies, in another order" if sorted(studies) == sorted(expected) else "other studies"
+            raise ValueError(
+                f"row {row}: the {what} is of study {one}, the {other} of study {another} ({same}); make both from the "
+                "same rows of the manifest"
+            )
+
+
+def embed_manifest(
+    classifier: ZeroShotClassifier,
+    dataset: "CTReportDataset",
+    path: str | os.PathLike,
+    batch_size: int = 32,
+    workers: int = 0,
+    progress: bool = True,
+    block: int = BLOCK,
+) -> Embedded:
+    """Embeddings of a data set: read from the file if they are in it, else computed and written to it.
+
+    Stopped in the middle, the same call goes on: finished blocks wait in a folder beside the file, which is gone in the
+    end. Under `accelerate launch` the processes share the work. Labels and patients are those of the data set at hand,
+    so a corrected label costs no new embedding.
+
+    Args:
+        classifier: with the model.
+        dataset: of a manifest.
+        path: the file.
+        batch_size: volumes at a time; 1 or 2 for the full-size model on a small GPU.
+        workers: processes that load volumes ahead; 0: none, right for data in memory.
+        progress: show it, and say how many are left.
+        block: volumes of a process between two writes.
+
+    Raises:
+        ValueError: a file of other studies, or of the same in another order; see `load_embeddings`; a study twice.
+        OSError: the file cannot be written.
+    """
+    from tqdm.auto import tqdm
+
+    path, rows = Path(path), dataset.rows
+    parts, (process, processes) = path.with_name(path.name + ".parts"), process_and_processes()
+    studies = [row["study"] for row in rows]
+    _refuse_twice(studies)
+    keys = [(row["study"], key_of(row, content_of(row), dataset.config)) for row in rows]
+    made_of = describe(classifier.model, dataset.config)
+    made_of["studies"] = f"{len(rows)}, {hashlib.sha256(repr(keys).encode()).hexdigest()[:32]}"
+    found = _in_main_process(lambda: _finished(path, parts, studies, made_of))
+    left = [i for i, study in enumerate(studies) if study not in found]
+    silent = not progress or process > 0 or not left
+    if not silent:
+        tqdm.write(f"{len(rows):,} volumes, of which {len(found):,} are embedded and {len(left):,} are left: {path}")
+    with tqdm(total=len(rows), initial=len(found), desc="embedding", unit="volume", disable=silent) as bar:
+        for start in range(0, len(left), block * processes):
+            indices = left[start : start + block * processes]
+            seen = classifier.embed(Subset(dataset, indices), batch_size, progress=False, workers=workers)
+            file = parts / f"{indices[0]:07}.safetensors"
+            _in_main_process(lambda seen=seen, file=file: save_embeddings(seen, file, made_of))
+            found |= zip(seen.studies.tolist(), seen.embeddings, strict=True)
+            bar.update(len(indices))
+
+    embedded = Embedded(
+        torch.stack([found[study] for study in studies]),
+        np.array([[float(row[name]) for name in FINDINGS] for row in rows], dtype=np.float32),
+        np.array([row["patient"] for row in rows]),
+        np.array(studies),
+    )
+    _in_main_process(lambda: _finish(embedded, path, parts, made_of))
+    return embedded
+
+
+def _finished(path: Path, parts: Path, studies: Sequence[str], made_of: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The embedding of every study that is in the file, or in blocks of a run that was interrupted."""
+    if path.is_file():
+        refuse_other_order(load_embeddings(path).studies, studies, f"embedding in {path}", "row of the manifest")
+        loaded = [load_embeddings(path, made_of)]
+    else:
+        try:
+            loaded = [load_embeddings(file, made_of) for file in sorted(parts.glob("*.safetensors"))]
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. An earlier run into {path} was not finished; to start over, delete {parts}"
+            ) from None
+    return {study: embed for e in loaded for study, embed in zip(e.studies.tolist(), e.embeddings, strict=True)}
+
+
+def _finish(embedded: Embedded, path: Path, parts: Path, made_of: Mapping[str, Any]) -> None:
+    """Write the file, unless it is there and says the same."""
+    before = load_embeddings(path) if path.is_file() else None
+    if (
+        before is None
+        or not np.array_equal(before.labels, embedded.labels, equal_nan=True)
+        or before.patients.tolist() != embedded.patients.tolist()
+    ):
+        save_embeddings(embedded, path, made_of)
+    shutil.rmtree(parts, ignore_errors=True)
+
+
+def _in_main_process(work: Callable[[], Any]) -> Any:
+    """What `work` gives in the first process, in all of them; or its error, so that none waits for the others."""
+    process, processes = process_and_processes()
+    if processes == 1:
+        return work()
+    result = [None]
+    if process == 0:
+        try:
+            result = [work()]
+        except (OSError, ValueError) as error:
+            result = [error]
+    dist.broadcast_object_list(result)
+    if isinstance(result[0], OSError | ValueError):
+        raise result[0]
+    return result[0]
+
+
+def same_studies(a: "Embedded", b: "Embedded") -> None:
+    """Make sure that two models saw the same studies in the same order, so that their scores can be compared.
+
+    Raises:
+        ValueError: names the first study where names, patients or labels differ.
+    """
+    if len(a.studies) != len(b.studies):
+        raise ValueError(f"one model saw {len(a.studies)} studies, the other {len(b.studies)}: embed the same data set")
+    for what, one, two in (
+        ("study", a.studies, b.studies),
+        ("patient", a.patients, b.patients),
+        ("labels", a.labels, b.labels),
+    ):
+        one, two = np.asarray(one), np.asarray(two)
+        if one.shape != two.shape:
+            raise ValueError(f"{what} have shape {one.shape} for one model, {two.shape} for the other")
+        different = (one != two) & ((one == one) | (two == two))  # an unknown label, NaN, is not itself
+        if different.any():
+            row = int(np.argwhere(different)[0, 0])
+            raise ValueError(
+                f"row {row}: {what} {one[row].tolist()!r} for one model, {two[row].tolist()!r} for the other; "
+                "embed the same data set in the same order"
+            )

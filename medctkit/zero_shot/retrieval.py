@@ -1,0 +1,330 @@
+"""Retrieval: which volume a report is of, and which volumes look like a volume.
+
+*Report to volume*: for each report, where among all volumes its own comes by cosine; recall@k is the share of reports
+whose volume is among the first k (k = 5, 10, 50, 100 in CT-CLIP's paper, arXiv 2403.17834). Volumes whose reports are
+the same, word for word, are right for each other, as two reconstructions of one scan are: no report could tell them
+apart. The paper's code counts only the one volume in the same place of the list.
+
+*Volume to volume*: for each volume, whether those that look most like it have its findings. Each finding is a search
+of its own: queries are the volumes that have it, and a volume found is relevant if it has it too; average precision is
+averaged over queries, then over findings (MAP). Neither the query nor another scan of its patient can be found. This is
+not what the paper's code calls MAP: there it is the mean overlap of the label sets of the query and of the first k
+(shared findings over findings of either), with the query itself among those that can be found.
+
+Both show chance, the value that a random order has on average, and 95 % intervals from a bootstrap over the patients
+who ask; who can be found stays the same.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from medctkit.findings import FINDINGS
+from medctkit.zero_shot.classifier import Embedded, evaluating
+from medctkit.zero_shot.embeddings import refuse_other_order
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+AT_A_TIME = 4_000_000  # similarities in memory
+LEVEL = (2.5, 97.5)  # percentiles of a 95 % interval
+OFF_UNIT = 0.02  # how far from 1 bfloat16 leaves the length of a normalised embedding
+
+
+@dataclass(frozen=True)
+class EmbeddedReports:
+    """Reports seen through a text encoder.
+
+    Attributes:
+        embeddings: (n, projection_dim) float32, L2-normalised.
+        reports: n texts.
+        studies: (n,) names.
+        cut: how many of the reports were longer than the text encoder's positions and lost their end.
+    """
+
+    embeddings: torch.Tensor
+    reports: tuple[str, ...]
+    studies: np.ndarray
+    cut: int
+
+
+def embed_reports(
+    model: nn.Module, tokenizer: Any, rows: Sequence[Mapping[str, Any]], batch_size: int = 32, progress: bool = True
+) -> EmbeddedReports:
+    """Encode every report once; equal ones, as of two reconstructions, together.
+
+    Args:
+        model: a `CTCLIPModel`, with or without an adapter.
+        tokenizer: of its text encoder.
+        rows: with `study` and `report`, such as `CTReportDataset.rows`.
+        batch_size: reports at a time.
+        progress: show it.
+
+    Raises:
+        ValueError: no rows, or a study without a report.
+    """
+    from tqdm.auto import tqdm
+
+    if not len(rows):
+        raise ValueError("there are no reports to embed")
+    for row in rows:
+        if not isinstance(row["report"], str) or not row["report"].strip():
+            raise ValueError(f"study {row['study']} has no report; leave it out of report-to-volume retrieval")
+    longest = model.config.text_config["max_position_embeddings"]
+    # alike in length, so that little is padding; and always in the same order, so that the last bits are the same
+    texts = sorted({row["report"] for row in rows}, key=lambda report: (len(report), report))
+    device, found, cut = next(model.parameters()).device, {}, set()
+    with evaluating(model), tqdm(total=len(texts), desc="reports", unit="report", disable=not progress) as bar:
+        for start in range(0, len(texts), batch_size):
+            part = texts[start : start + batch_size]
+            counted = tokenizer(part, truncation=True, max_length=longest + 1)["input_ids"]
+            cut |= {report for report, ids in zip(part, counted, strict=True) if len(ids) > longest}
+            words = tokenizer(part, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+            embeds = model.encode_text(words["input_ids"].to(device), words["attention_mask"].to(device))
+            found |= zip(part, embeds.float().cpu(), strict=True)
+            bar.update(len(part))
+    reports = tuple(row["report"] for row in rows)
+    return EmbeddedReports(
+        torch.stack([found[report] for report in reports]),
+        reports,
+        np.array([row["study"] for row in rows]),
+        sum(report in cut for report in reports),
+    )
+
+
+def report_ranks(reports: EmbeddedReports, volumes: Embedded) -> np.ndarray:
+    """For each report the place (n,) of its own volume among all, from 1; of several that are right, the first's.
+
+    A volume exactly as similar as the right one comes before it, so that a model that sees no difference finds nothing.
+
+    Raises:
+        ValueError: reports and volumes that are not of the same studies in the same order, embeddings that are not
+            finite or not normalised; says where.
+    """
+    _check(reports.embeddings, reports.studies, "report")
+    _check(volumes.embeddings, volumes.studies, "volume")
+    refuse_other_order(reports.studies, volumes.studies, "report", "volume")
+    widths = reports.embeddings.shape[1], volumes.embeddings.shape[1]
+    if widths[0] != widths[1]:
+        raise ValueError(f"reports have {widths[0]} numbers each, volumes {widths[1]}; embed both with the same model")
+    which, ranks = torch.from_numpy(_numbers(reports.reports)), []
+    for at, similarity in _similarities(reports.embeddings, volumes.embeddings):
+        right = which[at, None] == which[None, :]  # (chunk, n)
+        best = similarity.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
+        ranks.append(1 + ((similarity >= best) & ~right).sum(1))
+    return torch.cat(ranks).numpy()
+
+
+def report_to_volume(
+    reports: EmbeddedReports,
+    volumes: Embedded,
+    ks: Sequence[int] = (5, 10, 50, 100),
+    resamples: int = 1000,
+    seed: int = 0,
+) -> "pd.DataFrame":
+    """Recall of each report's own volume among the first k.
+
+    Args:
+        reports: from `embed_reports`.
+        volumes: from `ZeroShotClassifier.embed` or `load_embeddings`, the same studies in the same order.
+        ks: of recall@k; those above the number of volumes are left out, and named in `.attrs["gaps"]`.
+        resamples: bootstrap resamples of patients.
+        seed: of the bootstrap.
+
+    Returns:
+        A row for each k: recall, low, high, chance, reports.
+
+    Raises:
+        ValueError: see `report_ranks`; no k is left; fewer than two patients.
+    """
+    import pandas as pd
+
+    ranks, n = report_ranks(reports, volumes), len(volumes.studies)
+    ks, gaps = _fitting(ks, n)
+    which = _numbers(reports.reports)
+    hits = (ranks[:, None] <= np.array(ks)).astype(float)  # (n, ks)
+    low, high = _interval(hits, volumes.patients, resamples, seed)[:, :-1]  # the mean over k says nothing
+    chance = [_chance_of_hit(n, np.bincount(which), k)[which].mean() for k in ks]
+    columns = {"recall": hits.mean(0), "low": low, "high": high, "chance": chance, "reports": n}
+    table = pd.DataFrame(columns, index=pd.Index(ks, name="k"))
+    table.attrs["gaps"] = gaps
+    return table
+
+
+def volume_to_volume(
+    volumes: Embedded,
+    ks: Sequence[int] = (5, 10, 50),
+    findings: Sequence[str] = FINDINGS,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> "pd.DataFrame":
+    """Mean average precision of finding volumes with the same finding.
+
+    AP@k = sum over places i up to k of precision@i where place i is relevant, divided by min(k, relevant volumes); at
+    k = all volumes it is scikit-learn's average precision. Ties are broken by the seed.
+
+    Args:
+        volumes: embeddings, labels (NaN: unknown, neither asked for nor found) and patients.
+        ks: of MAP@k; those above the number of volumes to be found are left out, and named in `.attrs["gaps"]`.
+        findings: names of the columns of the labels.
+        resamples: bootstrap resamples of patients.
+        seed: of the bootstrap and of ties.
+
+    Returns:
+        A row for each finding and "mean": queries, and for each k, and for all volumes, map@k, map@k_low, map@k_high
+        and map@k_chance. A finding that no query could find again has an empty row, is left out of the mean, and named
+        in `.attrs["gaps"]`.
+
+    Raises:
+        ValueError: labels of another shape, or other than 0, 1 and NaN; embeddings that are not finite or not
+            normalised; no k is left; fewer than two patients.
+    """
+    import pandas as pd
+
+    _check(volumes.embeddings, volumes.studies, "volume")
+    labels, n = _labels(volumes, findings), len(volumes.studies)
+    _, patient, scans = np.unique(volumes.patients, return_inverse=True, return_counts=True)
+    if len(scans) < 2:
+        raise ValueError("all volumes are of one patient, so there is nothing to find; it takes at least two patients")
+    ks, gaps = _fitting(ks, n - int(scans.max()))
+    limits = {f"map@{k}": k for k in ks} | {"map": n}
+    shuffled = np.random.default_rng(seed).permutation(n)  # a stable sort then breaks ties by chance
+    precision, chance = (np.full((len(limits), n, len(findings)), np.nan) for _ in range(2))
+    for at, similarity in _similarities(volumes.embeddings, volumes.embeddings[torch.from_numpy(shuffled)]):
+        order = shuffled[similarity.argsort(dim=1, descending=True, stable=True).numpy()]  # (chunk, n)
+        others = patient[order] != patient[at][:, None]
+        for f in range(len(findings)):
+            asking = labels[at, f] == 1
+            found = labels[order[asking], f]
+            known = others[asking] & ~np.isnan(found)
+            values = _average_precision(found == 1, known, list(limits.values()))
+            precision[:, at[asking], f], chance[:, at[asking], f] = values
+
+    asked = ~np.isnan(precision[0])
+    columns = {"queries": [*asked.sum(0), int(asked.any(1).sum())]}
+    for row, name in enumerate(limits):
+        low, high = _interval(precision[row], volumes.patients, resamples, seed)
+        columns |= {name: _means(precision[row]), f"{name}_low": low, f"{name}_high": high}
+        columns[f"{name}_chance"] = _means(chance[row])
+    table = pd.DataFrame(columns, index=pd.Index([*findings, "mean"], name="finding"))
+    lonely = [name for name in findings if table.loc[name, "queries"] == 0]
+    table.attrs["gaps"] = gaps | {name: "not in two patients, so nothing to find; left out" for name in lonely}
+    return table
+
+
+def _numbers(reports: Sequence[str]) -> np.ndarray:
+    """A number for each report, the same for equal ones."""
+    known: dict[str, int] = {}
+    return np.array([known.setdefault(report, len(known)) for report in reports])
+
+
+def _average_precision(relevant: np.ndarray, known: np.ndarray, limits: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """AP@k of rows (q, n) in the order in which they were found, and what a random order has: both (ks, q).
+
+    A random order has a relevant volume in place i with probability R / n, and then each of the i - 1 before it is
+    relevant with probability (R - 1) / (n - 1).
+    """
+    relevant = relevant & known
+    place, hits = known.cumsum(1), relevant.cumsum(1)
+    precision = np.divide(hits, place, out=np.zeros(hits.shape), where=relevant)
+    total, n = relevant.sum(1), known.sum(1)
+    harmonic = np.concatenate([[0], (1 / np.arange(1, known.shape[1] + 1)).cumsum()])
+    values = np.full((2, len(limits), len(relevant)), np.nan)
+    for row, k in enumerate(limits):
+        best, deep = np.minimum(total, k), np.minimum(n, k)
+        found = (precision * (place <= k)).sum(1)
+        again = (total - 1) / np.maximum(n - 1, 1)
+        by_chance = total / np.maximum(n, 1) * (harmonic[deep] + again * (deep - harmonic[deep]))
+        for value, into in ((found, values[0, row]), (by_chance, values[1, row])):
+            np.divide(value, best, out=into, where=total > 0)
+    return values[0], values[1]
+
+
+def _chance_of_hit(n: int, right: np.ndarray, k: int) -> np.ndarray:
+    """Probability that k of n volumes, drawn at random, have one of the `right` ones among them."""
+    drawn = np.arange(k)
+    return 1 - (np.maximum(n - right[:, None] - drawn, 0) / (n - drawn)).prod(1)
+
+
+def _interval(values: np.ndarray, patients, resamples: int, seed: int) -> np.ndarray:
+    """Ends (2, m + 1) of the intervals of the column means of values (n, m), and of the mean over columns."""
+    _, patient = np.unique(patients, return_inverse=True)
+    people, known = patient.max() + 1, ~np.isnan(values)
+    if people < 2 or resamples < 1:
+        raise ValueError(
+            f"{people} patients and resamples={resamples}: an interval over patients needs two patients and a resample"
+        )
+    sums, counts = (np.zeros((people, values.shape[1])) for _ in range(2))
+    np.add.at(sums, patient, np.where(known, values, 0))
+    np.add.at(counts, patient, known)
+    draws = np.random.default_rng(seed).multinomial(people, np.full(people, 1 / people), size=resamples).astype(float)
+    drawn, ends = _with_mean(_ratio(draws @ sums, draws @ counts)), np.full((2, values.shape[1] + 1), np.nan)
+    some = ~np.isnan(drawn).all(0)
+    ends[:, some] = np.nanpercentile(drawn[:, some], LEVEL, axis=0)
+    return ends
+
+
+def _means(values: np.ndarray) -> np.ndarray:
+    """Means of the columns of values (n, m), without what is NaN, and their mean: (m + 1,)."""
+    return _with_mean(_ratio(np.nansum(values, axis=0), (~np.isnan(values)).sum(0))[None])[0]
+
+
+def _with_mean(values: np.ndarray) -> np.ndarray:
+    """Values (r, m) and the mean of each row's that are not NaN: (r, m + 1)."""
+    mean = _ratio(np.nansum(values, axis=1), (~np.isnan(values)).sum(1))
+    return np.concatenate([values, mean[:, None]], axis=1)
+
+
+def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    return np.divide(above, below, out=np.full(above.shape, np.nan), where=below > 0)
+
+
+def _similarities(queries: torch.Tensor, gallery: torch.Tensor) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    """Indices of some queries and their cosines (some, n), until all have had their turn."""
+    for at in torch.arange(len(queries)).split(max(1, AT_A_TIME // len(gallery))):
+        yield at.numpy(), queries[at] @ gallery.T
+
+
+def _fitting(ks: Sequence[int], most: int) -> tuple[list[int], dict[str, str]]:
+    """The ks up to `most`, and why the others are left out."""
+    for k in ks:
+        if isinstance(k, bool) or k != int(k) or k < 1:
+            raise ValueError(f"ks={list(ks)}: expected whole numbers of at least 1, got {k!r}")
+    kept = sorted({int(k) for k in ks if k <= most})
+    if not kept:
+        raise ValueError(f"ks={list(ks)}, but only {most} volumes can be found; give a smaller k, or more volumes")
+    return kept, {f"@{k}": f"only {most} volumes can be found; left out" for k in ks if k > most}
+
+
+def _labels(volumes: Embedded, findings: Sequence[str]) -> np.ndarray:
+    labels, n = np.asarray(volumes.labels, dtype=float), len(volumes.studies)
+    if labels.shape != (n, len(findings)):
+        raise ValueError(f"labels have shape {labels.shape}; expected {(n, len(findings))}, a row for each volume")
+    wrong = ~(np.isin(labels, (0, 1)) | np.isnan(labels))
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0]
+        raise ValueError(
+            f"labels: study {volumes.studies[row]}, finding {findings[column]!r} is {labels[row, column]}; expected "
+            "0, 1 or NaN (unknown)"
+        )
+    return labels
+
+
+def _check(embeds: torch.Tensor, studies: np.ndarray, what: str) -> None:
+    if embeds.ndim != 2 or len(embeds) != len(studies) or not len(studies):
+        raise ValueError(
+            f"{what} embeddings have shape {tuple(embeds.shape)}; expected ({len(studies)}, p), one for each study, "
+            "and at least one"
+        )
+    length = embeds.norm(dim=1)
+    wrong = ~((length - 1).abs() < OFF_UNIT)  # NaN is wrong, too
+    if wrong.any():
+        first = int(wrong.int().argmax())
+        raise ValueError(
+            f"the {what} embedding of study {studies[first]} (row {first}) has length {length[first]:.4g}; expected 1, "
+            "as encode_image and encode_text normalise it"
+        )

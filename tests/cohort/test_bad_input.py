@@ -1,0 +1,651 @@
+"""Malformed NIfTI, NRRD and MetaImage files: each refused with a message that says what to do, nothing touched.
+
+The messages are what a data manager reads, so they are pinned. DICOM series have their own tests.
+"""
+
+import gzip
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from nibabel import nifti1
+from scan_files import SHAPE, SPACING, chest, truncate, write_itk, write_nifti
+
+from medctkit.scans.volumes import CTVolume, read_volume
+
+DAMAGED = "can't be read: truncated or damaged; get the file again"
+BYTES = 2 * int(np.prod(SHAPE))
+
+
+def nifti(name="scan.nii", **fields):
+    """A writer of the good scan with some fields of its header replaced byte for byte."""
+
+    def write(folder):
+        path = write_nifti(folder / name, chest())
+        data = bytearray(gzip.decompress(path.read_bytes()) if name.endswith("gz") else path.read_bytes())
+        header = np.frombuffer(data, nifti1.header_dtype, count=1)
+        for field, value in fields.items():
+            header[field] = value
+        path.write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+        return path
+
+    return write
+
+
+def dim(*sizes):
+    return [len(sizes), *sizes, *[1] * (7 - len(sizes))]
+
+
+def pixdim(*steps):
+    return [1, *steps, 0, 0, 0, 0]
+
+
+def voxels(values):
+    return lambda folder: write_nifti(folder / "scan.nii.gz", values)
+
+
+def saved(array, affine=None, name="scan.nii"):
+    def write(folder):
+        nib.save(nib.Nifti1Image(array, np.diag([*SPACING[::-1], 1]) if affine is None else affine), folder / name)
+        return folder / name
+
+    return write
+
+
+def raw(name, data):
+    def write(folder):
+        (folder / name).write_bytes(data)
+        return folder / name
+
+    return write
+
+
+def itk(name, old="", new="", compressed=False):
+    """A writer of the good scan with a piece of its text header replaced."""
+
+    def write(folder):
+        image = sitk.GetImageFromArray(chest())
+        image.SetSpacing(SPACING[::-1])
+        sitk.WriteImage(image, str(folder / name), compressed)
+        data = (folder / name).read_bytes()
+        assert data.count(old.encode()) == 1 or not old, f"{old!r} is not in the header once"
+        (folder / name).write_bytes(data.replace(old.encode(), new.encode()) if old else data)
+        return folder / name
+
+    return write
+
+
+def flipped(write, back):
+    """The file with one bit flipped, `back` bytes before its end."""
+
+    def flip(folder):
+        path = write(folder)
+        data = bytearray(path.read_bytes())
+        data[-back] ^= 0x10
+        path.write_bytes(data)
+        return path
+
+    return flip
+
+
+def shorter(write, share):
+    return lambda folder: truncate(write(folder), share)
+
+
+def without(write, suffix):
+    def remove(folder):
+        path = write(folder)
+        (folder / (path.stem + suffix)).unlink()
+        return path
+
+    return remove
+
+
+def contradicting(folder):
+    image = nib.Nifti1Image(chest().transpose(2, 1, 0), np.diag([*SPACING[::-1], 1]))
+    image.set_qform(image.affine, code=1)
+    image.set_sform(np.diag([-SPACING[2], *SPACING[1::-1], 1]), code=2)
+    nib.save(image, folder / "scan.nii")
+    return folder / "scan.nii"
+
+
+def noisy(shape):
+    """Voxels that gzip can't make much smaller."""
+    return np.random.default_rng(0).integers(-1000, 100, shape).astype(np.int16)
+
+
+NAN = float("nan")
+HALF_NAN = np.where(np.arange(960).reshape(SHAPE) >= 955, np.nan, chest().astype(np.float32))
+
+BAD_NIFTI = {
+    "an empty file": (raw("scan.nii", b""), f"{DAMAGED} (it is empty)"),
+    "an empty compressed file": (raw("scan.nii.gz", b""), f"{DAMAGED} (it is empty)"),
+    "a text with the name of a scan": (
+        raw("scan.nii", b"Dear colleague, " * 50),
+        f"{DAMAGED} (it has no NIfTI header; it starts with b'Dear')",
+    ),
+    "a text with the name of a compressed scan": (
+        raw("scan.nii.gz", b"Dear colleague"),
+        "can't be read: not a compressed file, in spite of its name; it starts with b'Dear'",
+    ),
+    "a web page instead of the download": (raw("scan.nii.gz", b"<!DOCTYPE html>"), "it starts with b'<!DO'"),
+    "a scan that is not compressed, named .gz": (
+        lambda folder: write_nifti(folder / "scan.nii", chest()).rename(folder / "scan.nii.gz"),
+        "not compressed, in spite of its name; rename it to .nii",
+    ),
+    "a compressed scan, not named .gz": (
+        lambda folder: write_nifti(folder / "scan.nii.gz", chest()).rename(folder / "scan.nii"),
+        "compressed, in spite of its name; rename it to .nii.gz",
+    ),
+    "a compressed file within a compressed file": (
+        lambda folder: raw("scan.nii.gz", gzip.compress(write_nifti(folder / "scan.nii.gz", chest()).read_bytes()))(
+            folder
+        ),
+        "it has no NIfTI header; it starts with",
+    ),
+    "the header cut short": (shorter(nifti(), 0.1), f"{DAMAGED} (its header ends after 227 of 348 bytes)"),
+    "voxels cut short": (shorter(nifti(), 0.9), f"(its header describes {BYTES} bytes of voxels, and the file holds"),
+    "compressed voxels cut short": (shorter(voxels(noisy(SHAPE)), 0.9), f"{DAMAGED} (Compressed file ended before"),
+    "a flipped bit in compressed voxels": (flipped(voxels(noisy(SHAPE)), 700), DAMAGED),
+    "a flipped bit in the checksum": (flipped(voxels(noisy(SHAPE)), 6), f"{DAMAGED} (CRC check failed"),
+    "a wrong mark in the header": (nifti(magic=b"n+7"), "(its mark is b'n+7\\x00')"),
+    "an Analyze file": (nifti(magic=b""), "an Analyze file or a damaged NIfTI header (its mark is"),
+    "the header of a pair": (nifti(magic=b"ni1"), "the header of a NIfTI pair (.hdr with .img), without voxels; save"),
+    "half of a pair": (raw("scan.hdr", b"\0" * 348), "half of an Analyze or NIfTI pair (.hdr with .img); save"),
+    "the other half of a pair": (raw("scan.img", b"\0" * 348), "half of an Analyze or NIfTI pair"),
+    "no axes": (nifti(dim=0), f"{DAMAGED} (its header claims 0 axes of () voxels)"),
+    "an axis of negative length": (nifti(dim=dim(10, -12, 8)), "(its header claims 3 axes of (10, -12, 8) voxels)"),
+    "more voxels than any CT": (
+        nifti(dim=dim(32767, 32767, 32767)),
+        "its header claims (32767, 32767, 32767) voxels, 1.31e+05 GiB: more than any CT",
+    ),
+    "more voxels than the file holds": (
+        nifti(dim=dim(1000, 1000, 1000)),
+        f"(its header describes 2000000000 bytes of voxels, and the file holds {BYTES})",
+    ),
+    "fewer voxels than the file holds": (
+        nifti(dim=dim(10, 12, 7)),
+        f"(its header describes {BYTES - 240} bytes of voxels, and the file holds {BYTES})",
+    ),
+    "more voxels than the compressed file can hold": (
+        nifti("scan.nii.gz", dim=dim(1000, 1000, 1000)),
+        "(its header describes 2000000000 bytes of voxels, too many for",
+    ),
+    "some more voxels than the compressed file holds": (
+        nifti("scan.nii.gz", dim=dim(10, 12, 9)),
+        f"{DAMAGED} (Expected {BYTES + 240} bytes, got {BYTES} bytes",
+    ),
+    "fewer voxels than the compressed file holds": (
+        nifti("scan.nii.gz", dim=dim(10, 12, 7)),
+        f"(it goes on after the {BYTES - 240} bytes of voxels that its header describes)",
+    ),
+    "an unknown type of voxel": (
+        nifti(datatype=77),
+        f"{DAMAGED} (its header has the type of voxel 77, which does not exist)",
+    ),
+    "complex voxels": (saved(np.zeros((10, 12, 8), np.complex64)), "voxels of type complex64 (colour or complex)"),
+    "voxels that start after the end": (
+        nifti(vox_offset=1e6),
+        f"describes {BYTES} bytes of voxels, and the file holds 0",
+    ),
+    "voxels that start nowhere": (nifti(vox_offset=NAN), f"{DAMAGED} (cannot convert float NaN to integer)"),
+    "an infinite scale": (nifti(scl_slope=np.inf), f"{DAMAGED} (its header scales voxels with scl_slope inf"),
+    "a scale with a NaN offset": (nifti(scl_slope=1, scl_inter=NAN), "scl_slope 1.0, scl_inter nan"),
+    "a scale far too large": (nifti(scl_slope=3e38, scl_inter=0), "voxels have NaN or infinite values"),
+    "a voxel of size 0": (
+        nifti(pixdim=pixdim(7.7, 8, 0)),
+        "the size of a voxel in its header (pixdim) is (0.0, 8.0, 7.69",
+    ),
+    "a voxel of negative size": (
+        nifti(pixdim=pixdim(-7.7, 8, 12.5)),
+        "expected lengths above 0; pass the right one as",
+    ),
+    "a voxel of NaN size": (nifti(pixdim=pixdim(NAN, 8, 12.5)), "(12.5, 8.0, nan) (slices, rows, columns)"),
+    "pixdim against the affine": (
+        nifti(pixdim=pixdim(1, 8, 12.5)),
+        "the header contradicts itself: pixdim (12.5, 8.0, 1.0) mm, affine (12.5, 8.0, 7.7) mm",
+    ),
+    "a blank header": (
+        nifti(qform_code=0, sform_code=0, pixdim=pixdim(1, 1, 1)),
+        "blank header, so the size of a voxel is unknown; pass spacing=(d, h, w) in mm",
+    ),
+    "millimetres called metres": (
+        nifti(xyzt_units=1),
+        "spacing (12500.0, 8000.0, 7699.999809) mm (slices, rows, columns) is none of a CT, which has 0.05 to 20.0 mm; "
+        "pass the right one as spacing=(d, h, w) (lengths in the header are metres, turned into mm)",
+    ),
+    "a unit that does not exist": (nifti(xyzt_units=5), "(its header has the unit of length 5, which does not exist)"),
+    "a NaN in the affine": (
+        nifti(srow_x=[NAN, 0, 0, 0]),
+        "the affine in the header is unusable, as it does not span a box: [[",
+    ),
+    "two axes in one direction": (
+        nifti(srow_x=[0, 0, 0, 0], srow_y=[7.7, 8, 0, 0]),
+        "the affine in the header is unusable",
+    ),
+    "a sheared affine": (
+        saved(chest().transpose(2, 1, 0), np.array([[7.7, 0, 0, 0], [0, 8, 4, 0], [0, 0, 11.84, 0], [0, 0, 0, 1]])),
+        "the axes in the header are 18.7 degrees away from a right angle, as after a tilted gantry or a registration",
+    ),
+    "an impossible rotation": (
+        nifti(sform_code=0, qform_code=1, quatern_b=1, quatern_c=1),
+        "the qform in the header is unusable: w2",
+    ),
+    "qform against sform": (
+        contradicting,
+        "the header contradicts itself: by its sform the scan lies SAL, by its qform SAR (slices, rows, columns). Find "
+        "out which is right and drop the other",
+    ),
+    "a single slice": (saved(np.zeros((64, 64), np.int16)), "2-D, shape (64, 64): a CT volume has three axes"),
+    "several volumes": (saved(np.zeros((4, 4, 4, 2), np.int16)), "4-D, shape (4, 4, 4, 2): a CT volume has three axes"),
+    "a whole body": (
+        saved(chest((90, 12, 10)).transpose(2, 1, 0), np.diag([40, 40, 20, 1])[[0, 1, 2, 3]] / [[2], [2], [1], [1]]),
+        "90 x 12 x 10 voxels (slices, rows, columns) of (20.0, 20.0, 20.0) mm cover 1800 x 240 x 200 mm, and a scan of "
+        "a chest covers 40 to 700 mm along each. Is the spacing wrong? Pass the right one",
+    ),
+    "a few millimetres": (saved(chest().transpose(2, 1, 0), np.eye(4)), "cover 8 x 12 x 10 mm, and a scan of a chest"),
+    "some NaN voxels": (
+        voxels(HALF_NAN),
+        "5 of 960 voxels have NaN or infinite values, the first at slice 7, row 11, column 5: every voxel needs",
+    ),
+    "one infinite voxel": (
+        voxels(np.where(chest() == 91, np.inf, chest()).astype(np.float32)),
+        "1 of 960 voxels have NaN or infinite values, the first at slice 7, row 11, column 9",
+    ),
+    "one value everywhere": (
+        voxels(np.full(SHAPE, -1000, np.int16)),
+        "every voxel is -1000: there is no picture in it",
+    ),
+    "one value nearly everywhere": (
+        voxels(np.where(chest((16, 16, 16)) == 165, 5, -1000).astype(np.int16)),
+        "all but 1 of 4096 voxels are -1000: there is next to no picture in it",
+    ),
+    "stored values": (voxels(chest() + np.int16(1024)), "not in HU: values 124 to 1115, median 1067"),
+}
+
+BAD_ITK = {
+    "an empty file": (raw("scan.nrrd", b""), f"{DAMAGED} (it is empty)"),
+    "an empty MetaImage file": (raw("scan.mha", b""), f"{DAMAGED} (it is empty)"),
+    "a text with the name of a scan": (
+        raw("scan.nrrd", b"Dear colleague"),
+        "it is no NRRD file; it starts with b'Dear'",
+    ),
+    "a text with the name of a MetaImage": (
+        raw("scan.mha", b"Dear colleague\n"),
+        "its header has the line 'Dear colleag",
+    ),
+    "a header without an end": (
+        shorter(itk("scan.nrrd"), 0.1),
+        "(its header has no end, or there are no voxels after it)",
+    ),
+    "a MetaImage header without an end": (shorter(itk("scan.mha"), 0.1), "(its header has no end, or there are no"),
+    "voxels cut short": (shorter(itk("scan.nrrd"), 0.9), f"describes {BYTES} bytes of voxels, and the file holds"),
+    "MetaImage voxels cut short": (shorter(itk("scan.mha"), 0.9), f"describes {BYTES} bytes of voxels, and the file"),
+    "compressed voxels cut short": (
+        shorter(itk("scan.nrrd", compressed=True), 0.9),
+        "its compressed voxels end too early",
+    ),
+    "compressed MetaImage voxels cut short": (shorter(itk("scan.mha", compressed=True), 0.9), "voxels end too early"),
+    "a flipped bit in the checksum": (
+        flipped(itk("scan.nrrd", compressed=True), 7),
+        f"{DAMAGED} (Error -3 while decomp",
+    ),
+    "a flipped bit in a MetaImage": (
+        flipped(itk("scan.mha", compressed=True), 2),
+        f"{DAMAGED} (Error -3 while decompress",
+    ),
+    "not compressed, but said to be": (itk("scan.mha", "CompressedData = False", "CompressedData = True"), DAMAGED),
+    "more voxels than any CT": (
+        itk("scan.nrrd", "10 12 8", "99999 99999 99999"),
+        "voxels, 3.73e+06 GiB: more than any CT",
+    ),
+    "more voxels than the file holds": (
+        itk("scan.nrrd", "10 12 8", "1000 1000 1000"),
+        f"(its header describes 2000000000 bytes of voxels, and the file holds {BYTES})",
+    ),
+    "more MetaImage voxels than the file holds": (
+        itk("scan.mha", "DimSize = 10 12 8", "DimSize = 1000 1000 1000"),
+        f"(its header describes 2000000000 bytes of voxels, and the file holds {BYTES})",
+    ),
+    "fewer voxels than the file holds": (itk("scan.nrrd", "10 12 8", "10 12 7"), f"and the file holds {BYTES})"),
+    "more voxels than the compressed file holds": (
+        itk("scan.mha", "DimSize = 10 12 8", "DimSize = 1000 1000 1000", compressed=True),
+        f"(its header describes 2000000000 bytes of voxels, and the file holds {BYTES})",
+    ),
+    "an axis of length 0": (
+        itk("scan.mha", "DimSize = 10 12 8", "DimSize = 10 0 8"),
+        "(its header claims (10, 0, 8) voxels)",
+    ),
+    "two sizes for three axes": (
+        itk("scan.nrrd", "10 12 8", "10 12"),
+        "(its header claims 3 axes of (10, 12) voxels)",
+    ),
+    "99 axes": (itk("scan.mha", "NDims = 3", "NDims = 99"), "(its header claims 99 axes of (10, 12, 8) voxels)"),
+    "four axes": (
+        itk("scan.mha", "NDims = 3\n", "NDims = 4\n"),
+        "(its header claims 4 axes of (10, 12, 8) voxels)",
+    ),
+    "an unknown type of voxel": (itk("scan.nrrd", "type: short", "type: shirt"), DAMAGED),
+    "an unknown type of MetaImage voxel": (itk("scan.mha", "MET_SHORT", "MET_SHIRT"), DAMAGED),
+    "colour": (
+        itk("scan.mha", "ElementType", "ElementNumberOfChannels = 3\nElementType"),
+        "(colour or vectors): not a CT",
+    ),
+    "a rare encoding": (
+        itk("scan.nrrd", "encoding: raw", "encoding: hex"),
+        "have the encoding 'hex'; save them as raw or",
+    ),
+    "voxels as text": (
+        itk("scan.mha", "BinaryData = True", "BinaryData = False"),
+        "have the encoding 'text'; save them",
+    ),
+    "no file of voxels beside the header": (
+        without(itk("scan.nhdr"), ".raw"),
+        "its voxels should be in 'scan.raw' beside it, where there is no such file; copy both files",
+    ),
+    "no file of voxels beside the MetaImage header": (without(itk("scan.mhd"), ".raw"), "in 'scan.raw' beside it"),
+    "voxels in another folder": (
+        itk("scan.nhdr", "data file: scan.raw", "data file: ../../secret.raw"),
+        "its voxels should be in '../../secret.raw', outside its folder; put both files into one folder",
+    ),
+    "voxels in a file of the system": (
+        itk("scan.mhd", "ElementDataFile = scan.raw", "ElementDataFile = /etc/hostname"),
+        "its voxels should be in '/etc/hostname', outside its folder",
+    ),
+    "two files of voxels": (
+        itk("scan.nhdr", "data file: scan.raw", "data file: scan.raw\nData File: /etc/hostname"),
+        "(its header has the line 'Data File: /etc/hostname' a second time)",
+    ),
+    "a file of the system behind a misspelt field": (
+        itk("scan.mhd", "ElementDataFile = scan.raw", "elementdatafile = scan.raw\nElementDataFile : /etc/hostname"),
+        "its voxels should be in '/etc/hostname', outside its folder",
+    ),
+    "voxels in many files": (
+        itk("scan.mhd", "= scan.raw", "= LIST"),
+        "its voxels are spread over several files ('LIST')",
+    ),
+    "voxels in many numbered files": (
+        itk("scan.mhd", "= scan.raw", "= %03d.raw 1 8 1"),
+        "spread over several files ('%03d",
+    ),
+    "a file of voxels too short": (
+        lambda folder: truncate(itk("scan.mhd")(folder).with_suffix(".raw")).with_suffix(".mhd"),
+        f"(its header describes {BYTES} bytes of voxels, and the file holds {BYTES // 2})",
+    ),
+    "no size of a voxel": (
+        itk("scan.mha", "ElementSpacing", "Comment"),
+        "blank header, so the size of a voxel is unknown",
+    ),
+    "no size of an NRRD voxel": (
+        itk("scan.nrrd", "space directions: (7.7000000000000002,0,0) (0,8,0) (0,0,12.5)\n", ""),
+        "blank header, so the size of a voxel is unknown; pass spacing=(d, h, w) in mm",
+    ),
+    "a voxel of negative size": (
+        itk("scan.mha", "ElementSpacing = 7", "ElementSpacing = -7"),
+        "the size of a voxel in its header is '-7.7000000000000002 8 12.5' (columns, rows, slices): expected three",
+    ),
+    "a voxel of NaN size": (
+        itk("scan.mha", "8 12.5\n", "nan 12.5\n"),
+        "expected three lengths above 0; pass the right one",
+    ),
+    "a size that is no number": (itk("scan.mha", "8 12.5\n", "8mm 12.5\n"), "expected three lengths above 0"),
+    "micrometres": (
+        itk("scan.nrrd", "kinds:", 'space units: "um" "um" "um"\nkinds:'),
+        "lengths in its header are in ['um'], expected mm; pass spacing=(d, h, w) in mm",
+    ),
+    "a NaN direction": (itk("scan.nrrd", "(0,8,0)", "(0,nan,0)"), DAMAGED),
+    "two axes in one direction": (itk("scan.nrrd", "(0,8,0)", "(8,0,0)"), DAMAGED),
+    "a sheared direction": (itk("scan.nrrd", "(0,0,12.5)", "(0,4,12.5)"), "degrees away from a right angle"),
+    "a sheared MetaImage": (
+        itk("scan.mha", "1 0 0 0 1 0 0 0 1", "1 0 0 0 1 0 0 0.3 0.95"),
+        "degrees away from a right",
+    ),
+}
+
+
+def contents(folder):
+    """Every file below a folder, by its SHA-256."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture
+def nothing_left(tmp_path, monkeypatch):
+    """A folder for the scan; afterwards the folder for temporary files must be empty."""
+    scans, temporary = tmp_path / "scans", tmp_path / "temporary"
+    scans.mkdir()
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    yield scans
+    assert not list(temporary.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        *[pytest.param(*case, id=f"NIfTI: {name}") for name, case in BAD_NIFTI.items()],
+        *[pytest.param(*case, id=f"NRRD or MetaImage: {name}") for name, case in BAD_ITK.items()],
+    ],
+)
+def test_bad_files_are_refused_and_left_alone(nothing_left, write, message):
+    path = write(nothing_left)
+    before = contents(nothing_left)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: .*{re.escape(message)}"):
+        read_volume(path)
+    assert contents(nothing_left) == before
+
+
+# --- paths
+
+
+def test_paths_that_lead_to_no_file(tmp_path):
+    with pytest.raises(ValueError, match="the path of the scan is empty; give a file, or the folder of a DICOM series"):
+        read_volume("")
+    for name, target in {"loop.nii": "loop.nii", "gone.nii": "nothing"}.items():
+        (tmp_path / name).symlink_to(tmp_path / target)
+        with pytest.raises(FileNotFoundError, match=f"{name}: this link leads nowhere"):
+            read_volume(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="~no-such-user/scan.nii: there is no such file or folder"):
+        read_volume("~no-such-user/scan.nii")
+
+
+def test_things_that_are_not_files(tmp_path):
+    (tmp_path / "scan.nii.gz").mkdir()
+    with pytest.raises(ValueError, match="scan.nii.gz: a folder, in spite of its name; give the file in it"):
+        read_volume(tmp_path / "scan.nii.gz")
+    os.mkfifo(tmp_path / "pipe.nii")  # opening it would wait for ever
+    with pytest.raises(ValueError, match="pipe.nii: neither a file nor a folder"):
+        read_volume(tmp_path / "pipe.nii")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read every file")
+def test_files_that_may_not_be_read(tmp_path):
+    path = write_nifti(tmp_path / "scan.nii", chest())
+    path.chmod(0)
+    with pytest.raises(PermissionError, match="scan.nii: no permission to read it; ask its owner"):
+        read_volume(path)
+
+
+@pytest.mark.parametrize("name", ["scan.nii", "scan.mha"])
+def test_series_is_for_dicom_only(tmp_path, name):
+    path = (write_nifti if name.endswith("nii") else write_itk)(tmp_path / name, chest())
+    with pytest.raises(
+        ValueError, match="series='1.2.3' chooses one of several DICOM series; a .* file holds one scan"
+    ):
+        read_volume(path, series="1.2.3")
+
+
+@pytest.mark.parametrize("arguments", [("1,0", None), (None, [1]), (None, "NaN"), (True, "x")])
+def test_slopes_that_are_no_numbers(tmp_path, arguments):
+    with pytest.raises(ValueError, match="scan.nii: rescale_slope=.*, rescale_intercept=.*: expected finite numbers"):
+        read_volume(write_nifti(tmp_path / "scan.nii", chest()), *arguments)
+
+
+@pytest.mark.parametrize("spacing", ["[0.34, 0.34]", 1.0, ("a", 1, 1)])
+def test_spacings_that_are_no_numbers(tmp_path, spacing):
+    with pytest.raises(ValueError, match="scan.nii: spacing .*: expected three positive lengths in mm"):
+        read_volume(write_nifti(tmp_path / "scan.nii", chest()), spacing=spacing)
+
+
+# --- unusual, but right: must be read
+
+
+@pytest.mark.parametrize("extra", [(1,), (1, 1), (1, 1, 1)])
+def test_axes_of_one_after_the_third_are_left_out(tmp_path, extra):
+    volume = read_volume(saved(chest().transpose(2, 1, 0).reshape(10, 12, 8, *extra))(tmp_path))
+    np.testing.assert_array_equal(volume.hu, chest())
+    assert f"{3 + len(extra)}-D with nothing along the axes after the third" in volume.provenance
+
+
+@pytest.mark.parametrize("kind", ["<i2", ">i2", "<i4", ">i4", "<f4", ">f4", "<f8", ">f8", "<i8"])
+@pytest.mark.parametrize("name", ["scan.nii", "scan.nii.gz"])
+def test_types_and_byte_orders(tmp_path, kind, name):
+    header = nib.Nifti1Header(endianness=kind[0])
+    header.set_data_dtype(kind)
+    nib.save(
+        nib.Nifti1Image(chest().transpose(2, 1, 0).astype(kind), np.diag([*SPACING[::-1], 1]), header), tmp_path / name
+    )
+    volume = read_volume(tmp_path / name)
+    np.testing.assert_array_equal(volume.hu, chest())
+    assert volume.hu.dtype == np.float32 and volume.hu.flags.c_contiguous and type(volume.hu) is np.ndarray
+
+
+def test_unsigned_voxels_and_nifti_2(tmp_path):
+    stored = (chest() + 1024).astype(np.uint16).transpose(2, 1, 0)
+    nib.save(nib.Nifti2Image(stored, np.diag([*SPACING[::-1], 1])), tmp_path / "scan.nii.gz")
+    np.testing.assert_array_equal(read_volume(tmp_path / "scan.nii.gz", rescale_intercept=-1024).hu, chest())
+
+
+@pytest.mark.parametrize("slope", [0, NAN])
+def test_a_scale_of_0_or_nan_means_not_scaled(tmp_path, slope):
+    np.testing.assert_array_equal(read_volume(nifti(scl_slope=slope, scl_inter=7)(tmp_path)).hu, chest())
+
+
+@pytest.mark.parametrize(("code", "name", "mm"), [(1, "metres", 1000), (3, "micrometres", 0.001)])
+def test_lengths_in_other_units_become_mm(tmp_path, code, name, mm):
+    image = nib.Nifti1Image(chest().transpose(2, 1, 0), np.diag([*(step / mm for step in SPACING[::-1]), 1]))
+    image.header["xyzt_units"] = code
+    nib.save(image, tmp_path / "scan.nii")
+    volume = read_volume(tmp_path / "scan.nii")
+    assert volume.spacing == pytest.approx(SPACING)
+    assert f"lengths in the header are {name}, turned into mm" in volume.provenance
+    assert read_volume(tmp_path / "scan.nii", spacing=(10, 6, 9)).spacing == (10, 6, 9)
+
+
+def test_spacing_mends_a_header_without_sizes(tmp_path):
+    for i, write in enumerate(
+        [
+            nifti(pixdim=pixdim(0, 0, 0)),
+            nifti(pixdim=pixdim(NAN, -1, 0), sform_code=0, qform_code=1),
+            itk("scan.mha", "ElementSpacing", "Comment"),
+            itk("scan.nrrd", "kinds:", 'space units: "um" "um" "um"\nkinds:'),
+        ]
+    ):
+        (tmp_path / str(i)).mkdir()
+        assert read_volume(write(tmp_path / str(i)), spacing=SPACING).spacing == SPACING
+
+
+def test_a_header_that_says_no_orientation_gets_the_documented_one(tmp_path):
+    path = itk("scan.mha", "TransformMatrix = 1 0 0 0 1 0 0 0 1\n", "")(tmp_path)
+    assert "the header does not say how the scan lies, SPL assumed as in DICOM slices" in read_volume(path).provenance
+
+
+@pytest.mark.parametrize("name", ["Thoráx 肺.nii.gz", "Thoráx 肺.nii", "Thoráx 肺.nrrd", "Thoráx 肺.mhd"])
+def test_names_in_any_script(tmp_path, name):
+    folder = tmp_path / "Müller, Ö. – день"
+    folder.mkdir()
+    path = (write_nifti if ".nii" in name else write_itk)(folder / name, chest())
+    np.testing.assert_array_equal(read_volume(path).hu, chest())
+
+
+# --- fuzz
+
+FORMATS = {
+    "scan.nii": nifti(),
+    "scan.nii.gz": nifti("scan.nii.gz"),
+    "scan.nrrd": itk("scan.nrrd"),
+    "packed.nrrd": itk("packed.nrrd", compressed=True),
+    "scan.mha": itk("scan.mha"),
+    "packed.mha": itk("packed.mha", compressed=True),
+}
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(sorted(FORMATS)),
+    changes=st.lists(
+        st.tuples(
+            st.one_of(st.integers(0, 400), st.integers(0, 10_000)),  # most of the harm is in the header
+            st.one_of(st.integers(0, 255), st.sampled_from(b"0123456789 -.\n:=")),
+        ),
+        min_size=1,
+        max_size=20,
+    ),
+)
+def test_corrupt_bytes_give_a_volume_or_a_message_and_nothing_else(nothing_left, name, changes):
+    path = FORMATS[name](nothing_left)
+    data = bytearray(path.read_bytes())
+    for position, byte in changes:
+        data[position % len(data)] = byte
+    path.write_bytes(data)
+    before = contents(nothing_left)
+    try:
+        volume = read_volume(path)
+    except ValueError as error:
+        assert str(error).startswith(f"{path}: ")
+    else:
+        assert isinstance(volume, CTVolume) and volume.hu.dtype == np.float32
+        assert volume.hu.size * volume.hu.itemsize <= 1032 * len(data)
+    assert contents(nothing_left) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory by what /proc says")
+def test_a_header_that_lies_allocates_nothing(tmp_path):
+    """With room for 256 MiB more than the libraries take, headers that claim 2 to 4 GB are refused as usual."""
+    paths = []
+    for i, write in enumerate(
+        [
+            nifti(dim=dim(1000, 1000, 1000)),
+            nifti("scan.nii.gz", dim=dim(1000, 1000, 1000)),
+            itk("scan.nrrd", "10 12 8", "1000 1000 1000"),
+            itk("scan.nrrd", "10 12 8", "1000 1000 1000", compressed=True),
+            itk("scan.mha", "DimSize = 10 12 8", "DimSize = 1000 1000 1000"),
+            itk("scan.mha", "DimSize = 10 12 8", "DimSize = 1000 1000 1000", compressed=True),
+        ]
+    ):
+        (tmp_path / str(i)).mkdir()
+        paths.append(str(write(tmp_path / str(i))))
+    code = """if True:
+        import resource, sys
+        from pathlib import Path
+        import nibabel, SimpleITK
+        from medctkit.scans.volumes import read_volume
+        read_volume(sys.argv[1])  # loads what is loaded on use
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**28,) * 2)
+        for path in sys.argv[2:]:
+            try:
+                read_volume(path)
+            except ValueError as error:
+                assert "describes 2000000000 bytes of voxels" in str(error), error
+            else:
+                raise AssertionError(path)
+        print("all refused")
+    """
+    good = write_nifti(tmp_path / "good.nii.gz", chest())
+    command = [sys.executable, "-c", code, str(good), *paths]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert done.stdout == "all refused\n", done.stderr

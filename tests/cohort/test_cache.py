@@ -1,0 +1,239 @@
+"""Prepared volumes on disk: exact to what they promise, checked, written whole or not at all."""
+
+import dataclasses
+import errno
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medctkit.cohort.cache import SLAB, STEPS, VolumeCache, cache_key, digest_of
+from medctkit.scans.preprocessing import PreprocessConfig
+
+
+def volume(shape=(1, 11, 6, 5), seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).uniform(-1, 1, shape).astype(np.float32))
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return VolumeCache(tmp_path / "prepared")
+
+
+lengths = st.integers(1, 20)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.tuples(st.just(1), lengths, lengths, lengths), st.integers(0, 99))
+def test_what_comes_back_is_what_went_in_to_a_sixteenth_of_a_hounsfield_unit(tmp_path_factory, shape, seed):
+    cache, x = VolumeCache(tmp_path_factory.mktemp("cache")), volume(shape, seed)
+    cache.save("k", x)
+    found = cache.load("k")
+    assert found.dtype == torch.float32 and found.shape == x.shape
+    assert (found - x).abs().max() <= 0.5 / STEPS < 1e-4
+    start = seed % shape[1]
+    assert torch.equal(cache.slices("k", start, shape[1]), found[0, start:])
+
+
+def test_air_padding_and_whole_steps_are_exact(cache):
+    x = torch.tensor([-1, -1, 1, 0, 0.5, 0.25, -0.125, 1 / STEPS]).view(1, 2, 2, 2)
+    cache.save("k", x)
+    assert torch.equal(cache.load("k"), x)
+
+
+def test_the_same_volume_gives_the_same_bytes(cache):
+    x = volume((1, 20, 40, 40))
+    assert cache.save("a", x) == cache.path("a").stat().st_size
+    first = cache.path("a").read_bytes()
+    cache.save("a", x)
+    assert cache.path("a").read_bytes() == first
+
+
+def test_compression_pays(cache):
+    z, y, x = np.indices((16, 48, 48))
+    smooth = torch.from_numpy((np.sin(z / 9) * np.cos(y / 7) * np.sin(x / 8)).astype(np.float32))[None]
+    assert cache.save("k", smooth) < 0.7 * 2 * smooth.numel()
+
+
+def test_nothing_there(cache):
+    assert cache.load("none") is None and not cache.has("none")
+    with pytest.raises(FileNotFoundError, match="no prepared volume at .*none.safetensors; `medctkit prepare`"):
+        cache.slices("none", 0, 1)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(-1, 2), (3, 3), (5, 4), (0, 12)])
+def test_slices_that_are_not_there(cache, start, stop):
+    cache.save("k", volume())
+    with pytest.raises(IndexError, match="the volume has slices 0 to 10"):
+        cache.slices("k", start, stop)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [volume() * 1.1, volume() - 1, volume()[0], volume((2, 4, 4, 4)), torch.full((1, 4, 4, 4), float("nan"))],
+    ids=["above 1", "below -1", "3-D", "two channels", "NaN"],
+)
+def test_what_is_no_prepared_volume_is_refused(cache, wrong):
+    with pytest.raises(ValueError, match=r"a prepared volume is \(1, z, x, y\) with values in \[-1, 1\]"):
+        cache.save("k", wrong)
+    assert not cache.folder.exists()
+
+
+# --- damage
+
+
+def test_a_file_cut_off_anywhere_is_noticed(cache):
+    cache.save("k", volume())
+    file = cache.path("k")
+    content = file.read_bytes()
+    for length in range(len(content)):
+        file.write_bytes(content[:length])
+        assert not cache.has("k") and cache.load("k") is None
+    file.write_bytes(content + b"\0")
+    assert cache.load("k") is None
+
+
+def test_a_flipped_bit_anywhere_is_noticed(cache):
+    cache.save("k", volume((1, 10, 4, 4)))
+    exact, file = cache.load("k"), cache.path("k")
+    content = file.read_bytes()
+    for at in range(len(content)):
+        for bit in (1, 16, 128):
+            file.write_bytes(content[:at] + bytes([content[at] ^ bit]) + content[at + 1 :])
+            found = cache.load("k")  # a bit that nobody reads does no harm
+            assert found is None or torch.equal(found, exact)
+
+
+def test_damage_is_told_and_spares_the_slices_elsewhere(cache):
+    cache.save("k", volume((1, 3 * SLAB, 8, 8)))
+    exact, file = cache.load("k"), cache.path("k")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1  # in the last slab
+    file.write_bytes(content)
+    assert cache.has("k") and cache.load("k") is None
+    # only the slabs asked for are read
+    assert torch.equal(cache.slices("k", 0, 2 * SLAB), exact[0, : 2 * SLAB])
+    with pytest.raises(ValueError, match="is damaged .slab 2 is not what was written.; delete it and prepare"):
+        cache.slices("k", 2 * SLAB - 1, 2 * SLAB + 1)
+
+
+def test_a_file_under_another_name_is_not_taken_for_it(cache):
+    cache.save("a", volume())
+    os.replace(cache.path("a"), cache.path("b"))
+    assert cache.load("b") is None
+    with pytest.raises(ValueError, match="it belongs to key a"):
+        cache.slices("b", 0, 1)
+
+
+# --- keys
+
+
+def test_every_setting_has_its_own_file():
+    config = PreprocessConfig()
+    other = {"spacing": (1.5, 0.75, 0.8), "shape": (240, 480, 479), "antialias": True}
+    assert set(other) == {field.name for field in dataclasses.fields(PreprocessConfig)}
+    configs = [config, *(dataclasses.replace(config, **{name: value}) for name, value in other.items())]
+    readings = [{}, {"rescale_slope": 1.0}, {"rescale_intercept": 1.0}, {"spacing": (1.0, 1.0, 1.0)}]
+    readings += [{"orientation": "stored"}, {"orientation": "canonical"}, {"series": "2"}]
+    keys = [cache_key(content, reading, c) for content in ("a", "b") for reading in readings for c in configs]
+    assert len(set(keys)) == 2 * len(readings) * len(configs)
+    assert all(len(key) == 32 for key in keys)
+
+
+def test_the_order_of_settings_does_not_matter():
+    config = PreprocessConfig()
+    reading = {"rescale_slope": 1.0, "orientation": "stored"}
+    assert cache_key("a", reading, config) == cache_key("a", dict(reversed(reading.items())), config)
+
+
+def test_the_digest_is_of_content_not_of_names(tmp_path):
+    for folder, names in {"a": "12", "b": "34"}.items():
+        (tmp_path / folder).mkdir()
+        for name, content in zip(names, ("x", "y"), strict=True):
+            (tmp_path / folder / name).write_text(content)
+    assert digest_of(tmp_path / "a") == digest_of(tmp_path / "b") != digest_of(tmp_path / "a" / "1")
+    assert digest_of(tmp_path / "a" / "1") == digest_of(tmp_path / "b" / "3")
+    (tmp_path / "b" / "3").write_text("z")
+    assert digest_of(tmp_path / "a") != digest_of(tmp_path / "b")
+    with pytest.raises(FileNotFoundError, match="there is no such file or folder"):
+        digest_of(tmp_path / "c")
+
+
+# --- several processes, a full disk, a killed writer
+
+WRITER = """
+import sys, torch
+from medctkit.cohort.cache import VolumeCache
+cache = VolumeCache(sys.argv[1])
+volume = torch.linspace(-1, 1, 24 * 40 * 40).view(1, 24, 40, 40)
+for _ in range(int(sys.argv[2])):
+    cache.save("k", volume)
+"""
+
+
+def test_two_processes_at_once_do_no_harm(cache):
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, cache.folder, "60"]) for _ in range(2)]
+    expected = torch.linspace(-1, 1, 24 * 40 * 40).view(1, 24, 40, 40)
+    seen = 0
+    while any(writer.poll() is None for writer in writers):
+        if cache.path("k").exists():
+            found = cache.load("k")
+            assert found is not None and (found - expected).abs().max() <= 0.5 / STEPS
+            seen += 1
+    assert [writer.returncode for writer in writers] == [0, 0] and seen
+    assert [file.name for file in cache.folder.iterdir()] == ["k.safetensors"]
+
+
+FULL = """
+import errno, resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, 2_000))  # a real error from the system, in the middle of the file
+sys.argv[2] = "1"
+try:
+    exec(sys.argv[3])
+except OSError as error:
+    sys.exit(error.errno)
+"""
+
+
+def test_a_full_disk_leaves_no_half_file(cache):
+    VolumeCache(cache.folder).save("k", volume())
+    before = cache.path("k").read_bytes()
+    full = subprocess.run([sys.executable, "-c", FULL, cache.folder, "1", WRITER], capture_output=True, text=True)
+    assert full.returncode == errno.EFBIG, full.stderr
+    assert [file.name for file in cache.folder.iterdir()] == ["k.safetensors"]
+    assert cache.path("k").read_bytes() == before, "the file that was there is gone"
+
+
+def test_what_killed_writers_left_is_swept_up_the_rest_stays(cache):
+    cache.save("k", volume())
+    old, fresh = cache.folder / ".k.1.abcd.tmp", cache.folder / ".k.2.abcd.tmp"
+    for file in (old, fresh):
+        file.write_text("half")
+    os.utime(old, times=(time.time() - 2 * 24 * 3600,) * 2)
+    cache.sweep()
+    assert {file.name for file in cache.folder.iterdir()} == {"k.safetensors", fresh.name}
+    VolumeCache(cache.folder / "none").sweep()
+
+
+def test_threads_may_read_one_file_together(cache):
+    cache.save("k", volume((1, 16, 32, 32)))
+    expected, wrong = cache.load("k"), []
+
+    def read():
+        for _ in range(20):
+            if not torch.equal(cache.load("k"), expected):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

@@ -1,0 +1,616 @@
+"""CT-RATE's folder: names, versions, tables, and the manifest made from them."""
+
+import csv
+import os
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from ct_rate_imitation import NO_CHEST, PATIENTS, names_of, row_of, write_ct_rate, write_tables, write_volume
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from medctkit.cohort.ct_rate import (
+    TABLES,
+    find_volume,
+    manifest_from_ct_rate,
+    parse_volume_name,
+    read_ct_rate,
+    reading_arguments_of,
+    volume_path,
+)
+from medctkit.cohort.manifest import load_manifest, split_table, validate_manifest, volume_from_row, write_manifest
+from medctkit.findings import FINDINGS
+from medctkit.scans.volumes import read_volume
+
+KEPT = ["train_1_a_1", "train_1_a_2", "train_1_b_1", "train_2_a_1", "valid_1_a_1", "valid_1_a_2", "valid_2_a_1"]
+
+
+@pytest.fixture(scope="module")
+def imitation(tmp_path_factory):
+    """(root, name -> phantom): both versions; tests only read it."""
+    root = tmp_path_factory.mktemp("ct-rate")
+    return root, write_ct_rate(root)
+
+
+@pytest.fixture
+def root(imitation, tmp_path):
+    """A copy to change: volumes as links, tables as files."""
+    for file in imitation[0].rglob("*.*"):
+        copy = tmp_path / file.relative_to(imitation[0])
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if file.name.endswith(".nii.gz"):
+            copy.symlink_to(file)
+        else:
+            shutil.copy(file, copy)
+    return tmp_path
+
+
+def table_file(root, split, kind):
+    return root / TABLES[split][kind]
+
+
+def read(file):
+    with open(file, newline="", encoding="utf-8") as handle:
+        return list(csv.DictReader(handle))
+
+
+def write(file, rows):
+    with open(file, "w", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def change(root, split, kind, row, **cells):
+    """Replace cells of a table; `row` as in the file, the header being 1."""
+    rows = read(table_file(root, split, kind))
+    rows[row - 2] |= cells
+    write(table_file(root, split, kind), rows)
+
+
+# --- names --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["", ".nii.gz"])
+def test_names_say_split_patient_scan_and_reconstruction(suffix):
+    assert parse_volume_name(f"train_1_a_1{suffix}") == ("train", "train_1", "a", 1)
+    assert parse_volume_name(f"valid_1304_c_12{suffix}") == ("valid", "valid_1304", "c", 12)
+    assert volume_path(f"train_1_a_2{suffix}", 1) == "dataset/train/train_1/train_1_a/train_1_a_2.nii.gz"
+    assert volume_path(f"valid_10_b_1{suffix}", 2) == "dataset/valid_fixed/valid_10/valid_10_b/valid_10_b_1.nii.gz"
+
+
+def test_patients_of_the_two_splits_are_different_people():
+    assert parse_volume_name("train_1_a_1").patient != parse_volume_name("valid_1_a_1").patient
+
+
+@pytest.mark.parametrize(
+    "name",
+    "train_1_a train_1_a_1.nii test_1_a_1 train_01_a_1 train_1_A_1 train_1_a_0 validation_1_a_1 ../train_1_a_1".split()
+    + ["train_1_a_1\n", "train_\u0661_a_1", "", None],
+)
+def test_other_names_are_refused(name):
+    with pytest.raises(ValueError, match=r"is not the name of a CT-RATE volume; expected .* train_1_a_1\.nii\.gz"):
+        parse_volume_name(name)
+
+
+def test_tables_mix_valid_and_validation_as_ct_rate_does():
+    names = {kind: path.rsplit("/")[-1] for kind, path in TABLES["valid"].items()}
+    assert names == {
+        "labels": "valid_predicted_labels.csv",
+        "reports": "validation_reports.csv",
+        "metadata": "validation_metadata.csv",
+        "no_chest": "no_chest_valid.txt",
+    }
+
+
+def test_a_version_that_there_is_not_is_refused(imitation):
+    for call in (find_volume, read_ct_rate):
+        with pytest.raises(ValueError, match="version=3: CT-RATE has the versions 1 and 2"):
+            call(imitation[0], "train_1_a_1", 3)
+    with pytest.raises(ValueError, match="version='2'"):
+        manifest_from_ct_rate(imitation[0], "2")
+
+
+def test_a_volume_is_found_in_the_version_that_is_there(root):
+    both, first = "train_1_a_1", "train_1_a_2"
+    find_volume(root, first, 2).unlink()
+    assert find_volume(root, both) == root / volume_path(both, 2)
+    assert find_volume(root, first) == root / volume_path(first, 1)
+    with pytest.raises(
+        FileNotFoundError, match=r"no volume valid_9_a_1; looked for .*valid_fixed.* and .*valid/valid_9"
+    ):
+        find_volume(root, "valid_9_a_1")
+
+
+# --- one volume ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["train_1_a_1", "train_1_a_2.nii.gz"], ids=["intercept -1024", "intercept -8192"])
+def test_both_versions_give_the_same_hu_and_spacing(imitation, name):
+    root, studies = imitation
+    stored, corrected = read_ct_rate(root, name, 1), read_ct_rate(root, name, 2)
+    plain = read_volume(find_volume(root, name, 2))
+    for volume in (stored, corrected, plain):
+        assert np.array_equal(volume.hu, studies[name.removesuffix(".nii.gz")].volume.hu)
+        assert volume.spacing == (15.0, 7.5, 7.5) and volume.orientation == "SPL"
+    assert stored.provenance[-1] == "CT-RATE version 1" and corrected.provenance[-1] == "CT-RATE version 2"
+
+
+def test_version_2_is_preferred_and_that_is_said(root):
+    assert read_ct_rate(root, "valid_1_a_1").provenance[-1] == (
+        "CT-RATE version 2; version 1 is there too and was not read"
+    )
+    find_volume(root, "valid_1_a_1", 1).unlink()
+    assert read_ct_rate(root, "valid_1_a_1").provenance[-1] == "CT-RATE version 2"
+    find_volume(root, "valid_1_a_2", 2).unlink()
+    assert read_ct_rate(root, "valid_1_a_2").provenance[-1] == "CT-RATE version 1"
+
+
+@pytest.mark.parametrize("row", [2, 3], ids=["intercept -1024", "intercept -8192"])
+def test_metadata_applied_to_version_2_once_more_is_refused(imitation, row):
+    root, _ = imitation
+    metadata = read(table_file(root, "train", "metadata"))[row - 2]
+    assert reading_arguments_of(metadata, 2) == {}
+    with pytest.raises(ValueError, match="rescaled twice"):
+        read_volume(find_volume(root, metadata["VolumeName"], 2), **reading_arguments_of(metadata, 1))
+    with pytest.raises(ValueError, match="version 2 is in HU already; leave out rescale_intercept"):
+        read_ct_rate(root, metadata["VolumeName"], rescale_intercept=-1024)
+
+
+def test_version_1_without_its_metadata_is_refused(root):
+    with pytest.raises(ValueError, match="blank header"):
+        read_volume(find_volume(root, "train_1_a_1", 1))
+    write(table_file(root, "train", "metadata"), read(table_file(root, "train", "metadata"))[1:])
+    with pytest.raises(ValueError, match=r"train_metadata\.csv has no row for train_1_a_1, so its HU and spacing are"):
+        read_ct_rate(root, "train_1_a_1", 1)
+
+
+def test_an_override_replaces_the_metadata(imitation):
+    assert read_ct_rate(imitation[0], "train_1_a_1", 1, spacing=(5, 1, 2)).spacing == (5.0, 1.0, 2.0)
+
+
+def test_spacing_is_slices_then_rows_then_columns(tmp_path):
+    row = {"RescaleSlope": 1, "RescaleIntercept": -1024, "ZSpacing": 1.5, "XYSpacing": "[0.7, 0.8]"}
+    expected = dict(rescale_slope=1.0, rescale_intercept=-1024.0, spacing=(1.5, 0.7, 0.8))
+    for given_as in (row, pd.Series(row), {k: str(v) for k, v in row.items()}, row | {"XYSpacing": "['0.7','0.8']"}):
+        assert reading_arguments_of(given_as, 1) == expected
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["0.7", "[0.7]", "[0.7, 0.7, 1]", "[0.7 0.7]", "[0.7, x]", "[0, 0.7]", "[0.7, 99]", "[1e999, 1]", "", float("nan")]
+    + ["__import__('os').abort()", "[0.7, -0.7]", "[0.7, 0.7]]"],
+)
+def test_a_malformed_spacing_is_named(value):
+    row = dict(VolumeName="train_1_a_1.nii.gz", RescaleSlope=1, RescaleIntercept=0, ZSpacing=1, XYSpacing=value)
+    with pytest.raises(ValueError, match=r"metadata row train_1_a_1\.nii\.gz, column 'XYSpacing': got .*two lengths"):
+        reading_arguments_of(row, 1)
+    assert reading_arguments_of(row, 2) == {}
+    del row["XYSpacing"]
+    with pytest.raises(ValueError, match=r"the metadata lacks the column\(s\) \['XYSpacing'\]"):
+        reading_arguments_of(row, 1)
+
+
+# --- the manifest -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", [None, 1, 2])
+def test_the_manifest_joins_what_belongs_together(imitation, version):
+    root, studies = imitation
+    table, counts = manifest_from_ct_rate(root, version)
+    assert table["study"].tolist() == KEPT
+    assert table["hospital"].eq("CT-RATE").all() and table["checksum"].eq("").all() and table["seed"].isna().all()
+    for row in table.to_dict("records"):
+        study = studies[row["study"]]
+        assert {name: row[name] for name in FINDINGS} == study.labels
+        if row["study"] != "valid_2_a_1":
+            assert row["report"] == study.report
+        assert row["path"] == str(root / volume_path(row["study"], version or 2))
+    assert table["ct_rate_version"].eq(version or 2).all()
+    first = table.iloc[0]
+    assert (first["patient"], first["scan"], first["reconstruction"]) == ("train_1", "a", 1)
+    assert table["PatientAge"].tolist() == [31, 31, 31, 32, 31, 31, 32] and table["PatientSex"][0] == "M"
+    assert table["ConvolutionKernel"].tolist()[:2] == ["soft", "sharp"]
+    assert counts == {
+        "volumes on disk": 9,
+        "rows of the tables without a file": 0,
+        "dropped: not a chest": 1,
+        "dropped: no row in the labels table": 0,
+        "dropped: no row in the reports table": 0,
+        "dropped: no row in the metadata table": 0,
+        "dropped: report not given": 1,
+        "kept: volumes": 7,
+        "kept: scans": 5,
+        "kept: patients": 4,
+        "kept: patients in train": 1,
+        "kept: patients in valid": 1,
+        "kept: patients in test": 2,
+        "kept: volumes of version 1": 7 if version == 1 else 0,
+        "kept: volumes of version 2": 0 if version == 1 else 7,
+    }
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_rows_of_the_written_manifest_read_as_the_folder_does(root, version):
+    table, _ = manifest_from_ct_rate(root, version)
+    assert table[["rescale_slope", "spacing_d"]].notna().all(axis=None) == (version == 1)
+    loaded = load_manifest(write_manifest(table, root / "manifest.csv"))
+    assert pd.read_csv(root / "manifest.csv")["path"][0] == volume_path("train_1_a_1", version)
+    for row in (loaded.iloc[1], loaded.iloc[6]):
+        expected = read_ct_rate(root, row["study"], version)
+        volume = volume_from_row(row)
+        assert np.array_equal(volume.hu, expected.hu) and volume.spacing == expected.spacing
+    assert split_table(loaded)["patients"].sum() == 4
+
+
+def test_a_report_that_says_nothing_falls_back_to_the_impressions_or_goes(imitation):
+    table, _ = manifest_from_ct_rate(imitation[0])
+    reports = table.set_index("study")["report"]
+    assert reports["valid_2_a_1"] == "Invented impression,\nof valid_2_a."
+    assert "train_4_a_1" not in reports
+    joined, _ = manifest_from_ct_rate(imitation[0], report_sections=("Findings_EN", "Impressions_EN"))
+    assert joined["report"][0] == f"{reports['train_1_a_1']} Invented impression,\nof train_1_a."
+    assert joined.set_index("study")["report"]["valid_2_a_1"] == "Invented impression,\nof valid_2_a."
+
+
+def test_placeholders_are_recognised_however_they_are_written(root):
+    change(root, "valid", "reports", 4, Findings_EN=" not given ", Impressions_EN="NOT GIVEN.")
+    table, counts = manifest_from_ct_rate(root)
+    assert "valid_2_a_1" not in table["study"].tolist() and counts["dropped: report not given"] == 2
+
+
+def test_one_reconstruction_is_the_lowest_chest_on_disk(root):
+    table, counts = manifest_from_ct_rate(root, one_reconstruction=True)
+    assert table["study"].tolist() == [name for name in KEPT if name.endswith("_1")]
+    assert counts["dropped: another reconstruction is kept"] == 2
+    for version in (1, 2):
+        find_volume(root, "train_1_a_1", version).unlink()
+    with open(table_file(root, "valid", "no_chest"), "a") as file:
+        file.write("valid_1_a_1.nii.gz\n")
+    table, _ = manifest_from_ct_rate(root, one_reconstruction=True)
+    assert table["study"].tolist() == ["train_1_a_2", "train_1_b_1", "train_2_a_1", "valid_1_a_2", "valid_2_a_1"]
+
+
+def test_each_volume_comes_in_the_version_that_is_there(root):
+    find_volume(root, "train_1_a_1", 2).unlink()
+    table, counts = manifest_from_ct_rate(root)
+    assert table["ct_rate_version"].tolist() == [1, 2, 2, 2, 2, 2, 2]
+    assert table["rescale_slope"].notna().tolist() == [True] + [False] * 6
+    assert counts["kept: volumes of version 1"] == 1
+
+
+def test_everything_on_disk_is_kept_or_dropped_for_a_reason(imitation, root):
+    write_volume(root, "train_8_a_1", imitation[1]["train_1_a_1"], 2)  # in no table
+    for split, kind, rows in (("train", "labels", [7]), ("valid", "reports", [2]), ("train", "metadata", [2])):
+        table = read(table_file(root, split, kind))
+        write(table_file(root, split, kind), [row for i, row in enumerate(table, 2) if i not in rows])
+    (root / "dataset/train_fixed/train_1/train_1_a/train_2_a_9.nii.gz").touch()  # in the folder of another
+    (root / "dataset/train_fixed/train_1/scan.nii.gz").touch()
+    (root / "dataset/train_fixed/train_1/notes.txt").touch()
+    for name in ("valid_2_a_1", "train_3_a_1"):
+        find_volume(root, name, 1).unlink()
+        find_volume(root, name, 2).unlink()
+    table, counts = manifest_from_ct_rate(root)
+    assert table["study"].tolist() == ["train_1_a_1", "train_1_a_2", "train_1_b_1", "train_2_a_1", "valid_1_a_2"]
+    assert counts["ignored: files whose name or folder is not CT-RATE's"] == 2
+    assert counts["rows of the tables without a file"] == 2
+    assert counts["dropped: no row in the labels table"] == 2, "train_8, and train_4 whose row went"
+    assert counts["dropped: no row in the reports table"] == 1
+    assert counts["dropped: no row in the metadata table"] == 0, "version 2 needs none"
+    dropped = sum(n for reason, n in counts.items() if reason.startswith("dropped"))
+    assert counts["volumes on disk"] == counts["kept: volumes"] + dropped
+    _, counts = manifest_from_ct_rate(root, 1)
+    assert counts["dropped: no row in the metadata table"] == 1, "version 1 can't be read without"
+
+
+def test_folders_behind_links_are_searched_and_none_is_passed_over(root, monkeypatch):
+    (root / "dataset/train_fixed/train_1").rename(root / "other_disk")
+    (root / "dataset/train_fixed/train_1").symlink_to(root / "other_disk")
+    assert manifest_from_ct_rate(root, 2)[0]["study"].tolist() == KEPT
+    scandir = os.scandir
+
+    def forbidden(folder):
+        if str(folder).endswith("train_2"):
+            raise PermissionError(13, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    with pytest.raises(PermissionError, match="Permission denied: .*train_2"):
+        manifest_from_ct_rate(root, 2)
+
+
+def test_age_is_read_where_it_is_in_years(root):
+    for row, age in enumerate(["036Y", "9Y", "006M", "", "36", "old"], 2):
+        change(root, "train", "metadata", row, PatientAge=age)
+    table, _ = manifest_from_ct_rate(root)
+    ages = table.set_index("study")["PatientAge"]
+    assert (ages["train_1_a_1"], ages["train_1_a_2"]) == (36, 9) and ages[["train_1_b_1", "train_2_a_1"]].isna().all()
+
+
+def test_tables_of_a_split_that_is_not_there_are_not_asked_for(root):
+    for folder in ("train", "train_fixed"):
+        shutil.rmtree(root / "dataset" / folder)
+    for kind in TABLES["train"].values():
+        (root / kind).unlink()
+    table, _ = manifest_from_ct_rate(root)
+    assert set(table["split"]) == {"test"}
+
+
+def test_tables_that_a_spreadsheet_saved_again_are_read(root):
+    expected, _ = manifest_from_ct_rate(root, 1)
+    for split in TABLES:
+        for kind in ("labels", "metadata", "reports"):
+            file = table_file(root, split, kind)
+            rows = read(file)
+            for row in rows if kind == "metadata" else []:
+                row["ZSpacing"] = row["ZSpacing"].replace(".", ",")
+            pd.DataFrame(rows).to_csv(file, sep=";", index=False, encoding="utf-8-sig", lineterminator="\r\n")
+        list_file = table_file(root, split, "no_chest")
+        list_file.write_bytes(b"\xef\xbb\xbf" + list_file.read_bytes().replace(b"\n", b"\r\n"))
+    found, _ = manifest_from_ct_rate(root, 1)
+    pd.testing.assert_frame_equal(found, expected)
+
+
+# --- splits -------------------------------------------------------------------------------------------------
+
+
+def write_empty(root, patients, **arguments):
+    """Tables with invented rows, and empty files for them."""
+    labels = [dict(zip(FINDINGS, map(int, f"{i:018b}"), strict=True)) for i in range(0, 2**18, 131)]
+    rows, scan = [], 0
+    for name in names_of(patients):
+        path = root / volume_path(name, 1)
+        if name.endswith("_1"):
+            scan += 1
+            path.parent.mkdir(parents=True)
+        path.touch()
+        rows.append(row_of(name, labels[scan % len(labels)], f"Invented report {scan}."))
+    write_tables(root, rows, **arguments)
+    return root
+
+
+def test_twenty_thousand_rows(tmp_path):
+    scans = dict.fromkeys("abcd", 10)
+    patients = {f"train_{i}": scans for i in range(1, 476)} | {f"valid_{i}": scans for i in range(1, 26)}
+    table, counts = manifest_from_ct_rate(write_empty(tmp_path, patients, no_chest=("train_7_a_1",)))
+    assert counts["volumes on disk"] == 20_000 and counts["kept: patients"] == 500
+    assert counts["dropped: not a chest"] == 1 and counts["dropped: report not given"] == 10
+    assert len(table) == 19_989
+    assert table["study"].is_unique and table["study"][40] == "train_2_a_1", "in the order of the numbers"
+    assert abs(counts["kept: patients in valid"] / 475 - 0.1) < 0.04  # 3 standard deviations
+    splits = split_table(table)
+    assert splits["patients"].sum() == 500 and splits["scans"].sum() == 1999
+
+
+def test_the_assignment_is_the_same_for_ever(tmp_path):
+    """Pinned: a manifest of today and one of next year must agree on who trains and who does not."""
+    patients = {f"{split}_{i}": {"a": 1} for split in ("train", "valid") for i in range(1, 101)}
+    root = write_empty(tmp_path, patients)
+
+    def drawn(**arguments):
+        table, _ = manifest_from_ct_rate(root, **arguments)
+        assert set(table.loc[table["patient"].str.startswith("valid"), "split"]) == {"test"}
+        return table.loc[table["split"] == "valid", "patient"].tolist()
+
+    assert drawn()[:5] == ["train_2", "train_5", "train_13", "train_16", "train_17"]
+    assert drawn(seed=1)[:5] != drawn()[:5]
+    assert drawn(valid_share=0) == []
+    assert set(drawn()) < set(drawn(valid_share=0.2)), "a larger share keeps who was drawn"
+
+
+def test_adding_patients_moves_nobody(root):
+    before, _ = manifest_from_ct_rate(root, 2, valid_share=0.5)
+    for name in names_of({f"train_{i}": {"a": 1} for i in range(20, 40)}):
+        for kind, row in row_of(name, dict.fromkeys(FINDINGS, 0), "An invented report.").items():
+            file = table_file(root, "train", kind)
+            write(file, [row, *read(file)])
+        path = root / volume_path(name, 2)
+        path.parent.mkdir(parents=True)
+        path.touch()
+    after, _ = manifest_from_ct_rate(root, 2, valid_share=0.5)
+    assert len(after) == len(before) + 20 and set(after["split"]) == {"train", "valid", "test"}
+    moved = before.merge(after, on="study")
+    assert len(moved) == len(before) and (moved["split_x"] == moved["split_y"]).all()
+
+
+# --- malformed tables -----------------------------------------------------------------------------------
+
+
+def without(column, into=None):
+    """Drop or rename a column."""
+
+    def broken(rows):
+        return [
+            {(into if k == column else k): v for k, v in row.items() if into is not None or k != column} for row in rows
+        ]
+
+    return broken
+
+
+def cell(row, column, value):
+    def broken(rows):
+        rows[row - 2][column] = value
+        return rows
+
+    return broken
+
+
+def cells(**values):
+    """The same cell wrong in every row."""
+    return lambda rows: [row | values for row in rows]
+
+
+MALFORMED = {
+    "labels without a volume name": ("labels", without("VolumeName"), r"lacks the column\(s\) \['VolumeName'\]"),
+    "a label column missing": ("labels", without("Emphysema"), r"lacks the column\(s\) \['Emphysema'\]"),
+    "a label column misspelt": (
+        "labels",
+        without("Lymphadenopathy", "Lymphadenopaty"),
+        r"lacks the column\(s\) \['Lymphadenopathy'\]; 'Lymphadenopaty' may be meant for 'Lymphadenopathy'",
+    ),
+    "a label in another case": ("labels", without("Hiatal hernia", "Hiatal Hernia"), r"'Hiatal Hernia' may be meant"),
+    "a label of 2": ("labels", cell(3, "Atelectasis", "2"), r"row 3, column 'Atelectasis': got 2, expected 0 or 1"),
+    "a label of one half": ("labels", cell(3, "Atelectasis", "0,5"), r"row 3, column 'Atelectasis': got 0\.5, exp"),
+    "a label left out": ("labels", cell(5, "Lung nodule", ""), r"row 5, column 'Lung nodule': got .*, expected 0 or 1"),
+    "a label in words": ("labels", cell(5, "Lung nodule", "yes"), r"row 5, column 'Lung nodule': got 'yes', expected"),
+    "all labels wrong": ("labels", cells(Emphysema="-1"), r"row 2, .*\n(.*\n){4}\.\.\. and 1 more|row 2"),
+    "reconstructions with other labels": (
+        "labels",
+        lambda rows: cell(3, "Emphysema", str(1 - int(rows[0]["Emphysema"])))(rows),
+        r"row 3, column 'Emphysema': got \d, expected that of row 2, another reconstruction of the same scan",
+    ),
+    "a volume twice": (
+        "labels",
+        cell(4, "VolumeName", "train_1_a_1"),
+        r"row 4, column 'VolumeName': got 'train_1_a_1', expected another volume: row 2 is this one already",
+    ),
+    "a volume of the other split": (
+        "labels",
+        cell(4, "VolumeName", "valid_1_a_1.nii.gz"),
+        r"row 4, column 'VolumeName': got 'valid_1_a_1', expected a volume of this split, such as train_1_a_1\.nii",
+    ),
+    "a volume without a reconstruction": ("reports", cell(2, "VolumeName", "train_1_a"), r"row 2, column 'VolumeName'"),
+    "a volume without a name": ("metadata", cell(2, "VolumeName", ""), r"row 2, column 'VolumeName': got '', exp"),
+    "reports without findings": ("reports", without("Findings_EN"), r"lacks the column\(s\) \['Findings_EN'\]"),
+    "reports without impressions": (
+        "reports",
+        without("Impressions_EN", "Impression_EN"),
+        r"lacks the column\(s\) \['Impressions_EN'\]; 'Impression_EN' may be meant",
+    ),
+    "reconstructions with other reports": (
+        "reports",
+        cell(3, "Findings_EN", "Another text."),
+        r"row 3, column 'Findings_EN': got 'Another text\.', expected that of row 2, another reconstruction",
+    ),
+    "metadata without slopes": ("metadata", without("RescaleSlope"), r"lacks the column\(s\) \['RescaleSlope'\]"),
+    "a slope of 0": ("metadata", cell(2, "RescaleSlope", "0"), r"row 2, column 'RescaleSlope': got '0', .*above 0"),
+    "a slope left out": ("metadata", cell(2, "RescaleSlope", ""), r"row 2, column 'RescaleSlope': got '', expected"),
+    "an infinite slope": ("metadata", cell(2, "RescaleSlope", "inf"), r"row 2, column 'RescaleSlope': got 'inf', exp"),
+    "an intercept in words": (
+        "metadata",
+        cell(3, "RescaleIntercept", "unknown"),
+        r"row 3, column 'RescaleIntercept': got 'unknown', expected a number",
+    ),
+    "an intercept of one or of a thousand": (
+        "metadata",
+        cell(3, "RescaleIntercept", "-1,024"),
+        r"row 3, column 'RescaleIntercept': got '-1,024', expected a number",
+    ),
+    "a slice spacing of 0": (
+        "metadata",
+        cell(4, "ZSpacing", "0"),
+        r"row 4, column 'ZSpacing': got '0', expected a len",
+    ),
+    "one pixel spacing": (
+        "metadata",
+        cell(4, "XYSpacing", "[0.7]"),
+        r"row 4, column 'XYSpacing': got '\[0\.7\]', expected two lengths from 0\.05 to 20\.0 mm, such as \[0\.7, 0",
+    ),
+    "pixel spacings without a comma": ("metadata", cell(4, "XYSpacing", "[0.7 0.7]"), r"row 4, column 'XYSpacing'"),
+}
+
+
+@pytest.mark.parametrize(("kind", "broken", "message"), MALFORMED.values(), ids=MALFORMED)
+def test_a_malformed_table_is_refused_with_table_row_and_column(root, kind, broken, message):
+    file = table_file(root, "train", kind)
+    write(file, broken(read(file)))
+    with pytest.raises(ValueError, match=message) as caught:
+        manifest_from_ct_rate(root, 1)
+    assert str(caught.value).startswith(str(file))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data.replace(b"Medical material", b"Emphysema", 1), r"lacks the column.*\['Medical material'\]"),
+        (lambda data: data[:-20], r"row 7 has \d+ cells, the header 19"),
+        (lambda data: data.replace(b"train_2", b"train_\xfc"), r"row 5, column 'VolumeName': got b'train_\\xfc"),
+        (lambda data: data.replace(b"train_2", b"train\0_2"), r"row 5, column 'VolumeName': got b'train\\x00_2"),
+        (lambda data: b"", "the table is empty"),
+        (lambda data: b"<html>please sign in</html>", r"lacks the column\(s\) \['VolumeName'"),
+    ],
+    ids=["a column twice", "a table cut short", "latin-1 bytes", "a NUL byte", "an empty file", "a web page"],
+)
+def test_a_damaged_table_is_refused(root, damage, message):
+    file = table_file(root, "train", "labels")
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match=rf"train_predicted_labels\.csv.*{message}"):
+        manifest_from_ct_rate(root)
+
+
+@pytest.mark.parametrize("line", ["train_3", "valid_1_a_1.nii.gz", "head ct", "train_3_a_1;train_3_a_2", "\udcff"])
+def test_a_line_of_the_list_of_no_chests_that_names_no_volume_is_refused(root, line):
+    file = table_file(root, "train", "no_chest")
+    file.write_bytes(b"train_1_a_2.nii.gz\n\n" + line.encode(errors="surrogateescape") + b"\n")
+    with pytest.raises(ValueError, match=r"no_chest_train\.txt line 3: got .*, expected a volume such as train_1_a_1"):
+        manifest_from_ct_rate(root)
+
+
+def test_the_list_of_no_chests_may_give_paths_or_bare_names(root):
+    file = table_file(root, "train", "no_chest")
+    file.write_text("dataset/train/train_1/train_1_a/train_1_a_2.nii.gz\n train_2_a_1 \r\n")
+    table, counts = manifest_from_ct_rate(root)
+    assert counts["dropped: not a chest"] == 2 and not {"train_1_a_2", "train_2_a_1"} & set(table["study"])
+
+
+@pytest.mark.parametrize("kind", ["labels", "reports", "metadata", "no_chest"])
+def test_a_missing_table_is_named(root, kind):
+    table_file(root, "valid", kind).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{TABLES['valid'][kind]}.*is missing; download it as well"):
+        manifest_from_ct_rate(root)
+
+
+def test_no_volumes_says_what_was_looked_for_and_where(root, tmp_path):
+    for wrong in (root / "dataset", root / "nowhere"):
+        looked = rf"{wrong}: no volume of CT-RATE in dataset/\*/ or dataset/\*_fixed/ "
+        volume = r"\(a volume is dataset/train_fixed/train_1/train_1_a/train_1_a_1\.nii\.gz\)"
+        with pytest.raises(FileNotFoundError, match=f"{looked}{volume}; give the folder that holds `dataset`"):
+            manifest_from_ct_rate(wrong)
+    with open(table_file(root, "train", "no_chest"), "w") as file:
+        file.writelines(f"{name}\n" for name in names_of(PATIENTS) if name.startswith("train"))
+    for folder in ("valid", "valid_fixed"):
+        shutil.rmtree(root / "dataset" / folder)
+    with pytest.raises(ValueError, match="none of its volumes can be used: .*'dropped: not a chest': 6"):
+        manifest_from_ct_rate(root)
+
+
+@pytest.mark.parametrize("sections", [(), "Findings_EN", ("Findings",), ("Findings_EN", "findings")])
+def test_unknown_report_sections_are_refused(imitation, sections):
+    with pytest.raises(ValueError, match="report_sections=.*: expected some of .*'Findings_EN', 'Impressions_EN'"):
+        manifest_from_ct_rate(imitation[0], report_sections=sections)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1, 1.5, float("nan")])
+def test_a_share_that_is_none_is_refused(imitation, share):
+    with pytest.raises(ValueError, match="valid_share=.*expected a share of patients, from 0 to below 1"):
+        manifest_from_ct_rate(imitation[0], valid_share=share)
+
+
+CELLS = st.one_of(
+    st.text(st.characters(codec="utf-8"), max_size=10),
+    st.sampled_from(
+        ["", "0", "1", "1,0", "-8192", "nan", "[1, 1]", "train_1_a_1", "valid_1_a_1", "Not given.", '"', "\0"]
+    ),
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(kind=st.sampled_from(["labels", "reports", "metadata"]), row=st.integers(2, 7), value=CELLS, data=st.data())
+def test_any_changed_cell_gives_a_valid_manifest_or_an_error_that_names_it(imitation, root, kind, row, value, data):
+    original = table_file(imitation[0], "train", kind)
+    rows = read(original)
+    column = data.draw(st.sampled_from(list(rows[0])))
+    rows[row - 2][column] = value
+    file = table_file(root, "train", kind)
+    write(file, rows)
+    try:
+        table, counts = manifest_from_ct_rate(root, 1)
+    except ValueError as error:
+        assert str(error).startswith(f"{file} row ") and f"column {column!r}" in str(error)
+    else:
+        validate_manifest(table)
+        assert counts["volumes on disk"] == 9 and not set(NO_CHEST) & set(table["study"])
+    finally:
+        shutil.copy(original, file)

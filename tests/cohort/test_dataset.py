@@ -1,0 +1,122 @@
+"""The dataset: items, cache, batches."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scan_files import chest, write_nifti
+
+from medctkit.cohort import prepare as preparing
+from medctkit.cohort.cache import STEPS, digest_of
+from medctkit.cohort.dataset import CTReportDataset, collate
+from medctkit.cohort.manifest import load_manifest, study_from_row
+from medctkit.findings import FINDINGS
+from medctkit.model.base_model import load_mini_base
+from medctkit.scans.preprocessing import PreprocessConfig, preprocess
+
+MINI = PreprocessConfig((11.25, 5.625, 5.625), (32, 64, 64), antialias=True)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    table = load_manifest(Path(__file__).resolve().parents[2] / "data_manifest.csv")
+    return table[table["hospital"] == "target"].head(5)
+
+
+def test_items_hold_volume_report_and_labels(rows):
+    item = CTReportDataset(rows, MINI)[2]
+    row = rows.iloc[2]
+    assert item["pixel_values"].shape == (1, 32, 64, 64) and item["pixel_values"].dtype == torch.float32
+    assert -1 <= item["pixel_values"].min() and item["pixel_values"].max() <= 1
+    assert item["report"] == row["report"] and item["study"] == row["study"] and item["patient"] == row["patient"]
+    assert item["labels"].tolist() == [float(row[f]) for f in FINDINGS]
+
+
+def test_the_cache_changes_nothing_a_model_could_see(rows, tmp_path):
+    fresh, kept = CTReportDataset(rows, MINI), CTReportDataset(rows, MINI, tmp_path)
+    kept.prepare(workers=1)
+    assert len(list(tmp_path.glob("*.safetensors"))) == len(rows)
+    for i in range(len(rows)):
+        exact = preprocess(study_from_row(rows.iloc[i]).volume, MINI)
+        assert torch.equal(fresh[i]["pixel_values"], exact)
+        assert (kept[i]["pixel_values"] - exact).abs().max() <= 0.5 / STEPS
+    loaded = CTReportDataset(rows, MINI, tmp_path).in_memory()
+    assert torch.equal(loaded[1]["pixel_values"], kept[1]["pixel_values"])
+
+
+def test_prepared_files_are_read_again_damaged_ones_made_again(rows, tmp_path):
+    dataset = CTReportDataset(rows.head(2), MINI, tmp_path)
+    first = dataset[0]["pixel_values"]
+    (file,) = tmp_path.iterdir()
+    stamp = file.stat().st_mtime_ns
+    assert torch.equal(dataset[0]["pixel_values"], first) and file.stat().st_mtime_ns == stamp
+    content = file.read_bytes()
+    middle = len(content) // 2
+    for damaged in (content[:middle], content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :], b""):
+        file.write_bytes(damaged)
+        assert torch.equal(dataset[0]["pixel_values"], first)
+        assert file.read_bytes() == content
+
+
+def test_another_setting_never_reads_an_old_file(rows, tmp_path):
+    one = CTReportDataset(rows.head(1), MINI, tmp_path)[0]["pixel_values"]
+    other = PreprocessConfig((12.0, 6.0, 6.0), (32, 64, 64), antialias=True)
+    two = CTReportDataset(rows.head(1), other, tmp_path)[0]["pixel_values"]
+    assert not torch.equal(one, two) and len(list(tmp_path.iterdir())) == 2
+
+
+def test_batches_are_padded_to_their_longest_report(rows):
+    tokenizer = load_mini_base().tokenizer
+    dataset = CTReportDataset(rows, MINI)
+    items = [dataset[i] for i in range(3)]
+    batch = collate(tokenizer, max_length=128)(items)
+    assert batch["pixel_values"].shape == (3, 1, 32, 64, 64) and batch["labels"].shape == (3, 18)
+    lengths = batch["attention_mask"].sum(1)
+    assert batch["input_ids"].shape[1] == lengths.max() <= 128
+    assert tokenizer.unk_token_id not in batch["input_ids"]
+    assert batch["study"] == [i["study"] for i in items]
+    assert collate(tokenizer, max_length=9)(items)["input_ids"].shape[1] == 9
+
+
+def test_real_files_go_through_the_same_dataset(rows, tmp_path):
+    nibabel = pytest.importorskip("nibabel")
+    hu = np.full((40, 40, 30), -1000, np.int16)
+    hu[8:32, 8:32, 4:26] = 40
+    nibabel.save(nibabel.Nifti1Image(hu, np.diag([8.0, 8.0, 10.0, 1.0])), tmp_path / "scan.nii.gz")
+    table = rows.head(1).assign(path=str(tmp_path / "scan.nii.gz"), checksum="")
+    pixels = CTReportDataset(table, MINI, tmp_path / "cache")[0]["pixel_values"]
+    assert pixels.shape == (1, 32, 64, 64) and np.isclose(pixels.max(), 0.04, atol=1e-4)
+
+
+def test_a_file_is_hashed_once_and_then_needed_no_more(rows, tmp_path):
+    scan = write_nifti(tmp_path / "scan.nii.gz", chest())
+    table = rows.head(1).assign(path=str(scan), checksum="", seed=None)
+    dataset = CTReportDataset(table, MINI, tmp_path / "cache")
+    dataset.prepare(workers=1)
+    assert dataset.rows[0]["checksum"] == digest_of(scan)
+    scan.unlink()
+    assert dataset[0]["pixel_values"].max() > -1
+
+
+def test_every_epoch_after_the_first_hashes_nothing(rows, tmp_path, monkeypatch):
+    table = rows.head(1).assign(path=str(write_nifti(tmp_path / "scan.nii.gz", chest())), checksum="", seed=None)
+    dataset = CTReportDataset(table, MINI, tmp_path / "cache")
+    first = dataset[0]["pixel_values"]
+    monkeypatch.setattr(preparing, "digest_of", lambda path: pytest.fail(f"{path} was hashed again"))
+    assert torch.equal(dataset[0]["pixel_values"], first)
+
+
+def test_studies_that_cannot_be_prepared_are_listed(rows, tmp_path):
+    table = rows.head(3).assign(path=["", str(tmp_path / "none.nii"), ""], checksum=lambda t: t["checksum"])
+    table.loc[table.index[1], "checksum"] = ""
+    with pytest.raises(ValueError, match=r"1 of 3 studies could not be prepared:\n  target_.*there is no such file"):
+        CTReportDataset(table, MINI, tmp_path / "cache").prepare(workers=1)
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2
+
+
+def test_bad_input_is_refused(rows):
+    with pytest.raises(ValueError, match="no rows"):
+        CTReportDataset(rows.head(0), MINI)
+    with pytest.raises(ValueError, match="needs a cache_dir"):
+        CTReportDataset(rows, MINI).prepare()

@@ -1,0 +1,170 @@
+"""`medctkit prepare`: from CT-RATE's folder or a manifest to prepared volumes, failures told, nothing half written."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+from ct_rate_imitation import write_ct_rate
+from hub_imitation import HubImitation
+from scan_files import chest, write_nifti
+from typer.testing import CliRunner
+
+from medctkit import cli
+from medctkit.cohort import prepare as preparing
+from medctkit.cohort.dataset import CTReportDataset
+from medctkit.cohort.hub import ct_rate_files as hub
+from medctkit.cohort.manifest import load_manifest, write_manifest
+from medctkit.findings import FINDINGS
+from medctkit.scans.preprocessing import PreprocessConfig
+
+MANIFEST = Path(__file__).resolve().parents[2] / "data_manifest.csv"
+MINI = PreprocessConfig((11.25, 5.625, 5.625), (32, 64, 64), antialias=True)
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, ["prepare", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def ct_rate(tmp_path_factory):
+    root = tmp_path_factory.mktemp("ct-rate")
+    write_ct_rate(root)
+    return root
+
+
+def own_manifest(folder, **columns):
+    """A hospital's own two scans, one file each."""
+    rows = {"study": ["s1", "s2"], "patient": ["p1", "p2"], "split": ["train", "test"], "hospital": "St. Elsewhere"}
+    rows |= {"seed": "", "scan": "a", "reconstruction": 1, **dict.fromkeys(FINDINGS, 0), "report": "No findings."}
+    rows |= {"checksum": "", "path": ["one.nii", "two.nii"], **columns}
+    write_nifti(folder / "one.nii", chest())
+    write_nifti(folder / "two.nii", chest() + 3)
+    pd.DataFrame(rows).to_csv(folder / "own.csv", index=False)
+    return folder / "own.csv"
+
+
+def test_ct_rate_becomes_a_prepared_cohort_from_either_version(ct_rate, tmp_path, cluster):
+    """Both versions of one volume, each read its own way, end in the same model input."""
+    prepared = {}
+    for version in (1, 2):
+        out = tmp_path / str(version)
+        result = run(ct_rate, out, "--model", "mini", "--version", version, "--scheduler", cluster.scheduler_address)
+        assert result.exit_code == 0, result.output
+        assert "dropped: not a chest" in result.output and "no patient is in two splits" in result.output
+        manifest = load_manifest(out / "manifest.csv")
+        dataset = CTReportDataset(manifest, MINI, out / "prepared")
+        prepared[version] = {
+            item["study"]: item["pixel_values"] for item in map(dataset.__getitem__, range(len(dataset)))
+        }
+        assert manifest["checksum"].str.fullmatch("[0-9a-f]{64}").all() and not (out / "failures.csv").exists()
+        assert set(manifest["split"]) <= {"train", "valid", "test"}
+        assert (manifest["split"] == "test").equals(manifest["patient"].str.startswith("valid_"))
+    assert set(prepared[1]) == set(prepared[2]) and len(prepared[1]) == 7
+    for study, pixels in prepared[1].items():
+        assert (pixels - prepared[2][study]).abs().max() <= 2e-4
+
+
+def test_from_the_hub_to_a_prepared_cohort(ct_rate, tmp_path, cluster):
+    with HubImitation() as server:
+        server.add(hub.CT_RATE, ct_rate)
+        plan, chosen = hub.plan_ct_rate(tmp_path / "data", split="valid", token=False, endpoint=server.url)
+        assert not hub.download(plan).failures
+    result = run(tmp_path / "data", tmp_path / "out", "--model", "mini", "--scheduler", cluster.scheduler_address)
+    assert result.exit_code == 0 and "3 of 3 volumes are prepared" in result.output, result.output
+    manifest = load_manifest(tmp_path / "out" / "manifest.csv")
+    assert set(manifest["patient"]) == set(chosen.patients) and set(manifest["split"]) == {"test"}
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path):
+    table = load_manifest(MANIFEST).head(60)
+    write_manifest(table, tmp_path / "phantoms.csv")
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "medctkit.cli", "prepare", tmp_path / "phantoms.csv", out, "--workers", "1"]
+    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    children = []
+    while len(list((out / "prepared").glob("*.safetensors"))) < 5 and killed.poll() is None:
+        time.sleep(0.02)
+        children = psutil.Process(killed.pid).children(recursive=True) or children
+    killed.kill()
+    killed.wait()
+    psutil.wait_procs(children, timeout=30)
+    assert not [child for child in children if child.is_running()], "workers outlive the run that started them"
+    there = {path: path.stat().st_mtime_ns for path in (out / "prepared").glob("*.safetensors")}
+    assert 5 <= len(there) < 60 and not (out / "manifest.csv").exists()
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert f"60 of 60 volumes are prepared, {60 - len(there)} of them now" in again.stdout, again.stdout + again.stderr
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in there.items())
+    assert load_manifest(out / "manifest.csv")["study"].tolist() == table["study"].tolist()
+
+
+def test_a_second_run_has_nothing_to_do(ct_rate, tmp_path, cluster):
+    arguments = (ct_rate, tmp_path, "--model", "mini", "--one-reconstruction", "--scheduler", cluster.scheduler_address)
+    first, second = run(*arguments), run(*arguments)
+    assert "5 of 5 volumes are prepared, 5 of them now" in first.output
+    assert "5 of 5 volumes are prepared, 0 of them now" in second.output and "preparing" not in second.output
+
+
+def test_a_bad_volume_is_listed_and_the_exit_code_says_so(tmp_path, cluster):
+    manifest = own_manifest(tmp_path, rescale_intercept=["", -1024])
+    out = tmp_path / "out"
+    result = run(manifest, out, "--model", "mini", "--scheduler", cluster.scheduler_address)
+    assert result.exit_code == 1
+    assert "1 of 2 volumes are prepared" in result.output and "1 failed, listed in" in result.output
+    failures = pd.read_csv(out / "failures.csv")
+    assert failures["study"].tolist() == ["s2"] and "rescale" in failures["message"][0]
+    assert load_manifest(out / "manifest.csv")["study"].tolist() == ["s1"]
+    own_manifest(tmp_path)  # mended
+    result = run(manifest, out, "--model", "mini", "--scheduler", cluster.scheduler_address)
+    assert result.exit_code == 0 and "2 of 2 volumes are prepared, 1 of them now" in result.output
+    assert not (out / "failures.csv").exists()
+
+
+def test_where_everything_fails_the_rest_is_not_tried(tmp_path, monkeypatch, cluster):
+    monkeypatch.setattr(preparing, "HOPELESS", 1)
+    manifest = own_manifest(tmp_path, rescale_intercept=-8192)
+    result = run(manifest, tmp_path / "out", "--model", "mini", "--scheduler", cluster.scheduler_address)
+    assert result.exit_code == 1 and "As nothing else came through, 1 were not tried." in result.output
+    assert not (tmp_path / "out" / "manifest.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.csv", "out"], "no manifest at nowhere.csv"),
+        (["{manifest}", "out", "--version", "1"], "--version and --one-reconstruction are for CT-RATE's folder"),
+        (
+            ["{manifest}", "out", "--model", "huge"],
+            "--model huge: expected mini, released, or a folder",
+        ),
+        (["{manifest}", "out", "--scheduler", "ftp://x"], "no dask scheduler answers at ftp://x"),
+        (["{manifest}", "out", "--scheduler", "tcp://127.0.0.1:9", "--workers", "2"], "workers of its own"),
+        (["{folder}", "out"], "CT-RATE|dataset"),
+    ],
+    ids=["no manifest", "version of a manifest", "unknown model", "no scheduler", "two kinds of workers", "no CT-RATE"],
+)
+def test_wrong_calls_say_what_to_do(tmp_path, monkeypatch, arguments, message):
+    manifest = own_manifest(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    result = run(*(a.format(manifest=manifest, folder=tmp_path) for a in arguments))
+    assert result.exit_code == 1 and "Traceback" not in result.output
+    assert any(part in result.output for part in message.split("|")), result.output
+
+
+def test_stopping_by_keyboard_says_how_to_go_on(tmp_path, monkeypatch):
+    def interrupted(*rest, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(preparing, "prepare", interrupted)
+    result = run(own_manifest(tmp_path), tmp_path / "out", "--model", "mini")
+    assert result.exit_code == 130 and "the same command goes on from here" in result.output
+
+
+@pytest.mark.parametrize(("model", "expected"), [(None, "mini"), ("released", "released"), ("mini", "mini")])
+def test_models_by_name(model, expected):
+    config = cli._model_input(model, real=False)
+    assert config == {"mini": MINI, "released": PreprocessConfig()}[expected]
+    assert cli._model_input(None, real=True) == PreprocessConfig()

@@ -1,0 +1,132 @@
+"""The exercises of notebooks 00 and 01: right answers pass, typical wrong ones are told what is wrong with them."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from medctkit.course import checks_data
+from medctkit.course.exercises import judge
+from medctkit.scans.hounsfield import check_hu
+
+NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
+TABLE = pd.DataFrame(
+    {
+        "finding": ["Emphysema", "Atelectasis", "Lung nodule"],
+        "score": [0.2, 0.9, 0.4],
+        "truth": ["present", "absent", "unknown"],
+    }
+)
+COHORT = pd.DataFrame({"patient": ["a", "a", "b", "b", "c", "d", "d", "d"]})
+IN_TEST = np.array([True, False, True, True, False, False, True, False])  # a and d lie on both sides
+
+
+def share(present, absent):
+    return np.mean([(p > a) + (p == a) / 2 for p in present for a in absent])
+
+
+def changes_its_input(hu):
+    hu[hu < -1000], hu[hu > 1000] = -1000, 1000
+    return hu / 1000
+
+
+def not_written(*_):
+    return ...
+
+
+RIGHT = [
+    ("00.1", ("Atelectasis", TABLE), "Atelectasis, 0.90. It isn't there"),
+    ("00.2", (share,), "AUROC"),
+    ("01.1", ((50, 300),), "Muscle"),
+    ("01.1", ([50.0, 300.0],), "Muscle"),
+    ("01.2", (lambda hu: np.clip(hu, -1000, 1000) / 1000,), "Air is -1"),
+    ("01.2", (lambda hu: np.clip(hu / 1000, -1, 1),), "Air is -1"),
+    ("01.3", (-1312,), "yardstick"),
+    ("01.3", (np.float64(-1310.0),), "yardstick"),
+    ("01.4", (2, COHORT, IN_TEST), "2 of 4 patients"),
+]
+WRONG = [
+    ("00.1", (1, TABLE), "Give the name of the finding as a text"),
+    ("00.1", ("Lung nodul", TABLE), "none of the 18 findings"),
+    ("00.1", ("Lung nodule", TABLE), "has a score of 0.40, and 1 other findings have a higher one"),
+    ("00.2", (lambda p, a: sum(x > y for x in p for y in a),), "divide by the number of pairs"),
+    ("00.2", (lambda p, a: share(a, p),), "is the order swapped"),
+    ("00.2", (lambda p, a: np.mean([x > y for x in p for y in a]),), "equal scores counts half"),
+    ("00.2", (lambda p, a: np.mean([x >= y for x in p for y in a]),), "equal scores counts half"),
+    ("00.2", (lambda p, a: p.mean() - a.mean(),), "all 6 pairs are in the right order"),
+    ("00.2", (lambda p, a: 0.5 + 0.5 * np.sign(p.mean() - a.mean()),), "scikit-learn gives 0"),
+    ("00.2", (lambda p, a: p > a,), "stopped with ValueError"),
+    ("01.1", ((-100, 200),), "are the two ends"),
+    ("01.1", ((50, 150),), "black up to -25 HU and white from 125 HU"),
+    ("01.1", ((50, -300),), "above 0"),
+    ("01.1", (300,), "Expected a pair"),
+    ("01.2", (lambda hu: hu / 1000,), "not clipped"),
+    ("01.2", (lambda hu: np.clip(hu, -1000, 1000),), "still in HU"),
+    ("01.2", (lambda hu: (np.clip(hu, -1000, 1000) + 1000) / 2000,), r"in \[0, 1\]"),
+    ("01.2", (changes_its_input,), "changes the scan"),
+    ("01.2", (lambda hu: np.clip(hu, -1024, 1000) / 1000,), "-2000 HU becomes -1.024; expected -1"),
+    ("01.2", (lambda hu: hu.mean(),), "eight numbers"),
+    ("01.3", (1312,), "the sign is not"),
+    ("01.3", (-312,), "near 0 HU"),
+    ("01.3", (-1024,), "the air around the patient lies at -71[0-9] HU"),
+    ("01.3", ("minus 1312",), "a single number"),
+    ("01.4", (5, COHORT, IN_TEST), "number of their scans"),
+    ("01.4", (3, COHORT, IN_TEST), "only some of them"),
+    ("01.4", (0.5, COHORT, IN_TEST), "not a share"),
+    ("01.4", (4, COHORT, IN_TEST), "on how many of the two sides"),
+]
+OPEN = [
+    ("00.1", (..., TABLE)),
+    ("00.2", (not_written,)),
+    ("01.1", ((..., ...),)),
+    ("01.2", (not_written,)),
+    ("01.3", (...,)),
+    ("01.4", (..., COHORT, IN_TEST)),
+]
+
+
+@pytest.mark.parametrize(("name", "answer", "said"), RIGHT)
+def test_a_right_answer_is_praised(name, answer, said):
+    verdict = judge(name, *answer)
+    assert verdict.state == "right", verdict
+    assert said in verdict.text
+
+
+@pytest.mark.parametrize(("name", "answer", "said"), WRONG)
+def test_a_wrong_answer_is_told_what_is_wrong(name, answer, said):
+    verdict = judge(name, *answer)
+    assert verdict.state == "wrong", verdict
+    assert re.search(said, verdict.text), verdict
+
+
+@pytest.mark.parametrize(("name", "answer"), OPEN)
+def test_an_answer_that_is_not_there_is_not_done_yet(name, answer):
+    assert judge(name, *answer).state == "open"
+
+
+def test_the_stored_values_are_a_chest_with_the_right_intercept_only():
+    stored = checks_data.stored_values()
+    check_hu(stored - 1312)
+    with pytest.raises(ValueError, match="not in HU"):
+        check_hu(stored)
+
+
+def markdown(path):
+    return [
+        "".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "markdown"
+    ]
+
+
+def test_the_map_in_notebook_00_says_what_each_notebook_says_of_itself():
+    start = "\n".join(markdown(NOTEBOOKS / "00_start_here.ipynb"))
+    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+        time, memory, gpu, _ = re.search(r"^\|---.*\n\|(.*)\|$", markdown(path)[0], re.M)[1].split("|")
+        to_run = re.search(r"to read, (.+?) to run", time)[1]
+        name = re.escape(f"]({path.name})") if path.name[:2] != "00" else "00 Start here"
+        rows = re.findall(rf"^\|[^|\n]*{name} \|[^|\n]+\|(.*)\|$", start, re.M)
+        assert [[cell.strip() for cell in row.split("|")] for row in rows] == [[to_run, memory.strip(), gpu.strip()]], (
+            path.name
+        )

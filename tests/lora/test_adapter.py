@@ -1,0 +1,425 @@
+"""LoRA: the equation, the placements, the counts, and adapters on disk."""
+
+import copy
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from medctkit.lora.adapter import add_lora, load_adapter, merge_lora, save_adapter
+from medctkit.lora.counting import parameter_table, search_placements
+from medctkit.lora.linear import LoRALinear
+from medctkit.lora.placement import PRESETS, lora_config
+from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel
+
+RELEASED_TOTAL = 438_148_761  # parameters of the released checkpoint
+PAPER_TRAINABLE = 1_671_168
+
+
+def tiny_config(**vision):
+    vision = {
+        "dim": 32,
+        "codebook_size": 24,
+        "image_size": [32, 48],
+        "num_frames": 8,
+        "patch_size": 16,
+        "temporal_patch_size": 4,
+        "spatial_depth": 2,
+        "temporal_depth": 1,
+        "dim_head": 8,
+        "heads": 4,
+    } | vision
+    text = {
+        "vocab_size": 60,
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 40,
+        "max_position_embeddings": 32,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    return CTCLIPConfig(vision_config=vision, text_config=text, projection_dim=16)
+
+
+def tiny_model(**vision):
+    torch.manual_seed(0)
+    return CTCLIPModel(tiny_config(**vision)).eval()
+
+
+def tiny_batch(b=3):
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "pixel_values": torch.rand(b, 1, 8, 32, 48, generator=generator) * 2 - 1,
+        "input_ids": torch.randint(1, 60, (b, 7), generator=generator),
+        "attention_mask": torch.ones(b, 7, dtype=torch.long),
+    }
+
+
+def randomise_adapter(model, seed=2):
+    """Give B, zero at the start, values, so that the adapter does something."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name and parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+
+
+def trainable_names(model):
+    return [name for name, p in model.named_parameters() if p.requires_grad]
+
+
+def count(model):
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.fixture(scope="module")
+def full_size():
+    with torch.device("meta"):
+        return CTCLIPModel(CTCLIPConfig())
+
+
+# --- the equation -------------------------------------------------------------------------------
+
+
+def test_lora_linear_equals_peft_in_output_gradient_and_merge():
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(10, 6))
+    peft_model = get_peft_model(copy.deepcopy(plain), LoraConfig(r=3, lora_alpha=7, target_modules=["0"]))
+    theirs = peft_model.base_model.model[0]
+    ours = LoRALinear(copy.deepcopy(plain[0]), r=3, alpha=7)
+    with torch.no_grad():
+        ours.A.copy_(theirs.lora_A["default"].weight)
+        theirs.lora_B["default"].weight.normal_()
+        ours.B.copy_(theirs.lora_B["default"].weight)
+    x = torch.randn(4, 5, 10)
+
+    torch.testing.assert_close(ours(x), theirs(x))
+    assert not torch.allclose(ours(x), plain(x))
+    for y in (ours(x), theirs(x)):
+        y.square().sum().backward()
+    torch.testing.assert_close(ours.A.grad, theirs.lora_A["default"].weight.grad)
+    torch.testing.assert_close(ours.B.grad, theirs.lora_B["default"].weight.grad)
+    assert ours.base.weight.grad is None and theirs.base_layer.weight.grad is None
+
+    before = ours(x)
+    ours.merge()
+    ours.merge()  # the second call must not add the update again
+    merged = peft_model.merge_and_unload()[0]
+    torch.testing.assert_close(ours.base.weight, merged.weight)
+    torch.testing.assert_close(ours(x), before)
+    ours.unmerge()
+    torch.testing.assert_close(ours.base.weight, plain[0].weight)
+    torch.testing.assert_close(ours(x), before)
+
+
+def test_lora_linear_starts_as_the_base_and_refuses_rank_zero():
+    base = nn.Linear(8, 5)
+    x = torch.randn(2, 8)
+    assert torch.equal(LoRALinear(base, r=2, alpha=4)(x), base(x))
+    with pytest.raises(ValueError, match="rank r must be at least 1, got 0"):
+        LoRALinear(base, r=0, alpha=4)
+
+
+# --- placements ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        ("paper", PAPER_TRAINABLE),
+        ("vision", 24 * 8 * 1_792),
+        ("text", 24 * 12 * 4_608),
+        ("all-attention", 24 * (8 * (1_792 + 768) + 12 * (4_608 + 1_536))),
+    ],
+)
+def test_presets_on_the_full_size_model(full_size, preset, expected):
+    model = add_lora(copy.deepcopy(full_size), preset)
+    assert count(model) == expected
+    assert all(".lora_A." in name or ".lora_B." in name for name in trainable_names(model))
+
+
+def test_the_paper_preset_adapts_q_k_v_of_every_layer_and_nothing_else():
+    model = add_lora(tiny_model(spatial_depth=3, temporal_depth=2), "paper")
+    adapted = {name.split(".lora_")[0] for name in trainable_names(model)}
+    expected = {
+        f"base_model.model.visual_transformer.enc_{part}_transformer.layers.{layer}.1.{projection}"
+        for part, depth in (("spatial", 3), ("temporal", 2))
+        for layer in range(depth)
+        for projection in ("to_q", "to_kv")
+    } | {
+        f"base_model.model.text_transformer.encoder.layer.{layer}.attention.self.{projection}"
+        for layer in range(2)
+        for projection in ("query", "key", "value")
+    }
+    assert adapted == expected
+
+
+def test_all_attention_leaves_the_feed_forward_output_alone():
+    adapted = {name.split(".lora_")[0] for name in trainable_names(add_lora(tiny_model(), "all-attention"))}
+    assert any(name.endswith("attention.output.dense") for name in adapted)
+    assert not any(re.search(r"layer\.\d+\.output\.dense", name) for name in adapted)
+
+
+def test_defaults_and_overrides():
+    config = lora_config("paper")
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (24, 48, 0.0)
+    config = lora_config("paper", r=8)
+    assert (config.r, config.lora_alpha) == (8, 16)
+    config = lora_config("vision", r=4, lora_alpha=4, use_dora=True)
+    assert (config.lora_alpha, config.use_dora) == (4, True)
+    model = add_lora(tiny_model(), "paper", vision="to_out", text=(), r=2)
+    assert count(model) == 3 * 2 * (32 + 32)
+    assert count(add_lora(tiny_model(), target_modules=["to_text_latent"], r=2)) == 2 * (24 + 16)
+
+
+def test_a_new_adapter_leaves_the_output_as_it_was():
+    model, batch = tiny_model(), tiny_batch()
+    before = model(**batch).logits_per_image
+    assert torch.equal(add_lora(model, "all-attention").eval()(**batch).logits_per_image, before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"preset": "papr"}, "unknown LoRA preset 'papr'; choose from paper, vision, text, all-attention"),
+        ({"r": 0}, "rank r must be a whole number of at least 1, got 0"),
+        ({"r": 2.5}, "rank r must be a whole number of at least 1, got 2.5"),
+        ({"vision": ("to_k",)}, "unknown vision projection 'to_k'; choose from to_q, to_kv, to_out"),
+        ({"vision": (), "text": ()}, "adapts nothing; name at least one projection"),
+        (
+            {"alpha": 3},
+            "unknown LoRA setting 'alpha'; expected r, vision, text or a field of peft.LoraConfig",
+        ),
+    ],
+)
+def test_bad_settings_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        lora_config(**arguments)
+
+
+@pytest.mark.parametrize("targets", ["visual_transformer.*to_v", ["to_q", "to_v"]])
+def test_a_placement_that_matches_nothing_is_refused_and_the_model_untouched(targets):
+    model = tiny_model()
+    with pytest.raises(ValueError, match=r"to_v.* matches no module of CTCLIPModel; its linear layers .*to_kv"):
+        add_lora(model, target_modules=targets)
+    with pytest.raises(ValueError, match="'to_q' .* matches no module of BertModel"):
+        add_lora(model.text_transformer, "paper")
+    assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+def test_a_second_add_lora_is_refused():
+    with pytest.raises(ValueError, match=r"already carries the adapter\(s\) default; add another with"):
+        add_lora(add_lora(tiny_model(), "text"), "vision")
+
+
+# --- gradients ----------------------------------------------------------------------------------
+
+
+def vision_gradients(model, matrix):
+    return [
+        (name, p.grad)
+        for name, p in model.named_parameters()
+        if "visual_transformer" in name and f".lora_{matrix}." in name
+    ]
+
+
+def test_every_vision_adapter_learns_in_training_mode():
+    model = add_lora(tiny_model(), "paper", r=4).train()
+    codebook = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    model(**tiny_batch(), return_loss=True).loss.backward()
+    assert len(vision_gradients(model, "B")) == 3 * 2
+    for name, gradient in vision_gradients(model, "B"):
+        assert gradient.any(), name
+    for name, gradient in vision_gradients(model, "A"):
+        assert not gradient.any(), f"{name}: B is zero, so A cannot have a gradient yet"
+    optimizer.step()
+    optimizer.zero_grad()
+    model(**tiny_batch(), return_loss=True).loss.backward()
+    for name, gradient in vision_gradients(model, "A"):
+        assert gradient.any(), name
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, codebook[name]), name
+
+
+def test_the_silent_trap_no_vision_gradient_in_evaluation_mode():
+    model = add_lora(tiny_model(), "paper", r=4).eval()
+    model(**tiny_batch(), return_loss=True).loss.backward()
+    assert all(gradient is None or not gradient.any() for _, gradient in vision_gradients(model, "B"))
+    text = [p.grad for name, p in model.named_parameters() if "text_transformer" in name and ".lora_B." in name]
+    assert all(gradient.any() for gradient in text)
+
+
+# --- merge, save, load, swap --------------------------------------------------------------------
+
+
+def test_merge_gives_a_plain_model_and_leaves_the_adapted_one(tmp_path):
+    base, batch = tiny_model(), tiny_batch()
+    model = add_lora(copy.deepcopy(base), "all-attention", r=3).eval()
+    randomise_adapter(model)
+    adapted = model(**batch).text_embeds
+    merged = merge_lora(model)
+    assert type(merged) is CTCLIPModel
+    assert merged.state_dict().keys() == base.state_dict().keys()
+    torch.testing.assert_close(merged(**batch).text_embeds, adapted)
+    torch.testing.assert_close(model(**batch).text_embeds, adapted, rtol=0, atol=0)
+    with model.disable_adapter():
+        assert torch.equal(model(**batch).text_embeds, base(**batch).text_embeds)
+    merged.save_pretrained(tmp_path)
+    again = CTCLIPModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(**batch).text_embeds, merged(**batch).text_embeds)
+
+
+def test_adapters_are_saved_loaded_and_swapped_by_name(tmp_path):
+    batch, outputs, base = tiny_batch(), {}, tiny_model()(**tiny_batch()).logits_per_image
+    for name, preset, seed in (("north", "paper", 5), ("south", "text", 6)):
+        model = add_lora(tiny_model(), preset, r=2).eval()
+        randomise_adapter(model, seed)
+        outputs[name] = model(**batch).logits_per_image
+        save_adapter(model, tmp_path / name)
+        assert sorted(p.name for p in (tmp_path / name).iterdir()) == [
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        ]
+    model = load_adapter(tiny_model(), tmp_path / "north", "north").eval()
+    assert torch.equal(model(**batch).logits_per_image, outputs["north"])
+    assert not trainable_names(model)
+    model = load_adapter(model, tmp_path / "south", "south", trainable=True).eval()
+    assert torch.equal(model(**batch).logits_per_image, outputs["south"])
+    assert trainable_names(model) and all(".south." in name for name in trainable_names(model))
+    model.set_adapter("north")
+    assert torch.equal(model(**batch).logits_per_image, outputs["north"])
+    with model.disable_adapter():
+        assert torch.equal(model(**batch).logits_per_image, base)
+    save_adapter(model, tmp_path / "again", "south")
+    again = load_adapter(tiny_model(), tmp_path / "again").eval()
+    assert torch.equal(again(**batch).logits_per_image, outputs["south"])
+    with pytest.raises(ValueError, match="an adapter named 'north' is already on this model"):
+        load_adapter(model, tmp_path / "north", "north")
+    with pytest.raises(ValueError, match="no adapter 'east' on this model; it has north, south"):
+        save_adapter(model, tmp_path / "east", "east")
+
+
+@pytest.mark.parametrize(
+    ("other", "tensor"),
+    [
+        ({"heads": 2}, r"to_q\.lora_B\.weight: adapter \(32, 2\), model \(16, 2\)"),
+        ({"spatial_depth": 3}, r"layers\.2\.1\.to_kv\.lora_A\.weight: adapter none, model \(2, 32\)"),
+        ({"spatial_depth": 1}, r"layers\.1\.1\.to_kv\.lora_A\.weight: adapter \(2, 32\), model none"),
+    ],
+)
+def test_an_adapter_of_another_architecture_is_refused(tmp_path, other, tensor):
+    save_adapter(add_lora(tiny_model(), "paper", r=2), tmp_path)
+    model = tiny_model(**other)
+    with pytest.raises(ValueError, match=rf"(?s)was made for another architecture.*{tensor}"):
+        load_adapter(model, tmp_path)
+    assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+def test_a_folder_without_adapter_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no adapter_model\.safetensors; expected a folder written by"):
+        load_adapter(tiny_model(), tmp_path)
+
+
+# --- counts -------------------------------------------------------------------------------------
+
+
+def test_parameter_table_of_the_full_size_model(full_size):
+    plain = parameter_table(full_size).set_index("component")
+    table = parameter_table(add_lora(copy.deepcopy(full_size), "paper")).set_index("component")
+    assert list(table.columns) == [
+        "total",
+        "live",
+        "never used",
+        "trainable",
+        "share of released total",
+        "share of live",
+        "adapter bytes",
+    ]
+    expected = {
+        "text_transformer": 109_482_240,
+        "visual_transformer": 25_890_200,
+        "to_text_latent": 393_216,
+        "to_visual_latent": 150_994_944,
+        "to_text_latent_extra": 393_216,
+        "to_visual_latent_extra": 150_994_944,
+        "temperature": 1,
+        "sum": RELEASED_TOTAL,
+    }
+    assert table["total"].to_dict() == expected == plain["total"].to_dict()
+    total = table.loc["sum"]
+    assert total["live"] + total["never used"] == RELEASED_TOTAL
+    assert total["live"] == sum(p.numel() for p in full_size.parameters())
+    assert total["trainable"] == PAPER_TRAINABLE
+    assert total["adapter bytes"] == 4 * PAPER_TRAINABLE
+    assert round(100 * total["share of released total"], 3) == 0.380
+    assert total["share of live"] == pytest.approx(PAPER_TRAINABLE / (total["live"] + PAPER_TRAINABLE))
+    assert table.loc["visual_transformer", "trainable"] == 24 * 8 * 1_792
+    assert table.loc["to_visual_latent_extra", ["live", "trainable", "share of live"]].tolist() == [0, 0, 0]
+    assert plain.loc["sum", "trainable"] == total["live"] and plain.loc["sum", "adapter bytes"] == 0
+
+
+def test_parameter_table_counts_the_active_adapter_only():
+    model = add_lora(tiny_model(), "paper", r=2)
+    first = count(model)
+    model.add_adapter("second", lora_config("text", r=5))
+    model.set_adapter("second")
+    total = parameter_table(model).set_index("component").loc["sum"]
+    assert total["trainable"] == count(model) != first
+    assert total["adapter bytes"] == 4 * total["trainable"]
+    model.set_adapter("default")
+    assert parameter_table(model).set_index("component").loc["sum", "adapter bytes"] == 4 * first
+
+
+def test_the_search_singles_out_the_paper_placement():
+    table = search_placements()
+    assert len(table) == 8 * (2**7 - 1)
+    fits = table[table["fits the paper"]]
+    assert set(fits["r"]) == {24} and len(fits) == 8
+    assert (fits["trainable"] == PAPER_TRAINABLE).all()
+    assert all("to_kv" in vision and len(vision.split(" + ")) == 2 for vision in fits["vision"])
+    assert all(len(text.split(" + ")) == 3 for text in fits["text"])
+    chosen = fits[fits["exactly q, k, v"]]
+    assert chosen[["vision", "text"]].values.tolist() == [["to_q + to_kv", "query + key + value"]]
+    assert chosen["percent of total"].round(3).tolist() == [0.380]
+    assert (table[table["exactly q, k, v"]]["trainable"] == table[table["exactly q, k, v"]]["r"] * 69_632).all()
+
+
+@pytest.mark.parametrize("row", [3, 250, 400, 777, 1015])
+def test_the_search_counts_what_peft_injects(full_size, row):
+    found = search_placements().iloc[row]
+    model = add_lora(
+        copy.deepcopy(full_size),
+        r=int(found["r"]),
+        vision=tuple(filter(None, found["vision"].split(" + "))),
+        text=tuple(filter(None, found["text"].split(" + "))),
+    )
+    assert count(model) == found["trainable"]
+
+
+def test_presets_share_the_rank_of_the_paper():
+    assert {placement.r for placement in PRESETS.values()} == {24}
+
+
+def test_a_merge_that_would_round_the_update_away_is_refused():
+    adapted = add_lora(tiny_model(), "paper", r=2)
+    adapted.get_base_model().to_visual_latent.bfloat16()
+    with pytest.raises(ValueError, match=r"to_visual_latent\.weight and 0 more weights are in half precision"):
+        merge_lora(adapted)
+
+
+def test_an_adapter_of_another_base_model_is_refused(tmp_path):
+    adapted = add_lora(tiny_model(), "paper", r=2)
+    save_adapter(adapted, tmp_path)
+    load_adapter(tiny_model(), tmp_path)
+    two = add_lora(tiny_model(), "text", r=3)
+    load_adapter(two, tmp_path, name="second")  # the same base, under another adapter
+    other = tiny_model()
+    with torch.no_grad():
+        other.visual_transformer.vq._codebook.embed[0, 0, 0] += 1e-3
+    with pytest.raises(ValueError, match=r"was trained on a base model with other weights \(sha256:\w+; this one is"):
+        load_adapter(other, tmp_path)

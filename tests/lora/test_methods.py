@@ -1,0 +1,251 @@
+"""Every way to fine-tune: where it starts, what it changes, how much that is, and the way to disk and back."""
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from medctkit.lora.adapter import load_adapter
+from medctkit.lora.methods import METHODS, apply_method, count_trainable, load_trained, save_trained, trained_bytes
+from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ADAPTERS = [name for name in METHODS if name not in ("full", "bitfit")]
+VISION = {  # no two widths alike, so that a formula cannot be right by chance
+    "dim": 32,
+    "codebook_size": 24,
+    "image_size": 32,
+    "num_frames": 8,
+    "patch_size": 16,
+    "temporal_patch_size": 4,
+    "spatial_depth": 2,
+    "temporal_depth": 1,
+    "dim_head": 6,
+    "heads": 4,
+}
+TEXT = {
+    "vocab_size": 60,
+    "hidden_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 42,
+    "max_position_embeddings": 12,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+
+
+def model_with(vision=None, text=None):
+    torch.manual_seed(0)
+    model = CTCLIPModel(CTCLIPConfig(VISION | (vision or {}), TEXT | (text or {}), 16)).eval()
+    for module in model.modules():  # biases of a fresh model are all zero
+        if getattr(module, "bias", None) is not None:
+            torch.nn.init.normal_(module.bias, std=0.1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def base():
+    return model_with()
+
+
+@pytest.fixture(scope="module")
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "pixel_values": torch.rand(3, 1, 8, 32, 32, generator=generator) * 2 - 1,
+        "input_ids": torch.randint(1, 60, (3, 7), generator=generator),
+        "attention_mask": torch.ones(3, 7, dtype=torch.long),
+    }
+
+
+def made(base, name, seed=0, **settings):
+    torch.manual_seed(seed)
+    return apply_method(copy.deepcopy(base), name, **settings)
+
+
+def embeds(model, batch):
+    """With gradients: without, a plain feed-forward takes a way that rounds otherwise."""
+    model.eval()
+    out = model(**batch)
+    return torch.stack([out.image_embeds, out.text_embeds]).detach()
+
+
+def changed(model, seed=2):
+    """The model, with everything trainable moved at random."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return model
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_training_starts_at_the_base_model(base, batch, name):
+    tolerance = 1e-6 if name == "dora" else 0  # a weight divided by its length and multiplied by it again
+    torch.testing.assert_close(embeds(made(base, name), batch), embeds(base, batch), atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_steps_change_all_that_is_trainable_and_nothing_else(base, batch, name):
+    model = made(base, name).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    trainable = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trainable.values(), lr=1e-2, weight_decay=0)
+    for _ in range(2):  # LoRA's A and VeRA's d learn from the second on, when B and b are not zero any more
+        optimizer.zero_grad()
+        model(**batch, return_loss=True).loss.backward()
+        optimizer.step()
+    assert all(p.grad.any() for p in trainable.values())
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+    different = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert different == trainable.keys()
+
+
+def test_parameter_counts_by_formula(base):
+    vision, text = 3, 2  # layers
+    width, inner, narrow, hidden, wide = 32, 24, 85, 20, 42
+
+    def lora(r):
+        return vision * r * (width + inner + width + 2 * inner), text * 3 * r * 2 * hidden
+
+    outputs = vision * (inner + 2 * inner) + text * 3 * hidden
+    patches, offsets = 4 * 16 * 16 + width + width, width + width + 4
+    text_layer = 4 * hidden + hidden + wide + hidden + hidden  # q, k, v, out; norm; wide, narrow; norm
+    expected = {
+        "full": sum(p.numel() for p in base.parameters()),
+        "bitfit": patches + offsets + vision * 2 * width + hidden + text * text_layer,
+        "lora": sum(lora(16)),
+        "lora-vision": lora(16)[0],
+        "lora-text": lora(16)[1],
+        "dora": sum(lora(16)) + outputs,
+        "rslora": sum(lora(16)),
+        "vera": outputs + (2 * vision + 3 * text) * 64,
+        "ia3": vision * (2 * inner + narrow) + text * (2 * hidden + wide),
+    }
+    assert {name: count_trainable(made(base, name)) for name in METHODS} == expected
+    for r in (1, 64):
+        assert count_trainable(made(base, "lora", r=r)) == sum(lora(r))
+
+
+def test_rslora_is_lora_with_a_larger_factor(base, batch):
+    with_rank_4 = [changed(made(base, name, r=4, **more)) for name, more in (("rslora", {}), ("lora", {}))]
+    same = changed(made(base, "lora", r=4, lora_alpha=16))  # 16 / 4 = 8 / sqrt(4)
+    a, b = (embeds(model, batch) for model in with_rank_4)
+    torch.testing.assert_close(a, embeds(same, batch))
+    assert not torch.allclose(a, b)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_was_trained_comes_back_from_disk(base, batch, tmp_path, name):
+    model = changed(made(base, name))
+    assert save_trained(model, tmp_path) == tmp_path
+    if name in ("full", "bitfit"):
+        assert {p.name for p in tmp_path.iterdir()} == {"trained.safetensors"}
+        assert 0 < trained_bytes(tmp_path) - 4 * count_trainable(model) < 20_000  # the rest are names
+    loaded = load_trained(copy.deepcopy(base), tmp_path)
+    expected = embeds(model, batch)
+    assert torch.equal(embeds(loaded, batch), expected)
+    assert not torch.allclose(expected, embeds(base, batch))
+    assert count_trainable(loaded) == 0 and not loaded.training
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_weights_for_another_architecture_are_refused(base, tmp_path, name):
+    save_trained(made(base, name), tmp_path)
+    deeper = model_with(text={"num_hidden_layers": 3}) if name == "lora-text" else model_with({"spatial_depth": 3})
+    with pytest.raises(ValueError, match="was made for another architecture"):
+        load_trained(deeper, tmp_path)  # all that was saved has its place, and does not fill all places
+
+
+def test_refusal_lists_the_tensors_that_differ(base, tmp_path):
+    save_trained(made(base, "bitfit"), tmp_path)
+    wider = model_with({"dim": 48})
+    expected = r"trained.safetensors was made for another.*\n.*bias: saved \(32,\), model \(48,\)"
+    with pytest.raises(ValueError, match=expected):
+        load_trained(wider, tmp_path)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_that_lacks_a_tensor_is_refused(base, tmp_path, name):
+    save_trained(made(base, name), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    lost = sorted(tensors)[-1]
+    save_file({key: value for key, value in tensors.items() if key != lost}, file)
+    with pytest.raises(ValueError, match=f"{lost}: adapter none, model"):
+        load_adapter(copy.deepcopy(base), tmp_path)
+
+
+def test_vera_draws_its_projections_from_the_seed_and_keeps_them(base, tmp_path):
+    def projection(model):
+        return model.base_model.vera_A["default"]
+
+    first = made(base, "vera", seed=1)
+    assert torch.equal(projection(first), projection(made(base, "vera", seed=1)))
+    assert not torch.equal(projection(first), projection(made(base, "vera", seed=2)))
+    save_trained(first, tmp_path)
+    torch.manual_seed(9)
+    assert torch.equal(projection(load_trained(copy.deepcopy(base), tmp_path)), projection(first))
+
+
+def test_trainable_tensors_beside_an_adapter_are_not_lost_in_silence(base, tmp_path):
+    model = made(base, "lora")
+    model.get_base_model().temperature.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"beside the adapter, 1 more tensors are trainable.*temperature.*Freeze them"):
+        save_trained(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+    named = made(base, "lora", modules_to_save=["to_visual_latent"])
+    save_trained(named, tmp_path)  # peft's own way to train more is kept
+    assert any("to_visual_latent" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+
+
+def test_a_crash_while_saving_leaves_the_previous_weights(base, batch, tmp_path, monkeypatch):
+    model = changed(made(base, "bitfit"))
+    save_trained(model, tmp_path)
+    kept = embeds(model, batch)
+
+    def crash(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="disk full"):
+        patched.setattr("safetensors.torch.save_file", crash)
+        save_trained(changed(model, seed=3), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["trained.safetensors"]
+    assert torch.equal(embeds(load_trained(copy.deepcopy(base), tmp_path), batch), kept)
+
+
+def test_what_cannot_be_done_is_told(base, tmp_path):
+    with pytest.raises(ValueError, match="unknown method 'lorra'; choose one of full, bitfit, lora"):
+        apply_method(base, "lorra")
+    with pytest.raises(ValueError, match="method 'bitfit' does not know one of the settings {'r': 4}"):
+        made(base, "bitfit", r=4)
+    with pytest.raises(ValueError, match="method 'ia3' does not know one of the settings {'alpha': 4}"):
+        made(base, "ia3", alpha=4)
+    with pytest.raises(ValueError, match="already carries an adapter; full starts from a plain CTCLIPModel"):
+        apply_method(made(base, "lora"), "full")
+    with pytest.raises(ValueError, match="nothing on this model is trainable"):
+        save_trained(copy.deepcopy(base).requires_grad_(False), tmp_path)
+    with pytest.raises(FileNotFoundError, match="neither adapter_model.safetensors nor trained.safetensors"):
+        load_trained(copy.deepcopy(base), tmp_path)
+    with pytest.raises(FileNotFoundError, match="written by save_trained"):
+        trained_bytes(tmp_path)
+    save_trained(made(base, "bitfit"), tmp_path)
+    with pytest.raises(ValueError, match="holds trained.safetensors, weights of another method; choose another folder"):
+        save_trained(made(base, "ia3"), tmp_path)
+    with pytest.raises(ValueError, match="this model carries an adapter; load_trained expects the plain base"):
+        load_trained(made(base, "lora"), tmp_path)
+    (tmp_path / "adapter_model.safetensors").touch()
+    with pytest.raises(ValueError, match="holds both adapter_model.safetensors and trained.safetensors"):
+        load_trained(copy.deepcopy(base), tmp_path)
+
+
+def test_methods_say_what_they_train():
+    for name, method in METHODS.items():
+        assert method.trains.endswith(".") and "arXiv" in method.paper, name
+        assert 0 < len(method.learning_rates) <= 3 and list(method.learning_rates) == sorted(method.learning_rates)
+    assert METHODS["full"].learning_rates[0] < METHODS["lora"].learning_rates[0]

@@ -1,0 +1,641 @@
+"""CT-CLIP: equal to the public implementation at a small size, and strict about what it loads."""
+
+import copy
+import json
+import math
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+
+from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel, released_layout
+from medctkit.model.vision_tower import FeedForward
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+TENSORS = load_file(GOLDEN / "ctclip_small.safetensors")
+STATE = {name.removeprefix("state."): t for name, t in TENSORS.items() if name.startswith("state.")}
+EXPECTED = {name.removeprefix("expect."): t for name, t in TENSORS.items() if name.startswith("expect.")}
+GRADIENTS = [name for name in EXPECTED if name.startswith("grad.")]
+BATCH = {
+    "pixel_values": TENSORS["input.image"],
+    "input_ids": TENSORS["input.input_ids"],
+    "attention_mask": TENSORS["input.attention_mask"],
+}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def small_config(vision=None, text=None):
+    sizes = json.loads((GOLDEN / "ctclip_small.json").read_text())
+    vision = sizes["vit"] | {"num_frames": sizes["frames"]} | (vision or {})
+    return CTCLIPConfig(vision, sizes["text"] | NO_DROPOUT | (text or {}), sizes["dim_latent"])
+
+
+def small_model():
+    return CTCLIPModel.from_released_checkpoint(STATE, small_config())
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model()
+
+
+def relative_error(actual, expected):
+    assert actual.shape == expected.shape
+    return ((actual.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
+
+
+# --- equal to the public implementation ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def computed(model):
+    tower, results = model.visual_transformer, {}
+    with torch.no_grad():
+        patches = results["patch_tokens"] = tower.to_patch_emb(BATCH["pixel_values"])
+        results["spatial_bias"] = tower.spatial_rel_pos_bias(*patches.shape[2:4])
+        spatial = results["spatial_out"] = tower.encode_spatial(patches)
+        results["temporal_out"] = tower.encode_temporal(spatial.reshape(patches.shape))
+        results["codebook_indices"] = tower.vq.nearest(tower.encode(BATCH["pixel_values"]))
+        results["encoded_tokens"] = tower(BATCH["pixel_values"])
+        out = model(**BATCH, return_loss=True)
+    results |= {"image_latents": out.image_embeds, "text_latents": out.text_embeds}
+    return results | {"paired_similarity": out.logits_per_image.diag(), "contrastive_loss": out.loss[None]}
+
+
+@pytest.mark.parametrize("name", [name for name in EXPECTED if name not in GRADIENTS])
+def test_forward_equals_the_public_implementation(computed, name):
+    if name == "codebook_indices":
+        assert torch.equal(computed[name], EXPECTED[name])
+    else:
+        assert relative_error(computed[name], EXPECTED[name]) <= 1e-5
+
+
+def test_gradients_equal_the_public_implementation():
+    model = small_model().train()
+    model(**BATCH, return_loss=True).loss.backward()
+    parameters = dict(model.named_parameters())
+    assert len(GRADIENTS) == 6
+    for name in GRADIENTS:
+        assert relative_error(parameters[name.removeprefix("grad.")].grad, EXPECTED[name]) <= 1e-5, name
+
+
+# --- the quantiser ------------------------------------------------------------------------------
+
+
+def test_training_leaves_the_codebook_as_it_is_bit_for_bit():
+    model = small_model().train()
+    codes = model.visual_transformer.vq._codebook.embed
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(2):
+        model(**BATCH, return_loss=True).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(codes, STATE["visual_transformer.vq._codebook.embed"])
+    assert not torch.equal(model.to_visual_latent.weight, STATE["to_visual_latent.weight"])
+
+
+def test_the_silent_trap_nothing_below_the_quantiser_learns_in_evaluation_mode():
+    model = small_model().eval()
+    model(**BATCH, return_loss=True).loss.backward()
+    vision = [p.grad for p in model.visual_transformer.parameters()]
+    assert all(gradient is None or not gradient.any() for gradient in vision)
+    assert model.text_transformer.encoder.layer[0].attention.self.query.weight.grad.any()
+    assert model.to_visual_latent.weight.grad.any()  # above the quantiser
+
+
+def test_training_mode_reaches_every_live_parameter():
+    model = small_model().train()
+    model(**BATCH, return_loss=True).loss.backward()
+    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    # a key bias shifts all scores of a query alike, which the softmax does not see; rounding may still leave a trace
+    assert all(name.endswith("key.bias") for name in silent), silent
+
+
+def test_gradient_passes_straight_through_the_quantiser(model):
+    quantiser = copy.deepcopy(model.visual_transformer.vq).train()
+    x = torch.randn(2, 3, 64, requires_grad=True)
+    upstream = torch.randn(2, 3, 64)
+    y = quantiser(x)
+    y.backward(upstream)
+    assert torch.equal(x.grad, upstream)
+    torch.testing.assert_close(y, quantiser.eval()(x))
+    assert not quantiser(x).requires_grad
+
+
+def test_nearest_code_does_not_depend_on_the_size_of_a_part(model, monkeypatch):
+    quantiser, x = model.visual_transformer.vq, torch.randn(7, 5, 64)
+    whole = quantiser.nearest(x)
+    monkeypatch.setattr(quantiser, "max_similarities", 200)  # two tokens at a time
+    assert torch.equal(quantiser.nearest(x), whole) and whole.shape == (7, 5)
+    monkeypatch.setattr(quantiser, "max_similarities", 1)
+    assert torch.equal(quantiser.nearest(x), whole)
+
+
+# --- blocks -------------------------------------------------------------------------------------
+
+
+def test_relative_position_bias_equals_the_pairwise_definition(model):
+    h, w = 4, 3
+    module = model.visual_transformer.spatial_rel_pos_bias
+    places = torch.cartesian_prod(torch.arange(h), torch.arange(w)).float()
+    offsets = places[:, None] - places[None]  # (n, n, 2)
+    expected = module.net(offsets.sign() * (1 + offsets.abs()).log()).permute(2, 0, 1)
+    torch.testing.assert_close(module(h, w), expected)
+
+
+def test_position_convolution_is_causal_in_depth_and_keeps_the_shape(model):
+    convolution = model.visual_transformer.enc_spatial_transformer.layers[0]["0"]
+    x = torch.randn(2, 5, 4, 3, 64)
+    changed = x.clone()
+    changed[:, 3] += 1.0
+    difference = (convolution(changed) - convolution(x)).abs().amax(dim=(0, 2, 3, 4))
+    assert difference.shape == (5,)
+    assert not difference[:3].any() and difference[3:].all()
+
+
+def test_attention_weights_are_those_of_the_forward_pass(model):
+    attention = model.visual_transformer.enc_spatial_transformer.layers[1]["1"]
+    x, bias = torch.randn(2, 12, 64), torch.randn(4, 12, 12)
+    weights = attention.weights(x, bias)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 12))
+    values = attention.project(x)[2]
+    torch.testing.assert_close(attention.to_out((weights @ values).transpose(1, 2).flatten(2)), attention(x, bias))
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")  # its name in transformers < 5
+def test_gradient_checkpointing_changes_nothing_but_memory():
+    plain, saving = small_model().train(), small_model().train()
+    saving.gradient_checkpointing_enable()
+    assert saving.is_gradient_checkpointing
+    for model in (plain, saving):
+        model.text_transformer.embeddings.requires_grad_(False)  # re-entrant checkpointing would lose BERT here
+        model.visual_transformer.to_patch_emb.requires_grad_(False)
+        model(**BATCH, return_loss=True).loss.backward()
+    for (name, p), q in zip(plain.named_parameters(), saving.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")  # its name in transformers < 5
+def test_checkpointed_layers_are_computed_twice():
+    model, calls = small_model().train(), []
+    model.visual_transformer.enc_spatial_transformer.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    model.gradient_checkpointing_enable()
+    model(**BATCH, return_loss=True).loss.backward()
+    assert len(calls) == 2
+
+
+# --- the model ----------------------------------------------------------------------------------
+
+
+def test_outputs_loss_and_similarity(model):
+    with torch.no_grad():
+        out = model(**BATCH, return_loss=True)
+        logits = out.image_embeds @ out.text_embeds.T * model.temperature.exp()
+    torch.testing.assert_close(out.logits_per_image, logits)
+    assert torch.equal(out.logits_per_text, out.logits_per_image.T)
+    for embeds in (out.image_embeds, out.text_embeds):
+        torch.testing.assert_close(embeds.norm(dim=-1), torch.ones(3))
+    pairs = torch.arange(3)
+    torch.testing.assert_close(out.loss, (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2)
+    fewer = model(BATCH["pixel_values"][:2], BATCH["input_ids"], BATCH["attention_mask"])
+    assert fewer.loss is None and fewer.logits_per_image.shape == (2, 3)
+    with pytest.raises(ValueError, match="one to one, got 2 volumes and 3 texts"):
+        model(BATCH["pixel_values"][:2], BATCH["input_ids"], return_loss=True)
+
+
+def test_text_padding_does_not_change_an_embedding(model):
+    ids = torch.tensor([[2, 17, 40, 3]])
+    padded, mask = F.pad(ids, (0, 9)), F.pad(torch.ones_like(ids), (0, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode_text(padded, mask), model.encode_text(ids))
+
+
+@pytest.mark.parametrize(
+    ("volumes", "message"),
+    [
+        (torch.zeros(2, 16, 48, 32), r"shape \(2, 16, 48, 32\); this model expects \(batch, 1, 16, 48, 32\)"),
+        (torch.zeros(1, 1, 16, 32, 48), r"shape \(1, 1, 16, 32, 48\).*\(batch, 1, 16, 48, 32\)"),
+        (torch.zeros(1, 3, 16, 48, 32), "shape"),
+        (torch.zeros(0, 1, 16, 48, 32), "shape"),
+        (torch.zeros(1, 1, 16, 48, 32, dtype=torch.int16), r"int16; expected floating point in \[-1, 1\]"),
+    ],
+)
+def test_volumes_of_another_shape_are_refused(model, volumes, message):
+    with pytest.raises(ValueError, match=message):
+        model.encode_image(volumes)
+
+
+def test_texts_of_another_shape_are_refused(model):
+    with pytest.raises(ValueError, match=r"shape \(1, 65\); .* at most 64: .*truncation=True, max_length=64"):
+        model.encode_text(torch.ones(1, 65, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"shape \(5,\); expected \(batch, n\)"):
+        model.encode_text(torch.ones(5, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(1, 4\); expected \(1, 5\)"):
+        model.encode_text(torch.ones(1, 5, dtype=torch.long), torch.ones(1, 4))
+
+
+def test_a_fresh_model_starts_sensibly_and_can_learn():
+    torch.manual_seed(0)
+    model = CTCLIPModel(small_config()).train()
+    codes = model.visual_transformer.vq._codebook.embed
+    torch.testing.assert_close(codes.norm(dim=-1), torch.ones(1, 96))
+    assert model.temperature.item() == 1.0
+    assert all(p.isfinite().all() for p in model.parameters())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(15):
+        losses.append(model(**BATCH, return_loss=True).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[0].item() == pytest.approx(math.log(3), abs=0.5)
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_saved_and_loaded_model_is_the_same_bit_for_bit(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    again = CTCLIPModel.from_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file() and not again.training
+    assert again.config.vision_config == model.config.vision_config
+    state = again.state_dict()
+    assert state.keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(state[name], tensor), name
+    with torch.no_grad():
+        assert torch.equal(again(**BATCH).logits_per_image, model(**BATCH).logits_per_image)
+
+
+# --- configuration ------------------------------------------------------------------------------
+
+
+def test_default_configuration_has_the_released_sizes():
+    config = CTCLIPConfig()
+    assert config.volume_shape == (240, 480, 480) and config.grid == (24, 24, 24)
+    assert config.projection_dim == 512 and config.text_config["vocab_size"] == 30522
+    assert CTCLIPConfig({"image_size": [40, 60]}).grid == (24, 2, 3)
+
+
+def test_configuration_survives_the_disk(tmp_path):
+    config = small_config({"image_size": (48, 32)}, {"layer_norm_eps": 1e-6})
+    config.save_pretrained(tmp_path)
+    again = CTCLIPConfig.from_pretrained(tmp_path)
+    assert again.vision_config == config.vision_config and again.text_config == config.text_config
+    assert again.projection_dim == 32 and again.volume_shape == (16, 48, 32)
+    assert again.get_text_config().layer_norm_eps == 1e-6
+
+
+@pytest.mark.parametrize(
+    ("vision", "text", "message"),
+    [
+        ({"image_size": 50}, None, "image_size 50 must be a multiple of patch_size 20"),
+        ({"image_size": [480, 490]}, None, "image_size 490 must be a multiple of patch_size 20"),
+        ({"image_size": [0, 480]}, None, "image_size.* at least 1, got 0"),
+        ({"image_size": [1, 2, 3]}, None, r"image_size.* int or \[h, w\], got \[1, 2, 3\]"),
+        ({"num_frames": 241}, None, "num_frames 241 must be a multiple of temporal_patch_size 10"),
+        ({"dim": 0}, None, "vision_config 'dim' must be a whole number of at least 1, got 0"),
+        ({"heads": 2.5}, None, "'heads' must be a whole number of at least 1, got 2.5"),
+        ({"depth": 4}, None, "unknown vision_config key 'depth'; expected dim, codebook_size"),
+        ([4], None, "vision_config must be a dict, got list"),
+        (None, {"hiden_size": 4}, "unknown text_config key 'hiden_size'; expected fields of BertConfig"),
+        (None, {"hidden_size": 100}, "hidden_size 100 must be a multiple of num_attention_heads 12"),
+        (None, {"num_hidden_layers": -1}, "text_config 'num_hidden_layers' must be .* got -1"),
+    ],
+)
+def test_impossible_configurations_are_refused(vision, text, message):
+    with pytest.raises(ValueError, match=message):
+        CTCLIPConfig(vision, text)
+    with pytest.raises(ValueError, match="projection_dim must be .* got '512'"):
+        CTCLIPConfig(projection_dim="512")
+
+
+# --- the released layout and its loader ---------------------------------------------------------
+
+
+def meta_state(layout):
+    return {name: torch.empty(entry.shape, device="meta") for name, entry in layout.items()}
+
+
+def test_layout_equals_the_state_dict_of_the_public_implementation():
+    layout = released_layout(small_config())
+    # empty, or from older checkpoints only
+    extra = {n for n in layout if n.endswith(("null_kv", "position_ids"))}
+    assert {name: entry.shape for name, entry in layout.items() if name not in extra} == {
+        name: tuple(tensor.shape) for name, tensor in STATE.items()
+    }
+
+
+def test_layout_at_full_size_counts_what_the_released_checkpoint_holds():
+    layout = released_layout()
+
+    def count(kind, live=(True, False), prefix=""):
+        entries = [e for n, e in layout.items() if n.startswith(prefix) and e.kind == kind and e.live in live]
+        return sum(math.prod(e.shape) for e in entries)
+
+    assert count("parameter") == 438_148_761
+    assert count("parameter", [False]) == 154_447_184
+    assert count("parameter", prefix="text_transformer.") == 109_482_240
+    assert count("parameter", prefix="visual_transformer.") == 25_890_200
+    assert count("parameter", [False], "visual_transformer.to_pixels") == 2_052_000 + 205_200
+    assert count("parameter", [False], "visual_transformer.to_patch_emb_first_frame.") == 207_136
+    assert count("buffer", prefix="visual_transformer.vq.") == 4_202_497
+
+
+@pytest.mark.parametrize("position_ids", [True, False])
+def test_full_size_model_takes_the_released_layout_name_by_name(position_ids):
+    state = meta_state(released_layout())
+    if not position_ids:
+        del state["text_transformer.embeddings.position_ids"]
+    model = CTCLIPModel.from_released_checkpoint(state)
+    live = {name: entry.shape for name, entry in released_layout().items() if entry.live}
+    assert {name: tuple(t.shape) for name, t in model.state_dict().items()} == live
+    assert sum(p.numel() for p in model.parameters()) == 438_148_761 - 154_447_184
+    assert live["visual_transformer.enc_spatial_transformer.layers.3.3.1.weight"] == (2730, 512)
+    assert live["to_visual_latent.weight"] == (512, 294912)
+
+
+def test_checkpoint_loads_from_file_or_state_dict_alike(model, tmp_path):
+    save_file(STATE, tmp_path / "small.safetensors")
+    state = STATE | {"text_transformer.embeddings.position_ids": torch.arange(64)[None]}
+    torch.save(state, tmp_path / "small.pt")
+    for source in (tmp_path / "small.safetensors", str(tmp_path / "small.pt"), state):
+        again = CTCLIPModel.from_released_checkpoint(source, small_config())
+        assert not again.training and not any("extra" in name for name in again.state_dict())
+        with torch.no_grad():
+            assert torch.equal(again(**BATCH).logits_per_image, model(**BATCH).logits_per_image)
+
+
+def test_loaded_model_owns_its_weights_in_float32():
+    state = {name: tensor.half() for name, tensor in STATE.items()}
+    before = state["temperature"].clone()
+    model = CTCLIPModel.from_released_checkpoint(state, small_config())
+    assert {t.dtype for t in model.state_dict().values()} == {torch.float32}
+    same = CTCLIPModel.from_released_checkpoint(STATE, small_config())
+    with torch.no_grad():
+        same.temperature += 1.0
+    assert torch.equal(state["temperature"], before) and STATE["temperature"].item() != same.temperature.item()
+
+
+def test_never_used_tensors_may_be_left_out():
+    layout = released_layout(small_config())
+    live = {name: tensor for name, tensor in STATE.items() if layout[name].live}
+    assert len(live) < len(STATE)
+    CTCLIPModel.from_released_checkpoint(live, small_config())
+
+
+def test_one_refusal_lists_missing_unexpected_and_misshapen():
+    state = dict(STATE) | {"classifier.weight": torch.zeros(18, 32), "to_text_latent.weight": torch.zeros(32, 50)}
+    del state["temperature"]
+    with pytest.raises(ValueError) as caught:
+        CTCLIPModel.from_released_checkpoint(state, small_config())
+    message = str(caught.value)
+    assert "1 missing:\n  temperature ()" in message
+    assert "1 unexpected:\n  classifier.weight (18, 32)" in message
+    assert "1 misshapen:\n  to_text_latent.weight: checkpoint (32, 50), model (32, 48)" in message
+    assert "pass the config it was made with" in message
+
+
+def test_other_architectures_are_refused_with_a_readable_list(model):
+    with pytest.raises(ValueError, match=r"\d+ misshapen:(.|\n)*and \d+ more") as caught:
+        CTCLIPModel.from_released_checkpoint(STATE)  # a small model where the released sizes are expected
+    assert len(str(caught.value).splitlines()) < 40
+    text_only = model.text_transformer.state_dict()
+    with pytest.raises(ValueError, match=r"\d+ missing:(.|\n)*unexpected:\n  embeddings.word_embeddings.weight"):
+        CTCLIPModel.from_released_checkpoint(text_only, small_config())
+    with pytest.raises(ValueError, match="to_q.weight: checkpoint .* model"):
+        CTCLIPModel.from_released_checkpoint(STATE, small_config({"heads": 2}))
+
+
+class Payload:
+    """Runs code when unpickled."""
+
+    def __reduce__(self):
+        return (Path.touch, (Path("payload-was-run"),))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_damaged_files_are_refused(suffix, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / f"weights{suffix}"
+    with pytest.raises(FileNotFoundError, match=f"no checkpoint at .*weights{suffix}"):
+        CTCLIPModel.from_released_checkpoint(path)
+    save = torch.save if suffix == ".pt" else save_file
+    save(STATE, path)
+    whole = path.read_bytes()
+    for content in (b"", b"not a checkpoint", whole[: len(whole) // 2], pickle.dumps(Payload())):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"weights{suffix} cannot be read as a checkpoint: .*download it again"):
+            CTCLIPModel.from_released_checkpoint(path, small_config())
+    assert not (tmp_path / "payload-was-run").exists()
+
+
+def test_pickled_code_is_never_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state": Payload()}, tmp_path / "code.pt")
+    with pytest.raises(
+        ValueError, match="code.pt cannot be read as a checkpoint: it holds pickled Python code"
+    ) as caught:
+        CTCLIPModel.from_released_checkpoint(tmp_path / "code.pt")
+    assert "weights_only" not in str(caught.value)  # no advice to switch the protection off
+    assert not (tmp_path / "payload-was-run").exists()
+
+
+def test_files_that_hold_something_else_are_refused(tmp_path):
+    torch.save({"model": STATE, "epoch": 3}, tmp_path / "training.pt")
+    with pytest.raises(ValueError, match="training.pt holds a dict with keys 'model', 'epoch'; expected a state dict"):
+        CTCLIPModel.from_released_checkpoint(tmp_path / "training.pt")
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    with pytest.raises(ValueError, match="tensor.pt holds a Tensor; expected a state dict"):
+        CTCLIPModel.from_released_checkpoint(tmp_path / "tensor.pt")
+
+
+# --- quicker ways to the same numbers ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dim", [64, 48, 96])
+@pytest.mark.parametrize("tokens", [1, 7, 40])
+def test_the_quick_feed_forward_gives_the_same_numbers(dim, tokens):
+    torch.manual_seed(0)
+    block, x = FeedForward(dim), torch.randn(2, tokens, dim)
+    block.tokens_at_a_time = 16
+    exact = block(x).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), exact, atol=1e-6, rtol=1e-5)
+        assert block.to(torch.bfloat16)(x.to(torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_an_adapter_or_a_hook_in_the_feed_forward_is_not_passed_over():
+    block, x, seen = FeedForward(32), torch.randn(1, 4, 32), []
+    handle = block[1].register_forward_hook(lambda *_: seen.append(1))
+    with torch.no_grad():
+        block(x)
+        handle.remove()
+        plain = block(x)
+        block[4] = nn.Sequential(block[4], nn.Tanh())  # as peft puts a layer of its own in a layer's place
+        assert seen == [1] and torch.equal(block(x), plain.tanh())
+
+
+def test_one_volume_alone_is_embedded_as_in_a_batch(model):
+    volumes = torch.rand(3, 1, *model.config.volume_shape) * 2 - 1
+    together = model.encode_image(volumes).detach()
+    with torch.no_grad():
+        alone = torch.cat([model.encode_image(volume[None]) for volume in volumes])
+    torch.testing.assert_close(alone, together, atol=1e-6, rtol=1e-5)
+
+
+# --- less memory for the same numbers ---------------------------------------------------------------------------
+
+
+def frozen_below_the_latents():
+    """In training mode, with everything frozen but what a vision LoRA would train."""
+    model = small_model().train().requires_grad_(False)
+    for name, p in model.named_parameters():
+        p.requires_grad_(".1.to_q." in name or ".1.to_kv." in name)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")  # its name in transformers < 5
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_frozen_feed_forward_in_parts_gives_the_same_gradients(precision, monkeypatch):
+    monkeypatch.setattr(FeedForward, "tokens_in_training", 7)
+    found = []
+    for checkpointing in (False, True):
+        model = frozen_below_the_latents()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            loss = model(**BATCH, return_loss=True).loss
+        loss.backward()
+        found.append([loss, *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert len(found[0]) == 1 + 2 * 4  # the loss; to_q and to_kv of four layers
+    tolerance = 1e-5 if precision == torch.float32 else 0.02  # products of other sizes round otherwise
+    for plain, in_parts in zip(*found, strict=True):
+        assert relative_error(in_parts, plain) <= tolerance and plain.any()
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
+def test_a_frozen_feed_forward_in_parts_runs_twice_and_not_three_times(monkeypatch):
+    monkeypatch.setattr(FeedForward, "tokens_in_training", 7)
+    model, tokens = frozen_below_the_latents(), []
+    model.gradient_checkpointing_enable()
+    block = model.visual_transformer.enc_spatial_transformer.layers[1]["3"]
+    block[2].register_forward_hook(lambda module, args, out: tokens.append(len(out)))
+    model(**BATCH, return_loss=True).loss.backward()
+    n = 3 * math.prod(model.config.grid)
+    assert sum(tokens) == 2 * n and max(tokens) == 7
+
+
+def test_a_feed_forward_in_parts_refuses_a_second_backward_pass(monkeypatch):
+    monkeypatch.setattr(FeedForward, "tokens_in_training", 4)
+    block = FeedForward(6).double().requires_grad_(False)
+    x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    y = block(x).exp().sum()
+    y.backward(retain_graph=True)
+    (plain,) = torch.autograd.grad(y, x)  # not in parts: as often as you like
+    x.grad = None
+    block.gradient_checkpointing = True
+    y = block(x).exp().sum()
+    y.backward(retain_graph=True)
+    torch.testing.assert_close(x.grad, plain)
+    with pytest.raises(RuntimeError, match="can be backed through only once"):
+        y.backward()
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
+def test_a_feed_forward_that_learns_gets_its_gradients_with_checkpointing():
+    model = frozen_below_the_latents()
+    weight = model.visual_transformer.enc_spatial_transformer.layers[1]["3"][4].weight.requires_grad_(True)
+    model.gradient_checkpointing_enable()
+    (gradient,) = torch.autograd.grad(model(**BATCH, return_loss=True).loss, weight)
+    plain = small_model().train()
+    plain(**BATCH, return_loss=True).loss.backward()
+    expected = plain.visual_transformer.enc_spatial_transformer.layers[1]["3"][4].weight.grad
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_frozen_patches_are_cut_slab_by_slab_in_training_too():
+    shapes = []
+    for frozen in (False, True):
+        model = small_model().train()
+        model.visual_transformer.to_patch_emb.requires_grad_(not frozen)
+        model.visual_transformer.to_patch_emb[0].register_forward_hook(lambda *args: shapes.append(args[2].shape[1]))
+        tokens = model.visual_transformer.encode(BATCH["pixel_values"])
+        assert relative_error(tokens, small_model().visual_transformer.encode(BATCH["pixel_values"])) <= 1e-6
+    t = model.config.grid[0]
+    assert shapes == [t] + [1] * t
+    volumes = BATCH["pixel_values"].clone().requires_grad_(True)  # as for a saliency map
+    model(volumes, BATCH["input_ids"]).logits_per_image.sum().backward()
+    assert volumes.grad.any()
+
+
+def bias_of(model):
+    return model.visual_transformer.spatial_rel_pos_bias
+
+
+def counted(module):
+    """A relative-position bias that writes down every time it is computed."""
+    module.computed, compute = [], module._bias
+
+    def computing(h, w):
+        module.computed.append((h, w))
+        return compute(h, w)
+
+    module._bias = computing
+    return module
+
+
+def test_the_relative_position_bias_is_computed_once_while_its_weights_are_frozen():
+    module = counted(bias_of(small_model()))
+    with torch.no_grad():
+        first = module(4, 3)
+        assert torch.equal(module(4, 3), first) and module.computed == [(4, 3)]
+    module.requires_grad_(False)
+    assert module(4, 3) is first and len(module.computed) == 1
+    assert module(3, 4).shape == (4, 12, 12) and module.computed[1:] == [(3, 4)]
+    module.requires_grad_(True)
+    assert module(3, 4).requires_grad and len(module.computed) == 3
+    assert not [name for name in module.state_dict() if "kept" in name]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda module: module.net[0][0].weight.data.add_(1),  # does not raise the version counter
+        lambda module: module.net[2].bias.data.copy_(torch.ones(4)),
+        lambda module: setattr(module.net[1][0], "weight", nn.Parameter(torch.ones(64, 64))),
+        lambda module: module.load_state_dict({n: t + 1 for n, t in module.state_dict().items()}),
+        lambda module: module.double(),
+        lambda module: module.net[2].register_forward_hook(lambda *args: args[2] + 1),
+    ],
+)
+def test_the_kept_relative_position_bias_is_never_stale(change):
+    module = bias_of(small_model()).requires_grad_(False)
+    before = module(4, 3).clone()
+    change(module)
+    found = module(4, 3)
+    assert torch.equal(found, module._bias(4, 3)) and not torch.equal(found, before)
+    assert torch.equal(copy.deepcopy(module)(4, 3), found)
+
+
+def test_a_bias_from_inference_mode_serves_training():
+    model = frozen_below_the_latents()
+    with torch.inference_mode():
+        model.encode_image(BATCH["pixel_values"])
+    assert not bias_of(model)(*model.config.grid[1:]).is_inference()
+    model(**BATCH, return_loss=True).loss.backward()
+
+
+def test_tensors_without_data_neither_use_nor_leave_a_kept_bias():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with torch.device("meta"):
+        model = CTCLIPModel(small_config())
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        model.to_empty(device="cpu")
+        assert model.encode_image(torch.zeros(2, 1, *model.config.volume_shape)).shape == (2, 32)
+    assert bias_of(model)._kept is None

@@ -1,0 +1,295 @@
+"""Zip archives of scans: what is unpacked, and what is refused before anything is written."""
+
+import io
+import stat
+import struct
+import tempfile
+import zipfile
+from collections import namedtuple
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scan_files import chest, truncate, write_dicom
+
+from medctkit.scans import archives
+from medctkit.scans.archives import unpacked
+from medctkit.scans.volumes import read_volume
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path, monkeypatch):
+    """The folder for temporary files; whatever a test does, nothing may be left in it."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    yield folder
+    assert not list(folder.iterdir())
+
+
+def write_zip(path, members, compression=zipfile.ZIP_DEFLATED):
+    """`members`: name or ZipInfo -> bytes, as pairs or as a dict."""
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, contents in members.items() if isinstance(members, dict) else members:
+            info = name if isinstance(name, zipfile.ZipInfo) else zipfile.ZipInfo(name)
+            info.compress_type = compression
+            archive.writestr(info, contents)
+    return path
+
+
+def special(name, mode):
+    info = zipfile.ZipInfo(name)
+    info.create_system, info.external_attr = 3, mode << 16
+    return info
+
+
+def refused(path, message, error=ValueError):
+    before = sorted(path.parent.rglob("*"))
+    with pytest.raises(error, match=message), unpacked(path):
+        raise AssertionError("must not be unpacked")
+    assert sorted(path.parent.rglob("*")) == before
+
+
+# --- what is unpacked ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_files_and_folders_come_out_and_vanish_after_the_block(tmp_path, compression):
+    contents = {"patient/scan/1": b"one" * 5000, "patient/2.dcm": b"", "patient/empty/": b"", "./3": b"three"}
+    path = write_zip(tmp_path / "scan.zip", contents, compression)
+    with unpacked(path) as folder:
+        found = {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+        assert found == {"patient/scan/1": b"one" * 5000, "patient/2.dcm": b"", "3": b"three"}
+    assert not folder.exists()
+
+
+def test_the_folder_vanishes_after_an_error_in_the_block_too(tmp_path):
+    path = write_zip(tmp_path / "scan.zip", {"1": b"one"})
+    with pytest.raises(ZeroDivisionError), unpacked(path) as folder:
+        _ = 1 / 0
+    assert not folder.exists()
+
+
+def test_what_macos_and_windows_add_is_left_out(tmp_path):
+    clutter = ["__MACOSX/scan/._1.dcm", "scan/.DS_Store", "scan/._1.dcm", "scan/Thumbs.db", "scan/__MACOSX/2"]
+    path = write_zip(tmp_path / "scan.zip", dict.fromkeys(["scan/1.dcm", *clutter], b"x"))
+    with unpacked(path) as folder:
+        assert [f.name for f in folder.rglob("*") if f.is_file()] == ["1.dcm"]
+
+
+def test_backslashes_of_windows_tools_separate_folders(tmp_path):
+    with unpacked(write_zip(tmp_path / "scan.zip", {"scan\\": b"", "scan\\1.dcm": b"x"})) as folder:
+        assert (folder / "scan" / "1.dcm").read_bytes() == b"x"
+
+
+def test_a_zipped_series_is_the_series(tmp_path):
+    series = write_dicom(tmp_path / "a" / "series", chest())
+    write_dicom(tmp_path / "a" / "scout", chest()[:1], ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    files = {f"CD/{f.parent.name}/{f.name}": f.read_bytes() for f in (tmp_path / "a").rglob("*.dcm")}
+    path = write_zip(tmp_path / "scan.ZIP", files)
+    volume, expected = read_volume(path), read_volume(series)
+    np.testing.assert_array_equal(volume.hu, expected.hu)
+    assert volume.spacing == expected.spacing
+    assert "left out: localizer (1)" in volume.provenance
+
+
+def test_errors_in_a_zipped_series_name_archive_and_member(tmp_path):
+    series = write_dicom(tmp_path / "series", chest())
+    truncate(series / "003.dcm")
+    path = write_zip(tmp_path / "scan.zip", {f"CD/{f.name}": f.read_bytes() for f in series.iterdir()})
+    with pytest.raises(ValueError, match="scan.zip: CD/003.dcm.*damaged"):
+        read_volume(path)
+
+
+# --- what is refused -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("../evil.dcm", "member '../evil.dcm' leads out of its folder with '..'"),
+        ("a/../../evil.dcm", "leads out of its folder with '..'"),
+        ("a/..", "leads out of its folder"),
+        ("..\\evil.dcm", r"member '..\\\\evil.dcm' leads out of its folder"),
+        ("a\\..\\..\\evil.dcm", "leads out of its folder"),
+        ("/etc/evil.dcm", "member '/etc/evil.dcm' has an absolute path; an archive may write into its own folder only"),
+        ("\\evil.dcm", "has an absolute path"),
+        ("\\\\server\\share\\evil.dcm", "has an absolute path"),
+        ("C:\\evil.dcm", "has an absolute path"),
+        ("c:evil.dcm", "has an absolute path"),
+        ("a/" + "x" * 201, "has a name of more than 200 bytes; shorten it"),
+    ],
+)
+def test_paths_that_leave_the_folder_are_refused(tmp_path, name, message):
+    refused(write_zip(tmp_path / "scan.zip", [("1.dcm", b"x"), (name, b"x")]), message)
+
+
+def test_names_with_a_null_byte_are_refused(tmp_path):
+    path = write_zip(tmp_path / "scan.zip", {"1.dcm_evil": b"x"})
+    path.write_bytes(path.read_bytes().replace(b"1.dcm_evil", b"1.dcm\0evil"))
+    refused(path, "has no proper name|is damaged")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (stat.S_IFLNK, "member 'evil' is a link, not a file; pack the files themselves"),
+        (stat.S_IFIFO, "member 'evil' is a device or pipe"),
+        (stat.S_IFBLK, "member 'evil' is a device or pipe"),
+        (stat.S_IFSOCK, "member 'evil' is a device or pipe"),
+    ],
+)
+def test_links_and_devices_are_refused(tmp_path, kind, message):
+    refused(write_zip(tmp_path / "scan.zip", [("1", b"x"), (special("evil", kind | 0o777), b"/etc")]), message)
+
+
+def test_encrypted_members_are_refused(tmp_path):
+    path = write_zip(tmp_path / "scan.zip", {"1.dcm": b"x"})
+    data = bytearray(path.read_bytes())
+    for start, at in ((b"PK\1\2", 8), (b"PK\3\4", 6)):
+        data[data.index(start) + at] |= 1
+    path.write_bytes(data)
+    refused(path, "member '1.dcm' is encrypted; unpack it with its password and give the folder")
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize(
+    "names", [("a/1", "a/1"), ("a/1", "A/1"), ("a/1", "a\\1"), ("a/1", "a//./1"), ("é", "e\u0301")]
+)
+def test_names_that_occur_twice_are_refused(tmp_path, names):
+    refused(write_zip(tmp_path / "scan.zip", [(name, b"x") for name in names]), "have one name; one would replace")
+
+
+def test_a_file_that_is_a_folder_too_is_refused(tmp_path):
+    refused(write_zip(tmp_path / "scan.zip", {"a/b": b"x", "a": b"x"}), "member 'a' is a file, and the folder of 'a/b'")
+
+
+def test_too_many_members_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "MOST_MEMBERS", 10)
+    path = write_zip(tmp_path / "scan.zip", {str(n): b"" for n in range(11)})
+    refused(path, "the archive has 11 members, at most 10 are unpacked; pack one scan")
+
+
+def test_archives_that_unpack_to_too_much_are_refused(tmp_path, monkeypatch):
+    path = write_zip(tmp_path / "scan.zip", {"1": b"x" * 3000}, zipfile.ZIP_STORED)
+    monkeypatch.setattr(archives, "MOST_BYTES", 2999)
+    refused(path, "unpacks to 0.0 GiB, at most 0 GiB are unpacked; pack one scan alone")
+
+
+def test_bombs_are_refused_by_their_ratio(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "RATIO_FROM", 1 << 20)
+    path = write_zip(tmp_path / "scan.zip", {"1": bytes(2 << 20)})
+    refused(path, r"unpacks to \d{3} times its size .*, scans to 2 to 10 times: not the archive of a scan")
+    monkeypatch.undo()
+    assert archives.RATIO_FROM == 100 << 20 and archives.MOST_RATIO == 200
+    assert archives.MOST_BYTES == 8 << 30 and archives.MOST_MEMBERS == 100_000
+
+
+def lying(path, size):
+    """Let both headers of the only member say another size."""
+    data = bytearray(path.read_bytes())
+    for start, at in ((b"PK\1\2", 24), (b"PK\3\4", 22)):
+        struct.pack_into("<I", data, data.index(start) + at, size)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("size", [10, 2_999_999, 3_000_001])
+def test_members_that_do_not_have_the_size_they_say_are_refused(tmp_path, size):
+    path = lying(write_zip(tmp_path / "scan.zip", {"1": b"x" * 3_000_000}), size)
+    refused(path, "member '1' (is damaged|does not have the 3000001 bytes that the archive says)")
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(archives.shutil, "disk_usage", lambda _: usage(1 << 40, 1 << 40, 10 << 20))
+    path = write_zip(tmp_path / "scan.zip", {"1": b"x" * 3000})
+    refused(
+        path, r"scan.zip: unpacks to 0 MiB, but .*temporary has 10 MiB left; free some room, or set TMPDIR", OSError
+    )
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        (b"", r"the zip archive is empty \(0 bytes\)"),
+        (b"<!DOCTYPE html><p>log in", "a web page, not a zip archive: the download failed or needs a login"),
+        (
+            b"\x1f\x8b\x08rest",
+            "a gzip file, not a zip archive; unpack it and give the folder, or pack it again as .zip",
+        ),
+        (b"7z\xbc\xaf\x27\x1crest", "a 7-Zip file"),
+        (b"Rar!\x1a\x07", "a RAR file"),
+        (b"some text", "not a zip archive in spite of its name"),
+        (b"PK\3\4" + b"\0" * 100, r"the zip archive is truncated or damaged \(104 bytes here\); get the file again"),
+    ],
+)
+def test_what_is_no_zip_archive_is_called_by_its_name(tmp_path, contents, message):
+    path = tmp_path / "scan.zip"
+    path.write_bytes(contents)
+    refused(path, message)
+    with pytest.raises(ValueError, match="scan.zip: " + message):
+        read_volume(path)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.7, 0.99])
+def test_a_truncated_archive_is_refused(tmp_path, share):
+    path = write_zip(tmp_path / "scan.zip", {f"{n}.dcm": np.random.default_rng(n).bytes(2000) for n in range(5)})
+    refused(truncate(path, share), "the zip archive is truncated or damaged")
+
+
+def test_a_wrong_checksum_is_noticed(tmp_path):
+    path = write_zip(tmp_path / "scan.zip", {"1.dcm": b"0123456789"}, zipfile.ZIP_STORED)
+    path.write_bytes(path.read_bytes().replace(b"0123456789", b"0123456788"))
+    refused(path, "member '1.dcm' is damaged; get the file again .Bad CRC-32")
+
+
+def test_unknown_methods_are_refused(tmp_path):
+    path = write_zip(tmp_path / "scan.zip", {"1.dcm": b"x"})
+    data = bytearray(path.read_bytes())
+    for start, at in ((b"PK\1\2", 10), (b"PK\3\4", 8)):
+        struct.pack_into("<H", data, data.index(start) + at, 97)
+    path.write_bytes(data)
+    refused(path, "member '1.dcm' is packed in a way that is not read here .*pack again as plain .zip")
+
+
+def test_archives_of_archives_and_of_nothing_are_refused(tmp_path):
+    inner = io.BytesIO()
+    write_zip(inner, {"1.dcm": b"x"})
+    path = write_zip(tmp_path / "scan.zip", {"CD/a.zip": inner.getvalue(), "CD/b.TAR": b"", ".DS_Store": b""})
+    refused(path, r"holds nothing but 2 archive\(s\), such as 'CD/a.zip'; unpack it and give the one inside")
+    refused(write_zip(tmp_path / "empty.zip", {"CD/": b"", "CD/.DS_Store": b"x"}), "the zip archive holds no files")
+    with pytest.raises(FileNotFoundError, match="gone.zip: there is no such file"), unpacked(tmp_path / "gone.zip"):
+        pass
+
+
+def test_an_archive_inside_beside_other_files_stays_packed(tmp_path):
+    with unpacked(write_zip(tmp_path / "scan.zip", {"a.zip": b"PK", "1.dcm": b"x"})) as folder:
+        assert sorted(f.name for f in folder.iterdir()) == ["1.dcm", "a.zip"]
+
+
+# --- fuzz ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sound") / "scan.zip"
+    return write_zip(path, {f"scan/{n}.dcm": bytes(range(256)) * 4 for n in range(4)}).read_bytes()
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**14), st.integers(0, 255)), min_size=1), st.sampled_from([None] * 4 + [-30]))
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_damaged_archive_is_unpacked_or_refused(sound, tmp_path, hits, cut):
+    data = bytearray(sound)
+    for at, value in hits:
+        data[at % len(data)] = value
+    path = tmp_path / "scan.zip"
+    path.write_bytes(data[:cut])
+    try:
+        with unpacked(path) as folder:
+            for file in folder.rglob("*"):
+                assert file.is_dir() or file.stat().st_size <= 4 * len(sound) and not file.is_symlink()
+    except ValueError as error:
+        assert "member" in str(error) or "archive" in str(error)
+    assert {f.name for f in tmp_path.iterdir()} == {"scan.zip", "temporary"}

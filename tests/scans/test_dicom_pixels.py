@@ -1,0 +1,292 @@
+"""Values of DICOM slices: transfer syntaxes, bits, slope and intercept, padding, and damage."""
+
+import os
+import tempfile
+import tracemalloc
+
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK as sitk
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydicom.encaps import encapsulate
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    JPEGLSNearLossless,
+    RLELossless,
+)
+from scan_files import change, chest, notes, truncate, values, write_dicom
+
+SYNTAXES = [
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    DeflatedExplicitVRLittleEndian,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    JPEG2000Lossless,
+    RLELossless,
+]
+
+
+# SimpleITK writes 16 bits always; 12 bits of JPEG Lossless have a test of their own below
+@pytest.mark.parametrize(
+    ("syntax", "signed", "bits"),
+    [
+        (syntax, signed, bits)
+        for syntax in SYNTAXES
+        for signed in (1, 0)
+        for bits in ((16,) if syntax in (JPEGLosslessSV1, JPEG2000Lossless) else (16, 12))
+    ],
+    ids=lambda value: getattr(value, "keyword", value),
+)
+def test_every_transfer_syntax_gives_the_stored_values(tmp_path, syntax, signed, bits):
+    hu = chest((3, 20, 24))
+    hu[0, 0, :2] = (-1024, 1023)
+    intercept = 0 if signed else -1024
+    tags = dict(PixelRepresentation=signed, BitsStored=bits, HighBit=bits - 1, SOPInstanceUID="")
+    folder = write_dicom(tmp_path, hu, syntax=syntax, intercept=intercept, **tags)
+    found = values(folder)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, hu)
+
+
+def lossless_jpeg(stored, bits):
+    """JPEG Lossless, selection value 1, as in ISO 10918-1 annex H, with one code of five bits for each category."""
+    rows, columns = stored.shape
+    x = stored.astype(int) & (2**bits - 1)
+    predicted = np.empty_like(x)
+    predicted[:, 1:], predicted[1:, 0], predicted[0, 0] = x[:, :-1], x[:-1, 0], 2 ** (bits - 1)
+    differences = (x - predicted + 2**15) % 2**16 - 2**15
+    text = ""
+    for d in differences.ravel().tolist():
+        category = abs(d).bit_length()
+        text += f"{category:05b}" + (f"{d if d > 0 else d + 2**category - 1:0{category}b}" if category else "")
+    text += "1" * (-len(text) % 8)
+    scan = int(text, 2).to_bytes(len(text) // 8, "big").replace(b"\xff", b"\xff\0")
+
+    def segment(marker, body):
+        return bytes([0xFF, marker]) + (len(body) + 2).to_bytes(2, "big") + body
+
+    size = bytes([bits]) + rows.to_bytes(2, "big") + columns.to_bytes(2, "big")
+    table = bytes([0]) + bytes([0, 0, 0, 0, 17] + [0] * 11) + bytes(range(17))
+    head = segment(0xC3, size + b"\x01\x01\x11\0") + segment(0xC4, table) + segment(0xDA, b"\x01\x01\0\x01\0\0")
+    return b"\xff\xd8" + head + scan + b"\xff\xd9"
+
+
+@pytest.mark.parametrize(("signed", "bits"), [(0, 12), (1, 12), (0, 16), (1, 16)])
+def test_jpeg_lossless_of_12_and_16_bits_by_another_encoder(tmp_path, signed, bits):
+    hu = chest((2, 20, 24))
+    intercept = 0 if signed else -1024
+    tags = dict(PixelRepresentation=signed, BitsStored=bits, HighBit=bits - 1)
+    folder = write_dicom(tmp_path, hu, intercept=intercept, **tags)
+    for file in folder.iterdir():
+        header = pydicom.dcmread(file)
+        header.PixelData = encapsulate([lossless_jpeg(header.pixel_array, bits)])
+        header.file_meta.TransferSyntaxUID = JPEGLosslessSV1
+        header["PixelData"].VR = "OB"
+        header.save_as(file)
+    np.testing.assert_array_equal(values(folder), hu)
+
+
+def test_lossy_compression_is_read_and_said(tmp_path):
+    hu = chest()
+    folder = write_dicom(tmp_path, hu)
+    for file in folder.iterdir():
+        header = pydicom.dcmread(file)
+        header.compress(JPEGLSNearLossless, jls_error=3, generate_instance_uid=False)
+        header.LossyImageCompression, header.LossyImageCompressionRatio = "01", "7.5"
+        header.save_as(file)
+    assert 0 < np.abs(values(folder) - hu).max() <= 3
+    assert "lossy compression, ratio 7.5 (JPEG-LS Lossy (Near-Lossless)" in notes(folder)
+    assert "in 8 of 8 slices" in notes(folder)
+    change(folder / "003.dcm", LossyImageCompression=None, LossyImageCompressionRatio=None)
+    assert "possibly lossy compression, ratio not given (JPEG-LS Lossy" in notes(folder)
+
+
+def test_lossy_compression_in_the_past_is_said(tmp_path):
+    write_dicom(tmp_path, chest(), LossyImageCompression="01", LossyImageCompressionRatio=[10, 2])
+    assert "lossy compression, ratio 10.0/2.0 (before it was stored), in 8 of 8 slices" in notes(tmp_path)
+
+
+def test_a_ratio_that_is_no_number_is_no_reason_to_refuse(tmp_path):
+    write_dicom(tmp_path, chest(), LossyImageCompression="01", LossyImageCompressionRatio="10.1")
+    for file in tmp_path.iterdir():
+        file.write_bytes(file.read_bytes().replace(b"10.1", b"10:1"))
+    assert "lossy compression, ratio 10:1" in notes(tmp_path)
+
+
+def test_each_slice_has_its_own_slope_and_intercept(tmp_path):
+    hu = chest()
+    write_dicom(tmp_path, hu, slope=0.5, intercept=-1000)
+    stored = pydicom.dcmread(tmp_path / "002.dcm").pixel_array
+    change(tmp_path / "002.dcm", RescaleSlope=2, RescaleIntercept=-2048)
+    expected = hu.astype(np.float32)
+    expected[2] = stored * 2.0 - 2048
+    np.testing.assert_array_equal(values(tmp_path), expected)
+
+
+def test_values_are_those_of_simpleitk(tmp_path):
+    write_dicom(tmp_path, chest(), slope=0.7381, intercept=-1023.4)
+    files = [str(file) for file in sorted(tmp_path.iterdir())]
+    np.testing.assert_array_equal(values(tmp_path), sitk.GetArrayFromImage(sitk.ReadImage(files)).astype(np.float32))
+
+
+def test_unused_bits_are_no_part_of_the_values(tmp_path):
+    hu = chest()
+    write_dicom(tmp_path, hu, PixelRepresentation=0, BitsStored=12, HighBit=11)
+    for file in tmp_path.iterdir():  # old scanners kept overlays there
+        header = pydicom.dcmread(file)
+        change(file, PixelData=(np.frombuffer(header.PixelData, "<u2") | 0x9000).tobytes())
+    np.testing.assert_array_equal(values(tmp_path), hu)
+
+
+@pytest.mark.parametrize("padding", [63536, -2000])
+def test_padding_that_no_hu_can_be_becomes_air(tmp_path, padding):
+    hu = chest()
+    hu[:, 0, 0] = -2000
+    vr = "US" if padding > 0 else "SS"
+    write_dicom(tmp_path, hu, intercept=0)
+    for file in tmp_path.iterdir():
+        header = pydicom.dcmread(file)
+        header.add_new("PixelPaddingValue", vr, padding)
+        header.save_as(file)
+    expected = hu.copy()
+    expected[:, 0, 0] = -1024
+    np.testing.assert_array_equal(values(tmp_path), expected)
+    assert "0.83% of the voxels are padding (PixelPaddingValue) outside of (-1024, 3071) HU; set to -1024" in notes(
+        tmp_path
+    )
+
+
+def test_padding_of_63536_in_unsigned_values_is_not_metal(tmp_path):
+    hu = chest().astype(np.int32)
+    hu[:, 0, 0] = 63536 - 1024
+    write_dicom(tmp_path, hu, PixelRepresentation=0, PixelPaddingValue=63536)
+    assert values(tmp_path).max() == chest().max() and (values(tmp_path)[:, 0, 0] == -1024).all()
+
+
+def test_padding_ranges_and_padding_that_looks_like_tissue(tmp_path):
+    hu = chest()
+    hu[:, 0, :3] = (-3000, -2500, -2000)
+    write_dicom(tmp_path / "range", hu, intercept=0, PixelPaddingValue=-2000, PixelPaddingRangeLimit=-3000)
+    assert (values(tmp_path / "range")[:, 0, :3] == -1024).all()
+    tissue = int(chest()[0, 5, 8])
+    write_dicom(tmp_path / "tissue", chest(), intercept=0, PixelPaddingValue=tissue)
+    np.testing.assert_array_equal(values(tmp_path / "tissue"), chest())
+    assert "padding" not in notes(tmp_path / "tissue")
+
+
+# --- what is refused -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("uid", "name"),
+    [
+        ("1.2.840.10008.1.2.4.201", "High-Throughput JPEG 2000"),
+        ("1.2.840.10008.1.2.4.100", "MPEG2 Main Profile"),
+        ("1.2.840.113619.5.2", "an unknown transfer syntax|GE Private"),
+    ],
+)
+def test_transfer_syntaxes_that_are_not_read_are_named(tmp_path, uid, name):
+    write_dicom(tmp_path, chest(), syntax=RLELossless)
+    header = pydicom.dcmread(tmp_path / "000.dcm")
+    header.file_meta.TransferSyntaxUID = uid
+    header.save_as(tmp_path / "000.dcm", implicit_vr=False, little_endian=True)
+    with pytest.raises(ValueError, match=rf"000.dcm is compressed as ({name}).*{uid}.*export it again uncompressed"):
+        values(tmp_path)
+
+
+def test_a_header_that_contradicts_the_pixels_is_refused(tmp_path):
+    write_dicom(tmp_path / "a", chest(), syntax=RLELossless)
+    file = tmp_path / "a" / "000.dcm"
+    rle = file.read_bytes()
+    file.write_bytes(rle.replace(b"1.2.840.10008.1.2.5\0", b"1.2.840.10008.1.2.1\0"))
+    with pytest.raises(ValueError, match="000.dcm is damaged: .* Explicit VR Little Endian, its pixels are compressed"):
+        values(tmp_path / "a")
+    write_dicom(tmp_path / "b", chest())
+    file = tmp_path / "b" / "000.dcm"
+    file.write_bytes(file.read_bytes().replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.5\0"))
+    with pytest.raises(ValueError, match="000.dcm is damaged: .* RLE Lossless, its pixels are not compressed"):
+        values(tmp_path / "b")
+
+
+def test_a_compressed_picture_of_another_size_is_refused(tmp_path):
+    write_dicom(tmp_path, chest(), syntax=JPEGLSLossless)
+    for file in tmp_path.iterdir():
+        change(file, Rows=2000)
+    with pytest.raises(ValueError, match="000.dcm can't be read: .*get the file again"):
+        values(tmp_path)
+
+
+@pytest.mark.parametrize("syntax", [JPEGLosslessSV1, JPEGLSLossless, JPEG2000Lossless, RLELossless])
+def test_a_truncated_compressed_slice_is_named(tmp_path, syntax):
+    write_dicom(tmp_path, chest((3, 40, 40)), syntax=syntax)
+    truncate(tmp_path / "001.dcm", 0.7)
+    with pytest.raises(ValueError, match="001.dcm.*(truncated|damaged)"):
+        values(tmp_path)
+
+
+def test_pictures_that_crash_the_decoder_are_errors_and_leave_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    write_dicom(tmp_path / "a", chest((3, 40, 40)), syntax=RLELossless)
+    file = tmp_path / "a" / "001.dcm"
+    data = file.read_bytes()
+    at = data.index(b"\x02\0\0\0\x40\0\0\0")  # the number of segments: none divides by zero
+    file.write_bytes(data[:at] + b"\0" + data[at + 1 :])
+    with pytest.raises(
+        ValueError, match="001.dcm can't be read: truncated or damaged; get the file again .the decoder broke down"
+    ):
+        values(tmp_path / "a")
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_a_deflated_header_does_not_inflate_without_limit(tmp_path, monkeypatch):
+    write_dicom(tmp_path, np.full((2, 400, 400), 40), syntax=DeflatedExplicitVRLittleEndian)
+    monkeypatch.setattr("medctkit.scans.dicom_files._MOST_BYTES", 100_000)
+    with pytest.raises(ValueError, match="000.dcm is truncated: .* bytes of pixels, its header says 320000"):
+        values(tmp_path)
+
+
+# --- fuzz ------------------------------------------------------------------------------------------------
+
+EXAMPLES = int(os.environ.get("MEDCTKIT_FUZZ_EXAMPLES", 12))
+DAMAGE = st.lists(st.tuples(st.integers(0, 2**16), st.sampled_from([0, 1, 0x7F, 0x80, 0xFF, 0x31])), min_size=1)
+
+
+def damaged(data, hits):
+    data = bytearray(data)
+    for at, value in hits:
+        data[at % len(data)] = value
+    return bytes(data)
+
+
+@pytest.fixture(scope="module", params=SYNTAXES, ids=lambda syntax: syntax.keyword)
+def small_series(request, tmp_path_factory):
+    return write_dicom(tmp_path_factory.mktemp("series"), chest((3, 16, 16)), syntax=request.param)
+
+
+@given(hits=DAMAGE, which=st.integers(0, 2), cut=st.sampled_from([None, None, None, 100, 400, 900]))
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_damaged_series_is_read_or_refused_with_a_name(small_series, hits, which, cut):
+    file = small_series / f"{which:03}.dcm"
+    whole = file.read_bytes()
+    try:
+        file.write_bytes(damaged(whole, hits)[:cut])
+        tracemalloc.start()
+        try:
+            assert values(small_series).shape[0] in (2, 3)
+        except ValueError as error:
+            assert ".dcm" in str(error)
+        assert tracemalloc.get_traced_memory()[1] < 20 << 20, "a damaged header may ask for gigabytes"
+    finally:
+        tracemalloc.stop()
+        file.write_bytes(whole)

@@ -1,0 +1,133 @@
+"""Small scans in every file format, for tests."""
+
+from tempfile import TemporaryDirectory
+
+import nibabel as nib
+import numpy as np
+import pydicom
+import SimpleITK as sitk
+from pydicom import dcmread, dcmwrite
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import (
+    CTImageStorage,
+    ExplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    RLELossless,
+    generate_uid,
+)
+
+from medctkit.scans.dicom_series import read_series
+
+SHAPE, SPACING = (8, 12, 10), (12.5, 8.0, 7.7)  # few voxels, but 100 x 96 x 77 mm of a patient
+
+
+def chest(shape=SHAPE):
+    """Int16 HU that no axis can be flipped or swapped in unnoticed: soft tissue with a corner of air."""
+    d, h, w = np.indices(shape)
+    hu = (d * 7 + h * 3 + w).astype(np.int16)
+    hu[: shape[0] // 2, :, : shape[2] // 2] -= 900
+    return hu
+
+
+def write_nifti(path, hu, affine=None, **header):
+    image = nib.Nifti1Image(hu.transpose(2, 1, 0), np.diag([*SPACING[::-1], 1]) if affine is None else affine)
+    for name, value in header.items():
+        image.header[name] = value
+    nib.save(image, path)
+    return path
+
+
+def write_itk(path, hu, direction=(1, 0, 0, 0, 1, 0, 0, 0, 1)):
+    image = sitk.GetImageFromArray(hu)
+    image.SetSpacing(SPACING[::-1])
+    image.SetDirection(direction)
+    sitk.WriteImage(image, str(path))
+    return path
+
+
+def write_dicom(
+    folder,
+    hu,
+    names=None,
+    slope=1,
+    intercept=-1024,
+    step=(0, 0, SPACING[0]),
+    series=None,
+    syntax=ExplicitVRLittleEndian,
+    **tags,
+):
+    """A series of one file for each slice; `tags` replace or, where None, remove those of every header."""
+    folder.mkdir(parents=True, exist_ok=True)
+    series = series or generate_uid()
+    for i, pixels in enumerate(hu):
+        meta = FileMetaDataset()
+        meta.TransferSyntaxUID = syntax
+        meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = CTImageStorage, generate_uid()
+        slice_ = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
+        slice_.SOPClassUID, slice_.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
+        slice_.Modality, slice_.SeriesInstanceUID, slice_.SeriesDescription = "CT", series, "chest"
+        slice_.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
+        slice_.ImagePositionPatient = [float(s * i) for s in step]
+        slice_.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+        slice_.PixelSpacing = list(SPACING[1:])
+        slice_.Rows, slice_.Columns = pixels.shape
+        slice_.SamplesPerPixel, slice_.PhotometricInterpretation = 1, "MONOCHROME2"
+        slice_.BitsAllocated = slice_.BitsStored = 16
+        slice_.HighBit, slice_.PixelRepresentation = 15, tags.get("PixelRepresentation", 1)
+        slice_.RescaleSlope, slice_.RescaleIntercept = slope, intercept
+        stored = np.round((pixels - intercept) / slope).astype("<i2" if slice_.PixelRepresentation else "<u2")
+        slice_.PixelData = stored.astype(stored.dtype if syntax.is_little_endian else ">i2").tobytes()
+        for tag, value in tags.items():
+            if value is None:
+                delattr(slice_, tag)
+            else:
+                setattr(slice_, tag, value)
+        if syntax.is_compressed and syntax.is_encapsulated:
+            _compress(slice_, stored, syntax)
+        file = folder / (names[i] if names else f"{i:03}.dcm")
+        encoding = dict(implicit_vr=syntax.is_implicit_VR, little_endian=syntax.is_little_endian)
+        dcmwrite(file, slice_, **encoding, enforce_file_format=True)
+    return folder
+
+
+def _compress(slice_, stored, syntax):
+    if syntax in (RLELossless, JPEGLSLossless):
+        slice_.compress(syntax, stored, generate_instance_uid=False)
+        return
+    with TemporaryDirectory() as folder:  # only the compressed picture of what SimpleITK writes
+        writer = sitk.ImageFileWriter()
+        writer.SetFileName(f"{folder}/picture.dcm")
+        writer.SetUseCompression(True)
+        writer.SetCompressor({JPEGLosslessSV1: "JPEG", JPEG2000Lossless: "JPEG2000"}[syntax])
+        writer.Execute(sitk.GetImageFromArray(stored[None]))
+        picture = dcmread(writer.GetFileName())
+    assert picture.file_meta.TransferSyntaxUID == syntax
+    slice_.PixelData = picture.PixelData
+    slice_["PixelData"].VR, slice_["PixelData"].is_undefined_length = "OB", True
+
+
+def truncate(path, share=0.5):
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    return path
+
+
+def values(folder, series=None):
+    return read_series(folder, series)[0]
+
+
+def notes(folder, series=None):
+    return "; ".join(read_series(folder, series)[4])
+
+
+def change(path, **tags):
+    """Set tags of a file or, where None, remove them."""
+    header = pydicom.dcmread(path)
+    for tag, value in tags.items():
+        if value is None:
+            delattr(header, tag)
+        else:
+            setattr(header, tag, value)
+    header.save_as(path)

@@ -1,0 +1,95 @@
+"""A CT-CLIP so small that a training step takes milliseconds, with data and a tokenizer to match."""
+
+from contextlib import nullcontext
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from medctkit.findings import FINDINGS
+from medctkit.lora.adapter import add_lora
+from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel
+from medctkit.training.memory import PeakMemory
+
+PROMPTS = {f: ((f"{f} seen", f"there is {f}"), (f"no {f}", f"without {f}")) for f in FINDINGS}
+
+
+def tiny_model(preset="paper", dropout=0.1):
+    torch.manual_seed(0)
+    vision = {
+        "dim": 32,
+        "codebook_size": 24,
+        "image_size": 32,
+        "num_frames": 8,
+        "patch_size": 16,
+        "temporal_patch_size": 4,
+        "spatial_depth": 1,
+        "temporal_depth": 1,
+        "dim_head": 8,
+        "heads": 4,
+    }
+    text = {
+        "vocab_size": 100,
+        "hidden_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 40,
+        "max_position_embeddings": 32,
+        "hidden_dropout_prob": dropout,
+        "attention_probs_dropout_prob": dropout,
+    }
+    config = CTCLIPConfig(vision_config=vision, text_config=text, projection_dim=16)
+    return add_lora(CTCLIPModel(config), preset, r=4)
+
+
+def tiny_tokenizer():
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = sorted({w for f in FINDINGS for w in f.lower().split()} | set("seen there is no without scan".split()))
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *words, *map(str, range(12))])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.normalizer, backend.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]")
+
+
+def tiny_data(n=8, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {
+            "study": f"study_{i}",
+            "patient": f"patient_{i}",
+            "pixel_values": torch.rand(1, 8, 32, 32, generator=generator) * 2 - 1,
+            "report": f"scan {i}",
+            "labels": torch.randint(0, 2, (18,), generator=generator).float(),
+        }
+        for i in range(n)
+    ]
+
+
+def small_step(fake, checkpointing, dtype=None):
+    """Bytes before, after forward, after backward, after the optimiser, and at the highest."""
+    with torch.device("meta" if fake else "cpu"):
+        model = tiny_model(dropout=0.0).train()
+    base = model.get_base_model()
+    base.visual_transformer.spatial_rel_pos_bias.requires_grad_(True)  # real ones are kept while frozen
+    if checkpointing:
+        base.gradient_checkpointing_enable()
+    with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext():
+        if fake:
+            model.to_empty(device="cpu")
+        volumes, words = torch.zeros(3, 1, 8, 32, 32), torch.ones(3, 12, dtype=torch.long)
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trainable)
+        with PeakMemory([*model.parameters(), *model.buffers(), volumes, words]) as memory:
+            found = [memory.now_bytes]
+            with torch.autocast("cpu", dtype, enabled=dtype is not None):
+                loss = model(pixel_values=volumes, input_ids=words, return_loss=True).loss
+            found.append(memory.now_bytes)
+            loss.backward()
+            found.append(memory.now_bytes)
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(memory.now_bytes)
+        moments = 8 * sum(p.numel() for p in trainable) + 4 * len(trainable)  # two, and a step count each
+        assert found[-1] == found[0] + moments + 4  # the loss
+        return [*found, memory.peak_bytes]

@@ -1,0 +1,167 @@
+"""The measuring programs run, write whole files, and say so when a bar is missed."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import small_step
+
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+
+
+def run(program, *arguments):
+    # one thread: at toy size more of them only wait for each other
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(BENCH / program), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """Imports a measuring program."""
+    monkeypatch.syspath_prepend(BENCH)
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in {"memory", "model", "gpu", "viewers"} - before:
+        sys.modules.pop(name, None)
+
+
+def test_memory_is_measured_without_a_gpu(tmp_path):
+    done = run("memory.py", "--tiny", "--output", tmp_path / "memory.json")
+    assert done.returncode == 0, done.stderr
+    assert "met    batch 8" in done.stdout
+    assert [file.name for file in tmp_path.iterdir()] == ["memory.json"]
+    found = json.loads((tmp_path / "memory.json").read_text())
+    saved = found["saved_bytes_per_volume"]
+    assert 0 < saved["checkpointing and bf16"] == saved["checkpointing"] < saved["float32 weights"]
+    rows = {row["measures"]: row for row in found["bytes_of_a_step"]}
+    assert list(rows) == list(saved) and all(row["batch"] == 8 for row in rows.values())
+    for row in rows.values():
+        known = ("weights", "input_volumes", "gradients_and_optimiser_state", "activations_and_the_rest")
+        assert row["peak"] == sum(row[name] for name in known) and row["activations_and_the_rest"] > 0
+        assert row["input_volumes"] == 8 * 8 * 32 * 32 * 4
+    assert rows["frozen weights in bf16"]["weights"] < rows["float32 weights"]["weights"]
+    assert rows["checkpointing and bf16"]["peak"] < rows["frozen weights in bf16"]["peak"]
+    assert found["made_with"]["model"] == "toy"
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")  # its name in transformers < 5
+def test_with_the_casts_of_a_gpu_a_step_without_data_takes_exactly_what_a_real_one_takes(bench):
+    half = small_step(True, True, torch.bfloat16)
+    with bench("memory").autocast_of_a_gpu():
+        x = torch.ones(2, 3, dtype=torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.layer_norm(x, (3,)).dtype == torch.linalg.vector_norm(x, dim=-1).dtype == torch.float32
+        as_gpu = small_step(True, True, torch.bfloat16)
+        assert small_step(False, True, torch.bfloat16) == as_gpu
+    assert as_gpu[-1] > half[-1]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.layer_norm(x, (3,)).dtype == torch.bfloat16  # as it was before
+
+
+def test_memory_over_the_bar_fails_the_run(bench, tmp_path, monkeypatch, capsys):
+    memory = bench("memory")
+    row = {"batch": 8, "volumes_at_a_time": 8, "measures": memory.BEST, "peak": 8_000_000_001}
+    monkeypatch.setattr(memory, "measure", lambda *_: {"bytes_of_a_step": [row]})
+    monkeypatch.setattr(sys, "argv", ["memory.py", "--output", str(tmp_path / "memory.json")])
+    with pytest.raises(SystemExit, match="True"):
+        memory.main()
+    assert "MISSED batch 8: 8.00 GB, at most 8" in capsys.readouterr().out
+    assert json.loads((tmp_path / "memory.json").read_text())["against_the_bar"]["bytes"] == 8_000_000_001
+
+
+def test_what_the_repository_says_about_memory_is_within_the_bar_and_of_the_full_size_model():
+    found = json.loads((BENCH / "memory.json").read_text())
+    assert found["made_with"]["model"] == "full size"
+    assert found["against_the_bar"]["bytes"] <= found["against_the_bar"]["bar"] == 8e9
+    assert {(row["batch"], row["volumes_at_a_time"]) for row in found["bytes_of_a_step"]} >= {(1, 1), (8, 8), (32, 32)}
+
+
+def test_the_program_for_gpus_runs_on_a_cpu_at_toy_size(tmp_path):
+    output = tmp_path / "gpu.json"
+    done = run("gpu.py", "--device", "cpu", "--tiny", "--compile-backend", "eager", "--output", output)
+    assert done.returncode == 0, done.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["gpu.json"]
+    found = json.loads(output.read_text())
+    assert found["bf16_matrix_product_gflop_per_second"] > 0
+    assert list(found["parts"]) == list(found["one_volume"]) == ["float32", "bf16", "fp16"]
+    for name, parts in found["parts"].items():
+        assert parts["vision encoder"]["gflop"] > parts["spatial feed-forward"]["gflop"] > 0
+        assert all(row["seconds"] > 0 for row in parts.values())
+        assert {"seconds", "seconds_compiled", "seconds_to_compile"} <= found["one_volume"][name].keys()
+    one, eight, many = found["lora_step_with_checkpointing_and_frozen_weights_in_bf16"]
+    assert (one["batch"], eight["batch"], many["batch"]) == (1, 8, 32)
+    assert eight["gflop_with_recomputation"] == pytest.approx(8 * one["gflop_with_recomputation"])
+    assert eight["volumes_per_second"] == pytest.approx(8e3 / eight["milliseconds"])
+    assert eight["peak_bytes"] is None  # only a GPU's allocator counts
+    assert "bar" in found["against_the_bar"] and found["made_with"]["device"].startswith("CPU")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_nothing_is_measured_and_nothing_written(tmp_path):
+    done = run("gpu.py", "--output", tmp_path / "gpu.json")
+    assert (done.returncode, done.stdout.count("\n")) == (0, 1) and done.stdout.startswith("no GPU here")
+    assert not list(tmp_path.iterdir())
+
+
+def test_out_of_memory_is_a_row_and_misses_the_bar(bench, tmp_path, monkeypatch, capsys):
+    gpu = bench("gpu")
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(gpu, "best_of", full)
+    monkeypatch.setattr(gpu, "matrix_product_rate", lambda *_: 1.0)
+    monkeypatch.setattr(gpu, "parts_table", lambda *_: {})
+    monkeypatch.setattr(gpu, "inference", lambda *_: {})
+    arguments = ["gpu.py", "--device", "cpu", "--tiny", "--output", str(tmp_path / "gpu.json")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit, match="True"):
+        gpu.main()
+    rows = json.loads((tmp_path / "gpu.json").read_text())["lora_step_with_checkpointing_and_frozen_weights_in_bf16"]
+    assert rows == [{"batch": batch, "out_of_memory": True} for batch in (1, 8, 32)]
+    assert "out_of_memory True" in capsys.readouterr().out
+
+
+def test_steps_of_the_slice_viewer_are_measured_with_both_canvases(tmp_path):
+    done = run("viewers.py", "--tiny", "--output", tmp_path / "viewers.json")
+    assert "memory grows by" in done.stdout, done.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["viewers.json"]
+    found = json.loads((tmp_path / "viewers.json").read_text())
+    steps = found["steps"]
+    rows = [name for name in steps["plain"] if name.startswith("with both, ")]
+    assert rows == ["with both, axial", "with both, coronal", "with both, sagittal"]
+    assert list(steps["plain"]) == list(steps["ipympl"]) and len(steps["plain"]) == 13
+    slowest = max(row["milliseconds"] for canvas in ("plain", "ipympl") for row in steps[canvas].values())
+    assert steps["slowest_step_milliseconds"] == slowest > 0
+    assert steps["times_faster_than_matplotlib"] == pytest.approx(steps["matplotlib_milliseconds"] / slowest)
+    assert found["stack_page"]["slices"] == 16 and 0 < found["stack_page"]["megabytes"] < 1
+    assert found["made_with"]["volume"] == "16 x 32 x 32"
+
+
+@pytest.mark.filterwarnings("ignore:Passing unrecognized arguments to super.Toolbar:DeprecationWarning")  # ipympl's
+def test_a_viewer_that_is_slow_or_keeps_pictures_misses_the_bars(bench, monkeypatch):
+    from medctkit.viewers.drawing import composition
+
+    viewers, kept, draw_slice = bench("viewers"), [], composition.draw_slice
+    volume = viewers.study((16, 32, 32), 3)
+    monkeypatch.setattr(composition, "draw_slice", lambda *how: kept.append(draw_slice(*how)) or kept[-1])
+    memory = viewers.bench_memory(*volume, 60)
+    assert min(memory["growth_mb"].values()) > 8
+    slow = {"steps": {"slowest_step_milliseconds": 50.1}, "memory": memory}
+    slow["stack_page"] = {"slices": 240, "megabytes": 6.1}
+    assert [met for met, _ in viewers.bars(slow)] == [False, False, False]
+    slow["steps"]["slowest_step_milliseconds"], memory["growth_mb"] = 49.9, {"plain": 0.0, "ipympl": 7.9}
+    slow["stack_page"]["megabytes"] = 5.9
+    assert [met for met, _ in viewers.bars(slow)] == [True, True, True]
+
+
+def test_what_the_repository_says_about_the_viewer_is_within_the_bars_and_of_a_volume_of_full_size(bench):
+    found = json.loads((BENCH / "viewers.json").read_text())
+    assert all(met for met, _ in bench("viewers").bars(found))
+    assert found["made_with"]["volume"] == "240 x 480 x 480" and found["memory"]["steps"] == 300

@@ -1,0 +1,181 @@
+"""The command line and the demo, on small stand-in notebooks."""
+
+import json
+import os
+import sys
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from typer.testing import CliRunner
+
+from medctkit import cli
+from tools import demo
+
+METRICS = {
+    "base": {
+        "auroc": {"value": 0.55, "low": 0.52, "high": 0.58},
+        "accuracy": {"value": 0.60, "low": 0.57, "high": 0.63},
+        "macro_f1": {"value": 0.30, "low": 0.27, "high": 0.33},
+    },
+    "adapted": {
+        "auroc": {"value": 0.64, "low": 0.61, "high": 0.67},
+        "accuracy": {"value": 0.66, "low": 0.63, "high": 0.69},
+        "macro_f1": {"value": 0.36, "low": 0.33, "high": 0.39},
+    },
+    "difference": {
+        "auroc": {"value": 0.09, "low": 0.07, "high": 0.11},
+        "accuracy": {"value": 0.06, "low": 0.04, "high": 0.08},
+        "macro_f1": {"value": 0.06, "low": 0.04, "high": 0.08},
+    },
+}
+WRITE_METRICS = f"""
+import json, pathlib
+pathlib.Path(output_dir, "metrics.json").write_text(json.dumps({METRICS!r}))
+"""
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, list(map(str, arguments)))
+
+
+def write_notebook(path, *sources):
+    parameters = new_code_cell("output_dir, seed = 'unset', None", metadata={"tags": ["parameters"]})
+    cells = [new_markdown_cell("# A lesson"), parameters, *map(new_code_cell, sources)]
+    path.parent.mkdir(exist_ok=True)
+    nbformat.write(new_notebook(cells=cells), path)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Four stand-in lessons and an output folder that does not exist yet."""
+    for name in demo.NOTEBOOKS[:3]:
+        write_notebook(tmp_path / "notebooks" / name, "print('fine')")
+    write_notebook(tmp_path / "notebooks" / demo.NOTEBOOKS[3], WRITE_METRICS)
+    return tmp_path / "notebooks", tmp_path / "runs" / "demo"
+
+
+def run_demo(folders, *more):
+    return run("demo", "--notebooks-dir", folders[0], "--output-dir", folders[1], *more)
+
+
+def test_demo_runs_all_four_and_prints_what_04_measured(folders, monkeypatch):
+    foreign = folders[0].parent / "jupyter" / "kernels" / "python3" / "kernel.json"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text(json.dumps({"argv": ["false"], "display_name": "another Python", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(folders[0].parent / "jupyter"))
+    where = "import os, sys\nprint('here', sys.executable, os.getcwd(), seed)"
+    write_notebook(folders[0] / demo.NOTEBOOKS[0], where, "import ipywidgets\nipywidgets.IntSlider(7)")
+    result = run_demo(folders, "--seed", 5)
+    assert result.exit_code == 0, result.output
+    assert "+0.090 [+0.070, +0.110]" in result.output
+    assert "Done in 0 min" in result.output
+    for name in demo.NOTEBOOKS:
+        assert (folders[1] / name).with_suffix(".html").stat().st_size > 10_000
+    page = (folders[1] / "01_data_prep.html").read_text()
+    assert f"here {sys.executable} {folders[0]} 5" in page, "another interpreter, folder or seed than asked for"
+    assert "application/vnd.jupyter.widget-state+json" in page and '"IntSliderModel"' in page
+
+
+def test_demo_stops_at_the_first_failing_cell_and_names_it(folders):
+    write_notebook(folders[0] / demo.NOTEBOOKS[1], "x = 1", "1 / (x - 1)", "print('never')")
+    folders[1].mkdir(parents=True)
+    (folders[1] / "metrics.json").write_text(json.dumps(METRICS))
+    result = run_demo(folders)
+    assert result.exit_code == 1
+    assert "02_lora_injection.ipynb failed in cell 5 (In [4])" in result.output
+    assert "ZeroDivisionError" in result.output and "1 / (x - 1)" in result.output
+    assert "ZeroDivisionError" in (folders[1] / "02_lora_injection.html").read_text()
+    assert not (folders[1] / demo.NOTEBOOKS[2]).exists()
+    assert not (folders[1] / "metrics.json").exists(), "figures of an earlier run were left behind"
+
+
+def test_demo_says_when_a_kernel_dies(folders):
+    write_notebook(folders[0] / demo.NOTEBOOKS[0], "import os; os._exit(9)")
+    result = run_demo(folders)
+    assert result.exit_code == 1
+    assert "01_data_prep.ipynb: its kernel died" in result.output and "memory" in result.output
+
+
+def test_demo_without_notebooks_says_where_they_come_from(tmp_path):
+    result = run("demo", "--notebooks-dir", tmp_path, "--output-dir", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "04_zero_shot_evaluation.ipynb" in result.output and "clone" in result.output
+
+
+def test_the_demo_runs_its_own_notebooks_only(folders, monkeypatch):
+    write_notebook(folders[0] / "05_more.ipynb", "1 + 1")
+    ran = []
+    monkeypatch.setattr(demo, "execute", lambda path, *rest: ran.append(path.name))
+    assert run_demo(folders).exit_code == 1, "no metrics.json can have been written"
+    assert ran == [*demo.NOTEBOOKS]
+
+
+def test_jupyter_path_is_put_back(monkeypatch):
+    for before in (None, "elsewhere"):
+        monkeypatch.delenv("JUPYTER_PATH", raising=False)
+        if before:
+            monkeypatch.setenv("JUPYTER_PATH", before)
+        with demo.this_interpreter_as_kernel():
+            assert os.environ["JUPYTER_PATH"] != before
+        assert os.environ.get("JUPYTER_PATH") == before
+
+
+def changed(column, row, cell):
+    metrics = json.loads(json.dumps(METRICS))
+    metrics[column][row] = cell
+    return metrics
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        ({"base": METRICS["base"]}, r"adapted\.auroc needs the keys value, low and high"),
+        (changed("base", "auroc", 0.5), r"base\.auroc needs the keys"),
+        (changed("base", "accuracy", {"value": float("nan"), "low": 0, "high": 1}), "three finite numbers"),
+        (
+            changed("adapted", "auroc", {"value": 64, "low": 61, "high": 67}),
+            "interval 61 to 67 is impossible",
+        ),
+        (changed("adapted", "auroc", {"value": 0.6, "low": 0.7, "high": 0.5}), "is impossible"),
+        (changed("difference", "auroc", {"value": 0.2, "low": 0.1, "high": 0.3}), "difference says 0.2"),
+    ],
+)
+def test_metrics_that_contradict_the_schema_are_refused(tmp_path, metrics, message):
+    path = tmp_path / "metrics.json"
+    path.write_text(json.dumps(metrics))
+    with pytest.raises(ValueError, match=message):
+        demo.read_metrics(path)
+
+
+def test_doctor_looks_at_everything():
+    result = run("doctor")
+    for word in (
+        "python",
+        "device",
+        "threads of",
+        "free disk",
+        "mini model",
+        "own CT",
+        "torch",
+        "jupyterlab",
+    ):
+        assert word in result.output
+    assert (result.exit_code == 0) == ("BAD" not in result.output)
+
+
+def test_doctor_names_what_is_missing_or_too_old(monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "requires", lambda _: ["torch>=99", "no-such-package>=1", "pip; extra == 'test'"])
+    monkeypatch.setenv("MEDCTKIT_REAL_CT", str(tmp_path / "nowhere"))
+    result = run("doctor")
+    assert result.exit_code == 1
+    bad = [line.split()[1] for line in result.output.splitlines() if line.startswith("BAD ")]
+    assert {"torch", "no-such-package", "own"} <= set(bad)
+    assert "needs >=99" in result.output and "missing, needs >=1" in result.output
+    assert "pip" not in result.output.split()
+
+
+def test_doctor_lists_the_mini_model_files_it_misses(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    fine, _, found = cli.check_mini_model(tmp_path)
+    assert not fine and "lacks model.safetensors, tokenizer.json" in found

@@ -1,0 +1,363 @@
+"""The documentation: links that lead somewhere, a glossary that the course uses, and docstrings that say enough."""
+
+import importlib
+import importlib.util
+import inspect
+import json
+import pydoc
+import re
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+from markdown_it import MarkdownIt
+from packaging.requirements import Requirement
+
+import medctkit
+
+ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "medctkit/assets/mini/README.md"]
+GLOSSARY = ROOT / "docs" / "glossary.md"
+
+
+def module_from(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def texts(path):
+    """The Markdown of a page, or of each Markdown cell of a notebook."""
+    if path.suffix != ".ipynb":
+        return [path.read_text(encoding="utf-8")]
+    return [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown"]
+
+
+def parsed(path):
+    for text in texts(path):
+        yield from MarkdownIt("commonmark").enable("table").parse(text)
+
+
+# --- links -----------------------------------------------------------------------------------------------
+
+
+def links(path):
+    for token in parsed(path):
+        for part in token.children or ():
+            target = part.attrGet("href") if part.type == "link_open" else part.attrGet("src")
+            if target and not target.startswith(("data:", "attachment:")):
+                yield target
+
+
+def anchors(path):
+    """What `#...` may follow: each heading in lower case, without punctuation, with hyphens for blanks."""
+    tokens, found = list(parsed(path)), []
+    for before, token in zip(tokens, tokens[1:], strict=False):
+        if before.type == "heading_open":
+            plain = "".join(part.content for part in token.children if part.type in ("text", "code_inline"))
+            slug = re.sub(r"[^\w\- ]", "", plain.strip().lower()).replace(" ", "-")
+            found.append(f"{slug}-{found.count(slug)}" if slug in found else slug)
+    return found
+
+
+def broken(path, root=ROOT):
+    """Links of a page or notebook that lead nowhere, each with the reason."""
+    for target in links(path):
+        file, _, anchor = target.partition("#")
+        there = (path.parent / file).resolve() if file else path
+        if re.match(r"[a-z]+:", target):
+            if not re.match(r"https://[\w.-]+\.[a-z]+(/\S*)?$", target):
+                yield f"{target}: expected https"
+        elif not there.is_relative_to(root):
+            yield f"{target}: leads out of the repository"
+        elif not there.exists():
+            yield f"{target}: no such file"
+        elif anchor and anchor not in anchors(there):
+            yield f"{target}: no such heading"
+
+
+@pytest.mark.parametrize("path", [*PAGES, *NOTEBOOKS], ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_leads_to_a_file_and_a_heading_that_exist(path):
+    assert list(broken(path)) == []
+
+
+def test_the_link_check_finds_what_is_broken(tmp_path):
+    (tmp_path / "there.md").write_text("# A `code` title: with signs!\n\n## Twice\n\n## Twice\n")
+    page = tmp_path / "page.md"
+    good = "[a](there.md#a-code-title-with-signs) [b](there.md#twice-1) [c](#here) [d](https://example.org/x)\n# Here\n"
+    bad = "[e](gone.md) ![f](gone.png) [g](there.md#gone) [h](../out.md) [i](http://example.org) [j][k]"
+    page.write_text(f"{good}{bad}\n\n[k]: there.md#nor-this\n")
+    assert [reason.partition(": ") for reason in broken(page, tmp_path)] == [
+        ("gone.md", ": ", "no such file"),
+        ("gone.png", ": ", "no such file"),
+        ("there.md#gone", ": ", "no such heading"),
+        ("../out.md", ": ", "leads out of the repository"),
+        ("http://example.org", ": ", "expected https"),
+        ("there.md#nor-this", ": ", "no such heading"),
+    ]
+
+
+# --- the glossary ----------------------------------------------------------------------------------------
+
+
+def entries():
+    """Term -> (its part of the glossary, what is said of it)."""
+    found, part = {}, None
+    for level, title, text in re.findall(r"^(##+) (.+)\n((?:(?!#).*\n)*)", GLOSSARY.read_text(), re.M):
+        part = title if level == "##" else part
+        if level == "###":
+            assert title not in found, f"{title} is explained twice"
+            found[title] = part, text
+    return found
+
+
+def test_the_glossary_explains_every_finding_in_its_order_and_one_sentence():
+    found = {term: text for term, (part, text) in entries().items() if part == "The 18 findings"}
+    assert list(found) == list(medctkit.FINDINGS)
+    for text in found.values():
+        assert re.fullmatch(r"[A-Z][^.]+\.", text.strip())
+
+
+def test_the_glossary_is_as_long_as_a_glossary_should_be():
+    assert len(entries()) >= 60
+    for term, (_, text) in entries().items():
+        assert 8 <= len(text.split()) <= 75, f"{term}: {len(text.split())} words"
+
+
+@pytest.mark.parametrize("term", [term for term, (part, _) in entries().items() if part != "The 18 findings"])
+def test_a_term_of_the_glossary_links_to_a_notebook_that_uses_it(term):
+    numbers = re.findall(r"→\u00a0\[(\d\d)\]", entries()[term][1])
+    assert len(numbers) == 1, "expected one arrow with the number of a notebook"
+    (notebook,) = [path for path in NOTEBOOKS if path.name.startswith(numbers[0])]
+    used = " ".join(cell.source for cell in nbformat.read(notebook, as_version=4).cells).lower()
+    words = re.findall(r"[\w-]{4,}", term.lower()) or [term.lower()]
+    assert [word for word in words if re.sub(r"(t?ing|s)$", "", word) not in used] == [], f"not in {notebook.name}"
+
+
+def test_the_prevalences_of_the_glossary_are_those_of_ct_rate():
+    low, high = (
+        min(medctkit.PREVALENCE.items(), key=lambda x: x[1]),
+        max(medctkit.PREVALENCE.items(), key=lambda x: x[1]),
+    )
+    for name, share in (low, high):
+        assert f"{100 * share:.1f} % ({name.lower()})" in entries()["Prevalence"][1]
+
+
+# --- pages that quote ------------------------------------------------------------------------------------
+
+
+def test_the_map_of_the_course_says_what_the_notebooks_say():
+    course_map = module_from(ROOT / "docs" / "course_map.py")
+    for page in course_map.PAGES:
+        text = (ROOT / page).read_text()
+        assert course_map.with_map(text) == text, "run: python docs/course_map.py"
+    assert course_map.course_map("x").count("\n") == 1 + len(NOTEBOOKS)
+
+
+def test_the_exercises_that_the_page_for_teachers_names_exist():
+    cells = [cell.source for path in NOTEBOOKS for cell in nbformat.read(path, as_version=4).cells]
+    there = {found[1] for source in cells if (found := re.match(r"# Exercise (\d\d\.\d):", source))}
+    named = set(re.findall(r"\b(0\d\.\d)\b", (ROOT / "docs" / "teaching.md").read_text().partition("## Common")[0]))
+    assert len(named) > 10 and named <= there, f"no exercise {sorted(named - there)}"
+
+
+def test_a_notebook_without_the_table_and_a_page_without_marks_are_refused(tmp_path):
+    course_map = module_from(ROOT / "docs" / "course_map.py")
+    notebook = tmp_path / "07.ipynb"
+    table = "| time | memory | GPU | data |\n|---|---|---|---|\n| 1 min | 2 GB | no | none |"
+    notebook.write_text(json.dumps({"cells": [{"source": ["# 07 · More\n", "\n", table]}]}))
+    title, row = course_map.opening(notebook)
+    assert (title, row["time"], row["data"]) == ("07 · More", "1 min", "none")
+    notebook.write_text(json.dumps({"cells": [{"source": [f"# 07\n{table.replace('GPU', 'gpu')}"]}]}))
+    with pytest.raises(ValueError, match="07.ipynb: its first cell needs .* columns time, memory, GPU, data"):
+        course_map.opening(notebook)
+    with pytest.raises(ValueError, match="once each and in this order"):
+        course_map.with_map(f"{course_map.END} {course_map.BEGIN}")
+
+
+def test_the_page_on_the_released_weights_quotes_what_was_measured():
+    data, model, memory = (json.loads((ROOT / "bench" / f"{n}.json").read_text()) for n in ("data", "model", "memory"))
+    peak = {(row["batch"], row["volumes_at_a_time"], row["measures"]): row["peak"] for row in memory["bytes_of_a_step"]}
+    prepare = data["prepare"]
+    whole = prepare["all_of_ct_rate"]
+    page = (ROOT / "docs" / "released.md").read_text()
+    for quoted in (
+        f"| {prepare['megabytes_per_volume']:.0f} MB | {prepare['seconds_of_one_core_per_volume']:.1f} s of one core |",
+        f"| {whole['terabytes']:.1f} TB | {whole['hours_on_16_cores']:.1f} h on 16 cores |",
+        f"| {model['parts']['vision encoder']['seconds']:.1f} s on two cores |",
+        f"| {peak[8, 8, 'float32 weights'] / 1e9:.1f} GB |",
+        f"| {peak[8, 8, 'checkpointing and bf16'] / 1e9:.1f} GB |",
+        f"| {peak[32, 2, 'checkpointing and bf16'] / 1e9:.1f} GB |",
+    ):
+        assert quoted in page, f"docs/released.md does not say {quoted!r}"
+
+
+def test_the_page_for_teachers_quotes_the_comparison_that_comes_with_the_package():
+    from medctkit.experiments.compare.results import load_results, method_table
+
+    table = method_table(load_results()).set_index("label")
+    lora, vera = table.loc["LoRA"], table.loc["VeRA"]
+    page = " ".join((ROOT / "docs" / "teaching.md").read_text().split())
+    assert f"a step of LoRA takes {lora.seconds_per_step_of_full:.2f} of the time" in page
+    assert f"and {lora.peak_bytes_of_full:.2f} of the memory" in page
+    assert f"{lora.trainable:,.0f} numbers are enough" in page
+    assert round(lora.trainable / vera.trainable) == 20 and "VeRA trains twenty times fewer" in page
+    close = table.loc[["LoRA", "DoRA", "rsLoRA"]]
+    assert close["auroc_low"].max() < close["auroc"].min() and close["auroc"].max() < close["auroc_high"].min()
+
+
+def commands(path):
+    """Every `medctkit ...` of a page's code: the name of the command, and its options."""
+    code = "\n".join(re.findall(r"```sh\n(.*?)```", path.read_text(), re.S))
+    code += "\n" + "\n".join(re.findall(r"`(medctkit [^`\n]+)`", path.read_text()))
+    for line in re.sub(r"\\\n\s*", " ", code).splitlines():
+        words = re.sub(r"\s#.*", "", line)
+        if found := re.match(r"\s*(?:accelerate launch .*-m medctkit\.cli|medctkit) ([a-z]+)(.*)", words):
+            yield found[1], re.findall(r"--[a-z-]+", found[2])
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_and_options_that_a_page_shows_exist(path):
+    import typer
+
+    from medctkit.cli import app
+
+    known = {
+        name: {o for p in command.params for o in p.opts}
+        for name, command in typer.main.get_command(app).commands.items()
+    }
+    for name, options in commands(path):
+        assert name in known, f"no command `medctkit {name}`"
+        assert set(options) <= known[name], f"medctkit {name}: no option {sorted(set(options) - known[name])}"
+
+
+# --- the API ---------------------------------------------------------------------------------------------
+
+DOCUMENTED = [
+    name
+    for path in sorted((ROOT / "docs/api").glob("*.md"))
+    for name in re.findall(r"automodule:: (\S+)", path.read_text())
+]
+PACKAGE = ROOT / "medctkit"
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.stem != "__init__" and path != PACKAGE / "cli.py")
+PUBLIC = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES]
+UNNAMED = 5  # up to so many arguments, names and types may say it
+SAID = re.compile(r"\b(args|arguments)\b[^.]*\bthose of\b", re.I)
+SHAPE = re.compile(r"\((\.\.\.|[\w+]+( [\w+]+)*),[^()]*\)|\b(shape|scalar|HU|Hounsfield|mm)\b")
+ARRAY = re.compile(r"(torch\.|np\.|numpy\.)?(Tensor|ndarray)( \| None)?$")
+
+
+def test_every_public_module_is_on_one_page_of_the_api():
+    assert len(DOCUMENTED) == len(set(DOCUMENTED))
+    assert set(PUBLIC) == set(DOCUMENTED)
+    for name in DOCUMENTED:
+        importlib.import_module(name)
+
+
+def public_names(module):
+    """Classes and functions of a module, and the methods that its classes define themselves."""
+    for name, thing in vars(module).items():
+        if name.startswith("_") or getattr(thing, "__module__", None) != module.__name__:
+            continue
+        if inspect.isclass(thing):
+            yield name, thing
+            for inner, method in vars(thing).items():
+                method = getattr(method, "__func__", method)
+                if inspect.isfunction(method) and not inner.startswith("_"):
+                    yield f"{name}.{inner}", method
+        elif inspect.isfunction(thing):
+            yield name, thing
+
+
+def complaint(thing):
+    """What a docstring lacks, or None."""
+    doc = inspect.cleandoc(thing.__doc__ or "")
+    if not doc:
+        return "no docstring"
+    if inspect.isclass(thing):
+        return None
+    parameters = [p for p in inspect.signature(thing).parameters.values() if p.name not in ("self", "cls")]
+    silent = [p.name for p in parameters if not re.search(rf"\b{p.name}\b", doc)]
+    if silent and not SAID.search(doc) and ("Args:" in doc or len(parameters) > UNNAMED):
+        return f"says nothing of {', '.join(silent)}"
+    hints = [p.annotation for p in parameters] + [inspect.signature(thing).return_annotation]
+    arrays = [hint for hint in hints if ARRAY.match(getattr(hint, "__qualname__", str(hint)))]
+    if arrays and not SHAPE.search(doc):
+        return "arrays without a shape or unit"
+    return None
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_docstrings_name_arguments_and_shapes(name):
+    module = importlib.import_module(name)
+    assert {name: said for name, thing in public_names(module) if (said := complaint(thing))} == {}
+
+
+def test_the_docstring_rule_can_fail():
+    import numpy as np
+
+    def bare(a): ...
+
+    def long(a, b, c, d, e, f):
+        """Says nothing of its six arguments."""
+
+    def half(a, b):
+        """Half.
+
+        Args:
+            a: is named.
+        """
+
+    def shapeless(a: np.ndarray) -> np.ndarray:
+        """Give back what came."""
+
+    def right(a: np.ndarray) -> np.ndarray:
+        """Give back `a` (d, h, w)."""
+
+    assert [complaint(f) for f in (bare, long, half, shapeless, right)] == [
+        "no docstring",
+        "says nothing of a, b, c, d, e, f",
+        "says nothing of b",
+        "arrays without a shape or unit",
+        None,
+    ]
+
+
+def test_names_in_docstrings_and_comments_exist():
+    for path in sorted((ROOT / "medctkit").rglob("*.py")):
+        for name in re.findall(r"`(medctkit(?:\.\w+)+)`", path.read_text()):
+            assert pydoc.locate(name) is not None, f"{path.name}: there is no {name}"
+
+
+# --- how the site is built -------------------------------------------------------------------------------
+
+
+def test_docstrings_are_read_as_prose():
+    conf = module_from(ROOT / "docs" / "conf.py")
+
+    def read(what, text):
+        lines = text.split("\n")
+        conf.docstring_is_prose(None, what, "", None, None, lines)
+        return "\n".join(lines)
+
+    assert read("function", "|x| of t_ and `a|b_` and\n``c_``, a_b") == "\\|x\\| of t\\_ and `a|b_` and\n``c_``, a_b"
+    assert read("property", "Shape in patches: (t, h, w).").startswith("\n"), "else napoleon takes it for a type"
+
+
+def test_the_site_takes_nothing_from_the_network_and_runs_nothing():
+    conf = module_from(ROOT / "docs" / "conf.py")
+    assert conf.nb_execution_mode == "off" and conf.nb_ipywidgets_js == {}
+    assert "sphinx-mathjax-offline" in conf.extensions
+    for path in (ROOT / "docs" / "static").iterdir():
+        assert "//" not in path.read_text(), f"{path.name} names a server"
+
+
+def test_what_builds_the_site_is_pinned():
+    optional = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+    pins = {r.name.lower().replace("_", "-"): str(r.specifier).removeprefix("==") for r in map(Requirement, lines)}
+    for requirement in map(Requirement, optional["docs"]):
+        assert pins[requirement.name.lower()] in requirement.specifier

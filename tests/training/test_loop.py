@@ -1,0 +1,370 @@
+"""The settings and the loop, on a tiny model and random data."""
+
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tiny import PROMPTS, tiny_data, tiny_model, tiny_tokenizer
+
+from medctkit.lora.adapter import load_adapter
+from medctkit.training import checkpoints
+from medctkit.training.loop import finetune, learning_rate_factor
+from medctkit.training.settings import FineTuneConfig
+
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+def settings(**changes):
+    return FineTuneConfig(**({"steps": 4, "batch_size": 4, "prompts": PROMPTS, "evaluate_every": 2} | changes))
+
+
+def run(tokenizer, path, model=None, data=None, score_fn=None, callback=None, **changes):
+    model = model or tiny_model()
+    return model, finetune(
+        model,
+        data or tiny_data(),
+        tokenizer,
+        settings(**changes),
+        path,
+        score_fn or (lambda m: 0.5),
+        callback,
+    )
+
+
+def test_learning_rate_rises_then_falls_along_a_cosine():
+    factors = [learning_rate_factor(step, 20, 0.2) for step in range(20)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert factors[12] == pytest.approx(0.5) and factors[4] == 1.0
+    assert factors[4:] == sorted(factors[4:], reverse=True) and 0 < factors[-1] < 0.02
+
+
+# --- settings -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": None}, "give either steps or epochs, got steps=None and epochs=None"),
+        ({"epochs": 2}, "give either steps or epochs, got steps=4 and epochs=2"),
+        ({"steps": 0}, "FineTuneConfig.steps must be at least 1, got 0"),
+        ({"micro_batch_size": 3}, "FineTuneConfig.micro_batch_size must be None or a divisor of batch_size 4, got 3"),
+        ({"workers": -1}, "FineTuneConfig.workers must be at least 0, got -1"),
+        ({"checkpoint_every": 0}, "FineTuneConfig.checkpoint_every must be at least 1, got 0"),
+        ({"learning_rate": -1e-3}, "FineTuneConfig.learning_rate must be a number above 0, got -0.001"),
+        ({"learning_rate": math.nan}, "FineTuneConfig.learning_rate must be a number above 0, got nan"),
+        ({"warmup_fraction": 1.0}, "FineTuneConfig.warmup_fraction must be at least 0 and below 1, got 1.0"),
+        (
+            {"mixed_precision": "fp8"},
+            "FineTuneConfig.mixed_precision must be 'no', 'bf16' or 'fp16', got 'fp8'",
+        ),
+        ({"batch_size": 1}, "batch_size must be at least 2 for the contrastive objective"),
+        ({"contrastive_weight": 0, "prompt_weight": 0}, "are both 0: nothing to learn from; raise one"),
+        ({"prompts": {}}, "none for Medical material, Arterial wall calcification"),
+        (
+            {"prompts": PROMPTS | {"Atelectasis": (("atelectasis is present",), ("none",))}},
+            "'atelectasis is present' is a prompt of the zero-shot evaluation",
+        ),
+    ],
+)
+def test_bad_settings_are_refused(changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        settings(**changes)
+
+
+# --- the loop -----------------------------------------------------------------------------------
+
+
+def test_only_the_adapter_changes_and_the_base_stays_bit_for_bit(tokenizer, tmp_path):
+    model = tiny_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    scores = iter([0.1, 0.2, 0.3])
+    run(tokenizer, tmp_path, model, score_fn=lambda m: next(scores))
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name in before if ".lora_" in name}
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tokenizer, tmp_path):
+    runs = []
+    for i, seed in enumerate((1, 1, 2)):
+        model = tiny_model()
+        torch.manual_seed(100 + i)  # what torch's generator did before must not matter
+        runs.append(run(tokenizer, tmp_path / str(i), model, seed=seed))
+    (a, first), (b, second), (_, other) = runs
+    columns = ["step", "contrastive", "prompts", "loss", "learning_rate", "grad_norm"]
+    assert first.history[columns].equals(second.history[columns])
+    assert not first.history[columns].equals(other.history[columns])
+    for (name, one), (_, two) in zip(a.state_dict().items(), b.state_dict().items(), strict=True):
+        assert torch.equal(one, two), name
+
+
+def test_the_first_step_moves_by_the_warm_up_rate(tokenizer, tmp_path):
+    model, moved = tiny_model(), []
+
+    def largest_b(row):
+        moved.append(max(p.abs().max().item() for n, p in model.named_parameters() if ".lora_B." in n))
+
+    _, result = run(tokenizer, tmp_path, model, callback=largest_b, learning_rate=1e-3, warmup_fraction=0.5)
+    assert result.history["learning_rate"].dropna().tolist() == pytest.approx([5e-4, 1e-3, 1e-3, 5e-4])
+    # Adam's first step is the learning rate times the gradient's sign, and B starts at zero
+    assert moved[:2] == [0.0, pytest.approx(5e-4, rel=1e-3)]
+
+
+def test_the_loss_falls_on_data_it_can_learn(tokenizer, tmp_path):
+    _, result = run(tokenizer, tmp_path, tiny_model(dropout=0.0), steps=60, learning_rate=1e-2, evaluate_every=60)
+    loss = result.history["loss"]
+    assert loss.iloc[-5:].mean() < loss.iloc[1:6].mean() - 0.2
+
+
+def test_the_best_validation_score_decides_the_adapter(tokenizer, tmp_path):
+    scores, seen, modes = iter([0.50, 0.60, 0.55]), [], []
+    weights = {}
+
+    def score_fn(model):
+        modes.append((model.training, torch.is_grad_enabled()))
+        weights[len(modes)] = {n: p.clone() for n, p in model.named_parameters() if ".lora_" in n}
+        return next(scores)
+
+    model, result = run(tokenizer, tmp_path, score_fn=score_fn, callback=seen.append)
+    assert modes == [(False, False)] * 3
+    assert (result.best_step, result.best_score) == (2, 0.60)
+    assert result.history["step"].tolist() == [0, 1, 2, 3, 4] == [row["step"] for row in seen]
+    assert result.history["score"].dropna().tolist() == [0.50, 0.60, 0.55]
+    assert {"loss", "contrastive", "prompts", "learning_rate", "grad_norm", "seconds"} <= set(result.history)
+    kept = {n: p for n, p in model.named_parameters() if ".lora_" in n}
+    assert all(torch.equal(kept[name], tensor) for name, tensor in weights[2].items())
+    loaded = load_adapter(tiny_model().unload(), result.adapter_dir)
+    assert all(torch.equal(p, weights[2][n]) for n, p in loaded.named_parameters() if ".lora_" in n)
+
+
+def test_early_stopping(tokenizer, tmp_path):
+    _, result = run(tokenizer, tmp_path, steps=20, evaluate_every=1, patience=3)
+    assert result.history["step"].iloc[-1] == 3 and result.best_step == 0
+
+
+def test_epochs_are_counted_in_batches(tokenizer, tmp_path):
+    _, result = run(tokenizer, tmp_path, steps=None, epochs=1.5)
+    assert result.history["step"].iloc[-1] == 3  # 8 studies in batches of 4: two per epoch
+
+
+def test_a_non_finite_loss_stops_with_step_and_studies(tokenizer, tmp_path):
+    data = tiny_data(4)
+    data[2]["pixel_values"][0, 0, 0, 0] = math.nan
+    with pytest.raises(FloatingPointError, match=r"loss is nan at step 1, studies .*study_2.*lower learning_rate"):
+        run(tokenizer, tmp_path, data=data)
+
+
+def test_a_score_that_is_not_a_number_stops(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="score_fn returned nan at step 0; expected a finite number"):
+        run(tokenizer, tmp_path, score_fn=lambda m: math.nan)
+
+
+def test_the_silent_trap_is_caught(tokenizer, tmp_path):
+    model = tiny_model()
+    tower = model.get_base_model().visual_transformer
+    tower.train = lambda mode=True: type(tower).train(tower, False)
+    with pytest.raises(
+        RuntimeError, match="no gradient reached the vision encoder's trainable parameters in the first"
+    ):
+        run(tokenizer, tmp_path, model)
+    run(tokenizer, tmp_path, tiny_model("text"))  # nothing in the vision encoder to reach: no complaint
+
+
+def test_a_model_without_adapter_or_too_few_studies_are_refused(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="no trainable adapter; make one with add_lora"):
+        run(tokenizer, tmp_path, tiny_model().unload())
+    with pytest.raises(ValueError, match="3 training studies are fewer than one batch of 4"):
+        run(tokenizer, tmp_path, data=tiny_data(3))
+
+
+def test_a_gradient_that_is_not_finite_stops_with_step_and_studies(tokenizer, tmp_path):
+    model = tiny_model()
+    next(p for n, p in model.named_parameters() if "lora_B" in n).register_hook(lambda g: g * math.inf)
+    names = ", ".join(r"study_\d" for _ in range(4))
+    with pytest.raises(FloatingPointError, match=rf"gradient norm is (inf|nan) at step 1, studies {names}\."):
+        run(tokenizer, tmp_path, model)
+
+
+def test_precision_may_change_from_run_to_run(tokenizer, tmp_path):
+    losses = {}
+    for precision in ("no", "bf16", "no"):
+        _, result = run(tokenizer, tmp_path / precision, tiny_model(dropout=0.0), mixed_precision=precision)
+        losses.setdefault(precision, result.history["loss"].dropna().to_numpy())
+    assert not np.array_equal(losses["no"], losses["bf16"])
+    np.testing.assert_allclose(losses["bf16"], losses["no"], rtol=0.05)
+
+
+def test_volumes_may_be_loaded_by_other_processes(tokenizer, tmp_path):
+    _, alone = run(tokenizer, tmp_path / "alone", micro_batch_size=2)
+    _, helped = run(tokenizer, tmp_path / "helped", micro_batch_size=2, workers=2)
+    assert alone.history["loss"].equals(helped.history["loss"])
+
+
+def test_tensorboard_has_every_row(tokenizer, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    _, result = run(tokenizer, tmp_path)
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for name in ("loss", "contrastive", "prompts", "learning_rate", "grad_norm", "score"):
+        rows = result.history[["step", name]].dropna()
+        logged = board.Scalars(name)
+        assert [event.step for event in logged] == rows["step"].tolist()
+        assert [event.value for event in logged] == pytest.approx(rows[name].tolist(), rel=1e-6)
+
+
+# --- interrupted runs ------------------------------------------------------------------------------------
+
+
+def in_a_process(folder, changes):
+    """A run that tells in a file how far it is."""
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    torch.set_num_threads(1)
+    folder = Path(folder)
+    model = tiny_model(dropout=0.2)
+
+    def score_fn(model):
+        return float(sum(p.double().abs().sum() for n, p in model.named_parameters() if "lora_B" in n)) % 0.01
+
+    with open(folder.with_suffix(".rows"), "a") as rows:
+
+        def tell(row):
+            rows.write(json.dumps(row) + "\n")
+            rows.flush()
+
+        run(tiny_tokenizer(), folder, model, score_fn=score_fn, callback=tell, **changes)
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Processes that start at once, for what they import is there already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tiny", "medctkit.training", "accelerate", "peft", "torch.utils.tensorboard"])
+    return context
+
+
+LONG = {"steps": 120, "evaluate_every": 10, "checkpoint_every": 7}  # long after the last kill, however slow the machine
+
+
+@pytest.mark.parametrize("more", [{}, {"micro_batch_size": 2, "mixed_precision": "bf16"}])
+def test_kill_9_at_any_moment_and_the_same_run_comes_out(processes, tmp_path, more):
+    def start(folder):
+        process = processes.Process(target=in_a_process, args=(str(folder), LONG | more))
+        process.start()
+        return process
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    start(whole).join(120)
+    kills = []
+    for _ in range(3):
+        told, kills = parts.with_suffix(".rows"), [*kills, random.SystemRandom().randrange(1, 30)]
+        before = len(told.read_text().splitlines()) if told.exists() else 0
+        process = start(parts)
+        while process.is_alive():
+            if told.exists() and len(told.read_text().splitlines()) >= before + kills[-1]:
+                process.kill()
+                break
+            time.sleep(0.001)
+        process.join(120)
+        assert process.exitcode == -signal.SIGKILL, f"ended before it could be killed after {kills}"
+        assert not (parts / "history.csv").exists()
+    last = start(parts)
+    last.join(120)
+    assert last.exitcode == 0
+    history = [pd.read_csv(folder / "history.csv").drop(columns="seconds") for folder in (whole, parts)]
+    pd.testing.assert_frame_equal(*history, check_exact=True, obj=f"history after kills at {kills}")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (whole / "adapter" / name).read_bytes() == (parts / "adapter" / name).read_bytes(), kills
+    for folder in (whole, parts):
+        assert sorted(path.name for path in folder.iterdir()) == ["adapter", "history.csv", "tensorboard"]
+        assert len(list((folder / "adapter").iterdir())) == 2
+
+
+def stopped(tokenizer, path, at=3, model=None, **changes):
+    """Stop a run while its step `at` is told."""
+
+    def stop(row):
+        if row["step"] == at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tokenizer, path, model, callback=stop, **({"checkpoint_every": 1} | changes))
+    return path / checkpoints.NAME
+
+
+def test_a_stopped_run_goes_on_and_tells_what_was_before(tokenizer, tmp_path):
+    seen = []
+    assert stopped(tokenizer, tmp_path).is_file()
+    _, result = run(tokenizer, tmp_path, callback=seen.append)
+    assert [row["step"] for row in seen] == [0, 1, 2, 3, 4] == result.history["step"].tolist()
+    assert not (tmp_path / checkpoints.NAME).exists()
+
+
+def test_early_stopping_counts_validations_before_the_interruption(tokenizer, tmp_path):
+    changes = {"steps": 20, "evaluate_every": 1, "patience": 3, "checkpoint_every": 1}
+    stopped(tokenizer, tmp_path, **changes)
+    _, result = run(tokenizer, tmp_path, **changes)
+    assert result.history["step"].iloc[-1] == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 1e-2}, "learning_rate: 0.0005 there, 0.01 here"),
+        ({"steps": 9}, "steps: 4 there, 9 here"),
+        ({"seed": 1}, "seed: 0 there, 1 here"),
+        ({"prompts": {f: (("seen",), ("none",)) for f in PROMPTS}}, "prompts: "),
+        ({"data": tiny_data(9)}, "training studies: '8, .* there, '9, .* here"),
+        ({"model": tiny_model("vision")}, "trained parameters: "),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_and_kept(tokenizer, tmp_path, changes, message):
+    file = stopped(tokenizer, tmp_path)
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match=rf"of a run that was not finished, and not this one\. Delete .*{message}"):
+        run(tokenizer, tmp_path, **changes)
+    assert file.read_bytes() == before
+
+
+def test_a_checkpoint_of_another_base_model_is_refused(tokenizer, tmp_path):
+    stopped(tokenizer, tmp_path)
+    model = tiny_model()
+    with torch.no_grad():
+        model.get_base_model().to_visual_latent.weight += 1e-3
+    with pytest.raises(ValueError, match=r"base model: '\w+' there, '\w+' here"):
+        run(tokenizer, tmp_path, model)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-9], lambda b: b"", lambda b: b"\xff" * len(b)])
+def test_a_damaged_checkpoint_is_told(tokenizer, tmp_path, damage):
+    file = stopped(tokenizer, tmp_path)
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match=r"is damaged, or no checkpoint of medctkit: .* Delete .* to start over"):
+        run(tokenizer, tmp_path)
+
+
+def test_settings_that_change_nothing_may_change(tokenizer, tmp_path):
+    stopped(tokenizer, tmp_path)
+    _, result = run(tokenizer, tmp_path, checkpoint_every=2, workers=1)
+    assert result.history["step"].iloc[-1] == 4
+
+
+def test_a_checkpoint_is_the_adapter_and_the_optimiser_and_little_else(tokenizer, tmp_path):
+    model = tiny_model()
+    adapter = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
+    size = stopped(tokenizer, tmp_path, model=model).stat().st_size
+    assert 4 * adapter < size < 4 * adapter + 30_000  # now, best, two averages
+    assert size < sum(4 * p.numel() for p in model.parameters())

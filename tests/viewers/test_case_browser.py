@@ -1,0 +1,374 @@
+"""The case browser: its numbers are those of the classifier, bad files and sentences leave it alive."""
+
+import re
+import threading
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+
+from medctkit.cohort.dataset import CTReportDataset
+from medctkit.cohort.manifest import load_manifest, study_from_row, write_manifest
+from medctkit.findings import FINDINGS
+from medctkit.scans.preprocessing import PreprocessConfig
+from medctkit.viewers import case_browser
+from medctkit.viewers.case_browser import CaseBrowser, probability_table
+from medctkit.viewers.cases import Cases
+from medctkit.zero_shot.classifier import ZeroShotClassifier
+
+MANIFEST = Path(__file__).resolve().parents[2] / "data_manifest.csv"
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Five phantoms."""
+    return load_manifest(MANIFEST)[:5]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def models():
+    """A tiny model before and after some training, which here is noise in its adapter."""
+    base, adapted = tiny_model().eval(), tiny_model().eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return {"base": base, "adapted": adapted}
+
+
+@pytest.fixture(scope="module")
+def config(models):
+    return PreprocessConfig.for_model(models["base"].config)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def cases(rows, models, tokenizer, config, cache):
+    found = Cases(rows, models, tokenizer, config, cache)
+    found.embed(batch_size=2, progress=False)
+    return found
+
+
+@pytest.fixture(scope="module")
+def mixed(rows, tmp_path_factory):
+    """The phantoms, a real scan whose labels are partly unknown, and two files that cannot be read."""
+    folder = tmp_path_factory.mktemp("scans")
+    scan = study_from_row(rows.iloc[0], (40, 60, 60)).volume
+    affine = scan.affine[:, [2, 1, 0, 3]]
+    nib.save(nib.Nifti1Image(scan.hu.transpose(2, 1, 0), affine), folder / "real.nii.gz")
+    (folder / "broken.nii.gz").write_bytes(b"no scan")
+    extra = []
+    for name in ("real", "broken", "missing"):
+        row = rows.iloc[0].to_dict() | {"study": name, "patient": name, "hospital": "mine <b>", "seed": None}
+        row |= {"path": str(folder / f"{name}.nii.gz"), "checksum": None, "Lung nodule": None, "Emphysema": 1}
+        extra.append(row | {"report": "No <script> here."})
+    table = pd.concat([rows, pd.DataFrame(extra)], ignore_index=True)
+    return load_manifest(write_manifest(table, folder / "manifest.csv"))
+
+
+# --- numbers ----------------------------------------------------------------------------------------------
+
+
+def test_probabilities_are_those_of_the_classifier(cases, rows, models, tokenizer, config, cache):
+    dataset = CTReportDataset(rows, config, cache)
+    for name, model in models.items():
+        classifier = ZeroShotClassifier(model, tokenizer)
+        seen = classifier.embed(dataset, progress=False)
+        np.testing.assert_allclose(cases.embeddings[name], seen.embeddings, atol=1e-6)
+        expected = classifier.scores_from_embeddings(seen.embeddings)
+        np.testing.assert_allclose(cases.probabilities[name], expected, atol=1e-6)
+    assert not cases.failures
+    np.testing.assert_array_equal(cases.labels, rows[list(FINDINGS)])
+
+
+def test_studies_are_sorted_by_how_much_the_models_disagree(cases, rows):
+    base, adapted = (cases.probabilities[name].astype(float) for name in ("base", "adapted"))
+    found = cases.ordered()
+    expected = np.abs(base - adapted).mean(1)
+    assert found.index.tolist() == np.argsort(-expected).tolist()
+    np.testing.assert_allclose(found.sort_index(), expected, rtol=1e-5)
+    assert (expected > 1e-4).all()
+    one = cases.ordered(finding="Emphysema")
+    np.testing.assert_allclose(one.sort_index(), np.abs(base - adapted)[:, FINDINGS.index("Emphysema")], rtol=1e-5)
+    wrong = cases.ordered("error of adapted")
+    np.testing.assert_allclose(wrong.sort_index(), np.abs(adapted - rows[list(FINDINGS)]).mean(axis=1), rtol=1e-5)
+    named = cases.ordered("study")
+    assert [cases.rows[i]["study"] for i in named.index] == sorted(rows["study"])
+
+
+def test_a_filter_keeps_the_studies_with_that_label(cases, rows):
+    finding = next(name for name in FINDINGS if 0 < rows[name].sum() < len(rows))
+    for presence, label in (("present", 1), ("absent", 0)):
+        kept = cases.ordered("study", finding, presence).index
+        assert sorted(kept) == np.flatnonzero(rows[finding] == label).tolist()
+    assert not len(cases.ordered("study", finding, "unknown"))
+
+
+def test_embeddings_are_kept_and_not_computed_again(cases, rows, models, tokenizer, config, cache, monkeypatch):
+    monkeypatch.setattr(ZeroShotClassifier, "embed", None)  # would fail when called
+    again = Cases(rows[::-1], models, tokenizer, config, cache)  # found by content, whatever the order
+    assert "0 of 10 embeddings are to be computed, 0 volumes to be prepared first" in again.cost()
+    again.embed()
+    for name in models:
+        assert torch.equal(again.embeddings[name].flip(0), cases.embeddings[name])
+    other = Cases(rows, {"other": tiny_model(preset="vision")}, tokenizer, config, cache, limit=3)
+    assert "3 studies, 1 model (other): 3 of 3 embeddings are to be computed, 0 volumes" in other.cost()
+
+
+def test_an_interrupted_run_goes_on(rows, models, tokenizer, config, tmp_path, monkeypatch):
+    cases = Cases(rows, models, tokenizer, config, tmp_path)
+    assert "10 of 10 embeddings are to be computed, 5 volumes to be prepared first" in cases.cost()
+    whole = CTReportDataset.__getitem__
+
+    def stopped(dataset, index):
+        if index == 3:
+            raise KeyboardInterrupt
+        return whole(dataset, index)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(CTReportDataset, "__getitem__", stopped)
+        cases.embed(batch_size=2, progress=False)
+    again = Cases(rows, models, tokenizer, config, tmp_path)
+    assert "6 of 10 embeddings are to be computed, 2 volumes" in again.cost()
+    again.embed(batch_size=2, progress=False)
+    assert "0 of 10" in again.cost() and not any(e.isnan().any() for e in again.embeddings.values())
+
+
+def test_a_sentence_with_its_negation_is_a_prompt_pair(cases):
+    found = cases.score("Pleural effusion is present.", "Pleural effusion is not present.")
+    for name, values in found.values.items():
+        expected = cases.probabilities[name][:, FINDINGS.index("Pleural effusion")]
+        np.testing.assert_allclose(values, expected, atol=1e-6)
+
+
+def test_a_sentence_alone_has_a_cosine_and_a_place_among_the_studies(cases, models, tokenizer):
+    found = cases.score(" there is emphysema ")
+    assert found.tokens == ("there", "is", "emphysema")
+    words = tokenizer(["there is emphysema"], return_tensors="pt")
+    for name, model in models.items():
+        with torch.no_grad():
+            text = model.encode_text(words["input_ids"], words["attention_mask"])[0]
+        values = (cases.embeddings[name] @ text).numpy()
+        np.testing.assert_allclose(found.values[name], values, atol=1e-6)
+        order = np.argsort(values)
+        assert [found.share_below(name, i) for i in order] == pytest.approx([0, 0.25, 0.5, 0.75, 1])
+
+
+def test_bad_input_is_refused(rows, models, tokenizer, config, cases):
+    def make(**changes):
+        given = dict(manifest=rows, models=models, tokenizer=tokenizer, preprocess_config=config)
+        return Cases(**given | changes)
+
+    with pytest.raises(TypeError, match=r"models: expected a dict such as \{'base': model\}, got \[\]"):
+        make(models=[])
+    with pytest.raises(ValueError, match="limit=0: expected a whole number of studies, at least 1"):
+        make(limit=0)
+    with pytest.raises(ValueError, match=r"model 'base' sees volumes of \(8, 32, 32\) voxels, .* makes \(8, 16, 16\)"):
+        make(preprocess_config=PreprocessConfig((45, 22.5, 22.5), (8, 16, 16)))
+    with pytest.raises(FileNotFoundError, match="no manifest at nowhere.csv"):
+        make(manifest="nowhere.csv")
+    with pytest.raises(ValueError, match="by='beauty': expected one of disagreement, error of base, error of adapted"):
+        cases.ordered("beauty")
+    with pytest.raises(ValueError, match="finding='Cough' is unknown"):
+        cases.ordered(finding="Cough")
+    with pytest.raises(ValueError, match="presence='present' needs a finding"):
+        cases.ordered(presence="present")
+    with pytest.raises(ValueError, match="type a sentence"):
+        cases.score("  ", "no")
+    with pytest.raises(ValueError, match="has 40 tokens, the text encoder takes 32; shorten it"):
+        cases.score("scan " * 40)
+
+
+# --- the widget -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def coarse(monkeypatch):
+    """Phantoms are made in no time."""
+    monkeypatch.setattr("medctkit.viewers.cases.VIEW_SHAPE", (20, 32, 32))
+
+
+@pytest.fixture
+def browser(mixed, models, tokenizer, config, cache):
+    made = CaseBrowser(mixed, models, tokenizer, config, cache, height=120)
+    yield made
+    made.close()
+
+
+def pick(browser, study):
+    browser.study.value = [row["study"] for row in browser.cases.rows].index(study)
+
+
+def test_the_browser_says_what_it_costs_and_shows_the_study_with_the_largest_disagreement(
+    mixed, models, tokenizer, config, cache, capsys
+):
+    browser = CaseBrowser(mixed, models, tokenizer, config, cache, height=120)
+    said = capsys.readouterr().out
+    assert "8 studies, 2 models (base, adapted): 6 of 16 embeddings are to be computed, 3 volumes" in said
+    assert browser.index == browser.cases.ordered().index[0]
+    study = browser.cases.rows[browser.index]["study"]
+    assert study in browser.facts.value and browser.scan.children == (browser.slices.widget,)
+    assert browser.study.options[0][0].endswith(study) and browser.study.options[-1][0].startswith("unread")
+    assert "application/vnd.jupyter.widget-view+json" in browser._repr_mimebundle_()
+
+
+def test_picking_a_study_shows_its_scan_report_labels_and_probabilities(browser, rows):
+    for row in rows.to_dict("records")[:2]:
+        pick(browser, row["study"])
+        index = browser.index
+        assert row["report"].split(".")[0] in browser.facts.value
+        shown = browser.slices.scans[0].volume
+        study = study_from_row(row, shown.shape)
+        np.testing.assert_array_equal(shown.hu, study.volume.hu)
+        spoken = re.findall(r'aria-label="([^"]+)"', browser.table.value)
+        assert len(spoken) == 18
+        for line in spoken:
+            finding, label, base, adapted = re.fullmatch(r"(.+), (\w+): base (.+), adapted (.+)", line).groups()
+            assert label == ("present" if row[finding] else "absent")
+            for name, text in (("base", base), ("adapted", adapted)):
+                assert float(text) == pytest.approx(
+                    browser.cases.probabilities[name][index, FINDINGS.index(finding)], abs=0.006
+                )
+
+
+def test_the_list_is_walked_by_buttons_and_round_its_ends(browser):
+    listed = [i for _, i in browser.study.options]
+    browser.next.click()
+    assert browser.index == listed[1]
+    assert browser.cases.rows[listed[1]]["study"] in browser.facts.value
+    browser.previous.click()
+    browser.previous.click()  # the last one cannot be read
+    assert browser.index == listed[-1] and "can't be shown" in browser.messages.text
+    browser.next.click()
+    assert browser.index == listed[0] and not browser.messages.text
+    browser.finding.value = "Mosaic attenuation pattern"
+    browser.presence.value = "unknown"
+    browser.next.click()
+    assert browser.index is None
+
+
+def test_a_real_scan_with_unknown_labels_is_shown_and_its_text_is_escaped(browser):
+    pick(browser, "real")
+    assert browser.slices.scans[0].volume.shape == (40, 60, 60) and not browser.messages.text
+    assert "mine &lt;b&gt; hospital" in browser.facts.value and "No &lt;script&gt; here." in browser.facts.value
+    assert "1 unknown" in browser.facts.value and "Lung nodule, unknown: base" in browser.table.value
+
+
+@pytest.mark.parametrize(("study", "reason"), [("broken", "broken.nii.gz"), ("missing", "there is no such file")])
+def test_a_study_that_cannot_be_read_gives_a_message_and_no_other_studys_scan(browser, rows, study, reason):
+    pick(browser, study)
+    assert f"study {study} can't be shown" in browser.messages.text and reason in browser.messages.text
+    assert browser.scan.children == () and "base ?, adapted ?" in browser.table.value
+    browser.stating.value = "there is emphysema"
+    assert "<td>?</td><td>no other studies" in browser.scores.value
+    pick(browser, rows["study"].iloc[1])
+    assert not browser.messages.text and browser.scan.children == (browser.slices.widget,)
+
+
+def test_sorting_and_filtering_change_the_list_and_keep_the_study_where_they_can(browser, monkeypatch):
+    pick(browser, "real")
+    with monkeypatch.context() as patched:
+        patched.setattr(browser.cases, "view", None)  # fails when called: the scan is there already
+        browser.sorting.value = "error of base"
+    assert browser.cases.rows[browser.index]["study"] == "real"
+    assert [i for _, i in browser.study.options] == browser.cases.ordered("error of base").index.tolist()
+    assert "8 of 8 studies, with their error of base (mean of the findings)" in browser.count.value
+    browser.finding.value = "Lung nodule"
+    browser.presence.value = "unknown"
+    assert {browser.cases.rows[i]["study"] for _, i in browser.study.options} == {"real", "broken", "missing"}
+    browser.finding.value = "Mosaic attenuation pattern"  # known everywhere
+    assert browser.index is None and "no study passes this filter" in browser.messages.text
+    assert browser.scan.children == () and not browser.table.value
+    browser.finding.value = case_browser.ALL
+    assert browser.presence.value == "any" and len(browser.study.options) == 8 and browser.table.value
+    assert not browser.messages.text
+
+
+def test_a_sentence_is_scored_at_once_and_for_every_study_picked(browser, rows):
+    pick(browser, rows["study"].iloc[0])
+    browser.stating.value = "there is emphysema"
+    first = browser.scores.value
+    assert "cosine" in first and "% of the other 5 studies" in first and "there is emphysema</code>" in first
+    browser.denying.value = "no emphysema"
+    assert "probability" in browser.scores.value
+    pick(browser, rows["study"].iloc[1])
+    assert "probability" in browser.scores.value
+    browser.denying.value = ""
+    pick(browser, rows["study"].iloc[0])
+    assert browser.scores.value == first
+    browser.stating.value = ""
+    assert not browser.scores.value and not browser.typing.text
+
+
+def test_a_sentence_too_long_gives_a_message_and_the_next_one_a_score(browser):
+    browser.stating.value = "scan " * 40
+    assert "has 40 tokens, the text encoder takes 32" in browser.typing.text and not browser.scores.value
+    browser.stating.value = "scan"
+    assert not browser.typing.text and "cosine" in browser.scores.value
+    browser.stating.value, browser.denying.value = "", "no scan"
+    assert "type a sentence" in browser.typing.text
+
+
+def test_an_error_in_a_callback_is_shown_and_raised(browser, rows, monkeypatch):
+    monkeypatch.setattr(browser.cases, "view", None)
+    with pytest.raises(TypeError):
+        pick(browser, next(study for study in rows["study"] if study not in browser.facts.value))
+    assert "TypeError" in browser.messages.text
+
+
+def test_a_study_picked_while_another_is_made_is_shown_whole(browser, rows, monkeypatch):
+    """JupyterLab hands events to two threads."""
+    first, second = [study for study in rows["study"] if study not in browser.facts.value][:2]
+    made, picked, view = threading.Event(), threading.Event(), browser.cases.view
+
+    def slow(index):
+        found = view(index)
+        if browser.cases.rows[index]["study"] == first:
+            made.set()
+            picked.wait(5)
+        return found
+
+    monkeypatch.setattr(browser.cases, "view", slow)
+    worker = threading.Thread(target=pick, args=(browser, first))
+    worker.start()
+    made.wait(5)
+    other = threading.Thread(target=pick, args=(browser, second))
+    other.start()
+    threading.Timer(0.2, picked.set).start()
+    worker.join()
+    other.join()
+    assert second in browser.facts.value and not browser.messages.text
+    index = browser.index
+    assert browser.cases.rows[index]["study"] == second
+    np.testing.assert_array_equal(browser.slices.scans[0].volume.hu, view(index)[0].hu)
+
+
+def test_the_table_puts_the_largest_disagreement_first_and_marks_unknown():
+    base, adapted, labels = np.full(18, 0.5), np.full(18, 0.5), np.zeros(18)
+    base[3], adapted[3], labels[3], labels[5] = 0.2, 0.9, 1, np.nan
+    shown = re.findall(r'aria-label="([^"]+)"', probability_table({"base": base, "adapted": adapted}, labels))
+    assert shown[0] == "Pericardial effusion, present: base 0.20, adapted 0.90"
+    assert "Hiatal hernia, unknown: base 0.50, adapted 0.50" in shown
+
+
+def test_models_that_the_browser_cannot_show_are_refused(rows, models, tokenizer, config):
+    with pytest.raises(TypeError, match="models: expected a dict such as"):
+        CaseBrowser(rows, models["base"], tokenizer, config)
+    with pytest.raises(ValueError, match="5 models; the browser tells 4 apart"):
+        CaseBrowser(None, dict.fromkeys("abcde"), None, None)

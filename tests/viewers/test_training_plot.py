@@ -1,0 +1,60 @@
+"""A fine-tuning run as a picture, while it runs and afterwards."""
+
+import math
+
+import pandas as pd
+import pytest
+
+from medctkit.viewers import training_plot
+
+
+def some_rows(steps=30):
+    rows = [{"step": 0, "score": 0.55, "seconds": 0.0}]
+    for step in range(1, steps + 1):
+        rows.append({"step": step, "contrastive": 3.4 - step / 50, "prompts": 0.6, "loss": 4.0, "seconds": step})
+        if step % 10 == 0:
+            rows[-1]["score"] = 0.55 + math.sin(step / 20) / 10
+    return rows
+
+
+def test_training_figure_shows_losses_scores_and_guessing():
+    rows = some_rows()
+    left, right = training_plot.training_figure(pd.DataFrame(rows), batch_size=32).axes
+    assert [line.get_label() for line in left.lines] == ["contrastive", "prompts", "guessing, ln 32"]
+    assert left.lines[2].get_ydata()[0] == pytest.approx(math.log(32))
+    assert right.lines[0].get_ydata() == pytest.approx([row["score"] for row in rows if "score" in row])
+    assert right.lines[1].get_xdata()[0] == 30 and "0.650" in right.lines[1].get_label()
+    first, _ = training_plot.training_figure(pd.DataFrame(rows[:1])).axes  # before the first step
+    assert not first.lines
+
+
+def test_training_plot_updates_one_picture_and_ends_with_the_last_row(monkeypatch):
+    import IPython
+
+    shown = []
+
+    class Handle:
+        def update(self, picture):
+            shown.append(picture)
+
+    monkeypatch.setattr(IPython, "get_ipython", lambda: object())
+    monkeypatch.setattr(IPython.display, "display", lambda picture, display_id: shown.append(picture) or Handle())
+    plot = training_plot.TrainingPlot(batch_size=32)
+    monkeypatch.setattr(training_plot.time, "perf_counter", lambda: float(len(plot.rows)))  # a second for each row
+    for row in some_rows():
+        plot(row)
+    assert all(picture.data.startswith(b"\x89PNG") for picture in shown)
+    assert len(plot.rows) == 31 == len(shown) and plot.history["step"].iloc[-1] == 30
+    plot._cost = 1.0  # where a picture takes a second: one for each 20 rows, and for each score
+    for row in some_rows()[1:10]:
+        plot(row)
+    assert len(shown) == 31
+    plot(some_rows()[10])
+    assert len(shown) == 32
+
+
+def test_training_plot_outside_a_notebook_only_collects():
+    plot = training_plot.TrainingPlot()
+    for row in some_rows():
+        plot(row)
+    assert len(plot.history) == 31

@@ -1,0 +1,274 @@
+"""Zero-shot scoring: once per prompt, once per volume, and equal to the slow way."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from medctkit.findings import FINDINGS
+from medctkit.lora.adapter import add_lora
+from medctkit.model.base_model import load_mini_base
+from medctkit.phantom.report_text import finding_sentences
+from medctkit.training.objectives import report_prompts
+from medctkit.zero_shot.classifier import ZeroShotClassifier, validation_score
+from medctkit.zero_shot.prompts import PROMPTS, prompt_sentences
+
+
+@pytest.fixture(scope="module")
+def mini():
+    return load_mini_base()
+
+
+@pytest.fixture(scope="module")
+def volumes():
+    return torch.randn(3, 1, 32, 64, 64, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+
+
+class Studies(Dataset):
+    def __init__(self, volumes):
+        self.volumes = volumes
+        self.labels = torch.randint(0, 2, (len(volumes), 18), generator=torch.Generator().manual_seed(1)).float()
+
+    def __len__(self):
+        return len(self.volumes)
+
+    def __getitem__(self, i):
+        if i >= len(self):
+            raise IndexError(i)
+        item = {"pixel_values": self.volumes[i], "labels": self.labels[i], "report": "text"}
+        return item | {"patient": f"p{i}", "study": f"s{i}"}
+
+
+@torch.no_grad()
+def one_at_a_time(mini, model, volumes):
+    """The way of the public evaluation: pair by pair, padded far, softmax over the two similarities."""
+    found = []
+    for name in FINDINGS:
+        pair = [f"{name} is present.", f"{name} is not present."]
+        words = mini.tokenizer(pair, padding="max_length", max_length=64, return_tensors="pt")
+        text = model.encode_text(words["input_ids"], words["attention_mask"])
+        similarity = model.temperature.exp() * model.encode_image(volumes) @ text.T
+        found.append(similarity.softmax(dim=-1)[:, 0])
+    return torch.stack(found, dim=1).numpy()
+
+
+def test_scores_equal_the_slow_way(mini, volumes):
+    scores = ZeroShotClassifier(mini.model, mini.tokenizer, "paper").scores(volumes)
+    assert scores.shape == (3, 18)
+    np.testing.assert_allclose(scores, one_at_a_time(mini, mini.model, volumes), atol=1e-5)
+
+
+def test_an_adapter_is_scored_like_its_base_until_it_learns(volumes):
+    base, wrapped = load_mini_base(), load_mini_base()
+    adapted = add_lora(wrapped.model, "paper", r=4)
+    before = ZeroShotClassifier(base.model, base.tokenizer).scores(volumes)
+    np.testing.assert_array_equal(ZeroShotClassifier(adapted, base.tokenizer).scores(volumes), before)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    assert np.abs(ZeroShotClassifier(adapted, base.tokenizer).scores(volumes) - before).max() > 1e-4
+
+
+def test_volumes_and_prompts_are_encoded_once(mini, volumes, monkeypatch):
+    calls = {"image": 0, "text": 0}
+    image, text = mini.model.encode_image, mini.model.encode_text
+    monkeypatch.setattr(
+        mini.model, "encode_image", lambda v: (calls.update(image=calls["image"] + len(v)), image(v))[1]
+    )
+    monkeypatch.setattr(mini.model, "encode_text", lambda *a: (calls.update(text=calls["text"] + 1), text(*a))[1])
+    classifier = ZeroShotClassifier(mini.model, mini.tokenizer)
+    found = classifier.embed(Studies(volumes), batch_size=2, progress=False)
+    scores = classifier.scores_from_embeddings(found.embeddings)
+    classifier.scores_from_embeddings(found.embeddings)
+    assert calls == {"image": 3, "text": 1}
+    assert found.patients.tolist() == ["p0", "p1", "p2"] and found.labels.shape == (3, 18) == scores.shape
+    assert torch.allclose(found.embeddings.norm(dim=-1), torch.ones(3), atol=1e-5)
+
+
+def test_training_mode_and_gradients_are_left_as_they_were(mini, volumes):
+    mini.model.train()
+    first = ZeroShotClassifier(mini.model, mini.tokenizer).scores(volumes)
+    assert mini.model.training and torch.is_grad_enabled()
+    mini.model.eval()
+    np.testing.assert_array_equal(ZeroShotClassifier(mini.model, mini.tokenizer).scores(volumes), first)
+
+
+def test_each_part_of_the_model_gets_its_own_mode_back(mini, volumes):
+    mini.model.train()
+    mini.model.text_transformer.eval()
+    before = [module.training for module in mini.model.modules()]
+    ZeroShotClassifier(mini.model, mini.tokenizer).scores(volumes)
+    assert [module.training for module in mini.model.modules()] == before
+    mini.model.eval()
+
+
+def test_validation_score_is_a_mean_auroc(mini, volumes):
+    score = validation_score(Studies(volumes), mini.tokenizer)(mini.model)
+    assert 0 <= score <= 1
+    alike = Studies(volumes)
+    alike.labels[:] = 0
+    with pytest.raises(ValueError, match="no finding has both"):
+        validation_score(alike, mini.tokenizer)(mini.model)
+
+
+def test_prompts_can_be_named_or_given(mini):
+    stating, denying = prompt_sentences("paper")
+    assert stating[2] == ["Cardiomegaly is present."] and denying[2] == ["Cardiomegaly is not present."]
+    own = {"stating": ["Signs of {finding}.", "{finding} {sure}."], "denying": "No signs of {finding}."}
+    stating, denying = prompt_sentences(own, ["Emphysema"])  # other braces are text like any other
+    assert (stating, denying) == ([["Signs of Emphysema.", "Emphysema {sure}."]], [["No signs of Emphysema."]])
+    assert prompt_sentences(["Signs of {finding}.", "No signs of {finding}."], ["Emphysema"])[1] == denying
+
+
+def test_a_finding_can_have_wordings_of_its_own(mini, volumes):
+    stating, denying = prompt_sentences(
+        {"A": (["The heart is large."], "The heart is small."), "B": PROMPTS["paper"]}, "AB"
+    )
+    assert stating == [["The heart is large."], ["B is present."]]
+    assert denying == [["The heart is small."], ["B is not present."]]
+    reports = report_prompts("source")  # what training uses has the same form, and unequal numbers of wordings
+    classifier = ZeroShotClassifier(mini.model, mini.tokenizer, reports)
+    assert classifier.text_embeds().shape == (2, 18, 96)
+    with pytest.raises(ValueError, match="or an entry for each finding; missing B; unknown C"):
+        prompt_sentences({"A": PROMPTS["paper"], "C": PROMPTS["paper"]}, "AB")
+    with pytest.raises(ValueError, match=r"prompts, B: the denying side is \[\]; expected at least one sentence"):
+        prompt_sentences({"A": PROMPTS["paper"], "B": (["B."], [])}, "AB")
+
+
+def test_prompts_in_a_file_of_your_own_score_as_the_same_ones_given(mini, volumes, tmp_path):
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps(PROMPTS["ensemble"]))
+    scores = ZeroShotClassifier(mini.model, mini.tokenizer, own).scores(volumes)
+    np.testing.assert_array_equal(ZeroShotClassifier(mini.model, mini.tokenizer, "ensemble").scores(volumes), scores)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ("best", r"unknown prompts 'best'; choose one of \['ensemble', 'paper', 'training-style'\], or give templates"),
+        (["{finding}"], r'expected {"stating": \[...\], "denying": \[...\]} or a pair of the two, got'),
+        (["It is present.", "No {finding}."], "'It is present.' has no {finding} in it"),
+        (["{finding}", ["No {finding}.", "None."]], "'None.' has no {finding} in it, .* put {finding} where"),
+        ({"stating": ["{finding}"]}, "expected {.stating"),
+        ({"stating": [], "denying": ["No {finding}"]}, r"the stating side is \[\]; expected at least one sentence"),
+        (
+            {"stating": ["{finding}", 3], "denying": ["No {finding}"]},
+            "the stating side has 3 in it; expected a sentence",
+        ),
+        ({"stating": ["{finding}"], "denying": [" "]}, "the denying side has ' ' in it; expected a sentence"),
+        ({"stating": {"a": 1}, "denying": ["No {finding}"]}, "the stating side is {'a': 1}"),
+        (7, "got 7"),
+    ],
+)
+def test_prompts_that_ask_nothing_are_refused_and_named(prompts, message):
+    with pytest.raises(ValueError, match=message):
+        prompt_sentences(prompts)
+
+
+def test_a_file_of_prompts_that_cannot_be_used_is_named(tmp_path):
+    file = tmp_path / "own.json"
+    with pytest.raises(FileNotFoundError, match="own.json: no such file; expected JSON"):
+        prompt_sentences(file)
+    for content, message in (
+        ('{"stating": ["{finding}"],', "own.json is not readable as JSON: .* Compare it with assets/prompts.json"),
+        (json.dumps(PROMPTS), "own.json holds the sets paper, training-style, ensemble; keep one"),
+        ('{"stating": ["yes"], "denying": ["no"]}', "own.json: 'yes' has no {finding} in it"),
+        ("[1, 2]", "own.json: the stating side is 1"),
+    ):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            prompt_sentences(file)
+
+
+def test_a_prompt_longer_than_the_text_encoder_is_named(mini):
+    long = "{finding} " * 200
+    with pytest.raises(
+        ValueError, match="the prompt 'Coronary artery .* tokens, the text encoder takes 192; shorten it"
+    ):
+        ZeroShotClassifier(mini.model, mini.tokenizer, [long, "no {finding}"])
+
+
+def test_an_ensemble_is_the_normalised_mean_of_normalised_embeddings(mini, volumes):
+    scores = ZeroShotClassifier(mini.model, mini.tokenizer, "ensemble").scores(volumes)
+    model, slow = mini.model, []
+    with torch.no_grad():
+        images = model.encode_image(volumes)
+        for name in FINDINGS:
+            similarity = []
+            for side in ("stating", "denying"):
+                total = 0
+                for template in PROMPTS["ensemble"][side]:
+                    words = mini.tokenizer(template.replace("{finding}", name), return_tensors="pt")
+                    total = total + model.encode_text(words["input_ids"], words["attention_mask"])[0]
+                similarity.append(model.temperature.exp() * images @ (total / total.norm()))
+            slow.append(torch.stack(similarity, dim=-1).softmax(dim=-1)[:, 0])
+    np.testing.assert_allclose(scores, torch.stack(slow, dim=1).numpy(), atol=1e-5)
+
+
+def test_a_set_of_one_pair_is_the_pair_to_the_last_bit(mini, volumes):
+    names = [t.format(finding=f) for t in ("{finding} is present.", "{finding} is not present.") for f in FINDINGS]
+    words = mini.tokenizer(names, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        pair = mini.model.encode_text(words["input_ids"], words["attention_mask"]).unflatten(0, (2, -1))
+    assert torch.equal(ZeroShotClassifier(mini.model, mini.tokenizer, "paper").text_embeds(), pair)
+
+
+def test_the_wordings_of_the_ensemble_are_no_wordings_of_reports():
+    stating, denying = prompt_sentences("ensemble")
+    sides = PROMPTS["ensemble"]["stating"], PROMPTS["ensemble"]["denying"]
+    assert [len(set(side)) for side in sides] == [8, 8] and not set(sides[0]) & set(sides[1])
+
+    def bare(sentence):
+        return re.sub(r"\W+", " ", sentence).strip().lower()
+
+    asked = {bare(s) for side in (stating, denying) for sentences in side for s in sentences}
+    assert len(asked) == 2 * 8 * 18
+    for hospital in ("source", "target"):
+        for finding in FINDINGS:
+            for present in (True, False):
+                assert not asked & set(map(bare, finding_sentences(finding, present, hospital)))
+
+
+def test_the_mini_model_knows_every_word_of_its_prompts(mini):
+    for name in PROMPTS:
+        for side in prompt_sentences(name):
+            for sentences in side:
+                ids = mini.tokenizer(sentences)["input_ids"]
+                assert not any(mini.tokenizer.unk_token_id in words for words in ids), sentences
+
+
+def test_embeddings_of_another_model_are_refused(mini):
+    classifier = ZeroShotClassifier(mini.model, mini.tokenizer)
+    with pytest.raises(ValueError, match=r"image embeddings have shape \(5, 512\); this model's are \(volumes, 96\)"):
+        classifier.scores_from_embeddings(torch.zeros(5, 512))
+
+
+def test_scores_are_not_rounded_in_mixed_precision(mini):
+    classifier = ZeroShotClassifier(mini.model, mini.tokenizer)
+    embeds = torch.nn.functional.normalize(torch.randn(5, 96, generator=torch.Generator().manual_seed(0)), dim=-1)
+    expected = classifier.scores_from_embeddings(embeds)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (classifier.scores_from_embeddings(embeds) == expected).all()
+
+
+def test_unknown_labels_count_nowhere_in_the_validation_score(mini):
+    generator = torch.Generator().manual_seed(0)
+    items = [
+        {
+            "study": f"s{i}",
+            "patient": f"p{i}",
+            "pixel_values": torch.rand(1, 32, 64, 64, generator=generator) * 2 - 1,
+            "labels": torch.randint(0, 2, (18,), generator=generator).float(),
+        }
+        for i in range(8)
+    ]
+    for item in items[6:]:
+        item["labels"] = torch.full((18,), float("nan"))
+    score = validation_score(items, mini.tokenizer)(mini.model)
+    assert score == validation_score(items[:6], mini.tokenizer)(mini.model)
+    with pytest.raises(ValueError, match="no finding has both positive and negative studies in the validation data"):
+        validation_score(items[6:], mini.tokenizer)(mini.model)

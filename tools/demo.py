@@ -1,0 +1,108 @@
+"""`make demo`: the paper's story on this machine, by running the lessons themselves.
+
+Executes notebooks 01 to 04 in order, leaves each as HTML, and prints the table that notebook 04 measured.
+"""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from medctkit.metrics.scores import COLUMNS, ROWS, result_table
+from tools.notebooks import ROOT, execute, this_interpreter_as_kernel
+
+NOTEBOOKS = (
+    "01_data_prep.ipynb",
+    "02_lora_injection.ipynb",
+    "03_finetuning.ipynb",
+    "04_zero_shot_evaluation.ipynb",
+)
+KEYS = ("value", "low", "high")
+NOTEBOOKS_DIR = ROOT / "notebooks"
+
+
+def read_metrics(path: Path) -> dict:
+    """Read and check the metrics.json that notebook 04 writes.
+
+    Returns:
+        `{base, adapted, difference}` -> `{auroc, accuracy, macro_f1}` -> `{value, low, high}`, as fractions,
+        low and high being the ends of the 95 % interval.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: something is missing, is not a number, or contradicts itself; says what.
+    """
+    metrics = json.loads(path.read_text(encoding="utf-8"))
+    for column in COLUMNS:
+        for row in ROWS:
+            where = f"{path}: {column}.{row}"
+            try:
+                value, low, high = (metrics[column][row][key] for key in KEYS)
+            except (KeyError, TypeError):
+                raise ValueError(f"{where} needs the keys value, low and high") from None
+            bottom = -1 if column == "difference" else 0
+            if not all(isinstance(x, int | float) and math.isfinite(x) for x in (value, low, high)):
+                raise ValueError(f"{where}: expected three finite numbers, got {value}, {low}, {high}")
+            if not (bottom <= low <= high <= 1 and bottom <= value <= 1):
+                raise ValueError(f"{where}: value {value} with interval {low} to {high} is impossible")
+    for row in ROWS:
+        base, adapted, difference = (metrics[column][row]["value"] for column in COLUMNS)
+        if abs(adapted - base - difference) > 1e-3:
+            raise ValueError(f"{path}: {row} went from {base} to {adapted}, but difference says {difference}")
+    return metrics
+
+
+def execute_all(notebooks: Sequence[Path], output_dir: Path, seed: int) -> dict:
+    """Run `notebooks` in order, stopping at the first failure, and return the checked metrics.
+
+    Raises:
+        FileNotFoundError: a notebook is not there, or none of them wrote metrics.json.
+        RuntimeError: a cell failed.
+    """
+    missing = [str(path) for path in notebooks if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"no notebook {', '.join(missing)}. The notebooks come with a clone of the repository, not with "
+            "the installed package: run this from a clone, or name their folder with --notebooks-dir."
+        )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    metrics = output_dir / "metrics.json"
+    metrics.unlink(missing_ok=True)  # an earlier run's figures must not pass for this one's
+    with this_interpreter_as_kernel():
+        parameters = {"output_dir": str(output_dir), "seed": seed}
+        pages = [execute(path, output_dir / path.name, parameters) for path in notebooks]
+    print("\nTo read in a browser:", *pages, sep="\n  ")
+    return read_metrics(metrics)
+
+
+def demo(
+    output_dir: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Seed of the adaptation and the bootstrap.")] = 0,
+    notebooks_dir: Annotated[Path, typer.Option(help="Where the notebooks are.")] = NOTEBOOKS_DIR,
+) -> None:
+    """Run notebooks 01-04 on synthetic patients: no download, no GPU; then print what was measured."""
+    start = time.perf_counter()
+    output_dir = output_dir.resolve()
+    paths = [notebooks_dir / name for name in NOTEBOOKS]
+    print(
+        f"Running {len(paths)} notebooks on synthetic chest CT. It needs no GPU and no network.\n"
+        f"They take about 5 minutes on two CPU cores. Writes to {output_dir}\n",
+        flush=True,
+    )
+    try:
+        metrics = execute_all(paths, output_dir, seed)
+    except (OSError, RuntimeError, ValueError) as error:
+        typer.echo(f"\n{error}", err=True)
+        raise typer.Exit(1) from None
+    print("\nZero-shot on the target hospital's test patients, before and after LoRA [95 % interval]\n")
+    print(result_table(metrics))
+    minutes, seconds = divmod(round(time.perf_counter() - start), 60)
+    print(f"\nFigures: {output_dir / 'metrics.json'}\nDone in {minutes} min {seconds:02d} s.")
+
+
+if __name__ == "__main__":
+    typer.run(demo)
