@@ -24,7 +24,7 @@ from medctkit.attention.maps import attend, relevance_maps
 from medctkit.cohort.dataset import CTReportDataset
 from medctkit.cohort.manifest import has_file, study_from_row
 from medctkit.findings import FINDINGS
-from medctkit.metrics.bootstrap import mean_of_findings, patient_weights
+from medctkit.metrics.bootstrap import interval, patient_weights, weighted_means
 from medctkit.scans.preprocessing import HU_LIMIT, PreprocessConfig, preprocess
 from medctkit.scans.volumes import CTVolume
 from medctkit.zero_shot.classifier import ZeroShotClassifier
@@ -217,7 +217,7 @@ def localisation_table(
         for score in SCORES:
             values, chance = (_draws(scores[s], regions, weights) for s in (score, f"{score} by chance"))
             for k, finding in there:
-                low, high = np.nanpercentile(values[1:, k], [2.5, 97.5])
+                low, high = interval(values[:, k])
                 rows.append((finding, name, score, values[0, k], low, high, chance[0, k], counts[finding]))
     columns = ["finding", "method", "score", "value", "low", "high", "chance", "regions"]
     return pd.DataFrame(rows, columns=columns)
@@ -233,17 +233,14 @@ def paired_difference(
     before, after = score_maps(first, regions.shares), score_maps(second, regions.shares)
     for score in SCORES:
         draws = _draws(after[score] - before[score], regions, weights)[:, -1]
-        rows.append((score, draws[0], *np.nanpercentile(draws[1:], [2.5, 97.5])))
+        rows.append((score, draws[0], *interval(draws)))
     return pd.DataFrame(rows, columns=["score", "value", "low", "high"])
 
 
 def _draws(values: np.ndarray, regions: Regions, weights: np.ndarray) -> np.ndarray:
     """Means for each finding and, last, their mean, on the data and each resample: (1 + resamples, 19)."""
-    of_finding = np.eye(len(FINDINGS))[regions.finding]  # (m, 18)
-    total = weights.T @ of_finding
-    with np.errstate(invalid="ignore", divide="ignore"):
-        means = weights.T @ (of_finding * values[:, None]) / total
-    return np.concatenate([means, mean_of_findings(means)[:, None]], axis=1)
+    of_finding = np.arange(len(FINDINGS)) == regions.finding[:, None]  # (m, 18)
+    return weighted_means(np.where(of_finding, values[:, None], np.nan), weights)
 
 
 def shuffled(model: nn.Module, prefixes: Sequence[str], seed: int = 0) -> nn.Module:

@@ -220,7 +220,7 @@ def _directions(directions: Callable) -> str:
 @checks("06.3")
 def _by_chance(found: tuple[float, float], results: "Results") -> str:
     from medctkit.experiments.compare.results import pooled
-    from medctkit.metrics.scores import LEVEL
+    from medctkit.metrics.bootstrap import LEVEL
 
     low, high = interval(found)
     runs = results.runs[results.runs["group"] == "methods"]

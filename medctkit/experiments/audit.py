@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from medctkit.findings import FINDINGS
-from medctkit.metrics.scores import LEVEL, evaluate, thresholds_from_validation
+from medctkit.metrics.bootstrap import LEVEL
+from medctkit.metrics.scores import evaluate, thresholds_from_validation
 from medctkit.model.base_model import BaseModel
 from medctkit.scans.hounsfield import check_hu
 from medctkit.scans.preprocessing import HU_LIMIT, PreprocessConfig, preprocess

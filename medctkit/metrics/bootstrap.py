@@ -2,12 +2,14 @@
 
 A resample is a number for each study: how often its patient was drawn. Two scans of one patient are not two
 independent facts, so they are drawn together. Metrics are sums over these numbers; studies are sorted once for all
-resamples. A test holds them equal to scikit-learn on repeated rows. `medctkit.metrics` says what each metric is.
+resamples. A test holds them equal to scikit-learn on repeated rows. `medctkit.metrics.scores` says what each metric is.
+Whoever needs an interval over patients of anything else takes `patient_weights`, `weighted_means` and `interval`.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 METRICS = (
     "auroc",
@@ -21,9 +23,10 @@ METRICS = (
     "calibration_error",
 )
 BINS = 10  # of the calibration error
+LEVEL = (2.5, 97.5)  # percentiles of a 95 % interval
 
 
-def patient_weights(patients, resamples: int, seed: int) -> np.ndarray:
+def patient_weights(patients: ArrayLike, resamples: int, seed: int) -> np.ndarray:
     """How often each study counts: (n, 1 + resamples); the first column is the data as it is."""
     if resamples < 1:
         raise ValueError(f"resamples={resamples}: expected at least 1")
@@ -36,7 +39,9 @@ def patient_weights(patients, resamples: int, seed: int) -> np.ndarray:
     return np.ascontiguousarray(counts.T)[patient]
 
 
-def metric_draws(labels, scores, limits, weights) -> dict[str, np.ndarray]:
+def metric_draws(
+    labels: np.ndarray, scores: np.ndarray, limits: Sequence[float] | np.ndarray, weights: np.ndarray
+) -> dict[str, np.ndarray]:
     """Each metric for each resample and finding: (1 + resamples, k); NaN where a class is missing."""
     found = {name: np.full((weights.shape[1], labels.shape[1]), np.nan) for name in METRICS}
     for k in range(labels.shape[1]):
@@ -105,11 +110,34 @@ def _calibration(label, score, weights) -> np.ndarray:
     return np.abs(excess @ weights).sum(0) / weights.sum(0)
 
 
+def weighted_means(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Means of the columns of values (n, k), NaN left out, for each column of weights (n, m), and last their mean.
+
+    Returns:
+        (m, k + 1); NaN where nothing was drawn that has a value.
+    """
+    known = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        means = weights.T @ np.where(known, values, 0) / (weights.T @ known)
+    return np.concatenate([means, mean_of_findings(means)[:, None]], axis=1)
+
+
+def interval(draws: np.ndarray) -> np.ndarray:
+    """Ends (2, ...) of the 95 % intervals of draws (1 + resamples, ...); the first is the data as it is.
+
+    A resample without a value does not count; where none has one, the ends are NaN.
+    """
+    drawn = draws[1:]
+    some = ~np.isnan(drawn).all(0)
+    ends = np.full((2, *drawn.shape[1:]), np.nan)
+    ends[:, some] = np.nanpercentile(drawn[:, some], LEVEL, axis=0)
+    return ends
+
+
 def mean_of_findings(values: np.ndarray) -> np.ndarray:
     """Mean over the findings that have a value; (m, k) -> (m,)."""
     known = ~np.isnan(values)
-    total = np.where(known, values, 0).sum(1)
-    return np.where(known.any(1), total / np.maximum(known.sum(1), 1), np.nan)
+    return np.where(known.any(1), np.nansum(values, axis=1) / np.maximum(known.sum(1), 1), np.nan)
 
 
 def holm(p: Sequence[float]) -> np.ndarray:

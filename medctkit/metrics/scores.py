@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from medctkit.findings import FINDINGS
-from medctkit.metrics.bootstrap import METRICS, holm, mean_of_findings, metric_draws, patient_weights
+from medctkit.metrics.bootstrap import METRICS, holm, interval, mean_of_findings, metric_draws, patient_weights
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 ON_TEST = "roc-corner-on-test"
 OPTIMISTIC = "optimistic: thresholds were chosen on the labels they are measured on"
-LEVEL = (2.5, 97.5)  # percentiles of a 95 % interval
 
 
 def evaluate(
@@ -284,10 +283,8 @@ def _table(values, labels, limits, findings, optimistic: bool) -> "pd.DataFrame"
         drawn = _drawn(name, values[name])
         if limits is not None:  # of a model, not a difference
             drawn = np.maximum(drawn, 0)
-        empty = np.isnan(drawn).all(0)
-        ends = np.full((2, drawn.shape[1]), np.nan)
-        ends[:, ~empty] = np.nanpercentile(drawn[1:, ~empty], LEVEL, axis=0)
-        columns |= {name: drawn[0], f"{name}_low": ends[0], f"{name}_high": ends[1]}
+        low, high = interval(drawn)
+        columns |= {name: drawn[0], f"{name}_low": low, f"{name}_high": high}
     if limits is not None:
         columns["threshold"] = [*limits, np.nan]
     columns["positives"] = [*np.nansum(labels, axis=0).astype(int), int(np.nansum(labels))]

@@ -18,7 +18,7 @@ import numpy as np
 from medctkit.common.atomic import replacing
 from medctkit.experiments.compare.runs import BASE, PROBE
 from medctkit.lora.methods import METHODS
-from medctkit.metrics.scores import LEVEL
+from medctkit.metrics.bootstrap import interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -112,7 +112,7 @@ def pooled(results: Results, group: str) -> pd.DataFrame:
         each = np.stack([results.draws[name] for name in same["name"]]).astype(float)  # (seeds, 1 + resamples)
         row = dict(zip(KEYS, key, strict=True)) | {"seeds": len(same)}
         for name, values in (("auroc", each.mean(0)), ("over_base", each.mean(0) - base)):
-            low, high = np.nanpercentile(values[1:], LEVEL)
+            low, high = interval(values)
             row |= {name: values[0], f"{name}_low": low, f"{name}_high": high}
         row["auroc_sd"] = each[:, 0].std(ddof=1) if len(each) > 1 else np.nan
         rows.append(row | same[["trainable", "adapter_bytes", "validation_auroc"]].mean().to_dict())
