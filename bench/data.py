@@ -149,7 +149,7 @@ def bench_cache():
 def bench_prepare():
     import shutil
 
-    from medctkit.cohort import prepare
+    from medctkit.cohort.prepare import prepare
     from medctkit.scans.preprocessing import PreprocessConfig
 
     shutil.rmtree(WORK / "prepared", ignore_errors=True)

@@ -189,7 +189,7 @@ def evaluate(
 ) -> None:
     """Score base and adapted model on the hospital's test patients, as notebook 04 does; write the report."""
     from medctkit.common.processes import accelerator_for
-    from medctkit.experiments import measure
+    from medctkit.experiments.measure import measure
     from medctkit.experiments.report.claims import write_report
     from medctkit.metrics.scores import result_table
 
@@ -299,7 +299,7 @@ def pretrain(
     ),
 ) -> None:
     """Make the mini base model anew: on two cores about 15 minutes of phantoms and 45 of training."""
-    from medctkit.experiments import pretrain as run
+    from medctkit.experiments.pretrain import pretrain as run
 
     record = run(output_dir, pool_dir)
     typer.echo(f"validation AUROC {record['validation_auroc']:.3f} after {record['minutes']} min: {output_dir}")
@@ -322,8 +322,8 @@ def prepare_data(
 ) -> None:
     """Read and pre-process every volume of a data set once. Stop it and start it again as you like."""
     from medctkit.cohort import manifest as schema
-    from medctkit.cohort import prepare, write_failures
     from medctkit.cohort.ct_rate import manifest_from_ct_rate
+    from medctkit.cohort.prepare import prepare, write_failures
 
     with _told():
         if source.is_dir():

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import Dataset
 
-from medctkit.cohort import prepare
 from medctkit.cohort.cache import VolumeCache, content_of, key_of, prepare_row
 from medctkit.cohort.manifest import volume_from_row
+from medctkit.cohort.prepare import prepare
 from medctkit.findings import FINDINGS
 from medctkit.scans.preprocessing import PreprocessConfig, preprocess
 

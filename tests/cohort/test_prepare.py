@@ -14,10 +14,10 @@ import pytest
 import torch
 from scan_files import SPACING, chest, write_dicom, write_nifti
 
-from medctkit.cohort import prepare
 from medctkit.cohort import prepare as preparing
 from medctkit.cohort.cache import VolumeCache, content_of, digest_of, key_of, prepare_row
 from medctkit.cohort.manifest import load_manifest
+from medctkit.cohort.prepare import prepare
 from medctkit.findings import FINDINGS
 from medctkit.scans.preprocessing import PreprocessConfig
 

@@ -12,9 +12,9 @@ import torch
 from medctkit.cli import app
 from medctkit.cohort.dataset import cohort, prepared_dir
 from medctkit.cohort.manifest import load_manifest, write_manifest
-from medctkit.experiments import measure
 from medctkit.experiments.adapt import DEFAULT, FULL_SIZE, Origin, adapt
 from medctkit.experiments.audit import DEFECTS
+from medctkit.experiments.measure import measure
 from medctkit.model import ct_clip as ctclip
 from medctkit.model.base_model import FOLDER, load_base, load_mini_base
 from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel, released_layout
