@@ -1,4 +1,4 @@
-"""The 18 findings of CT-RATE: names, order and how often they occur.
+"""The 18 findings of CT-RATE: names, order, how often they occur and where reports speak of them.
 
 Names and order are those of the zero-shot evaluation of CT-CLIP (arXiv 2403.17834) and of the label
 columns of CT-RATE; shares are of scans positive in its training split. The table is a data file,
@@ -12,3 +12,4 @@ _TABLE = list(csv.DictReader((files("medctkit") / "assets" / "findings.csv").rea
 
 FINDINGS: tuple[str, ...] = tuple(row["finding"] for row in _TABLE)
 PREVALENCE: dict[str, float] = {row["finding"]: float(row["train_percent"]) / 100 for row in _TABLE}
+GROUPS: dict[str, str] = {row["finding"]: row["group"] for row in _TABLE}

@@ -8,11 +8,14 @@ towards Posterior, x towards the patient's Left, in mm from the middle of the th
 Organ sizes and Hounsfield units are ordinary textbook values for adults; none is fitted to a data set.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-Point = tuple[float, float, float]  # (z, y, x) in mm
+Point = Sequence[float] | np.ndarray  # (z, y, x) in mm
+Box = tuple[slice, slice, slice]  # of a grid
+Found = tuple[Box, np.ndarray]  # a box of the grid, and the share of each of its voxels that is filled
 
 
 class Canvas:
@@ -33,16 +36,19 @@ class Canvas:
             for n, s, o in zip(shape, spacing, offset, strict=True)
         ]
         self.axes = axes
+        self.z: np.ndarray
+        self.y: np.ndarray
+        self.x: np.ndarray
         self.z, self.y, self.x = axes[0][:, None, None], axes[1][None, :, None], axes[2][None, None, :]
         self.edge = max(0.8, float(np.prod(spacing)) ** (1 / 3))  # mm over which a surface fades: partial volume
-        self.hu = np.full(shape, -1000.0, dtype=self.dtype)
+        self.hu: np.ndarray = np.full(shape, -1000.0, dtype=self.dtype)
 
     @property
-    def everywhere(self) -> tuple[slice, slice, slice]:
+    def everywhere(self) -> Box:
         """The box that is the whole grid."""
-        return (slice(None),) * 3
+        return (slice(None), slice(None), slice(None))
 
-    def box(self, low: Point, high: Point) -> tuple[slice, slice, slice] | None:
+    def box(self, low: Point, high: Point) -> Box | None:
         """Voxels between two corners (mm), with a margin for soft edges; None if outside the grid."""
         slices = []
         for axis, lo, hi in zip(self.axes, low, high, strict=True):
@@ -51,9 +57,9 @@ class Canvas:
             if start >= stop:
                 return None
             slices.append(slice(start, stop))
-        return tuple(slices)
+        return (slices[0], slices[1], slices[2])
 
-    def coordinates(self, box) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def coordinates(self, box: Box) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Broadcastable z, y, x (mm) of a box."""
         return self.z[box[0]], self.y[:, box[1]], self.x[:, :, box[2]]
 
@@ -61,12 +67,12 @@ class Canvas:
         """Share of each voxel inside a surface, from the signed distance in mm."""
         return np.clip(distance / self.edge + 0.5, 0.0, 1.0)
 
-    def paint(self, box, share: np.ndarray, value) -> None:
+    def paint(self, box: Box, share: np.ndarray, value: float | np.ndarray) -> None:
         """Blend `value` (HU, scalar or array) into a box, by share of the voxel."""
         view = self.hu[box]
         view += share * (value - view)
 
-    def fill(self, low: Point, high: Point, distance, value) -> tuple | None:
+    def fill(self, low: Point, high: Point, distance: Callable[..., np.ndarray], value: float) -> Found | None:
         """Paint a local shape; `distance` maps (z, y, x) to mm. Returns (box, share), None if off the grid."""
         box = self.box(low, high)
         if box is None:
@@ -75,25 +81,29 @@ class Canvas:
         self.paint(box, share, value)
         return box, share
 
-    def ellipsoid(self, centre: Point, radii: Point, value, axis: Point | None = None) -> tuple | None:
+    def ellipsoid(self, centre: Point, radii: Point, value: float, axis: Point | None = None) -> Found | None:
         """Paint an ellipsoid, its first radius along `axis` if one is given."""
         reach = max(radii) if axis is not None else None
         low = tuple(c - (reach or r) for c, r in zip(centre, radii, strict=True))
         high = tuple(c + (reach or r) for c, r in zip(centre, radii, strict=True))
         return self.fill(low, high, lambda z, y, x: ellipsoid(z, y, x, centre, radii, axis), value)
 
-    def tube(self, points: np.ndarray, radius, value, share: np.ndarray | None = None) -> None:
+    def tube(
+        self, points: np.ndarray, radius: float | np.ndarray, value: float, share: np.ndarray | None = None
+    ) -> None:
         """Paint a polyline of radius mm (scalar or one per point); collect it into `share` if given."""
         points = np.asarray(points, dtype=float)
         radii = np.broadcast_to(np.asarray(radius, dtype=float), len(points))
         found = tubes(self, np.stack([points[:-1], points[1:]], axis=1), (radii[:-1] + radii[1:]) / 2)
         if found is not None:
-            self.paint(*found, value)
+            self.paint(found[0], found[1], value)
             if share is not None:
                 np.maximum(share[found[0]], found[1], out=share[found[0]])
 
 
-def ellipsoid(z, y, x, centre: Point, radii: Point, axis: Point | None = None):
+def ellipsoid(
+    z: np.ndarray, y: np.ndarray, x: np.ndarray, centre: Point, radii: Point, axis: Point | None = None
+) -> np.ndarray:
     """Approximate signed distance (mm) to an ellipsoid; the first radius runs along `axis` if given."""
     dz, dy, dx = z - centre[0], y - centre[1], x - centre[2]
     if axis is None:
@@ -105,7 +115,7 @@ def ellipsoid(z, y, x, centre: Point, radii: Point, axis: Point | None = None):
     return (1.0 - np.sqrt(np.maximum(q, 0.0))) * min(radii)
 
 
-def capsule(z, y, x, start, end, radius):
+def capsule(z: np.ndarray, y: np.ndarray, x: np.ndarray, start: Point, end: Point, radius: float) -> np.ndarray:
     """Signed distance (mm) to a segment thickened by radius."""
     d = np.subtract(end, start)
     t = (z - start[0]) * d[0] + (y - start[1]) * d[1] + (x - start[2]) * d[2]
@@ -115,7 +125,7 @@ def capsule(z, y, x, start, end, radius):
     )
 
 
-def tubes(canvas: Canvas, segments: np.ndarray, radii: np.ndarray) -> tuple | None:
+def tubes(canvas: Canvas, segments: np.ndarray, radii: np.ndarray) -> Found | None:
     """Share of every voxel filled by many tubes: segments (n, 2, 3) and radii (n,), in mm.
 
     Thick tubes are drawn as capsules. Thin ones are scattered as points that carry their volume, which
@@ -144,7 +154,9 @@ def tubes(canvas: Canvas, segments: np.ndarray, radii: np.ndarray) -> tuple | No
     return box, share
 
 
-def scatter_thin(share: np.ndarray, axes, spacing: Point, segments: np.ndarray, radii: np.ndarray) -> None:
+def scatter_thin(
+    share: np.ndarray, axes: Sequence[np.ndarray], spacing: Point, segments: np.ndarray, radii: np.ndarray
+) -> None:
     """Add the volume of thin tubes to the voxels they pass, with trilinear weights."""
     lengths = np.linalg.norm(segments[:, 1] - segments[:, 0], axis=1)
     counts = np.maximum(1, np.ceil(2 * lengths / min(spacing))).astype(int)
@@ -203,13 +215,13 @@ class Anatomy:
         q = np.abs((y - centre) / half_depth) ** p + np.abs(x / half_width) ** p
         return (1.0 - q ** (1 / p)) * np.minimum(half_depth, half_width)
 
-    def cavity(self, z, y, x):
+    def cavity(self, z: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
         """Inside of the rib cage, from the apex down into the abdomen."""
         t = np.clip((z / self.height + 20) / 157, 0.0, 0.9999)
         r = (1 - t**2.4) ** 0.55
         return self._superellipse(y, x, self.depth * r**0.8 + 1, self.width * r + 1, centre=8 * t)
 
-    def body(self, z, y, x):
+    def body(self, z: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
         """Skin surface: torso, shoulders, neck and breasts."""
         zs = z / self.height
         w, d, f = self.width, self.depth, self.fat
@@ -223,14 +235,16 @@ class Anatomy:
                 skin = np.maximum(skin, ellipsoid(z, y, x, centre, (62, self.breasts + 12, 58)))
         return skin
 
-    def diaphragm(self, y, x):
+    def diaphragm(self, y: np.ndarray, x: np.ndarray) -> np.ndarray:
         """Height z (mm) of the diaphragm: two domes, the right one higher, falling to the costophrenic angles."""
         right = self.dome - ((x + 62) / 66) ** 2 * 26 - ((y + 12) / 78) ** 2 * 34
         left = self.dome - 9 - ((x - 66) / 62) ** 2 * 26 - ((y + 8) / 78) ** 2 * 34
         middle = self.dome - 26 - (y / 90) ** 2 * 20 + 0 * x
         return np.maximum(np.maximum(right, left), middle)
 
-    def heart_region(self, z, y, x, scale: float = 1.0, grow: float = 0.0):
+    def heart_region(
+        self, z: np.ndarray, y: np.ndarray, x: np.ndarray, scale: float = 1.0, grow: float = 0.0
+    ) -> np.ndarray:
         """The heart (ventricles, right and left atrium), scaled about its centre, grown by mm."""
         s = self.heart * scale
         left = 4 * (scale - 1) * 10
@@ -242,11 +256,13 @@ class Anatomy:
         found = [ellipsoid(z, y, x, c, r, a) for c, r, a in parts]
         return np.maximum(np.maximum(found[0], found[1]), found[2]) + grow
 
-    def spine(self, z, y, x, grow: float = 0.0):
+    def spine(self, z: np.ndarray, y: np.ndarray, x: np.ndarray, grow: float = 0.0) -> np.ndarray:
         """Vertebral column and what clings to it, as the lungs see it."""
         return ellipsoid(0 * z, y, x, (0, self.depth * 0.74, 0), (1e3, 24 + grow, 20 + grow))
 
-    def lung(self, z, y, x, side: int, heart_scale: float = 1.0, low: float = 0.0):
+    def lung(
+        self, z: np.ndarray, y: np.ndarray, x: np.ndarray, side: int, heart_scale: float = 1.0, low: float = 0.0
+    ) -> np.ndarray:
         """One lung: side +1 is the patient's left, -1 the right; `low` mm pushes the diaphragm down."""
         zs = z / self.height
         front = np.interp(zs, [-150, -60, 20, 70, 130], [13, 13, 10, 16, 22])
@@ -360,7 +376,7 @@ class Anatomy:
             segments.append(np.stack([start, end], 1))
             radii.append(radius)
             generations.append(np.full(len(radius), generation))
-            inside = self.lung(*end.T, side) > 2
+            inside = self.lung(end[:, 0], end[:, 1], end[:, 2], side) > 2
             if generation == 7 or not inside.any():
                 break
             start = np.repeat(end[inside], 2, 0)
@@ -371,13 +387,20 @@ class Anatomy:
             m = len(start)
             radius = np.repeat(radius[inside], 2) * rng.uniform(0.66, 0.82, m)
             length = np.repeat(length[inside], 2) * rng.uniform(0.68, 0.95, m)
-        segments, radii, generations = (np.concatenate(v) for v in (segments, radii, generations))
+        lines, widths, numbers = np.concatenate(segments), np.concatenate(radii), np.concatenate(generations)
         if kind == "bronchus":
-            segments = segments + np.array([2.0, 4.5, 0.0])
-            return segments, radii * 0.8, generations
-        return segments, radii, generations
+            return lines + np.array([2.0, 4.5, 0.0]), widths * 0.8, numbers
+        return lines, widths, numbers
 
-    def sample_in_lung(self, rng, side: int, zone=(0.0, 1.0), depth=(4.0, 60.0), back=(-1.0, 1.0), tries=4000):
+    def sample_in_lung(
+        self,
+        rng: np.random.Generator,
+        side: int,
+        zone: tuple[float, float] = (0.0, 1.0),
+        depth: tuple[float, float] = (4.0, 60.0),
+        back: tuple[float, float] = (-1.0, 1.0),
+        tries: int = 4000,
+    ) -> tuple[float, float, float]:
         """A point (z, y, x) in one lung.
 
         Args:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from medctkit.phantom.anatomy import Anatomy, Canvas, ellipsoid, tubes
+from medctkit.phantom.anatomy import Anatomy, Canvas, Found, ellipsoid, tubes
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Chest:
     cavity_depth: np.ndarray = field(init=False)
     airway: np.ndarray = field(init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._wall()
         self._abdomen()
         self._mediastinum()
@@ -157,7 +157,7 @@ class Chest:
             c.paint(box, share * inside[box], 0.8 * t.blood + 0.2 * t.muscle)
         self.bronchi((0.35 * c.edge, np.inf), wall=0.8, generations=(0, 1))
 
-    def bronchi(self, lumen: tuple[float, float], wall: float, generations: tuple[int, int]):
+    def bronchi(self, lumen: tuple[float, float], wall: float, generations: tuple[int, int]) -> Found | None:
         """Paint segmental bronchi with walls of `wall` mm.
 
         Args:
@@ -174,7 +174,7 @@ class Chest:
         chosen &= (radii >= lumen[0]) & (radii <= lumen[1])
         return self.rings(segments[chosen], radii[chosen], wall)
 
-    def rings(self, segments: np.ndarray, radii: np.ndarray, wall: float):
+    def rings(self, segments: np.ndarray, radii: np.ndarray, wall: float) -> Found | None:
         """Paint airways (n, 2, 3) with lumen radii (n,) and walls in mm; (box, share) of the walls, or None."""
         walls = tubes(self.canvas, segments, radii + wall)
         air = tubes(self.canvas, segments, radii)

@@ -1,41 +1,28 @@
-"""All 18 findings: those of heart, mediastinum, arteries and devices, and the order in which they are painted.
+"""Findings of heart, mediastinum, arteries and devices, painted into a chest.
 
 Each painter takes the chest and a source of randomness, changes the Hounsfield units, and returns
 (share, details): how much of every voxel the finding fills, and what a report may say about it. Size, place
 and number are drawn within the range a radiologist would report; none of it is fitted to CT-RATE.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from medctkit.phantom.anatomy import tubes
+from medctkit.phantom.anatomy import Point, tubes
 from medctkit.phantom.chest import Chest
-from medctkit.phantom.lung_lesions import (
-    SIDES,
-    Marks,
-    atelectasis,
-    bronchiectasis,
-    consolidation,
-    emphysema,
-    fibrosis,
-    mosaic,
-    nodule,
-    opacity,
-    peribronchial,
-    pleural_effusion,
-    septal_thickening,
-    severity,
-)
+from medctkit.phantom.lung_lesions import SIDES, Marks, Painted, severity
 
 # ---- heart and mediastinum ----
 
 
-def cardiomegaly(chest: Chest, rng):
+def cardiomegaly(chest: Chest, rng: np.random.Generator) -> Painted:
     """The heart itself, already painted large by the chest."""
     share = chest.canvas.occupancy(chest.heart_depth)
     return share, dict(severity=severity((chest.heart_scale - 1.2) / 0.25))
 
 
-def pericardial_effusion(chest: Chest, rng):
+def pericardial_effusion(chest: Chest, rng: np.random.Generator) -> Painted:
     """Fluid around the heart, thicker below and behind."""
     c, marks, a = chest.canvas, Marks(chest), chest.anatomy
     thickness = rng.uniform(8, 24)
@@ -49,18 +36,19 @@ def pericardial_effusion(chest: Chest, rng):
     return marks.share, dict(size_mm=round(thickness), severity=severity((thickness - 8) / 16))
 
 
-def hiatal_hernia(chest: Chest, rng):
+def hiatal_hernia(chest: Chest, rng: np.random.Generator) -> Painted:
     """Stomach that has slipped up behind the heart: wall, fluid, and often a level of air."""
     c, marks, a = chest.canvas, Marks(chest), chest.anatomy
     radius = rng.uniform(18, 42)
     centre = (a.dome + 4 + 0.5 * radius, a.depth * 0.42, 6 + rng.uniform(-8, 12))
     radii = (radius * 1.1, radius * 0.85, radius)
     found = marks.blob(centre, radii, rng, rough=0.08, in_lung=False)
-    c.paint(*found, 42.0)
-    marks.add(found)
     inner = marks.blob(centre, [r - 4.5 for r in radii], rng, rough=0.08, in_lung=False)
-    c.paint(*inner, rng.choice([-85.0, 18.0]))
-    if rng.random() < 0.75:
+    for part, value in ((found, 42.0), (inner, float(rng.choice([-85.0, 18.0])))):
+        if part is not None:
+            c.paint(part[0], part[1], value)
+    marks.add(found)
+    if inner is not None and rng.random() < 0.75:
         air = inner[1] * c.occupancy(centre[1] - rng.uniform(-4, 6) - c.coordinates(inner[0])[1])
         c.paint(inner[0], air, -960.0)
     return marks.share, dict(size_mm=round(2 * radius), severity=severity((radius - 18) / 24))
@@ -76,7 +64,7 @@ NODE_STATIONS = {
 }
 
 
-def lymphadenopathy(chest: Chest, rng):
+def lymphadenopathy(chest: Chest, rng: np.random.Generator) -> Painted:
     """Enlarged nodes, 11 to 28 mm across, at the stations where they are looked for."""
     marks, a = Marks(chest), chest.anatomy
     names = list(NODE_STATIONS)
@@ -100,16 +88,17 @@ def lymphadenopathy(chest: Chest, rng):
                 largest = max(largest, short)
     if not marks.share.any():  # every spot was skipped by chance: one node always stands
         found = marks.blob((20, 30, 0), (12, 9, 11), rng, rough=0.1, in_lung=False)
-        chest.canvas.paint(*found, 42.0)
+        if found is not None:
+            chest.canvas.paint(found[0], found[1], 42.0)
         marks.add(found)
-        largest, chosen = 18.0, [names.index("subcarinal")]
+        largest, chosen = 18.0, np.array([names.index("subcarinal")])
     return marks.share, dict(location=names[chosen[0]], size_mm=round(largest), count=len(chosen))
 
 
 # ---- calcium and devices ----
 
 
-def arterial_calcification(chest: Chest, rng):
+def arterial_calcification(chest: Chest, rng: np.random.Generator) -> Painted:
     """Plaques in the wall of the aorta and its branches."""
     marks = Marks(chest)
     points, radii = chest.anatomy.vessels()["aorta"]
@@ -133,7 +122,7 @@ def arterial_calcification(chest: Chest, rng):
     return marks.share, dict(location="aortic arch", severity=severity((count - 5) / 10))
 
 
-def coronary_calcification(chest: Chest, rng):
+def coronary_calcification(chest: Chest, rng: np.random.Generator) -> Painted:
     """Beads of calcium along the coronary arteries, the left anterior descending artery first."""
     marks = Marks(chest)
     s = chest.anatomy.heart * chest.heart_scale
@@ -160,13 +149,13 @@ def coronary_calcification(chest: Chest, rng):
     return marks.share, dict(location=vessels[0], count=len(vessels), severity=severity((len(vessels) - 1) / 2.1))
 
 
-def medical_material(chest: Chest, rng):
+def medical_material(chest: Chest, rng: np.random.Generator) -> Painted:
     """Metal and plastic: pacemaker, port or venous catheter, sternal wires."""
     c, marks, a = chest.canvas, Marks(chest), chest.anatomy
     kind = str(rng.choice(["pacemaker", "port catheter", "central venous catheter", "sternotomy wires"]))
     side = int(rng.choice([1, -1]))
     y0 = -a.depth - 6
-    lines = []
+    lines: list[tuple[Sequence[Point] | np.ndarray, float, float]] = []
     if kind == "pacemaker":
         marks.add(c.ellipsoid((74.0, y0 + 2, side * 74.0), (24, 5, 21), 2800.0))
         vein = [(80, y0 + 8, side * 60), (92, -20, side * 34), (80, -12, -24), (20, -10, -27)]
@@ -184,26 +173,3 @@ def medical_material(chest: Chest, rng):
     for points, radius, value in lines:
         c.tube(np.array(points, dtype=float), radius, value, share=marks.share)
     return marks.share, dict(kind=kind, side=SIDES[side] if kind == "pacemaker" else "right")
-
-
-# Painted in this order: what lies diffuse in the lung first, metal last.
-PAINTERS = {
-    "Emphysema": emphysema,
-    "Mosaic attenuation pattern": mosaic,
-    "Interlobular septal thickening": septal_thickening,
-    "Lung opacity": opacity,
-    "Peribronchial thickening": peribronchial,
-    "Bronchiectasis": bronchiectasis,
-    "Pulmonary fibrotic sequela": fibrosis,
-    "Consolidation": consolidation,
-    "Atelectasis": atelectasis,
-    "Lung nodule": nodule,
-    "Cardiomegaly": cardiomegaly,
-    "Pericardial effusion": pericardial_effusion,
-    "Pleural effusion": pleural_effusion,
-    "Hiatal hernia": hiatal_hernia,
-    "Lymphadenopathy": lymphadenopathy,
-    "Arterial wall calcification": arterial_calcification,
-    "Coronary artery wall calcification": coronary_calcification,
-    "Medical material": medical_material,
-}

@@ -5,17 +5,20 @@ Each function takes the chest and a source of randomness, changes the Hounsfield
 and number are drawn within the range a radiologist would report; none of it is fitted to CT-RATE.
 """
 
+from typing import Any
+
 import numpy as np
 
-from medctkit.phantom.anatomy import Canvas, ellipsoid, tubes
+from medctkit.phantom.anatomy import Canvas, Found, Point, ellipsoid, tubes
 from medctkit.phantom.chest import Chest
 
 SIDES = {1: "left", -1: "right"}
+Painted = tuple[np.ndarray, dict[str, Any]]  # share of every voxel, what a report may tell
 
 
-def waves(z, y, x, rng: np.random.Generator, scale: float):
+def waves(z: np.ndarray, y: np.ndarray, x: np.ndarray, rng: np.random.Generator, scale: float) -> np.ndarray:
     """Smooth pseudo-noise in about [-1, 1] that varies over `scale` mm, the same at any resolution."""
-    total = 0.0
+    total = np.zeros(1)
     for _ in range(3):
         k = rng.normal(size=3) / scale
         bend = rng.normal(size=3) * 0.6 / scale
@@ -25,7 +28,7 @@ def waves(z, y, x, rng: np.random.Generator, scale: float):
     return total / 2.2
 
 
-def cells(z, y, x, rng: np.random.Generator, scale: float):
+def cells(z: np.ndarray, y: np.ndarray, x: np.ndarray, rng: np.random.Generator, scale: float) -> np.ndarray:
     """Round bumps in about [-1, 1], a few `scale` mm apart, the same at any resolution."""
     p = rng.uniform(0, 2 * np.pi, 6)
     return (
@@ -35,7 +38,7 @@ def cells(z, y, x, rng: np.random.Generator, scale: float):
     )
 
 
-def sheet(canvas: Canvas, distance, thickness: float):
+def sheet(canvas: Canvas, distance: np.ndarray, thickness: float) -> np.ndarray:
     """Share of every voxel in a sheet of `thickness` mm, from the distance (mm) to its middle."""
     width = max(thickness, canvas.edge)
     return canvas.occupancy(width / 2 - np.abs(distance)) * (thickness / width)
@@ -48,13 +51,21 @@ class Marks:
         self.chest, self.canvas = chest, chest.canvas
         self.share = np.zeros(self.canvas.shape, dtype=self.canvas.dtype)
 
-    def add(self, found: tuple | None) -> None:
+    def add(self, found: Found | None) -> None:
         """Add a (box, share) pair; None adds nothing."""
         if found is not None:
             box, share = found
             np.maximum(self.share[box], share, out=self.share[box])
 
-    def blob(self, centre, radii, rng, rough=0.25, in_lung=True, soft=0.0):
+    def blob(
+        self,
+        centre: Point,
+        radii: Point,
+        rng: np.random.Generator,
+        rough: float = 0.25,
+        in_lung: bool = True,
+        soft: float = 0.0,
+    ) -> Found | None:
         """(box, share) of an irregular ellipsoid: rough as a share of its radius, edge softened by mm."""
         reach = [r * (1 + rough) + soft for r in radii]
         box = self.canvas.box(np.subtract(centre, reach), np.add(centre, reach))
@@ -68,7 +79,7 @@ class Marks:
         return box, share
 
 
-def draw_sides(rng, both=0.5):
+def draw_sides(rng: np.random.Generator, both: float = 0.5) -> tuple[list[int], str]:
     """One side or both: (list of +1 left and -1 right, what a report calls it)."""
     sides = [1, -1] if rng.random() < both else [int(rng.choice([1, -1]))]
     return sides, "bilateral" if len(sides) == 2 else SIDES[sides[0]]
@@ -83,7 +94,7 @@ def lobe_of(z: float, side: int) -> str:
     return "lower lobe"
 
 
-def severity(value: float, cuts=(0.33, 0.7)) -> str:
+def severity(value: float, cuts: tuple[float, float] = (0.33, 0.7)) -> str:
     """A word for a number."""
     return ("mild", "moderate", "severe")[int(np.searchsorted(cuts, value))]
 
@@ -91,7 +102,7 @@ def severity(value: float, cuts=(0.33, 0.7)) -> str:
 # ---- lungs ----
 
 
-def emphysema(chest: Chest, rng):
+def emphysema(chest: Chest, rng: np.random.Generator) -> Painted:
     """Holes of air: many small ones in the upper lobes, or larger ones under the pleura."""
     c, marks = chest.canvas, Marks(chest)
     kind = "centrilobular" if rng.random() < 0.7 else "paraseptal"
@@ -109,7 +120,7 @@ def emphysema(chest: Chest, rng):
     return marks.share, dict(kind=kind, severity=severity(burden), side="bilateral", location="upper lobe")
 
 
-def mosaic(chest: Chest, rng):
+def mosaic(chest: Chest, rng: np.random.Generator) -> Painted:
     """Patchwork of lobules: some keep their air and stay dark, their neighbours are denser."""
     c, marks = chest.canvas, Marks(chest)
     noise = waves(c.z, c.y, c.x, rng, rng.uniform(9, 13))
@@ -120,7 +131,7 @@ def mosaic(chest: Chest, rng):
     return marks.share, dict(side="bilateral", severity=severity(rng.random()))
 
 
-def septal_thickening(chest: Chest, rng):
+def septal_thickening(chest: Chest, rng: np.random.Generator) -> Painted:
     """A net of thickened interlobular septa, dense at the bases and under the pleura."""
     c, marks = chest.canvas, Marks(chest)
     cell, thickness = rng.uniform(13, 19), rng.uniform(1.5, 2.6)
@@ -140,7 +151,7 @@ def septal_thickening(chest: Chest, rng):
     return marks.share, dict(side="bilateral", location="lower lobe", severity=severity(thickness / 2.8))
 
 
-def opacity(chest: Chest, rng):
+def opacity(chest: Chest, rng: np.random.Generator) -> Painted:
     """Ground-glass opacity: hazy patches through which the vessels still show."""
     marks = Marks(chest)
     count = int(rng.integers(1, 6))
@@ -156,20 +167,20 @@ def opacity(chest: Chest, rng):
             marks.add(found)
         lobes.append(lobe_of(centre[0], side))
         sides.add(side)
-    side = "bilateral" if len(sides) == 2 else SIDES[sides.pop()]
-    return marks.share, dict(side=side, location=lobes[0], count=count, kind="ground-glass")
+    told = "bilateral" if len(sides) == 2 else SIDES[sides.pop()]
+    return marks.share, dict(side=told, location=lobes[0], count=count, kind="ground-glass")
 
 
-def consolidation(chest: Chest, rng):
+def consolidation(chest: Chest, rng: np.random.Generator) -> Painted:
     """Air spaces filled up: dense, with air bronchograms, often bounded by a fissure or the pleura."""
     c, marks = chest.canvas, Marks(chest)
     count = int(rng.integers(1, 4))
     side = int(rng.choice([1, -1]))
-    first = None
+    places = []
     for _ in range(count):
         s = side if rng.random() < 0.6 else -side
         centre = chest.anatomy.sample_in_lung(rng, s, zone=(0.05, 0.75), depth=(6, 30), back=(-0.3, 1))
-        first = first or (centre, s)
+        places.append((s, lobe_of(centre[0], s)))
         found = marks.blob(centre, rng.uniform(17, 38, 3), rng, rough=0.4, soft=1.5)
         if found is None:
             continue
@@ -184,28 +195,28 @@ def consolidation(chest: Chest, rng):
         air = tubes(c, segments[chosen], np.maximum(radii[chosen], 1.6))
         if air is not None:
             c.paint(air[0], air[1] * (marks.share[air[0]] > 0.3), -900.0)
-    return marks.share, dict(side=SIDES[first[1]], location=lobe_of(first[0][0], first[1]), count=count)
+    return marks.share, dict(side=SIDES[places[0][0]], location=places[0][1], count=count)
 
 
-def nodule(chest: Chest, rng):
+def nodule(chest: Chest, rng: np.random.Generator) -> Painted:
     """One to four round nodules of 5 to 28 mm, some calcified, some with a rough edge."""
     marks = Marks(chest)
     count = int(rng.choice([1, 2, 3, 4], p=[0.5, 0.25, 0.15, 0.1]))
-    largest, where = 0.0, None
+    largest, where = 0.0, (1, "upper lobe")
     for _ in range(count):
         side = int(rng.choice([1, -1]))
         centre = chest.anatomy.sample_in_lung(rng, side, zone=(0.08, 0.95), depth=(6, 40))
         radius = 0.5 * float(np.exp(rng.uniform(np.log(6), np.log(28))))
         found = marks.blob(centre, (radius,) * 3, rng, rough=0.08 if rng.random() < 0.6 else 0.25)
         if found is not None:
-            chest.canvas.paint(*found, 320.0 if radius < 6 and rng.random() < 0.25 else rng.uniform(15, 60))
+            chest.canvas.paint(found[0], found[1], 320.0 if radius < 6 and rng.random() < 0.25 else rng.uniform(15, 60))
             marks.add(found)
         if radius > largest:
             largest, where = radius, (side, lobe_of(centre[0], side))
     return marks.share, dict(side=SIDES[where[0]], location=where[1], size_mm=round(2 * largest), count=count)
 
 
-def atelectasis(chest: Chest, rng):
+def atelectasis(chest: Chest, rng: np.random.Generator) -> Painted:
     """Collapse: dense plates at the bases, or a wedge against the posterior pleura."""
     c, marks = chest.canvas, Marks(chest)
     sides, side = draw_sides(rng, 0.45)
@@ -231,7 +242,7 @@ def atelectasis(chest: Chest, rng):
     return marks.share, dict(side=side, location="lower lobe", kind="subsegmental" if wedge else "linear")
 
 
-def fibrosis(chest: Chest, rng):
+def fibrosis(chest: Chest, rng: np.random.Generator) -> Painted:
     """Old scars: irregular strands that run to a thickened pleura, mostly at an apex or a base."""
     c, marks = chest.canvas, Marks(chest)
     sides, side = draw_sides(rng, 0.4)
@@ -261,7 +272,7 @@ def fibrosis(chest: Chest, rng):
     return marks.share, dict(side=side, location="apical" if apical else "basal")
 
 
-def peribronchial(chest: Chest, rng):
+def peribronchial(chest: Chest, rng: np.random.Generator) -> Painted:
     """Thick cuffs around the bronchi of both lungs."""
     marks = Marks(chest)
     wall = rng.uniform(1.9, 3.2)
@@ -269,7 +280,7 @@ def peribronchial(chest: Chest, rng):
     return marks.share, dict(side="bilateral", severity=severity((wall - 1.9) / 1.3), location="central")
 
 
-def bronchiectasis(chest: Chest, rng):
+def bronchiectasis(chest: Chest, rng: np.random.Generator) -> Painted:
     """Bronchi wider than the artery beside them, seen far out in a lobe."""
     marks = Marks(chest)
     sides, side = draw_sides(rng, 0.45)
@@ -288,7 +299,7 @@ def bronchiectasis(chest: Chest, rng):
 # ---- pleura ----
 
 
-def pleural_effusion(chest: Chest, rng):
+def pleural_effusion(chest: Chest, rng: np.random.Generator) -> Painted:
     """Fluid that settles behind the lung, with a meniscus, and takes its room."""
     c, marks, a = chest.canvas, Marks(chest), chest.anatomy
     sides, side = draw_sides(rng, 0.5)

@@ -6,39 +6,26 @@ wordings are a data file, `assets/wordings.json`. None is a prompt of the zero-s
 ("{finding} is present." / "{finding} is not present."), so that evaluation stays zero-shot.
 """
 
-import json
 from collections.abc import Mapping
-from functools import cache
-from importlib.resources import files
 
 import numpy as np
 
-from medctkit.findings import FINDINGS
+from medctkit.phantom.registry import DISTRACTORS, REGISTRY, Finding, label_order
 
 MENTIONED = {"source": 0.97, "target": 0.93}  # how often a finding that is there gets into the report
 ABSENCES = {"source": (3, 6), "target": (1, 4)}
-DISTRACTORS = {"source": (2, 4), "target": (1, 4)}
+ASIDES = {"source": (2, 4), "target": (1, 4)}  # sentences about what is no finding
 DETAIL = {"source": 0.7, "target": 0.6}  # how often a detail that is known is told
 
-LUNGS = ("Emphysema", "Mosaic attenuation pattern", "Interlobular septal thickening", "Lung opacity", "Consolidation",
-         "Atelectasis", "Lung nodule", "Pulmonary fibrotic sequela")  # fmt: skip
-AIRWAYS = ("Peribronchial thickening", "Bronchiectasis")
-HEART = ("Cardiomegaly", "Pericardial effusion", "Coronary artery wall calcification", "Arterial wall calcification")
-MEDIASTINUM = ("Lymphadenopathy", "Hiatal hernia")
-ORDER = {
-    "source": (*AIRWAYS, *LUNGS, "Pleural effusion", *HEART, *MEDIASTINUM, "Medical material"),
-    "target": (*MEDIASTINUM, *HEART, "Medical material", "Pleural effusion", *LUNGS, *AIRWAYS),
+ORDER = {  # groups of findings in the order in which each hospital speaks of them
+    "source": ("airways", "lungs", "pleura", "heart", "mediastinum", "devices"),
+    "target": ("mediastinum", "heart", "devices", "pleura", "lungs", "airways"),
 }
 ABBREVIATIONS = {
     "left anterior descending artery": "LAD",
     "left circumflex artery": "LCX",
     "right coronary artery": "RCA",
 }
-
-
-@cache
-def _wordings() -> dict:
-    return json.loads((files("medctkit") / "assets" / "wordings.json").read_text(encoding="utf-8"))
 
 
 def _check_hospital(hospital: str) -> None:
@@ -109,50 +96,55 @@ def finding_sentences(finding: str, present: bool, hospital: str) -> tuple[str, 
         ValueError: unknown finding or hospital.
     """
     _check_hospital(hospital)
-    if finding not in FINDINGS:
+    if finding not in REGISTRY:
         raise ValueError(f"unknown finding {finding!r}; the 18 names are in medctkit.FINDINGS")
-    wordings = _wordings()[hospital][finding]["present" if present else "absent"]
+    wordings = REGISTRY[finding].wordings[hospital]["present" if present else "absent"]
     return tuple(_fill(w, {}, False, hospital) for w in wordings)
 
 
 def write_report(
-    labels: Mapping[str, int], details: Mapping[str, Mapping], hospital: str, rng: np.random.Generator
+    labels: Mapping[str, int],
+    details: Mapping[str, Mapping],
+    hospital: str,
+    rng: np.random.Generator,
+    registry: Mapping[str, Finding] = REGISTRY,
 ) -> str:
     """Write the findings section of a report.
 
     Args:
-        labels: 0 or 1 for each of the 18 findings.
+        labels: 0 or 1 for each finding of the registry.
         details: for findings present, what a report may tell: side, location, size_mm, count, severity, kind.
         hospital: "source" or "target".
         rng: chooses wordings, details and which absences are named.
+        registry: the findings; by default the 18.
 
     Returns:
         One paragraph. A finding that is present is left out now and then, as in life; nothing absent is stated.
 
     Raises:
-        ValueError: unknown hospital, or labels that are not those of the 18 findings.
+        ValueError: unknown hospital, or labels that are not those of the registry.
     """
     _check_hospital(hospital)
-    if set(labels) != set(FINDINGS):
-        wrong = sorted(set(labels) ^ set(FINDINGS))
-        raise ValueError(f"labels must have the 18 findings as keys; missing or unknown: {wrong}")
-    wordings = _wordings()
-    absent = [name for name in FINDINGS if not labels[name]]
+    if set(labels) != set(registry):
+        wrong = sorted(set(labels) ^ set(registry))
+        raise ValueError(f"labels must have the {len(registry)} findings as keys; missing or unknown: {wrong}")
+    absent = [name for name in label_order(registry) if not labels[name]]
     low, high = ABSENCES[hospital]
     denied = (
         set(rng.choice(absent, size=min(len(absent), int(rng.integers(low, high))), replace=False)) if absent else set()
     )
     sentences = []
-    for name in ORDER[hospital]:
+    for name, finding in sorted(registry.items(), key=lambda item: ORDER[hospital].index(item[1].group)):
+        wordings = finding.wordings[hospital]
         if labels[name] and rng.random() < MENTIONED[hospital]:
-            choices, told = wordings[hospital][name]["present"], rng.random() < DETAIL[hospital]
+            choices, told = wordings["present"], rng.random() < DETAIL[hospital]
         elif name in denied:
-            choices, told = wordings[hospital][name]["absent"], False
+            choices, told = wordings["absent"], False
         else:
             continue
         wording = choices[int(rng.integers(len(choices)))]
         sentences.append(_fill(wording, details.get(name, {}), told, hospital))
-    extra = wordings["distractors"][hospital]
-    for i in rng.choice(len(extra), size=int(rng.integers(*DISTRACTORS[hospital])), replace=False):
+    extra = DISTRACTORS[hospital]
+    for i in rng.choice(len(extra), size=int(rng.integers(*ASIDES[hospital])), replace=False):
         sentences.insert(int(rng.integers(len(sentences) + 1)), extra[int(i)])
     return " ".join(sentences)

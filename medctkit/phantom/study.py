@@ -6,23 +6,22 @@ differently, as hospitals do; the difference is what LoRA learns to bridge in th
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
 import numpy as np
 
-from medctkit.findings import FINDINGS, PREVALENCE
+from medctkit.findings import FINDINGS
 from medctkit.phantom.anatomy import Anatomy, Canvas
 from medctkit.phantom.chest import Chest, Tissue
-from medctkit.phantom.lesions import PAINTERS
+from medctkit.phantom.registry import REGISTRY, Finding, label_order
 from medctkit.phantom.report_text import write_report
 from medctkit.scans.geometry import CANONICAL, straight_affine
 from medctkit.scans.volumes import CTVolume
 
 FIELD_OF_VIEW = 360.0  # mm, that of the released pipeline: 240 slices of 1.5 mm, 480 pixels of 0.75 mm
 TRAINING_SHAPE = (32, 64, 64)
-_LIMITS = {name: NormalDist().inv_cdf(share) for name, share in PREVALENCE.items()}
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class PhantomStudy:
 
     Attributes:
         volume: the scan, int16 Hounsfield units (d, h, w), orientation SPL.
-        labels: 0 or 1 for each of the 18 findings.
+        labels: 0 or 1 for each finding of the registry.
         masks: for each finding present, a boolean array (d, h, w) of the voxels it fills.
         report: the findings section of the radiology report.
         details: what is known about each finding present (side, place, size, ...).
@@ -89,19 +88,25 @@ def named_rng(*key) -> np.random.Generator:
     return np.random.default_rng(np.frombuffer(digest[:16], dtype=np.uint32))
 
 
-def draw_labels(seed: int, patient: str) -> dict[str, int]:
-    """Draw the 18 labels of a scan with the prevalences of CT-RATE.
+def draw_labels(seed: int, patient: str, registry: Mapping[str, Finding] = REGISTRY) -> dict[str, int]:
+    """Draw the labels of a scan with the prevalences of the registry; by default the 18 of CT-RATE.
 
     Half of what decides a finding belongs to the patient, so that scans of one patient resemble each other,
-    and a little is shared by all findings of a scan: some patients are simply sicker.
+    and a little is shared by all findings of a scan: some patients are simply sicker. What is added to the
+    18 findings leaves their labels as they were.
     """
+    names = label_order(registry)
     lasting = named_rng("labels", patient).normal(size=len(FINDINGS) + 1)
     passing = named_rng("labels", patient, seed).normal(size=len(FINDINGS))
-    score = np.sqrt(0.1) * lasting[-1] + np.sqrt(0.5) * lasting[:-1] + np.sqrt(0.4) * passing
-    return {name: int(s < _LIMITS[name]) for name, s in zip(FINDINGS, score, strict=True)}
+    sickness, own = lasting[-1], dict(zip(FINDINGS, zip(lasting[:-1], passing, strict=True), strict=True))
+    for name in names:
+        if name not in own:
+            own[name] = named_rng("labels", patient, name).normal(), named_rng("labels", patient, seed, name).normal()
+    score = {n: np.sqrt(0.1) * sickness + np.sqrt(0.5) * own[n][0] + np.sqrt(0.4) * own[n][1] for n in names}
+    return {name: int(score[name] < NormalDist().inv_cdf(registry[name].prevalence)) for name in names}
 
 
-def _check(seed, hospital, findings, shape) -> None:
+def _check(seed, hospital, findings, shape, registry) -> None:
     if hospital not in HOSPITALS:
         raise ValueError(f"hospital={hospital!r} is unknown; choose one of {sorted(HOSPITALS)}")
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
@@ -110,7 +115,7 @@ def _check(seed, hospital, findings, shape) -> None:
         raise ValueError(f"shape={tuple(shape)}: expected (d, h, w), each at least 8 voxels")
     if isinstance(findings, str):
         raise ValueError(f"findings={findings!r}: expected a list of names, for example [{findings!r}]")
-    unknown = sorted(set(findings or ()) - set(FINDINGS))
+    unknown = sorted(set(findings or ()) - set(registry))
     if unknown:
         raise ValueError(f"unknown findings {unknown}; the 18 names are in medctkit.FINDINGS")
 
@@ -123,6 +128,7 @@ def generate(
     *,
     patient: str | None = None,
     reconstruction: int = 0,
+    registry: Mapping[str, Finding] = REGISTRY,
 ) -> PhantomStudy:
     """Make one phantom study.
 
@@ -133,6 +139,7 @@ def generate(
         shape: voxels (d, h, w). The scan covers 360 mm from neck to upper abdomen whatever the shape.
         patient: names the patient, whose anatomy and lasting findings all scans share; None: the seed does.
         reconstruction: 0, 1, ...: the same scan with another kernel and other noise.
+        registry: the findings that can be drawn; by default the 18.
 
     Returns:
         The study; the same arguments give the same bytes.
@@ -140,31 +147,32 @@ def generate(
     Raises:
         ValueError: unknown hospital or finding, negative seed, a shape below 8 voxels.
     """
-    _check(seed, hospital, findings, shape)
+    if findings is not None and not isinstance(findings, str):
+        findings = set(findings)
+    _check(seed, hospital, findings, shape, registry)
     patient = str(seed) if patient is None else str(patient)
     scanner = HOSPITALS[hospital]
-    labels = draw_labels(seed, patient)
+    labels = draw_labels(seed, patient, registry)
     if findings is not None:
-        chosen = set(findings)
-        labels = {name: int(name in chosen) for name in FINDINGS}
+        labels = {name: int(name in findings) for name in labels}
     anatomy = Anatomy.sample(named_rng("anatomy", patient))
     scan = named_rng("scan", patient, seed, hospital)
-    offset = tuple(c + scan.normal(0, spread) for c, spread in zip(scanner.centre, (5, 5, 6), strict=True))
+    z, y, x = (c + scan.normal(0, spread) for c, spread in zip(scanner.centre, (5, 5, 6), strict=True))
     tissue = Tissue.sample(scan, scan.random() < scanner.contrast)
-    enlarged = named_rng("Cardiomegaly", patient, seed).uniform(1.2, 1.45) if labels["Cardiomegaly"] else 1.0
-    low = named_rng("low", patient, seed).uniform(4, 16) if labels["Emphysema"] else 0.0
+    enlarged = named_rng("Cardiomegaly", patient, seed).uniform(1.2, 1.45) if labels.get("Cardiomegaly") else 1.0
+    low = named_rng("low", patient, seed).uniform(4, 16) if labels.get("Emphysema") else 0.0
     width = scanner.field_of_view
     spacing = (FIELD_OF_VIEW / shape[0], width / shape[1], width / shape[2])
-    canvas = Canvas(tuple(shape), spacing, offset)
+    canvas = Canvas(shape, spacing, (z, y, x))
     chest = Chest(canvas, anatomy, tissue, heart_scale=enlarged, low=low)
     masks, details = {}, {}
-    for name, paint in PAINTERS.items():
+    for name, finding in sorted(registry.items(), key=lambda item: item[1].layer):
         if labels[name]:
-            share, details[name] = paint(chest, named_rng(name, patient, seed))
+            share, details[name] = finding.paint(chest, named_rng(name, patient, seed))
             # what is thinner than a voxel still gets a mask: its strongest voxels
             masks[name] = share > min(0.5, 0.5 * float(share.max()))
     hu = _scan(chest, scanner, scan, named_rng("noise", patient, seed, hospital, reconstruction), reconstruction)
-    report = write_report(labels, details, hospital, named_rng("report", patient, seed, hospital))
+    report = write_report(labels, details, hospital, named_rng("report", patient, seed, hospital), registry)
     provenance = (f"phantom, seed {seed}, patient {patient}, {hospital} hospital, reconstruction {reconstruction}",)
     affine = straight_affine(spacing, CANONICAL)
     affine[:3, 3] = -affine[:3, :3] @ ((np.array(shape) - 1) / 2)  # the origin is the middle, as a scanner's isocentre

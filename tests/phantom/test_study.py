@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medctkit.findings import FINDINGS, PREVALENCE
+from medctkit.phantom.registry import REGISTRY, Finding
 from medctkit.phantom.study import HOSPITALS, TRAINING_SHAPE, draw_labels, generate
 
 IN_LUNG = (
@@ -118,6 +119,27 @@ def test_the_same_study_at_another_resolution():
     )
     assert small.report == large.report
     assert np.allclose(centre_mm(small, "Pleural effusion"), centre_mm(large, "Pleural effusion"), atol=12)
+
+
+def test_a_finding_can_be_added():
+    def cube(chest, rng):
+        share = np.zeros(chest.canvas.shape)
+        share[10:12, 20:24, 20:24] = 1
+        chest.canvas.hu[share > 0] = 900
+        return share, dict(size_mm=12)
+
+    says = {"present": ["A cube{size}."], "absent": ["No cube."]}
+    entry = Finding("Cube", 0.3, cube, dict.fromkeys(HOSPITALS, says), group="devices", layer=10)
+    registry = {**REGISTRY, "Cube": entry}
+    drawn = [draw_labels(s, f"p{s}", registry) for s in range(400)]
+    assert [tuple(labels)[-1] for labels in drawn] == ["Cube"] * 400
+    assert 0.2 < np.mean([labels.pop("Cube") for labels in drawn]) < 0.4
+    assert drawn == [draw_labels(s, f"p{s}") for s in range(400)]  # the 18 stay as they were
+    studies = [generate(s, findings=["Cube"], registry=registry) for s in range(4)]
+    assert all(s.masks["Cube"].sum() == 32 and (s.volume.hu[s.masks["Cube"]] > 500).all() for s in studies)
+    assert any("A cube" in s.report for s in studies) and "Cube" not in generate(0).labels
+    with pytest.raises(ValueError, match="Cube"):
+        generate(0, findings=["Cube"])
 
 
 def test_prevalences_are_those_of_ct_rate():
