@@ -8,9 +8,10 @@ ENV := .venv
 endif
 PYTHON ?= python3
 PY := "$(ENV)/bin/python"
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -rs --durations=10 -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-browser test-colab notebooks render docs docs-links bench style clean
+.PHONY: help setup demo test test-all test-browser test-colab notebooks render docs docs-links bench style clean
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  ##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -21,8 +22,11 @@ setup:  ## install everything into the active environment, or into .venv (once; 
 demo: setup  ## the whole story: run notebooks 01 to 04, print the results, leave HTML in runs/demo
 	@$(PY) -m tools.demo
 
-test: setup  ## run the tests
-	OMP_NUM_THREADS=1 $(PY) -m pytest -rs --durations=10 -n auto --maxprocesses 4 --dist loadfile
+test: setup  ## run the tests that are not slow
+	$(PYTEST) -m "not slow"
+
+test-all: setup  ## run all tests, those that kill processes or wait as well
+	$(PYTEST)
 
 test-browser: setup  ## test the viewers in JupyterLab and voila; installs Chromium if there is none
 	@rm -rf runs/browser
@@ -30,7 +34,7 @@ test-browser: setup  ## test the viewers in JupyterLab and voila; installs Chrom
 	$(PY) -m pytest -rs tests/browser
 
 test-colab: setup  ## run notebooks 00 and 02 with the packages that Colab has (2 GB, minutes)
-	MEDCTKIT_TEST_COLAB=runs/colab $(PY) -m pytest -rs tests/test_colab.py
+	MEDCTKIT_TEST_COLAB=runs/colab $(PY) -m pytest -rs tests/course/test_colab.py
 
 notebooks: setup  ## run every notebook with its exercises solved; fail where outputs differ in kind
 	@$(PY) -m tools.notebooks check
@@ -54,10 +58,13 @@ bench: setup  ## measure speed and memory, check the bars, write bench/*.json: a
 	$(PY) bench/gpu.py
 	$(PY) bench/viewers.py
 
-style: setup  ## check lint and formatting
+style: setup  ## check lint, formatting, which wing imports which, and types
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
+	"$(ENV)/bin/lint-imports"
+	$(PY) -m mypy medctkit
 
 clean:  ## remove caches and what demo and notebooks wrote; your own runs and .venv stay
-	rm -rf runs/demo runs/notebooks runs/render runs/browser build *.egg-info .pytest_cache .ruff_cache .hypothesis
-	find medctkit tests notebooks -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf runs/demo runs/notebooks runs/render runs/browser build *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache \
+		.hypothesis .coverage
+	find medctkit tools tests notebooks bench -name __pycache__ -prune -exec rm -rf {} +
