@@ -104,7 +104,7 @@ class Canvas:
 def ellipsoid(
     z: np.ndarray, y: np.ndarray, x: np.ndarray, centre: Point, radii: Point, axis: Point | None = None
 ) -> np.ndarray:
-    """Approximate signed distance (mm) to an ellipsoid; the first radius runs along `axis` if given."""
+    """Approximate signed distance (mm) at z, y, x to an ellipsoid; the first of its `radii` lies along `axis`."""
     dz, dy, dx = z - centre[0], y - centre[1], x - centre[2]
     if axis is None:
         q = (dz / radii[0]) ** 2 + (dy / radii[1]) ** 2 + (dx / radii[2]) ** 2
@@ -116,7 +116,7 @@ def ellipsoid(
 
 
 def capsule(z: np.ndarray, y: np.ndarray, x: np.ndarray, start: Point, end: Point, radius: float) -> np.ndarray:
-    """Signed distance (mm) to a segment thickened by radius."""
+    """Signed distance (mm) at z, y, x to a segment from `start` to `end` (z, y, x), thickened by radius; all in mm."""
     d = np.subtract(end, start)
     t = (z - start[0]) * d[0] + (y - start[1]) * d[1] + (x - start[2]) * d[2]
     t = np.clip(t / max(float(d @ d), 1e-6), 0.0, 1.0)
@@ -157,7 +157,7 @@ def tubes(canvas: Canvas, segments: np.ndarray, radii: np.ndarray) -> Found | No
 def scatter_thin(
     share: np.ndarray, axes: Sequence[np.ndarray], spacing: Point, segments: np.ndarray, radii: np.ndarray
 ) -> None:
-    """Add the volume of thin tubes to the voxels they pass, with trilinear weights."""
+    """Add the volume of thin tubes to the voxels they pass, with trilinear weights; lengths in mm."""
     lengths = np.linalg.norm(segments[:, 1] - segments[:, 0], axis=1)
     counts = np.maximum(1, np.ceil(2 * lengths / min(spacing))).astype(int)
     index = np.repeat(np.arange(len(segments)), counts)
@@ -216,13 +216,13 @@ class Anatomy:
         return (1.0 - q ** (1 / p)) * np.minimum(half_depth, half_width)
 
     def cavity(self, z: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-        """Inside of the rib cage, from the apex down into the abdomen."""
+        """Signed distance (mm) at z, y, x (mm) from the inside of the rib cage, from the apex down into the abdomen."""
         t = np.clip((z / self.height + 20) / 157, 0.0, 0.9999)
         r = (1 - t**2.4) ** 0.55
         return self._superellipse(y, x, self.depth * r**0.8 + 1, self.width * r + 1, centre=8 * t)
 
     def body(self, z: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-        """Skin surface: torso, shoulders, neck and breasts."""
+        """Signed distance (mm) at z, y, x (mm) from the skin: torso, shoulders, neck and breasts."""
         zs = z / self.height
         w, d, f = self.width, self.depth, self.fat
         levels = [-200, -60, 40, 95, 128, 150, 168, 185]
@@ -245,7 +245,7 @@ class Anatomy:
     def heart_region(
         self, z: np.ndarray, y: np.ndarray, x: np.ndarray, scale: float = 1.0, grow: float = 0.0
     ) -> np.ndarray:
-        """The heart (ventricles, right and left atrium), scaled about its centre, grown by mm."""
+        """Signed distance (mm) at z, y, x (mm): ventricles and atria, times `scale`, grown by `grow` mm."""
         s = self.heart * scale
         left = 4 * (scale - 1) * 10
         parts = (
@@ -257,13 +257,22 @@ class Anatomy:
         return np.maximum(np.maximum(found[0], found[1]), found[2]) + grow
 
     def spine(self, z: np.ndarray, y: np.ndarray, x: np.ndarray, grow: float = 0.0) -> np.ndarray:
-        """Vertebral column and what clings to it, as the lungs see it."""
+        """Signed distance (mm) at z, y, x (mm): vertebral column and what clings to it, grown by `grow` mm."""
         return ellipsoid(0 * z, y, x, (0, self.depth * 0.74, 0), (1e3, 24 + grow, 20 + grow))
 
     def lung(
         self, z: np.ndarray, y: np.ndarray, x: np.ndarray, side: int, heart_scale: float = 1.0, low: float = 0.0
     ) -> np.ndarray:
-        """One lung: side +1 is the patient's left, -1 the right; `low` mm pushes the diaphragm down."""
+        """Signed distance (mm) at z, y, x (mm) from the surface of one lung, positive inside.
+
+        Args:
+            z: in mm, as y and x.
+            y: in mm.
+            x: in mm.
+            side: +1 the patient's left, -1 the right.
+            heart_scale: factor of the heart's size.
+            low: mm by which hyperinflation pushes the diaphragm down.
+        """
         zs = z / self.height
         front = np.interp(zs, [-150, -60, 20, 70, 130], [13, 13, 10, 16, 22])
         mid = np.interp(zs, [-150, -60, 0, 40, 90, 130], [26, 28, 32, 30, 32, 30])

@@ -66,7 +66,16 @@ class Marks:
         in_lung: bool = True,
         soft: float = 0.0,
     ) -> Found | None:
-        """(box, share) of an irregular ellipsoid: rough as a share of its radius, edge softened by mm."""
+        """(box, share) of an irregular ellipsoid, None off the grid.
+
+        Args:
+            centre: (z, y, x) in mm.
+            radii: (z, y, x) in mm.
+            rng: of the bumps.
+            rough: height of the bumps as a share of the smallest radius.
+            in_lung: cut off at the surface of the lungs.
+            soft: mm by which the edge is softened.
+        """
         reach = [r * (1 + rough) + soft for r in radii]
         box = self.canvas.box(np.subtract(centre, reach), np.add(centre, reach))
         if box is None:
