@@ -105,7 +105,7 @@ class Cases:
             if sees != preprocess_config.shape:
                 raise ValueError(
                     f"model {name!r} sees volumes of {sees} voxels, preprocess_config makes {preprocess_config.shape}; "
-                    "use PreprocessConfig.for_model(model.config)"
+                    "use model.preprocess_config"
                 )
         self.models, self.tokenizer, self.cache_dir = dict(models), tokenizer, cache_dir
         self.failures: dict[str, str] = {}

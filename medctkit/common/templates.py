@@ -1,0 +1,40 @@
+"""Pages from templates: the files in `medctkit/assets/pages`, filled by Jinja. What is filled into HTML is escaped.
+
+Templates know two filters: `code`, which escapes a text and makes `...` in backticks code, and `cell`, which keeps a
+value on its place in a Markdown table.
+"""
+
+import html
+import re
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+
+def filled(template: str, **values: Any) -> str:
+    """A template of that name, filled.
+
+    Raises:
+        jinja2.UndefinedError: a value that the template needs is not given.
+    """
+    return _environment().get_template(template).render(values)
+
+
+@cache
+def _environment() -> "Environment":
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("medctkit", "assets/pages"),
+        autoescape=lambda name: name is not None and name.endswith(".html"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    safe = environment.filters["safe"]
+    environment.filters["code"] = lambda text: safe(re.sub(r"`([^`\n]+)`", r"<code>\1</code>", html.escape(text)))
+    environment.filters["cell"] = lambda value: str(value).replace("|", "\\|").replace("\n", " ")
+    return environment
