@@ -97,7 +97,7 @@ def doctor() -> None:
         real_row = (True, "own CT", "none (optional: set MEDCTKIT_REAL_CT to a folder of scans)")
     else:
         real_row = (Path(real).is_dir(), "own CT", f"MEDCTKIT_REAL_CT={real}")
-    from medctkit.cohort.hub.repository import token_source
+    from medctkit.cohort.hub_repository import token_source
 
     disk = shutil.disk_usage(Path.cwd())
     rows = [
@@ -364,15 +364,9 @@ def prepare_data(
 
 def _model_input(model: str | None, real: bool) -> "PreprocessConfig":
     """What the model of that name or folder wants to see."""
-    from medctkit.scans.preprocessing import PreprocessConfig
+    from medctkit.model.base_model import preprocess_config_of
 
-    model = model or ("released" if real else "mini")
-    if model == "released":
-        return PreprocessConfig()
-    file = (MINI if model == "mini" else Path(model)) / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"--model {model}: expected mini, released, or a folder with a config.json")
-    return PreprocessConfig.for_model(SimpleNamespace(**json.loads(file.read_text(encoding="utf-8"))))
+    return preprocess_config_of(model or ("released" if real else "mini"))
 
 
 @app.command()
@@ -412,7 +406,8 @@ def download(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Fetch only the tables, and show the plan.")] = False,
 ) -> None:
     """Fetch a part of CT-RATE, verified; run again, it goes on. Needs a Hugging Face token and accepted terms."""
-    from medctkit.cohort.hub import ct_rate_files as hub
+    from medctkit.cohort import download as hub
+    from medctkit.cohort.selection import study_names
 
     subset = patients is not None or bool(studies) or split is not None
     if not (subset or weights or tokenizer):
@@ -421,7 +416,7 @@ def download(
     with _told():
         plans = []
         if subset or weights:
-            names = hub.study_names(studies) if studies else None
+            names = study_names(studies) if studies else None
             checkpoints = ["CT-CLIP_v2.pt"] if weights else []
             chosen = dict(patients=patients, studies=names, split=split, version=version, seed=seed)
             plan, selection = hub.plan_ct_rate(destination, weights=checkpoints, keep_no_chest=keep_no_chest, **chosen)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medctkit.cohort.dataset import CTReportDataset, cohort, prepared_dir
-from medctkit.cohort.hub.ct_rate_files import CT_RATE, TEXT_ENCODER, WEIGHTS
-from medctkit.cohort.hub.repository import token_source
+from medctkit.cohort.download import CT_RATE, TEXT_ENCODER, WEIGHTS
+from medctkit.cohort.hub_repository import token_source
 from medctkit.cohort.manifest import SPLITS, has_file, load_manifest, study_from_row, volume_from_row
 from medctkit.experiments.adapt import DEFAULT, FULL_SIZE, Adaptation, Origin
 from medctkit.model.base_model import BaseModel, load_mini_base

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from medctkit import cli
 from medctkit.cohort import prepare as preparing
 from medctkit.cohort.dataset import CTReportDataset
-from medctkit.cohort.hub import ct_rate_files as hub
+from medctkit.cohort.download import CT_RATE, download, plan_ct_rate
 from medctkit.cohort.manifest import load_manifest, write_manifest
 from medctkit.findings import FINDINGS
 from medctkit.scans.preprocessing import PreprocessConfig
@@ -68,11 +68,14 @@ def test_ct_rate_becomes_a_prepared_cohort_from_either_version(ct_rate, tmp_path
         assert (pixels - prepared[2][study]).abs().max() <= 2e-4
 
 
-def test_from_the_hub_to_a_prepared_cohort(ct_rate, tmp_path, cluster):
+def test_from_the_hub_to_a_prepared_cohort(ct_rate, tmp_path, cluster, monkeypatch):
     with HubImitation() as server:
-        server.add(hub.CT_RATE, ct_rate)
-        plan, chosen = hub.plan_ct_rate(tmp_path / "data", split="valid", token=False, endpoint=server.url)
-        assert not hub.download(plan).failures
+        server.add(CT_RATE, ct_rate)
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setenv("HF_TOKEN", server.token)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        plan, chosen = plan_ct_rate(tmp_path / "data", split="valid")
+        assert not download(plan).failures
     result = run(tmp_path / "data", tmp_path / "out", "--model", "mini", "--scheduler", cluster.scheduler_address)
     assert result.exit_code == 0 and "3 of 3 volumes are prepared" in result.output, result.output
     manifest = load_manifest(tmp_path / "out" / "manifest.csv")
@@ -138,7 +141,7 @@ def test_where_everything_fails_the_rest_is_not_tried(tmp_path, monkeypatch, clu
         (["{manifest}", "out", "--version", "1"], "--version and --one-reconstruction are for CT-RATE's folder"),
         (
             ["{manifest}", "out", "--model", "huge"],
-            "--model huge: expected mini, released, or a folder",
+            "huge: expected mini, released, or a folder",
         ),
         (["{manifest}", "out", "--scheduler", "ftp://x"], "no dask scheduler answers at ftp://x"),
         (["{manifest}", "out", "--scheduler", "tcp://127.0.0.1:9", "--workers", "2"], "workers of its own"),

@@ -5,8 +5,8 @@ port, to which it redirects for large files. Both count what they are asked for 
 
     with HubImitation() as hub:
         hub.add("ibrahimhamamci/CT-RATE", folder, gated=True)
-        hub.drop("a.nii.gz", after=1000, times=2)
-        ...  # endpoint=hub.url, token=hub.token
+        hub.fault("a.nii.gz", "drop", 1000, times=2)
+        ...  # HF_ENDPOINT=hub.url, HF_TOKEN=hub.token
 """
 
 import hashlib
@@ -16,7 +16,6 @@ import socket
 import struct
 import threading
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -25,82 +24,47 @@ COMMIT = "5c0ffee" + 33 * "0"
 LARGE = (".gz", ".pt", ".bin")  # kept outside git, with a SHA-256
 
 
-@dataclass
-class Repository:
-    folder: Path
-    repo_type: str = "dataset"
-    gated: bool = False
-    commit: str = COMMIT
-
-
-@dataclass
-class Fault:
-    """What happens to the next `times` answers with a file's bytes."""
-
-    kind: str
-    times: int
-    value: int = 0
-    headers: dict = field(default_factory=dict)
-    says: str = ""
-
-
 class HubImitation:
-    """Args: token: the one it knows; accepted: whether that account has accepted the terms of gated repositories."""
+    """Args: token: the one it knows."""
 
-    def __init__(self, token="hf_imitation_of_a_token", accepted=True):
-        self.token, self.accepted = token, accepted
-        self.repositories = {}
-        self.faults = defaultdict(list)  # file name, or an address under /api -> Faults in turn
+    def __init__(self, token="hf_imitation_of_a_token"):
+        self.token = token
+        self.accepted = True  # whether that account has accepted the terms of gated repositories
         self.fine_grained = False  # the token lacks the right to read gated repositories
-        self.no_ranges = False  # whole files only
+        self.repositories = {}  # id -> (folder, type, gated)
+        self.faults = defaultdict(list)
         self.pause = 0.0  # seconds between pieces of 1,000 bytes
-        self.extra = {}  # file name -> fields that replace those of paths-info
+        self.storage_saw_token = False
+        self.lock, self.closing = threading.Lock(), threading.Event()
         self.forget()
 
     def add(self, repo_id, folder, repo_type="dataset", gated=False):
-        self.repositories[repo_id] = Repository(Path(folder), repo_type, gated)
-        return self
+        self.repositories[repo_id] = Path(folder), repo_type, gated
 
     def forget(self):
         """Set all counts to zero."""
         self.requests = Counter()  # method and path
-        self.gets = Counter()  # file name: answers with bytes that were begun
         self.sent = Counter()  # file name: bytes
         self.starts = defaultdict(list)  # file name: first byte of each answer
-        self.storage_saw_token = False
 
-    # --- misbehaviour -------------------------------------------------------------------------------------
+    def fault(self, name, kind, value=0, times=1, says="as it was told to", **headers):
+        """Spoil the next answers.
 
-    def drop(self, name, after, times=1, reset=False):
-        """Break the connection after some bytes: closed politely, or reset."""
-        self.faults[name].append(Fault("reset" if reset else "drop", times, after))
-
-    def wrong_bytes(self, name, times=1):
-        self.faults[name].append(Fault("wrong bytes", times))
-
-    def wrong_size(self, name, by, times=1, announced=True):
-        """Store more (by > 0) or fewer bytes than the hub says; `announced`: with a Content-Length."""
-        self.faults[name].append(Fault("wrong size" if announced else "unannounced size", times, by))
-
-    def answer(self, name, status, times=1, says="as it was told to", **headers):
-        """Answer with a status; `name` is a file, or "/api" for all of the hub's questions."""
-        self.faults[name].append(Fault("status", times, status, headers, says))
+        Args:
+            name: a file, or "/api" for all of the hub's questions.
+            kind: "status" (answer with this number), "drop" or "reset" (break off after so many bytes), "wrong bytes".
+            value: of that kind.
+            times: how many answers.
+            says: the hub's message with a status.
+            headers: of an answer with a status, _ for -.
+        """
+        self.faults[name] += [(kind, value, says, headers)] * times
 
     def take_fault(self, name):
         with self.lock:
-            queue = self.faults[name]
-            while queue and queue[0].times == 0:
-                queue.pop(0)
-            if not queue:
-                return None
-            queue[0].times -= 1
-            return queue[0]
-
-    # --- life ------------------------------------------------------------------------------------------------
+            return self.faults[name].pop(0) if self.faults[name] else (None, 0, "", {})
 
     def __enter__(self):
-        self.lock = threading.Lock()
-        self.closing = threading.Event()
         self.servers = [_start(self, _Hub), _start(self, _Storage)]
         self.url, self.storage_url = (f"http://127.0.0.1:{server.server_address[1]}" for server in self.servers)
         return self
@@ -146,70 +110,47 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-    def do_HEAD(self):
-        self.serve()
-
-    def do_GET(self):
-        self.serve()
-
-    def do_POST(self):
-        self.serve()
-
     def serve(self):
-        length = int(self.headers.get("Content-Length") or 0)
-        self.body = self.rfile.read(length)
+        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = unquote(urlsplit(self.path).path)
         with self.imitation.lock:
             self.imitation.requests[f"{self.command} {path}"] += 1
         self.route(path)
 
+    do_HEAD = do_GET = do_POST = serve
+
     def reply(self, status, content=b"", **headers):
         if not isinstance(content, bytes):
             content = json.dumps(content).encode()
-            headers.setdefault("Content_Type", "application/json")
+            headers["Content_Type"] = "application/json"
         self.send_response(status)
-        for name, value in headers.items():
+        for name, value in {"Content_Length": str(len(content)), **headers}.items():
             self.send_header(name.replace("_", "-"), value)
-        if "Content_Length" not in headers:
-            self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
 
     def refuse(self, status, code, message):
-        headers = {"X_Error_Message": message} | ({"X_Error_Code": code} if code else {})
-        self.reply(status, {"error": message}, **headers)
+        self.reply(status, {"error": message}, X_Error_Message=message, **({"X_Error_Code": code} if code else {}))
 
     def send_file(self, path, name, **headers):
         """The bytes of a file, from where they are asked for, with the fault whose turn it is."""
-        hub, fault = self.imitation, self.imitation.take_fault(name)
-        kind, value = (fault.kind, fault.value) if fault else (None, 0)
+        hub = self.imitation
+        kind, value, says, extra = hub.take_fault(name)
         if kind == "status":
-            self.reply(value, {"error": fault.says}, **fault.headers)
+            self.reply(value, {"error": says}, **extra)
             return
         data = path.read_bytes()
         if kind == "wrong bytes":
             data = bytes(255 - byte for byte in data)
-        elif kind in ("wrong size", "unannounced size"):
-            data = data + value * b"+" if value > 0 else data[:value]
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        start = int(asked[1]) if asked and not hub.no_ranges else 0
-        if start and start >= len(data):
-            self.reply(416, Content_Range=f"bytes */{len(data)}")
-            return
+        start = int(asked[1]) if asked else 0
         self.send_response(206 if start else 200)
-        if start:
-            total = "*" if kind == "unannounced size" else len(data)
-            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{total}")
-        for header, text in headers.items():
+        headers |= {"Content_Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if start else {}
+        for header, text in {"Content_Length": str(len(data) - start), **headers}.items():
             self.send_header(header.replace("_", "-"), text)
-        if kind == "unannounced size":
-            self.send_header("Connection", "close")
-        else:
-            self.send_header("Content-Length", str(len(data) - start))
         self.end_headers()
         with hub.lock:
-            hub.gets[name] += 1
             hub.starts[name].append(start)
         stop = start + value if kind in ("drop", "reset") else len(data)
         for at in range(start, min(stop, len(data)), 1000):
@@ -221,8 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
                 break
         if kind == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        if kind in ("drop", "reset", "unannounced size"):
-            self.close_connection = True
+        self.close_connection = kind in ("drop", "reset")
 
 
 class _Storage(_Handler):
@@ -235,95 +175,66 @@ class _Storage(_Handler):
         if "signature" not in self.path:
             self.refuse(403, None, "the address is not signed")
         else:
-            self.send_file(self.imitation.repositories[repo_id].folder / name, name)
+            self.send_file(self.imitation.repositories[repo_id][0] / name, name)
 
 
 class _Hub(_Handler):
     """Names, sizes, and who may read."""
 
     def route(self, path):
-        api = re.fullmatch(r"/api/(dataset|model)s/([^/]+/[^/]+)(?:/([^/]+))?(?:/([^/]+))?(?:/(.*))?", path)
+        api = re.fullmatch(r"/api/(dataset|model)s/([^/]+/[^/]+)(?:/([^/]+))?(?:/([^/]+))?", path)
         resolve = re.fullmatch(r"/(?:(dataset)s/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        kind, status, says, headers = self.imitation.take_fault("/api") if api else (None, 0, "", {})
+        repo_type, repo_id, *rest = (api or resolve).groups()
+        folder, known_type, gated = self.imitation.repositories.get(repo_id, (None, None, False))
         if token and token != self.imitation.token:
             self.refuse(401, None, "Invalid credentials in Authorization header")
-            return
-        fault = self.imitation.take_fault("/api") if api or path.startswith("/api/") else None
-        if fault:
-            self.reply(fault.value, {"error": fault.says}, **fault.headers)
-        elif path == "/api/whoami-v2":
-            self.reply(200, {"name": "someone", "type": "user"}) if token else self.refuse(401, None, "Log in")
-        elif not (api or resolve):
-            self.refuse(404, None, "no such address")
-        else:
-            repo_type, repo_id, *rest = (api or resolve).groups()
-            repository = self.imitation.repositories.get(repo_id)
-            if repository is None or repository.repo_type != (repo_type or "model"):
-                self.refuse(404 if token else 401, "RepoNotFound", "Repository not found")
-            elif api:
-                self.answer_question(repository, repo_id, *rest, token)
-            else:
-                self.resolve(repository, repo_id, *rest, token)
-
-    def may_read(self, repository, token):
-        if not repository.gated:
-            return True
-        if not token:
+        elif kind:
+            self.reply(status, {"error": says}, **headers)
+        elif known_type != (repo_type or "model"):
+            self.refuse(404 if token else 401, "RepoNotFound", "Repository not found")
+        elif api:
+            self.answer_question(folder, repo_id, gated, rest[0])
+        elif gated and not token:
             self.refuse(401, "GatedRepo", "Access is restricted. You must be authenticated to access it.")
-        elif self.imitation.fine_grained:
+        elif gated and self.imitation.fine_grained:
             self.refuse(403, "GatedRepo", "Enable access to gated repositories in your fine-grained token settings")
-        elif not self.imitation.accepted:
+        elif gated and not self.imitation.accepted:
             self.refuse(403, "GatedRepo", "Access is restricted and you are not in the authorized list.")
         else:
-            return True
-        return False
+            self.resolve(folder / rest[1], repo_id, rest[1])
 
-    def answer_question(self, repository, repo_id, what, revision, below, token):
-        if revision not in (None, "main", repository.commit):
-            self.refuse(404, "RevisionNotFound", "Invalid rev id")
-        elif what in (None, "revision"):
-            info = {"id": repo_id, "sha": repository.commit, "gated": "manual" if repository.gated else False}
-            self.reply(200, info)
-        elif what == "auth-check":
-            if self.may_read(repository, token):
-                self.reply(200, {})
-        elif what == "tree":
-            folder = repository.folder / (below or "")
-            if not folder.is_dir():
-                self.refuse(404, "EntryNotFound", "Entry not found")
-                return
-            found = folder.rglob("*") if "recursive=true" in self.path.lower() else folder.iterdir()
-            self.reply(200, [self.entry(repository, path) for path in sorted(found)])
+    def answer_question(self, folder, repo_id, gated, what):
+        if what == "tree":
+            self.reply(200, [_entry(folder, path) for path in sorted(folder.iterdir())])
         elif what == "paths-info":
-            asked = [repository.folder / name for name in parse_qs(self.body.decode())["paths"]]
-            self.reply(200, [self.entry(repository, path) for path in asked if path.exists()])
+            asked = [folder / name for name in parse_qs(self.body.decode())["paths"]]
+            self.reply(200, [_entry(folder, path) for path in asked if path.exists()])
         else:
-            self.refuse(404, None, "no such question")
+            self.reply(200, {"id": repo_id, "sha": COMMIT, "gated": "manual" if gated else False})
 
-    def entry(self, repository, path):
-        name = path.relative_to(repository.folder).as_posix()
-        if path.is_dir():
-            return {"type": "directory", "path": name, "oid": 40 * "d"}
-        entry = {"type": "file", "path": name, "size": path.stat().st_size, "oid": digest_of(path)}
-        if path.name.endswith(LARGE):
-            entry |= {"oid": 40 * "e", "lfs": {"oid": digest_of(path), "size": entry["size"], "pointerSize": 134}}
-        return entry | self.imitation.extra.get(name, {})
-
-    def resolve(self, repository, repo_id, revision, name, token):
-        path = repository.folder / name
-        if not self.may_read(repository, token):
-            return
-        if revision not in ("main", repository.commit):
-            self.refuse(404, "RevisionNotFound", "Invalid rev id")
-        elif not path.is_file():
+    def resolve(self, path, repo_id, name):
+        if not path.is_file():
             self.refuse(404, "EntryNotFound", "Entry not found")
-        elif path.name.endswith(LARGE):
-            size, digest = path.stat().st_size, digest_of(path)
+            return
+        size, digest = str(path.stat().st_size), digest_of(path)
+        if path.name.endswith(LARGE):
             where = f"{self.imitation.storage_url}/{repo_id}//{name}?signature=of-the-storage"
-            linked = {"X_Linked_Size": str(size), "X_Linked_Etag": f'"{digest}"', "X_Repo_Commit": repository.commit}
+            linked = {"X_Linked_Size": size, "X_Linked_Etag": f'"{digest}"', "X_Repo_Commit": COMMIT}
             self.reply(302, Location=where, **linked)
         elif self.command == "HEAD":
-            size = str(path.stat().st_size)
-            self.reply(200, ETag=f'"{digest_of(path)}"', X_Repo_Commit=repository.commit, Content_Length=size)
+            self.reply(200, ETag=f'"{digest}"', X_Repo_Commit=COMMIT, Content_Length=size)
         else:
-            self.send_file(path, name, ETag=f'"{digest_of(path)}"', X_Repo_Commit=repository.commit)
+            self.send_file(path, name, ETag=f'"{digest}"', X_Repo_Commit=COMMIT)
+
+
+def _entry(folder, path):
+    name = path.relative_to(folder).as_posix()
+    if path.is_dir():
+        return {"type": "directory", "path": name, "oid": 40 * "d"}
+    size, digest = path.stat().st_size, digest_of(path)
+    if path.name.endswith(LARGE):
+        lfs = {"oid": digest, "size": size, "pointerSize": 134}
+        return {"type": "file", "path": name, "size": size, "oid": 40 * "e", "lfs": lfs}
+    return {"type": "file", "path": name, "size": size, "oid": digest}

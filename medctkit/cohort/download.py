@@ -1,0 +1,376 @@
+"""CT-RATE and the released weights from the Hugging Face Hub: planned, fetched by huggingface_hub, verified.
+
+CT-RATE is gated and must not be passed on: everyone fetches it with a token of their own, after accepting its terms.
+`plan_files` finds out before the first byte whether files can be had and have room; `download` fetches them.
+
+Each file goes through `hf_hub_download` and not all through `snapshot_download`, which would list every file of the
+repository and hold each against each of some thousand patterns. Its records lie in `.cache` in the destination.
+"""
+
+import hashlib
+import inspect
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from medctkit.cohort.ct_rate import TABLES
+from medctkit.cohort.hub_repository import HubRepository
+from medctkit.cohort.selection import Selection, read_names, select
+from medctkit.common.csv_tables import read_table
+from medctkit.common.text import as_bytes, counted, listed
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoFile
+    from tqdm import tqdm
+
+CT_RATE = "ibrahimhamamci/CT-RATE"
+WEIGHTS = "models/CT-CLIP-Related"
+TEXT_ENCODER = "microsoft/BiomedVLP-CXR-BERT-specialized"
+TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+MARGIN = 10**9  # bytes that stay free on the disk
+_STALE = 24 * 3600  # seconds after which an unfinished file belongs to a process that was killed
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `download` will do; made by `plan_files`.
+
+    Args:
+        repository: where from.
+        revision: the commit.
+        destination: the folder.
+        files: what, as the hub announces it.
+        bytes_there: how much of it is in the destination already.
+        bytes_free: on its disk.
+    """
+
+    repository: HubRepository
+    revision: str
+    destination: Path
+    files: tuple["RepoFile", ...]
+    bytes_there: int
+    bytes_free: int
+
+    @property
+    def bytes_total(self) -> int:
+        """Size of all files."""
+        return sum(file.size for file in self.files)
+
+    @property
+    def bytes_left(self) -> int:
+        """How much is still to be fetched."""
+        return self.bytes_total - self.bytes_there
+
+    def __str__(self) -> str:
+        return (
+            f"{self.repository.repo_id} -> {self.destination}: {counted(self.files, 'file')}, "
+            f"{as_bytes(self.bytes_total)}; {as_bytes(self.bytes_there)} there, {as_bytes(self.bytes_left)} to fetch, "
+            f"{as_bytes(self.bytes_free)} free on the disk"
+        )
+
+
+def plan_files(repository: HubRepository, names: Iterable[str], destination: str | os.PathLike) -> Plan:
+    """Find out whether files can be fetched, before the first byte.
+
+    Args:
+        repository: where they are.
+        names: paths in it.
+        destination: folder for them; made if it isn't there.
+
+    Raises:
+        PermissionError: no token, one that is refused, or terms that aren't accepted.
+        FileNotFoundError: no such repository or file.
+        ConnectionError: no network, or offline mode.
+        OSError: the destination can't be written, or its disk has no room.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    repo_id, repo_type, names = repository.repo_id, repository.repo_type, list(dict.fromkeys(names))
+    destination = Path(destination).expanduser().absolute()
+    _try_to_write(destination)
+    info = repository.ask(lambda api: api.repo_info(repo_id, repo_type=repo_type, timeout=30, expand=["sha"]), repo_id)
+    found: dict[str, RepoFile] = {}
+    for start in range(0, len(names), 250):
+        some = names[start : start + 250]
+        answer = repository.ask(
+            lambda api, some=some: api.get_paths_info(repo_id, some, revision=info.sha, repo_type=repo_type), repo_id
+        )
+        found |= {file.path: file for file in answer if hasattr(file, "blob_id")}
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise FileNotFoundError(f"{repository.page} has no file\n{listed(missing)}")
+    # Everyone may list a gated repository: only asking for a file tells whether it can be had.
+    url = hf_hub_url(repo_id, names[0], repo_type=repo_type, revision=info.sha, endpoint=repository.endpoint)
+    repository.ask(lambda _: get_hf_file_metadata(url, timeout=30, endpoint=repository.endpoint), names[0])
+    files = tuple(found[name] for name in names)
+    there = sum(file.size for file in files if _size_of(destination / file.path) == file.size)
+    plan = Plan(repository, info.sha, destination, files, there, shutil.disk_usage(destination).free)
+    if plan.bytes_left and plan.bytes_left + MARGIN > plan.bytes_free:
+        raise OSError(
+            f"no room in {destination}: {as_bytes(plan.bytes_left)} to fetch and {as_bytes(MARGIN)} to spare, but "
+            f"{as_bytes(plan.bytes_free)} free. Choose another folder or fewer patients, or make room"
+        )
+    return plan
+
+
+def _try_to_write(destination: Path) -> None:
+    try:
+        destination.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=destination):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write into {destination}: {error.strerror or error}; choose another folder") from None
+
+
+def _size_of(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
+# --- fetching ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a download did, file by file.
+
+    Args:
+        fetched: files that came over the network.
+        kept: files that were there, whole.
+        untried: files that weren't begun or finished, because a failure concerned all of them.
+        failures: files that are not there, and why.
+        replaced: files that were in the way, under the names they have now.
+    """
+
+    fetched: tuple[str, ...]
+    kept: tuple[str, ...]
+    untried: tuple[str, ...]
+    failures: dict[str, str]
+    replaced: tuple[Path, ...]
+
+    def __str__(self) -> str:
+        parts = [f"{counted(self.fetched, 'file')} fetched", f"{len(self.kept):,} already there"]
+        parts += [f"{len(self.failures):,} failed"] if self.failures else []
+        parts += [f"{len(self.untried):,} left"] if self.untried else []
+        lines = [", ".join(parts), *(f"  {name}\n    {why}" for name, why in self.failures.items())]
+        lines += [f"  not what the hub has, kept aside: {path}" for path in self.replaced]
+        return "\n".join(lines)
+
+
+class _Stopped(Exception):
+    """The rest of the download was called off."""
+
+
+def download(plan: Plan, *, workers: int = 4, verify: bool = False) -> Outcome:
+    """Fetch what is missing, several files at a time, and verify each by the digest that the hub announces.
+
+    A file gets its name once it is whole. Files that were verified before, and not changed since, are taken as they
+    are. A connection that drops is taken up again where it broke; what is unfinished when the run ends begins anew in
+    the next. A file that is not what the hub has is kept under another name.
+
+    Args:
+        plan: from `plan_files`.
+        workers: files at a time.
+        verify: read and verify the files that are there again.
+
+    Returns:
+        What was done; the failure of one file doesn't keep the others from being fetched.
+    """
+    from concurrent.futures import ThreadPoolExecutor, as_completed
+
+    from tqdm.auto import tqdm
+
+    for unfinished in (plan.destination / ".cache" / "huggingface" / "download").rglob("*.incomplete"):
+        if time.time() - unfinished.stat().st_mtime > _STALE:
+            unfinished.unlink(missing_ok=True)
+    stop, left = threading.Event(), plan.bytes_left
+    done: dict[str, list[str]] = {"fetched": [], "kept": [], "untried": []}
+    failures: dict[str, str] = {}
+    replaced: list[Path] = []
+
+    def provide(file: "RepoFile") -> str:
+        target = plan.destination / file.path
+        if stop.is_set():
+            return "untried"
+        if _is_there(plan, file, verify):
+            return "kept"
+        if target.exists():  # it may be the only one of its kind
+            names = (target.with_name(f"{target.name}.replaced{n}") for n in count(1))
+            replaced.append(target.rename(next(name for name in names if not name.exists())))
+        try:
+            plan.repository.ask(lambda _: _fetch(plan, file, _file_bar(bar, stop)), file.path)
+        except _Stopped:
+            return "untried"
+        return "fetched"
+
+    with (
+        tqdm(total=left, disable=not left, unit="B", unit_scale=True, mininterval=1, desc="download") as bar,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+        futures = {pool.submit(provide, file): file.path for file in plan.files}
+        try:
+            for future in as_completed(futures):
+                name = futures[future]
+                try:
+                    done[future.result()].append(name)
+                except OSError as error:
+                    failures[name] = str(error)
+                    if error.errno is not None:
+                        failures[name] = (
+                            f"cannot write {plan.destination / name}: {error.strerror}. Make room, or look at your "
+                            "quota, and run this again: it goes on from here"
+                        )
+                    if error.errno is not None or isinstance(error, PermissionError):  # concerns every other file too
+                        stop.set()
+        except BaseException:
+            stop.set()
+            raise
+    return Outcome(*(tuple(sorted(names)) for names in done.values()), dict(sorted(failures.items())), tuple(replaced))
+
+
+def _is_there(plan: Plan, file: "RepoFile", verify: bool) -> bool:
+    """Whether a file is in the destination, whole; it is read if huggingface_hub has no valid record of it."""
+    from huggingface_hub._local_folder import read_download_metadata, write_download_metadata
+
+    if _size_of(plan.destination / file.path) != file.size:
+        return False
+    record = None if verify else read_download_metadata(plan.destination, file.path)
+    if record is None or record.etag != _announced_digest(file):
+        if _digest(plan.destination / file.path, file) != _announced_digest(file):
+            return False
+        write_download_metadata(plan.destination, file.path, plan.revision, _announced_digest(file))
+    return True
+
+
+def _fetch(plan: Plan, file: "RepoFile", bar_class: type["tqdm"]) -> None:
+    from huggingface_hub import hf_hub_download
+
+    repository = plan.repository
+    # huggingface_hub 0.x, which Colab has, shows a bar of its own for each file
+    bar = {"tqdm_class": bar_class} if "tqdm_class" in inspect.signature(hf_hub_download).parameters else {}
+    hf_hub_download(
+        repository.repo_id,
+        file.path,
+        repo_type=repository.repo_type,
+        revision=plan.revision,
+        local_dir=plan.destination,
+        endpoint=repository.endpoint,
+        **bar,
+    )
+    target = plan.destination / file.path
+    found = _digest(target, file)  # the library looks at the size only
+    if found != _announced_digest(file):
+        target.unlink()
+        raise OSError(f"arrived with digest {found}, but the hub says {_announced_digest(file)}")
+
+
+def _announced_digest(file: "RepoFile") -> str:
+    """SHA-256, or git's SHA-1 of a file in git itself."""
+    return file.lfs.sha256 if file.lfs else file.blob_id
+
+
+def _digest(path: Path, file: "RepoFile") -> str:
+    algorithm = hashlib.sha256() if file.lfs else hashlib.sha1(b"blob %d\0" % file.size)
+    with open(path, "rb") as opened:
+        return hashlib.file_digest(opened, lambda: algorithm).hexdigest()
+
+
+def _file_bar(total: "tqdm", stop: threading.Event) -> type["tqdm"]:
+    """A class of progress bars that aren't shown: what one counts goes into `total`, until it is called off."""
+    from tqdm import tqdm
+
+    class FileBar(tqdm):
+        def __init__(self, *_, **__) -> None:
+            super().__init__(disable=True)
+
+        def update(self, n: float | None = 1) -> None:
+            if stop.is_set():
+                raise _Stopped
+            total.update(n)
+
+        def update_transfer(self, n: float | None = 1) -> None:
+            """Of bytes on the network, before they are put together; not shown."""
+
+        def set_transfer_postfix_str(self, *_, **__) -> None:
+            """Not shown."""
+
+    return FileBar
+
+
+# --- what to fetch ---------------------------------------------------------------------------------------------
+
+
+def plan_ct_rate(
+    destination: str | os.PathLike,
+    *,
+    patients: int | None = None,
+    studies: Iterable[str] | None = None,
+    split: str | None = None,
+    version: int = 2,
+    weights: Iterable[str] = (),
+    keep_no_chest: bool = False,
+    seed: int | None = None,
+) -> tuple[Plan, Selection | None]:
+    """Fetch the tables of CT-RATE, choose volumes by them, and find out whether these can be fetched.
+
+    Args:
+        destination: folder that becomes a part of CT-RATE, with its layout.
+        patients: how many, of `split` ("valid" if it isn't given); see `select`.
+        studies: names; see `select`.
+        split: "train" or "valid"; alone it means all of it.
+        version: see `select`.
+        weights: names such as "CT-CLIP_v2.pt", to be fetched too.
+        keep_no_chest: keep volumes that show no chest.
+        seed: see `select`.
+
+    Returns:
+        The plan of volumes and weights, and the choice behind it (None where it is only weights).
+
+    Raises:
+        ValueError: nothing chosen, too much, or names that don't exist.
+        OSError: a table can't be fetched; see also `plan_files`.
+    """
+    repository = HubRepository(CT_RATE)
+    weights = [f"{WEIGHTS}/{name}" for name in weights]
+    if patients is None and studies is None and split is None:
+        if not weights:
+            raise ValueError("nothing was chosen: give patients, studies, split or weights")
+        return plan_files(repository, weights, destination), None
+    if split is not None and split not in TABLES:
+        raise ValueError(f"split {split!r}: expected train or valid")
+    studies = None if studies is None else list(studies)
+    named = [name for name in TABLES if any(study.startswith(f"{name}_") for study in studies or ())]
+    tables = [TABLES[name] for name in ([split] if split else named or ["valid"])]
+    plan = plan_files(repository, [path for table in tables for path in table.values()], destination)
+    outcome = download(plan)
+    if outcome.failures:
+        raise OSError(str(outcome))
+    volumes, no_chest = [], []
+    for table in tables:
+        volumes += list(read_table(plan.destination / table["labels"], ["VolumeName"], [])["VolumeName"])
+        no_chest += [] if keep_no_chest else read_names(plan.destination / table["no_chest"])
+    chosen = select(volumes, patients=patients, studies=studies, version=version, no_chest=no_chest, seed=seed)
+    return plan_files(repository, [*chosen.files, *weights], destination), chosen
+
+
+def plan_tokenizer(destination: str | os.PathLike) -> Plan:
+    """Find out whether the tokenizer of the released text encoder can be fetched.
+
+    The encoder's weights are part of CT-CLIP's; of its repository's Python code nothing is fetched.
+
+    Args:
+        destination: folder; the files go into one in it, with the name of their repository.
+
+    Raises:
+        OSError: see `plan_files`.
+    """
+    repository = HubRepository(TEXT_ENCODER, "model")
+    there = repository.ask(lambda api: {entry.path for entry in api.list_repo_tree(TEXT_ENCODER)}, TEXT_ENCODER)
+    names = [name for name in TOKENIZER_FILES if name in there or name == "vocab.txt"]
+    return plan_files(repository, names, Path(destination) / TEXT_ENCODER.rpartition("/")[2])

@@ -1,3 +1,0 @@
-"""CT-RATE and CT-CLIP fetched from the Hugging Face hub."""
-
-__all__ = []
