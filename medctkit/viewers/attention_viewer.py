@@ -151,13 +151,14 @@ class AttentionViewer:
 
     def _offer_controls(self) -> None:
         """Show the controls that the choice needs, with as many layers and heads as the model has."""
-        needed, vision = SHOWN[self.shown.value], self.models[self.model.value].config.vision_config
+        needed = SHOWN[self.shown.value]
         for name in {control for controls in SHOWN.values() for control in controls}:
             getattr(self, name).layout.display = None if name in needed else "none"
         if "layer" in needed:
-            self.layer.max = vision[f"{self.shown.value.split()[0]}_depth"] - 1
+            layers = self.models[self.model.value].vision_encoder.attention_layers()[self.shown.value.split()[0]]
+            self.layer.max = len(layers) - 1
             chosen = self.head.value
-            heads = range(vision["heads"])
+            heads = range(layers[0].heads)
             self.head.options = [(MEAN, MEAN), *((f"head {i}", i) for i in heads)]
             self.head.value = chosen if chosen in heads else MEAN
 

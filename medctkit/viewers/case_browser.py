@@ -3,13 +3,13 @@
 What is shown is computed in `medctkit.viewers.cases`; here it becomes a widget.
 """
 
-import html
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from medctkit.common.templates import filled
 from medctkit.findings import FINDINGS
 from medctkit.viewers.drawing.messages import Messages
 from medctkit.viewers.slice_viewer import SliceViewer
@@ -21,13 +21,8 @@ if TYPE_CHECKING:
     from medctkit.viewers.cases import Sentence
 
 ALL = "all findings"
-MARKS = (  # a colour and a shape for each model, told apart by colour-blind people and in grey
-    ("#0072B2", '<circle cx="{x}" cy="9" r="5" fill="{c}"/>'),
-    ("#D55E00", '<path d="M{x} 3l6 6-6 6-6-6z" fill="{c}"/>'),
-    ("#009E73", '<path d="M{x} 3l6 11h-12z" fill="{c}"/>'),
-    ("#CC79A7", '<path d="M{x} 4m-5 0h10v10h-10z" fill="{c}"/>'),
-)
-LABELS = {1.0: "&#9679; present", 0.0: "&#9675; absent"}  # a full and an empty circle
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # of the models, told apart by colour-blind people
+LABELS = {1.0: ("\N{BLACK CIRCLE}", "present"), 0.0: ("\N{WHITE CIRCLE}", "absent")}
 WIDTH = 180  # of the drawing of a probability, pixels
 
 
@@ -70,8 +65,8 @@ class CaseBrowser:
     ):
         from medctkit.viewers.cases import Cases
 
-        if isinstance(models, Mapping) and len(models) > len(MARKS):
-            raise ValueError(f"{len(models)} models; the browser tells {len(MARKS)} apart")
+        if isinstance(models, Mapping) and len(models) > len(COLOURS):
+            raise ValueError(f"{len(models)} models; the browser tells {len(COLOURS)} apart")
         self.cases = Cases(manifest, models, tokenizer, preprocess_config, cache_dir, limit, prompts)
         self.height, self.slices = height, None
         self._sentence: Sentence | None = None
@@ -214,16 +209,7 @@ def facts(row: Mapping[str, Any]) -> str:
     """Whose study it is and its report, as HTML."""
     present = [name for name in FINDINGS if row[name] == 1]
     unknown = sum(row[name] != row[name] for name in FINDINGS)
-    labels = ", ".join(present) or "none"
-    labels += f"; {unknown} unknown" if unknown else ""
-    where = f"patient {row['patient']}, {row['hospital']} hospital, {row['split']} split"
-    lines = [
-        f"<b>{html.escape(str(row['study']))}</b>",
-        html.escape(where),
-        f"<b>Labels</b> {html.escape(labels)}",
-        f"<b>Report</b> {html.escape(str(row['report']))}",
-    ]
-    return f'<div style="line-height:1.45">{"<br>".join(lines)}</div>'
+    return filled("facts.html", row=row, present=present, unknown=unknown)
 
 
 def probability_table(probabilities: Mapping[str, np.ndarray], labels: np.ndarray) -> str:
@@ -234,32 +220,18 @@ def probability_table(probabilities: Mapping[str, np.ndarray], labels: np.ndarra
         labels: (18,) 0, 1 or NaN, unknown.
     """
     values = np.stack(list(probabilities.values()))  # (models, 18)
-    differences = values.max(0) - values.min(0)
-    order = np.argsort(-differences, kind="stable")
-    marks = dict(zip(probabilities, MARKS, strict=False))
-    key = "".join(
-        f'<span style="white-space:nowrap">{_mark(mark)} {html.escape(n)}</span> ' for n, mark in marks.items()
-    )
-    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in probabilities)
-    rows = []
-    for k in order:
-        label = LABELS.get(float(labels[k]), "? unknown")
-        numbers = "".join(f'<td style="text-align:right">{_number(value)}</td>' for value in values[:, k])
-        told = ", ".join(f"{name} {_number(value)}" for name, value in zip(probabilities, values[:, k], strict=True))
-        spoken = html.escape(f"{FINDINGS[k]}, {label.split(maxsplit=1)[1]}: {told}", quote=True)
-        rows.append(
-            f'<tr><th scope="row" style="text-align:left;font-weight:normal">{FINDINGS[k]}</th><td>{label}</td>'
-            f'<td><svg width="{WIDTH}" height="18" role="img" aria-label="{spoken}">{_drawn(values[:, k])}</svg></td>'
-            f'{numbers}<td style="text-align:right">{_number(differences[k])}</td></tr>'
-        )
-    return (
-        '<table class="medctkit-probabilities" style="line-height:1.3;border-spacing:8px 0">'
-        f'<caption style="text-align:left">Probability of each finding, by disagreement: {key}</caption>'
-        f'<tr><th scope="col" style="text-align:left">finding</th><th scope="col">label</th>'
-        f'<th scope="col" style="font-weight:normal">0<span style="padding:0 {WIDTH / 2 - 22:.0f}px">0.5</span>1</th>'
-        f'{head}<th scope="col">apart</th></tr>'
-        f"{''.join(rows)}</table>"
-    )
+    apart, places = values.max(0) - values.min(0), (8 + values * (WIDTH - 16)).round(1)
+    rows = [
+        {
+            "finding": FINDINGS[k],
+            "label": LABELS.get(float(labels[k]), ("?", "unknown")),
+            "probabilities": values[:, k].tolist(),
+            "at": [(model, x) for model, x in enumerate(places[:, k].tolist()) if x == x],
+            "apart": apart[k],
+        }
+        for k in np.argsort(-apart, kind="stable")
+    ]
+    return filled("probabilities.html", names=[*probabilities], rows=rows, colours=COLOURS, width=WIDTH)
 
 
 def sentence_table(sentence: "Sentence", index: int, studies: Sequence[str]) -> str:
@@ -270,41 +242,11 @@ def sentence_table(sentence: "Sentence", index: int, studies: Sequence[str]) -> 
         index: of the study.
         studies: names of all.
     """
-    what = "probability" if sentence.denying else "cosine"
-    rows = []
+    rows = {}
     for name, values in sentence.values.items():
         share, known = sentence.share_below(name, index), int((~np.isnan(values)).sum())
         others = "no other studies" if np.isnan(share) else f"{share:.0%} of the other {known - 1:,} studies"
-        best = f"{studies[np.nanargmax(values)]} ({_number(np.nanmax(values))})" if known else "none"
-        cells = [_number(values[index]), others, html.escape(best)]
-        rows.append(f'<tr><th scope="row" style="text-align:left">{html.escape(name)}</th>{_cells(cells)}</tr>')
-    head = "".join(f'<th scope="col">{text}</th>' for text in ("model", what, "nearer to it than", "nearest of all"))
-    reads = html.escape(" ".join(sentence.tokens))
-    return (
-        f'<table class="medctkit-sentence" style="line-height:1.4;border-spacing:10px 0"><tr>{head}</tr>'
-        f"{''.join(rows)}</table><div>The text encoder reads: <code>{reads}</code></div>"
-    )
-
-
-def _cells(texts: Sequence[str]) -> str:
-    return "".join(f"<td>{text}</td>" for text in texts)
-
-
-def _number(value: float) -> str:
-    return "?" if np.isnan(value) else f"{value:.2f}"
-
-
-def _mark(mark: tuple[str, str], x: float = 9) -> str:
-    """The key of a model: its mark in a small picture."""
-    return f'<svg width="18" height="18" aria-hidden="true">{mark[1].format(x=x, c=mark[0])}</svg>'
-
-
-def _drawn(values: Sequence[float]) -> str:
-    """Marks of the models on a line from 0 to 1, and what lies between them."""
-    at = [None if np.isnan(value) else 8 + value * (WIDTH - 16) for value in values]
-    there = [x for x in at if x is not None]
-    lines = [f'<path d="M8 9h{WIDTH - 16}M{WIDTH / 2} 2v14" stroke="currentColor" stroke-opacity="0.3"/>']
-    if there:
-        lines.append(f'<path d="M{min(there):.1f} 9H{max(there):.1f}" stroke="currentColor" stroke-width="2"/>')
-    marks = [mark.format(x=f"{x:.1f}", c=c) for x, (c, mark) in zip(at, MARKS, strict=False) if x is not None]
-    return "".join(lines + marks)
+        best = f"{studies[np.nanargmax(values)]} ({np.nanmax(values):.2f})" if known else "none"
+        rows[name] = ("?" if np.isnan(values[index]) else f"{values[index]:.2f}", others, best)
+    what = "probability" if sentence.denying else "cosine"
+    return filled("sentence.html", what=what, rows=rows, tokens=sentence.tokens)

@@ -101,7 +101,7 @@ class Cases:
         if limit is not None and not (isinstance(limit, int) and limit >= 1):
             raise ValueError(f"limit={limit!r}: expected a whole number of studies, at least 1, or None for all")
         for name, model in models.items():
-            sees = tuple(model.config.volume_shape)
+            sees = model.preprocess_config.shape
             if sees != preprocess_config.shape:
                 raise ValueError(
                     f"model {name!r} sees volumes of {sees} voxels, preprocess_config makes {preprocess_config.shape}; "

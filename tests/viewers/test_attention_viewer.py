@@ -40,7 +40,7 @@ def models():
 
 @pytest.fixture(scope="module")
 def config(models):
-    return PreprocessConfig.for_model(models["base"].config)
+    return models["base"].preprocess_config
 
 
 @pytest.fixture

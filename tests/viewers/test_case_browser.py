@@ -17,7 +17,7 @@ from medctkit.findings import FINDINGS
 from medctkit.scans.preprocessing import PreprocessConfig
 from medctkit.viewers import case_browser
 from medctkit.viewers.case_browser import CaseBrowser, probability_table
-from medctkit.viewers.cases import Cases
+from medctkit.viewers.cases import Cases, Sentence
 from medctkit.zero_shot.classifier import ZeroShotClassifier
 
 MANIFEST = Path(__file__).resolve().parents[2] / "data_manifest.csv"
@@ -50,7 +50,7 @@ def models():
 
 @pytest.fixture(scope="module")
 def config(models):
-    return PreprocessConfig.for_model(models["base"].config)
+    return models["base"].preprocess_config
 
 
 @pytest.fixture(scope="module")
@@ -166,8 +166,9 @@ def test_a_sentence_alone_has_a_cosine_and_a_place_among_the_studies(cases, mode
             text = model.encode_text(words["input_ids"], words["attention_mask"])[0]
         values = (cases.embeddings[name] @ text).numpy()
         np.testing.assert_allclose(found.values[name], values, atol=1e-6)
-        order = np.argsort(values)
-        assert [found.share_below(name, i) for i in order] == pytest.approx([0, 0.25, 0.5, 0.75, 1])
+    told = Sentence("a", "", {"base": np.array([0.3, -0.1, np.nan, 0.7, 0.3])}, ())
+    shares = [told.share_below("base", i) for i in range(5)]
+    assert shares == pytest.approx([1 / 3, 0, np.nan, 1, 1 / 3], nan_ok=True), "ties are not below; unknown is left out"
 
 
 def test_bad_input_is_refused(rows, models, tokenizer, config, cases):
