@@ -104,7 +104,7 @@ class Canvas:
 def ellipsoid(
     z: np.ndarray, y: np.ndarray, x: np.ndarray, centre: Point, radii: Point, axis: Point | None = None
 ) -> np.ndarray:
-    """Approximate signed distance (mm) at z, y, x to an ellipsoid; the first of its `radii` lies along `axis`."""
+    """Approximate signed distance (mm) at z, y, x to an ellipsoid around `centre`; the first of `radii` lies along `axis`."""
     dz, dy, dx = z - centre[0], y - centre[1], x - centre[2]
     if axis is None:
         q = (dz / radii[0]) ** 2 + (dy / radii[1]) ** 2 + (dx / radii[2]) ** 2
@@ -157,7 +157,7 @@ def tubes(canvas: Canvas, segments: np.ndarray, radii: np.ndarray) -> Found | No
 def scatter_thin(
     share: np.ndarray, axes: Sequence[np.ndarray], spacing: Point, segments: np.ndarray, radii: np.ndarray
 ) -> None:
-    """Add the volume of thin tubes to the voxels they pass, with trilinear weights; lengths in mm."""
+    """Add the volume of thin tubes (radii in mm) to the voxels of `share` (d, h, w), with trilinear weights."""
     lengths = np.linalg.norm(segments[:, 1] - segments[:, 0], axis=1)
     counts = np.maximum(1, np.ceil(2 * lengths / min(spacing))).astype(int)
     index = np.repeat(np.arange(len(segments)), counts)
