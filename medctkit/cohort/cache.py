@@ -16,18 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from medctkit.cohort.manifest import has_file, reading_arguments, volume_from_row
 from medctkit.common.atomic import replacing
-from medctkit.scans.preprocessing import PreprocessConfig
+from medctkit.scans.preprocessing import PreprocessConfig, preprocess
 
 if TYPE_CHECKING:
     import torch
-from typing import TYPE_CHECKING
-
-from medctkit.cohort.manifest import has_file, reading_arguments, volume_from_row
-from medctkit.scans.preprocessing import preprocess
-
-if TYPE_CHECKING:
-    pass
 
 FORMAT = 2  # raised when the content of prepared files changes
 STEPS = 8192  # prepared values are stored as whole numbers of 1/8192: at most 6.1e-5 off, 0.06 HU

@@ -4,8 +4,11 @@ Phantoms are made from their seeds, real scans (rows with a `path`) are read; bo
 once, and are read from the cache from then on.
 """
 
+import math
+import os
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,20 +17,14 @@ from torch.utils.data import Dataset
 from medctkit.cohort.cache import VolumeCache, content_of, key_of, prepare_row
 from medctkit.cohort.manifest import volume_from_row
 from medctkit.cohort.prepare import prepare
+from medctkit.common.processes import accelerator_for
 from medctkit.findings import FINDINGS
 from medctkit.scans.preprocessing import PreprocessConfig, preprocess
 
 if TYPE_CHECKING:
     import pandas as pd
-import math
-import os
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from medctkit.common.processes import accelerator_for
-
-if TYPE_CHECKING:
-    import pandas as pd
+IN_MEMORY = 4e9  # bytes of volumes up to which a data set is loaded at once
 
 
 class CTReportDataset(Dataset):
@@ -144,10 +141,7 @@ def report_ids(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.T
     return torch.tensor([int.from_bytes(blake2b(report, digest_size=8).digest(), signed=True) for report in reports])
 
 
-IN_MEMORY = 4e9  # bytes of volumes up to which a data set is loaded at once
-
-
-def cohort(
+def load_split(
     manifest: "pd.DataFrame", hospital: str | None, split: str, preprocess_config: PreprocessConfig, cache_dir
 ) -> CTReportDataset:
     """The prepared studies of one hospital (None: of all) and split; in memory if they are small enough.

@@ -1,7 +1,8 @@
 """Prepare a manifest's volumes for a model: on the cores of this machine or on a cluster, each volume once.
 
 Every volume is one task of dask.distributed: read or generate, pre-process, store in the cache. A bad volume is
-recorded and the rest goes on. What is stored stays, so a run that was stopped goes on where it was.
+recorded and the rest goes on. What is stored stays, so a run that was stopped goes on where it was. Without dask (the
+extra `cluster`) volumes are prepared here, one after the other.
 """
 
 import csv
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +81,7 @@ def prepare(
         cache_dir: folder of the cache, reachable from the workers.
         scheduler: address of a dask scheduler, such as "tcp://10.1.2.3:8786"; None: a cluster of this machine's
             cores, on the loopback interface, for the time of this call.
-        workers: processes of the local cluster; by default one for each core.
+        workers: processes of the local cluster; by default one for each core; without dask only this one.
         verify: read every prepared volume again, and make the damaged ones anew.
 
     Returns:
@@ -87,6 +89,7 @@ def prepare(
 
     Raises:
         ValueError: `workers` with a `scheduler`, which brings its own.
+        ImportError: `scheduler` or several `workers` without dask.
         ConnectionError: no scheduler answers.
         OSError: no room on the disk.
     """
@@ -102,8 +105,14 @@ def prepare(
     if not todo:
         return done
     cores = os.cpu_count() or 1
-    workers = None if scheduler else min(workers or cores, len(todo))
-    print(_announcement(len(todo), len(rows), config, Path(cache_dir), scheduler or f"{workers} of {cores} cores"))
+    if find_spec("distributed") is None:
+        if scheduler or (workers or 1) > 1:
+            raise ImportError("several workers need dask, which is not installed: pip install 'medctkit[cluster]'")
+        where = "this process (on all cores with `pip install 'medctkit[cluster]'`)"
+    else:
+        workers = None if scheduler else min(workers or cores, len(todo))
+        where = scheduler or f"{workers} of {cores} cores"
+    print(_announcement(len(todo), len(rows), config, Path(cache_dir), where))
     busy = []
     with (
         open(cache.folder / CONTENTS, "a", newline="", encoding="utf-8") as contents,
@@ -111,7 +120,7 @@ def prepare(
         closing(_results(client, todo, config, cache)) as results,
         tqdm(total=len(todo), desc="preparing", unit="volume") as bar,
     ):
-        if client.dashboard_link:
+        if client and client.dashboard_link:
             bar.write(f"dashboard: {client.dashboard_link}")
         for row, result in results:
             bar.update()
@@ -199,7 +208,11 @@ def _announcement(n: int, of: int, config: PreprocessConfig, folder: Path, where
 
 
 @contextmanager
-def _client(scheduler: str | None, workers: int | None) -> "Iterator[Client]":
+def _client(scheduler: str | None, workers: int | None) -> "Iterator[Client | None]":
+    """Of a cluster; None where dask isn't installed."""
+    if find_spec("distributed") is None:
+        yield None
+        return
     import dask
     from distributed import Client, LocalCluster
 
@@ -231,12 +244,16 @@ def _client(scheduler: str | None, workers: int | None) -> "Iterator[Client]":
         yield client
 
 
-def _results(client: "Client", todo: list[dict], config, cache) -> Iterator[tuple[dict, dict[str, Any]]]:
+def _results(client: "Client | None", todo: list[dict], config, cache) -> Iterator[tuple[dict, dict[str, Any]]]:
     """(row, result of `_task`) as they come."""
+    if client is None:
+        for row in todo:
+            yield row, _task(row, config, cache)
+        return
     from distributed import as_completed
 
     keys = [f"prepare-{i}-{row['study']}" for i, row in enumerate(todo)]
-    futures = client.map(_task, todo, key=keys, config=config, cache=cache, batch_size=1000)
+    futures = client.map(_task_of_a_worker, todo, key=keys, config=config, cache=cache, batch_size=1000)
     rows = dict(zip(keys, todo, strict=True))
     try:
         for future in as_completed(futures):
@@ -244,11 +261,7 @@ def _results(client: "Client", todo: list[dict], config, cache) -> Iterator[tupl
             if error is None:
                 yield rows[future.key], future.result()
             elif isinstance(error, OSError) and error.errno in _DISK_FULL:
-                raise OSError(
-                    error.errno,
-                    f"no room left in {cache.folder} ({error.strerror}). What is prepared is whole; make room and "
-                    "start again, it goes on where it was",
-                )
+                raise error
             else:  # the worker died again and again
                 yield rows[future.key], {"error": type(error).__name__, "message": _died(error)}
             future.release()
@@ -260,11 +273,15 @@ def _died(error: BaseException) -> str:
     return f"its worker process died each time it was tried, as a rule for want of memory: {error}"
 
 
-def _task(row: Mapping, config: PreprocessConfig, cache: VolumeCache) -> dict[str, Any]:
-    """On a worker: prepare one row, or say why not. Only a full disk, which ends everything, is raised."""
+def _task_of_a_worker(row: Mapping, config: PreprocessConfig, cache: VolumeCache) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(1)  # the processes are the parallelism
+    return _task(row, config, cache)
+
+
+def _task(row: Mapping, config: PreprocessConfig, cache: VolumeCache) -> dict[str, Any]:
+    """Prepare one row, or say why not. Only a full disk, which ends everything, is raised."""
     started = time.perf_counter()
     try:
         stamp = _stamp(row["path"]) if has_file(row) else None
@@ -274,6 +291,10 @@ def _task(row: Mapping, config: PreprocessConfig, cache: VolumeCache) -> dict[st
         size = 0 if cache.load(key) is not None else prepare_row(row, content, config, cache)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _DISK_FULL:
-            raise
+            raise OSError(
+                error.errno,
+                f"no room left in {cache.folder} ({error.strerror}). What is prepared is whole; make room and start "
+                "again, it goes on where it was",
+            ) from None
         return {"error": type(error).__name__, "message": str(error)}
     return {"content": content, "stamp": stamp, "bytes": size, "seconds": time.perf_counter() - started}

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medctkit.cohort.dataset import CTReportDataset, cohort, prepared_dir
+from medctkit.cohort.dataset import CTReportDataset, load_split, prepared_dir
 from medctkit.cohort.download import CT_RATE, TEXT_ENCODER, WEIGHTS
 from medctkit.cohort.hub_repository import token_source
 from medctkit.cohort.manifest import SPLITS, has_file, load_manifest, study_from_row, volume_from_row
@@ -94,7 +94,7 @@ class World:
         """
         if split not in SPLITS:
             raise ValueError(f"split {split!r}: expected one of {', '.join(SPLITS)}")
-        return cohort(self.manifest, self.hospital, split, self.preprocess_config, self.cache_dir)
+        return load_split(self.manifest, self.hospital, split, self.preprocess_config, self.cache_dir)
 
     def sample(self, split: str = "test", index: int = 0) -> tuple[CTVolume, dict]:
         """One study to look at, in Hounsfield units: a scan as it is on disk, or a phantom at a fine resolution.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from medctkit.cohort.dataset import cohort, prepared_dir
+from medctkit.cohort.dataset import load_split, prepared_dir
 from medctkit.cohort.manifest import load_manifest
 from medctkit.common.processes import accelerator_for
 from medctkit.common.provenance import write_json
@@ -136,7 +136,7 @@ def adapt(
     cache_dir = prepared_dir(manifest_path, output_dir, cache_dir)
     config, base, manifest = settings.config(seed), origin.load(), load_manifest(manifest_path)
     train, valid = (
-        cohort(manifest, origin.hospital, split, base.preprocess_config, cache_dir) for split in ("train", "valid")
+        load_split(manifest, origin.hospital, split, base.preprocess_config, cache_dir) for split in ("train", "valid")
     )
     torch.manual_seed(seed)
     model = add_lora(base.model, settings.preset, r=settings.rank)
@@ -162,7 +162,7 @@ def adapt(
 def source_auroc(manifest_path, cache_dir, seed: int = 0) -> "pd.DataFrame":
     """The base model on its own hospital's test patients; see `medctkit.metrics.scores.evaluate`."""
     mini = load_mini_base()
-    dataset = cohort(load_manifest(manifest_path), "source", "test", mini.preprocess_config, cache_dir)
+    dataset = load_split(load_manifest(manifest_path), "source", "test", mini.preprocess_config, cache_dir)
     classifier = ZeroShotClassifier(mini.model, mini.tokenizer)
     seen = classifier.embed(dataset)
     return evaluate(seen.labels, classifier.scores_from_embeddings(seen.embeddings), seen.patients, seed=seed)

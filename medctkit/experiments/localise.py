@@ -18,7 +18,7 @@ from medctkit.attention.localisation import (
     rollout_of_regions,
     sanity_check,
 )
-from medctkit.cohort.dataset import cohort, prepared_dir
+from medctkit.cohort.dataset import load_split, prepared_dir
 from medctkit.cohort.manifest import load_manifest
 from medctkit.common.atomic import replacing
 from medctkit.common.provenance import made_with, write_json
@@ -82,7 +82,7 @@ def measure_localisation(
     models = {"base": base.model, "adapted": load_adapter(origin.load().model, output_dir / "adapter")}
     manifest = load_manifest(manifest_path)
     grid, config = base.model.config.grid, base.preprocess_config
-    dataset = cohort(manifest, origin.hospital, "test", config, prepared_dir(manifest_path, output_dir, cache_dir))
+    dataset = load_split(manifest, origin.hospital, "test", config, prepared_dir(manifest_path, output_dir, cache_dir))
     regions = find_regions(dataset.rows[:studies], config, grid, progress)
     maps = {}
     for name, model in models.items():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from medctkit.cli import app
-from medctkit.cohort.dataset import cohort, prepared_dir
+from medctkit.cohort.dataset import load_split, prepared_dir
 from medctkit.cohort.manifest import load_manifest, write_manifest
 from medctkit.experiments.adapt import DEFAULT, FULL_SIZE, Origin, adapt
 from medctkit.experiments.audit import DEFECTS
@@ -118,7 +118,7 @@ def test_load_base(checkpoint, tmp_path, monkeypatch):
 
 def test_a_hospital_that_the_manifest_lacks_is_named(few):
     with pytest.raises(ValueError, match=r"no train studies of hospital 'north'; its hospitals are target"):
-        cohort(load_manifest(few), "north", "train", load_mini_base().preprocess_config, None)
+        load_split(load_manifest(few), "north", "train", load_mini_base().preprocess_config, None)
 
 
 def test_where_prepared_volumes_are(few, tmp_path):

@@ -23,7 +23,7 @@ def auroc(tmp_path_factory):
     classifier = ZeroShotClassifier(mini.model, mini.tokenizer)
     found = {}
     for hospital in ("source", "target"):
-        data = experiment.cohort(manifest, hospital, "test", mini.preprocess_config, cache)
+        data = experiment.load_split(manifest, hospital, "test", mini.preprocess_config, cache)
         seen = classifier.embed(data, progress=False)
         scores = classifier.scores_from_embeddings(seen.embeddings)
         found[hospital] = evaluate(seen.labels, scores, seen.patients, resamples=200)
