@@ -127,7 +127,7 @@ def main(environment: Path) -> None:
     if subprocess.run([*pip, "--version"], capture_output=True).returncode:  # environments made by uv
         subprocess.run([python, "-m", "ensurepip"], check=True)
     install_torch(python)
-    everything = ["-c", "constraints.txt", "-e", ".[notebooks,test]"]
+    everything = ["-c", "constraints.txt", "-e", ".[cluster,tensorboard,notebooks,test]"]
     print("Installing medctkit and what it needs", flush=True)
     code = subprocess.run([*pip, "install", "--quiet", *everything], cwd=ROOT).returncode
     if code:
