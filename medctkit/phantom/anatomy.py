@@ -104,7 +104,7 @@ class Canvas:
 def ellipsoid(
     z: np.ndarray, y: np.ndarray, x: np.ndarray, centre: Point, radii: Point, axis: Point | None = None
 ) -> np.ndarray:
-    """Approximate signed distance (mm) at z, y, x to an ellipsoid of `radii` at `centre`; the first lies along `axis`."""
+    """Approximate signed distance (mm) at z, y, x to an ellipsoid at `centre`; the first of `radii` is along `axis`."""
     dz, dy, dx = z - centre[0], y - centre[1], x - centre[2]
     if axis is None:
         q = (dz / radii[0]) ** 2 + (dy / radii[1]) ** 2 + (dx / radii[2]) ** 2
