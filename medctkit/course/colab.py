@@ -50,7 +50,8 @@ def needed(project: Mapping) -> dict[str, str]:
     Raises:
         ValueError: a requirement that isn't "name>=version".
     """
-    listed = [*project["project"]["dependencies"], *project["project"]["optional-dependencies"]["notebooks"]]
+    extras = project["project"]["optional-dependencies"]
+    listed = [*project["project"]["dependencies"], *extras["cluster"], *extras["tensorboard"], *extras["notebooks"]]
     lowest = {}
     for requirement in listed:
         found = _REQUIREMENT.fullmatch(requirement.strip())

@@ -24,6 +24,7 @@ COLAB = {
 }
 LACKING = ["distributed", "monai", "pydicom", "simpleitk"]
 CELL = course.COLAB_CELL.read_text()
+EXTRAS = ("cluster", "tensorboard", "notebooks")
 SLOW = "MEDCTKIT_TEST_COLAB"
 
 
@@ -43,7 +44,7 @@ def test_servers_and_tools_are_not_asked_for():
 
 
 def test_a_requirement_it_cannot_read_is_an_error():
-    odd = {"project": {"dependencies": ["numpy>=2,<3"], "optional-dependencies": {"notebooks": []}}}
+    odd = {"project": {"dependencies": ["numpy>=2,<3"], "optional-dependencies": dict.fromkeys(EXTRAS, ())}}
     with pytest.raises(ValueError, match="requirement 'numpy>=2,<3': expected name>=version"):
         colab.needed(odd)
 
