@@ -21,9 +21,10 @@ extensions = [
     "sphinx-mathjax-offline",
 ]
 root_doc = "docs/index"
-include_patterns = ["README.md", "docs/**.md", "notebooks/*.ipynb", "medctkit/assets/mini/README.md"]
+include_patterns = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**.md", "notebooks/*.ipynb", "medctkit/assets/mini/README.md"]
 # Not looked through: what is large, or not ours.
-exclude_patterns = [".*", "bench", "build", "data", "dist", "runs", "tests", "*.egg-info", "**.ipynb_checkpoints"]
+exclude_patterns = [".*", "bench", "build", "data", "dist", "runs", "tests", "tools", "*.egg-info"]
+exclude_patterns += ["**.ipynb_checkpoints"]
 
 # Notebooks show what `make render` wrote into them; nothing runs here.
 nb_execution_mode = "off"

@@ -51,18 +51,18 @@ def test_the_command_writes_what_it_prints(few):
     assert "adapted, relevance" in done.output and "shuffled" in done.output
 
 
-def test_readme_quotes_what_was_measured():
+def test_the_page_on_localisation_quotes_what_was_measured():
     found = json.loads((ROOT / "bench" / "localisation.json").read_text())
-    readme = (ROOT / "README.md").read_text()
+    page = (ROOT / "docs" / "localisation.md").read_text()
     assert found["made_with"]["command"].startswith("medctkit localise runs/")
     by_method = pd.DataFrame(found["means"]).groupby("method", sort=False)
     for method, rows in by_method:
         cells = [f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in rows.itertuples()]
-        assert f"| {method} | {' | '.join(cells)} |" in readme
+        assert f"| {method} | {' | '.join(cells)} |" in page
     for row in found["means"]:
-        assert f"{row['score']} ({row['chance']:.3f} by chance)" in readme
+        assert f"{row['score']} ({row['chance']:.3f} by chance)" in page
     difference = found["differences"][0]
     quoted = f"{difference['value']:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}]"
-    assert difference["difference"] == "adapted minus base" and quoted in readme
+    assert difference["difference"] == "adapted minus base" and quoted in page
     projection = next(row for row in found["sanity"] if row["shuffled"] == "projection" and row["model"] == "base")
-    assert f"from 1 to {projection['relevance']:.2f}" in readme
+    assert f"from 1 to {projection['relevance']:.2f}" in page

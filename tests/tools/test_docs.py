@@ -6,19 +6,17 @@ import inspect
 import json
 import pydoc
 import re
-import tomllib
 from pathlib import Path
 
 import nbformat
 import pytest
 from markdown_it import MarkdownIt
-from packaging.requirements import Requirement
 
 import medctkit
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "medctkit/assets/mini/README.md"]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), ROOT / "medctkit/assets/mini/README.md"]
 GLOSSARY = ROOT / "docs" / "glossary.md"
 
 
@@ -138,12 +136,9 @@ def test_a_term_of_the_glossary_links_to_a_notebook_that_uses_it(term):
 
 
 def test_the_prevalences_of_the_glossary_are_those_of_ct_rate():
-    low, high = (
-        min(medctkit.PREVALENCE.items(), key=lambda x: x[1]),
-        max(medctkit.PREVALENCE.items(), key=lambda x: x[1]),
-    )
-    for name, share in (low, high):
-        assert f"{100 * share:.1f} % ({name.lower()})" in entries()["Prevalence"][1]
+    shares = medctkit.findings.PREVALENCE
+    for name in (min(shares, key=shares.get), max(shares, key=shares.get)):
+        assert f"{100 * shares[name]:.1f} % ({name.lower()})" in entries()["Prevalence"][1]
 
 
 # --- pages that quote ------------------------------------------------------------------------------------
@@ -178,27 +173,87 @@ def test_a_notebook_without_the_table_and_a_page_without_marks_are_refused(tmp_p
         course_map.with_map(f"{course_map.END} {course_map.BEGIN}")
 
 
-def test_the_page_on_the_released_weights_quotes_what_was_measured():
-    data, model, memory = (json.loads((ROOT / "bench" / f"{n}.json").read_text()) for n in ("data", "model", "memory"))
-    peak = {(row["batch"], row["volumes_at_a_time"], row["measures"]): row["peak"] for row in memory["bytes_of_a_step"]}
-    prepare = data["prepare"]
+def test_the_front_door_is_short_and_says_what_is_wrong():
+    readme = (ROOT / "README.md").read_text()
+    assert readme.count("\n") <= 150
+    assert "CHANGELOG.md#known-faults" in readme.partition("## The course")[0]
+
+
+def test_the_front_door_shows_what_notebook_04_measured():
+    cells = nbformat.read(ROOT / "notebooks" / "04_zero_shot_evaluation.ipynb", as_version=4).cells
+    printed = " ".join("".join(o.get("text", "") for cell in cells for o in cell.get("outputs", ())).split())
+    rows = re.findall(r"^\| (?:mean AUROC|accuracy|macro-F1) .*$", (ROOT / "README.md").read_text(), re.M)
+    assert len(rows) == 3
+    assert [row for row in rows if " ".join(re.sub(r"[|*]", " ", row).split()) not in printed] == []
+
+
+def measured():
+    """Page -> what it quotes of bench/*.json."""
+    names = ("data", "model", "memory", "viewers")
+    data, model, memory, viewers = (json.loads((ROOT / "bench" / f"{name}.json").read_text()) for name in names)
+    seconds = {part: row["seconds"] for part, row in model["parts"].items()}
+    shares = {name: row["share_of_public_seconds"] for name, row in model["against_the_public_code"].items()}
+    vision, pairs = "vision encoder", "one volume against 18 prompt pairs"
+    preprocessing, cache, prepare = data["preprocessing"], data["cache"], data["prepare"]
     whole = prepare["all_of_ct_rate"]
-    page = (ROOT / "docs" / "released.md").read_text()
-    for quoted in (
-        f"| {prepare['megabytes_per_volume']:.0f} MB | {prepare['seconds_of_one_core_per_volume']:.1f} s of one core |",
-        f"| {whole['terabytes']:.1f} TB | {whole['hours_on_16_cores']:.1f} h on 16 cores |",
-        f"| {model['parts']['vision encoder']['seconds']:.1f} s on two cores |",
-        f"| {peak[8, 8, 'float32 weights'] / 1e9:.1f} GB |",
-        f"| {peak[8, 8, 'checkpointing and bf16'] / 1e9:.1f} GB |",
-        f"| {peak[32, 2, 'checkpointing and bf16'] / 1e9:.1f} GB |",
-    ):
-        assert quoted in page, f"docs/released.md does not say {quoted!r}"
+    minutes = {cores: 60 * whole[f"hours_on_{cores}_cores"] for cores in (16, 64, 256)}
+    steps = {(row["batch"], row["volumes_at_a_time"], row["measures"]): row for row in memory["bytes_of_a_step"]}
+    kept, again, cached = (
+        f"{steps[key]['peak'] / 1e9:.1f} GB"
+        for key in ((8, 8, "float32 weights"), (8, 8, "checkpointing and bf16"), (32, 2, "checkpointing and bf16"))
+    )
+    slowest = max(
+        step["milliseconds"]
+        for steps in viewers["steps"].values()
+        if isinstance(steps, dict)
+        for step in steps.values()
+    )
+    megabytes, core = f"{prepare['megabytes_per_volume']:.0f} MB", prepare["seconds_of_one_core_per_volume"]
+    return {
+        "data": (
+            f"a `.nii.gz` of {cache['megabytes_of_nifti']:.0f} MB",
+            f"{core:.1f} s of one core, {megabytes}",
+            f"{cache['load_seconds']:.2f} s, a single slice {cache['one_slice_milliseconds']:.0f} ms",
+            f"{preprocessing['times_faster']:.1f} times faster",
+            f"with {100 * preprocessing['share_of_peak_memory']:.0f} % of its memory",
+            f"{whole['terabytes']:.1f} TB; {minutes[16] / 60:.1f} h on 16 cores, {minutes[64]:.0f} min on 64, "
+            f"{minutes[256]:.0f} min on 256",
+            f"{seconds[vision]:.1f} s for the embedding of a volume, "
+            f"{seconds[pairs]:.1f} s against all 18 prompt pairs",
+            f"{shares[vision]:.2f} and {shares[pairs]:.3f} of the public code's time",
+        ),
+        "training": (
+            f"weights in float32 | {kept} |",
+            f"frozen weights in bf16 | **{again}** |",
+            f"batch 32, two volumes at a time | {cached} |",
+        ),
+        "released": (
+            f"| {megabytes} | {core:.1f} s of one core |",
+            f"| {whole['terabytes']:.1f} TB | {whole['hours_on_16_cores']:.1f} h on 16 cores |",
+            f"| {seconds[vision]:.1f} s on two cores |",
+            *(f"| {peak} |" for peak in (kept, again, cached)),
+        ),
+        "viewing": (f"{slowest:.0f} ms at the most",),
+    }
 
 
-def test_the_page_for_teachers_quotes_the_comparison_that_comes_with_the_package():
+@pytest.mark.parametrize("page", measured())
+def test_a_page_quotes_what_make_bench_measured(page):
+    text = " ".join((ROOT / "docs" / f"{page}.md").read_text().split())
+    assert [quoted for quoted in measured()[page] if quoted not in text] == []
+
+
+def test_pages_quote_the_comparison_that_comes_with_the_package():
     from medctkit.experiments.compare.results import load_results, method_table
 
     table = method_table(load_results()).set_index("label")
+    page = (ROOT / "docs" / "comparison.md").read_text()
+    for row in table.reset_index().itertuples():
+        name = row.label if row.zero_shot else f"{row.label} (not zero-shot)"
+        quoted = f"| {name} | {row.auroc:.3f} [{row.auroc_low:.3f}, {row.auroc_high:.3f}] | {row.trainable:,.0f} |"
+        assert quoted in page
+        if row.seconds_per_step == row.seconds_per_step:
+            assert f"| {row.seconds_per_step_of_full:.2f} | {row.peak_bytes_of_full:.2f} |" in page
     lora, vera = table.loc["LoRA"], table.loc["VeRA"]
     page = " ".join((ROOT / "docs" / "teaching.md").read_text().split())
     assert f"a step of LoRA takes {lora.seconds_per_step_of_full:.2f} of the time" in page
@@ -353,11 +408,3 @@ def test_the_site_takes_nothing_from_the_network_and_runs_nothing():
     assert "sphinx-mathjax-offline" in conf.extensions
     for path in (ROOT / "docs" / "static").iterdir():
         assert "//" not in path.read_text(), f"{path.name} names a server"
-
-
-def test_what_builds_the_site_is_pinned():
-    optional = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
-    pins = {r.name.lower().replace("_", "-"): str(r.specifier).removeprefix("==") for r in map(Requirement, lines)}
-    for requirement in map(Requirement, optional["docs"]):
-        assert pins[requirement.name.lower()] in requirement.specifier

@@ -1,8 +1,9 @@
-"""What holds the project together: one-way imports, quick import, matching dependency files, notebooks."""
+"""What holds the project together: one-way imports, quick import, dependency files that match, commands, notebooks."""
 
 import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -19,6 +20,7 @@ from tools import notebooks as course
 
 ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+OPTIONAL = PYPROJECT["project"]["optional-dependencies"]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 # import name -> distribution name, where they differ
@@ -26,19 +28,16 @@ DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow"}
 
 
 def imports(path):
-    """All modules that a file imports, anywhere in it, as dotted names."""
+    """The top packages that a file imports, anywhere in it."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = "medctkit" if node.level else node.module
-            base = f"{base}.{node.module}" if node.level and node.module else base
-            yield from ([f"medctkit.{alias.name}" for alias in node.names] if base == "medctkit" else [base])
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module.split(".")[0]
 
 
 def requirements(*extras):
-    optional = PYPROJECT["project"]["optional-dependencies"]
-    listed = [*PYPROJECT["project"]["dependencies"], *(r for extra in extras for r in optional[extra])]
+    listed = [*PYPROJECT["project"]["dependencies"], *(r for extra in extras for r in OPTIONAL[extra])]
     return {requirement.name.lower(): requirement for requirement in map(Requirement, listed)}
 
 
@@ -46,13 +45,31 @@ def normal(name):
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def test_every_import_is_a_declared_dependency():
-    declared = {normal(name) for name in requirements("notebooks")}
+def test_every_import_of_the_package_is_a_declared_dependency():
+    declared = {normal(name) for name in requirements(*set(OPTIONAL) - {"docs", "test"})}
     for path in (ROOT / "medctkit").rglob("*.py"):
-        outer = {name.split(".")[0] for name in imports(path)} - sys.stdlib_module_names - {"medctkit"}
+        outer = set(imports(path)) - sys.stdlib_module_names - {"medctkit"}
         used = {normal(DISTRIBUTIONS.get(name, name)) for name in outer}
-        # nbclient is papermill's engine
-        assert used <= declared | {"nbclient"}, f"{path.name}: {sorted(used - declared)} not in pyproject.toml"
+        assert used <= declared, f"{path.name}: {sorted(used - declared)} not in pyproject.toml"
+
+
+def test_the_picture_of_the_house_is_the_contract():
+    contract = PYPROJECT["tool"]["importlinter"]["contracts"][0]
+    rows = [set(layer.split(" | ")) for layer in reversed(contract["layers"])]
+    drawn = re.findall(r"^ row (\d+) +│(.*)│", (ROOT / "CONTRIBUTING.md").read_text(), re.M)
+    assert [int(number) for number, _ in drawn] == list(range(1, len(rows) + 1))
+    assert [{name.strip() for name in cells.split("│")} for _, cells in drawn] == rows
+
+
+def test_an_import_from_a_row_below_is_reported(tmp_path):
+    shutil.copytree(ROOT / "medctkit", tmp_path / "medctkit", ignore=shutil.ignore_patterns("assets", "__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    with open(tmp_path / "medctkit" / "scans" / "hounsfield.py", "a") as file:
+        file.write("\nimport medctkit.viewers\n")
+    command = [Path(sys.executable).with_name("lint-imports"), "--no-cache"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.search(r"medctkit\.scans is not allowed to import medctkit\.viewers", done.stdout), done.stdout
 
 
 def test_import_is_quick_and_names_load_on_use():
@@ -99,11 +116,11 @@ def test_environment_yml_says_what_pyproject_says():
     file, conda, pip = conda_file()
     assert set(file) == {"name", "channels", "dependencies"}
     assert file["channels"][0] == "conda-forge" and "defaults" not in file["channels"]
-    assert pip[0] == "-c constraints.txt" and pip[-1] == "-e .[notebooks,test]"
+    assert pip[0] == "-c constraints.txt" and pip[-1] == "-e .[cluster,tensorboard,notebooks,test]"
     conda = {r.name: r.specifier for r in map(Requirement, conda)}  # also checks each spec's syntax
     assert conda.pop("python") == SpecifierSet(PYPROJECT["project"]["requires-python"])
     assert {"pip", "pytorch"} <= set(conda)
-    known = requirements("notebooks", "test")
+    known = requirements("cluster", "tensorboard", "notebooks", "test")
     assert conda["pytorch"] == known["torch"].specifier
     for requirement in map(Requirement, pip[1:-1]):
         assert requirement.specifier == known[requirement.name.lower()].specifier, requirement
@@ -115,17 +132,32 @@ def test_environment_yml_names_what_the_lessons_are_about():
     assert named >= set("pytorch peft transformers monai matplotlib ipywidgets pandas scikit-learn jupyterlab".split())
 
 
-def test_constraints_pin_what_pyproject_asks_for_and_nothing_with_cuda():
+def pins():
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
-    pins = {normal(r.name): r for r in map(Requirement, lines)}
-    assert len(pins) == len(lines)
-    assert not [name for name in pins if name == "torch" or re.search("nvidia|cuda|triton", name)]
-    for pin in pins.values():
-        assert re.fullmatch(r"==[\d.]+", str(pin.specifier)), pin
-    for name, requirement in requirements("notebooks", "test").items():
+    found = {normal(r.name): str(r.specifier) for r in map(Requirement, lines)}
+    assert len(found) == len(lines)
+    return found
+
+
+def test_constraints_pin_what_pyproject_asks_for_and_nothing_with_cuda():
+    pinned = pins()
+    assert not [name for name in pinned if name == "torch" or re.search("nvidia|cuda|triton", name)]
+    for name, pin in pinned.items():
+        assert re.fullmatch(r"==[\d.]+", pin), f"{name}{pin}"
+    for name, requirement in requirements(*OPTIONAL).items():
         if name != "torch":
-            version = str(pins[normal(name)].specifier).removeprefix("==")
-            assert version in requirement.specifier, f"{requirement} against {pins[normal(name)]}"
+            pin = pinned[normal(name)]
+            assert pin.removeprefix("==") in requirement.specifier, f"{requirement} against {pin}"
+
+
+def test_binder_builds_from_environment_yml():
+    """Binder prefers a folder of its own and a Dockerfile; for pip's local files it clones first."""
+    assert not [name for name in ("binder", ".binder", "Dockerfile") if (ROOT / name).exists()]
+    _, conda, pip = conda_file()
+    local = [re.fullmatch(r"-[ce] (\S+?)(\[.*])?", entry) for entry in (pip[0], pip[-1])]
+    assert all((ROOT / found[1]).exists() for found in local)
+    unpinned = {Requirement(entry).name for entry in pip[1:-1]} - set(pins())
+    assert not unpinned and all(Requirement(entry).specifier for entry in conda if entry not in ("pip", "make"))
 
 
 def test_package_ships_its_assets():
@@ -210,7 +242,7 @@ def test_setup_falls_back_installs_the_rest_and_runs_only_once(environment, monk
     assert installs == [
         "-m pip install torch==2.13.0+cpu",
         f"-m pip install torch==2.13.0+cpu --extra-index-url {setup_env.CPU_INDEX}",
-        "-m pip install --quiet -c constraints.txt -e .[notebooks,test]",
+        "-m pip install --quiet -c constraints.txt -e .[cluster,tensorboard,notebooks,test]",
     ]
     assert "no matching distribution" not in capsys.readouterr().out
     log.unlink()
@@ -237,7 +269,7 @@ def test_setup_refuses_an_old_python(environment):
         setup_env.main(environment)
 
 
-# --- Makefile, README, notebooks -------------------------------------------------------------------------
+# --- make, the build server, and what a code host reads ---------------------------------------------------
 
 
 def make_targets():
@@ -261,60 +293,93 @@ def test_make_uses_the_active_environment(active):
     assert '".venv"' in shown.stdout, "conda's base environment is not ours to fill"
 
 
-def test_readme_and_ci_name_only_commands_that_exist():
-    for name in ("README.md", ".ci/run"):
-        text = (ROOT / name).read_text()
-        code = "\n".join(re.findall(r"```.*?```|`[^`\n]+`", text, flags=re.S)) if name.endswith(".md") else text
-        named = {word for line in re.findall(r"\bmake ((?:[a-z-]+ ?)+)", code) for word in line.split()}
-        assert {"demo", "test"} <= named
-        assert named <= make_targets(), f"{name}: no such make targets: {sorted(named - make_targets())}"
+@pytest.mark.parametrize(
+    ("name", "at_least"),
+    [
+        ("README.md", {"demo", "test"}),
+        ("CONTRIBUTING.md", {"setup", "style", "test", "test-all", "test-browser", "notebooks", "docs", "bench"}),
+        (".ci/run", {"setup", "style", "test-all", "test-browser", "docs", "notebooks"}),
+        (".github/PULL_REQUEST_TEMPLATE.md", {"style", "test"}),
+        (".devcontainer/devcontainer.json", {"setup"}),
+    ],
+)
+def test_only_commands_that_exist_are_named(name, at_least):
+    text = (ROOT / name).read_text()
+    code = "\n".join(re.findall(r"```.*?```|`[^`\n]+`", text, flags=re.S)) if name.endswith(".md") else text
+    named = {word for line in re.findall(r"\bmake ((?:[a-z-]+ ?)+)", code) for word in line.split()}
+    assert at_least <= named <= make_targets(), f"{name}: {sorted(named - make_targets())}"
 
 
-def test_readme_quotes_what_make_bench_measured():
-    found, model = (json.loads((ROOT / "bench" / f"{name}.json").read_text()) for name in ("data", "model"))
-    readme = (ROOT / "README.md").read_text()
-    seconds = {part: row["seconds"] for part, row in model["parts"].items()}
-    shares = {name: row["share_of_public_seconds"] for name, row in model["against_the_public_code"].items()}
-    vision, pairs = "vision encoder", "one volume against 18 prompt pairs"
-    preprocessing, cache, prepare = found["preprocessing"], found["cache"], found["prepare"]
-    whole = prepare["all_of_ct_rate"]
-    minutes = {cores: 60 * whole[f"hours_on_{cores}_cores"] for cores in (16, 64, 256)}
-    for quoted in (
-        f"a `.nii.gz` of {cache['megabytes_of_nifti']:.0f} MB",
-        f"{prepare['seconds_of_one_core_per_volume']:.1f} s of one core, {prepare['megabytes_per_volume']:.0f} MB",
-        f"{cache['load_seconds']:.2f} s, a single slice {cache['one_slice_milliseconds']:.0f} ms",
-        f"{preprocessing['times_faster']:.1f} times faster",
-        f"with {100 * preprocessing['share_of_peak_memory']:.0f} % of its memory",
-        f"{whole['terabytes']:.1f} TB; {minutes[16] / 60:.1f} h on 16 cores, {minutes[64]:.0f} min on 64, "
-        f"{minutes[256]:.0f} min on 256",
-        f"{seconds[vision]:.1f} s for the embedding of a volume, {seconds[pairs]:.1f} s against all 18 prompt pairs",
-        f"{shares[vision]:.2f} and {shares[pairs]:.3f} of the public code's time",
-    ):
-        assert quoted in readme, f"README does not say {quoted!r}"
+def read_yaml(name):
+    return yaml.safe_load((ROOT / name).read_text())
 
 
-def test_readme_quotes_the_memory_that_make_bench_measured():
-    found = json.loads((ROOT / "bench" / "memory.json").read_text())["bytes_of_a_step"]
-    peak = {(row["batch"], row["volumes_at_a_time"], row["measures"]): row["peak"] / 1e9 for row in found}
-    readme = (ROOT / "README.md").read_text()
-    for quoted in (
-        f"weights in float32 | {peak[8, 8, 'float32 weights']:.1f} GB |",
-        f"frozen weights in bf16 | **{peak[8, 8, 'checkpointing and bf16']:.1f} GB** |",
-        f"batch 32, two volumes at a time | {peak[32, 2, 'checkpointing and bf16']:.1f} GB |",
-    ):
-        assert quoted in readme, f"README does not say {quoted!r}"
+def test_the_build_server_runs_what_a_laptop_runs():
+    workflow = read_yaml(".github/workflows/ci.yml")
+    everything, light = workflow["jobs"]["everything"], workflow["jobs"]["light"]
+    assert workflow["permissions"] == {"contents": "read"}
+    assert everything["strategy"]["matrix"]["python"] == ["3.11", "3.13"]
+    assert set(light["strategy"]["matrix"]["system"]) == {"macos-latest", "windows-latest"}
+    steps = [step for job in (everything, light) for step in job["steps"]]
+    assert all(re.fullmatch(r"actions/[a-z-]+@v\d+", step["uses"]) for step in steps if "uses" in step)
+    assert ".ci/run" in [step.get("run") for step in everything["steps"]]
+    ran = "\n".join(step.get("run", "") for step in light["steps"])
+    assert "make" not in ran and "tests/browser" not in ran
+    folders = re.findall(r"tests/\w+", ran)
+    assert folders and all((ROOT / folder).is_dir() for folder in folders)
+    assert set(re.search(r"\[(.*)]", ran)[1].split(",")) <= set(OPTIONAL)
 
 
-def test_readme_has_the_table_of_the_comparison_that_comes_with_the_package():
-    from medctkit.experiments.compare.results import load_results, method_table
+def test_dependabot_and_the_forms_for_issues():
+    updates = read_yaml(".github/dependabot.yml")["updates"]
+    assert {update["package-ecosystem"] for update in updates} == {"pip", "github-actions"}
+    assert all(update["directory"] == "/" and update["schedule"]["interval"] for update in updates)
+    forms = {path.stem: read_yaml(path) for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")}
+    assert forms.pop("config")["contact_links"][0]["url"].startswith(PYPROJECT["project"]["urls"]["Repository"])
+    assert forms
+    for form in forms.values():
+        assert form["name"] and form["description"]
+        fields = [item for item in form["body"] if item["type"] != "markdown"]
+        assert fields and all(field["id"] and field["attributes"]["label"] for field in fields)
 
-    readme = (ROOT / "README.md").read_text()
-    for row in method_table(load_results()).itertuples():
-        name = row.label if row.zero_shot else f"{row.label} (not zero-shot)"
-        quoted = f"| {name} | {row.auroc:.3f} [{row.auroc_low:.3f}, {row.auroc_high:.3f}] | {row.trainable:,.0f} |"
-        assert quoted in readme
-        if row.seconds_per_step == row.seconds_per_step:
-            assert f"| {row.seconds_per_step_of_full:.2f} | {row.peak_bytes_of_full:.2f} |" in readme
+
+def test_the_checks_before_a_commit_have_the_version_of_make_style():
+    ruff, others = read_yaml(".pre-commit-config.yaml")["repos"]
+    assert ruff["rev"] == "v" + pins()["ruff"].removeprefix("==")
+    hooks = {hook["id"] for repo in (ruff, others) for hook in repo["hooks"]}
+    assert hooks >= {"ruff-check", "ruff-format", "end-of-file-fixer", "check-added-large-files"}
+
+
+def test_the_development_container_uses_the_environment_of_make():
+    container = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text())
+    assert container["postCreateCommand"] == "make setup"
+    python = container["image"].rpartition(":")[2]
+    assert python in SpecifierSet(PYPROJECT["project"]["requires-python"])
+    settings = container["customizations"]["vscode"]["settings"]
+    assert settings["python.defaultInterpreterPath"].endswith("/.venv/bin/python")
+
+
+def test_the_citation_names_the_kit_the_paper_and_ct_clip():
+    citation, project = read_yaml("CITATION.cff"), PYPROJECT["project"]
+    assert citation["cff-version"] == "1.2.0" and citation["message"] and citation["type"] == "software"
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+    assert citation["repository-code"] == project["urls"]["Repository"]
+    assert citation["authors"] == project["authors"]
+    for work, number in zip(citation["references"], ("2512.00597", "2403.17834"), strict=True):
+        assert work["type"] == "article" and work["title"] and work["year"]
+        assert all({"family-names", "given-names"} == set(author) for author in work["authors"])
+        assert work["url"] == f"https://arxiv.org/abs/{number}"
+        assert work["identifiers"] == [{"type": "other", "value": f"arXiv:{number}"}]
+
+
+def test_pyproject_says_what_is_tested():
+    versions = {text.rpartition(" ")[2] for text in PYPROJECT["project"]["classifiers"] if "Python :: 3." in text}
+    workflow = read_yaml(".github/workflows/ci.yml")
+    assert versions == set(workflow["jobs"]["everything"]["strategy"]["matrix"]["python"])
+    assert f"## {PYPROJECT['project']['version']}\n" in (ROOT / "CHANGELOG.md").read_text()
+
+
+# --- notebooks -------------------------------------------------------------------------------------------
 
 
 def test_the_lessons_of_the_demo_are_there():
