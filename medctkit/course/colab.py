@@ -51,7 +51,7 @@ def needed(project: Mapping) -> dict[str, str]:
         ValueError: a requirement that isn't "name>=version".
     """
     extras = project["project"]["optional-dependencies"]
-    listed = [*project["project"]["dependencies"], *extras["cluster"], *extras["tensorboard"], *extras["notebooks"]]
+    listed = [*extras["cluster"], *project["project"]["dependencies"], *extras["tensorboard"], *extras["notebooks"]]
     lowest = {}
     for requirement in listed:
         found = _REQUIREMENT.fullmatch(requirement.strip())
