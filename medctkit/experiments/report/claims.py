@@ -35,7 +35,8 @@ GATED = "needs the gated files"
 INCOMPARABLE = "not comparable"
 ON_CT_RATE = (
     "medctkit download data/ct-rate --weights --tokenizer --split train; medctkit download data/ct-rate --split valid; "
-    "medctkit prepare data/ct-rate data/prepared --one-reconstruction; medctkit finetune and evaluate as in docs/training.md"
+    "medctkit prepare data/ct-rate data/prepared --one-reconstruction; "
+    "medctkit finetune and evaluate as in docs/training.md"
 )
 
 
