@@ -17,11 +17,12 @@ REAL_SCANS = {
 @pytest.fixture(scope="session")
 def real_ct():
     """Folder with the real scans; the test is skipped, with the reason, where there is none."""
-    default = Path(__file__).resolve().parents[2] / "shared" / "real-ct"
-    folder = Path(os.environ.get("MEDCTKIT_REAL_CT", default))
-    if not folder.is_dir():
-        pytest.skip(f"no real CT scans at {folder}; set MEDCTKIT_REAL_CT to the folder that has them")
-    return folder
+    folder = os.environ.get("MEDCTKIT_REAL_CT")
+    if not folder:
+        pytest.skip("set MEDCTKIT_REAL_CT to a folder with the real CT scans to run this")
+    if not Path(folder).is_dir():
+        pytest.skip(f"MEDCTKIT_REAL_CT={folder}: there is no such folder")
+    return Path(folder)
 
 
 @pytest.fixture(params=REAL_SCANS)

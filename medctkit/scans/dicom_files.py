@@ -7,13 +7,15 @@ import os
 import re
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from medctkit.scans.stored import decode
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -59,25 +61,18 @@ class Slice:
             )
         return numbers
 
+    def required(self, tag: str, count: int = 1) -> np.ndarray:
+        """The same of a tag that every slice of a scan has."""
+        numbers = self.numbers(tag, count)
+        if numbers is None:
+            raise ValueError(f"{self.name} has no {tag}: damaged, or not a slice of a scan; get the file again")
+        return numbers
+
 
 def is_dicom(path: Path) -> bool:
     """Whether a file starts as a DICOM file does, with its preamble of 128 bytes or without."""
     with open(path, "rb") as file:
         return _starts_as_dicom(file.read(132))
-
-
-def decode(read: Callable[[], Any], part: str = "") -> Any:
-    """Run a decoder; whatever it raises on a broken file (each has its own types), say what the user can do.
-
-    Raises:
-        ValueError: `read` failed; `part` names the file inside a folder.
-    """
-    try:
-        return read()
-    except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        part = f"{part} " if part else ""
-        raise ValueError(f"{part}can't be read: truncated or damaged; get the file again ({lines[-1]})") from error
 
 
 def _starts_as_dicom(head: bytes) -> bool:

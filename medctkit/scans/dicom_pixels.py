@@ -9,7 +9,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from medctkit.scans.dicom_files import decode
+from medctkit.scans.stored import damaged, decode
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -29,6 +30,7 @@ _LOSSY = (_JPEG + "50", _JPEG + "51")
 _MAYBE_LOSSY = (_JPEG + "81", _JPEG + "91")
 _COMPRESSED = (*_LOSSY, *_MAYBE_LOSSY, *(_JPEG + n for n in ("57", "70", "80", "90")), "1.2.840.10008.1.2.5")
 _BITS = ("BitsAllocated", "BitsStored", "PixelRepresentation")
+_SLICE = "slice.dcm"  # what the decoding process decodes
 _DONE = "done"  # answer of the decoding process; else what went wrong
 _MEMORY, _SECONDS = 2 << 30, 60  # of the decoding process; seconds for each slice
 
@@ -104,29 +106,36 @@ class PixelReader:
     """Reads slices that `check_pixels` has passed; a context manager, for the process that decompresses."""
 
     def __enter__(self) -> "PixelReader":
-        self._decoder, self._started = None, 0
+        self._decoder: subprocess.Popen[str] | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="medctkit-")  # here: a process that crashes leaves its own
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop()
+        if self._decoder is not None:
+            self._decoder.kill()
+            self._decoder.communicate()
         self._folder.cleanup()
 
-    def start(self, dataset: "Dataset") -> Callable[[], np.ndarray]:
-        """Start to read a slice.
-
-        Returns:
-            A function that waits for the stored integers, shape (rows, columns), and raises ValueError as this one
-            does. To be called in the order of the starts, up to the first error.
+    def read(self, dataset: "Dataset") -> np.ndarray:
+        """Stored integers of a slice, shape (rows, columns).
 
         Raises:
-            ValueError: the pixels are damaged; the caller adds the file's name.
+            ValueError: the pixels are damaged; the caller adds the file's name, and reads no further slice.
         """
         if _syntax(dataset) in _UNCOMPRESSED:
-            return lambda: decode(lambda: dataset.pixel_array)
-        file = decode(lambda: _bare_copy(dataset))
-        name, shape = str(self._started), (1, dataset.Rows, dataset.Columns)
-        self._started += 1
+            return decode(lambda: dataset.pixel_array)
+        file = Path(self._folder.name, _SLICE)
+        file.write_bytes(decode(lambda: _bare_copy(dataset)))
+        answer = self._answer()
+        if answer != _DONE:
+            raise damaged(answer or "the decoder broke down")
+        pixels, shape = np.load(file.with_suffix(".npy"), allow_pickle=False), (1, dataset.Rows, dataset.Columns)
+        if pixels.shape != shape:
+            raise ValueError(f"is damaged: the compressed picture has shape {pixels.shape}, the header says {shape}")
+        return pixels[0]
+
+    def _answer(self) -> str:
+        """What the decoding process says of the file in the folder; empty where it broke down."""
         if self._decoder is None:
             # -P and the path of this process: import what this process would, not what lies in the current folder
             paths = os.pathsep.join(path for path in sys.path if path)
@@ -139,29 +148,10 @@ class PixelReader:
                 errors="replace",
                 env=os.environ | {"PYTHONPATH": paths, "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS": "1"},
             )
-        Path(self._folder.name, name + ".dcm").write_bytes(file)
-        with suppress(BrokenPipeError):  # it broke down on an earlier slice, which will say so
-            print(name, file=self._decoder.stdin, flush=True)
-        return lambda: self._finish(Path(self._folder.name, name + ".npy"), shape)
-
-    def _finish(self, file: Path, shape: tuple[int, int, int]) -> np.ndarray:
-        answer = self._decoder.stdout.readline().strip()
-        if answer != _DONE:
-            self._stop()
-            raise ValueError(
-                f"can't be read: truncated or damaged; get the file again ({answer or 'the decoder broke down'})"
-            )
-        pixels = np.load(file, allow_pickle=False)
-        file.unlink()
-        if pixels.shape != shape:
-            raise ValueError(f"is damaged: the compressed picture has shape {pixels.shape}, the header says {shape}")
-        return pixels[0]
-
-    def _stop(self) -> None:
-        if self._decoder is not None:
-            self._decoder.kill()
-            self._decoder.communicate()
-            self._decoder = None
+        assert self._decoder.stdin and self._decoder.stdout
+        with suppress(BrokenPipeError):  # then there is no answer
+            print(file=self._decoder.stdin, flush=True)
+        return self._decoder.stdout.readline().strip()
 
 
 def _syntax(dataset: "Dataset") -> str:
@@ -180,12 +170,12 @@ def _bare_copy(dataset: "Dataset") -> bytes:
     """A DICOM file of what the decoder needs of a compressed slice: stored values, so no slope or intercept."""
     from pydicom.dataset import FileDataset, FileMetaDataset
     from pydicom.encaps import encapsulate, get_frame
-    from pydicom.uid import CTImageStorage
+    from pydicom.uid import UID, CTImageStorage
 
     meta = FileMetaDataset()
-    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = _syntax(dataset), CTImageStorage
+    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = UID(_syntax(dataset)), CTImageStorage
     meta.MediaStorageSOPInstanceUID = "1.2.3"
-    bare = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
+    bare = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
     bare.SOPClassUID, bare.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
     bare.SamplesPerPixel, bare.PhotometricInterpretation = 1, "MONOCHROME2"
     for tag in ("Rows", "Columns", *_BITS):
@@ -199,43 +189,30 @@ def _bare_copy(dataset: "Dataset") -> bytes:
 
 
 def _serve(folder: str) -> None:
-    """Decode one file in `folder` for each name on standard input, until that ends."""
+    """Decode the file in `folder` for each line on standard input, until that ends."""
     import SimpleITK as sitk
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the decoders print must not get between the answers
-    _limit_memory()
-    for line in sys.stdin:
-        _limit_seconds()
-        file = Path(folder, line.strip() + ".dcm")
+    file = Path(folder, _SLICE)
+    _limit("RLIMIT_AS", _MEMORY)
+    for _ in sys.stdin:
+        _limit("RLIMIT_CPU", int(time.process_time()) + _SECONDS)
         try:
             image = sitk.ReadImage(str(file), imageIO="GDCMImageIO")
             np.save(file.with_suffix(".npy"), sitk.GetArrayViewFromImage(image))
             answer = _DONE
         except (RuntimeError, MemoryError, OSError) as error:  # SimpleITK's, and a full disk
             answer = (str(error).strip().splitlines() or ["out of memory"])[-1]
-        file.unlink()
         print(answer, file=answers, flush=True)
 
 
-def _limit_memory() -> None:
-    try:
+def _limit(what: str, most: int) -> None:
+    with suppress(ImportError, ValueError, OSError):  # Windows has no such limits, macOS may refuse one
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
-    except (ImportError, ValueError, OSError):  # Windows has no such limit, macOS may refuse one
-        pass
-
-
-def _limit_seconds() -> None:
-    try:
-        import resource
-
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-        resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + _SECONDS, hard))
-    except (ImportError, ValueError, OSError):
-        pass
+        kind = getattr(resource, what)
+        resource.setrlimit(kind, (most, resource.getrlimit(kind)[1]))
 
 
 if __name__ == "__main__":

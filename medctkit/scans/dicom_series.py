@@ -5,56 +5,59 @@ empty). The position of each slice in the patient does.
 """
 
 import warnings
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from medctkit.scans.dicom_files import Slice, chosen_series, decode, is_dicom, load
+from medctkit.scans.archives import unpacked
+from medctkit.scans.dicom_files import Slice, chosen_series, load
 from medctkit.scans.dicom_pixels import PixelReader, check_pixels, loss
-
-__all__ = ["decode", "is_dicom", "read_series"]
+from medctkit.scans.geometry import ras_affine
+from medctkit.scans.stored import Stored, damaged
 
 PADDING_HU = -1024  # what most scanners write where they did not look
 _PLAUSIBLE_HU = (-1024, 3071)  # 12 bits, the range of a CT without the extended scale
 _GAP = 0.1  # by which part a gap between two slices may differ from the usual one
 _LEAST_GAP = 0.01  # mm; closer slices lie in one place
-_AHEAD = 8  # slices that are decompressed while the next ones are read
 _MOST_TILT = 1.0  # degrees
 _GEOMETRY = {"ImageOrientationPatient": 6, "PixelSpacing": 2, "Rows": 1, "Columns": 1}
 _NOT_HU = {"OD", "MGML", "PCT", "Z_EFF", "ED", "EDW"}  # RescaleType: density, concentration, atomic number ...
 
 
-def read_series(folder: Path, series: str | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool, list[str]]:
-    """Read one CT series in a folder and its subfolders.
+def read_dicom(path: Path, spacing: Sequence[float] | None = None, series: str | None = None) -> Stored:
+    """Read one CT series in a zip archive, or in a folder and its subfolders.
 
     Args:
-        folder: a folder of DICOM files, with or without .dcm in their names.
+        path: a folder of DICOM files, with or without .dcm in their names, or a zip archive of one.
+        spacing: of no use here.
         series: SeriesInstanceUID, SeriesNumber or SeriesDescription of the one to read, where there are several.
 
     Returns:
-        Values, float32 (d, h, w), each slice with the slope and intercept of its own header; the steps of d, h
-        and w as columns (3, 3) and the centre of the first voxel (3,), both in DICOM's patient mm (LPS: towards
-        left, back, head); whether the headers gave slope or intercept; notes.
+        Each slice with the slope and intercept of its own header, slices in the order of their normal.
 
     Raises:
         ValueError: no series or several, not a CT, a damaged slice, or slices that don't form a straight box.
     """
+    if path.is_file():
+        with unpacked(path) as folder:
+            return read_dicom(folder, spacing, series)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pydicom's, of each unusual value; those that matter are checked here
-        slices, notes = chosen_series(Path(folder), series)
+        slices, notes = chosen_series(path, series)
         slices, axes = _by_position(slices)
         hu, rescaled, more = _read_values(slices)
-    return hu, axes, slices[0].numbers("ImagePositionPatient", 3), rescaled, notes + more
+    if rescaled:
+        more.append("slope and intercept of the DICOM headers applied")
+    return Stored(hu, ras_affine(axes, slices[0].required("ImagePositionPatient", 3)), notes + more, rescaled)
 
 
 def _by_position(slices: list[Slice]) -> tuple[list[Slice], np.ndarray]:
     """Slices sorted along their normal, and the steps of d, h and w as columns (3, 3), mm."""
     orientation, spacing = _common_geometry(slices)
     along_row, along_column = orientation.reshape(2, 3)
-    positions = np.array([_required(item, "ImagePositionPatient", 3) for item in slices])
+    positions = np.array([item.required("ImagePositionPatient", 3) for item in slices])
     normal = np.cross(along_row, along_column)
     order = np.argsort(positions @ normal, kind="stable")
     slices, positions = [slices[i] for i in order], positions[order]
@@ -71,7 +74,7 @@ def _common_geometry(slices: list[Slice]) -> tuple[np.ndarray, np.ndarray]:
         if frames is not None and frames[0] > 1:
             raise ValueError(f"{item.name} holds {frames[0]:.0f} frames; turn it into NIfTI with dcm2niix")
         for tag, count in _GEOMETRY.items():
-            here, there = _required(item, tag, count), _required(first, tag, count)
+            here, there = item.required(tag, count), first.required(tag, count)
             if not np.allclose(here, there, rtol=0, atol=1e-3):
                 raise ValueError(
                     f"{tag} changes along the series: {_plain(there)} in {first.name}, {_plain(here)} in {item.name}; "
@@ -92,13 +95,6 @@ def _common_geometry(slices: list[Slice]) -> tuple[np.ndarray, np.ndarray]:
             "expected two directions at a right angle, and lengths above 0 mm"
         )
     return orientation, spacing
-
-
-def _required(item: Slice, tag: str, count: int) -> np.ndarray:
-    numbers = item.numbers(tag, count)
-    if numbers is None:
-        raise ValueError(f"{item.name} has no {tag}: damaged, or not a slice of a scan; get the file again")
-    return numbers
 
 
 def _plain(numbers: np.ndarray) -> str:
@@ -165,15 +161,16 @@ def _read_values(slices: list[Slice]) -> tuple[np.ndarray, bool, list[str]]:
             f"{len(without)} of {len(slices)} slices have no RescaleSlope and RescaleIntercept, such as {without[0]}; "
             "the others have: get the series again"
         )
-    hu, padded, losses = None, 0, Counter()
+    hu, padded, losses = np.empty(0, np.float32), 0, Counter[str]()
     with PixelReader() as reader:
-        for i, (stored, lost) in enumerate(_stored_values(slices, reader)):
+        for i, (item, rescale) in enumerate(zip(slices, rescales, strict=True)):
+            stored, lost = _stored_values(item, reader)
             losses[lost] += 1
-            if hu is None:  # only now: the sizes in a damaged header may be anything
-                hu = np.empty((len(slices), *stored.shape), dtype=np.float32)
-            slope, intercept = rescales[i] or (1.0, 0.0)
+            if i == 0:  # only now: the sizes in a damaged header may be anything
+                hu = np.empty((len(slices), *stored.shape), np.float32)
+            slope, intercept = rescale or (1.0, 0.0)
             hu[i] = stored * slope + intercept  # float64 until here, as GDCM does it
-            padded += _fill_padding(hu[i], stored, slices[i])
+            padded += _fill_padding(hu[i], stored, item)
     notes = [f"{what}, in {n} of {len(slices)} slices" for what, n in losses.items() if what]
     if padded:
         share = f"{padded / hu.size:.2%} of the voxels are padding (PixelPaddingValue)"
@@ -184,29 +181,14 @@ def _read_values(slices: list[Slice]) -> tuple[np.ndarray, bool, list[str]]:
     return hu, not without, notes
 
 
-def _stored_values(slices: list[Slice], reader: PixelReader) -> Iterator[tuple[np.ndarray, str]]:
-    """Integers of slice after slice, shape (rows, columns), and its lossy compression, if any."""
-    started = deque()
-    for item in slices:
-        whole = load(item.path, item.name)  # again: the pixels of all slices need not be in memory at one time
-        with _named(item):
-            check_pixels(whole)
-            started.append((item, reader.start(whole), loss(whole)))
-        if len(started) > _AHEAD:
-            yield _finished(*started.popleft())
-    while started:
-        yield _finished(*started.popleft())
-
-
-def _finished(item: Slice, finish: Callable[[], np.ndarray], lost: str) -> tuple[np.ndarray, str]:
-    with _named(item):
-        return finish(), lost
-
-
-@contextmanager
-def _named(item: Slice) -> Iterator[None]:
+def _stored_values(item: Slice, reader: PixelReader) -> tuple[np.ndarray, str]:
+    """Integers of a slice, shape (rows, columns), and its lossy compression, if any."""
+    whole = load(item.path, item.name)  # again: the pixels of all slices need not be in memory at one time
+    if whole is None:
+        raise damaged("it changed meanwhile", item.name)
     try:
-        yield
+        check_pixels(whole)
+        return reader.read(whole), loss(whole)
     except ValueError as error:
         raise ValueError(f"{item.name} {error}") from error
 

@@ -1,8 +1,8 @@
-"""CT volumes: one type for every scan, and one reader for every file format.
+"""CT volumes: one type for every scan, and one function that reads it from any file.
 
 Orientation, stated once. A NIfTI file is kept as it is stored, because that is what the released weights saw
 in training. DICOM, NRRD and MetaImage are turned to the canonical orientation "SPL", the radiological
-display. That is `DEFAULT_ORIENTATION`; `read_volume(path, orientation=...)` asks for another, and
+display. `formats.Reader` holds that default; `read_volume(path, orientation=...)` asks for another, and
 `CTVolume.reoriented` turns any volume to any orientation. The provenance says what was done.
 
 Shape legend of the package: b batch, c channel, d h w depth (slices), rows, columns.
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from medctkit.scans.dicom_series import is_dicom, read_series
+from medctkit.scans.formats import reader_of
 from medctkit.scans.geometry import (
     CANONICAL,
     LETTERS,
@@ -23,16 +23,11 @@ from medctkit.scans.geometry import (
     checked_orientation,
     checked_spacing,
     nearest_orientation,
-    ras_affine,
     steps_of,
     straight_affine,
     with_spacing,
 )
 from medctkit.scans.hounsfield import check_hu
-from medctkit.scans.nifti_and_itk import ITK, NIFTI, read_itk, read_nifti
-
-# What `read_volume(orientation=None)` means for each kind of file
-DEFAULT_ORIENTATION = {"NIfTI file": "stored", "NRRD or MetaImage file": "canonical", "DICOM series": "canonical"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +127,7 @@ def read_volume(
     orientation: str | None = None,
     series: str | None = None,
 ) -> CTVolume:
-    """Read a CT scan: a NIfTI, NRRD or MetaImage file, or one DICOM series in a folder or a zip file.
+    """Read a CT scan: a NIfTI, NRRD or MetaImage file, a DICOM series in a folder or zip file, or a format of your own.
 
     By default NIfTI keeps its stored orientation: the array (x, y, z) becomes (d, h, w) = (z, y, x), neither
     flipped nor turned. Everything else comes out as "SPL".
@@ -145,7 +140,7 @@ def read_volume(
         rescale_intercept: see `rescale_slope`.
         spacing: (d, h, w) in mm as stored, in place of a blank or wrong header (CT-RATE: ZSpacing, XYSpacing
             twice).
-        orientation: "stored", "canonical" (SPL) or three letters of RLAPSI; None: `DEFAULT_ORIENTATION`.
+        orientation: "stored", "canonical" (SPL) or three letters of RLAPSI; None: the format's default.
         series: DICOM only: SeriesInstanceUID, SeriesNumber or SeriesDescription of the one to read, where there are
             several.
 
@@ -162,18 +157,20 @@ def read_volume(
     if not os.fspath(path):
         raise ValueError("the path of the scan is empty; give a file, or the folder of a DICOM series")
     path = Path(os.path.expanduser(path))
-    kind = _kind(path)
+    reader = reader_of(path)
     try:
-        target = _target(orientation, kind)
+        target = _target(reader.default_orientation if orientation is None else orientation)
         rescale = _rescale(rescale_slope, rescale_intercept)
-        if series is not None and kind != "DICOM series":
-            raise ValueError(f"series={series!r} chooses one of several DICOM series; a {kind} holds one scan")
-        if kind == "DICOM series":
-            hu, affine, notes = _read_dicom(path, spacing, series, rescale is not None)
-        else:
-            hu, affine, notes = (read_nifti if kind == "NIfTI file" else read_itk)(path, spacing)
-        said, notes = notes, [f"read from {kind} {path.name}", *notes]
+        if series is not None and not reader.folders:
+            raise ValueError(f"series={series!r} chooses one of several DICOM series; a {reader.name} holds one scan")
+        stored = reader.read(path, spacing, series) if reader.folders else reader.read(path, spacing)
+        hu, affine = stored.hu, with_spacing(stored.affine, spacing)
+        notes = [f"read from {reader.name} {path.name}", *stored.notes]
         if rescale is not None:
+            if stored.rescaled:
+                raise ValueError(
+                    "its headers have a slope and intercept of their own; leave out rescale_slope/intercept"
+                )
             slope, intercept = rescale
             with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused below
                 hu *= slope  # in place: every reader gives an array of its own
@@ -182,53 +179,22 @@ def read_volume(
         if spacing is not None:
             notes.append(f"spacing {tuple(spacing)} mm, as asked for")
         lies, steps = nearest_orientation(affine), steps_of(affine)
-        check_size(steps, hu.shape, said)
+        check_size(steps, hu.shape, stored.notes)
         if target in (None, lies):
             notes.append("orientation as stored" if target is None else f"lies {lies} already, nothing turned")
-        volume = CTVolume(hu, steps, lies, affine, notes)
+        volume = CTVolume(hu, steps, lies, affine, tuple(notes))
         check_hu(hu, rescale)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return volume if target is None else volume.reoriented(target)
 
 
-def _kind(path: Path) -> str:
-    """The kind of file at `path`: a key of `DEFAULT_ORIENTATION`."""
-    if not path.exists():
-        what = "this link leads nowhere" if path.is_symlink() else "there is no such file or folder"
-        raise FileNotFoundError(f"{path}: {what}")
-    if not os.access(path, os.R_OK):
-        raise PermissionError(f"{path}: no permission to read it; ask its owner, or copy it to a folder of your own")
-    name, known = path.name.lower(), NIFTI + ITK
-    if path.is_dir():
-        if name.endswith(known):
-            raise ValueError(f"{path}: a folder, in spite of its name; give the file in it")
-        return "DICOM series"
-    if not path.is_file():
-        raise ValueError(f"{path}: neither a file nor a folder")
-    if name.endswith(".zip"):
-        return "DICOM series"
-    if name.endswith(NIFTI):
-        return "NIfTI file"
-    if name.endswith(ITK):
-        return "NRRD or MetaImage file"
-    if name.endswith((".hdr", ".img", ".hdr.gz", ".img.gz")):
-        raise ValueError(
-            f"{path}: half of an Analyze or NIfTI pair (.hdr with .img); save a NIfTI pair as one .nii.gz. Analyze "
-            "does not say which side is left: make a NIfTI from the DICOM slices, with dcm2niix for example"
-        )
-    if is_dicom(path):
-        raise ValueError(f"{path}: one DICOM file is one slice; give the folder that holds the whole series")
-    raise ValueError(f"{path}: not a CT by its name; expected {', '.join(known)}, or a folder or .zip of DICOM slices")
-
-
-def _target(orientation: str | None, kind: str) -> str | None:
+def _target(orientation: str) -> str | None:
     """The letters to turn a scan to; None: as stored."""
-    asked = DEFAULT_ORIENTATION[kind] if orientation is None else orientation
-    if asked == "stored":
+    if orientation == "stored":
         return None
     try:
-        return CANONICAL if asked == "canonical" else checked_orientation(asked)
+        return CANONICAL if orientation == "canonical" else checked_orientation(orientation)
     except ValueError as error:
         raise ValueError(f"{error}, or 'stored' or 'canonical'") from None
 
@@ -245,21 +211,6 @@ def _rescale(slope: float | None, intercept: float | None) -> tuple[float, float
             f"rescale_slope={slope!r}, rescale_intercept={intercept!r}: expected finite numbers, slope above 0"
         )
     return numbers
-
-
-def _read_dicom(path: Path, spacing: Sequence[float] | None, series: str | None, rescale: bool) -> tuple:
-    """Like the readers of `formats`; `rescale`: the caller brings a slope or intercept."""
-    if path.is_file():
-        from medctkit.scans.archives import unpacked
-
-        with unpacked(path) as folder:
-            return _read_dicom(folder, spacing, series, rescale)
-    hu, axes, origin, rescaled, notes = read_series(path, series)
-    if rescale and rescaled:
-        raise ValueError("the slices have a slope and intercept of their own; leave out rescale_slope/intercept")
-    if rescaled:
-        notes.append("slope and intercept of the DICOM headers applied")
-    return hu, with_spacing(ras_affine(axes, origin), spacing), notes
 
 
 def _where_not_finite(hu: np.ndarray) -> str:

@@ -12,7 +12,8 @@ from pydicom.uid import (
 )
 from scan_files import SHAPE, SPACING, change, chest, notes, truncate, values, write_dicom
 
-from medctkit.scans.dicom_series import is_dicom, read_series
+from medctkit.scans.dicom_files import is_dicom
+from medctkit.scans.dicom_series import read_dicom
 from medctkit.scans.volumes import read_volume
 
 # --- order and orientation -------------------------------------------------------------------------------
@@ -59,19 +60,18 @@ def test_oblique_slices_are_no_tilt(tmp_path, sign):
     c, s = np.cos(0.3), np.sin(0.3)
     step = np.array([0, -s, c]) * SPACING[0] * sign
     write_dicom(tmp_path, chest(), step=step, ImageOrientationPatient=[1, 0, 0, 0, round(c, 5), round(s, 5)])
-    hu, axes, origin, rescaled, _ = read_series(tmp_path)
-    np.testing.assert_array_equal(hu, chest()[::sign])
-    np.testing.assert_allclose(axes[:, 0], [0, -s * SPACING[0], c * SPACING[0]], atol=1e-4)
-    np.testing.assert_allclose(origin, step * 7 if sign < 0 else 0, atol=1e-4)
-    assert rescaled is True
+    stored = read_dicom(tmp_path)
+    np.testing.assert_array_equal(stored.hu, chest()[::sign])
+    np.testing.assert_allclose(stored.affine[:3, 0], [0, s * SPACING[0], c * SPACING[0]], atol=1e-4)  # RAS, not LPS
+    np.testing.assert_allclose(stored.affine[:3, 3], step * (-1, -1, 1) * 7 if sign < 0 else 0, atol=1e-4)
+    assert stored.rescaled
 
 
 def test_rounded_positions_are_even(tmp_path):
     write_dicom(tmp_path, chest((79, 4, 4)), step=(0, 0, 1))
     for i, file in enumerate(sorted(tmp_path.iterdir())):
         change(file, ImagePositionPatient=[0, 0, round(i * 3.98734, 3)])
-    _, axes, _, _, _ = read_series(tmp_path)
-    assert axes[2, 0] == pytest.approx(3.98734, abs=1e-4)
+    assert read_dicom(tmp_path).affine[2, 0] == pytest.approx(3.98734, abs=1e-4)
 
 
 # --- which files -----------------------------------------------------------------------------------------
@@ -325,7 +325,7 @@ def test_a_single_slice_is_refused(tmp_path):
 
 
 def test_dicom_is_not_rescaled_twice(tmp_path):
-    with pytest.raises(ValueError, match="slices have a slope and intercept of their own"):
+    with pytest.raises(ValueError, match="headers have a slope and intercept of their own; leave out"):
         read_volume(write_dicom(tmp_path, chest()), rescale_intercept=-1024)
 
 
@@ -348,7 +348,7 @@ def test_reading_warns_of_nothing(tmp_path):
     write_dicom(tmp_path, chest(), SOPInstanceUID="")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        read_series(tmp_path)
+        read_dicom(tmp_path)
 
 
 def test_the_dicom_writer_here_writes_dicom(tmp_path):

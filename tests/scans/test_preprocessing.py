@@ -4,7 +4,6 @@ import ast
 import csv
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -159,15 +158,15 @@ def test_every_voxel_of_the_model_lies_where_its_affine_says(shape, spacing, ori
 
 
 @pytest.mark.parametrize(
-    ("vision", "expected"),
+    ("shape", "expected"),
     [
-        ({"num_frames": 240, "image_size": 480}, PreprocessConfig()),
-        ({"num_frames": 32, "image_size": 64}, MINI),
-        ({"num_frames": 120, "image_size": [240, 480]}, PreprocessConfig((3.0, 1.5, 0.75), (120, 240, 480))),
+        ((240, 480, 480), PreprocessConfig()),
+        ((32, 64, 64), MINI),
+        ((120, 240, 480), PreprocessConfig((3.0, 1.5, 0.75), (120, 240, 480))),
     ],
 )
-def test_a_model_sees_the_released_field_of_view(vision, expected):
-    config = PreprocessConfig.for_model(SimpleNamespace(vision_config=vision))
+def test_a_model_sees_the_released_field_of_view(shape, expected):
+    config = PreprocessConfig.for_shape(shape)
     assert config == expected
     assert [n * step for n, step in zip(config.shape, config.spacing, strict=True)] == [360, 360, 360]
 

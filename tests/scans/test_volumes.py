@@ -170,7 +170,9 @@ def test_missing_files(tmp_path):
 
 def test_other_kinds_of_file(tmp_path):
     (tmp_path / "scan.png").write_bytes(b"\x89PNG")
-    with pytest.raises(ValueError, match="scan.png: not a CT by its name; expected .nii, .nii.gz, .nrrd"):
+    with pytest.raises(
+        ValueError, match="scan.png: not a CT by its name; expected .nii, .nii.gz .NIfTI file.* folder, .zip"
+    ):
         read_volume(tmp_path / "scan.png")
 
 
@@ -241,7 +243,7 @@ def test_impossible_rescaling(tmp_path, slope, intercept):
 
 def test_phantoms_of_both_hospitals_are_in_hu():
     from medctkit.phantom.study import generate
-    from medctkit.scans.volumes import check_hu
+    from medctkit.scans.hounsfield import check_hu
 
     for hospital in ("source", "target"):
         check_hu(generate(3, hospital).volume.hu)

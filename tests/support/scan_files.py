@@ -18,7 +18,7 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from medctkit.scans.dicom_series import read_series
+from medctkit.scans.dicom_series import read_dicom
 
 SHAPE, SPACING = (8, 12, 10), (12.5, 8.0, 7.7)  # few voxels, but 100 x 96 x 77 mm of a patient
 
@@ -115,11 +115,11 @@ def truncate(path, share=0.5):
 
 
 def values(folder, series=None):
-    return read_series(folder, series)[0]
+    return read_dicom(folder, None, series).hu
 
 
 def notes(folder, series=None):
-    return "; ".join(read_series(folder, series)[4])
+    return "; ".join(read_dicom(folder, None, series).notes)
 
 
 def change(path, **tags):

@@ -1,0 +1,89 @@
+"""The file formats that can be read: one entry each, to which anyone may add.
+
+`register_reader` adds a format; `docs/extending.md` shows one. Registered is what the process has registered: a
+program that reads scans in several processes does it in a module that all of them import.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from medctkit.scans.dicom_files import is_dicom
+from medctkit.scans.dicom_series import read_dicom
+from medctkit.scans.itk import read_itk
+from medctkit.scans.nifti import read_nifti
+from medctkit.scans.stored import Stored
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How a file format is recognised and read.
+
+    Args:
+        name: as messages and provenance call it, such as "NIfTI file".
+        suffixes: how the names of its files end, in small letters.
+        read: function of the path and of the caller's spacing (None: the header's, which counts otherwise).
+            With `folders` it also gets the caller's `series`, which says which of several scans to read, or None.
+            Values that can't be right are its business only so far as they keep it from reading: HU, size and
+            orientation are checked afterwards. A ValueError says what was found and the way out; the path is added.
+        default_orientation: what `read_volume(orientation=None)` means: "stored", "canonical" or three letters.
+        folders: whether it reads folders too.
+    """
+
+    name: str
+    suffixes: tuple[str, ...]
+    read: Callable[..., Stored]
+    default_orientation: str = "canonical"
+    folders: bool = False
+
+
+READERS: dict[str, Reader] = {}
+
+
+def register_reader(reader: Reader) -> None:
+    """Add a format, in place of the one with its name if there is one; where suffixes agree the latest counts."""
+    READERS.pop(reader.name, None)
+    READERS[reader.name] = reader
+
+
+register_reader(Reader("DICOM series", (".zip",), read_dicom, folders=True))
+register_reader(Reader("NRRD or MetaImage file", (".nrrd", ".nhdr", ".mha", ".mhd"), read_itk))
+# as stored: so the released weights saw them in training
+register_reader(Reader("NIfTI file", (".nii", ".nii.gz"), read_nifti, "stored"))
+
+
+def reader_of(path: Path) -> Reader:
+    """The reader for the file or folder at `path`.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        PermissionError: it may not be read.
+        ValueError: no format, by its name.
+    """
+    if not path.exists():
+        what = "this link leads nowhere" if path.is_symlink() else "there is no such file or folder"
+        raise FileNotFoundError(f"{path}: {what}")
+    if not os.access(path, os.R_OK):
+        raise PermissionError(f"{path}: no permission to read it; ask its owner, or copy it to a folder of your own")
+    if not (path.is_dir() or path.is_file()):
+        raise ValueError(f"{path}: neither a file nor a folder")
+    name, latest_first = path.name.lower(), list(reversed(READERS.values()))
+    named = next((reader for reader in latest_first if name.endswith(reader.suffixes)), None)
+    if path.is_dir():
+        if named and not named.folders:
+            raise ValueError(f"{path}: a folder, in spite of its name; give the file in it")
+        return named or next(reader for reader in latest_first if reader.folders)
+    if named:
+        return named
+    if name.endswith((".hdr", ".img", ".hdr.gz", ".img.gz")):
+        raise ValueError(
+            f"{path}: half of an Analyze or NIfTI pair (.hdr with .img); save a NIfTI pair as one .nii.gz. Analyze "
+            "does not say which side is left: make a NIfTI from the DICOM slices, with dcm2niix for example"
+        )
+    if is_dicom(path):
+        raise ValueError(f"{path}: one DICOM file is one slice; give the folder that holds the whole series")
+    known = (
+        ", ".join(("a folder",) * reader.folders + reader.suffixes) + f" ({reader.name})" for reader in latest_first
+    )
+    raise ValueError(f"{path}: not a CT by its name; expected {', '.join(known)}")

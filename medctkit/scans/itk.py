@@ -1,0 +1,152 @@
+"""NRRD and MetaImage files, read by SimpleITK.
+
+SimpleITK would follow a header to any file of this machine, make room for whatever sizes it claims, end the process at
+a number of axes, and pass over a checksum. So the few lines that it goes by are looked at first.
+"""
+
+import math
+import os
+import re
+import zlib
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from medctkit.scans.geometry import ras_affine
+from medctkit.scans.stored import NO_ORIENTATION, Stored, check_bytes, check_shape, check_steps, damaged, decode
+
+_MOST_HEADER = 2**20  # bytes
+_MM = {"mm", "millimeter", "millimeters", "millimetre", "millimetres"}
+_AXES = ("dimension", "NDims"), ("sizes", "DimSize")  # in NRRD and MetaImage
+_DATA_FILE = ("ElementDataFile", "data file", "datafile")
+_SKIPS = ("line skip", "lineskip", "byte skip", "byteskip", "HeaderSize")
+
+
+def read_itk(path: Path, spacing: Sequence[float] | None) -> Stored:
+    """Read an NRRD or MetaImage file, with its voxels inside or in a file beside it.
+
+    Args:
+        path: a .nrrd, .nhdr, .mha or .mhd file.
+        spacing: where it is given, the header need not say how large a voxel is.
+
+    Raises:
+        ValueError: see the messages.
+    """
+    import SimpleITK as sitk
+
+    fields, end = _header(path)
+    _check_axes(fields)
+    voxels, start = _voxel_file(path, fields, end)
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    decode(reader.ReadImageInformation)
+    check_shape(reader.GetSize())
+    kind = reader.GetPixelID()
+    name = sitk.GetPixelIDValueAsString(kind)
+    if reader.GetNumberOfComponents() != 1 or "complex" in name:
+        raise ValueError(f"voxels of type {name} (colour or vectors): not a CT")
+    if spacing is None:
+        _check_lengths(fields, reader.GetSpacing()[::-1])
+    _check_voxels(
+        voxels, start, fields, math.prod(reader.GetSize()) * sitk.Image(1, 1, 1, kind).GetSizeOfPixelComponent()
+    )
+    image = decode(reader.Execute)
+    axes = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()  # columns x, y, z
+    known = any(name in fields for name in ("space", "TransformMatrix", "Orientation", "Rotation"))
+    hu = sitk.GetArrayViewFromImage(image).astype(np.float32)  # the array is (z, y, x) already
+    return Stored(hu, ras_affine(axes[:, ::-1], image.GetOrigin()), [] if known else [NO_ORIENTATION])
+
+
+def _header(path: Path) -> tuple[dict[str, str], int]:
+    """Fields of an NRRD or MetaImage header, and where in the file it ends.
+
+    As strict as the libraries that read the file afterwards: what is checked here must be what they will do. Names
+    count in any case in NRRD (here in small letters) and as written in MetaImage.
+    """
+    with open(path, "rb") as file:
+        start = file.read(_MOST_HEADER)
+    if not start:
+        raise damaged("it is empty")
+    nrrd = path.suffix.lower() in (".nrrd", ".nhdr")
+    if nrrd and not start.startswith(b"NRRD"):
+        raise damaged(f"it is no NRRD file; it starts with {start[:4]!r}")
+    fields: dict[str, str] = {}
+    position = start.find(b"\n") + 1 if nrrd else 0
+    while position < len(start):
+        end = start.find(b"\n", position) + 1 or len(start)
+        line, position = os.fsdecode(start[position:end]).strip(), end
+        if nrrd and not line:
+            return fields, position
+        if line.startswith("#") or (nrrd and ":=" in line) or not line:  # comments and extra information
+            continue
+        name, *value = (part.strip() for part in re.split(":" if nrrd else "[=:]", line, maxsplit=1))
+        name = name.lower() if nrrd else name
+        if not value or name in fields or not name.isprintable():
+            raise damaged(f"its header has the line {line[:40]!r}{' a second time' if name in fields else ''}")
+        fields[name] = value[0]
+        if name == "ElementDataFile":
+            return fields, position
+    if any(name in fields for name in _DATA_FILE):
+        return fields, position
+    raise damaged("its header has no end, or there are no voxels after it")
+
+
+def _check_axes(fields: dict[str, str]) -> None:
+    """Three axes with a size each; MetaIO would not survive others."""
+    axes, sizes = (next((fields[name] for name in names if name in fields), "") for names in _AXES)
+    if axes != "3" or not re.fullmatch(r"[+-]?\d+(\s+[+-]?\d+){2}", sizes):
+        raise ValueError(f"{axes}-D, shape ({sizes}): a CT volume has three axes; save the one to read")
+
+
+def _check_lengths(fields: dict[str, str], steps: Sequence[float]) -> None:
+    """Refuse sizes of a voxel that only a caller's spacing can mend."""
+    given = ("spacings", "space directions", "ElementSpacing", "ElementSize")
+    check_steps(steps, blank=not any(name in fields for name in given))
+    units = set(fields.get("space units", fields.get("units", "")).replace('"', " ").split()) - _MM
+    if units:
+        raise ValueError(f"lengths in its header are in {sorted(units)}, expected mm; pass spacing=(d, h, w) in mm")
+
+
+def _voxel_file(path: Path, fields: dict[str, str], end: int) -> tuple[Path, int]:
+    """The file with the voxels, and where in it they start."""
+    name = next((fields[name] for name in _DATA_FILE if name in fields), "LOCAL")
+    if name.upper() == "LOCAL":
+        return path, end
+    if name.upper().startswith("LIST") or "%" in name:
+        raise ValueError(f"its voxels are spread over several files ({name!r}); save the scan as one file")
+    folder = os.path.abspath(path.parent)
+    voxels = Path(os.path.abspath(os.path.join(folder, name)))
+    if not voxels.is_relative_to(folder):
+        raise ValueError(f"its voxels should be in {name!r}, outside its folder; put both files into one folder")
+    if not voxels.is_file():
+        raise ValueError(f"its voxels should be in {name!r} beside it, where there is no such file; copy both files")
+    return voxels, 0
+
+
+def _check_voxels(voxels: Path, start: int, fields: dict[str, str], claimed: int) -> None:
+    """Compare the bytes that the header describes with those that the file holds."""
+    if "sizes" in fields:
+        encoding = fields.get("encoding", "none").lower()
+    elif fields.get("BinaryData", "True")[:1].upper() == "F":
+        encoding = "text"
+    else:
+        encoding = "gzip" if fields.get("CompressedData", "")[:1].upper() == "T" else "raw"
+    if encoding not in ("raw", "gzip", "gz"):
+        raise ValueError(f"its voxels have the encoding {encoding!r}; save them as raw or gzip")
+    found = max(voxels.stat().st_size - start, 0) if encoding == "raw" else _unpacked_size(voxels, start, claimed)
+    if found < claimed or all(fields.get(name, "0") == "0" for name in _SKIPS):  # else something else comes first
+        check_bytes(found, claimed)
+
+
+def _unpacked_size(path: Path, start: int, claimed: int) -> int:
+    """Bytes in a zlib or gzip stream, which ITK would read without looking at its checksum."""
+    unpack, total = zlib.decompressobj(wbits=47), 0  # 47: either kind
+    with open(path, "rb") as file:
+        file.seek(start)
+        while not unpack.eof and total <= claimed and (packed := file.read(1 << 14)):
+            total += len(decode(partial(unpack.decompress, packed)))
+    if not unpack.eof and total <= claimed:
+        raise damaged("its compressed voxels end too early")
+    return total

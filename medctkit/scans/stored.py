@@ -1,0 +1,97 @@
+"""What a file holds, and what is said where its header can't be true.
+
+Files are strangers: what a header claims is compared with what the file holds before anything of that size is made in
+memory, and compressed voxels are checked by their checksum.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from medctkit.scans.geometry import CANONICAL
+
+MOST_VOXELS = 2**30  # 4 GiB as float32: 1024 slices of 1024 x 1024 pixels
+NO_ORIENTATION = f"the header does not say how the scan lies, {CANONICAL} assumed as in DICOM slices"
+
+T = TypeVar("T")
+
+
+class Stored(NamedTuple):
+    """What a reader gives.
+
+    Attributes:
+        hu: float32 (d, h, w), in memory of its own: the caller changes it in place.
+        affine: 4 x 4, from (d, h, w) to RAS mm.
+        notes: for the provenance.
+        rescaled: whether the slices brought a slope or intercept that nobody may add to.
+    """
+
+    hu: np.ndarray
+    affine: np.ndarray
+    notes: list[str]
+    rescaled: bool = False
+
+
+def damaged(reason: str, part: str = "") -> ValueError:
+    """The error for a broken file; `part` names the file inside a folder."""
+    return ValueError(f"{part} can't be read: truncated or damaged; get the file again ({reason})".lstrip())
+
+
+def decode(read: Callable[[], T], part: str = "") -> T:
+    """Run a decoder; whatever it raises on a broken file (each has its own types), say what the user can do.
+
+    Raises:
+        ValueError: `read` failed; `part` names the file inside a folder.
+    """
+    try:
+        return read()
+    except Exception as error:
+        raise damaged((str(error).strip().splitlines() or [type(error).__name__])[-1], part) from error
+
+
+def check_shape(shape: Sequence[int]) -> None:
+    """Refuse a number of voxels that no CT has.
+
+    Raises:
+        ValueError: not three axes, an axis without voxels, or more than 2^30 voxels.
+    """
+    if min(shape, default=0) < 1:
+        raise damaged(f"its header claims {tuple(shape)} voxels")
+    if len(shape) != 3:
+        raise ValueError(
+            f"{len(shape)}-D, shape {tuple(shape)}: a CT volume has three axes (slices, rows, columns); save the one "
+            "to read"
+        )
+    voxels = math.prod(shape)
+    if voxels > MOST_VOXELS:
+        raise ValueError(
+            f"its header claims {tuple(shape)} voxels, {voxels * 4 / 2**30:.3g} GiB: more than any CT; the header is "
+            "damaged, or the scan has to be cut or made coarser first"
+        )
+
+
+def check_bytes(found: int, claimed: int) -> None:
+    """Refuse a file that holds more or fewer bytes of voxels than its header describes.
+
+    Raises:
+        ValueError: gives both.
+    """
+    if found != claimed:
+        raise damaged(f"its header describes {claimed} bytes of voxels, and the file holds {found}")
+
+
+def check_steps(steps: Sequence[float], blank: bool) -> None:
+    """Refuse a header without the size of a voxel (d, h, w); only the caller's spacing mends that.
+
+    Raises:
+        ValueError: `blank`, so nobody gave a size; or a length that is no number above 0.
+    """
+    if blank:
+        raise ValueError("blank header, so the size of a voxel is unknown; pass spacing=(d, h, w) in mm")
+    if not all(math.isfinite(step) and step > 0 for step in steps):
+        raise ValueError(
+            f"the size of a voxel in its header is {tuple(steps)} (slices, rows, columns): expected lengths above 0; "
+            "pass the right one as spacing=(d, h, w) in mm"
+        )
