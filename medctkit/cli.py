@@ -1,6 +1,5 @@
 """The `medctkit` command: what a cluster or a terminal needs, thin over the package."""
 
-import json
 import os
 import platform
 import shutil
@@ -9,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -31,7 +29,7 @@ def _told() -> Iterator[None]:
     """What goes wrong is told without a traceback, and in the exit code."""
     try:
         yield
-    except (FloatingPointError, OSError, ValueError) as error:
+    except (FloatingPointError, ImportError, OSError, ValueError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
@@ -235,7 +233,7 @@ def embed(
     workers: Annotated[int, typer.Option(help="Processes that load volumes ahead.", min=0)] = 0,
 ) -> None:
     """Encode every volume once and keep the embeddings in a file. Stop it and start it again as you like."""
-    from medctkit.cohort.dataset import cohort, prepared_dir
+    from medctkit.cohort.dataset import load_split, prepared_dir
     from medctkit.cohort.manifest import load_manifest
     from medctkit.common.processes import accelerator_for
     from medctkit.lora.adapter import load_adapter
@@ -247,7 +245,7 @@ def embed(
         base = load_base(model, tokenizer)
         loaded = base.model if adapter is None else load_adapter(base.model, adapter)
         prepared = prepared_dir(manifest, out.parent, cache_dir)
-        dataset = cohort(load_manifest(manifest), hospital, split, base.preprocess_config, prepared)
+        dataset = load_split(load_manifest(manifest), hospital, split, base.preprocess_config, prepared)
         classifier = ZeroShotClassifier(loaded.to(accelerator_for().device), base.tokenizer)
         embedded = embed_manifest(classifier, dataset, out, batch_size, workers)
     if accelerator_for().is_main_process:

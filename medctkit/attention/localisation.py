@@ -25,6 +25,7 @@ from medctkit.cohort.dataset import CTReportDataset
 from medctkit.cohort.manifest import has_file, study_from_row
 from medctkit.findings import FINDINGS
 from medctkit.metrics.bootstrap import interval, patient_weights, weighted_means
+from medctkit.model.protocol import Model
 from medctkit.scans.preprocessing import HU_LIMIT, PreprocessConfig, preprocess
 from medctkit.scans.volumes import CTVolume
 from medctkit.zero_shot.classifier import ZeroShotClassifier
@@ -37,12 +38,6 @@ SCORES = ("pointing game", "AUPRC", "in-mask mass")
 CONTRAST = "smoothed contrast"
 PART_OF_A_PATCH = 0.01  # the least share of a patch that counts as holding a finding; or the largest share, if less
 AT_A_TIME = 32  # volumes of the mini model in one backward pass
-STAGES = {  # shuffled one after the other, from the output down
-    "projection": ("to_visual_latent",),
-    "temporal attention": ("visual_transformer.enc_temporal_transformer",),
-    "spatial attention": ("visual_transformer.enc_spatial_transformer", "visual_transformer.spatial_rel_pos_bias"),
-    "patches": ("visual_transformer.to_patch_emb",),
-}
 
 
 @dataclass(frozen=True)
@@ -261,7 +256,7 @@ def shuffled(model: nn.Module, prefixes: Sequence[str], seed: int = 0) -> nn.Mod
 
 
 def sanity_check(
-    model: nn.Module, tokenizer: Any, dataset: CTReportDataset, regions: Regions, seed: int = 0, progress: bool = True
+    model: Model, tokenizer: Any, dataset: CTReportDataset, regions: Regions, seed: int = 0, progress: bool = True
 ) -> "pd.DataFrame":
     """How much of a map is left as weights are shuffled from the output down: the mean rank correlation with itself.
 
@@ -285,10 +280,12 @@ def sanity_check(
         order -= order.mean(1, keepdims=True)
         return order / np.maximum(np.linalg.norm(order, axis=1, keepdims=True), 1e-12)
 
-    parts, before, rows = [], None, []
-    for stage in (None, *STAGES):
-        parts += STAGES.get(stage, ())
-        blind = shuffled(model, parts, seed)
+    prefixes: list[str] = []
+    before: dict[str, np.ndarray] = {}
+    rows: list[dict[str, str | float]] = []
+    for stage, parts in {"nothing": (), **model.parts.stages}.items():
+        prefixes += parts
+        blind = shuffled(model, prefixes, seed)
         maps = {
             "relevance": relevance_of_regions(blind, tokenizer, dataset, regions, progress=progress),
             "rollout": rollout_of_regions(blind, dataset, regions),
@@ -301,5 +298,5 @@ def sanity_check(
             name: float(_draws(scores[name], regions, once)[0, -1])
             for name in ("in-mask mass", "in-mask mass by chance")
         }
-        rows.append({"shuffled": f"{'+ ' if len(rows) > 1 else ''}{stage or 'nothing'}"} | alike | mass)
+        rows.append({"shuffled": f"{'+ ' if len(rows) > 1 else ''}{stage}", **alike, **mass})
     return pd.DataFrame(rows).set_index("shuffled")

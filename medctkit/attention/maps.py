@@ -12,7 +12,7 @@ out by all of them.
 Shapes: t, h, w patches along the model's axes (z, x, y); n = h * w; c channels; p = projection_dim.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from textwrap import shorten
@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
+from medctkit.model.protocol import Model
 from medctkit.model.vision_tower import Attention as AttentionLayer
 from medctkit.scans.heat_map import HeatMap
 from medctkit.scans.preprocessing import PreprocessConfig, model_affine
@@ -115,7 +115,7 @@ class Attention:
         return layers[layer][:, head].numpy()
 
 
-def attend(model: nn.Module, pixels: torch.Tensor) -> Attention:
+def attend(model: Model, pixels: torch.Tensor) -> Attention:
     """Capture the attention of one volume: the very probabilities with which the model computes.
 
     At full size the maps take 1.1 GB. Only this call computes them; otherwise the model goes the quick way, which
@@ -136,7 +136,7 @@ def attend(model: nn.Module, pixels: torch.Tensor) -> Attention:
 
 
 def relevance(
-    model: nn.Module, tokenizer: Any, pixels: torch.Tensor, stating: str, denying: str | None = None
+    model: Model, tokenizer: Any, pixels: torch.Tensor, stating: str, denying: str | None = None
 ) -> np.ndarray:
     r"""What in a volume speaks for a sentence, and against its denial: (t, h, w), at least 0, sum 1.
 
@@ -161,7 +161,7 @@ def relevance(
     return relevance_maps(model, _one_volume(pixels), direction[None])[0]
 
 
-def embed_sentences(model: nn.Module, tokenizer: Any, sentences: Sequence[str]) -> torch.Tensor:
+def embed_sentences(model: Model, tokenizer: Any, sentences: Sequence[str]) -> torch.Tensor:
     """Embeddings (sentences, p) of sentences, L2-normalised.
 
     Raises:
@@ -171,7 +171,7 @@ def embed_sentences(model: nn.Module, tokenizer: Any, sentences: Sequence[str]) 
         if not isinstance(sentence, str) or not sentence.strip():
             raise ValueError(f"the sentence is {sentence!r}; expected words, such as 'Pleural effusion is present.'")
     words = tokenizer(list(sentences), padding=True, return_tensors="pt")
-    lengths, limit = words["attention_mask"].sum(1), model.config.text_config["max_position_embeddings"]
+    lengths, limit = words["attention_mask"].sum(1), model.longest_text
     if lengths.max() > limit:
         longest = shorten(sentences[int(lengths.argmax())], 60, placeholder=" ...")
         raise ValueError(f"{longest!r} has {lengths.max()} tokens, the text encoder takes {limit}; shorten it")
@@ -180,11 +180,11 @@ def embed_sentences(model: nn.Module, tokenizer: Any, sentences: Sequence[str]) 
         return model.encode_text(words["input_ids"].to(device), words["attention_mask"].to(device)).float()
 
 
-def relevance_maps(model: nn.Module, pixels: torch.Tensor, directions: torch.Tensor) -> np.ndarray:
+def relevance_maps(model: Model, pixels: torch.Tensor, directions: torch.Tensor) -> np.ndarray:
     """`relevance` of several volumes (b, 1, D, H, W), each for a direction of its own (b, p): (b, t, h, w)."""
     device, z = model.temperature.device, []
     with evaluating(model), torch.enable_grad(), _explicit(model) as layers:
-        handle = model.visual_transformer.register_forward_hook(lambda module, given, out: z.append(out) or out)
+        handle = model.vision_encoder.register_forward_hook(lambda module, given, out: z.append(out) or out)
         try:
             image = model.encode_image(pixels.to(device).requires_grad_())
         finally:
@@ -253,35 +253,32 @@ def _one_volume(pixels: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _explicit(model: nn.Module) -> Iterator[dict[str, list[torch.Tensor]]]:
+def _explicit(model: Model) -> Iterator[dict[str, list[torch.Tensor]]]:
     """For a while, attention goes by way of its probabilities, and they are kept; the quantiser lets gradients pass."""
-    vision = model.visual_transformer
+    vision = model.vision_encoder
+    layers = vision.attention_layers()
     kept: dict[str, list[torch.Tensor]] = {part: [] for part in PARTS}
-    changed: list[nn.Module] = []
 
-    def listen(layer: AttentionLayer, part: str) -> None:
-        def forward(x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-            q, k, v = layer.project(x)
-            probabilities = layer.probabilities(q, k, bias)
-            kept[part].append(probabilities)
-            return layer.to_out((probabilities.to(v.dtype) @ v).transpose(1, 2).flatten(2))
+    def keeping(layer: AttentionLayer, part: str) -> Callable[..., torch.Tensor]:
+        def mix(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            kept[part].append(layer.probabilities(q, k, bias))
+            return kept[part][-1].to(v.dtype) @ v
 
-        layer.forward = forward
-        changed.append(layer)
+        return mix
 
     def straight_through(x: torch.Tensor) -> torch.Tensor:
         return x + (type(vision.vq).forward(vision.vq, x) - x).detach()
 
     try:
         for part in PARTS:
-            for layer in getattr(vision, f"enc_{part}_transformer").layers:
-                listen(layer["1"], part)
+            for layer in layers[part]:
+                layer.mix = keeping(layer, part)
         vision.vq.forward = straight_through
-        changed.append(vision.vq)
         yield kept
     finally:
-        for module in changed:
-            del module.forward
+        vars(vision.vq).pop("forward", None)
+        for layer in (layer for part in PARTS for layer in layers[part]):
+            vars(layer).pop("mix", None)
 
 
 def _rolled(layers: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -162,9 +162,9 @@ def _feed_forward(trainable: int, config: "CTCLIPConfig") -> str:
     import torch
 
     from medctkit.lora.adapter import add_lora
-    from medctkit.lora.methods import count_trainable
-    from medctkit.lora.placement import TEXT_LAYER
+    from medctkit.lora.counting import count_trainable
     from medctkit.model.ct_clip import CTCLIPModel
+    from medctkit.model.ct_clip_parts import TEXT_LAYER
 
     found, rank = number(trainable, "a number of parameters"), 8
     with torch.device("meta"):

@@ -333,7 +333,7 @@ def encoder_per_finding(base: BaseModel, volume: CTVolume) -> list[Defect]:
     inputs, counts = preprocess(volume, base.preprocess_config)[None], []
     for groups in ([[name] for name in FINDINGS], [FINDINGS]):
         passes = []
-        with base.model.visual_transformer.register_forward_hook(lambda *_, seen=passes: seen.append(1)):
+        with base.model.vision_encoder.register_forward_hook(lambda *_, seen=passes: seen.append(1)):
             for names in groups:
                 ZeroShotClassifier(base.model, base.tokenizer, findings=names).scores(inputs)
         counts.append(len(passes))

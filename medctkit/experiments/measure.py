@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import nn
 
 from medctkit.cohort import ct_rate as ctrate
-from medctkit.cohort.dataset import cohort, prepared_dir
+from medctkit.cohort.dataset import load_split, prepared_dir
 from medctkit.cohort.manifest import has_file, load_manifest, volume_from_row
 from medctkit.common.processes import accelerator_for
 from medctkit.common.provenance import made_with, write_json
 from medctkit.experiments.adapt import Origin
 from medctkit.experiments.audit import Defect, audit, audit_scans, prompt_mismatch
 from medctkit.lora.adapter import load_adapter
+from medctkit.lora.methods import trained_bytes
 from medctkit.metrics.scores import compare, evaluate, summary, thresholds_from_validation
 from medctkit.scans.volumes import CTVolume
 from medctkit.zero_shot.classifier import Embedded, ZeroShotClassifier
@@ -94,7 +96,7 @@ def measure(
     origin, manifest = Origin.of(output_dir), load_manifest(manifest_path)
     base = origin.load()
     base_parameters = base.model.num_parameters()
-    data = {s: cohort(manifest, origin.hospital, s, base.preprocess_config, cache_dir) for s in ("valid", "test")}
+    data = {s: load_split(manifest, origin.hospital, s, base.preprocess_config, cache_dir) for s in ("valid", "test")}
     real = any(map(has_file, data["test"].rows))
     audit_volumes = (0 if real else 30) if audit_volumes is None else audit_volumes
     tables, scores, limits, prompts, retrieved, tests = {}, {}, {}, [], [], {}
@@ -175,11 +177,14 @@ class _Volumes(Sequence):
 
 def _adapter_facts(model, folder: Path) -> dict[str, int]:
     """Layers of each encoder that carry the adapter, its parameters, and its bytes on disk."""
-    adapted = [name for name, module in model.named_modules() if hasattr(module, "adapter_layer_names")]
     names = model.active_adapters
     return {
-        "vision": sum("visual_transformer." in name for name in adapted),
-        "text": sum("text_transformer." in name for name in adapted),
+        "vision": _adapted_layers(model.vision_encoder),
+        "text": _adapted_layers(model.text_encoder),
         "trainable": sum(p.numel() for key, p in model.named_parameters() if set(names) & set(key.split("."))),
-        "bytes": (folder / "adapter_model.safetensors").stat().st_size,
+        "bytes": trained_bytes(folder),
     }
+
+
+def _adapted_layers(encoder: nn.Module) -> int:
+    return sum(hasattr(module, "adapter_layer_names") for module in encoder.modules())

@@ -163,7 +163,7 @@ class CodebookLearner:
     """
 
     def __init__(self, model: CTCLIPModel, decay: float, seed: int):
-        self.vq = model.visual_transformer.vq
+        self.vq = model.vision_encoder.vq
         self.codes = self.vq._codebook.embed  # (1, k, c), unit length
         self.decay, self.started = decay, False
         self.generator = torch.Generator().manual_seed(seed)

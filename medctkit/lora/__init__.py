@@ -1,9 +1,9 @@
 """LoRA in both encoders of CT-CLIP: the equation, the placement, the adapter, the count."""
 
 from medctkit.lora.adapter import add_lora, load_adapter, merge_lora, save_adapter
-from medctkit.lora.counting import parameter_table, search_placements
+from medctkit.lora.counting import count_trainable, parameter_table, search_placements
 from medctkit.lora.linear import LoRALinear
-from medctkit.lora.methods import METHODS, apply_method, count_trainable
+from medctkit.lora.methods import METHODS, apply_method
 from medctkit.lora.placement import PRESETS, Placement, lora_config
 
 __all__ = [

@@ -1,19 +1,4 @@
-"""LoRA in both encoders of CT-CLIP: from scratch, through peft, and counted.
-
-LoRA (Hu et al. 2021, arXiv 2106.09685) freezes a weight matrix W (out, in) and learns a low-rank update
-beside it,
-
-    y = W x + (alpha / r) B A x,      A (r, in) random,  B (out, r) zero at the start,
-
-so that training starts exactly at the base model, `r (in + out)` numbers are learned instead of
-`in * out`, and afterwards B A can be added into W at no cost. `LoRALinear` is that equation; everything
-else here hands the work to peft and says *where* in CT-CLIP the update goes.
-
-The paper (MedCT-VLM, arXiv 2512.00597) reports 1.67 M trainable parameters, 0.38 % of 440 M. Its full text
-was not at hand, so the placement of preset "paper" is inferred: `search_placements` shows that of all ranks
-and attention projections only rank 24 fits, and of those only one set is "q, k and v of both encoders". Its
-alpha is not known to us; alpha = 2 r and no dropout are our choice.
-"""
+"""An adapter on a model, made by peft: added, merged, saved, loaded, and refused where it does not belong."""
 
 from __future__ import annotations
 
@@ -25,27 +10,30 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from medctkit.lora.placement import lora_config, placement_of
-from medctkit.model.ct_clip import CTCLIPModel
+from medctkit.lora.placement import lora_config, parts_of, placement_of
 from medctkit.model.fingerprint import digests
+from medctkit.model.protocol import Model
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
+ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as peft names them
+_DIGEST = "sha256:"
 
-def add_lora(model: CTCLIPModel, preset: str = "paper", **overrides) -> PeftModel:
+
+def add_lora(model: Model, preset: str = "paper", **overrides: Any) -> PeftModel:
     """Freeze `model` and add a trainable LoRA adapter to it, in place.
 
     The random A matrices come from torch's generator: call `torch.manual_seed` before for a repeatable start.
 
     Args:
-        model: a plain CT-CLIP.
-        preset: see `lora_config`.
+        model: a plain `VisionLanguageModel`, such as a `CTCLIPModel`.
+        preset: one of the model's own, see `lora_config`.
         **overrides: see `lora_config`.
 
     Raises:
@@ -59,18 +47,19 @@ def add_lora(model: CTCLIPModel, preset: str = "paper", **overrides) -> PeftMode
             f"this model already carries the adapter(s) {', '.join(model.peft_config)}; add another with "
             "model.add_adapter(name, lora_config(...)), or merge_lora(model) first"
         )
-    config = lora_config(preset, **overrides)
+    parts = parts_of(model)
+    config = lora_config(preset, parts, **overrides)
     if "target_modules" in overrides:
         targets = overrides["target_modules"]  # peft: one pattern, or a list of last parts of names
         patterns = {name: rf"(?:.*\.)?{re.escape(name)}" for name in targets}
         patterns = {targets: targets} if isinstance(targets, str) else patterns
     else:
-        patterns = placement_of(preset, dict(overrides)).patterns
+        patterns = placement_of(preset, dict(overrides), parts).patterns
     _refuse_unmatched(model, patterns)
     return add_adapter(model, config)
 
 
-def add_adapter(model: CTCLIPModel, config: PeftConfig) -> PeftModel:
+def add_adapter(model: Model, config: PeftConfig) -> PeftModel:
     """Freeze a plain `model` and add the trainable adapter of any peft configuration to it, in place.
 
     The digest of the base model becomes part of the configuration, so that `load_adapter` refuses any other.
@@ -82,9 +71,6 @@ def add_adapter(model: CTCLIPModel, config: PeftConfig) -> PeftModel:
     (config,) = adapted.peft_config.values()
     config.base_model_name_or_path = f"{_DIGEST}{digests(adapted)[0]}" if _has_exact_weights(adapted) else None
     return adapted
-
-
-_DIGEST = "sha256:"
 
 
 def _has_exact_weights(model: nn.Module) -> bool:
@@ -111,8 +97,8 @@ def _refuse_unmatched(model: nn.Module, patterns: Mapping[str, str]) -> None:
             )
 
 
-def merge_lora(model: PeftModel) -> CTCLIPModel:
-    """A plain CT-CLIP with the active adapter added into its weights; `model` itself is left as it is.
+def merge_lora(model: PeftModel) -> Model:
+    """A plain model with the active adapter added into its weights; `model` itself is left as it is.
 
     Both copies are in memory at once (1.1 GB each at full size). To swap adapters instead, use peft's own
     `model.set_adapter(name)`, and `with model.disable_adapter():` for the base.
@@ -129,9 +115,6 @@ def merge_lora(model: PeftModel) -> CTCLIPModel:
     return copy.deepcopy(model).merge_and_unload(safe_merge=True)
 
 
-_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
-
-
 def save_adapter(model: PeftModel, directory: str | os.PathLike, name: str = "default") -> Path:
     """Write adapter `name` in peft's format; a crash midway leaves the previous files whole."""
     if name not in model.peft_config:
@@ -141,16 +124,13 @@ def save_adapter(model: PeftModel, directory: str | os.PathLike, name: str = "de
     with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as scratch:
         model.save_pretrained(scratch, selected_adapters=[name], save_embedding_layers=False)
         written = Path(scratch) if name == "default" else Path(scratch) / name
-        for file in _ADAPTER_FILES:
+        for file in (ADAPTER_FILE, ADAPTER_CONFIG):
             os.replace(written / file, directory / file)
     return directory
 
 
 def load_adapter(
-    model: CTCLIPModel | PeftModel,
-    directory: str | os.PathLike,
-    name: str = "default",
-    trainable: bool = False,
+    model: Model, directory: str | os.PathLike, name: str = "default", trainable: bool = False
 ) -> PeftModel:
     """Put a saved adapter on `model` and make it the active one.
 
@@ -158,7 +138,7 @@ def load_adapter(
     does half its work; here the file has to fit the model exactly.
 
     Args:
-        model: a plain CT-CLIP, or one that already carries other adapters.
+        model: a plain model, or one that already carries other adapters.
         directory: where `save_adapter` or peft's `save_pretrained` wrote.
         name: the name to swap by, `model.set_adapter(name)`.
         trainable: True to train on, False for inference.
@@ -170,24 +150,26 @@ def load_adapter(
     from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
     from safetensors import safe_open
 
-    for file in _ADAPTER_FILES:
+    for file in (ADAPTER_FILE, ADAPTER_CONFIG):
         if not (Path(directory) / file).is_file():
             raise FileNotFoundError(f"{directory} has no {file}; expected a folder written by save_adapter")
     wrapped = isinstance(model, PeftModel)
     if wrapped and name in model.peft_config:
         raise ValueError(f"an adapter named {name!r} is already on this model; pass another name")
 
-    base = model.get_base_model() if wrapped else model
     config = PeftConfig.from_pretrained(str(directory))
     with torch.device("meta"), _quiet():  # shapes only: what this adapter would look like on this architecture
-        twin = type(base)(copy.deepcopy(base.config))
+        shapes = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+        shapes |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+        twin = copy.deepcopy(model, shapes)
+        twin = twin.unload() if wrapped else twin
         if isinstance(config.target_modules, str):
             _refuse_unmatched(twin, {f"of {directory}": config.target_modules})
         plain = copy.deepcopy(config)
         plain.base_model_name_or_path = None
         expected = get_peft_model_state_dict(get_peft_model(twin, plain), save_embedding_layers=False)
     expected = {key: tuple(tensor.shape) for key, tensor in expected.items()}
-    with safe_open(str(Path(directory) / _ADAPTER_FILES[0]), "pt") as file:
+    with safe_open(str(Path(directory) / ADAPTER_FILE), "pt") as file:
         found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     wrong = [
         f"{key}: adapter {found.get(key, 'none')}, model {expected.get(key, 'none')}"

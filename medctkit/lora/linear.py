@@ -1,6 +1,12 @@
-"""The equation of LoRA, readable in a minute."""
+"""LoRA, the equation (Hu et al. 2021, arXiv 2106.09685), readable in a minute.
 
-from __future__ import annotations
+A trained weight matrix W (out, in) is frozen, and a low-rank update is learned beside it:
+
+    y = W x + b + (alpha / r) B A x,      A (r, in) random,  B (out, r) zero at the start.
+
+So training starts exactly at the base model, `r (in + out)` numbers are learned in place of `in * out`, and
+afterwards B A can be added into W at no cost.
+"""
 
 import math
 
@@ -10,10 +16,9 @@ from torch.nn import functional as F
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer with a trainable low-rank update: `W x + b + (alpha / r) B A x`.
+    """A frozen linear layer with a trainable low-rank update.
 
-    The lesson version; the package itself uses peft, which a test holds equal to this in output, gradient and
-    merge.
+    The lesson's version; the package itself uses peft, which a test holds equal to this in output, gradient and merge.
 
     Args:
         base: the linear layer to adapt, `weight` (out, in). Its parameters are frozen in place.
@@ -27,10 +32,9 @@ class LoRALinear(nn.Module):
             raise ValueError(f"rank r must be at least 1, got {r}; usual values are 4 to 64")
         self.base = base.requires_grad_(False)
         self.A = nn.Parameter(base.weight.new_empty(r, base.in_features))
-        self.B = nn.Parameter(base.weight.new_zeros(base.out_features, r))  # zero: starts as the base exactly
+        self.B = nn.Parameter(base.weight.new_zeros(base.out_features, r))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # as nn.Linear starts its own weight
-        self.scaling = alpha / r
-        self.merged = False
+        self.scaling, self.merged = alpha / r, False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map `x` (..., in) to (..., out)."""

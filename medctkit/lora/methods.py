@@ -1,4 +1,4 @@
-"""Ways to fine-tune CT-CLIP, from all of its weights to a few thousand numbers, behind one name each.
+"""Ways to fine-tune a model, from all of its weights to a few thousand numbers, behind one name each.
 
 Every method starts at the base model exactly and leaves the codebook alone; they differ in what may change.
 peft makes all adapters; `full` and `bitfit` train tensors of the model itself.
@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from medctkit.common.atomic import replacing
-from medctkit.lora.adapter import add_adapter, add_lora, load_adapter, save_adapter
-from medctkit.lora.placement import PRESETS, TEXT_LAYER, VISION_LAYER
-from medctkit.model.ct_clip import CTCLIPModel
+from medctkit.lora.adapter import ADAPTER_FILE, add_adapter, add_lora, load_adapter, save_adapter
+from medctkit.lora.placement import parts_of, presets_of
+from medctkit.model.protocol import Model
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 TRAINED_FILE = "trained.safetensors"
-ADAPTER_FILE = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Method:
         label: its name in tables and figures.
         trains: what it trains, in a sentence.
         paper: where it comes from.
-        apply: freezes what has to be frozen; takes a plain `CTCLIPModel`, returns the model to train.
+        apply: freezes what has to be frozen; takes a plain model, returns the model to train.
         learning_rates: peak rates worth a try, lowest first.
         rank: r if none is given; None: it has no rank.
     """
@@ -48,43 +47,38 @@ class Method:
     rank: int | None = None
 
 
-def _full(model: CTCLIPModel) -> CTCLIPModel:
+def _full(model: nn.Module) -> nn.Module:
     return model.requires_grad_(True)
 
 
-def _bitfit(model: CTCLIPModel) -> CTCLIPModel:
+def _bitfit(model: nn.Module) -> nn.Module:
     model.requires_grad_(False)
     for name, parameter in model.named_parameters():
         parameter.requires_grad = name.endswith(".bias")
     return model
 
 
-def _vera(model: CTCLIPModel, r: int, **fields) -> nn.Module:
+def _vera(model: nn.Module, r: int, **fields: Any) -> nn.Module:
     import torch
     from peft import VeraConfig
 
     key = int(torch.randint(2**31, ()))  # as every random start, from torch's generator
-    targets = "|".join(PRESETS["paper"].patterns.values())
+    targets = "|".join(presets_of(parts_of(model))["paper"].patterns.values())
     fields = {"projection_prng_key": key, "target_modules": targets} | fields
     return add_adapter(model, VeraConfig(r=r, **fields))
 
 
-# (IA)^3 rescales keys, values and what enters the layer that narrows a feed-forward
-_NARROWING = "|".join((VISION_LAYER + r"3\.4", TEXT_LAYER + r"output\.dense"))
-_KEYS_VALUES = "|".join(
-    (VISION_LAYER + r"1\.to_kv", *(TEXT_LAYER + rf"attention\.self\.{name}" for name in ("key", "value")))
-)
-
-
-def _ia3(model: CTCLIPModel, **fields) -> nn.Module:
+def _ia3(model: nn.Module, **fields: Any) -> nn.Module:
     from peft import IA3Config
 
-    fields = {"target_modules": f"{_KEYS_VALUES}|{_NARROWING}", "feedforward_modules": _NARROWING} | fields
-    return add_adapter(model, IA3Config(**fields))
+    parts = parts_of(model)
+    narrowing = "|".join(parts.narrowing)
+    targets = "|".join([*(parts.projections[name] for name in parts.keys_values), narrowing])
+    return add_adapter(model, IA3Config(**{"target_modules": targets, "feedforward_modules": narrowing} | fields))
 
 
-def _lora(preset: str = "paper", **fixed) -> Callable[..., nn.Module]:
-    def apply(model: CTCLIPModel, r: int, **fields) -> nn.Module:
+def _lora(preset: str = "paper", **fixed: Any) -> Callable[..., nn.Module]:
+    def apply(model: nn.Module, r: int, **fields: Any) -> nn.Module:
         return add_lora(model, preset, r=r, **fixed | fields)
 
     return apply
@@ -165,13 +159,13 @@ METHODS: dict[str, Method] = {
 }
 
 
-def apply_method(model: CTCLIPModel, name: str, **settings) -> nn.Module:
+def apply_method(model: Model, name: str, **settings: Any) -> Model:
     """Freeze and extend `model` for a method, in place.
 
     Random starts come from torch's generator: call `torch.manual_seed` before for a repeatable one.
 
     Args:
-        model: a plain CT-CLIP.
+        model: a plain `VisionLanguageModel`.
         name: one of `METHODS`.
         **settings: `r` where the method has a rank, and any field of its peft configuration; `full` and `bitfit`
             have none.
@@ -185,7 +179,8 @@ def apply_method(model: CTCLIPModel, name: str, **settings) -> nn.Module:
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; choose one of {', '.join(METHODS)}")
     if hasattr(model, "peft_config"):
-        raise ValueError(f"this model already carries an adapter; {name} starts from a plain CTCLIPModel")
+        kind = type(model.get_base_model()).__name__
+        raise ValueError(f"this model already carries an adapter; {name} starts from a plain {kind}")
     method = METHODS[name]
     rank = {} if method.rank is None else {"r": method.rank}
     try:
@@ -196,23 +191,18 @@ def apply_method(model: CTCLIPModel, name: str, **settings) -> nn.Module:
         raise ValueError(f"method {name!r} does not know one of the settings {settings}: {error}") from None
 
 
-def count_trainable(model: nn.Module) -> int:
-    """Number of parameters that require gradients."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
 def trained_bytes(directory: str | os.PathLike) -> int:
     """Size on disk, in bytes, of the weights that `save_trained` wrote."""
     return _weights_file(Path(directory)).stat().st_size
 
 
-def save_trained(model: nn.Module, directory: str | os.PathLike) -> Path:
+def save_trained(model: Model, directory: str | os.PathLike) -> Path:
     """Write what was trained, and nothing else: an adapter in peft's format, or `trained.safetensors`.
 
     A crash midway leaves the previous file whole.
 
     Args:
-        model: from `apply_method`, or any CT-CLIP with parameters that require gradients.
+        model: from `apply_method`, or any model with parameters that require gradients.
         directory: made if need be.
 
     Raises:
@@ -239,7 +229,7 @@ def save_trained(model: nn.Module, directory: str | os.PathLike) -> Path:
     return directory
 
 
-def load_trained(model: CTCLIPModel, directory: str | os.PathLike) -> nn.Module:
+def load_trained(model: Model, directory: str | os.PathLike) -> Model:
     """Put what `save_trained` wrote on a plain base model, in place; frozen, in evaluation mode.
 
     Args:
@@ -290,7 +280,7 @@ def _weights_file(directory: Path) -> Path:
     return present[0]
 
 
-def _refuse_unsaved(model: nn.Module, trained: dict[str, Tensor]) -> None:
+def _refuse_unsaved(model: Model, trained: Mapping[str, Tensor]) -> None:
     """Refuse trainable tensors that are not in what peft writes."""
     from peft import get_peft_model_state_dict
 

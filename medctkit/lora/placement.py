@@ -1,30 +1,22 @@
-"""Where in CT-CLIP a LoRA goes: projections, presets, and peft's configuration of them."""
+"""Where in a model a LoRA goes: projections of its attention by name, presets of them, and peft's configuration.
+
+A model says in its `parts` what its projections are called and which presets it has; without a model, CT-CLIP's are
+meant. The paper (MedCT-VLM, arXiv 2512.00597) reports 1.67 M trainable parameters, 0.38 % of 440 M. Its full text was
+not at hand, so the placement of preset "paper" is inferred: `counting.search_placements` shows that of all ranks and
+attention projections only rank 24 fits, and of those only one set is "q, k and v of both encoders". Its alpha is not
+known to us; alpha = 2 r and no dropout are our choice.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from medctkit.model.ct_clip_parts import PARTS
+from medctkit.model.protocol import Model, Parts
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-
-
-# Where a projection lives inside CTCLIPModel, at any depth. peft matches the whole module name.
-VISION_LAYER = r"visual_transformer\.enc_(?:spatial|temporal)_transformer\.layers\.\d+\."
-
-
-TEXT_LAYER = r"text_transformer\.encoder\.layer\.\d+\."
-
-
-VISION_PROJECTIONS = {name: rf"{VISION_LAYER}1\.{name}" for name in ("to_q", "to_kv", "to_out")}
-
-
-TEXT_PROJECTIONS = {
-    "query": TEXT_LAYER + r"attention\.self\.query",
-    "key": TEXT_LAYER + r"attention\.self\.key",
-    "value": TEXT_LAYER + r"attention\.self\.value",
-    "attention.output.dense": TEXT_LAYER + r"attention\.output\.dense",
-}
 
 
 @dataclass(frozen=True)
@@ -32,17 +24,21 @@ class Placement:
     """Which attention projections get a LoRA, in all layers of each encoder, and its rank.
 
     Args:
-        vision: names out of `VISION_PROJECTIONS` (to_kv holds keys and values in one matrix).
-        text: names out of `TEXT_PROJECTIONS`.
+        vision: names of projections of the vision encoder.
+        text: names of projections of the text encoder.
         r: rank, the same everywhere.
+        parts: the model's names.
     """
 
     vision: tuple[str, ...] = ()
     text: tuple[str, ...] = ()
     r: int = 24
+    parts: Parts = field(default=PARTS, repr=False)
 
-    def __post_init__(self):
-        for side, known in (("vision", VISION_PROJECTIONS), ("text", TEXT_PROJECTIONS)):
+    def __post_init__(self) -> None:
+        for side in ("vision", "text"):
+            names, known = getattr(self, side), getattr(self.parts, side)
+            object.__setattr__(self, side, (names,) if isinstance(names, str) else tuple(names))
             if unknown := [name for name in getattr(self, side) if name not in known]:
                 raise ValueError(f"unknown {side} projection {unknown[0]!r}; choose from {', '.join(known)}")
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
@@ -51,34 +47,38 @@ class Placement:
     @property
     def patterns(self) -> dict[str, str]:
         """One regular expression per projection."""
-        known = VISION_PROJECTIONS | TEXT_PROJECTIONS
-        return {name: known[name] for name in (*self.vision, *self.text)}
+        return {name: self.parts.projections[name] for name in (*self.vision, *self.text)}
 
 
-PRESETS: dict[str, Placement] = {
-    "paper": Placement(vision=("to_q", "to_kv"), text=("query", "key", "value")),
-    "vision": Placement(vision=("to_q", "to_kv")),
-    "text": Placement(text=("query", "key", "value")),
-    "all-attention": Placement(vision=tuple(VISION_PROJECTIONS), text=tuple(TEXT_PROJECTIONS)),
-}
+def presets_of(parts: Parts) -> dict[str, Placement]:
+    """A model's presets by name."""
+    return {name: Placement(tuple(v), tuple(t), parts=parts) for name, (v, t) in parts.presets.items()}
 
 
-def placement_of(preset: str, overrides: dict) -> Placement:
+PRESETS: dict[str, Placement] = presets_of(PARTS)
+
+
+def parts_of(model: Model) -> Parts:
+    """The names of a model's parts; those of CT-CLIP, if it does not say."""
+    return getattr(model, "parts", PARTS)
+
+
+def placement_of(preset: str, overrides: dict[str, Any], parts: Parts = PARTS) -> Placement:
     """The preset with its placement overrides taken out of `overrides`."""
-    if preset not in PRESETS:
-        raise ValueError(f"unknown LoRA preset {preset!r}; choose from {', '.join(PRESETS)}")
-    changes = {field: overrides.pop(field) for field in ("vision", "text", "r") if field in overrides}
-    for side in changes.keys() & {"vision", "text"}:
-        changes[side] = (changes[side],) if isinstance(changes[side], str) else tuple(changes[side])
-    return replace(PRESETS[preset], **changes)
+    presets = presets_of(parts)
+    if preset not in presets:
+        raise ValueError(f"unknown LoRA preset {preset!r}; choose from {', '.join(presets)}")
+    changes = {name: overrides.pop(name) for name in ("vision", "text", "r") if name in overrides}
+    return replace(presets[preset], **changes)
 
 
-def lora_config(preset: str = "paper", **overrides) -> LoraConfig:
-    """A peft configuration for CT-CLIP.
+def lora_config(preset: str = "paper", parts: Parts = PARTS, **overrides: Any) -> LoraConfig:
+    """A peft configuration for CT-CLIP, or for a model with other `parts`.
 
     Args:
         preset: "paper" (r = 24 on q, k, v of both encoders), "vision", "text" (one encoder of it) or
             "all-attention" ("paper" plus both output projections).
+        parts: of the model, `model.parts`.
         **overrides: `r`; `vision` and `text`, projection names in place of the preset's; and any field of
             `peft.LoraConfig` (`lora_alpha`, default 2 r; `lora_dropout`, default 0; `use_dora`, `use_rslora`;
             `target_modules` in place of the whole placement; ...).
@@ -88,8 +88,8 @@ def lora_config(preset: str = "paper", **overrides) -> LoraConfig:
     """
     from peft import LoraConfig
 
-    placement = placement_of(preset, overrides)
-    fields = {
+    placement = placement_of(preset, overrides, parts)
+    fields: dict[str, Any] = {
         "lora_alpha": 2 * placement.r,
         "target_modules": "|".join(placement.patterns.values()),
     } | overrides

@@ -1,11 +1,13 @@
-"""A base model with what belongs to it: the mini model that the kit ships, or the released CT-CLIP."""
+"""A base model with what belongs to it: the mini model that the kit ships, the released CT-CLIP, or one of your own."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from medctkit.model.ct_clip import CTCLIPModel
+from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel
+from medctkit.model.protocol import VisionLanguageModel
 from medctkit.scans.preprocessing import PreprocessConfig
 
 FOLDER = Path(str(files("medctkit") / "assets" / "mini"))
@@ -13,17 +15,20 @@ FOLDER = Path(str(files("medctkit") / "assets" / "mini"))
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A CT-CLIP with what belongs to it.
+    """A model with what belongs to it.
 
     Attributes:
-        model: in evaluation mode.
+        model: in evaluation mode; a `CTCLIPModel`, or anything else that keeps `VisionLanguageModel`.
         tokenizer: of its text encoder.
-        preprocess_config: spacing (mm) and shape of its input.
     """
 
-    model: CTCLIPModel
+    model: Any
     tokenizer: Any
-    preprocess_config: PreprocessConfig
+
+    @property
+    def preprocess_config(self) -> PreprocessConfig:
+        """The volumes that the model wants."""
+        return self.model.preprocess_config
 
 
 def load_mini_base(folder: str | Path = FOLDER) -> BaseModel:
@@ -40,59 +45,84 @@ def load_mini_base(folder: str | Path = FOLDER) -> BaseModel:
     """
     from transformers.utils import logging
 
-    folder = Path(folder)
-    if not (folder / "model.safetensors").is_file():
+    if not (Path(folder) / "model.safetensors").is_file():
         raise FileNotFoundError(f"{folder} has no model.safetensors; `medctkit pretrain` makes the mini base model")
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # 6 MB need none
-    model = CTCLIPModel.from_pretrained(folder).eval()
+    mini = _with_tokenizer(CTCLIPModel.from_pretrained(folder), Path(folder))
     if shown:
         logging.enable_progress_bar()
-    return BaseModel(model, _tokenizer(folder), PreprocessConfig.for_model(model.config))
+    return mini
+
+
+BASES: dict[str, Callable[[], BaseModel]] = {"mini": load_mini_base}  # what `load_base` knows by name; add your own
 
 
 def load_base(model: str | Path = "mini", tokenizer: str | Path | None = None) -> BaseModel:
     """Load a base model by name or place.
 
     Args:
-        model: "mini"; a folder in Hugging Face's layout; or a file in the layout of the released CT-CLIP_v2.pt (.pt or
-            .safetensors).
+        model: a name out of `BASES`, such as "mini"; a CT-CLIP's folder in Hugging Face's layout; or a file in the
+            layout of the released CT-CLIP_v2.pt (.pt or .safetensors).
         tokenizer: folder with the files of the text encoder's tokenizer (`medctkit download --tokenizer` fetches the
             released one); by default the model's own folder.
 
     Raises:
         FileNotFoundError: no such model, or no tokenizer.
         ValueError: see `CTCLIPModel.from_released_checkpoint`; a tokenizer with more words than the model.
+        TypeError: a model of `BASES` that does not keep the protocol.
     """
-    if str(model) == "mini":
+    if str(model) in BASES:
         if tokenizer is not None:
-            raise ValueError(f"the mini model has a tokenizer of its own; leave {tokenizer} out")
-        return load_mini_base()
+            raise ValueError(f"the {model} model has a tokenizer of its own; leave {tokenizer} out")
+        base = BASES[str(model)]()
+        if not isinstance(base.model, VisionLanguageModel):
+            lacking = [name for name in _MEMBERS if not hasattr(base.model, name)]
+            raise TypeError(f"{type(base.model).__name__} lacks {', '.join(lacking)}; see VisionLanguageModel")
+        return base
     path = Path(model)
     if (path / "config.json").is_file():
-        loaded, folder = CTCLIPModel.from_pretrained(path).eval(), Path(tokenizer or path)
-    elif path.is_file():
-        if tokenizer is None:
-            raise FileNotFoundError(
-                f"{path} holds weights only; give the folder of its tokenizer too. `medctkit download DIR --tokenizer` "
-                "fetches the released one"
-            )
-        loaded, folder = CTCLIPModel.from_released_checkpoint(path), Path(tokenizer)
-    else:
-        raise FileNotFoundError(f"{path}: expected mini, a model's folder with a config.json, or a checkpoint file")
-    words = _tokenizer(folder)
-    if len(words) > loaded.config.text_config["vocab_size"]:
-        raise ValueError(
-            f"the tokenizer in {folder} has {len(words):,} words, the model knows "
-            f"{loaded.config.text_config['vocab_size']:,}; it is the tokenizer of another model"
+        return _with_tokenizer(CTCLIPModel.from_pretrained(path), Path(tokenizer or path))
+    if not path.is_file():
+        names = ", ".join(BASES)
+        raise FileNotFoundError(f"{path}: expected {names}, a model's folder with a config.json, or a checkpoint file")
+    if tokenizer is None:
+        raise FileNotFoundError(
+            f"{path} holds weights only; give the folder of its tokenizer too. `medctkit download DIR --tokenizer` "
+            "fetches the released one"
         )
-    return BaseModel(loaded, words, PreprocessConfig.for_model(loaded.config))
+    return _with_tokenizer(CTCLIPModel.from_released_checkpoint(path), Path(tokenizer))
 
 
-def _tokenizer(folder: Path) -> Any:
-    """The WordPiece tokenizer in a folder."""
+_MEMBERS = sorted({"temperature", "parts", *(name for name in vars(VisionLanguageModel) if not name.startswith("_"))})
+
+
+def preprocess_config_of(model: str | Path) -> PreprocessConfig:
+    """The volumes that a base model wants, of a name or folder as `load_base` takes it, or "released"; no weights read.
+
+    Raises:
+        FileNotFoundError: no such model.
+    """
+    if str(model) == "released":
+        return PreprocessConfig()
+    folder = FOLDER if str(model) == "mini" else Path(model)
+    if (folder / "config.json").is_file():
+        return CTCLIPConfig.from_pretrained(folder).preprocess_config
+    if str(model) in BASES:
+        return BASES[str(model)]().preprocess_config
+    raise FileNotFoundError(f"{model}: expected {', '.join(BASES)}, released, or a folder with a config.json")
+
+
+def _with_tokenizer(model: CTCLIPModel, folder: Path) -> BaseModel:
+    """A CT-CLIP and the WordPiece tokenizer in a folder."""
     from transformers import BertTokenizerFast
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
         raise FileNotFoundError(f"{folder} has no tokenizer: expected a tokenizer.json or vocab.txt there")
-    return BertTokenizerFast.from_pretrained(folder)
+    tokenizer, words = BertTokenizerFast.from_pretrained(folder), model.config.text_config["vocab_size"]
+    if len(tokenizer) > words:
+        raise ValueError(
+            f"the tokenizer in {folder} has {len(tokenizer):,} words, the model knows {words:,}; it is the tokenizer "
+            "of another model"
+        )
+    return BaseModel(model.eval(), tokenizer)

@@ -15,6 +15,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,8 +23,11 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertModel, PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from medctkit.model.released_checkpoint import ReleasedTensor, never_used, read_checkpoint, refuse_other_layout
+from medctkit.model.ct_clip_parts import COMPONENTS, PARTS
+from medctkit.model.fast_paths import quicken
+from medctkit.model.released_checkpoint import ReleasedTensor, never_used, read_checkpoint, state_dict_of
 from medctkit.model.vision_tower import Attention, Codebook, ScaleNorm, VisionTransformer
+from medctkit.scans.preprocessing import PreprocessConfig
 
 RELEASED_VISION = {
     "dim": 512,
@@ -122,7 +126,8 @@ class CTCLIPConfig(PretrainedConfig):
     def volume_shape(self) -> tuple[int, int, int]:
         """Depth, rows and columns of the input volume, in voxels."""
         size = self.vision_config["image_size"]
-        return (self.vision_config["num_frames"], *([size, size] if isinstance(size, int) else size))
+        rows, columns = (size, size) if isinstance(size, int) else size
+        return self.vision_config["num_frames"], rows, columns
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -131,9 +136,14 @@ class CTCLIPConfig(PretrainedConfig):
         patch = self.vision_config["patch_size"]
         return (depth // self.vision_config["temporal_patch_size"], rows // patch, columns // patch)
 
-    def get_text_config(self, *args, **kwargs) -> BertConfig:
+    @property
+    def preprocess_config(self) -> PreprocessConfig:
+        """The volumes that the model wants."""
+        return PreprocessConfig.for_shape(self.volume_shape)
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> BertConfig:
         """BERT's configuration, which transformers asks for by this name."""
-        return BertConfig(**{"use_cache": False} | self.text_config)  # a cache is for generating text
+        return BertConfig(**{"use_cache": False, **self.text_config})  # a cache is for generating text
 
 
 @dataclass
@@ -158,7 +168,9 @@ class CTCLIPOutput(ModelOutput):
 class CTCLIPModel(PreTrainedModel):
     """CT-CLIP: `encode_image`, `encode_text`, and their similarity."""
 
+    config: CTCLIPConfig
     config_class = CTCLIPConfig
+    parts = PARTS
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
@@ -166,12 +178,32 @@ class CTCLIPModel(PreTrainedModel):
     def __init__(self, config: CTCLIPConfig):
         super().__init__(config)
         self.text_transformer = BertModel(config.get_text_config(), add_pooling_layer=False)
-        self.visual_transformer = VisionTransformer(config.vision_config)
+        self.visual_transformer = quicken(VisionTransformer(config.vision_config))
         _, h, w = config.grid
         self.to_text_latent = nn.Linear(config.text_config["hidden_size"], config.projection_dim, bias=False)
         self.to_visual_latent = nn.Linear(h * w * config.vision_config["dim"], config.projection_dim, bias=False)
         self.temperature = nn.Parameter(torch.tensor(1.0))
         self.post_init()
+
+    @property
+    def preprocess_config(self) -> PreprocessConfig:
+        """The volumes that it wants."""
+        return self.config.preprocess_config
+
+    @property
+    def longest_text(self) -> int:
+        """Tokens that BERT takes at most."""
+        return self.config.text_config["max_position_embeddings"]
+
+    @property
+    def vision_encoder(self) -> VisionTransformer:
+        """The vision tower."""
+        return self.visual_transformer
+
+    @property
+    def text_encoder(self) -> BertModel:
+        """BERT."""
+        return self.text_transformer
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -222,8 +254,8 @@ class CTCLIPModel(PreTrainedModel):
         if volumes.ndim != 5 or tuple(volumes.shape[1:]) != (1, *expected) or not volumes.shape[0]:
             raise ValueError(
                 f"volumes have shape {tuple(volumes.shape)}; this model expects (batch, 1, "
-                f"{', '.join(map(str, expected))}), as preprocess(volume, PreprocessConfig.for_model(config)) "
-                "and a batch axis give it"
+                f"{', '.join(map(str, expected))}), as preprocess(volume, model.preprocess_config) and a "
+                "batch axis give it"
             )
         if not volumes.is_floating_point():
             raise ValueError(
@@ -245,7 +277,7 @@ class CTCLIPModel(PreTrainedModel):
         Raises:
             ValueError: not two axes, longer than the text encoder's positions, or a mask of another shape.
         """
-        longest = self.config.text_config["max_position_embeddings"]
+        longest = self.longest_text
         if input_ids.ndim != 2 or not 0 < input_ids.shape[1] <= longest:
             raise ValueError(
                 f"input_ids have shape {tuple(input_ids.shape)}; expected (batch, n) with n of at most {longest}: "
@@ -293,6 +325,10 @@ class CTCLIPModel(PreTrainedModel):
             loss = (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
         return CTCLIPOutput(loss, logits, logits.T, image_embeds, text_embeds)
 
+    def checkpoint_layout(self) -> dict[str, ReleasedTensor]:
+        """Every tensor of a released state dict of this model's sizes; see `released_layout`."""
+        return released_layout(self.config)
+
     @classmethod
     def from_released_checkpoint(
         cls,
@@ -316,17 +352,18 @@ class CTCLIPModel(PreTrainedModel):
                 misshapen (all listed).
         """
         config = config or CTCLIPConfig()
-        source, state = "the state dict", path_or_state_dict
-        if not isinstance(state, Mapping):
-            source, state = str(state), read_checkpoint(state)
-        refuse_other_layout(source, state, released_layout(config))
+        if isinstance(path_or_state_dict, Mapping):
+            source, found = "the state dict", path_or_state_dict
+        else:
+            source, found = str(path_or_state_dict), read_checkpoint(path_or_state_dict)
+        state = state_dict_of(source, found, released_layout(config))
         with torch.device("meta"):
             model = cls(config)
         live = {name: state[name].to(torch.float32, copy=True) for name in model.state_dict()}
         model.load_state_dict(live, assign=True)
-        embeddings, device = model.text_transformer.embeddings, model.temperature.device
+        embeddings = model.text_transformer.embeddings
         # BERT's own index buffers are in no checkpoint and still on the meta device
-        positions = torch.arange(config.text_config["max_position_embeddings"], device=device)[None]
+        positions = torch.arange(model.longest_text, device=model.temperature.device)[None]
         embeddings.register_buffer("position_ids", positions, persistent=False)
         embeddings.register_buffer("token_type_ids", torch.zeros_like(positions), persistent=False)
         return model.eval()
@@ -345,4 +382,5 @@ def released_layout(config: CTCLIPConfig | None = None) -> dict[str, ReleasedTen
         name: ReleasedTensor(tuple(tensor.shape), "parameter" if name in parameters else "buffer", True)
         for name, tensor in model.state_dict().items()
     }
-    return live | never_used(config.vision_config, config.text_config, config.projection_dim)
+    layout = live | never_used(config.vision_config, config.text_config, config.projection_dim)
+    return dict(sorted(layout.items(), key=lambda entry: COMPONENTS.index(entry[0].split(".")[0])))

@@ -93,8 +93,8 @@ def read_checkpoint(path: str | os.PathLike) -> object:
         ) from error
 
 
-def refuse_other_layout(source: str, state: object, layout: Mapping[str, ReleasedTensor]) -> None:
-    """Compare a state dict with `layout`, name by name and shape by shape; never used tensors may be missing.
+def state_dict_of(source: str, state: object, layout: Mapping[str, ReleasedTensor]) -> Mapping[str, torch.Tensor]:
+    """What was read from `source`, if it fits `layout` name by name and shape by shape; never used ones may be missing.
 
     Raises:
         ValueError: not tensors by name; or tensors missing, unexpected or misshapen, all of them listed.
@@ -114,7 +114,7 @@ def refuse_other_layout(source: str, state: object, layout: Mapping[str, Release
         ],
     }
     if not any(problems.values()):
-        return
+        return state
     lines = []
     for kind, names in problems.items():
         if names:

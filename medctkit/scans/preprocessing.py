@@ -5,9 +5,8 @@ The steps are those behind the released weights (repository ibrahimethemhamamci/
 Their axes are the model's, (z, x, y): a volume's rows and columns change places.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -53,17 +52,10 @@ class PreprocessConfig:
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
 
     @classmethod
-    def for_model(cls, model_config: Any) -> "PreprocessConfig":
-        """The released field of view, 360 mm along each axis, at the input size of a model.
-
-        Args:
-            model_config: a `CTCLIPConfig`, or anything with its `vision_config`.
-        """
-        vision: Mapping = model_config.vision_config
-        size: int | Sequence[int] = vision["image_size"]
-        shape = (vision["num_frames"], *((size, size) if isinstance(size, int) else size))
-        spacing = tuple(FIELD_OF_VIEW / n for n in shape)
-        return cls(spacing, shape, antialias=max(spacing) > ANTIALIAS_TARGET)
+    def for_shape(cls, shape: tuple[int, int, int]) -> "PreprocessConfig":
+        """The released field of view, 360 mm along each axis (z, x, y), in so many voxels."""
+        z, x, y = (FIELD_OF_VIEW / n for n in shape)
+        return cls((z, x, y), shape, antialias=max(z, x, y) > ANTIALIAS_TARGET)
 
 
 def preprocess(volume: CTVolume, config: PreprocessConfig | None = None) -> "torch.Tensor":

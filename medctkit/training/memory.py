@@ -15,8 +15,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from medctkit.model.vision_tower import RelativePositionBias
-
 
 def _storages(tree: Any) -> dict[int, torch.UntypedStorage]:
     """The storages of all tensors in nested lists, tuples and dicts, each once, by address of their C++ part."""
@@ -141,7 +139,7 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> int:
         raise ValueError(f"frozen weights can be kept in torch.bfloat16 or torch.float16, got {dtype}")
     kept = set()
     for module in model.modules():
-        if isinstance(module, RelativePositionBias):
+        if getattr(module, "full_precision", False):  # computed outside autocast
             kept.update(module.modules())
         elif hasattr(module, "adapter_layer_names"):  # one of peft's layers
             plain_lora = hasattr(module, "lora_A") and not len(module.lora_magnitude_vector)

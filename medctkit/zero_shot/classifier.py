@@ -11,7 +11,7 @@ headlines such as "No evidence of pulmonary fibrotic sequela.", which need no ar
 wording of the reports that the kit trains on; "training-style" is the pair that is.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from textwrap import shorten
@@ -19,12 +19,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from medctkit.common.processes import process_and_processes
 from medctkit.findings import FINDINGS
+from medctkit.model.protocol import Model
 from medctkit.zero_shot.prompts import Prompts, prompt_sentences
 
 AT_A_TIME = 128  # sentences in the text encoder
@@ -48,13 +50,13 @@ class Embedded:
 
 
 class ZeroShotClassifier:
-    """Probabilities of findings from a CT-CLIP model and prompts.
+    """Probabilities of findings from a model and prompts.
 
     Prompts are encoded at the first score and kept: after training the model or switching its adapter, make a
     new classifier.
 
     Args:
-        model: a `CTCLIPModel`, with or without an adapter.
+        model: a `VisionLanguageModel` such as `CTCLIPModel`, with or without an adapter.
         tokenizer: of its text encoder.
         prompts: "paper", "training-style", "ensemble", your own (stating, denying) templates with {finding} in them, or
             the `Path` of a JSON file; see `prompt_sentences`.
@@ -65,12 +67,12 @@ class ZeroShotClassifier:
         ValueError: see `prompt_sentences`; a prompt longer than the text encoder's positions.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, prompts: Prompts = "paper", findings=FINDINGS):
+    def __init__(self, model: Model, tokenizer: Any, prompts: Prompts = "paper", findings: Sequence[str] = FINDINGS):
         self.model, self.tokenizer, self.findings = model, tokenizer, tuple(findings)
         self._wordings = [sentences for side in prompt_sentences(prompts, self.findings) for sentences in side]
         flat = [sentence for sentences in self._wordings for sentence in sentences]
         self._words = tokenizer(flat, padding=True, return_tensors="pt")
-        lengths, limit = self._words["attention_mask"].sum(1), model.config.text_config["max_position_embeddings"]
+        lengths, limit = self._words["attention_mask"].sum(1), model.longest_text
         if lengths.max() > limit:
             longest = shorten(flat[int(lengths.argmax())], 60, placeholder=" ...")
             raise ValueError(
@@ -98,7 +100,7 @@ class ZeroShotClassifier:
             self._text = found.unflatten(0, (2, -1))  # (2 k, p) -> (2, k, p)
         return self._text
 
-    def scores_from_embeddings(self, image_embeds) -> np.ndarray:
+    def scores_from_embeddings(self, image_embeds: ArrayLike | torch.Tensor) -> np.ndarray:
         """Probabilities (b, k) of the findings from image embeddings (b, p).
 
         Raises:
@@ -196,7 +198,7 @@ def validation_score(
         ValueError: (when called) no finding has both classes.
     """
 
-    def score(model: nn.Module) -> float:
+    def score(model: Model) -> float:
         from sklearn.metrics import roc_auc_score
 
         classifier = ZeroShotClassifier(model, tokenizer, prompts)

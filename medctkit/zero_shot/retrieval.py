@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from medctkit.findings import FINDINGS
+from medctkit.metrics.bootstrap import interval, patient_weights, weighted_means
+from medctkit.model.protocol import Model
 from medctkit.zero_shot.classifier import Embedded, evaluating
 from medctkit.zero_shot.embeddings import refuse_other_order
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 AT_A_TIME = 4_000_000  # similarities in memory
-LEVEL = (2.5, 97.5)  # percentiles of a 95 % interval
 OFF_UNIT = 0.02  # how far from 1 bfloat16 leaves the length of a normalised embedding
 
 
@@ -53,12 +53,12 @@ class EmbeddedReports:
 
 
 def embed_reports(
-    model: nn.Module, tokenizer: Any, rows: Sequence[Mapping[str, Any]], batch_size: int = 32, progress: bool = True
+    model: Model, tokenizer: Any, rows: Sequence[Mapping[str, Any]], batch_size: int = 32, progress: bool = True
 ) -> EmbeddedReports:
     """Encode every report once; equal ones, as of two reconstructions, together.
 
     Args:
-        model: a `CTCLIPModel`, with or without an adapter.
+        model: a `VisionLanguageModel`, with or without an adapter.
         tokenizer: of its text encoder.
         rows: with `study` and `report`, such as `CTReportDataset.rows`.
         batch_size: reports at a time.
@@ -74,10 +74,12 @@ def embed_reports(
     for row in rows:
         if not isinstance(row["report"], str) or not row["report"].strip():
             raise ValueError(f"study {row['study']} has no report; leave it out of report-to-volume retrieval")
-    longest = model.config.text_config["max_position_embeddings"]
+    longest = model.longest_text
     # alike in length, so that little is padding; and always in the same order, so that the last bits are the same
     texts = sorted({row["report"] for row in rows}, key=lambda report: (len(report), report))
-    device, found, cut = next(model.parameters()).device, {}, set()
+    device = next(model.parameters()).device
+    found: dict[str, torch.Tensor] = {}
+    cut: set[str] = set()
     with evaluating(model), tqdm(total=len(texts), desc="reports", unit="report", disable=not progress) as bar:
         for start in range(0, len(texts), batch_size):
             part = texts[start : start + batch_size]
@@ -147,9 +149,10 @@ def report_to_volume(
     ks, gaps = _fitting(ks, n)
     which = _numbers(reports.reports)
     hits = (ranks[:, None] <= np.array(ks)).astype(float)  # (n, ks)
-    low, high = _interval(hits, volumes.patients, resamples, seed)[:, :-1]  # the mean over k says nothing
+    draws = weighted_means(hits, patient_weights(volumes.patients, resamples, seed))[:, :-1]  # the mean says nothing
+    low, high = interval(draws)
     chance = [_chance_of_hit(n, np.bincount(which), k)[which].mean() for k in ks]
-    columns = {"recall": hits.mean(0), "low": low, "high": high, "chance": chance, "reports": n}
+    columns = {"recall": draws[0], "low": low, "high": high, "chance": chance, "reports": n}
     table = pd.DataFrame(columns, index=pd.Index(ks, name="k"))
     table.attrs["gaps"] = gaps
     return table
@@ -204,12 +207,13 @@ def volume_to_volume(
             values = _average_precision(found == 1, known, list(limits.values()))
             precision[:, at[asking], f], chance[:, at[asking], f] = values
 
-    asked = ~np.isnan(precision[0])
-    columns = {"queries": [*asked.sum(0), int(asked.any(1).sum())]}
+    asked, weights = ~np.isnan(precision[0]), patient_weights(volumes.patients, resamples, seed)
+    columns: dict[str, Any] = {"queries": [*asked.sum(0), int(asked.any(1).sum())]}
     for row, name in enumerate(limits):
-        low, high = _interval(precision[row], volumes.patients, resamples, seed)
-        columns |= {name: _means(precision[row]), f"{name}_low": low, f"{name}_high": high}
-        columns[f"{name}_chance"] = _means(chance[row])
+        draws = weighted_means(precision[row], weights)
+        low, high = interval(draws)
+        by_chance = weighted_means(chance[row], weights[:, :1])[0]
+        columns |= {name: draws[0], f"{name}_low": low, f"{name}_high": high, f"{name}_chance": by_chance}
     table = pd.DataFrame(columns, index=pd.Index([*findings, "mean"], name="finding"))
     lonely = [name for name in findings if table.loc[name, "queries"] == 0]
     table.attrs["gaps"] = gaps | {name: "not in two patients, so nothing to find; left out" for name in lonely}
@@ -248,39 +252,6 @@ def _chance_of_hit(n: int, right: np.ndarray, k: int) -> np.ndarray:
     """Probability that k of n volumes, drawn at random, have one of the `right` ones among them."""
     drawn = np.arange(k)
     return 1 - (np.maximum(n - right[:, None] - drawn, 0) / (n - drawn)).prod(1)
-
-
-def _interval(values: np.ndarray, patients, resamples: int, seed: int) -> np.ndarray:
-    """Ends (2, m + 1) of the intervals of the column means of values (n, m), and of the mean over columns."""
-    _, patient = np.unique(patients, return_inverse=True)
-    people, known = patient.max() + 1, ~np.isnan(values)
-    if people < 2 or resamples < 1:
-        raise ValueError(
-            f"{people} patients and resamples={resamples}: an interval over patients needs two patients and a resample"
-        )
-    sums, counts = (np.zeros((people, values.shape[1])) for _ in range(2))
-    np.add.at(sums, patient, np.where(known, values, 0))
-    np.add.at(counts, patient, known)
-    draws = np.random.default_rng(seed).multinomial(people, np.full(people, 1 / people), size=resamples).astype(float)
-    drawn, ends = _with_mean(_ratio(draws @ sums, draws @ counts)), np.full((2, values.shape[1] + 1), np.nan)
-    some = ~np.isnan(drawn).all(0)
-    ends[:, some] = np.nanpercentile(drawn[:, some], LEVEL, axis=0)
-    return ends
-
-
-def _means(values: np.ndarray) -> np.ndarray:
-    """Means of the columns of values (n, m), without what is NaN, and their mean: (m + 1,)."""
-    return _with_mean(_ratio(np.nansum(values, axis=0), (~np.isnan(values)).sum(0))[None])[0]
-
-
-def _with_mean(values: np.ndarray) -> np.ndarray:
-    """Values (r, m) and the mean of each row's that are not NaN: (r, m + 1)."""
-    mean = _ratio(np.nansum(values, axis=1), (~np.isnan(values)).sum(1))
-    return np.concatenate([values, mean[:, None]], axis=1)
-
-
-def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    return np.divide(above, below, out=np.full(above.shape, np.nan), where=below > 0)
 
 
 def _similarities(queries: torch.Tensor, gallery: torch.Tensor) -> Iterator[tuple[np.ndarray, torch.Tensor]]:

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from medctkit.lora.adapter import load_adapter
-from medctkit.lora.methods import METHODS, apply_method, count_trainable, load_trained, save_trained, trained_bytes
+from medctkit.lora.counting import count_trainable
+from medctkit.lora.methods import METHODS, apply_method, load_trained, save_trained, trained_bytes
 from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")

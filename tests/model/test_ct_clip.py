@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel, released_layout
-from medctkit.model.vision_tower import FeedForward
+from medctkit.model.fast_paths import QuickFeedForward as FeedForward
+from medctkit.model.vision_tower import VisionTransformer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TENSORS = load_file(GOLDEN / "ctclip_small.safetensors")
@@ -51,9 +52,14 @@ def relative_error(actual, expected):
 # --- equal to the public implementation ---------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def computed(model):
-    tower, results = model.visual_transformer, {}
+@pytest.fixture(scope="module", params=["plain", "quick"])
+def computed(request):
+    model, results = small_model(), {}
+    if request.param == "plain":
+        tower = VisionTransformer(model.config.vision_config).eval()
+        tower.load_state_dict(model.visual_transformer.state_dict())
+        model.visual_transformer = tower
+    tower = model.visual_transformer
     with torch.no_grad():
         patches = results["patch_tokens"] = tower.to_patch_emb(BATCH["pixel_values"])
         results["spatial_bias"] = tower.spatial_rel_pos_bias(*patches.shape[2:4])
@@ -160,7 +166,7 @@ def test_position_convolution_is_causal_in_depth_and_keeps_the_shape(model):
 def test_attention_weights_are_those_of_the_forward_pass(model):
     attention = model.visual_transformer.enc_spatial_transformer.layers[1]["1"]
     x, bias = torch.randn(2, 12, 64), torch.randn(4, 12, 12)
-    weights = attention.weights(x, bias)
+    weights = attention.probabilities(*attention.project(x)[:2], bias)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 12))
     values = attention.project(x)[2]
     torch.testing.assert_close(attention.to_out((weights @ values).transpose(1, 2).flatten(2)), attention(x, bias))

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from medctkit.lora.adapter import add_lora
+from medctkit.model.fast_paths import quicken
 from medctkit.model.vision_tower import Attention, Transformer
 from medctkit.training.memory import PeakMemory, SavedActivations, cast_frozen
 
@@ -131,7 +132,7 @@ def test_a_checkpointed_layer_keeps_its_input_alone():
 
 
 def test_of_a_checkpointed_transformer_with_frozen_feed_forwards_only_the_layers_inputs_stay():
-    transformer = Transformer(16, 3, 2, 8).train().requires_grad_(False)
+    transformer = quicken(Transformer(16, 3, 2, 8)).train().requires_grad_(False)
     for module in transformer.modules():
         if isinstance(module, Attention):
             module.to_q.requires_grad_(True)

@@ -24,7 +24,8 @@ from torch.utils.data import Subset
 from medctkit.cohort.dataset import CTReportDataset
 from medctkit.cohort.manifest import load_manifest
 from medctkit.findings import FINDINGS
-from medctkit.lora.methods import METHODS, apply_method, count_trainable, trained_bytes
+from medctkit.lora.counting import count_trainable
+from medctkit.lora.methods import METHODS, apply_method, trained_bytes
 from medctkit.metrics import scores as metrics
 from medctkit.model.base_model import FOLDER as MINI_FOLDER
 from medctkit.model.base_model import BaseModel, load_mini_base
