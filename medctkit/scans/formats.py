@@ -73,7 +73,7 @@ def reader_of(path: Path) -> Reader:
     if path.is_dir():
         if named and not named.folders:
             raise ValueError(f"{path}: a folder, in spite of its name; give the file in it")
-        return named or next(reader for reader in latest_first if reader.folders)
+        return named or READERS["DICOM series"]
     if named:
         return named
     if name.endswith((".hdr", ".img", ".hdr.gz", ".img.gz")):
