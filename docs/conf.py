@@ -4,6 +4,7 @@ The source folder is the repository itself (`sphinx-build -c docs . OUT`), so th
 same link on a code host, in JupyterLab and on the site.
 """
 
+import builtins
 import re
 from importlib.metadata import version as version_of
 
@@ -21,7 +22,7 @@ extensions = [
     "sphinx-mathjax-offline",
 ]
 root_doc = "docs/index"
-include_patterns = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**.md", "notebooks/*.ipynb", "medctkit/assets/mini/README.md"]
+include_patterns = ["*.md", "docs/**.md", "notebooks/*.ipynb", "medctkit/assets/mini/README.md"]
 # Not looked through: what is large, or not ours.
 exclude_patterns = [".*", "bench", "build", "data", "dist", "runs", "tests", "tools", "*.egg-info"]
 exclude_patterns += ["**.ipynb_checkpoints"]
@@ -36,6 +37,8 @@ myst_heading_anchors = 4
 
 # `name` in a docstring is a link where there is something of that name.
 default_role = "py:obj"
+# The fields of a data class are documented by autodoc; napoleon's list of attributes is no second place for them.
+napoleon_use_ivar = True
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
@@ -86,7 +89,17 @@ def figures_have_words(app, doctree) -> None:
             image.setdefault("alt", f"Figure of the section: {section.next_node(nodes.title).astext()}")
 
 
+def names_of_python_are_no_links(app, doctree) -> None:
+    """`bytes` in a signature is Python's own, not the one attribute or other of ours that is called so."""
+    from sphinx.addnodes import pending_xref
+
+    for link in list(doctree.findall(pending_xref)):
+        if link.get("refdomain") == "py" and hasattr(builtins, link["reftarget"]):
+            link.replace_self(link.children)
+
+
 def setup(app) -> None:
     """Called by Sphinx."""
     app.connect("autodoc-process-docstring", docstring_is_prose, priority=400)  # before napoleon's 500
     app.connect("doctree-read", figures_have_words)
+    app.connect("doctree-read", names_of_python_are_no_links)
