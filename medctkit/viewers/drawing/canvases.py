@@ -1,6 +1,6 @@
 """Where a viewer shows its picture: an ipympl canvas that also hears mouse and keys, or a plain image.
 
-Both have ``.widget``, ``.show(picture)`` and ``.close()``. Neither touches pyplot or the backend of a notebook's figures.
+Both have `.widget`, `.show(picture)` and ``.close()``. Neither touches pyplot or the backend of a notebook's figures.
 """
 
 import base64
