@@ -1,11 +1,11 @@
 """What is right and what is wrong in the exercises of notebooks 00 and 01."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from medctkit.course.exercises import Wrong, checks
+from medctkit.course.exercises import Wrong, checks, number
 from medctkit.findings import FINDINGS
 from medctkit.phantom.study import generate
 from medctkit.viewers.drawing.rendering import window
@@ -15,21 +15,6 @@ if TYPE_CHECKING:
 
 FAT, VESSEL = -100, 200  # HU: what exercise 01.1 wants black, and what white
 _STORED_AT_ZERO = 1312  # stored value of 0 HU in exercise 01.3: neither of the usual 1024 and 8192
-
-
-def number(answer: Any, what: str) -> float:
-    """An answer that should be a single number.
-
-    Raises:
-        Wrong: it is none; says `what` was expected.
-    """
-    try:
-        found = np.asarray(answer, dtype=float)
-    except (TypeError, ValueError):
-        found = np.empty(0)
-    if found.size != 1 or not np.isfinite(found).all():
-        raise Wrong(f"Expected {what}, a single number; got {answer!r:.80}.")
-    return float(found.item())
 
 
 @checks("00.1")

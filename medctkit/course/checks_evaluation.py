@@ -35,7 +35,7 @@ def _sensitivity_and_specificity(sensitivity_and_specificity: Callable) -> str:
     found = sensitivity_and_specificity(labels, scores, 0.5)
     if not isinstance(found, tuple | list | np.ndarray) or len(found) != 2:
         raise Wrong("Expected two numbers, sensitivity and specificity.")
-    found = tuple(number(value, "two numbers") for value in found)
+    found = tuple(number(value, "a share") for value in found)
 
     def rates(called: np.ndarray) -> tuple[float, float]:
         return called[labels == 1].mean(), (~called[labels == 0]).mean()
@@ -71,7 +71,7 @@ def _sensitivity_and_specificity(sensitivity_and_specificity: Callable) -> str:
 def _flattery(flattery: float, labels: np.ndarray, scores: np.ndarray, patients: np.ndarray, thresholds) -> str:
     from medctkit.metrics.scores import ON_TEST
 
-    found = number(flattery, "a number, the difference of two macro-F1s")
+    found = number(flattery, "the difference of two macro-F1s")
     honest, optimistic = (_point(labels, scores, patients, limits) for limits in (thresholds, ON_TEST))
     gain = {name: optimistic[name] - honest[name] for name in ("f1", "accuracy", "auroc")}
     if close(found, -gain["f1"]):

@@ -5,8 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from medctkit.course.checks_data import number
-from medctkit.course.exercises import Wrong, checks
+from medctkit.course.exercises import Wrong, checks, number
 from medctkit.lora.counting import search_placements
 from medctkit.lora.linear import LoRALinear
 from medctkit.lora.placement import PRESETS

@@ -13,6 +13,7 @@ from medctkit.course.exercises import Wrong, checks, close, interval, number
 
 if TYPE_CHECKING:
     import pandas as pd
+    import torch
 
     from medctkit.experiments.compare.results import Results
     from medctkit.model.ct_clip import CTCLIPConfig
@@ -31,7 +32,7 @@ def _own_report_share(own_report_share: Callable) -> str:
     volumes = torch.nn.functional.normalize(texts + 0.5 * noise, dim=-1)
     scores, own = volumes @ texts.T, torch.arange(40)
     right, reverse = ((scores.argmax(axis) == own).double().mean().item() for axis in (1, 0))
-    found = number(own_report_share(volumes, texts), "one number, the share of volumes")
+    found = number(own_report_share(volumes, texts), "the share of volumes")
     if close(found, 40 * right):
         raise Wrong("That is how many volumes find their own report; divide by how many there are.")
     if close(found, reverse):
@@ -99,11 +100,7 @@ def _same_report(info_nce_of_groups: Callable) -> str:
     texts[4] = texts[1]
     groups, temperature = torch.tensor([0, 1, 2, 3, 1, 5]), torch.tensor(1.5)
     right = contrastive_loss(volumes, texts, temperature, groups).item()
-    value = info_nce_of_groups(volumes, texts, temperature, groups)
-    try:
-        found = float(value)
-    except (TypeError, ValueError):
-        raise Wrong(f"Expected one number, the loss, got {type(value).__name__}.") from None
+    found = number(info_nce_of_groups(volumes, texts, temperature, groups), "the loss", finite=False)
     if not math.isfinite(found):
         raise Wrong(
             f"Your loss is {found}. A volume and its own report are in the same group too: they must stay, or there "
@@ -128,7 +125,7 @@ def _same_report(info_nce_of_groups: Callable) -> str:
     )
 
 
-def _ce(scores, own):
+def _ce(scores: "torch.Tensor", own: "torch.Tensor") -> "torch.Tensor":
     from torch.nn.functional import cross_entropy
 
     return cross_entropy(scores, own)
@@ -198,7 +195,7 @@ def _directions(directions: Callable) -> str:
         s = np.array(strengths)
         energy = np.cumsum(s**2) / np.sum(s**2)
         right = int(np.argmax(energy >= share - 1e-12)) + 1
-        found = number(directions(s, share), "a whole number of directions")
+        found = number(directions(s, share), "how many directions")
         if found == right:
             continue
         shown = ", ".join(f"{x:g}" for x in strengths)
@@ -232,7 +229,7 @@ def _by_chance(found: tuple[float, float], results: "Results") -> str:
     def same(ends) -> bool:
         return max(abs(low - ends[0]), abs(high - ends[1])) < 2e-4
 
-    def ends_of(values):
+    def ends_of(values: np.ndarray) -> np.ndarray:
         return np.percentile(values, LEVEL)
 
     difference = (full.mean(0) - lora.mean(0))[1:]

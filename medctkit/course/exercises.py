@@ -7,19 +7,14 @@ name with `checks`, in the module of `CHECKS`; it computes what it compares with
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from html import escape
 from importlib import import_module
 from inspect import signature
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 # Where the checks of a notebook are. They import this module, so that they are imported by name, when asked for.
 CHECKS = {
@@ -148,7 +143,7 @@ def check(name: str, *answer: Any) -> None:
 def _check_of(name: str) -> Callable[..., str]:
     module = CHECKS.get(str(name)[:2])
     if name not in _REGISTERED and module is not None:
-        import_module(f"medctkit.{module}")
+        import_module(f"medctkit.course.{module}")
     if name not in _REGISTERED:
         known = sorted(other for other in _REGISTERED if other[:2] == str(name)[:2])
         raise ValueError(
@@ -172,7 +167,7 @@ def _guarded(value: Any) -> Any:
         return value
 
     @wraps(value)
-    def called(*arguments, **named):
+    def called(*arguments: Any, **named: Any) -> Any:
         try:
             result = value(*arguments, **named)
         except Exception as error:
@@ -184,30 +179,30 @@ def _guarded(value: Any) -> Any:
     return called
 
 
-def number(value, what: str = "a number") -> float:
-    """The answer as a float.
+def number(answer: Any, what: str, finite: bool = True) -> float:
+    """An answer that should be a single number.
 
     Raises:
-        Wrong: it is something else; says what was expected.
+        Wrong: it is none, or not a finite one; says `what` was expected.
     """
     try:
-        found = float(value)
-    except (TypeError, ValueError):
-        raise Wrong(f"Expected {what}, got {type(value).__name__}.") from None
-    if not math.isfinite(found):
-        raise Wrong(f"Expected {what}, got {found}.")
+        found = float(answer.item() if hasattr(answer, "item") else answer)
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several numbers
+        found = None
+    if found is None or (finite and not math.isfinite(found)):
+        raise Wrong(f"Expected {what}, a single number; got {type(answer).__name__} {answer!r:.80}.")
     return found
 
 
-def interval(value) -> tuple[float, float]:
+def interval(answer: Any) -> tuple[float, float]:
     """The answer as the two ends of an interval.
 
     Raises:
         Wrong: not two numbers, or the wrong way round.
     """
-    if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str) or len(value) != 2:
+    if isinstance(answer, str) or not hasattr(answer, "__len__") or len(answer) != 2:
         raise Wrong("Expected the two ends of an interval, (low, high).")
-    low, high = (number(end, "two numbers") for end in value)
+    low, high = (number(end, "an end of the interval") for end in answer)
     if low > high:
         raise Wrong(f"The lower end, {low:.3f}, lies above the upper one, {high:.3f}.")
     return low, high

@@ -63,7 +63,7 @@ def test_sensitivity_and_specificity():
     is_wrong("04.1", rates(second="false alarms"), because="specificity is the rest")
     is_wrong("04.1", lambda *a: (0.0, 0.0), because="Of 5 sick and 7 healthy")
     is_wrong("04.1", lambda *a: 0.8, because="Expected two numbers")
-    is_wrong("04.1", lambda *a: (np.nan, 0.5), because="Expected two numbers, got nan")
+    is_wrong("04.1", lambda *a: (np.nan, 0.5), because="Expected a share, a single number; got float nan")
     is_open("04.1", lambda *a: ...)
 
 
@@ -138,7 +138,7 @@ def test_own_prompts_are_scored_and_those_of_training_refused(seen):
     is_wrong("04.4", ("seen", "not seen"), 0.5, *seen, because="put {finding} where the name belongs")
     trained = ("There is {finding}.", "There is no {finding}.")
     is_wrong("04.4", trained, auroc(trained), *seen, because="a wording that the model was trained with")
-    is_wrong("04.4", mine, "high", *seen, because="Expected a mean AUROC, got str")
+    is_wrong("04.4", mine, "high", *seen, because="Expected a mean AUROC, a single number; got str 'high'")
     is_open("04.4", (..., ...), 0.5, *seen)
 
 

@@ -54,7 +54,7 @@ def test_share_of_volumes_that_find_their_report():
     is_wrong("03.1", nearest(1, lambda hits: hits.sum()), because="divide by how many")
     is_wrong("03.1", lambda v, t: (v @ t.T).diagonal().mean(), because="mean similarity")
     is_wrong("03.1", lambda v, t: 0.0, because="gives 0.000")
-    is_wrong("03.1", lambda v, t: v @ t.T, because="Expected one number")
+    is_wrong("03.1", lambda v, t: v @ t.T, because="a single number")
     is_open("03.1", lambda v, t: ...)
 
 
@@ -101,7 +101,7 @@ def test_equal_reports_are_no_negatives():
     is_wrong("03.3", masked_loss(fill=0.0), because="A score of 0 still counts")
     is_wrong("03.3", masked_loss(directions=1), because="one direction only")
     is_wrong("03.3", lambda *a: 2 * masked_loss()(*a), because="two of them with the same report")
-    is_wrong("03.3", lambda v, t, temperature, groups: v, because="Expected one number")
+    is_wrong("03.3", lambda v, t, temperature, groups: v, because="a single number")
     is_open("03.3", lambda *a: ...)
 
 
@@ -140,7 +140,7 @@ def test_lora_on_the_feed_forward_is_counted(hidden, inner, layers):
     is_wrong("06.1", 2 * hidden * inner * layers, config, because="full fine-tuning")
     is_wrong("06.1", 8 * 2 * hidden * 2 * layers, config, because="not square")
     is_wrong("06.1", right + 1, config, because="times what peft adds")
-    is_wrong("06.1", "many", config, because="Expected a number of parameters, got str")
+    is_wrong("06.1", "many", config, because="Expected a number of parameters, a single number; got str 'many'")
     is_open("06.1", ..., config)
 
 

@@ -184,11 +184,12 @@ def test_outside_colab_the_cell_does_nothing(tmp_path):
 
 def test_in_colab_the_cell_fetches_installs_and_goes_to_the_notebooks_and_does_so_once(tmp_path):
     source = tmp_path / "source"
-    (source / "medctkit").mkdir(parents=True)
+    (source / "medctkit" / "course").mkdir(parents=True)
     (source / "notebooks").mkdir()
     (source / "notebooks" / "01.ipynb").write_text("{}")
-    (source / "medctkit" / "__init__.py").write_text("")
-    (source / "medctkit" / "colab.py").write_text("def install():\n    print('installed')\n")
+    for package in ("medctkit", "medctkit/course"):
+        (source / package / "__init__.py").write_text("")
+    (source / "medctkit" / "course" / "colab.py").write_text("def install():\n    print('installed')\n")
     python_path, content = fake_colab(tmp_path / "fake"), tmp_path / "content"
     content.mkdir()
     where = {"MEDCTKIT_REPOSITORY": str(commit(source))}

@@ -109,7 +109,7 @@ def test_checks_are_imported_by_the_number_of_the_notebook(monkeypatch):
     for name in ("00.1", "02.1", "05.1", "06.1"):
         with pytest.raises(ValueError):
             judge(name, 1)
-    assert asked == [f"medctkit.checks_{topic}" for topic in ("data", "lora", "evaluation", "training")]
+    assert asked == [f"medctkit.course.checks_{topic}" for topic in ("data", "lora", "evaluation", "training")]
 
 
 @pytest.mark.parametrize("name", ["1.1", "01", "01.0", "01.10", "aa.1"])

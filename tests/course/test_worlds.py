@@ -89,7 +89,7 @@ def test_studies_of_a_split_are_the_cohort_of_the_experiment(tmp_path, monkeypat
     (tmp_path / "notebooks").mkdir()
     monkeypatch.chdir(tmp_path / "notebooks")  # the manifest beside the folder of the notebook is the one
     asked = []
-    monkeypatch.setattr(worlds, "cohort", lambda *arguments: asked.append(arguments) or "studies")
+    monkeypatch.setattr(worlds, "load_split", lambda *arguments: asked.append(arguments) or "studies")
     world = worlds.open_world(output_dir="out")
     assert world.manifest_path.resolve() == tmp_path / "data_manifest.csv"
     assert world.dataset("valid") == "studies"
