@@ -103,7 +103,7 @@ def test_every_epoch_after_the_first_hashes_nothing(rows, tmp_path, monkeypatch)
     table = rows.head(1).assign(path=str(write_nifti(tmp_path / "scan.nii.gz", chest())), checksum="", seed=None)
     dataset = CTReportDataset(table, MINI, tmp_path / "cache")
     first = dataset[0]["pixel_values"]
-    monkeypatch.setattr(preparing, "digest_of", lambda path: pytest.fail(f"{path} was hashed again"))
+    monkeypatch.setattr(cache, "digest_of", lambda path: pytest.fail(f"{path} was hashed again"))
     assert torch.equal(dataset[0]["pixel_values"], first)
 
 

@@ -98,7 +98,7 @@ def test_a_killed_worker_loses_nothing(phantoms, tmp_path):
 
 def test_a_volume_that_kills_its_worker_is_recorded(phantoms, cluster, tmp_path, monkeypatch):
     deadly = real_row("deadly", write_nifti(tmp_path / "scan.nii", chest()))
-    monkeypatch.setattr(preparing, "_task", _dies_on_deadly)
+    monkeypatch.setattr(preparing, "_task_of_a_worker", _dies_on_deadly)
     monkeypatch.setattr(cluster.scheduler, "allowed_failures", 1)  # of 3, to be quick
     done = prepare([*phantoms[:2], deadly], SMALL, tmp_path / "cache", scheduler=cluster.scheduler_address)
     assert set(done.contents) == {row["study"] for row in phantoms[:2]}
@@ -107,7 +107,7 @@ def test_a_volume_that_kills_its_worker_is_recorded(phantoms, cluster, tmp_path,
     assert "its worker process died each time it was tried, as a rule for want of memory" in failure["message"]
 
 
-_task = preparing._task
+_task = preparing._task_of_a_worker
 
 
 def _dies_on_deadly(row, config, cache):
