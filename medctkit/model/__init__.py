@@ -1,6 +1,16 @@
-"""CT-CLIP, its checkpoints, and a base model with what belongs to it."""
+"""CT-CLIP, its checkpoints, what a base model is, and base models with what belongs to them."""
 
-from medctkit.model.base_model import BaseModel, load_base, load_mini_base
+from medctkit.model.base_model import BASES, BaseModel, load_base, load_mini_base
 from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel
+from medctkit.model.protocol import Parts, VisionLanguageModel
 
-__all__ = ["BaseModel", "CTCLIPConfig", "CTCLIPModel", "load_base", "load_mini_base"]
+__all__ = [
+    "BASES",
+    "BaseModel",
+    "CTCLIPConfig",
+    "CTCLIPModel",
+    "Parts",
+    "VisionLanguageModel",
+    "load_base",
+    "load_mini_base",
+]
