@@ -1,7 +1,7 @@
 """Scans in zip archives, unpacked into a temporary folder.
 
-Archives come from other hospitals, portals and e-mails, so nothing in them is trusted: every name and size is
-checked before the first byte is written, and what is written is counted, since sizes in an archive may lie.
+Archives come from other hospitals, portals and e-mails, so nothing in them is trusted: every name and size is checked
+before the first byte is written, and no more is written than was checked, since sizes in an archive may lie.
 """
 
 import re
@@ -13,6 +13,8 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+
+from medctkit.scans.stored import is_web_page
 
 MOST_MEMBERS = 100_000
 MOST_BYTES = 8 << 30
@@ -65,68 +67,52 @@ def _what_it_is(path: Path) -> str:
     for magic, kind in _STARTS.items():
         if start.startswith(magic):
             return f"a {kind} file, not a zip archive; unpack it and give the folder, or pack it again as .zip"
-    if not start:
-        return "the zip archive is empty (0 bytes); get the file again"
-    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+    if is_web_page(start):
         return "a web page, not a zip archive: the download failed or needs a login; get the file again"
-    if start.startswith(b"PK"):
-        return f"the zip archive is truncated or damaged ({path.stat().st_size} bytes here); get the file again"
-    return "not a zip archive in spite of its name; give a .zip file or the folder of the scan"
+    if start and not start.startswith(b"PK"):
+        return "not a zip archive in spite of its name; give a .zip file or the folder of the scan"
+    return f"the zip archive is truncated or damaged ({path.stat().st_size} bytes here); get the file again"
 
 
 def _checked_members(archive: zipfile.ZipFile, packed_bytes: int) -> dict[str, zipfile.ZipInfo]:
     """The files to unpack by their safe relative path; raises before anything is written."""
-    members, folded = {}, {}
     infos = archive.infolist()
     if len(infos) > MOST_MEMBERS:
         raise ValueError(f"the archive has {len(infos)} members, at most {MOST_MEMBERS} are unpacked; pack one scan")
+    members, folded = {}, dict[str, str]()
     for info in infos:
-        name = _safe_name(info)
-        kind = stat.S_IFMT(info.external_attr >> 16)
-        if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-            what = "a link" if kind == stat.S_IFLNK else "a device or pipe"
-            raise ValueError(f"member {info.filename!r} is {what}, not a file; pack the files themselves")
-        if info.orig_filename.endswith(("/", "\\")) or _is_clutter(name):
+        path = _safe_path(info)
+        if info.orig_filename.endswith(("/", "\\")) or _is_clutter(path):
             continue
-        if info.flag_bits & 0x1:
-            raise ValueError(f"member {info.filename!r} is encrypted; unpack it with its password and give the folder")
-        key = unicodedata.normalize("NFC", str(name)).casefold()  # macOS and Windows hold both for one file
+        key = unicodedata.normalize("NFC", str(path)).casefold()  # macOS and Windows hold both for one file
         if key in folded:
-            raise ValueError(
-                f"members {folded[key]!r} and {info.filename!r} have one name; one would replace the other"
-            )
+            raise ValueError(f"members {folded[key]!r} and {info.filename!r} have one name; pack the scan again")
         folded[key] = info.filename
-        members[str(name)] = info
+        members[str(path)] = info
     for key, name in folded.items():
         for parent in map(str, PurePosixPath(key).parents):
             if parent in folded:
-                raise ValueError(
-                    f"member {folded[parent]!r} is a file, and the folder of {name!r}; pack the scan again"
-                )
+                raise ValueError(f"member {folded[parent]!r} is a file and the folder of {name!r}; pack the scan again")
     if not members:
         raise ValueError("the zip archive holds no files")
-    if all(PurePosixPath(name).suffix.lower() in _ARCHIVES for name in members):
-        inner = next(iter(members))
-        raise ValueError(
-            f"holds nothing but {len(members)} archive(s), such as {inner!r}; unpack it and give the one inside"
-        )
+    if all(name.lower().endswith(_ARCHIVES) for name in members):
+        raise ValueError(f"holds only {len(members)} archive(s), such as {next(iter(members))!r}; give the one inside")
     size = sum(info.file_size for info in members.values())
     if size > MOST_BYTES:
-        raise ValueError(
-            f"unpacks to {size / 2**30:.1f} GiB, at most {MOST_BYTES / 2**30:.0f} GiB are unpacked; pack one scan "
-            "alone, or unpack it yourself and give the folder"
-        )
+        raise ValueError(f"unpacks to {size} bytes, more than {MOST_BYTES}; pack one scan alone, or give the folder")
     if size > RATIO_FROM and size > MOST_RATIO * packed_bytes:
         raise ValueError(
-            f"unpacks to {size / packed_bytes:.0f} times its size ({packed_bytes} to {size} bytes), scans to 2 to 10 "
-            "times: not the archive of a scan"
+            f"unpacks to {size / packed_bytes:.0f} times its {packed_bytes} bytes, scans to 2 to 10 times theirs: not "
+            "the archive of a scan"
         )
     return members
 
 
-def _safe_name(info: zipfile.ZipInfo) -> PurePosixPath:
+def _safe_path(info: zipfile.ZipInfo) -> PurePosixPath:
+    """Where a member goes inside the folder; refuses what is no plain file there, or a folder."""
     given = info.orig_filename
     parts = given.replace("\\", "/").split("/")
+    kind = stat.S_IFMT(info.external_attr >> 16)
     if not given or "\0" in given:
         raise ValueError(f"member {given!r} has no proper name; pack the scan again")
     if parts[0] == "" or re.match("[A-Za-z]:", parts[0]):
@@ -135,50 +121,38 @@ def _safe_name(info: zipfile.ZipInfo) -> PurePosixPath:
         raise ValueError(f"member {given!r} leads out of its folder with '..'; such an archive is not unpacked")
     if max(len(part.encode(errors="replace")) for part in parts) > _LONGEST_NAME:
         raise ValueError(f"member {given[:60]!r}... has a name of more than {_LONGEST_NAME} bytes; shorten it")
+    if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+        what = "a link" if kind == stat.S_IFLNK else "a device or pipe"
+        raise ValueError(f"member {given!r} is {what}, not a file; pack the files themselves")
+    if info.flag_bits & 0x1:
+        raise ValueError(f"member {given!r} is encrypted; unpack it with its password and give the folder")
     return PurePosixPath(*(part for part in parts if part not in ("", ".")))
 
 
-def _is_clutter(name: PurePosixPath) -> bool:
-    return "__MACOSX" in name.parts or name.name.startswith("._") or name.name in (".DS_Store", "Thumbs.db", "")
+def _is_clutter(path: PurePosixPath) -> bool:
+    return "__MACOSX" in path.parts or path.name.startswith("._") or path.name in (".DS_Store", "Thumbs.db", "")
 
 
 def _check_room(path: Path, size: int) -> None:
     folder = tempfile.gettempdir()
     free = shutil.disk_usage(folder).free
     if size + _SPARE > free:
-        raise OSError(
-            f"{path}: unpacks to {size / 2**20:.0f} MiB, but {folder} has {free / 2**20:.0f} MiB left; free some room, "
-            "or set TMPDIR to a folder on a larger disk"
-        )
+        found = f"unpacks to {size / 2**20:.0f} MiB, but {folder} has {free / 2**20:.0f} MiB left"
+        raise OSError(f"{path}: {found}; free some room, or set TMPDIR to a folder on a larger disk")
 
 
 def _extract(archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    written = 0
-    with open(target, "xb") as file:
-        for block in _blocks(archive, info):
-            written += len(block)
-            if written > info.file_size:
-                break
-            file.write(block)
-    if written != info.file_size:
-        raise ValueError(
-            f"member {info.filename!r} does not have the {info.file_size} bytes that the archive says; get the "
-            "file again"
-        )
-
-
-def _blocks(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[bytes]:
-    """What a member holds, piece by piece; whatever zipfile and its decompressors raise is a ValueError."""
     try:
-        with archive.open(info) as source:
-            while block := source.read(1 << 20):
-                yield block
+        with archive.open(info) as source, open(target, "xb") as file:
+            shutil.copyfileobj(source, file, 1 << 20)  # at most the size that the archive says
+            written = file.tell()
     except NotImplementedError as error:
-        raise ValueError(
-            f"member {info.filename!r} is packed in a way that is not read here ({error}); pack again as plain .zip"
-        ) from error
+        raise ValueError(f"member {info.filename!r} can't be read ({error}); pack again as plain .zip") from error
     except Exception as error:  # zlib, lzma, struct, zipfile: each has its own types
-        raise ValueError(
-            f"member {info.filename!r} is damaged; get the file again ({str(error) or type(error).__name__})"
-        ) from error
+        if isinstance(error, OSError) and error.errno:  # not of bzip2, but of the disk
+            raise
+        what = str(error) or type(error).__name__
+        raise ValueError(f"member {info.filename!r} is damaged; get the file again ({what})") from error
+    if written != info.file_size:
+        raise ValueError(f"member {info.filename!r} has {written}, not {info.file_size} bytes; get the file again")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from medctkit.scans.stored import decode
+from medctkit.scans.stored import damaged, decode, is_web_page
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -25,6 +25,7 @@ _MOST_BYTES = 64 << 20  # of a file; one slice of 4096 x 4096 has 32 MiB
 _BARE = re.compile(rb"[\x02\x08]\x00[\x00-\x2f]\x00(?:UL|UI|OB|CS|SH|LO|DA|TM|UN|.\x00\x00\x00)", re.DOTALL)
 _USED = """SOPClassUID Modality ImageType SamplesPerPixel PhotometricInterpretation Rows Columns BitsAllocated
     BitsStored HighBit PixelRepresentation LossyImageCompression LossyImageCompressionRatio PixelData""".split()
+_NAMES = ("SeriesInstanceUID", "SeriesNumber", "SeriesDescription")
 _PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 _SUFFIXES = (".dcm", ".dicom", ".ima")
 _DEFLATED, _EXPLICIT = b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.2.1\0\0\0"
@@ -56,16 +57,14 @@ class Slice:
         except (TypeError, ValueError, OverflowError):
             numbers = np.array([])
         if numbers.shape != (count,) or not np.isfinite(numbers).all():
-            raise ValueError(
-                f"{self.name} is damaged: {tag} is {value!r}, expected {count} number(s); get the file again"
-            )
+            raise damaged(f"{tag} is {value!r}, expected {count} number(s)", self.name)
         return numbers
 
     def required(self, tag: str, count: int = 1) -> np.ndarray:
         """The same of a tag that every slice of a scan has."""
         numbers = self.numbers(tag, count)
         if numbers is None:
-            raise ValueError(f"{self.name} has no {tag}: damaged, or not a slice of a scan; get the file again")
+            raise damaged(f"it has no {tag}", self.name)
         return numbers
 
 
@@ -129,53 +128,40 @@ def chosen_series(folder: Path, wanted: str | None = None) -> tuple[list[Slice],
     """
     found, left_out = _sorted_out(folder)
     listing = "".join(f"\n  {_described(slices)}" for slices in found)
-    if not found:
-        n, what = sum(left_out.values()), _counted(left_out)
-        raise ValueError(f"no DICOM slice of a scan among its {n} files: {what}; give the folder with the series")
-    if wanted is not None:
+    others = ", ".join(f"{kind} ({n})" for kind, n in sorted(left_out.items()))
+    matches = found
+    if wanted is not None and found:
         wanted = str(wanted).strip()
-        matches = [slices for slices in found if wanted and wanted in _names(slices[0])]
+        matches = [slices for slices in found if wanted and wanted in {slices[0].text(tag) for tag in _NAMES}]
         if len(matches) != 1:
             many = f"{len(matches)} series are" if matches else "no series is"
             raise ValueError(f"{many} called {wanted!r} (UID, number or description). There are:{listing}")
-    elif len(found) > 1:
-        raise ValueError(
-            f"{len(found)} series in one folder; choose one with series='...', its UID, number or description, or "
-            f"put it into a folder of its own:{listing}"
-        )
-    else:
-        matches = found
+    if not matches:
+        raise ValueError(f"no slice of a scan among its {left_out.total()} files: {others}; give the series' folder")
+    if len(matches) > 1:
+        raise ValueError(f"{len(found)} series in it; choose one by series='its UID, number or description':{listing}")
     for item in matches[0]:
-        if item.text("Modality") != "CT":
-            raise ValueError(
-                f"{item.name} is of modality {item.text('Modality') or 'unknown'}, not a CT; choose or get a CT series"
-            )
-    notes = [f"left out: {_counted(left_out)}"] if left_out else []
-    if len(found) > 1:
-        notes.insert(0, f"series {_described(matches[0])}, chosen from {len(found)}")
-    return matches[0], notes
+        if (modality := item.text("Modality")) != "CT":
+            raise ValueError(f"{item.name} is of modality {modality or 'unknown'}, not a CT; choose or get a CT series")
+    chosen = [f"series {_described(matches[0])}, chosen from {len(found)}"] if len(found) > 1 else []
+    return matches[0], chosen + ([f"left out: {others}"] if others else [])
 
 
 def _sorted_out(folder: Path) -> tuple[list[list[Slice]], Counter]:
     """Series of pictures (slices in the order of their names), and how many files of each other kind."""
-    files = _files(folder)
-    if not files:
-        raise ValueError("the folder is empty; expected the slices of a DICOM series")
-    series, left_out, others = defaultdict(list), Counter(), []
-    for file in files:
+    series, left_out, others = defaultdict[tuple, list[Slice]](list), Counter[str](), []
+    for file in _files(folder):
         name = file.relative_to(folder).as_posix()
         header = load(file, name)
         if header is None:
             others.append((file, name))
             continue
         item = Slice(file, name, header)
-        kind = _kind_left_out(item)
-        if kind:
+        if kind := _kind_left_out(item):
             left_out[kind] += 1
         else:
-            uid = item.text("SeriesInstanceUID")
-            key = (uid,) if uid else ("", str(file.parent), item.text("SeriesNumber"), item.text("SeriesDescription"))
-            series[key].append(item)
+            uid, *names = (item.text(tag) for tag in _NAMES)
+            series[(uid,) if uid else (file.parent, *names)].append(item)
         for tag in _PIXELS:
             header.pop(tag, None)
     alike = {(item.path.parent, item.path.suffix) for slices in series.values() for item in slices}
@@ -186,14 +172,17 @@ def _sorted_out(folder: Path) -> tuple[list[list[Slice]], Counter]:
 
 
 def _files(folder: Path) -> list[Path]:
+    """All files below a folder; a subfolder that may not be read is an error, which os.walk would pass over."""
+
     def refuse(error: OSError) -> None:
-        raise error  # a subfolder without permission to read: os.walk would pass it over in silence
+        raise error
 
     files = sorted(Path(root, name) for root, _, names in os.walk(folder, onerror=refuse) for name in names)
     for file in files:
         if file.is_symlink() and not file.exists():
-            name = file.relative_to(folder).as_posix()
-            raise ValueError(f"{name} is a link that leads nowhere; get the file itself, or take the link away")
+            raise ValueError(f"{file.name} is a link that leads nowhere; get the file itself, or take the link away")
+    if not files:
+        raise ValueError("the folder is empty; expected the slices of a DICOM series")
     return [file for file in files if file.is_file()]
 
 
@@ -206,11 +195,11 @@ def _kind_left_out(item: Slice) -> str:
     image_type = set(item.text("ImageType").split("/"))
     if "DirectoryRecordSequence" in header:
         return "DICOMDIR"
-    if kind == _SECONDARY_CAPTURE or kind.startswith(_SECONDARY_CAPTURE + "."):
+    if (kind + ".").startswith(_SECONDARY_CAPTURE + "."):
         return "secondary capture"
     if not any(tag in header for tag in _PIXELS):
         if kind in ("", _CT_IMAGE):
-            raise ValueError(f"{item.name} has no pixels: truncated or damaged; get the file again")
+            raise damaged("it has no pixels", item.name)
         return UID(kind).name
     if "LOCALIZER" in image_type:
         return "localizer"
@@ -223,28 +212,15 @@ def _check_no_slice(path: Path, name: str, like_slices: bool) -> None:
         start = file.read(1024)
     if path.name.startswith(".") or not (like_slices or path.suffix.lower() in _SUFFIXES):
         return  # a read-me, a viewer, macOS's ._ files
-    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+    if is_web_page(start):
         raise ValueError(f"{name} is a web page, not DICOM: its download failed or needs a login; get the file again")
     if path.suffix.lower() in _SUFFIXES or not start or b"\0" in start:  # a text without suffix may be a read-me
-        size = path.stat().st_size
-        raise ValueError(f"{name} ({size} bytes) is damaged: it has no DICOM header; get it again, or take it away")
-
-
-def _counted(kinds: Counter) -> str:
-    return ", ".join(f"{kind} ({n})" for kind, n in sorted(kinds.items()))
-
-
-def _names(item: Slice) -> set[str]:
-    return {item.text(tag) for tag in ("SeriesInstanceUID", "SeriesNumber", "SeriesDescription")} - {""}
+        raise damaged(f"{path.stat().st_size} bytes without a DICOM header; if it is no slice, take it away", name)
 
 
 def _described(slices: list[Slice]) -> str:
     first = slices[0]
-    named = {
-        "number": first.text("SeriesNumber"),
-        "kernel": first.text("ConvolutionKernel"),
-        "UID": first.text("SeriesInstanceUID"),
-    }
-    rest = "".join(f", {what} {value or 'not given'}" for what, value in named.items())
+    tags = {"number": "SeriesNumber", "kernel": "ConvolutionKernel", "UID": "SeriesInstanceUID"}
+    rest = "".join(f", {what} {first.text(tag) or 'not given'}" for what, tag in tags.items())
     modality, description = first.text("Modality") or "unknown modality", first.text("SeriesDescription")
     return f"{modality} {description!r}, {len(slices)} slices{rest}, such as {first.name}"

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
@@ -18,10 +17,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from medctkit.scans.dicom_files import Slice
 from medctkit.scans.stored import damaged, decode
 
 if TYPE_CHECKING:
     from pydicom import Dataset
+    from pydicom.uid import UID
 
 MOST_ROWS = 4096  # and columns; CT slices have 256 to 2048
 _UNCOMPRESSED = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
@@ -36,43 +37,30 @@ _MEMORY, _SECONDS = 2 << 30, 60  # of the decoding process; seconds for each sli
 
 
 def check_pixels(dataset: "Dataset") -> None:
-    """Refuse a slice whose pixels can't be read or are not one value in each voxel.
-
-    Args:
-        dataset: a whole DICOM file.
+    """Refuse a slice, a whole DICOM file, whose pixels can't be read or are not one value in each voxel.
 
     Raises:
         ValueError: says what was found and what to do; the caller adds the file's name.
     """
-    from pydicom.uid import UID
-
     if "PixelData" not in dataset:
-        raise ValueError("has no pixels: truncated or damaged; get the file again")
+        raise damaged("it has no pixels")
     syntax = _syntax(dataset)
     if syntax not in _UNCOMPRESSED + _COMPRESSED:
-        name = UID(syntax).name if UID(syntax).name != syntax else "an unknown transfer syntax"
+        name = syntax.name if syntax.name != syntax else "an unknown transfer syntax"
         raise ValueError(
             f"is compressed as {name} ({syntax}), which can't be read here; export it again uncompressed or as "
             "JPEG Lossless, or decompress it with `dcmdjpeg`, `gdcmconv --raw` or the archive's own tool"
         )
     packed = dataset["PixelData"].is_undefined_length
     if packed != (syntax in _COMPRESSED):
-        raise ValueError(
-            f"is damaged: its header says {UID(syntax).name}, its pixels are {'' if packed else 'not '}compressed; "
-            "get the file again"
-        )
+        raise damaged(f"its header says {syntax.name}, its pixels are {'' if packed else 'not '}compressed")
     samples, photometric = _number(dataset, "SamplesPerPixel", 1), str(dataset.get("PhotometricInterpretation"))
     if samples != 1 or photometric != "MONOCHROME2":
-        raise ValueError(
-            f"holds {photometric} with {samples} value(s) in a pixel, a CT MONOCHROME2 with 1; a picture of a CT is "
-            "not a CT: get the original slices"
-        )
+        found = f"{photometric} with {samples} value(s) in a pixel"
+        raise ValueError(f"holds {found}, a CT MONOCHROME2 with 1: a picture of a CT? Get the original slices")
     rows, columns = _number(dataset, "Rows"), _number(dataset, "Columns")
     if not (0 < rows <= MOST_ROWS and 0 < columns <= MOST_ROWS):
-        raise ValueError(
-            f"is damaged: its header says {rows} Rows and {columns} Columns, a CT slice has up to {MOST_ROWS} of "
-            "each; get the file again"
-        )
+        raise damaged(f"its header says {rows} Rows and {columns} Columns, a CT slice has up to {MOST_ROWS} of each")
     allocated, stored, signed = (_number(dataset, tag) for tag in _BITS)
     highest = _number(dataset, "HighBit", stored - 1)
     if allocated not in (8, 16, 32) or not 0 < stored <= allocated or highest != stored - 1 or signed not in (0, 1):
@@ -81,24 +69,17 @@ def check_pixels(dataset: "Dataset") -> None:
             f"PixelRepresentation {signed}; a CT has 12 to 16 of 16 bits, signed (1) or not (0)"
         )
     expected = rows * columns * allocated // 8
-    if not packed and len(dataset.PixelData) < expected:
-        raise ValueError(
-            f"is truncated: {len(dataset.PixelData)} bytes of pixels, its header says {expected} "
-            f"({rows} x {columns}); the file is damaged, get it again"
-        )
+    if not packed and (size := len(dataset.PixelData)) < expected:
+        raise damaged(f"{size} bytes of pixels, its header says {expected} ({rows} x {columns})")
 
 
-def loss(dataset: "Dataset") -> str:
+def loss(item: Slice) -> str:
     """Which lossy compression a slice has been through, with the ratio where given; empty for none."""
-    from pydicom.uid import UID
-
-    syntax = _syntax(dataset)
-    flag = str(dataset.get("LossyImageCompression") or "")
+    syntax, flag = _syntax(item.header), item.text("LossyImageCompression")
     if flag != "01" and syntax not in _LOSSY + (() if flag == "00" else _MAYBE_LOSSY):
         return ""
-    ratio = dataset.get("LossyImageCompressionRatio") or "not given"
-    ratio = "/".join(map(str, ratio)) if isinstance(ratio, Sequence) and not isinstance(ratio, str) else str(ratio)
-    how = UID(syntax).name if syntax in _LOSSY + _MAYBE_LOSSY else "before it was stored"
+    ratio = item.text("LossyImageCompressionRatio") or "not given"
+    how = syntax.name if syntax in _LOSSY + _MAYBE_LOSSY else "before it was stored"
     return f"{'lossy' if flag == '01' or syntax in _LOSSY else 'possibly lossy'} compression, ratio {ratio} ({how})"
 
 
@@ -131,7 +112,7 @@ class PixelReader:
             raise damaged(answer or "the decoder broke down")
         pixels, shape = np.load(file.with_suffix(".npy"), allow_pickle=False), (1, dataset.Rows, dataset.Columns)
         if pixels.shape != shape:
-            raise ValueError(f"is damaged: the compressed picture has shape {pixels.shape}, the header says {shape}")
+            raise damaged(f"the compressed picture has shape {pixels.shape}, its header says {shape}")
         return pixels[0]
 
     def _answer(self) -> str:
@@ -154,15 +135,17 @@ class PixelReader:
         return self._decoder.stdout.readline().strip()
 
 
-def _syntax(dataset: "Dataset") -> str:
-    return str(dataset.file_meta.TransferSyntaxUID)
+def _syntax(dataset: "Dataset") -> "UID":
+    from pydicom.uid import UID
+
+    return UID(str(dataset.file_meta.TransferSyntaxUID))
 
 
 def _number(dataset: "Dataset", tag: str, default: int | None = None) -> int:
     value = dataset.get(tag)
     value = default if value in (None, "") else value
     if not isinstance(value, int):
-        raise ValueError(f"is damaged: {tag} is {value!r}, expected a whole number; get the file again")
+        raise damaged(f"{tag} is {value!r}, expected a whole number")
     return value
 
 
@@ -173,10 +156,10 @@ def _bare_copy(dataset: "Dataset") -> bytes:
     from pydicom.uid import UID, CTImageStorage
 
     meta = FileMetaDataset()
-    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = UID(_syntax(dataset)), CTImageStorage
-    meta.MediaStorageSOPInstanceUID = "1.2.3"
+    meta.TransferSyntaxUID = _syntax(dataset)
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = CTImageStorage, UID("1.2.3")
     bare = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
-    bare.SOPClassUID, bare.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
+    bare.SOPClassUID, bare.SOPInstanceUID = CTImageStorage, UID("1.2.3")
     bare.SamplesPerPixel, bare.PhotometricInterpretation = 1, "MONOCHROME2"
     for tag in ("Rows", "Columns", *_BITS):
         setattr(bare, tag, dataset[tag].value)

@@ -22,7 +22,8 @@ _PLAUSIBLE_HU = (-1024, 3071)  # 12 bits, the range of a CT without the extended
 _GAP = 0.1  # by which part a gap between two slices may differ from the usual one
 _LEAST_GAP = 0.01  # mm; closer slices lie in one place
 _MOST_TILT = 1.0  # degrees
-_GEOMETRY = {"ImageOrientationPatient": 6, "PixelSpacing": 2, "Rows": 1, "Columns": 1}
+# what the slices of one scan have in common: how many numbers, within 0.001, or 0: a text
+_IN_COMMON = {"ImageOrientationPatient": 6, "PixelSpacing": 2, "Rows": 1, "Columns": 1, "ConvolutionKernel": 0}
 _NOT_HU = {"OD", "MGML", "PCT", "Z_EFF", "ED", "EDW"}  # RescaleType: density, concentration, atomic number ...
 
 
@@ -55,117 +56,106 @@ def read_dicom(path: Path, spacing: Sequence[float] | None = None, series: str |
 
 def _by_position(slices: list[Slice]) -> tuple[list[Slice], np.ndarray]:
     """Slices sorted along their normal, and the steps of d, h and w as columns (3, 3), mm."""
-    orientation, spacing = _common_geometry(slices)
-    along_row, along_column = orientation.reshape(2, 3)
+    (along_row, along_column), spacing = _common_geometry(slices)
     positions = np.array([item.required("ImagePositionPatient", 3) for item in slices])
     normal = np.cross(along_row, along_column)
     order = np.argsort(positions @ normal, kind="stable")
     slices, positions = [slices[i] for i in order], positions[order]
-    step = _even_step(slices, positions, normal, float(spacing.min()))
+    step = _straight_step(slices, positions, normal, spacing.min())
+    _check_gaps(slices, positions @ normal)
     # PixelSpacing is (between rows, between columns); moving to the next row is moving along a column
     return slices, np.stack([step, along_column * spacing[0], along_row * spacing[1]], axis=1)
 
 
 def _common_geometry(slices: list[Slice]) -> tuple[np.ndarray, np.ndarray]:
-    """Orientation (6,) and spacing of pixels (2,), which all slices have in common."""
+    """Directions of rows and columns (2, 3) and spacing of pixels (2,), which all slices have in common."""
     first = slices[0]
     for item in slices:
         frames = item.numbers("NumberOfFrames")
         if frames is not None and frames[0] > 1:
             raise ValueError(f"{item.name} holds {frames[0]:.0f} frames; turn it into NIfTI with dcm2niix")
-        for tag, count in _GEOMETRY.items():
-            here, there = item.required(tag, count), first.required(tag, count)
-            if not np.allclose(here, there, rtol=0, atol=1e-3):
-                raise ValueError(
-                    f"{tag} changes along the series: {_plain(there)} in {first.name}, {_plain(here)} in {item.name}; "
-                    "put the slices of one scan into a folder of their own"
-                )
-        if item.text("ConvolutionKernel") != first.text("ConvolutionKernel"):
-            raise ValueError(
-                f"two reconstructions in one series: kernel {first.text('ConvolutionKernel')!r} in {first.name}, "
-                f"{item.text('ConvolutionKernel')!r} in {item.name}; put the slices of each into a folder of its own"
-            )
+        for tag, count in _IN_COMMON.items():
+            if count:
+                same = np.allclose(item.required(tag, count), first.required(tag, count), rtol=0, atol=1e-3)
+            else:
+                same = item.text(tag) == first.text(tag)
+            if not same:
+                here, there = (f"{slice_.text(tag)} in {slice_.name}" for slice_ in (first, item))
+                way_out = "two scans or reconstructions? Put each into a folder of its own"
+                raise ValueError(f"{tag} changes along the series: {here}, {there}; {way_out}")
     if len(slices) < 2:
         raise ValueError(f"{first.name} is the only slice; a volume needs the whole series")
-    orientation, spacing = first.numbers("ImageOrientationPatient", 6), first.numbers("PixelSpacing", 2)
-    axes = orientation.reshape(2, 3)
-    if not np.allclose(axes @ axes.T, np.eye(2), atol=1e-2) or not (spacing > 0).all():
-        raise ValueError(
-            f"{first.name} is damaged: ImageOrientationPatient {_plain(orientation)}, PixelSpacing {_plain(spacing)}; "
-            "expected two directions at a right angle, and lengths above 0 mm"
+    axes, spacing = first.required("ImageOrientationPatient", 6).reshape(2, 3), first.required("PixelSpacing", 2)
+    if not np.allclose(axes @ axes.T, np.eye(2), atol=1e-2) or not np.all(spacing > 0):
+        raise damaged(
+            f"ImageOrientationPatient {first.text('ImageOrientationPatient')}, PixelSpacing "
+            f"{first.text('PixelSpacing')}; expected two directions at a right angle, and lengths above 0 mm",
+            first.name,
         )
-    return orientation, spacing
+    return axes, spacing
 
 
-def _plain(numbers: np.ndarray) -> str:
-    return ", ".join(f"{number:g}" for number in numbers)
-
-
-def _even_step(slices: list[Slice], positions: np.ndarray, normal: np.ndarray, pixel: float) -> np.ndarray:
-    """Step from slice to slice in mm (3,); refuses slices that are doubled, missing, uneven or shifted."""
+def _straight_step(slices: list[Slice], positions: np.ndarray, normal: np.ndarray, pixel: float) -> np.ndarray:
+    """Step from slice to slice in mm (3,); refuses slices that are doubled, shifted or tilted."""
     along = positions @ normal
-    gaps = np.diff(along)
-    real_gaps = gaps[gaps > _LEAST_GAP]
-
-    def pair(i: int) -> str:
-        return f"{slices[i].name} and {slices[i + 1].name}"
-
-    if not len(real_gaps):
-        raise ValueError(f"all {len(slices)} slices lie in one place, {_plain(positions[0])} mm; a scan has a length")
-    if len(real_gaps) < len(gaps):
-        doubled = np.flatnonzero(gaps <= _LEAST_GAP)
+    (doubled,) = np.nonzero(np.diff(along) <= _LEAST_GAP)
+    if len(doubled):
+        names = " and ".join(item.name for item in slices[doubled[0] :][:2])
         raise ValueError(
-            f"duplicate slices: {pair(doubled[0])} both lie at {along[doubled[0]]:.2f} mm, {len(doubled)} of "
-            f"{len(slices)} slices in a place that is taken; leave one slice in each place (copies, or two "
-            "reconstructions or phases in one series)"
+            f"duplicate slices: {names} both lie at {along[doubled[0]]:.2f} mm, {len(doubled)} of {len(slices)} slices "
+            "in a place that is taken (copies, reconstructions, phases?); leave one slice in each place"
         )
     step = (positions[-1] - positions[0]) / (len(slices) - 1)
     sideways = positions - positions[0] - np.outer(along - along[0], step / (step @ normal))
     off = np.linalg.norm(sideways, axis=1)
+    line = f"from {slices[0].name} to {slices[-1].name}"
     if off.max() > pixel / 2:
-        i = int(off.argmax())
-        raise ValueError(
-            f"{slices[i].name} lies {off[i]:.2f} mm beside the line from {slices[0].name} to {slices[-1].name}: two "
-            "scans in one series; put the slices of each into a folder of its own"
-        )
+        beside = f"{slices[off.argmax()].name} lies {off.max():.2f} mm beside the line {line}"
+        raise ValueError(f"{beside}: two scans in one series; put the slices of each into a folder of its own")
     tilt = np.degrees(np.arccos(np.clip(step @ normal / np.linalg.norm(step), -1, 1)))
     if tilt > _MOST_TILT:
         raise ValueError(
-            f"the gantry was tilted by {tilt:.1f} degrees (from {slices[0].name} to {slices[-1].name}, "
-            f"{along[-1] - along[0]:.2f} mm); straighten the scan with dcm2niix and read its *_Tilt NIfTI file"
-        )
-    usual = float(np.median(gaps))
-    steps = np.round(gaps / usual)
-    if (np.abs(gaps - steps * usual) <= _GAP * usual).all() and (steps >= 1).all() and (steps > 1).any():
-        holes = np.flatnonzero(steps > 1)
-        raise ValueError(
-            f"missing slices: {pair(holes[0])} are {gaps[holes[0]]:.2f} mm apart, other slices {usual:.2f} mm; "
-            f"{steps.sum() - len(gaps):.0f} missing in {len(holes)} place(s); get the whole series"
-        )
-    drift = np.abs(along - along[0] - np.arange(len(slices)) * (along[-1] - along[0]) / (len(slices) - 1))
-    if np.abs(gaps - usual).max() > _GAP * usual or drift.max() > usual / 4:
-        raise ValueError(
-            f"uneven gaps between slices: {gaps.min():.2f} mm ({pair(gaps.argmin())}) to {gaps.max():.2f} mm "
-            f"({pair(gaps.argmax())}), median {usual:.2f} mm; get a reconstruction with even steps, or let dcm2niix "
-            "make one and read its *_Eq NIfTI file"
+            f"the gantry was tilted by {tilt:.1f} degrees ({line}, {along[-1] - along[0]:.2f} mm); straighten the scan "
+            "with dcm2niix and read its *_Tilt NIfTI file"
         )
     return step
+
+
+def _check_gaps(slices: list[Slice], along: np.ndarray) -> None:
+    """Refuse slices, `along` mm down their normal, of which some are missing or that are not evenly spaced."""
+    gaps = np.diff(along)
+    usual = float(np.median(gaps))
+    steps = np.round(gaps / usual)
+
+    def gap(i: np.integer) -> str:
+        return f"{gaps[i]:.2f} mm from {slices[int(i)].name} to {slices[int(i) + 1].name}"
+
+    if (np.abs(gaps - steps * usual) <= _GAP * usual).all() and (steps >= 1).all() and (steps > 1).any():
+        (holes,) = np.nonzero(steps > 1)
+        raise ValueError(
+            f"missing slices: {gap(holes[0])}, other slices {usual:.2f} mm; {steps.sum() - len(gaps):.0f} missing in "
+            f"{len(holes)} place(s); get the whole series"
+        )
+    drift = along - np.linspace(along[0], along[-1], len(along))
+    if np.abs(gaps - usual).max() > _GAP * usual or np.abs(drift).max() > usual / 4:
+        raise ValueError(
+            f"uneven gaps between slices: {gap(gaps.argmin())}, {gap(gaps.argmax())}, median {usual:.2f} mm; get a "
+            "reconstruction with even steps, or let dcm2niix make one and read its *_Eq NIfTI file"
+        )
 
 
 def _read_values(slices: list[Slice]) -> tuple[np.ndarray, bool, list[str]]:
     """HU float32 (d, h, w), whether headers gave slope or intercept, and notes."""
     rescales = [_rescale(item) for item in slices]
-    without = [item.name for item, rescale in zip(slices, rescales, strict=True) if rescale is None]
-    if 0 < len(without) < len(slices):
-        raise ValueError(
-            f"{len(without)} of {len(slices)} slices have no RescaleSlope and RescaleIntercept, such as {without[0]}; "
-            "the others have: get the series again"
-        )
+    without = rescales.count(None)
+    if 0 < without < len(slices):
+        some = f"{without} of {len(slices)} slices have no RescaleSlope and RescaleIntercept"
+        raise ValueError(f"{some}, such as {slices[rescales.index(None)].name}; get the series again")
     hu, padded, losses = np.empty(0, np.float32), 0, Counter[str]()
     with PixelReader() as reader:
         for i, (item, rescale) in enumerate(zip(slices, rescales, strict=True)):
-            stored, lost = _stored_values(item, reader)
-            losses[lost] += 1
+            stored = _stored_values(item, reader)
+            losses[loss(item)] += 1
             if i == 0:  # only now: the sizes in a damaged header may be anything
                 hu = np.empty((len(slices), *stored.shape), np.float32)
             slope, intercept = rescale or (1.0, 0.0)
@@ -175,20 +165,19 @@ def _read_values(slices: list[Slice]) -> tuple[np.ndarray, bool, list[str]]:
     if padded:
         share = f"{padded / hu.size:.2%} of the voxels are padding (PixelPaddingValue)"
         notes.append(f"{share} outside of {_PLAUSIBLE_HU} HU; set to {PADDING_HU} HU")
-    kinds = {item.text("RescaleType") for item in slices} - {"", "HU"}
-    if kinds:
+    if kinds := {item.text("RescaleType") for item in slices} - {"", "HU"}:
         notes.append(f"RescaleType {', '.join(sorted(kinds))} of the headers taken for HU")
     return hu, not without, notes
 
 
-def _stored_values(item: Slice, reader: PixelReader) -> tuple[np.ndarray, str]:
-    """Integers of a slice, shape (rows, columns), and its lossy compression, if any."""
+def _stored_values(item: Slice, reader: PixelReader) -> np.ndarray:
+    """Integers of a slice, shape (rows, columns)."""
     whole = load(item.path, item.name)  # again: the pixels of all slices need not be in memory at one time
     if whole is None:
         raise damaged("it changed meanwhile", item.name)
     try:
         check_pixels(whole)
-        return reader.read(whole), loss(whole)
+        return reader.read(whole)
     except ValueError as error:
         raise ValueError(f"{item.name} {error}") from error
 
@@ -204,11 +193,8 @@ def _rescale(item: Slice) -> tuple[float, float] | None:
     if slope is None and intercept is None:
         return None
     if slope is None or intercept is None or slope[0] <= 0:
-        found = [None if number is None else float(number[0]) for number in (slope, intercept)]
-        raise ValueError(
-            f"{item.name} has RescaleSlope {found[0]} and RescaleIntercept {found[1]}, expected both, the slope above "
-            "0; get the file again"
-        )
+        found = " and ".join(f"{tag} {item.text(tag) or None}" for tag in ("RescaleSlope", "RescaleIntercept"))
+        raise ValueError(f"{item.name} has {found}, expected both, the slope above 0; get the file again")
     return float(slope[0]), float(intercept[0])
 
 

@@ -8,6 +8,9 @@ which the index of an axis grows.
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
+
+Lengths = tuple[float, float, float]  # mm
 
 CANONICAL = "SPL"  # slices from feet to head, rows from front to back, columns from right to left
 
@@ -22,19 +25,19 @@ _FARTHEST = 1e6  # mm from the scanner's middle
 _MOST_SHEAR = 1.0  # degrees that two axes may be away from a right angle
 
 
-def checked_spacing(spacing: Sequence[float]) -> tuple[float, float, float]:
+def checked_spacing(spacing: Sequence[float], axes: str = "(d, h, w)") -> Lengths:
     """Spacing as three floats.
 
     Raises:
         ValueError: not three positive lengths.
     """
     try:
-        steps = tuple(float(step) for step in spacing)
+        d, h, w = (float(step) for step in spacing)
     except (TypeError, ValueError):
-        steps = ()
-    if len(steps) != 3 or not all(np.isfinite(step) and step > 0 for step in steps):
-        raise ValueError(f"spacing {steps or repr(spacing)}: expected three positive lengths in mm (d, h, w)")
-    return steps
+        d = h = w = np.nan
+    if not (np.isfinite((d, h, w)).all() and min(d, h, w) > 0):
+        raise ValueError(f"spacing {spacing!r}: expected three positive lengths in mm {axes}")
+    return d, h, w
 
 
 def checked_orientation(orientation: str) -> str:
@@ -49,22 +52,22 @@ def checked_orientation(orientation: str) -> str:
     return letters
 
 
-def steps_of(affine: np.ndarray) -> tuple[float, float, float]:
+def steps_of(affine: np.ndarray) -> Lengths:
     """Length in mm of one step of d, h and w; rounded, as headers hold float32 (0.75 must stay 0.75)."""
-    return tuple(round(float(step), 6) for step in np.linalg.norm(affine[:3, :3], axis=0))
+    d, h, w = (round(step, 6) for step in np.linalg.norm(affine[:3, :3], axis=0).tolist())
+    return d, h, w
 
 
 def straight_affine(spacing: Sequence[float], orientation: str) -> np.ndarray:
     """Affine of a volume that lies straight in the scanner, with its first voxel at the origin."""
-    affine = np.zeros((4, 4))
-    affine[3, 3] = 1
+    affine = np.diag([0.0, 0, 0, 1])
     for column, (step, letter) in enumerate(zip(spacing, orientation, strict=True)):
         axis, sign = LETTERS[letter]
         affine[axis, column] = sign * step
     return affine
 
 
-def ras_affine(axes: np.ndarray, origin: Sequence[float]) -> np.ndarray:
+def ras_affine(axes: np.ndarray, origin: ArrayLike) -> np.ndarray:
     """Affine from the steps of d, h, w (columns) and the first voxel in the LPS mm of DICOM and ITK."""
     affine = np.eye(4)
     affine[:3, :3], affine[:3, 3] = axes, origin
@@ -91,10 +94,8 @@ def nearest_orientation(affine: np.ndarray) -> str:
     cosines = np.abs(np.triu(unit.T @ unit, 1))
     shear = np.degrees(np.arcsin(min(1.0, cosines.max())))
     if shear > _MOST_SHEAR:
-        raise ValueError(
-            f"the axes in the header are {shear:.1f} degrees away from a right angle, as after a tilted gantry or a "
-            "registration: straighten the scan first (dcm2niix makes straight files from its DICOM slices)"
-        )
+        found = f"the axes in the header are {shear:.1f} degrees away from a right angle"
+        raise ValueError(f"{found}: a tilted gantry, a registration? Let dcm2niix make a straight file from the slices")
     return "".join(aff2axcodes(affine))
 
 
@@ -112,18 +113,15 @@ def check_size(spacing: Sequence[float], shape: Sequence[int], notes: Sequence[s
     said = f" ({'; '.join(notes)})" if notes else ""
     low, high = STEP_RANGE
     if not all(low <= step <= high for step in spacing):
-        raise ValueError(
-            f"spacing {tuple(spacing)} mm (slices, rows, columns) is none of a CT, which has {low} to {high} mm; "
-            f"pass the right one as spacing=(d, h, w){said}"
-        )
+        found = f"spacing {tuple(spacing)} mm (slices, rows, columns) is none of a CT, which has {low} to {high} mm"
+        raise ValueError(f"{found}; pass the right one as spacing=(d, h, w){said}")
     low, high = _EXTENT_RANGE
     extent = [n * step for n, step in zip(shape, spacing, strict=True)]
     if not all(low <= length <= high for length in extent):
         covered = " x ".join(f"{length:.4g}" for length in extent)
         raise ValueError(
-            f"{' x '.join(map(str, shape))} voxels (slices, rows, columns) of {tuple(spacing)} mm cover {covered} mm, "
-            f"and a scan of a chest covers {low:g} to {high:g} mm along each. Is the spacing wrong? Pass the right one "
-            f"as spacing=(d, h, w). A whole-body scan? Cut the chest out first{said}"
+            f"{' x '.join(map(str, shape))} voxels of {tuple(spacing)} mm (slices, rows, columns) cover {covered} mm, "
+            f"a chest {low:g} to {high:g} mm along each; pass the right spacing=(d, h, w), or cut the chest out{said}"
         )
 
 
@@ -134,7 +132,5 @@ def _lengths(affine: np.ndarray) -> np.ndarray:
         # a determinant near 0: two axes point the same way
         if lengths.all() and abs(np.linalg.det(affine[:3, :3] / lengths)) > 1e-3:
             return lengths
-    raise ValueError(
-        f"the affine in the header is unusable, as it does not span a box: {affine.tolist()}; get the file again, or "
-        "make it anew from the DICOM slices"
-    )
+    found = f"the affine in the header is unusable, as it does not span a box: {affine.tolist()}"
+    raise ValueError(f"{found}; get the file again, or make it anew from the DICOM slices")

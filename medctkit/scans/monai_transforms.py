@@ -1,7 +1,7 @@
 """The pre-processing as MONAI transforms, to be composed with MONAI's own and used with its data sets.
 
-They are deterministic, so `monai.data.PersistentDataset` and `CacheDataset` keep what they give. They do what
-`read_volume` and `preprocess` do, by calling them; importing this module imports MONAI, which takes a while.
+They are deterministic, so `monai.data.PersistentDataset` and `CacheDataset` keep what they give. Those that end in d
+take dictionaries, replace what is under `keys`, and may pass over keys that an item lacks.
 """
 
 import os
@@ -55,13 +55,7 @@ class Preprocess(Transform):
 
 
 class ReadVolumed(MapTransform):
-    """`ReadVolume` for dictionaries.
-
-    Args:
-        keys: of the paths.
-        allow_missing_keys: pass over keys that an item lacks.
-        **reading: as `ReadVolume`.
-    """
+    """`ReadVolume` for dictionaries."""
 
     def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False, **reading: Any):
         super().__init__(keys, allow_missing_keys)
@@ -73,13 +67,7 @@ class ReadVolumed(MapTransform):
 
 
 class Preprocessd(MapTransform):
-    """`Preprocess` for dictionaries.
-
-    Args:
-        keys: of the volumes.
-        config: as `Preprocess`.
-        allow_missing_keys: pass over keys that an item lacks.
-    """
+    """`Preprocess` for dictionaries."""
 
     def __init__(self, keys: KeysCollection, config: PreprocessConfig | None = None, allow_missing_keys: bool = False):
         super().__init__(keys, allow_missing_keys)

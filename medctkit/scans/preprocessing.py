@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from medctkit.scans.geometry import checked_spacing, steps_of
 from medctkit.scans.volumes import CTVolume
 
 if TYPE_CHECKING:
@@ -43,9 +44,7 @@ class PreprocessConfig:
     antialias: bool = False
 
     def __post_init__(self) -> None:
-        spacing = tuple(float(step) for step in self.spacing)
-        if len(spacing) != 3 or not all(np.isfinite(step) and step > 0 for step in spacing):
-            raise ValueError(f"spacing={self.spacing}: expected three positive lengths in mm (z, x, y)")
+        spacing = checked_spacing(self.spacing, "(z, x, y)")
         if len(self.shape) != 3 or not all(n == int(n) and n > 0 for n in self.shape):
             raise ValueError(f"shape={self.shape}: expected three positive numbers of voxels (z, x, y)")
         object.__setattr__(self, "spacing", spacing)
@@ -110,8 +109,7 @@ def model_affine(volume: CTVolume, config: PreprocessConfig | None = None) -> np
     Raises:
         ValueError: as `preprocess`.
     """
-    to_scan = np.zeros((4, 4))
-    to_scan[3, 3] = 1
+    to_scan = np.diag([0.0, 0, 0, 1])
     axes = _plan(volume, PreprocessConfig() if config is None else config)
     for axis, seen_as, plan in zip(range(3), _SEEN_AS, axes, strict=True):
         to_scan[axis, seen_as], to_scan[axis, 3] = plan.scale, plan.origin
@@ -135,9 +133,8 @@ def as_seen(volume: CTVolume, config: PreprocessConfig | None = None) -> CTVolum
     """
     hu = preprocess(volume, config)[0].mul_(HU_LIMIT).permute(_SEEN_AS).contiguous().numpy()
     affine = model_affine(volume, config)[:, [*_SEEN_AS, 3]]
-    steps = tuple(np.linalg.norm(affine[:3, :3], axis=0))
     provenance = (*volume.provenance, f"resampled to what a model sees: {hu.shape} voxels, -1000 to 1000 HU")
-    return CTVolume(hu, steps, volume.orientation, affine, provenance)
+    return CTVolume(hu, steps_of(affine), volume.orientation, affine, provenance)
 
 
 def _plan(volume: CTVolume, config: PreprocessConfig) -> list["_Axis"]:

@@ -51,6 +51,11 @@ def decode(read: Callable[[], T], part: str = "") -> T:
         raise damaged((str(error).strip().splitlines() or [type(error).__name__])[-1], part) from error
 
 
+def is_web_page(start: bytes) -> bool:
+    """Whether a file starts as what a portal sends in place of a download that failed or needs a login."""
+    return start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml"))
+
+
 def check_shape(shape: Sequence[int]) -> None:
     """Refuse a number of voxels that no CT has.
 

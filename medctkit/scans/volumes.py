@@ -19,6 +19,7 @@ from medctkit.scans.formats import reader_of
 from medctkit.scans.geometry import (
     CANONICAL,
     LETTERS,
+    Lengths,
     check_size,
     checked_orientation,
     checked_spacing,
@@ -49,9 +50,9 @@ class CTVolume:
     """
 
     hu: np.ndarray
-    spacing: tuple[float, float, float]
+    spacing: Lengths
     orientation: str = CANONICAL
-    affine: np.ndarray | None = None
+    affine: np.ndarray = None  # type: ignore[assignment]  # made below where not given
     provenance: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -77,12 +78,14 @@ class CTVolume:
     @property
     def shape(self) -> tuple[int, int, int]:
         """Number of slices, rows and columns."""
-        return self.hu.shape
+        d, h, w = self.hu.shape
+        return d, h, w
 
     @property
-    def extent_mm(self) -> tuple[float, float, float]:
+    def extent_mm(self) -> Lengths:
         """Size of the scanned box along (d, h, w), mm."""
-        return tuple(n * step for n, step in zip(self.shape, self.spacing, strict=True))
+        d, h, w = (n * step for n, step in zip(self.shape, self.spacing, strict=True))
+        return d, h, w
 
     def reoriented(self, orientation: str = CANONICAL) -> "CTVolume":
         """The same scan with its axes swapped and flipped to another orientation; no value is changed.
@@ -98,19 +101,15 @@ class CTVolume:
             return self
         patient_axes = [LETTERS[letter][0] for letter in self.orientation]
         order = [patient_axes.index(LETTERS[letter][0]) for letter in target]
-        flipped = [new for new, old in enumerate(order) if target[new] != self.orientation[old]]
-        to_old_index = np.zeros((4, 4))
-        to_old_index[order, range(3)] = to_old_index[3, 3] = 1
+        flipped = tuple(new for new, old in enumerate(order) if target[new] != self.orientation[old])
+        to_old_index = np.diag([0.0, 0, 0, 1])
+        to_old_index[order, range(3)] = 1
         for new in flipped:
-            to_old_index[order[new], new] = -1
-            to_old_index[order[new], 3] = self.shape[order[new]] - 1
-        return CTVolume(
-            np.ascontiguousarray(np.flip(self.hu.transpose(order), flipped)),
-            tuple(self.spacing[old] for old in order),
-            target,
-            self.affine @ to_old_index,
-            (*self.provenance, f"turned from {self.orientation} to {target}"),
-        )
+            to_old_index[order[new], [new, 3]] = -1, self.shape[order[new]] - 1
+        hu = np.ascontiguousarray(np.flip(self.hu.transpose(order), flipped))
+        d, h, w = (self.spacing[old] for old in order)
+        provenance = (*self.provenance, f"turned from {self.orientation} to {target}")
+        return CTVolume(hu, (d, h, w), target, self.affine @ to_old_index, provenance)
 
     def __repr__(self) -> str:
         shape, steps = " x ".join(map(str, self.shape)), " x ".join(f"{step:.4g}" for step in self.spacing)
@@ -119,7 +118,7 @@ class CTVolume:
 
 
 def read_volume(
-    path: str | Path,
+    path: str | os.PathLike,
     rescale_slope: float | None = None,
     rescale_intercept: float | None = None,
     spacing: Sequence[float] | None = None,
@@ -127,7 +126,7 @@ def read_volume(
     orientation: str | None = None,
     series: str | None = None,
 ) -> CTVolume:
-    """Read a CT scan: a NIfTI, NRRD or MetaImage file, a DICOM series in a folder or zip file, or a format of your own.
+    """Read a CT scan in one of the formats of `formats.READERS`.
 
     By default NIfTI keeps its stored orientation: the array (x, y, z) becomes (d, h, w) = (z, y, x), neither
     flipped nor turned. Everything else comes out as "SPL".
@@ -150,9 +149,8 @@ def read_volume(
     Raises:
         FileNotFoundError: nothing at `path`.
         PermissionError: `path` may not be read.
-        ValueError: the file can't be read, is not a CT, not three-dimensional, not in HU, not of the size of a
-            chest, or has a geometry that can't be right. The message names the file, what was found and the
-            way out.
+        ValueError: the file can't be read, is not a CT, not in HU, not of the size of a chest, or has a geometry that
+            can't be right. The message names the file, what was found and the way out.
     """
     if not os.fspath(path):
         raise ValueError("the path of the scan is empty; give a file, or the folder of a DICOM series")
@@ -207,17 +205,13 @@ def _rescale(slope: float | None, intercept: float | None) -> tuple[float, float
     except (TypeError, ValueError):
         numbers = (np.nan, np.nan)
     if not (np.isfinite(numbers).all() and numbers[0] > 0):
-        raise ValueError(
-            f"rescale_slope={slope!r}, rescale_intercept={intercept!r}: expected finite numbers, slope above 0"
-        )
+        found = f"rescale_slope={slope!r}, rescale_intercept={intercept!r}"
+        raise ValueError(f"{found}: expected finite numbers, slope above 0")
     return numbers
 
 
 def _where_not_finite(hu: np.ndarray) -> str:
-    bad = [int(hu[i].size - np.isfinite(hu[i]).sum()) for i in range(len(hu))]  # a slice at a time
-    first = next(i for i, n in enumerate(bad) if n)
-    row, column = np.argwhere(~np.isfinite(hu[first]))[0]
-    return (
-        f"{sum(bad)} of {hu.size} voxels have NaN or infinite values, the first at slice {first}, row {row}, column "
-        f"{column}: every voxel needs a value in HU; repair or drop this scan"
-    )
+    bad = ~np.isfinite(hu)
+    d, h, w = np.unravel_index(bad.argmax(), hu.shape)
+    found = f"{bad.sum()} of {hu.size} voxels have NaN or infinite values, the first at slice {d}, row {h}, column {w}"
+    return f"{found}: every voxel needs a value in HU; repair or drop this scan"

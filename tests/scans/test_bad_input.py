@@ -235,7 +235,7 @@ BAD_NIFTI = {
     ),
     "a sheared affine": (
         saved(chest().transpose(2, 1, 0), np.array([[7.7, 0, 0, 0], [0, 8, 4, 0], [0, 0, 11.84, 0], [0, 0, 0, 1]])),
-        "the axes in the header are 18.7 degrees away from a right angle, as after a tilted gantry or a registration",
+        "the axes in the header are 18.7 degrees away from a right angle: a tilted gantry, a registration? Let dcm2niix",
     ),
     "an impossible rotation": (
         nifti(sform_code=0, qform_code=1, quatern_b=1, quatern_c=1),
@@ -250,10 +250,10 @@ BAD_NIFTI = {
     "several volumes": (saved(np.zeros((4, 4, 4, 2), np.int16)), "4-D, shape (4, 4, 4, 2): a CT volume has three axes"),
     "a whole body": (
         saved(chest((90, 12, 10)).transpose(2, 1, 0), np.diag([40, 40, 20, 1])[[0, 1, 2, 3]] / [[2], [2], [1], [1]]),
-        "90 x 12 x 10 voxels (slices, rows, columns) of (20.0, 20.0, 20.0) mm cover 1800 x 240 x 200 mm, and a scan of "
-        "a chest covers 40 to 700 mm along each. Is the spacing wrong? Pass the right one",
+        "90 x 12 x 10 voxels of (20.0, 20.0, 20.0) mm (slices, rows, columns) cover 1800 x 240 x 200 mm, a chest 40 to "
+        "700 mm along each; pass the right spacing=(d, h, w), or cut the chest out",
     ),
-    "a few millimetres": (saved(chest().transpose(2, 1, 0), np.eye(4)), "cover 8 x 12 x 10 mm, and a scan of a chest"),
+    "a few millimetres": (saved(chest().transpose(2, 1, 0), np.eye(4)), "cover 8 x 12 x 10 mm, a chest 40 to 700 mm"),
     "some NaN voxels": (
         voxels(HALF_NAN),
         "5 of 960 voxels have NaN or infinite values, the first at slice 7, row 11, column 5: every voxel needs",

@@ -136,7 +136,7 @@ LISTING = r"""
 
 
 def test_several_series_are_listed(three_series):
-    with pytest.raises(ValueError, match=r"3 series in one folder; choose one with series=.*:" + LISTING):
+    with pytest.raises(ValueError, match=r"3 series in it; choose one by series=.*:" + LISTING):
         read_volume(three_series)
 
 
@@ -166,7 +166,7 @@ def test_series_without_uids_are_not_mixed(tmp_path):
         for file in (tmp_path / folder).iterdir():
             x, y, z = pydicom.dcmread(file).ImagePositionPatient
             change(file, SeriesInstanceUID="", SeriesDescription=folder, ImagePositionPatient=[x, y, z + start])
-    with pytest.raises(ValueError, match="2 series in one folder.*\n.*'a', 8 slices.*UID not given"):
+    with pytest.raises(ValueError, match="2 series in it.*\n.*'a', 8 slices.*UID not given"):
         values(tmp_path)
     assert values(tmp_path, "b").shape == SHAPE
 
@@ -174,7 +174,7 @@ def test_series_without_uids_are_not_mixed(tmp_path):
 def test_two_reconstructions_under_one_uid_are_not_mixed(tmp_path):
     write_dicom(tmp_path, chest(), ConvolutionKernel="B30f")
     change(tmp_path / "005.dcm", ConvolutionKernel="B70f")
-    with pytest.raises(ValueError, match="two reconstructions in one series: kernel 'B30f' in 000.dcm, 'B70f' in 005"):
+    with pytest.raises(ValueError, match="ConvolutionKernel changes along the series: B30f in 000.dcm, B70f in 005.* reconstructions. Put each into"):
         values(tmp_path)
 
 
@@ -183,7 +183,7 @@ def test_empty_folders_and_folders_without_slices(tmp_path):
         read_volume(tmp_path)
     (tmp_path / "scan.txt").write_text("no scan")
     write_dicom(tmp_path / "scout", chest()[:1], ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
-    message = r"no DICOM slice of a scan among its 2 files: file that is not DICOM \(1\), localizer \(1\)"
+    message = r"no slice of a scan among its 2 files: file that is not DICOM \(1\), localizer \(1\)"
     with pytest.raises(ValueError, match=message):
         read_volume(tmp_path)
 
@@ -191,17 +191,13 @@ def test_empty_folders_and_folders_without_slices(tmp_path):
 @pytest.mark.parametrize(
     ("name", "contents", "message"),
     [
-        ("003.dcm", b"", r"003.dcm \(0 bytes\) is damaged: it has no DICOM header"),
-        ("003.dcm", b"just a text", r"003.dcm \(11 bytes\) is damaged: it has no DICOM header"),
+        ("003.dcm", b"", r"003.dcm can't be read: .*\(0 bytes without a DICOM header"),
+        ("003.dcm", b"just a text", r"003.dcm can't be read: .*\(11 bytes without"),
         ("003.dcm", b"<!DOCTYPE html><p>log in", "003.dcm is a web page, not DICOM: its download failed or needs a"),
         ("IM3", b"<html>", "IM3 is a web page, not DICOM"),
-        ("IM3", b"", r"IM3 \(0 bytes\) is damaged"),
-        (
-            "IM3",
-            b"\0\1\2" * 100,
-            r"IM3 \(300 bytes\) is damaged: it has no DICOM header; get it again, or take it away",
-        ),
-        ("extra.IMA", b"\0", r"extra.IMA \(1 bytes\) is damaged"),
+        ("IM3", b"", r"IM3 can't be read: .*\(0 bytes without"),
+        ("IM3", b"\0\1\2" * 100, r"IM3 can't be read: .*get the file again \(300 bytes without"),
+        ("extra.IMA", b"\0", r"extra.IMA can't be read: .*\(1 bytes without .* if it is no slice, take it away"),
     ],
 )
 def test_files_that_were_to_be_slices_are_named(tmp_path, name, contents, message):
@@ -232,20 +228,23 @@ def test_links_that_lead_nowhere_are_named(tmp_path):
     [
         (dict(Modality="MR"), "000.dcm is of modality MR, not a CT"),
         (dict(Modality=None), "modality unknown, not a CT"),
-        (dict(ImagePositionPatient=None), "000.dcm has no ImagePositionPatient: damaged"),
+        (
+            dict(ImagePositionPatient=None),
+            "000.dcm can't be read: .* damaged; get the file again .it has no ImagePositionPatient",
+        ),
         (dict(ImagePositionPatient=[1, 2]), r"ImagePositionPatient is \[1.0, 2.0\], expected 3 number"),
         (dict(PixelSpacing=None), "has no PixelSpacing"),
-        (dict(PixelSpacing=[0, 0.7]), "PixelSpacing 0, 0.7; expected .* lengths above 0 mm"),
+        (dict(PixelSpacing=[0, 0.7]), "PixelSpacing 0.0/0.7; expected .* lengths above 0 mm"),
         (dict(ImageOrientationPatient=[1, 0, 0, 1, 0, 0]), "expected two directions at a right angle"),
         (dict(NumberOfFrames=5), "holds 5 frames; turn it into NIfTI with dcm2niix"),
-        (dict(ImagePositionPatient=[0, 0, 0]), "8 slices lie in one place, 0, 0, 0 mm"),
+        (dict(ImagePositionPatient=[0, 0, 0]), "000.dcm and 001.dcm both lie at 0.00 mm, 7 of 8 slices"),
         (dict(step=(0, 1.0, 2.5)), "tilted by 21.8 degrees .*000.dcm to 007.dcm, 17.50 mm.*dcm2niix .*_Tilt"),
-        (dict(PixelData=None), "000.dcm has no pixels: truncated or damaged"),
+        (dict(PixelData=None), "000.dcm can't be read: truncated or damaged; get the file again .it has no pixels"),
         (dict(PhotometricInterpretation="MONOCHROME1"), r"holds MONOCHROME1 with 1 value\(s\) in a pixel"),
-        (dict(SamplesPerPixel=3, PhotometricInterpretation="RGB"), "holds RGB with 3 .* get the original slices"),
+        (dict(SamplesPerPixel=3, PhotometricInterpretation="RGB"), "holds RGB with 3 .* Get the original slices"),
         (dict(Rows=65535, Columns=65535), "says 65535 Rows and 65535 Columns, a CT slice has up to 4096"),
-        (dict(Rows=600), r"000.dcm is truncated: 240 bytes of pixels, its header says 12000 \(600 x 10\)"),
-        (dict(Rows=None), "000.dcm has no Rows"),
+        (dict(Rows=600), r"000.dcm can't be read: truncated .*240 bytes of pixels, its header says 12000 \(600 x 10\)"),
+        (dict(Rows=None), "000.dcm can't be read: .*it has no Rows"),
         (dict(BitsAllocated=12), "000.dcm is damaged, or no CT: BitsAllocated 12, BitsStored 16"),
         (dict(HighBit=11), "HighBit 11, PixelRepresentation 1; a CT has 12 to 16 of 16 bits"),
         (dict(BitsStored=None), "BitsStored is None, expected a whole number"),
@@ -285,14 +284,14 @@ def positioned(folder, zs, xs=None):
     [
         (
             [0, 2, 4, 8, 10],
-            "missing slices: 002.dcm and 003.dcm are 4.00 mm apart, other slices 2.00 mm; 1 missing in 1",
+            "missing slices: 4.00 mm from 002.dcm to 003.dcm, other slices 2.00 mm; 1 missing in 1",
         ),
-        ([0, 2, 4, 8, 10, 12, 18, 20], r"4.00 mm apart, .* 3 missing in 2 place\(s\); get the whole series"),
-        ([0, 2, 4, 4, 6, 8], "duplicate slices: 002.dcm and 003.dcm both lie at 4.00 mm, 1 of 6 slices .* leave one"),
+        ([0, 2, 4, 8, 10, 12, 18, 20], r"4.00 mm from .* 3 missing in 2 place\(s\); get the whole series"),
+        ([0, 2, 4, 4, 6, 8], "duplicate slices: 002.dcm and 003.dcm both lie at 4.00 mm, 1 of 6 slices .* leave one slice in each place"),
         ([0, 0, 2, 2, 4, 4], "duplicate slices: 000.dcm and 001.dcm both lie at 0.00 mm, 3 of 6 slices"),
         (
             [0, 2, 4, 7, 9, 10.4],
-            "uneven gaps between slices: 1.40 mm .004.dcm and 005.dcm. to 3.00 mm .002.dcm and 003.dcm., "
+            "uneven gaps between slices: 1.40 mm from 004.dcm to 005.dcm, 3.00 mm from 002.dcm to 003.dcm, "
             "median 2.00 mm; get a reconstruction with even steps, or let dcm2niix make one and read its .*_Eq",
         ),
         ([i * 2 for i in range(20)] + [38 + i * 2.15 for i in range(1, 20)], "uneven gaps between slices: 2.00 mm"),

@@ -40,7 +40,7 @@ def straightforward(volume, config):
 
 @pytest.mark.parametrize("name", ["prep_crop", "prep_pad"])
 def test_equal_to_the_released_pipeline(name):
-    (row,) = csv.DictReader((GOLDEN / f"{name}_meta.csv").open())
+    (row,) = csv.DictReader((GOLDEN / f"{name}_meta.csv").read_text().splitlines())
     rows, columns = ast.literal_eval(row["XYSpacing"])
     spacing = (float(row["ZSpacing"]), rows, columns)
     volume = read_volume(
@@ -174,7 +174,7 @@ def test_a_model_sees_the_released_field_of_view(shape, expected):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(spacing=(1.5, 0, 0.75)), r"spacing=\(1.5, 0, 0.75\): expected three positive lengths"),
+        (dict(spacing=(1.5, 0, 0.75)), r"spacing \(1.5, 0, 0.75\): expected three positive lengths in mm \(z, x, y\)"),
         (dict(spacing=(1.5, 0.75)), "expected three positive lengths"),
         (dict(shape=(240, 480, -1)), "shape=.*-1.*: expected three positive numbers"),
         (dict(shape=(240, 480, 1.5)), "expected three positive numbers"),

@@ -34,7 +34,7 @@ def test_a_volume_knows_its_geometry():
         (dict(hu=np.zeros((4, 4, 4), complex)), "type complex128"),
         (dict(hu=np.full((4, 4, 4), np.nan)), "NaN or infinite"),
         (dict(hu=np.full((4, 4, 4), np.inf)), "NaN or infinite"),
-        (dict(spacing=(1, 0, 1)), r"spacing \(1.0, 0.0, 1.0\): expected three positive lengths"),
+        (dict(spacing=(1, 0, 1)), r"spacing \(1, 0, 1\): expected three positive lengths"),
         (dict(spacing=(1, 1)), "three positive lengths"),
         (dict(spacing=(1, 1, float("nan"))), "three positive lengths"),
         (dict(orientation="SPX"), "orientation 'SPX': expected one each of R/L, A/P and S/I"),
