@@ -147,7 +147,7 @@ def intercept_of_stored_values(intercept: float) -> str:
 
 @checks("01.4")
 def patients_on_both_sides(answer: int, cohort: "pd.DataFrame", in_test: np.ndarray) -> str:
-    """How many patients have scans on both sides, where every scan is drawn for itself."""
+    """How many patients have scans on both sides; `in_test`, shape (scans,), was drawn for every scan by itself."""
     found = number(answer, "how many patients are on both sides")
     sides = cohort.assign(side=np.asarray(in_test)).groupby("patient")["side"].nunique()
     expected, patients = int((sides == 2).sum()), len(sides)

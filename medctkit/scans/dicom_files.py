@@ -61,7 +61,7 @@ class Slice:
         return numbers
 
     def required(self, tag: str, count: int = 1) -> np.ndarray:
-        """The same of a tag that every slice of a scan has."""
+        """The same, shape (count,), of a tag that every slice of a scan has."""
         numbers = self.numbers(tag, count)
         if numbers is None:
             raise damaged(f"it has no {tag}", self.name)

@@ -59,7 +59,7 @@ def steps_of(affine: np.ndarray) -> Lengths:
 
 
 def straight_affine(spacing: Sequence[float], orientation: str) -> np.ndarray:
-    """Affine of a volume that lies straight in the scanner, with its first voxel at the origin."""
+    """Affine (4, 4) of a volume that lies straight in the scanner, with its first voxel at the origin."""
     affine = np.diag([0.0, 0, 0, 1])
     for column, (step, letter) in enumerate(zip(spacing, orientation, strict=True)):
         axis, sign = LETTERS[letter]
@@ -76,14 +76,14 @@ def ras_affine(axes: np.ndarray, origin: ArrayLike) -> np.ndarray:
 
 
 def with_spacing(affine: np.ndarray, spacing: Sequence[float] | None) -> np.ndarray:
-    """The affine with its directions kept and its steps replaced, where `spacing` is given."""
+    """The affine with its directions kept and its steps replaced, where `spacing`, in mm, is given."""
     if spacing is None:
         return affine
     return affine @ np.diag([*np.divide(checked_spacing(spacing), _lengths(affine)), 1])
 
 
 def nearest_orientation(affine: np.ndarray) -> str:
-    """The orientation letters nearest to an affine, which may be oblique.
+    """The orientation letters nearest to an affine (4, 4), which may be oblique.
 
     Raises:
         ValueError: the affine is not finite, flattens the scan, or its axes are not at right angles.
