@@ -22,6 +22,7 @@ _DENSER_THAN_LUNG, _SOFT, _LEAST_SOFT = -450, (-200, 500), 0.4
 _MOST_OTHERS = 0.001  # of the voxels, where all the rest has one value
 _USUAL_INTERCEPTS = (-1024.0, -1000.0, -8192.0)
 _SAMPLE = 1_000_000
+_LEAVE_OUT = "leave out rescale_slope and rescale_intercept if the file is in HU already"
 
 
 def check_hu(hu: np.ndarray, rescale: tuple[float, float] | None = None) -> None:
@@ -50,7 +51,6 @@ def check_hu(hu: np.ndarray, rescale: tuple[float, float] | None = None) -> None
     problem = _problem(values, limits)
     if problem is None:
         return
-    advice = ""
     if rescale is not None:
         slope, intercept = rescale
         stored, stored_limits = (values - intercept) / slope, (limits - intercept) / slope
@@ -63,18 +63,17 @@ def check_hu(hu: np.ndarray, rescale: tuple[float, float] | None = None) -> None
                 "(folders ending in _fixed)"
             )
         values, limits = stored, stored_limits
-    fitting = [i for i in _USUAL_INTERCEPTS if _problem(values + i, limits + i) is None]
+    fitting = [f"{i:g}" for i in _USUAL_INTERCEPTS if _problem(values + i, limits + i) is None]
     undoing = [-i for i in _USUAL_INTERCEPTS if _problem(values - i, limits - i) is None]
     if fitting:
-        listed = " or ".join(f"{i:g}" for i in fitting)
-        advice = f". With a rescale_intercept of {listed} these values would be plausible"
-        advice += "; the scan's own metadata say which it is" if len(fitting) > 1 else ""
+        problem += f". With a rescale_intercept of {' or '.join(fitting)} these values would be plausible"
+        problem += "; the scan's own metadata say which it is" if len(fitting) > 1 else ""
     elif undoing:
-        advice = (
+        problem += (
             f". With {undoing[0]:g} added they would be plausible: whoever wrote this file subtracted it from values "
             "that were in HU already; get the file from before that step"
         )
-    raise ValueError(problem + advice)
+    raise ValueError(problem)
 
 
 def _floor(values: np.ndarray) -> float:
@@ -88,44 +87,32 @@ def _problem(values: np.ndarray, limits: np.ndarray) -> str | None:
     others = np.count_nonzero(values != median)
     if others <= values.size * _MOST_OTHERS:
         return f"all but {others} of {values.size} voxels are {median:g}: there is next to no picture in it"
-    below = values < _GAS[0]
     scanned = values
-    if below.mean() > _MOST_BELOW_GAS:
-        found, counts = np.unique(values[below], return_counts=True)
-        scanned = values[values != found[counts.argmax()]]  # without the outside of the reconstruction circle
-        below = scanned < _GAS[0]
+    if np.mean(values < _GAS[0]) > _MOST_BELOW_GAS:
+        below, counts = np.unique(values[values < _GAS[0]], return_counts=True)
+        scanned = values[values != below[counts.argmax()]]  # without the outside of the reconstruction circle
+    below_gas = np.mean(scanned < _GAS[0])
     gas = np.mean((scanned >= _GAS[0]) & (scanned < _GAS[1]))
     tissue = np.mean((scanned >= _TISSUE[0]) & (scanned <= _TISSUE[1]))
-    found = (
-        f"not in HU: values {low:g} to {high:g}, median {median:g}, {gas:.1%} gas {_GAS}, "
-        f"{tissue:.1%} soft tissue {_TISSUE}."
-    )
-    if low < HU_RANGE[0] or high > HU_RANGE[1]:
-        return (
-            f"{found} HU lie in {HU_RANGE}; check rescale_slope and rescale_intercept, and leave them out "
-            "if the file is in HU already"
-        )
-    if below.mean() > _MOST_BELOW_GAS:
-        return (
-            f"{found} Nothing in a chest is below gas, and {below.mean():.0%} of this are: these look like values "
-            "rescaled twice; leave out rescale_slope and rescale_intercept if the file is in HU already"
-        )
-    if gas < _LEAST_GAS:
-        return (
-            f"{found} A chest has air: these look like stored or normalised values; pass the rescale_slope "
-            "and rescale_intercept of this scan (often 1 and -1024)"
-        )
-    if tissue < _LEAST_TISSUE:
-        return (
-            f"{found} A chest has soft tissue: these look like values rescaled twice, or a scan of something else; "
-            "leave out rescale_slope and rescale_intercept if the file is in HU already"
-        )
     dense = scanned[scanned > _DENSER_THAN_LUNG]
-    soft = np.mean((dense >= _SOFT[0]) & (dense <= _SOFT[1]))
-    if soft < _LEAST_SOFT:
-        return (
-            f"{found} Of what is denser than lung most is fat, muscle and blood {_SOFT}, here only {soft:.0%}: these "
-            "look like stored values, or values rescaled with a wrong slope or intercept; check rescale_slope and "
-            "rescale_intercept"
+    soft = np.count_nonzero((dense >= _SOFT[0]) & (dense <= _SOFT[1])) / max(dense.size, 1)
+    if low < HU_RANGE[0] or high > HU_RANGE[1]:
+        why = f"HU lie in {HU_RANGE}; check rescale_slope and rescale_intercept, and {_LEAVE_OUT}"
+    elif below_gas > _MOST_BELOW_GAS:
+        why = f"Nothing in a chest is below gas, and {below_gas:.0%} of this are: rescaled twice; {_LEAVE_OUT}"
+    elif gas < _LEAST_GAS:
+        why = (
+            "A chest has air: these look like stored or normalised values; pass the rescale_slope and "
+            "rescale_intercept of this scan (often 1 and -1024)"
         )
-    return None
+    elif tissue < _LEAST_TISSUE:
+        why = f"A chest has soft tissue: rescaled twice, or a scan of something else; {_LEAVE_OUT}"
+    elif soft < _LEAST_SOFT:
+        why = (
+            f"Of what is denser than lung most is fat, muscle and blood {_SOFT}, here only {soft:.0%}: stored values, or "
+            "rescaled with a wrong slope or intercept; check rescale_slope and rescale_intercept"
+        )
+    else:
+        return None
+    found = f"values {low:g} to {high:g}, median {median:g}, {gas:.1%} gas {_GAS}, {tissue:.1%} soft tissue {_TISSUE}"
+    return f"not in HU: {found}. {why}"

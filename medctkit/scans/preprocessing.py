@@ -5,7 +5,7 @@ The steps are those behind the released weights (repository ibrahimethemhamamci/
 Their axes are the model's, (z, x, y): a volume's rows and columns change places.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -85,7 +85,7 @@ def preprocess(volume: CTVolume, config: PreprocessConfig | None = None) -> "tor
     model_input = torch.full((1, *config.shape), -1.0)
     filled = model_input[0, depth.filled, columns.filled, rows.filled]
     for start in range(0, depth.kept, _SLAB):
-        slab = depth.part(start, start + _SLAB)
+        slab = depth.part(slice(start, start + _SLAB))
         # only what the model will see is converted, clipped and resampled
         seen = volume.hu[slab.used, rows.used, columns.used]
         values = torch.from_numpy(np.clip(seen, -HU_LIMIT, HU_LIMIT, dtype=np.float32, order="C"))
@@ -147,24 +147,23 @@ class _Axis:
     """Linear resampling along one axis, for the voxels that the crop keeps.
 
     Attributes:
-        first: first voxel of the scan that is used.
-        last: last voxel of the scan that is used.
         offset: where the model's axis starts to be filled.
-        kept: how many of the model's voxels are filled.
-        index: (taps, kept) which voxels, counted from `first`, make each new one; None: nothing to resample.
+        index: (taps, kept) which voxels of the scan make each new one.
         weight: (taps, kept) and with what weights.
         scale: voxels of the scan from one voxel of the model to the next.
         origin: where the model's voxel 0 lies, in voxels of the scan.
     """
 
-    first: int
-    last: int
     offset: int
-    kept: int
-    index: np.ndarray | None = None
-    weight: np.ndarray | None = None
-    scale: float = 1.0
-    origin: float = 0.0
+    index: np.ndarray
+    weight: np.ndarray
+    scale: float
+    origin: float
+
+    @property
+    def kept(self) -> int:
+        """How many of the model's voxels are filled."""
+        return self.index.shape[1]
 
     @property
     def filled(self) -> slice:
@@ -172,16 +171,12 @@ class _Axis:
 
     @property
     def used(self) -> slice:
-        return slice(self.first, self.last + 1)
+        """Voxels of the scan that are needed."""
+        return slice(int(self.index.min()), int(self.index.max()) + 1)
 
-    def part(self, start: int, stop: int) -> "_Axis":
+    def part(self, new: slice) -> "_Axis":
         """The same for some of the new voxels, counted among those kept."""
-        stop = min(stop, self.kept)
-        if self.index is None:
-            return _Axis(self.first + start, self.first + stop - 1, self.offset + start, stop - start)
-        index, weight = self.index[:, start:stop], self.weight[:, start:stop]
-        first, last = int(index.min()), int(index.max())
-        return _Axis(self.first + first, self.first + last, self.offset + start, stop - start, index - first, weight)
+        return replace(self, offset=self.offset + new.start, index=self.index[:, new], weight=self.weight[:, new])
 
     @classmethod
     def plan(cls, volume: CTVolume, config: PreprocessConfig, axis: int, seen_as: int) -> "_Axis":
@@ -196,27 +191,26 @@ class _Axis:
         kept, offset = min(resampled, target), max(target - resampled, 0) // 2
         start = max(resampled - target, 0) // 2
         ratio = n / resampled
-        origin = (start - offset + 0.5) * ratio - 0.5
-        if ratio == 1:
-            return cls(start, start + kept - 1, offset, kept, origin=origin)
         reach = ratio if config.antialias and ratio > ANTIALIAS_RATIO else 1.0
         centres = (np.arange(start, start + kept) + 0.5) * ratio - 0.5  # half-pixel centres, in voxels of the scan
         index = np.floor(centres - reach) + 1 + np.arange(np.ceil(2 * reach))[:, None]
         weight = np.maximum(1 - np.abs(index - centres) / reach, 0)  # a triangle; of reach 1: linear interpolation
-        weight /= weight.sum(axis=0)
-        index = index.clip(0, n - 1).astype(np.int64)  # beyond the edge the edge voxel goes on
-        first, last = int(index.min()), int(index.max())
-        return cls(first, last, offset, kept, index - first, weight.astype(np.float32), ratio, origin)
+        taps = weight.any(axis=1)  # where nothing is to be resampled the second has no weight
+        index, weight = index[taps].clip(0, n - 1).astype(np.int64), weight[taps]  # the edge voxel goes on
+        weight = (weight / weight.sum(axis=0)).astype(np.float32)
+        return cls(offset, index, weight, ratio, (start - offset + 0.5) * ratio - 0.5)
 
     def resample(self, values: "torch.Tensor", axis: int) -> "torch.Tensor":
+        """New voxels of those `used`."""
         import torch
 
-        if self.index is None:
+        if self.scale == 1:
             return values
         shape = [1, 1, 1]
         shape[axis] = self.kept
-        total = None
-        for index, weight in zip(torch.from_numpy(self.index), torch.from_numpy(self.weight), strict=True):
-            part = values.index_select(axis, index)
-            total = part.mul_(weight.view(shape)) if total is None else total.addcmul_(part, weight.view(shape))
+        indices = torch.from_numpy(self.index - self.used.start)
+        weights = torch.from_numpy(self.weight).view(-1, *shape)
+        total = values.index_select(axis, indices[0]).mul_(weights[0])
+        for index, weight in zip(indices[1:], weights[1:], strict=True):
+            total.addcmul_(values.index_select(axis, index), weight)
         return total
