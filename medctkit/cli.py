@@ -1,35 +1,27 @@
 """The `medctkit` command: what a cluster or a terminal needs, thin over the package."""
 
-import os
-import platform
-import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, requires, version
+from dataclasses import fields, replace
+from inspect import Parameter, Signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
-from packaging.requirements import Requirement
-
-from medctkit.course import colab
+from typer.core import TyperCommand
 
 if TYPE_CHECKING:
     from medctkit.scans.preprocessing import PreprocessConfig
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="LoRA on 3D chest CT, from data to evaluation.")
 
-MINI = Path(__file__).parent / "assets" / "mini"
-MINI_FILES = ("config.json", "model.safetensors", "tokenizer.json")
-
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """What goes wrong is told without a traceback, and in the exit code."""
+def told(*more: type[Exception]) -> Iterator[None]:
+    """What goes wrong is told without a traceback, and in the exit code; `more` kinds of errors too."""
     try:
         yield
-    except (FloatingPointError, ImportError, OSError, ValueError) as error:
+    except (FloatingPointError, ImportError, OSError, ValueError, *more) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
@@ -37,77 +29,59 @@ def _told() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+def _options_of_settings() -> list[Any]:
+    """An option for each setting of an adaptation: name, type, text and defaults are those of its declaration."""
+    from medctkit.experiments.adapt import DEFAULT, FULL_SIZE, Adaptation
+
+    def given() -> None: ...
+
+    types, texts, parameters = get_type_hints(Adaptation), Adaptation.help(), []
+    for name in [field.name for field in fields(Adaptation)]:
+        if name in ("prompts", "seed"):  # no option can hold them; the command's own
+            continue
+        mini, others = getattr(DEFAULT, name), getattr(FULL_SIZE, name)
+        default = f"{mini}" if mini == others else f"{mini} for mini, else {others}"
+        kind = Annotated[
+            types[name] | None, typer.Option(help=texts[name][0].upper() + texts[name][1:], show_default=default)
+        ]
+        parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=kind))
+    given.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    holder = typer.Typer(add_completion=False)
+    holder.command()(given)
+    return typer.main.get_command(holder).params
+
+
+class _TakesSettings(TyperCommand):
+    """A command that takes them too, as `ctx.obj`; they are looked up when it is asked for, for torch takes seconds."""
+
+    @property
+    def params(self) -> list[Any]:
+        if not self._settings:
+            self._settings = _options_of_settings()
+            self._params.extend(self._settings)
+        return self._params
+
+    @params.setter
+    def params(self, own: list[Any]) -> None:
+        self._params, self._settings = own, []
+
+    def invoke(self, ctx: Any) -> Any:
+        given = {option.name: ctx.params.pop(option.name) for option in self._settings}
+        ctx.obj = {name: value for name, value in given.items() if value is not None}
+        return super().invoke(ctx)
+
+
 @app.callback()
 def main() -> None:
     """LoRA on 3D chest CT, from data to evaluation."""
 
 
-def check_versions() -> list[tuple[bool, str, str]]:
-    """(fine, package, what was found) for every requirement of medctkit[notebooks]."""
-    rows, not_ours = [], colab.left_to_colab()
-    try:
-        listed = requires("medctkit") or ()
-    except PackageNotFoundError:
-        return [(False, "medctkit", "runs from its folder, but is not installed")]
-    for requirement in map(Requirement, listed):
-        if requirement.marker and not requirement.marker.evaluate({"extra": "notebooks"}):
-            continue
-        if colab.normal(requirement.name) in not_ours:
-            continue
-        try:
-            found = version(requirement.name)
-        except PackageNotFoundError:
-            rows.append((False, requirement.name, f"missing, needs {requirement.specifier}"))
-            continue
-        fine = requirement.specifier.contains(found, prereleases=True)
-        rows.append((fine, requirement.name, found if fine else f"{found}, needs {requirement.specifier}"))
-    return sorted(rows, key=lambda row: row[1].lower())
-
-
-def check_mini_model(folder: Path) -> tuple[bool, str, str]:
-    """Whether the mini base model that ships with the package is complete."""
-    missing = [name for name in MINI_FILES if not (folder / name).is_file()]
-    found = f"{folder} lacks {', '.join(missing)}" if missing else str(folder)
-    return not missing, "mini model", found
-
-
-def describe_device() -> tuple[bool, str, str]:
-    """The accelerator that torch would use; a CPU is fine."""
-    try:
-        import torch
-    except ImportError as error:
-        return False, "device", f"torch does not import: {error}"
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        found = f"{torch.cuda.get_device_name()}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
-    elif torch.backends.mps.is_available():
-        found = "Apple GPU (mps)"
-    else:
-        found = "CPU (enough for the demo and all default notebooks)"
-    return True, "device", f"{found}; {torch.get_num_threads()} threads of {os.cpu_count()} cores"
-
-
 @app.command()
 def doctor() -> None:
     """Look over this machine: versions, device, disk, model, data; exit with 1 if one needs mending."""
-    real = os.environ.get("MEDCTKIT_REAL_CT")
-    if real is None:
-        real_row = (True, "own CT", "none (optional: set MEDCTKIT_REAL_CT to a folder of scans)")
-    else:
-        real_row = (Path(real).is_dir(), "own CT", f"MEDCTKIT_REAL_CT={real}")
-    from medctkit.cohort.hub_repository import token_source
+    from medctkit.course.doctor import check_all
 
-    disk = shutil.disk_usage(Path.cwd())
-    rows = [
-        (sys.version_info >= (3, 11), "python", f"{platform.python_version()}, {sys.executable}"),
-        (True, "system", platform.platform()),
-        describe_device(),
-        (True, "free disk", f"{disk.free / 2**30:.0f} GiB here"),
-        check_mini_model(MINI),
-        real_row,
-        (True, "HF token", token_source() or "none (only CT-RATE and the released weights need one: hf auth login)"),
-        *check_versions(),
-    ]
+    rows = check_all()
     for fine, name, found in rows:
         typer.echo(f"{'ok ' if fine else 'BAD'} {name:16} {found}")
     if not all(fine for fine, _, _ in rows):
@@ -125,8 +99,9 @@ Cache = Annotated[
 DEFAULT_MANIFEST = Path("data_manifest.csv")
 
 
-@app.command()
+@app.command(cls=_TakesSettings)
 def finetune(
+    ctx: typer.Context,
     output_dir: Adapted,
     manifest: Manifest = DEFAULT_MANIFEST,
     seed: Seed = 0,
@@ -134,41 +109,28 @@ def finetune(
     model: Annotated[str, typer.Option(help="mini, a model's folder, or a file such as CT-CLIP_v2.pt.")] = "mini",
     tokenizer: Annotated[Path | None, typer.Option(help="Its folder, for a file of weights.")] = None,
     hospital: Annotated[str | None, typer.Option(help="Of the manifest; by default target for mini, else all.")] = None,
-    preset: Annotated[str | None, typer.Option(help="LoRA placement: paper, vision, text, all-attention.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Of the adapter.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Volumes per step, over all processes.")] = None,
-    micro_batch_size: Annotated[int | None, typer.Option(help="Volumes in memory at a time: same gradients.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Its peak.")] = None,
-    evaluate_every: Annotated[int | None, typer.Option(help="Steps between validations.")] = None,
-    patience: Annotated[int | None, typer.Option(help="Validations without a new best until it stops.")] = None,
-    mixed_precision: Annotated[str | None, typer.Option(help="no, bf16, fp16 or auto.")] = None,
-    gradient_checkpointing: Annotated[bool | None, typer.Option(help="Compute again instead of keeping.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that load volumes ahead.")] = None,
 ) -> None:
     """Adapt a base model to a hospital, as notebook 03 does. Stop it and start it again as you like.
 
     Without options: the mini model, to the target hospital (phantom). Options that are left out have one value for the
     mini model and another for all others. On several GPUs: accelerate launch -m medctkit.cli finetune ...
     """
-    from dataclasses import replace
+    from accelerate.utils import is_tensorboard_available
 
     from medctkit.common.processes import accelerator_for
     from medctkit.experiments.adapt import DEFAULT, FULL_SIZE, Origin, adapt
 
-    given = dict(preset=preset, rank=rank, steps=steps, batch_size=batch_size, micro_batch_size=micro_batch_size)
-    given |= dict(learning_rate=learning_rate, evaluate_every=evaluate_every, patience=patience, workers=workers)
-    given |= dict(mixed_precision=mixed_precision, gradient_checkpointing=gradient_checkpointing)
-    with _told():
+    with told():
         mini = model == "mini"
-        settings = replace(
-            DEFAULT if mini else FULL_SIZE, **{name: value for name, value in given.items() if value is not None}
-        )
+        given = {"steps": None} | ctx.obj if "epochs" in ctx.obj else ctx.obj
+        settings = replace(DEFAULT if mini else FULL_SIZE, **given)
         hospital = hospital or ("target" if mini else None)
         origin = Origin(model, None if tokenizer is None else str(tokenizer), hospital)
         first = accelerator_for().is_main_process
         if first:
-            typer.echo(f"{settings}\nTo watch: tensorboard --logdir {output_dir}")
+            there = is_tensorboard_available()
+            to_watch = f"tensorboard --logdir {output_dir}" if there else "pip install 'medctkit[tensorboard]'"
+            typer.echo(f"{settings}\nTo watch: {to_watch}")
         result = adapt(manifest, output_dir, seed, settings, cache_dir, origin)
     if first:
         typer.echo(f"best validation AUROC {result.best_score:.3f} at step {result.best_step}: {result.adapter_dir}")
@@ -191,7 +153,7 @@ def evaluate(
     from medctkit.experiments.report.claims import write_report
     from medctkit.metrics.scores import result_table
 
-    with _told():
+    with told():
         measured = measure(manifest, output_dir, seed, cache_dir, batch_size, audit_volumes)
         if accelerator_for().is_main_process:
             typer.echo(result_table(measured.summary))
@@ -212,7 +174,7 @@ def localise(
     """
     from medctkit.experiments.localise import measure_localisation
 
-    with _told():
+    with told():
         found = measure_localisation(manifest, output_dir, seed, cache_dir, studies)
         means = found.table[found.table["finding"] == "mean"].drop(columns="finding")
         for table in (means, found.differences, found.sanity):
@@ -241,7 +203,7 @@ def embed(
     from medctkit.zero_shot.classifier import ZeroShotClassifier
     from medctkit.zero_shot.embeddings import embed_manifest
 
-    with _told():
+    with told():
         base = load_base(model, tokenizer)
         loaded = base.model if adapter is None else load_adapter(base.model, adapter)
         prepared = prepared_dir(manifest, out.parent, cache_dir)
@@ -267,9 +229,9 @@ def compare_methods(
     from medctkit.experiments.compare import results as comparison_results
     from medctkit.experiments.compare import run_all as comparison
 
-    with _told():
+    with told():
         groups = comparison.GROUPS if only is None else [name.strip() for name in only.split(",")]
-        settings = comparison.Settings(steps=steps)
+        settings = replace(comparison.SETTINGS, steps=steps)
         comparison.compare_methods(manifest, output_dir, groups, seeds, settings, jobs, cache_dir)
         results = comparison_results.load_results(output_dir)
         written = comparison_results.write_figures(results, output_dir)
@@ -323,7 +285,7 @@ def prepare_data(
     from medctkit.cohort.ct_rate import manifest_from_ct_rate
     from medctkit.cohort.prepare import prepare, write_failures
 
-    with _told():
+    with told():
         if source.is_dir():
             table, counts = manifest_from_ct_rate(source, version, valid_share, seed, one_reconstruction)
             typer.echo("\n".join(f"{n:>8,} {what}" for what, n in counts.items()))
@@ -411,7 +373,7 @@ def download(
     if not (subset or weights or tokenizer):
         typer.echo(WHAT_TO_DOWNLOAD, err=True)
         raise typer.Exit(2)
-    with _told():
+    with told():
         plans = []
         if subset or weights:
             names = study_names(studies) if studies else None

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from medctkit.cli import told
 from medctkit.metrics.scores import COLUMNS, ROWS, result_table
 from tools.notebooks import ROOT, execute, this_interpreter_as_kernel
 
@@ -93,11 +94,8 @@ def demo(
         f"They take about 5 minutes on two CPU cores. Writes to {output_dir}\n",
         flush=True,
     )
-    try:
+    with told(RuntimeError):
         metrics = execute_all(paths, output_dir, seed)
-    except (OSError, RuntimeError, ValueError) as error:
-        typer.echo(f"\n{error}", err=True)
-        raise typer.Exit(1) from None
     print("\nZero-shot on the target hospital's test patients, before and after LoRA [95 % interval]\n")
     print(result_table(metrics))
     minutes, seconds = divmod(round(time.perf_counter() - start), 60)

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from medctkit.cli import told
 from medctkit.common.atomic import replacing
 from medctkit.course.exercises import STRICT
 from tools.notebook_outputs import cleaned, differences, noise
@@ -342,21 +343,12 @@ def _chosen(folder: Path, names: Sequence[str] | None) -> list[Path]:
     return chosen
 
 
-@contextmanager
-def _told() -> Iterator[None]:
-    try:
-        yield
-    except (OSError, RuntimeError, ValueError) as error:
-        typer.echo(f"\n{error}", err=True)
-        raise typer.Exit(1) from None
-
-
 @app.command("exercises")
 def exercises_command(names: Names = None, notebooks_dir: Folder = ROOT / "notebooks") -> None:
     """Write exercises and the cell for Colab into the notebooks, without running them."""
     import nbformat
 
-    with _told():
+    with told(RuntimeError):
         for path in _chosen(notebooks_dir, names):
             notebook = assembled(nbformat.read(path, as_version=4), _solutions_of(path))
             with replacing(path) as temporary:
@@ -366,7 +358,7 @@ def exercises_command(names: Names = None, notebooks_dir: Folder = ROOT / "noteb
 @app.command("render")
 def render_command(names: Names = None, keep: Keep = None, notebooks_dir: Folder = ROOT / "notebooks") -> None:
     """Run the notebooks from nothing and write them back with their outputs."""
-    with _told():
+    with told(RuntimeError):
         render(_chosen(notebooks_dir, names), keep)
 
 
@@ -378,7 +370,7 @@ def check_command(
     notebooks_dir: Folder = ROOT / "notebooks",
 ) -> None:
     """Run the notebooks with their exercises solved; fail where outputs differ in structure from the committed ones."""
-    with _told():
+    with told(RuntimeError):
         found = check(_chosen(notebooks_dir, names), output_dir, keep)
     if found:
         typer.echo("\n".join(["", *found, "", "If that is meant: make render, look at the figures, commit."]), err=True)

@@ -5,7 +5,8 @@ line, for several seeds, and for the checks of the shipped base model.
 """
 
 import json
-from dataclasses import asdict, dataclass
+import os
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,50 +29,29 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Adaptation:
-    """Settings of an adaptation; the defaults are the kit's experiment, chosen on its validation patients.
+class Adaptation(FineTuneConfig):
+    """Settings of an adaptation: those of fine-tuning, and of what is trained.
 
     Args:
-        preset: LoRA placement, see `medctkit.lora.placement.PRESETS`.
+        preset: LoRA placement: "paper", "vision", "text" or "all-attention".
         rank: of the adapter.
-        steps: optimiser steps.
-        batch_size: volumes per step, over all processes.
-        learning_rate: its peak.
-        micro_batch_size: volumes in memory at a time, in each process; None: all of its share.
-        evaluate_every: optimiser steps between validations.
-        patience: validations without a new best until it stops; None: never.
-        mixed_precision: "no", "bf16", "fp16", or "auto": what the device is quick at.
         gradient_checkpointing: compute activations again instead of keeping them; for the full-size model.
-        workers: processes that load volumes ahead.
-        max_length: tokens a report is cut to.
     """
 
     preset: str = "paper"
     rank: int = 16
-    steps: int = 200
-    batch_size: int = 32
-    learning_rate: float = 3e-3
-    micro_batch_size: int | None = None
-    evaluate_every: int = 25
-    patience: int | None = None
-    mixed_precision: str = "no"
     gradient_checkpointing: bool = False
-    workers: int = 0
-    max_length: int = 128
 
     def config(self, seed: int) -> FineTuneConfig:
-        """The settings as `finetune` takes them."""
-        chosen = asdict(self)
-        for of_the_model in ("preset", "rank", "gradient_checkpointing"):
-            del chosen[of_the_model]
-        if self.mixed_precision == "auto":
-            chosen["mixed_precision"] = quick_precision()
-        return FineTuneConfig(**chosen, seed=seed)
+        """The settings as `finetune` takes them, on this device."""
+        return FineTuneConfig(**self.values() | {"seed": seed}).for_this_device()
 
 
-DEFAULT = Adaptation()
+# The kit's experiment, chosen on its validation patients.
+DEFAULT = Adaptation(steps=200, batch_size=32, learning_rate=3e-3)
 # The released model: rank and placement of the paper; the rest is where to start from, not a result.
-FULL_SIZE = Adaptation(
+FULL_SIZE = replace(
+    DEFAULT,
     rank=24,
     steps=1000,
     learning_rate=2e-4,
@@ -110,15 +90,13 @@ class Origin:
         return cls(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else cls()
 
 
-def quick_precision() -> str:
-    """What the device is quick at: bf16 on a GPU that computes in it, fp16 on an older one (T4), on a CPU float32."""
-    if not torch.cuda.is_available():
-        return "no"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
-
 def adapt(
-    manifest_path, output_dir, seed: int = 0, settings: Adaptation = DEFAULT, cache_dir=None, origin: Origin = Origin()
+    manifest_path: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    seed: int = 0,
+    settings: Adaptation = DEFAULT,
+    cache_dir: str | os.PathLike | None = None,
+    origin: Origin = Origin(),
 ) -> FineTuneResult:
     """Adapt a base model to the training studies of a hospital; by default the mini model, to the target hospital.
 
@@ -150,16 +128,17 @@ def adapt(
     write_json(asdict(origin), output_dir / "origin.json")
     if accelerator_for().is_main_process:
         trained, total = model.get_nb_trainable_parameters()
-        passes, validations = config.steps * config.batch_size / len(train), 1 + config.steps // config.evaluate_every
+        steps = config.steps_for(len(train))
+        passes, validations = steps * config.batch_size / len(train), 1 + steps // config.evaluate_every
         print(
-            f"training {trained:,} of {total:,} parameters: {config.steps} steps of {config.batch_size} volumes "
+            f"training {trained:,} of {total:,} parameters: {steps} steps of {config.batch_size} volumes "
             f"({passes:.1f} passes over {len(train):,} studies), {validations} validations on {len(valid):,}",
             flush=True,
         )
     return finetune(model, train, base.tokenizer, config, output_dir, score)
 
 
-def source_auroc(manifest_path, cache_dir, seed: int = 0) -> "pd.DataFrame":
+def source_auroc(manifest_path: str | os.PathLike, cache_dir: str | os.PathLike, seed: int = 0) -> "pd.DataFrame":
     """The base model on its own hospital's test patients; see `medctkit.metrics.scores.evaluate`."""
     mini = load_mini_base()
     dataset = load_split(load_manifest(manifest_path), "source", "test", mini.preprocess_config, cache_dir)

@@ -1,6 +1,6 @@
 """Fine-tuning: settings, objectives and the one loop."""
 
-from medctkit.training.loop import FineTuneResult, finetune, learning_rate_factor
+from medctkit.training.loop import FineTuneResult, finetune, learning_rate_factor, step_gradients
 from medctkit.training.objectives import contrastive_loss, finding_prompt_loss, report_prompts
 from medctkit.training.settings import FineTuneConfig
 
@@ -12,4 +12,5 @@ __all__ = [
     "finetune",
     "learning_rate_factor",
     "report_prompts",
+    "step_gradients",
 ]

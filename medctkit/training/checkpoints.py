@@ -9,72 +9,143 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import shutil
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from medctkit.common.atomic import replacing
+from medctkit.lora.methods import save_trained
+from medctkit.model.protocol import Model
+from medctkit.training.settings import FineTuneConfig
 
 if TYPE_CHECKING:
-    from torch.utils.data import Dataset
+    from accelerate import Accelerator
 
 NAME = "checkpoint.safetensors"
+_COUNTS = ("step", "history", "best_step", "best_score", "seconds")  # written as JSON
+_AVERAGES = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
 
 
-@dataclass
-class Progress:
-    """Where a run stands.
+class Run:
+    """Where a run stands: what `restore` brings back and `save` writes down. Files are the main process's business.
+
+    Args:
+        model: with what is trained.
+        optimizer: of what is trained.
+        accelerator: with the loss scale of fp16, and the other processes.
+        output_dir: gets the checkpoint, and `adapter`: the best parameters so far.
+        made_of: see `made_of`.
 
     Attributes:
+        trainable: parameters by name, in the order in which the optimiser got them.
         step: optimiser steps done.
         history: a row for each of them, and one for step 0.
         best_step: with the best validation score.
         best_score: that score.
         best: the trained parameters then, by name.
-        seconds: spent so far.
     """
 
-    step: int
-    history: list[dict[str, float]]
-    best_step: int
-    best_score: float
-    best: dict[str, torch.Tensor]
-    seconds: float
+    def __init__(
+        self,
+        model: Model,
+        optimizer: torch.optim.Optimizer,
+        accelerator: Accelerator,
+        output_dir: Path,
+        made_of: Mapping[str, Any],
+    ):
+        self.model, self.optimizer, self.accelerator, self.made_of = model, optimizer, accelerator, made_of
+        self.file, self.adapter_dir = output_dir / NAME, output_dir / "adapter"
+        self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.step, self.best_step, self.best_score = 0, -1, -math.inf
+        self.history: list[dict[str, float]] = []
+        self.best: dict[str, torch.Tensor] = {}
+        self._started = time.perf_counter()
 
+    @property
+    def seconds(self) -> float:
+        """Spent so far, before interruptions too."""
+        return time.perf_counter() - self._started
 
-def save(
-    path: Path,
-    progress: Progress,
-    trainable: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    scaler: Any,
-    made_of: Mapping[str, Any],
-) -> None:
-    """Write a checkpoint.
+    @property
+    def validations_without_best(self) -> int:
+        """Validations since the best one."""
+        return sum("score" in row and row["step"] > self.best_step for row in self.history)
 
-    Args:
-        path: the file.
-        progress: where the run stands.
-        trainable: parameters by name, in the order in which the optimiser got them.
-        optimizer: with its state.
-        scaler: of fp16, or None.
-        made_of: see `made_of`.
-    """
-    from safetensors.torch import save_file
+    def restore(self) -> None:
+        """Go on where an interrupted run stood, if there was one: bit for bit what `save` saw.
 
-    tensors = {f"now.{name}": p for name, p in trainable.items()} | {f"best.{n}": t for n, t in progress.best.items()}
-    for name, parameter in trainable.items():
-        tensors |= {f"optimizer.{key}.{name}": value for key, value in optimizer.state.get(parameter, {}).items()}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    rest = {key: getattr(progress, key) for key in ("step", "history", "best_step", "best_score", "seconds")}
-    rest |= {"made_of": dict(made_of), "scaler": scaler.state_dict() if scaler is not None else None}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"medctkit": json.dumps(rest)})
+        Raises:
+            ValueError: a damaged checkpoint, or one of another run; in all processes.
+        """
+        from accelerate.utils import broadcast_object_list
+
+        found: Any = None
+        if self.accelerator.is_main_process:
+            _remove_half_written(self.file.parent)
+            try:
+                found = read(self.file, self.made_of) if self.file.is_file() else None
+            except ValueError as error:
+                found = error
+        (found,) = broadcast_object_list([found])
+        if isinstance(found, ValueError):
+            raise found
+        if found is None:
+            return
+        counts, tensors = found
+        self._started -= counts["seconds"]
+        for name in set(_COUNTS) - {"seconds"}:
+            setattr(self, name, counts[name])
+        with torch.no_grad():
+            for name, parameter in self.trainable.items():
+                parameter.copy_(tensors[f"now.{name}"])
+                self.best[name] = tensors[f"best.{name}"].to(parameter.device)
+                if f"optimizer.step.{name}" in tensors:
+                    kept = {key: tensors[f"optimizer.{key}.{name}"] for key in _AVERAGES}
+                    moved = {key: t if key == "step" else t.to(parameter.device) for key, t in kept.items()}
+                    self.optimizer.state[parameter] = moved  # its step stays on the CPU, as AdamW makes it
+        if self.accelerator.scaler is not None and counts["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(counts["scaler"])
+
+    def keep_if_best(self, step: int, score: float) -> None:
+        """Keep the trained parameters, here and on disk, if no score was better."""
+        if score > self.best_score:
+            self.best_step, self.best_score = step, score
+            self.best = {name: p.detach().clone() for name, p in self.trainable.items()}
+            if self.accelerator.is_main_process:
+                save_trained(self.model, self.adapter_dir)
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        from safetensors.torch import save_file
+
+        if not self.accelerator.is_main_process:
+            return
+        tensors = {f"now.{name}": p for name, p in self.trainable.items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+        for name, parameter in self.trainable.items():
+            tensors |= {f"optimizer.{key}.{name}": t for key, t in self.optimizer.state.get(parameter, {}).items()}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        scaler = self.accelerator.scaler
+        counts = {name: getattr(self, name) for name in _COUNTS}
+        counts |= {"made_of": dict(self.made_of), "scaler": None if scaler is None else scaler.state_dict()}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.file) as temporary:
+            save_file(tensors, temporary, metadata={"medctkit": json.dumps(counts)})
+
+    def finish(self) -> None:
+        """The best parameters onto the model and into `adapter`; a finished run needs no checkpoint."""
+        with torch.no_grad():
+            for name, parameter in self.trainable.items():
+                parameter.copy_(self.best[name])
+        self.model.eval()
+        if self.accelerator.is_main_process:
+            save_trained(self.model, self.adapter_dir)  # what an interrupted run left there may be of a later step
+            self.file.unlink(missing_ok=True)
 
 
 def read(path: Path, made_of: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -110,46 +181,31 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def restore(
-    rest: Mapping[str, Any],
-    tensors: Mapping[str, torch.Tensor],
-    trainable: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    scaler: Any,
-) -> Progress:
-    """Put what `read` gave back into parameters, optimiser and scaler; bit for bit what `save` saw."""
-    best = {}
-    with torch.no_grad():
-        for name, parameter in trainable.items():
-            parameter.copy_(tensors[f"now.{name}"])
-            best[name] = tensors[f"best.{name}"].to(parameter.device)
-            kept = {key: tensors.get(f"optimizer.{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
-            if kept["step"] is not None:  # its step stays on the CPU, as AdamW makes it
-                optimizer.state[parameter] = {k: t if k == "step" else t.to(parameter.device) for k, t in kept.items()}
-    if scaler is not None and rest["scaler"] is not None:
-        scaler.load_state_dict(rest["scaler"])
-    kept = {key: rest[key] for key in ("step", "history", "best_step", "best_score", "seconds")}
-    return Progress(best=best, **kept)
-
-
-def made_of(model: nn.Module, trainable: Mapping[str, nn.Parameter], dataset: Dataset, settings: Mapping) -> dict:
+def made_of(model: Model, dataset: Any, config: FineTuneConfig) -> dict[str, Any]:
     """What a run is made of, so that a checkpoint is taken up by the same run only.
 
     Settings one by one, without those that change nothing; digests of the prompts, of the frozen weights (a few of each
     tensor), of the shapes of what is trained, and of the studies in their order.
     """
+    trainable = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad]
     frozen = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        if name not in trainable:
+        if name not in dict(trainable):
             frozen.update(f"{name} {tuple(tensor.shape)}".encode())
             frozen.update(tensor.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    shapes = repr([(name, tuple(p.shape)) for name, p in trainable.items()])
     studies = repr([(row["study"], row.get("checksum")) for row in getattr(dataset, "rows", ())])
-    settings = {key: value for key, value in settings.items() if key not in ("workers", "checkpoint_every")}
     digests = {
-        "prompts": hashlib.sha256(repr(settings.pop("prompts")).encode()).hexdigest(),
+        "prompts": hashlib.sha256(repr(config.prompts).encode()).hexdigest(),
         "base model": frozen.hexdigest(),
-        "trained parameters": hashlib.sha256(shapes.encode()).hexdigest(),
+        "trained parameters": hashlib.sha256(repr(trainable).encode()).hexdigest(),
         "training studies": f"{len(dataset)}, {hashlib.sha256(studies.encode()).hexdigest()}",
     }
-    return settings | {key: digest[:22] for key, digest in digests.items()}
+    return config.values("prompts", "workers", "checkpoint_every") | {key: text[:22] for key, text in digests.items()}
+
+
+def _remove_half_written(output_dir: Path) -> None:
+    """What a run that was killed while it wrote has left under temporary names."""
+    for file in (*output_dir.glob(f".{NAME}.*.tmp"), *output_dir.glob("adapter/.*.tmp")):
+        file.unlink()
+    for folder in output_dir.glob("adapter/.saving-*"):
+        shutil.rmtree(folder)

@@ -1,15 +1,16 @@
-"""The settings of a fine-tuning run."""
+"""The settings of a fine-tuning run. They are declared here and nowhere else."""
 
 from __future__ import annotations
 
+import inspect
 import math
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+import re
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
 
 from medctkit.training.objectives import Prompts, check_prompts, report_prompts
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -26,20 +27,20 @@ class FineTuneConfig:
         epochs: passes over the training data (may be fractional).
         batch_size: volumes per optimiser step, over all processes; also how many reports a volume is told apart from.
         micro_batch_size: volumes in memory at a time, in each process; None: the process's whole share of the batch.
-            Gradients are the same (`medctkit.training.gradients`), for one more forward pass.
+            Gradients are the same, for one more forward pass.
         learning_rate: its peak, after warm-up; falls to zero along a cosine.
         warmup_fraction: share of all steps in which the rate rises, 0 to below 1.
         weight_decay: AdamW's.
         max_grad_norm: longer gradients are scaled down to this norm.
         contrastive_weight: weight of `contrastive_loss`.
         prompt_weight: weight of `finding_prompt_loss`.
-        prompts: for each of the 18 findings, sentences that state and that deny it; every step draws
-            one of each. Not the prompts of the zero-shot evaluation.
+        prompts: for each of the 18 findings, sentences that state and that deny it; every step draws one of each. Not
+            the prompts of the zero-shot evaluation.
         max_length: tokens a report is cut to.
         evaluate_every: optimiser steps between validations.
         checkpoint_every: optimiser steps between checkpoints, from which an interrupted run goes on.
         patience: stop after this many validations in a row without a new best; None: never.
-        mixed_precision: "no", "bf16" or "fp16".
+        mixed_precision: "no", "bf16", "fp16", or "auto": what the device is quick at.
         seed: of batches, prompt wordings and dropout.
         workers: processes that load volumes ahead; 0: none, right for data in memory.
     """
@@ -87,7 +88,8 @@ class FineTuneConfig:
         require(0 <= self.warmup_fraction < 1, "warmup_fraction", "at least 0 and below 1")
         for name in ("weight_decay", "contrastive_weight", "prompt_weight"):
             require(0 <= getattr(self, name) < math.inf, name, "a number of at least 0")
-        require(self.mixed_precision in ("no", "bf16", "fp16"), "mixed_precision", "'no', 'bf16' or 'fp16'")
+        precisions = ("no", "bf16", "fp16", "auto")
+        require(self.mixed_precision in precisions, "mixed_precision", "'no', 'bf16', 'fp16' or 'auto'")
         if self.contrastive_weight == self.prompt_weight == 0:
             raise ValueError("contrastive_weight and prompt_weight are both 0: nothing to learn from; raise one")
         if self.contrastive_weight > 0 and self.batch_size < 2:
@@ -97,3 +99,32 @@ class FineTuneConfig:
             )
         if self.prompt_weight > 0:
             check_prompts(self.prompts)
+
+    def values(self, *without: str) -> dict[str, Any]:
+        """The settings that are declared here by name, apart from some."""
+        return {f.name: getattr(self, f.name) for f in fields(FineTuneConfig) if f.name not in without}
+
+    def steps_for(self, studies: int) -> int:
+        """Optimiser steps on that many training studies."""
+        if self.epochs is None:
+            return self.steps or 0
+        return max(1, round(self.epochs * (studies // self.batch_size)))
+
+    def for_this_device(self) -> FineTuneConfig:
+        """The same with "auto" decided: bf16 on a GPU that computes in it, fp16 on an older one (T4), on a CPU "no"."""
+        if self.mixed_precision != "auto":
+            return self
+        if not torch.cuda.is_available():
+            return replace(self, mixed_precision="no")
+        quick = torch.cuda.is_bf16_supported(including_emulation=False)
+        return replace(self, mixed_precision="bf16" if quick else "fp16")
+
+    @classmethod
+    def help(cls) -> dict[str, str]:
+        """What the docstring says about each setting, in one line each; for command-line options."""
+        texts = {}
+        for each in reversed(cls.__mro__[:-1]):
+            arguments = (inspect.getdoc(each) or "").partition("Args:\n")[2]
+            for name, text in re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", arguments, re.M):
+                texts[name] = " ".join(text.split())
+        return texts

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,9 +40,9 @@ from medctkit.experiments.compare.runs import (
     BASE,
     GROUPS,
     PROBE,
+    SETTINGS,
     Data,
     Job,
-    Settings,
     draw_studies,
     inputs_of,
     jobs,
@@ -60,7 +61,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "on_the_cpu")
 
 TUNED = [name for name in METHODS if name not in comparison_runs.TUNED_AS]
 RATES = {name: METHODS[name].learning_rates[-1] for name in TUNED}
-TOY = Settings(steps=1, batch_size=4, evaluate_every=1)
+TOY = replace(SETTINGS, steps=1, batch_size=4, evaluate_every=1)
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +232,9 @@ def test_a_learning_rate_that_diverges_is_left_out_and_does_not_end_the_comparis
 
 def test_a_run_that_diverges_says_so(cohort, tmp_path):
     data = Data.load(cohort / "manifest.csv", cohort / "prepared")
-    found = run_job(Job("learning-rates", "full", learning_rate=1e12), data, Settings(steps=5, batch_size=4), tmp_path)
+    found = run_job(
+        Job("learning-rates", "full", learning_rate=1e12), data, replace(SETTINGS, steps=5, batch_size=4), tmp_path
+    )
     assert found.keys() == {"diverged"} and "at step" in found["diverged"]
 
 
@@ -240,7 +243,7 @@ def test_a_result_of_other_settings_is_refused_and_the_difference_named(tmp_path
     assert read_result(tmp_path, job, settings_of(job, TOY, inputs)) is None
     write_result(tmp_path, job, settings=settings_of(job, TOY, inputs))
     assert read_result(tmp_path, job, settings_of(job, TOY, inputs))
-    other = settings_of(job, Settings(steps=7, batch_size=4, evaluate_every=1), inputs | {"manifest": "n"})
+    other = settings_of(job, replace(TOY, steps=7), inputs | {"manifest": "n"})
     expected = (
         r"lora-r4-all-studies-lr0.001-seed0.json was made with other settings; choose another folder, or delete it. "
     )
@@ -254,10 +257,10 @@ def test_a_result_of_other_settings_is_refused_and_the_difference_named(tmp_path
 
 def test_settings_hold_what_a_result_depends_on(cohort):
     inputs = inputs_of(cohort / "manifest.csv")
-    found = settings_of(Job("studies", "lora", 16, studies=16, learning_rate=1e-3), Settings(), inputs)
+    found = settings_of(Job("studies", "lora", 16, studies=16, learning_rate=1e-3), SETTINGS, inputs)
     expected = {"steps": 100, "batch_size": 16, "evaluate_every": 25, "weight_decay": 0.01, "prompt_weight": 1.0}
     assert expected.items() <= found.items() and set(inputs) < set(found)
-    assert set(settings_of(Job("methods", BASE), Settings(), inputs)) == {"base", "manifest"}
+    assert set(settings_of(Job("methods", BASE), SETTINGS, inputs)) == {"base", "manifest"}
     json.dumps(found)
 
 
@@ -267,7 +270,7 @@ from medctkit.experiments.compare import run_all as comparison, runs as comparis
 comparison_runs.RANKS = (1, 16)
 os.cpu_count = lambda: 1  # tensors this small lose time to threads that wait for each other
 if __name__ == "__main__":
-    toy = comparison.Settings(steps=1, batch_size=4, evaluate_every=1)
+    toy = comparison.FineTuneConfig(steps=1, batch_size=4, evaluate_every=1)
     comparison.compare_methods(sys.argv[1], sys.argv[2], ["ranks"], 1, toy, 1, sys.argv[3])
 """
 
@@ -308,7 +311,7 @@ def test_a_killed_comparison_goes_on_where_it_was(cohort, tmp_path, monkeypatch,
     shared = results.runs[results.runs["method"] == "lora"].groupby("name")["group"].agg(set)
     assert set(counts) in list(shared), "rank 16 with all studies is a run of four groups"
     with pytest.raises(ValueError, match="steps: 1 there, 2 here"):
-        compare_methods(arguments[0], out, ["ranks"], 1, Settings(2, 4, 1), 1, arguments[2])
+        compare_methods(arguments[0], out, ["ranks"], 1, replace(TOY, steps=2), 1, arguments[2])
     assert len(list(out.glob("runs/*.json"))) == 5
 
 

@@ -6,10 +6,12 @@ import sys
 
 import nbformat
 import pytest
+import typer
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from typer.testing import CliRunner
 
 from medctkit import cli
+from medctkit.course import doctor
 from tools import demo
 
 METRICS = {
@@ -56,7 +58,10 @@ def folders(tmp_path):
 
 
 def run_demo(folders, *more):
-    return run("demo", "--notebooks-dir", folders[0], "--output-dir", folders[1], *more)
+    arguments = ("--notebooks-dir", folders[0], "--output-dir", folders[1], *more)
+    app = typer.Typer()
+    app.command()(demo.demo)
+    return CliRunner().invoke(app, list(map(str, arguments)))
 
 
 def test_demo_runs_all_four_and_prints_what_04_measured(folders, monkeypatch):
@@ -98,7 +103,7 @@ def test_demo_says_when_a_kernel_dies(folders):
 
 
 def test_demo_without_notebooks_says_where_they_come_from(tmp_path):
-    result = run("demo", "--notebooks-dir", tmp_path, "--output-dir", tmp_path / "out")
+    result = run_demo((tmp_path, tmp_path / "out"))
     assert result.exit_code == 1
     assert "04_zero_shot_evaluation.ipynb" in result.output and "clone" in result.output
 
@@ -165,7 +170,7 @@ def test_doctor_looks_at_everything():
 
 
 def test_doctor_names_what_is_missing_or_too_old(monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "requires", lambda _: ["torch>=99", "no-such-package>=1", "pip; extra == 'test'"])
+    monkeypatch.setattr(doctor, "requires", lambda _: ["torch>=99", "no-such-package>=1", "pip; extra == 'test'"])
     monkeypatch.setenv("MEDCTKIT_REAL_CT", str(tmp_path / "nowhere"))
     result = run("doctor")
     assert result.exit_code == 1
@@ -177,5 +182,5 @@ def test_doctor_names_what_is_missing_or_too_old(monkeypatch, tmp_path):
 
 def test_doctor_lists_the_mini_model_files_it_misses(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    fine, _, found = cli.check_mini_model(tmp_path)
+    fine, _, found = doctor.check_mini_model(tmp_path)
     assert not fine and "lacks model.safetensors, tokenizer.json" in found

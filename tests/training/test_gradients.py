@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from tiny import PROMPTS, tiny_data, tiny_model, tiny_tokenizer
 
 from medctkit.cohort.dataset import collate
-from medctkit.training.gradients import Objective, seed_from, step_gradients
-from medctkit.training.loop import StepBatches, finetune
+from medctkit.training.batches import StepBatches
+from medctkit.training.gradients import seed_from
+from medctkit.training.loop import finetune, step_gradients
 from medctkit.training.memory import PeakMemory
 from medctkit.training.objectives import draw_prompts, joint_loss
 from medctkit.training.settings import FineTuneConfig
@@ -49,6 +50,10 @@ def in_parts(data, parts):
     return iter(small * (1 if parts == 1 else 2))
 
 
+def weighted(contrastive=1.0, prompt=1.0, **more):
+    return FineTuneConfig(steps=1, contrastive_weight=contrastive, prompt_weight=prompt, prompts=PROMPTS, **more)
+
+
 def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -70,9 +75,8 @@ def by_autograd(model, data, weights=(1.0, 1.0)):
 
 def by_parts(model, data, parts, accelerator, weights=(1.0, 1.0)):
     model = copy.deepcopy(model)
-    losses = step_gradients(
-        model, in_parts(data, parts), parts, Objective(*weights), accelerator, some_prompts() if weights[1] else None
-    )
+    prompts = some_prompts() if weights[1] else None
+    losses = step_gradients(model, in_parts(data, parts), parts, weighted(*weights), accelerator, prompts)
     return losses, gradients(model)
 
 
@@ -113,7 +117,7 @@ def test_batch_64_in_the_memory_of_batch_2(accelerator):
             size = studies // parts
             order = [*range(0, studies, size)] * (1 if parts == 1 else 2)
             small = (collate(TOKENIZER)([copy.deepcopy(item) for item in data[i : i + size]]) for i in order)
-            step_gradients(model, small, parts, Objective(1.0, 0.0), accelerator)
+            step_gradients(model, small, parts, weighted(1.0, 0.0), accelerator)
         model.zero_grad()
         return memory.peak_bytes
 
@@ -128,13 +132,13 @@ def test_dropout_is_the_same_both_times(accelerator):
     for side, outputs in seen.items():
         encode = getattr(model, f"encode_{side}")
         setattr(model, f"encode_{side}", lambda *a, _e=encode, _o=outputs: _o.append(_e(*a)) or _o[-1])
-    step_gradients(model, in_parts(data, 4), 4, Objective(1.0, 0.0), accelerator, seed=5, step=3)
+    step_gradients(model, in_parts(data, 4), 4, weighted(1.0, 0.0, seed=5), accelerator, step=3)
     for outputs in seen.values():
         assert len(outputs) == 8
         for first, again in zip(outputs[:4], outputs[4:], strict=True):
             torch.testing.assert_close(first, again, rtol=0, atol=1e-6)
     first = seen["text"][0]
-    step_gradients(model, in_parts(data, 4), 4, Objective(1.0, 0.0), accelerator, seed=5, step=4)
+    step_gradients(model, in_parts(data, 4), 4, weighted(1.0, 0.0, seed=5), accelerator, step=4)
     assert not torch.allclose(first, seen["text"][8])  # another step, other noise
 
 
@@ -142,7 +146,7 @@ def test_the_study_that_is_to_blame_is_named(accelerator):
     data = tiny_data(8)
     data[5]["pixel_values"][0, 0, 0, 0] = float("nan")
     with pytest.raises(FloatingPointError, match=r"loss is nan at step 7, studies study_5\. Look at these volumes"):
-        step_gradients(whole_model(), in_parts(data, 2), 2, Objective(1.0, 0.0), accelerator, step=7)
+        step_gradients(whole_model(), in_parts(data, 2), 2, weighted(1.0, 0.0), accelerator, step=7)
 
 
 def test_seeds_depend_on_every_part():
@@ -154,11 +158,11 @@ def test_seeds_depend_on_every_part():
 
 SCRIPT = """
 import sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[2:]
 import torch
 from test_gradients import in_one_process
 torch.set_num_threads(1)
-in_one_process(sys.argv[2])
+in_one_process(sys.argv[1])
 """
 
 
@@ -173,7 +177,7 @@ def in_one_process(folder):
     found = {}
     for parts in (1, 2):
         model.zero_grad()
-        losses = step_gradients(model, in_parts(share, parts), parts, Objective(), accelerator, some_prompts())
+        losses = step_gradients(model, in_parts(share, parts), parts, weighted(), accelerator, some_prompts())
         found[f"parts {parts}"] = gradients(model) | {"loss": losses["loss"]}
     classifier = ZeroShotClassifier(model.eval(), TOKENIZER)
     seen = classifier.embed(tiny_data(7), batch_size=2, progress=False)
@@ -197,7 +201,7 @@ def several(tmp_path_factory):
     script = folder / "script.py"
     script.write_text(SCRIPT)
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    arguments = [str(script), str(Path(__file__).parents[1] / "support"), str(folder)]
+    arguments = [str(script), str(folder), str(Path(__file__).parent), str(Path(__file__).parents[1] / "support")]
     launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_machines", "1"]
     launch += ["--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     for command in ([sys.executable, *arguments], [sys.executable, *launch, *arguments]):

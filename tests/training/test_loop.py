@@ -70,7 +70,7 @@ def test_learning_rate_rises_then_falls_along_a_cosine():
         ({"warmup_fraction": 1.0}, "FineTuneConfig.warmup_fraction must be at least 0 and below 1, got 1.0"),
         (
             {"mixed_precision": "fp8"},
-            "FineTuneConfig.mixed_precision must be 'no', 'bf16' or 'fp16', got 'fp8'",
+            "FineTuneConfig.mixed_precision must be 'no', 'bf16', 'fp16' or 'auto', got 'fp8'",
         ),
         ({"batch_size": 1}, "batch_size must be at least 2 for the contrastive objective"),
         ({"contrastive_weight": 0, "prompt_weight": 0}, "are both 0: nothing to learn from; raise one"),

@@ -41,9 +41,9 @@ from medctkit.common.provenance import made_with, write_json
 from medctkit.experiments.compare.runs import (
     BASE,
     GROUPS,
+    SETTINGS,
     Data,
     Job,
-    Settings,
     inputs_of,
     jobs,
     methods_of,
@@ -57,7 +57,7 @@ from medctkit.lora.methods import METHODS, apply_method
 from medctkit.metrics import scores as metrics
 from medctkit.model.base_model import load_mini_base
 from medctkit.training.checkpoints import differences
-from medctkit.training.gradients import Objective, step_gradients
+from medctkit.training.loop import step_gradients
 from medctkit.training.memory import PeakMemory
 from medctkit.training.objectives import draw_prompts
 from medctkit.training.settings import FineTuneConfig
@@ -78,7 +78,7 @@ def _start_worker(manifest_path, cache_dir, threads: int) -> None:
     _data = (manifest_path, cache_dir)
 
 
-def _work(job: Job, settings: Settings, made_of: dict, output_dir: Path) -> None:
+def _work(job: Job, settings: FineTuneConfig, made_of: dict, output_dir: Path) -> None:
     global _data
     if isinstance(_data, tuple):
         _data = Data.load(*_data)
@@ -125,7 +125,7 @@ def compare_methods(
     output_dir: str | os.PathLike,
     groups: Sequence[str] = GROUPS,
     seeds: int = 3,
-    settings: Settings | None = None,
+    settings: FineTuneConfig = SETTINGS,
     workers: int = 1,
     cache_dir: str | os.PathLike | None = None,
 ) -> Path:
@@ -152,7 +152,7 @@ def compare_methods(
         raise ValueError(f"unknown group {unknown[0]!r}; choose from {', '.join(GROUPS)}")
     if seeds < 1 or workers < 1:
         raise ValueError(f"seeds and workers must be at least 1, got {seeds} and {workers}")
-    output_dir, settings, inputs = Path(output_dir), settings or Settings(), inputs_of(manifest_path)
+    output_dir, settings, inputs = Path(output_dir), settings, inputs_of(manifest_path)
     cache_dir = prepared_dir(manifest_path, output_dir, cache_dir)
     table = load_manifest(manifest_path)
     here = table[table["hospital"] == "target"]
@@ -268,7 +268,7 @@ def _write_csv(table: pd.DataFrame, path: Path) -> None:
         table.to_csv(temporary, index=False)
 
 
-def measure_costs(train: Dataset, settings: Settings, repeats: int = 5) -> pd.DataFrame:
+def measure_costs(train: Dataset, settings: FineTuneConfig, repeats: int = 5) -> pd.DataFrame:
     """Seconds and memory of an optimiser step of each method, alone on the machine, one after the other.
 
     Args:
@@ -304,7 +304,7 @@ def _cost(model: nn.Module, batch: Mapping[str, Any], tokenizer: Any, repeats: i
 
     def step() -> float:
         started = time.perf_counter()
-        step_gradients(model, iter([batch]), 1, Objective(), accelerator, prompts)
+        step_gradients(model, iter([batch]), 1, config, accelerator, prompts)
         accelerator.clip_grad_norm_(trainable, config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()

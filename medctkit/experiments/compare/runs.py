@@ -12,7 +12,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,19 +41,8 @@ BASE, PROBE = "base", "linear-probe"
 PROBE_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # scikit-learn's C
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What all runs share.
-
-    Args:
-        steps: optimiser steps.
-        batch_size: volumes per step; fewer where there are fewer studies.
-        evaluate_every: steps between validations; the best of them is kept.
-    """
-
-    steps: int = 100
-    batch_size: int = 32
-    evaluate_every: int = 25
+# What all runs share; a run has its own learning rate and seed, and a smaller batch where there are fewer studies.
+SETTINGS = FineTuneConfig(steps=100, batch_size=32)
 
 
 @dataclass(frozen=True)
@@ -239,7 +228,7 @@ def inputs_of(manifest_path: str | os.PathLike) -> dict[str, str]:
     return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in paths.items()}
 
 
-def settings_of(job: Job, settings: Settings, inputs: Mapping[str, str]) -> dict[str, Any]:
+def settings_of(job: Job, settings: FineTuneConfig, inputs: Mapping[str, str]) -> dict[str, Any]:
     """All that a result depends on, beside the job and the versions; compared before a result is taken up.
 
     Args:
@@ -251,23 +240,20 @@ def settings_of(job: Job, settings: Settings, inputs: Mapping[str, str]) -> dict
         return dict(inputs)
     if job.method == PROBE:
         return inputs | {"strengths": list(PROBE_STRENGTHS)}
-    config = asdict(_config(job, settings))
-    inputs = inputs | {"training prompts": hashlib.sha256(repr(config["prompts"]).encode()).hexdigest()[:16]}
+    config = _config(job, settings)
+    inputs = inputs | {"training prompts": hashlib.sha256(repr(config.prompts).encode()).hexdigest()[:16]}
     left_out = ("prompts", "workers", "checkpoint_every", "seed", "learning_rate", "epochs", "micro_batch_size")
-    return inputs | {key: value for key, value in config.items() if key not in left_out}
+    return {**inputs, **config.values(*left_out)}
 
 
-def _config(job: Job, settings: Settings) -> FineTuneConfig:
-    return FineTuneConfig(
-        steps=settings.steps,
-        batch_size=min(settings.batch_size, job.studies or settings.batch_size),
-        learning_rate=job.learning_rate,
-        evaluate_every=settings.evaluate_every,
-        seed=job.seed,
-    )
+def _config(job: Job, settings: FineTuneConfig) -> FineTuneConfig:
+    """The settings of all runs with what is this run's own."""
+    batch_size = min(settings.batch_size, job.studies or settings.batch_size)
+    rate = job.learning_rate or settings.learning_rate
+    return replace(settings, batch_size=batch_size, learning_rate=rate, seed=job.seed)
 
 
-def run_job(job: Job, data: Data, settings: Settings, work_dir: str | os.PathLike) -> dict[str, Any]:
+def run_job(job: Job, data: Data, settings: FineTuneConfig, work_dir: str | os.PathLike) -> dict[str, Any]:
     """Do one run and score it on the test studies.
 
     Args:

@@ -1,0 +1,61 @@
+"""What a run tells while it trains: its history, TensorBoard, a callback, a progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from medctkit.common.atomic import replacing
+from medctkit.training.checkpoints import Run
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class History:
+    """Adds rows to a run's history, and tells them. Rows of before an interruption are told first.
+
+    TensorBoard gets them where it is installed (`pip install 'medctkit[tensorboard]'`); nothing else needs it.
+
+    Args:
+        run: restored, if there was something to restore.
+        steps: of the whole run.
+        callback: called with each row.
+    """
+
+    def __init__(self, run: Run, steps: int, callback: Callable[[dict[str, float]], None] | None = None):
+        from tqdm.auto import tqdm
+
+        self._run, self._callback = run, callback
+        # rows that an interrupted run logged after its last checkpoint are logged anew
+        run.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": run.step + 1}})
+        silent = not run.accelerator.is_local_main_process
+        self._bar = tqdm(total=steps, initial=run.step, desc="fine-tuning", unit="step", disable=silent)
+        for row in run.history if callback is not None else ():
+            callback(row)
+
+    def add(self, row: dict[str, float]) -> None:
+        """A row: `step`, and numbers by name; the seconds so far are added."""
+        run, row = self._run, row | {"seconds": self._run.seconds}
+        run.history.append(row)
+        told = {name: value for name, value in row.items() if name not in ("step", "seconds")}
+        run.accelerator.log(told, step=row["step"])
+        if self._callback is not None:
+            self._callback(row)
+        if row["step"]:
+            self._bar.update()
+            self._bar.set_postfix(loss=f"{row['loss']:.3f}", best=f"{run.best_score:.3f} at step {run.best_step}")
+
+    def close(self, path: Path) -> pd.DataFrame:
+        """All rows as a table, which the main process writes to `path`."""
+        import pandas as pd
+
+        self._bar.close()
+        table = pd.DataFrame(self._run.history)
+        if self._run.accelerator.is_main_process:
+            with replacing(path) as temporary:
+                table.to_csv(temporary, index=False)
+        for tracker in self._run.accelerator.trackers:
+            tracker.finish()
+        return table
