@@ -15,7 +15,6 @@ Shapes: t, h, w patches along the model's axes (z, x, y); n = h * w; c channels;
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from medctkit.model.vision_tower import Attention as AttentionLayer
 from medctkit.scans.heat_map import HeatMap
 from medctkit.scans.preprocessing import PreprocessConfig, model_affine
 from medctkit.scans.volumes import CTVolume
-from medctkit.zero_shot.classifier import evaluating
+from medctkit.zero_shot.classifier import evaluating, words_of
 
 PARTS = ("spatial", "temporal")
 
@@ -170,21 +169,16 @@ def embed_sentences(model: Model, tokenizer: Any, sentences: Sequence[str]) -> t
     for sentence in sentences:
         if not isinstance(sentence, str) or not sentence.strip():
             raise ValueError(f"the sentence is {sentence!r}; expected words, such as 'Pleural effusion is present.'")
-    words = tokenizer(list(sentences), padding=True, return_tensors="pt")
-    lengths, limit = words["attention_mask"].sum(1), model.longest_text
-    if lengths.max() > limit:
-        longest = shorten(sentences[int(lengths.argmax())], 60, placeholder=" ...")
-        raise ValueError(f"{longest!r} has {lengths.max()} tokens, the text encoder takes {limit}; shorten it")
-    device = model.temperature.device
+    words, device = words_of(model, tokenizer, sentences), model.temperature.device
     with evaluating(model):
         return model.encode_text(words["input_ids"].to(device), words["attention_mask"].to(device)).float()
 
 
 def relevance_maps(model: Model, pixels: torch.Tensor, directions: torch.Tensor) -> np.ndarray:
     """`relevance` of several volumes (b, 1, D, H, W), each for a direction of its own (b, p): (b, t, h, w)."""
-    device, z = model.temperature.device, []
+    device, z = model.temperature.device, list[torch.Tensor]()
     with evaluating(model), torch.enable_grad(), _explicit(model) as layers:
-        handle = model.vision_encoder.register_forward_hook(lambda module, given, out: z.append(out) or out)
+        handle = model.vision_encoder.register_forward_hook(lambda module, given, out: z.append(out))
         try:
             image = model.encode_image(pixels.to(device).requires_grad_())
         finally:
@@ -233,8 +227,8 @@ def patch_at(
 ) -> tuple[int, int, int] | None:
     """The patch (t, i, j) that holds a point of the patient (RAS, mm); None outside of what the model sees."""
     index = np.linalg.inv(_patch_affine(volume, preprocess_config, grid)) @ [*point_mm, 1]
-    patch = tuple(int(i) for i in np.floor(index[:3] + 0.5))
-    return patch if all(0 <= i < n for i, n in zip(patch, grid, strict=True)) else None
+    t, i, j = (int(n) for n in np.floor(index[:3] + 0.5))
+    return (t, i, j) if all(0 <= p < n for p, n in zip((t, i, j), grid, strict=True)) else None
 
 
 def _patch_affine(volume: CTVolume, preprocess_config: PreprocessConfig, grid: Sequence[int]) -> np.ndarray:
@@ -283,10 +277,9 @@ def _explicit(model: Model) -> Iterator[dict[str, list[torch.Tensor]]]:
 
 def _rolled(layers: Sequence[torch.Tensor]) -> torch.Tensor:
     """Rollout of the layers of one transformer: (batch, tokens, tokens)."""
-    identity, rolled = torch.eye(layers[0].shape[-1]), None
+    identity = rolled = torch.eye(layers[0].shape[-1])
     for layer in layers:
-        mixed = (layer.mean(1) + identity) / 2
-        rolled = mixed if rolled is None else mixed @ rolled
+        rolled = (layer.mean(1) + identity) / 2 @ rolled
     return rolled
 
 

@@ -64,8 +64,7 @@ def _vera(model: nn.Module, r: int, **fields: Any) -> nn.Module:
 
     key = int(torch.randint(2**31, ()))  # as every random start, from torch's generator
     targets = "|".join(presets_of(parts_of(model))["paper"].patterns.values())
-    fields = {"projection_prng_key": key, "target_modules": targets} | fields
-    return add_adapter(model, VeraConfig(r=r, **fields))
+    return add_adapter(model, VeraConfig(r=r, **{"projection_prng_key": key, "target_modules": targets, **fields}))
 
 
 def _ia3(model: nn.Module, **fields: Any) -> nn.Module:
@@ -74,7 +73,7 @@ def _ia3(model: nn.Module, **fields: Any) -> nn.Module:
     parts = parts_of(model)
     narrowing = "|".join(parts.narrowing)
     targets = "|".join([*(parts.projections[name] for name in parts.keys_values), narrowing])
-    return add_adapter(model, IA3Config(**{"target_modules": targets, "feedforward_modules": narrowing} | fields))
+    return add_adapter(model, IA3Config(**{"target_modules": targets, "feedforward_modules": narrowing, **fields}))
 
 
 def _lora(preset: str = "paper", **fixed: Any) -> Callable[..., nn.Module]:
@@ -84,7 +83,8 @@ def _lora(preset: str = "paper", **fixed: Any) -> Callable[..., nn.Module]:
     return apply
 
 
-_LORA_RATES = (1e-3, 3e-3, 1e-2)
+_RATES = (1e-3, 3e-3, 1e-2)
+_LORA = "Hu et al. 2021, arXiv 2106.09685"
 
 METHODS: dict[str, Method] = {
     "full": Method(
@@ -104,25 +104,25 @@ METHODS: dict[str, Method] = {
     "lora": Method(
         "LoRA",
         "A low-rank update beside each query, key and value projection of both encoders.",
-        "Hu et al. 2021, arXiv 2106.09685",
+        _LORA,
         _lora(),
-        _LORA_RATES,
+        _RATES,
         16,
     ),
     "lora-vision": Method(
         "LoRA, vision only",
         "LoRA in the vision encoder; the text encoder stays as it is.",
-        "Hu et al. 2021, arXiv 2106.09685",
+        _LORA,
         _lora("vision"),
-        _LORA_RATES,
+        _RATES,
         16,
     ),
     "lora-text": Method(
         "LoRA, text only",
         "LoRA in the text encoder; the images are seen as before, and only what is asked of them changes.",
-        "Hu et al. 2021, arXiv 2106.09685",
+        _LORA,
         _lora("text"),
-        _LORA_RATES,
+        _RATES,
         16,
     ),
     "dora": Method(
@@ -130,7 +130,7 @@ METHODS: dict[str, Method] = {
         "LoRA's direction of each weight column, and its length as a number of its own.",
         "Liu et al. 2024, arXiv 2402.09353",
         _lora(use_dora=True),
-        _LORA_RATES,
+        _RATES,
         16,
     ),
     "rslora": Method(
@@ -138,7 +138,7 @@ METHODS: dict[str, Method] = {
         "What LoRA trains, with the update scaled by alpha / sqrt(r) in place of alpha / r.",
         "Kalajdzievski 2023, arXiv 2312.03732",
         _lora(use_rslora=True),
-        (1e-3, 3e-3, 1e-2),
+        _RATES,
         16,
     ),
     "vera": Method(

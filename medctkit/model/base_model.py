@@ -115,7 +115,7 @@ def preprocess_config_of(model: str | Path) -> PreprocessConfig:
 
 def _with_tokenizer(model: CTCLIPModel, folder: Path) -> BaseModel:
     """A CT-CLIP and the WordPiece tokenizer in a folder."""
-    from transformers import BertTokenizerFast
+    from transformers import BertTokenizerFast  # type: ignore[attr-defined]
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
         raise FileNotFoundError(f"{folder} has no tokenizer: expected a tokenizer.json or vocab.txt there")

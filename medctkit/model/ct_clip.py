@@ -29,7 +29,7 @@ from medctkit.model.released_checkpoint import ReleasedTensor, never_used, read_
 from medctkit.model.vision_tower import Attention, Codebook, ScaleNorm, VisionTransformer
 from medctkit.scans.preprocessing import PreprocessConfig
 
-RELEASED_VISION = {
+RELEASED_VISION: dict[str, Any] = {
     "dim": 512,
     "codebook_size": 8192,
     "image_size": 480,
@@ -41,7 +41,7 @@ RELEASED_VISION = {
     "dim_head": 32,
     "heads": 8,
 }
-RELEASED_TEXT = {  # BERT-base
+RELEASED_TEXT: dict[str, Any] = {  # BERT-base
     "vocab_size": 30522,
     "hidden_size": 768,
     "num_hidden_layers": 12,
@@ -353,10 +353,10 @@ class CTCLIPModel(PreTrainedModel):
         """
         config = config or CTCLIPConfig()
         if isinstance(path_or_state_dict, Mapping):
-            source, found = "the state dict", path_or_state_dict
+            state = state_dict_of("the state dict", path_or_state_dict, released_layout(config))
         else:
-            source, found = str(path_or_state_dict), read_checkpoint(path_or_state_dict)
-        state = state_dict_of(source, found, released_layout(config))
+            read = read_checkpoint(path_or_state_dict)
+            state = state_dict_of(str(path_or_state_dict), read, released_layout(config))
         with torch.device("meta"):
             model = cls(config)
         live = {name: state[name].to(torch.float32, copy=True) for name in model.state_dict()}

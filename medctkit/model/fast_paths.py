@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import nn
@@ -63,7 +63,7 @@ class QuickRelativePositionBias(RelativePositionBias):
         """Whether nothing but a change of the weights can change the bias, and their values can be compared quickly."""
         learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
         real = all(type(p.data) is torch.Tensor and p.device.type == "cpu" for p in self.parameters())
-        return real and not learning and all(map(_plain, (self.net[0][0], self.net[1][0], self.net[2])))
+        return real and not learning and all(map(_plain, map(self.net.get_submodule, ("0.0", "1.0", "2"))))
 
     def _bias(self, h: int, w: int) -> torch.Tensor:
         device = next(self.parameters()).device
@@ -99,12 +99,13 @@ class QuickFeedForward(FeedForward):
             kept = [_Keep.apply(tokens)]  # in a list: the node saves for `_InParts`, but takes no part in the graph
             return _InParts.apply(tokens, kept, super().forward, self.tokens_in_training).view(x.shape)
         quick = x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
-        if not (quick and _plain(self[1]) and _plain(self[4])):
+        first, last = self[1], self[4]
+        if not (quick and _plain(first) and _plain(last)):
             return super().forward(x)
         # Matrix products are quicker where rows are a multiple of 8 long: zeros are added, and add nothing
-        value, gate = self[1].weight.chunk(2)  # each (inner, c)
+        value, gate = first.weight.chunk(2)  # each (inner, c)
         zeros = value.new_zeros(-len(value) % 8, x.shape[-1])
-        widen, narrow = torch.cat([value, zeros, gate, zeros]), F.pad(self[4].weight, (0, len(zeros)))
+        widen, narrow = torch.cat([value, zeros, gate, zeros]), F.pad(last.weight, (0, len(zeros)))
         parts = x.flatten(0, -2).split(self.tokens_at_a_time)
         return torch.cat([F.linear(self[2](F.linear(self[0](part), widen)), narrow) for part in parts]).view(x.shape)
 
@@ -191,7 +192,7 @@ class QuickVisionTransformer(VisionTransformer):
         """See `VisionTransformer.embed_patches`."""
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.to_patch_emb.parameters()):
             return super().embed_patches(volumes)
-        slabs = volumes.split(self.to_patch_emb[0].size[0], dim=2)
+        slabs = volumes.split(self.patch_depth, dim=2)
         return torch.cat([self.to_patch_emb(slab) for slab in slabs], dim=1)
 
 
@@ -205,6 +206,6 @@ _QUICK: dict[type, type] = {
 }
 
 
-def _plain(module: nn.Module) -> bool:
+def _plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a linear layer is nothing but its weight: no adapter on it, nobody listening."""
     return type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks

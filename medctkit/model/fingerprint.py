@@ -4,10 +4,11 @@ import hashlib
 from typing import Any
 
 import torch
-from torch import nn
+
+from medctkit.model.protocol import Model
 
 
-def digests(model: nn.Module) -> tuple[str, str]:
+def digests(model: Model) -> tuple[str, str]:
     """Digests of the base model and of the active adapter, "none" if there is none; 0.6 s for each GB.
 
     The same base model has the same digest with and without an adapter; a merged adapter makes another base model. An

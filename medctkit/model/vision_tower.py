@@ -254,9 +254,10 @@ class VisionTransformer(nn.Module):
     def __init__(self, v: Mapping):
         super().__init__()
         dim, heads, dim_head = v["dim"], v["heads"], v["dim_head"]
-        voxels = v["temporal_patch_size"] * v["patch_size"] ** 2
+        self.patch_depth = v["temporal_patch_size"]
+        voxels = self.patch_depth * v["patch_size"] ** 2
         self.to_patch_emb = nn.Sequential(
-            Patches(v["temporal_patch_size"], v["patch_size"]),
+            Patches(self.patch_depth, v["patch_size"]),
             nn.LayerNorm(voxels),
             nn.Linear(voxels, dim),
             nn.LayerNorm(dim),
@@ -269,7 +270,7 @@ class VisionTransformer(nn.Module):
     def attention_layers(self) -> dict[str, list[Attention]]:
         """The attention of each layer, first to last, of the two transformers."""
         towers = {"spatial": self.enc_spatial_transformer, "temporal": self.enc_temporal_transformer}
-        return {name: [layer["1"] for layer in tower.layers] for name, tower in towers.items()}
+        return {name: [m for m in tower.modules() if isinstance(m, Attention)] for name, tower in towers.items()}
 
     def embed_patches(self, volumes: torch.Tensor) -> torch.Tensor:
         """Tokens (b, t, h, w, c) of volumes (b, 1, d, h, w)."""

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import distributed as dist
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 
 from medctkit.common.processes import process_and_processes
 from medctkit.findings import FINDINGS
@@ -71,15 +71,9 @@ class ZeroShotClassifier:
         self.model, self.tokenizer, self.findings = model, tokenizer, tuple(findings)
         self._wordings = [sentences for side in prompt_sentences(prompts, self.findings) for sentences in side]
         flat = [sentence for sentences in self._wordings for sentence in sentences]
-        self._words = tokenizer(flat, padding=True, return_tensors="pt")
-        lengths, limit = self._words["attention_mask"].sum(1), model.longest_text
-        if lengths.max() > limit:
-            longest = shorten(flat[int(lengths.argmax())], 60, placeholder=" ...")
-            raise ValueError(
-                f"the prompt {longest!r} has {lengths.max()} tokens, the text encoder takes {limit}; shorten it"
-            )
+        self._words = words_of(model, tokenizer, flat)
         self._text: torch.Tensor | None = None
-        self._scale: torch.Tensor | None = None
+        self._scale = torch.ones(())
 
     @property
     def device(self) -> torch.device:
@@ -122,7 +116,7 @@ class ZeroShotClassifier:
         with evaluating(self.model):
             return self.scores_from_embeddings(self.model.encode_image(volumes.to(self.device)))
 
-    def embed(self, dataset: Dataset, batch_size: int = 32, progress: bool = True, workers: int = 0) -> Embedded:
+    def embed(self, dataset: Any, batch_size: int = 32, progress: bool = True, workers: int = 0) -> Embedded:
         """Encode every volume of a data set once; under `accelerate launch` the processes share the work.
 
         Args:
@@ -154,11 +148,25 @@ class ZeroShotClassifier:
                     for embed, item in zip(embeds, batch, strict=True)
                 ]
         if processes > 1:
-            shares = [None] * processes
+            shares: list[Any] = [None] * processes
             dist.all_gather_object(shares, found)
             found = [shares[i % processes][i // processes] for i in range(len(dataset))]
         embeddings, labels, patients, studies = (np.array(part) for part in zip(*found, strict=True))
         return Embedded(torch.from_numpy(embeddings), labels, patients, studies)
+
+
+def words_of(model: Model, tokenizer: Any, sentences: Sequence[str]) -> Any:
+    """Token ids and attention mask of sentences.
+
+    Raises:
+        ValueError: one longer than the text encoder takes; says which and how long.
+    """
+    words = tokenizer(list(sentences), padding=True, return_tensors="pt")
+    lengths, limit = words["attention_mask"].sum(1), model.longest_text
+    if lengths.max() > limit:
+        longest = shorten(sentences[int(lengths.argmax())], 60, placeholder=" ...")
+        raise ValueError(f"{longest!r} has {lengths.max()} tokens, the text encoder takes {limit}; shorten it")
+    return words
 
 
 def _direction(embeds: torch.Tensor) -> torch.Tensor:
@@ -180,7 +188,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def validation_score(
-    dataset: Dataset, tokenizer: Any, prompts: Prompts = "paper", batch_size: int = 32, workers: int = 0
+    dataset: Any, tokenizer: Any, prompts: Prompts = "paper", batch_size: int = 32, workers: int = 0
 ) -> Callable:
     """A function from a model to its mean AUROC on a data set: what `finetune` maximises.
 

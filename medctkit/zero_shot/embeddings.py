@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,10 +32,6 @@ from medctkit.zero_shot.classifier import Embedded, ZeroShotClassifier
 if TYPE_CHECKING:
     from medctkit.cohort.dataset import CTReportDataset
     from medctkit.scans.preprocessing import PreprocessConfig
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from medctkit.zero_shot.classifier import Embedded
 
 BLOCK = 32  # volumes of a process between two writes: what an interruption costs at most
 
@@ -42,16 +39,8 @@ BLOCK = 32  # volumes of a process between two writes: what an interruption cost
 def describe(model: nn.Module, preprocess_config: "PreprocessConfig") -> dict[str, Any]:
     """What embeddings of a model are made from.
 
-    The digests are over every weight, so they differ if any does (0.6 s for each GB). The same base model has the same
-    digest with and without an adapter; a merged adapter makes another base model. An adapter that is switched off
-    counts as none.
-
-    Args:
-        model: a `CTCLIPModel`, with or without an adapter.
-        preprocess_config: of the volumes.
-
     Returns:
-        `base model` and `adapter` (digests; "none"), `preprocessing`, and `precision`: the types of the weights, and of
+        `base model` and `adapter`, see `digests`; `preprocessing`; and `precision`: the types of the weights, and of
         autocast if it is on.
     """
     base, adapter = digests(model)
@@ -160,14 +149,17 @@ def _check(embedded: Embedded) -> None:
         raise ValueError(f"study {first} has an embedding that is not finite; look at its volume and at the model")
 
 
-def _refuse_twice(studies: Sequence[str]) -> None:
+def _refuse_twice(studies: Sequence[str] | np.ndarray) -> None:
     names, counts = np.unique(np.asarray(studies), return_counts=True)
     if len(names) < len(studies):
         raise ValueError(f"study {names[counts.argmax()]} is there {counts.max()} times; each has one embedding")
 
 
 def refuse_other_order(
-    studies: Sequence[str], expected: Sequence[str], what: str = "embedding", other: str = "label"
+    studies: Sequence[str] | np.ndarray,
+    expected: Sequence[str] | np.ndarray,
+    what: str = "embedding",
+    other: str = "label",
 ) -> None:
     """Refuse what is not of the same studies in the same order: row i would be taken for another study's.
 
@@ -242,7 +234,7 @@ def embed_manifest(
             indices = left[start : start + block * processes]
             seen = classifier.embed(Subset(dataset, indices), batch_size, progress=False, workers=workers)
             file = parts / f"{indices[0]:07}.safetensors"
-            _in_main_process(lambda seen=seen, file=file: save_embeddings(seen, file, made_of))
+            _in_main_process(partial(save_embeddings, seen, file, made_of))
             found |= zip(seen.studies.tolist(), seen.embeddings, strict=True)
             bar.update(len(indices))
 
@@ -288,7 +280,7 @@ def _in_main_process(work: Callable[[], Any]) -> Any:
     process, processes = process_and_processes()
     if processes == 1:
         return work()
-    result = [None]
+    result: list[Any] = [None]
     if process == 0:
         try:
             result = [work()]
@@ -300,7 +292,7 @@ def _in_main_process(work: Callable[[], Any]) -> Any:
     return result[0]
 
 
-def same_studies(a: "Embedded", b: "Embedded") -> None:
+def same_studies(a: Embedded, b: Embedded) -> None:
     """Make sure that two models saw the same studies in the same order, so that their scores can be compared.
 
     Raises:

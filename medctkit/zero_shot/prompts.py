@@ -46,14 +46,14 @@ def prompt_sentences(prompts: Prompts, findings: Sequence[str] = FINDINGS) -> tu
     elif isinstance(prompts, Path):
         where, prompts = str(prompts), _read_prompts(prompts)
     if not isinstance(prompts, Mapping) or set(prompts) & set(SIDES):
-        stating, denying = _sides(prompts, where)
-        for template in (*stating, *denying):
+        sides = _sides(prompts, where)
+        for template in (*sides[0], *sides[1]):
             if "{finding}" not in template:
                 raise ValueError(
                     f"{where}: {template!r} has no {{finding}} in it, so all findings would be asked the same; put "
                     "{finding} where the name belongs"
                 )
-        of_finding = dict.fromkeys(findings, (stating, denying))
+        of_finding = dict.fromkeys(findings, sides)
     else:
         if set(prompts) != set(findings):
             missing, unknown = ([n for n in a if n not in b] for a, b in ((findings, prompts), (prompts, findings)))
@@ -62,10 +62,11 @@ def prompt_sentences(prompts: Prompts, findings: Sequence[str] = FINDINGS) -> tu
                 f"missing {', '.join(missing) or 'none'}; unknown {', '.join(map(str, unknown)) or 'none'}"
             )
         of_finding = {name: _sides(prompts[name], f"{where}, {name}") for name in findings}
-    return tuple(
+    stating, denying = (
         [[sentence.replace("{finding}", name) for sentence in of_finding[name][side]] for name in findings]
         for side in (0, 1)
     )
+    return stating, denying
 
 
 def _read_prompts(path: Path) -> Any:
@@ -95,4 +96,4 @@ def _sides(prompts: Any, where: str) -> tuple[list[str], list[str]]:
         for sentence in side:
             if not isinstance(sentence, str) or not sentence.strip():
                 raise ValueError(f"{where}: the {name} side has {sentence!r:.200} in it; expected a sentence")
-    return tuple(map(list, sides))
+    return list(sides[0]), list(sides[1])

@@ -187,7 +187,7 @@ def test_a_file_of_prompts_that_cannot_be_used_is_named(tmp_path):
 def test_a_prompt_longer_than_the_text_encoder_is_named(mini):
     long = "{finding} " * 200
     with pytest.raises(
-        ValueError, match="the prompt 'Coronary artery .* tokens, the text encoder takes 192; shorten it"
+        ValueError, match="'Coronary artery .* tokens, the text encoder takes 192; shorten it"
     ):
         ZeroShotClassifier(mini.model, mini.tokenizer, [long, "no {finding}"])
 

@@ -298,7 +298,7 @@ def test_processes_share_the_work(few, tmp_path):
     script = tmp_path / "share.py"
     script.write_text(f"""if True:
         import sys
-        sys.path.insert(0, {str(ROOT / "tests" / "support")!r})
+        sys.path[:0] = [{str(ROOT / "tests" / "support")!r}, {str(Path(__file__).parent)!r}]
         from pathlib import Path
         from test_embeddings import Noise, ZeroShotClassifier, embed_manifest, load_manifest, tiny_model, tiny_tokenizer
         import torch.distributed as dist
