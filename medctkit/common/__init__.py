@@ -1,3 +1,3 @@
-"""Helpers that know nothing of CT: atomic writes, tables, words for messages, provenance, processes."""
+"""Helpers that know nothing of CT: atomic writes, tables, words for messages, pages, provenance, processes."""
 
-__all__ = []
+__all__: list[str] = []

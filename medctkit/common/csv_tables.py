@@ -11,7 +11,7 @@ import os
 from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from medctkit.common.text import SHOWN, listed
 
@@ -91,7 +91,8 @@ def _header(text: str, delimiter: str) -> list[str]:
 def _rows(path: Path, text: str, delimiter: str) -> tuple[list[list[str]], list[int]]:
     """All rows that aren't empty, without the empty cells that a spreadsheet appends, and their numbers."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows, numbers, number = [], [], 0
+    rows: list[list[str]] = []
+    numbers, number = [], 0
     try:
         for number, row in enumerate(reader, 1):
             if not any(row):
@@ -149,13 +150,9 @@ def to_numbers(column: "pd.Series") -> "pd.Series":
     import pandas as pd
 
     text = column.str.strip()
-    numbers = pd.to_numeric(text, errors="coerce").astype(float)
+    comma = text.str.fullmatch(_DECIMAL_COMMA) & ~text.str.fullmatch(_THOUSANDS)
+    numbers = pd.to_numeric(text.where(~comma, text.str.replace(",", ".", regex=False)), errors="coerce").astype(float)
     wrong = numbers.isna() & (text != "")
-    if wrong.any():
-        other = text[wrong]
-        comma = other[other.str.fullmatch(_DECIMAL_COMMA) & ~other.str.fullmatch(_THOUSANDS)]
-        numbers[comma.index] = pd.to_numeric(comma.str.replace(",", ".", regex=False))
-        wrong[comma.index] = False
     if wrong.any():
         return numbers.astype(object).mask(wrong, column).mask(text == "", None)
     whole = numbers.dropna()
@@ -194,7 +191,7 @@ def refuse_wrong(where: str, table: "pd.DataFrame", rules: Iterable[tuple]) -> N
         raise ValueError(listed(texts, len(found)))
 
 
-def _shown(value) -> str:
+def _shown(value: Any) -> str:
     value = value.item() if hasattr(value, "item") else value
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:100]}..."

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from torch import distributed as dist
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
-from torch import distributed as dist
 
 
 def accelerator_for(mixed_precision: str = "no", output_dir: str | os.PathLike | None = None) -> Accelerator:

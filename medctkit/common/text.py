@@ -1,10 +1,8 @@
 """Words for messages: lists that stay short, counted things, sizes."""
 
 from collections.abc import Collection, Iterable
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
+SHOWN = 5  # texts of a list that a message gives
 
 
 def counted(things: Collection, noun: str) -> str:
@@ -18,9 +16,6 @@ def as_bytes(n: int) -> str:
         if n >= 10**power:
             return f"{n / 10**power:.3g} {unit}"
     return f"{n} B"
-
-
-SHOWN = 5  # wrong rows that an error lists
 
 
 def listed(texts: Iterable[str], total: int | None = None) -> str:

@@ -109,8 +109,8 @@ def _problem(values: np.ndarray, limits: np.ndarray) -> str | None:
         why = f"A chest has soft tissue: rescaled twice, or a scan of something else; {_LEAVE_OUT}"
     elif soft < _LEAST_SOFT:
         why = (
-            f"Of what is denser than lung most is fat, muscle and blood {_SOFT}, here only {soft:.0%}: stored values, or "
-            "rescaled with a wrong slope or intercept; check rescale_slope and rescale_intercept"
+            f"Of what is denser than lung most is fat, muscle and blood {_SOFT}, here only {soft:.0%}: stored values, "
+            "or rescaled with a wrong slope or intercept; check rescale_slope and rescale_intercept"
         )
     else:
         return None
