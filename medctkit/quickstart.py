@@ -24,6 +24,7 @@ from medctkit.zero_shot.prompts import Prompts
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Of the first seeds, one whose drawn findings are several, some of which the mini model sees and some not.
@@ -54,13 +55,13 @@ class Classified:
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(15, 6.6), layout="constrained")
-        slices, bars = figure.subfigures(1, 2, width_ratios=(1, 1.15))
+        slices, bars = figure.subfigures(1, 2, width_ratios=(1, 1.15), squeeze=False)[0]
         self._draw_slices(slices.subplots(2, 2))
         self._draw_bars(bars.subplots())
         figure.suptitle(self.title, fontsize=12)
         return figure
 
-    def _draw_slices(self, axes) -> None:
+    def _draw_slices(self, axes: np.ndarray) -> None:
         scan = Scan.of(self.volume, self.masks)
         filled = sum((mask.astype(np.uint8) for mask in scan.masks.values()), np.zeros(scan.volume.shape, np.uint8))
         depth, rows, _ = scan.volume.shape
@@ -71,7 +72,7 @@ class Classified:
                 ax.set_title(f"{plane}, {window} window", fontsize=10)
                 ax.axis("off")
 
-    def _draw_bars(self, ax) -> None:
+    def _draw_bars(self, ax: "Axes") -> None:
         from matplotlib.patches import Patch
 
         table = self.table
@@ -143,7 +144,7 @@ def classify(
     classifier = ZeroShotClassifier(base.model, base.tokenizer, prompts)
     scores = classifier.scores(preprocess(volume, base.preprocess_config)[None])[0]
     table = pd.DataFrame({"finding": FINDINGS, "score": scores.astype(float)})
-    table["truth"] = [TRUTH.get(known.get(name), "unknown") for name in FINDINGS]
+    table["truth"] = [TRUTH.get(known.get(name, -1), "unknown") for name in FINDINGS]
     table["usual"] = [PREVALENCE[name] for name in FINDINGS]
     return Classified(volume, table, _title(volume, base), masks)
 

@@ -3,7 +3,7 @@
 Each compares an answer with what the package computes, looks for the usual slips first, and never says the answer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,17 +11,20 @@ import numpy as np
 from medctkit.course.exercises import Wrong, checks, close, number
 
 if TYPE_CHECKING:
+    import pandas as pd
     from torch import nn
 
     from medctkit.zero_shot.classifier import Embedded
     from medctkit.zero_shot.prompts import Prompts
 
 
-def _point(labels, scores, patients, thresholds=0.5, resamples: int = 1, seed: int = 0):
+def _point(
+    labels: np.ndarray, scores: np.ndarray, patients: np.ndarray, thresholds: Any = 0.5, resamples: int = 1
+) -> "pd.Series":
     """The row of means of `medctkit.metrics.scores.evaluate`; with one resample its intervals mean nothing."""
     from medctkit.metrics.scores import evaluate
 
-    return evaluate(labels, scores, patients, thresholds=thresholds, resamples=resamples, seed=seed).loc["mean"]
+    return evaluate(labels, scores, patients, thresholds=thresholds, resamples=resamples).loc["mean"]
 
 
 # --- notebook 04 ----------------------------------------------------------------------------------------
@@ -40,7 +43,7 @@ def _sensitivity_and_specificity(sensitivity_and_specificity: Callable) -> str:
     def rates(called: np.ndarray) -> tuple[float, float]:
         return called[labels == 1].mean(), (~called[labels == 0]).mean()
 
-    def same(expected) -> bool:
+    def same(expected: tuple[float, float]) -> bool:
         return close(found[0], expected[0]) and close(found[1], expected[1])
 
     right, above = rates(scores >= 0.5), rates(scores > 0.5)
@@ -68,7 +71,7 @@ def _sensitivity_and_specificity(sensitivity_and_specificity: Callable) -> str:
 
 
 @checks("04.2")
-def _flattery(flattery: float, labels: np.ndarray, scores: np.ndarray, patients: np.ndarray, thresholds) -> str:
+def _flattery(flattery: float, labels: np.ndarray, scores: np.ndarray, patients: np.ndarray, thresholds: Any) -> str:
     from medctkit.metrics.scores import ON_TEST
 
     found = number(flattery, "the difference of two macro-F1s")
@@ -100,8 +103,7 @@ def _twice_the_volumes(
     found = {"patients": number(by_patients, "a width"), "volumes": number(by_volumes, "a width")}
 
     def width(copies: int, names: np.ndarray) -> float:
-        twice = (np.concatenate([x] * copies) for x in (labels, scores))
-        mean = _point(*twice, names, resamples=200)
+        mean = _point(np.concatenate([labels] * copies), np.concatenate([scores] * copies), names, resamples=200)
         return mean["auroc_high"] - mean["auroc_low"]
 
     single = width(1, patients)
@@ -143,12 +145,13 @@ def _own_prompts(prompts: "Prompts", mean_auroc: float, model: "nn.Module", toke
         raise Wrong(str(error)) from None
     if stating == denying:
         raise Wrong("Both sides say the same, so no volume can be nearer to one of them.")
-    paper, trained = prompt_sentences("paper"), {finding: [] for finding in FINDINGS}
+    paper = prompt_sentences("paper")
+    trained: dict[str, list[str]] = {finding: [] for finding in FINDINGS}
     for hospital in ("source", "target"):  # of the base model's training, and of the adapter's
         for finding, (stated, denied) in report_prompts(hospital).items():
             trained[finding] += [*stated, *denied]
 
-    def plain(sentences) -> set[str]:
+    def plain(sentences: Sequence[str]) -> set[str]:
         return {sentence.strip().rstrip(".").lower() for sentence in sentences}
 
     for k, finding in enumerate(FINDINGS):

@@ -226,7 +226,7 @@ def _by_chance(found: tuple[float, float], results: "Results") -> str:
         for method in ("lora", "full")
     )
 
-    def same(ends) -> bool:
+    def same(ends: Sequence[float] | np.ndarray) -> bool:
         return max(abs(low - ends[0]), abs(high - ends[1])) < 2e-4
 
     def ends_of(values: np.ndarray) -> np.ndarray:

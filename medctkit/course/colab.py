@@ -63,7 +63,8 @@ def needed(project: Mapping) -> dict[str, str]:
 
 def numbers(version: str) -> tuple[int, ...]:
     """The numbers a version begins with: (2, 9, 0) of "2.9.0+cu126"."""
-    parts = [int(part) for part in re.match(r"\d+(?:\.\d+)*", version)[0].split(".")]
+    found = re.match(r"\d+(?:\.\d+)*", version)
+    parts = [int(part) for part in found[0].split(".")] if found else [0]
     while parts[-1:] == [0]:
         parts.pop()
     return tuple(parts)

@@ -58,7 +58,7 @@ def metric_draws(
     return found
 
 
-def _ranked(label, score, weights) -> dict[str, np.ndarray]:
+def _ranked(label: np.ndarray, score: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
     """AUROC and average precision for each column of weights (n, m).
 
     For each positive study it counts, in all resamples, the negatives below it, before and after its ties, and the
@@ -76,14 +76,14 @@ def _ranked(label, score, weights) -> dict[str, np.ndarray]:
     return {"auroc": right / (sick * healthy), "average_precision": np.einsum("pm,pm->m", w, precision) / sick}
 
 
-def _cumulated(weights) -> np.ndarray:
+def _cumulated(weights: np.ndarray) -> np.ndarray:
     """Sums of the first 0, 1, ... rows: (n + 1, m)."""
     sums = np.zeros((len(weights) + 1, weights.shape[1]))
     np.cumsum(weights, axis=0, out=sums[1:])
     return sums
 
 
-def _counted(label, said, weights) -> dict[str, np.ndarray]:
+def _counted(label: np.ndarray, said: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
     """The metrics of yes and no, for each column of weights (n, m); F1 of a class nobody has or gets is 0."""
     parts = np.stack([said & (label == 1), said, label == 1, np.ones_like(said)])
     hit, all_said, sick, everyone = parts.astype(np.float32) @ weights
@@ -103,7 +103,7 @@ def _counted(label, said, weights) -> dict[str, np.ndarray]:
     }
 
 
-def _calibration(label, score, weights) -> np.ndarray:
+def _calibration(label: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Calibration error for each column of weights (n, m); a score on an edge belongs to the bin below it."""
     bins = np.searchsorted(np.linspace(0, 1, BINS + 1)[1:-1], score)  # as scikit-learn's calibration_curve does
     excess = np.where(bins == np.arange(BINS)[:, None], score - label, 0)  # (bins, n)
@@ -140,10 +140,13 @@ def mean_of_findings(values: np.ndarray) -> np.ndarray:
     return np.where(known.any(1), np.nansum(values, axis=1) / np.maximum(known.sum(1), 1), np.nan)
 
 
-def holm(p: Sequence[float]) -> np.ndarray:
+def holm(p: ArrayLike) -> np.ndarray:
     """P-values corrected for being many tests (Holm, Scand. J. Statist. 6, 1979); a NaN is no test and stays NaN."""
-    p = np.asarray(p, dtype=float)
-    corrected, order = np.full(len(p), np.nan), np.argsort(p)[: (~np.isnan(p)).sum()]  # NaNs are sorted last
+    tests = np.asarray(p, dtype=float)
+    corrected, order = (
+        np.full(len(tests), np.nan),
+        np.argsort(tests)[: (~np.isnan(tests)).sum()],
+    )  # NaNs are sorted last
     left = np.arange(len(order), 0, -1)  # tests not yet rejected
-    corrected[order] = np.minimum(1.0, np.maximum.accumulate(p[order] * left))
+    corrected[order] = np.minimum(1.0, np.maximum.accumulate(tests[order] * left))
     return corrected

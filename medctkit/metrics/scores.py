@@ -23,9 +23,10 @@ model that is calibrated nearly perfectly, even the interval is mostly too high.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from medctkit.findings import FINDINGS
 from medctkit.metrics.bootstrap import METRICS, holm, interval, mean_of_findings, metric_draws, patient_weights
@@ -39,10 +40,10 @@ OPTIMISTIC = "optimistic: thresholds were chosen on the labels they are measured
 
 
 def evaluate(
-    labels,
-    scores,
-    patients,
-    thresholds: float | Sequence[float] | str = 0.5,
+    labels: ArrayLike,
+    scores: ArrayLike,
+    patients: ArrayLike,
+    thresholds: ArrayLike = 0.5,
     findings: Sequence[str] = FINDINGS,
     resamples: int = 1000,
     seed: int = 0,
@@ -78,12 +79,12 @@ def evaluate(
 
 
 def compare(
-    labels,
-    scores_a,
-    scores_b,
-    patients,
-    thresholds_a=0.5,
-    thresholds_b=0.5,
+    labels: ArrayLike,
+    scores_a: ArrayLike,
+    scores_b: ArrayLike,
+    patients: ArrayLike,
+    thresholds_a: ArrayLike = 0.5,
+    thresholds_b: ArrayLike = 0.5,
     findings: Sequence[str] = FINDINGS,
     resamples: int = 1000,
     seed: int = 0,
@@ -119,11 +120,11 @@ def compare(
 
 
 def mean_draws(
-    labels,
-    scores,
-    patients,
+    labels: ArrayLike,
+    scores: ArrayLike,
+    patients: ArrayLike,
     metric: str = "auroc",
-    thresholds: float | Sequence[float] | str = 0.5,
+    thresholds: ArrayLike = 0.5,
     findings: Sequence[str] = FINDINGS,
     resamples: int = 1000,
     seed: int = 0,
@@ -142,7 +143,7 @@ def mean_draws(
     return mean_of_findings(metric_draws(labels, scores, limits, patient_weights(patients, resamples, seed))[metric])
 
 
-def thresholds_from_validation(labels, scores, findings: Sequence[str] = FINDINGS) -> np.ndarray:
+def thresholds_from_validation(labels: ArrayLike, scores: ArrayLike, findings: Sequence[str] = FINDINGS) -> np.ndarray:
     """For each finding the threshold whose ROC point lies nearest the corner (0, 1), from validation studies.
 
     The criterion is the public CT-CLIP code's, which applies it to the test labels; here it never sees them.
@@ -151,7 +152,7 @@ def thresholds_from_validation(labels, scores, findings: Sequence[str] = FINDING
     Returns:
         (k,) thresholds.
     """
-    labels, scores, _ = _check(labels, scores, np.arange(len(labels)), findings)
+    labels, scores, _ = _check(labels, scores, np.arange(np.shape(labels)[0]), findings)
     return _roc_corner(labels, scores)
 
 
@@ -177,7 +178,9 @@ def summary(base: "pd.DataFrame", adapted: "pd.DataFrame", difference: "pd.DataF
 _ENDS = {"value": "", "low": "_low", "high": "_high"}
 
 
-def _check(labels, scores, patients, findings, called="scores"):
+def _check(
+    labels: ArrayLike, scores: ArrayLike, patients: ArrayLike, findings: Sequence[str], called: str = "scores"
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Arrays that fit together, or an error that says what does not."""
     import pandas as pd
 
@@ -207,15 +210,15 @@ def _check(labels, scores, patients, findings, called="scores"):
 _EXPECTED = {"labels": "0, 1 or NaN (unknown)", "scores": "probabilities from 0 to 1"}
 
 
-def _check_order(given: dict, findings) -> None:
+def _check_order(given: dict[str, Any], findings: Sequence[str]) -> None:
     """What pandas knows of the order of studies and findings must agree: as arrays, tables lose their names."""
     tables = {name: value for name, value in given.items() if hasattr(value, "iloc")}
     for name, table in tables.items():
         columns = list(getattr(table, "columns", findings))
         if columns != list(findings):
             raise ValueError(f"{name} have columns {columns}, expected {list(findings)}, in that order")
-    first, *others = tables or [None]
-    for name in others:
+    first = next(iter(tables), "")
+    for name in tables:
         one, two = tables[first].index, tables[name].index
         if len(one) == len(two) and (different := np.asarray(one != two)).any():
             row = int(different.argmax())
@@ -225,7 +228,7 @@ def _check_order(given: dict, findings) -> None:
             )
 
 
-def _numbers(called: str, values, findings) -> np.ndarray:
+def _numbers(called: str, values: ArrayLike, findings: Sequence[str]) -> np.ndarray:
     import pandas as pd
 
     values = np.asarray(values)
@@ -243,7 +246,7 @@ def _numbers(called: str, values, findings) -> np.ndarray:
     return numbers.to_numpy(dtype=float, na_value=np.nan)
 
 
-def _thresholds(labels, scores, thresholds) -> tuple[np.ndarray, bool]:
+def _thresholds(labels: np.ndarray, scores: np.ndarray, thresholds: ArrayLike) -> tuple[np.ndarray, bool]:
     if isinstance(thresholds, str):
         if thresholds != ON_TEST:
             raise ValueError(f"thresholds={thresholds!r}: expected a number, one for each finding, or {ON_TEST!r}")
@@ -254,7 +257,7 @@ def _thresholds(labels, scores, thresholds) -> tuple[np.ndarray, bool]:
     return np.broadcast_to(limits, labels.shape[1]), False
 
 
-def _roc_corner(labels, scores) -> np.ndarray:
+def _roc_corner(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
     from sklearn.metrics import roc_curve
 
     found = np.full(labels.shape[1], 0.5)
@@ -275,10 +278,16 @@ def _drawn(name: str, values: np.ndarray) -> np.ndarray:
     return drawn
 
 
-def _table(values, labels, limits, findings, optimistic: bool) -> "pd.DataFrame":
+def _table(
+    values: dict[str, np.ndarray],
+    labels: np.ndarray,
+    limits: np.ndarray | None,
+    findings: Sequence[str],
+    flattered: bool,
+) -> "pd.DataFrame":
     import pandas as pd
 
-    columns = {}
+    columns: dict[str, Any] = {}
     for name in METRICS:
         drawn = _drawn(name, values[name])
         if limits is not None:  # of a model, not a difference
@@ -293,7 +302,7 @@ def _table(values, labels, limits, findings, optimistic: bool) -> "pd.DataFrame"
     gaps = [name for name in findings if np.isnan(table.loc[name, "auroc"])]
     why = {name: "one class only" if table.loc[name, "studies"] else "no known label" for name in gaps}
     table.attrs["gaps"] = {name: f"{reason}, so no AUROC; left out of the means" for name, reason in why.items()}
-    if optimistic:
+    if flattered:
         table.attrs["optimistic"] = OPTIMISTIC
         table["optimistic"] = True
         table.columns.name = OPTIMISTIC  # shown with any choice of columns or rows, and in files

@@ -75,7 +75,8 @@ class AttentionViewer:
         self.slices = SliceViewer(volume, masks, height=height)
         self.volume, self.models, self.tokenizer, self.config = volume, dict(models), tokenizer, preprocess_config
         self.masks, self.prompts = dict(masks or {}), dict(_of_findings() if prompts is None else prompts)
-        self._pixels, self._patch = None, None
+        self._pixels: Any = None
+        self._patch: tuple[int, int, int] | None = None
         self._attention: dict[str, Attention] = {}
         self._relevance: dict[tuple[str, str, str], np.ndarray] = {}
         self._inside: dict[tuple, dict[str, np.ndarray]] = {}
@@ -192,7 +193,7 @@ class AttentionViewer:
     def _patch_under(self, point: np.ndarray) -> tuple[int, int, int] | None:
         from medctkit.attention.maps import patch_at
 
-        return patch_at(point, self.volume, self.config, self.models[self.model.value].config.grid)
+        return patch_at(point.tolist(), self.volume, self.config, self.models[self.model.value].config.grid)
 
     def _seen(self) -> Any:
         """The scan as the models see it."""
@@ -258,7 +259,7 @@ class AttentionViewer:
         self.slices.close()
         self.widget.close()
 
-    def _repr_mimebundle_(self, **kwargs):
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         return self.widget._repr_mimebundle_(**kwargs)
 
 

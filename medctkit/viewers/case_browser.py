@@ -68,7 +68,8 @@ class CaseBrowser:
         if isinstance(models, Mapping) and len(models) > len(COLOURS):
             raise ValueError(f"{len(models)} models; the browser tells {len(COLOURS)} apart")
         self.cases = Cases(manifest, models, tokenizer, preprocess_config, cache_dir, limit, prompts)
-        self.height, self.slices = height, None
+        self.height = height
+        self.slices: SliceViewer | None = None
         self._sentence: Sentence | None = None
         self._shown: int | None = None
         print(self.cases.cost(), flush=True)
@@ -187,8 +188,10 @@ class CaseBrowser:
 
     def _show_scores(self) -> None:
         index, studies = self.index, [row["study"] for row in self.cases.rows]
-        shown = self._sentence is not None and index is not None
-        self.scores.value = sentence_table(self._sentence, index, studies) if shown else ""
+        if self._sentence is None or index is None:
+            self.scores.value = ""
+        else:
+            self.scores.value = sentence_table(self._sentence, index, studies)
 
     def close(self) -> None:
         """Free the widgets."""
@@ -196,7 +199,7 @@ class CaseBrowser:
             self.slices.close()
         self.widget.close()
 
-    def _repr_mimebundle_(self, **kwargs):
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         return self.widget._repr_mimebundle_(**kwargs)
 
 
@@ -246,7 +249,7 @@ def sentence_table(sentence: "Sentence", index: int, studies: Sequence[str]) -> 
     for name, values in sentence.values.items():
         share, known = sentence.share_below(name, index), int((~np.isnan(values)).sum())
         others = "no other studies" if np.isnan(share) else f"{share:.0%} of the other {known - 1:,} studies"
-        best = f"{studies[np.nanargmax(values)]} ({np.nanmax(values):.2f})" if known else "none"
+        best = f"{studies[int(np.nanargmax(values))]} ({np.nanmax(values):.2f})" if known else "none"
         rows[name] = ("?" if np.isnan(values[index]) else f"{values[index]:.2f}", others, best)
     what = "probability" if sentence.denying else "cosine"
     return filled("sentence.html", what=what, rows=rows, tokens=sentence.tokens)

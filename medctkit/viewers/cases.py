@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from medctkit.cohort.cache import content_of, key_of
 from medctkit.cohort.dataset import CTReportDataset
@@ -89,7 +88,7 @@ class Cases:
     def __init__(
         self,
         manifest: "pd.DataFrame | str | os.PathLike",
-        models: Mapping[str, nn.Module],
+        models: Mapping[str, Any],
         tokenizer: Any,
         preprocess_config: PreprocessConfig,
         cache_dir: str | os.PathLike | None = None,
@@ -136,6 +135,7 @@ class Cases:
 
     def _file(self, name: str) -> Path:
         digest = hashlib.sha256(json.dumps(self._made_of[name], sort_keys=True).encode()).hexdigest()[:32]
+        assert self.cache_dir is not None
         return Path(self.cache_dir) / "embeddings" / f"{digest}.safetensors"
 
     def _read_kept(self) -> None:

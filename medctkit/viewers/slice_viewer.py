@@ -4,6 +4,7 @@ import html
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,8 +15,20 @@ from medctkit.viewers.drawing.canvases import KINDS, MouseCanvas, PlainCanvas, k
 from medctkit.viewers.drawing.composition import Composition, Panel
 from medctkit.viewers.drawing.linked_scans import LinkedScans
 from medctkit.viewers.drawing.messages import Messages
-from medctkit.viewers.drawing.rendering import COLOUR_MAPS, PLANES, WINDOWS, Look, largest_slice, window_of
+from medctkit.viewers.drawing.rendering import (
+    COLOUR_MAPS,
+    PLANES,
+    WINDOWS,
+    Look,
+    Voxel,
+    Window,
+    largest_slice,
+    window_of,
+)
 from medctkit.viewers.drawing.stack_page import write_stack_page
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 ALL_PLANES = "three planes"
 _KEYS = {"up": 1, "right": 1, "down": -1, "left": -1, "pageup": 10, "pagedown": -10}
@@ -55,7 +68,7 @@ class SliceViewer:
         self,
         volume: CTVolume,
         masks: Mapping[str, np.ndarray] | None = None,
-        window="lung",
+        window: Window = "lung",
         height: int = 360,
         *,
         other: CTVolume | None = None,
@@ -69,8 +82,13 @@ class SliceViewer:
             )
         centre, width = window_of(window)
         linked, heat_maps = LinkedScans(volume, masks, other, names), _heat_maps(heat_maps)
-        self.height, self.messages, self._callbacks = height, Messages(), []
-        self._touched, self._hidden, self._cursor = "axial", (), None
+        self.height, self.messages = height, Messages()
+        self._linked: Any  # of LinkedScans; None once closed, as the next
+        self._composition: Any
+        self._callbacks: list[Callable[[np.ndarray], None]] = []
+        self._touched = "axial"
+        self._hidden: tuple[str, ...] = ()  # masks that a key has put out
+        self._cursor: tuple[float, float] | None = None
         kind = kind_that_works() if canvas is None else canvas
         self.canvas = PlainCanvas() if kind == "plain" else MouseCanvas(self._on_canvas)
         self._build(window if isinstance(window, str) else "free", round(centre), max(1, round(width)))
@@ -80,7 +98,7 @@ class SliceViewer:
         """Make the controls."""
         import ipywidgets as w
 
-        def slider(kind, description, tooltip, wide="280px", **values):
+        def slider(kind: Any, description: str, tooltip: str, wide: str = "280px", **values: Any) -> Any:
             return kind(description=description, tooltip=tooltip, layout={"width": wide}, **values)
 
         self.view = w.ToggleButtons(
@@ -93,13 +111,13 @@ class SliceViewer:
             layout={"width": "210px"},
         )  # fmt: skip
         # the sliders reach as far as what was asked for
-        ends = {"value": centre, "min": min(-1000, centre), "max": max(1000, centre), "step": 10}
+        ends: dict[str, Any] = {"value": centre, "min": min(-1000, centre), "max": max(1000, centre), "step": 10}
         self.centre = slider(w.IntSlider, "centre HU", "HU that are shown as middle grey", **ends)
         ends = {"value": width, "min": min(10, width), "max": max(4000, width), "step": 10}
         self.width = slider(w.IntSlider, "width HU", "HU from black to white", **ends)
         self.crosshair = w.Checkbox(value=True, description="crosshair", indent=False, layout={"width": "110px"})
         self.mask_boxes: dict[str, w.Checkbox] = {}
-        share = {"min": 0, "max": 1, "step": 0.05}
+        share: dict[str, Any] = {"min": 0, "max": 1, "step": 0.05}
         self.opacity = slider(w.FloatSlider, "mask tint", "opacity of the masks", value=0.35, **share)
         self.heat_map = w.Dropdown(options=["none"], description="heat map", tooltip="which map lies over the slices")
         self.heat_opacity = slider(w.FloatSlider, "map tint", "opacity where the map is highest", value=0.6, **share)
@@ -201,16 +219,16 @@ class SliceViewer:
             self.heat_maps.get(self.heat_map.value), self.heat_opacity.value, self.colour_map.value,
         )  # fmt: skip
 
-    def picture(self):
+    def picture(self) -> "Image":
         """The picture now shown (PIL image, RGB)."""
         return self._composition.picture(self._linked.voxels(self.voxel), self.look, self.crosshair.value)
 
     # --- the crosshair ------------------------------------------------------------------------------------
 
     @property
-    def voxel(self) -> tuple[int, int, int]:
+    def voxel(self) -> Voxel:
         """The voxel (d, h, w) under the crosshair, of the volume in SPL orientation."""
-        return tuple(slider.value for slider in self.sliders.values())
+        return self.sliders["axial"].value, self.sliders["coronal"].value, self.sliders["sagittal"].value
 
     @property
     def position(self) -> np.ndarray:
@@ -223,18 +241,18 @@ class SliceViewer:
         Raises:
             ValueError: not three finite numbers.
         """
-        point = np.asarray(point, float)
-        if point.shape != (3,) or not np.isfinite(point).all():
+        place = np.asarray(point, float)
+        if place.shape != (3,) or not np.isfinite(place).all():
             raise ValueError(
-                f"point {point.tolist()}: expected three finite patient coordinates (right, front, head) in mm"
+                f"point {place.tolist()}: expected three finite patient coordinates (right, front, head) in mm"
             )
-        self._go_to(self.scans[0].nearest(self.scans[0].voxel_of(point)))
+        self._go_to(self.scans[0].nearest(self.scans[0].voxel_of(place)))
 
     def on_move(self, callback: Callable[[np.ndarray], None]) -> None:
         """Have a function called with the new position (RAS, mm) after every move of the crosshair."""
         self._callbacks.append(callback)
 
-    def _go_to(self, voxel: tuple[int, int, int]) -> bool:
+    def _go_to(self, voxel: Voxel) -> bool:
         """Move to a voxel of the first scan, draw and tell; False where the crosshair is there already."""
         if voxel == self.voxel:
             return False
@@ -272,24 +290,25 @@ class SliceViewer:
         mask, moved = self.scans[0].masks[name], False
         if self.mask_boxes[name].value and mask.any():
             index = largest_slice(mask)  # where there is most of it
-            moved = self._go_to((index, *(int(np.median(where)) for where in np.nonzero(mask[index]))))
+            row, column = (int(np.median(where)) for where in np.nonzero(mask[index]))
+            moved = self._go_to((index, row, column))
         if not moved:
             self._draw()
 
-    def _on_canvas(self, what: str, x: float, y: float, more) -> None:
-        react = {
+    def _on_canvas(self, what: str, x: float, y: float, more: Any) -> None:
+        react: dict[str, Callable] = {
             "press": self._press, "drag": self._press, "hover": self._hover, "scroll": self._scroll, "key": self._key,
         }  # fmt: skip
         self.messages.guarded(lambda: react[what](x, y, more), keep=what == "hover")()
 
-    def _under(self, x: float, y: float) -> tuple[Panel, tuple[int, int, int]] | None:
+    def _under(self, x: float, y: float) -> tuple[Panel, Voxel] | None:
         """The panel at a place of the picture, and the voxel of its scan."""
         panel = self._composition.panel_at(x, y)
         if panel is None:
             return None
         return panel, panel.voxel(x, y, self._linked.voxels(self.voxel)[panel.scan][PLANES[panel.plane]])
 
-    def _press(self, x: float, y: float, _) -> None:
+    def _press(self, x: float, y: float, _: None) -> None:
         if found := self._under(x, y):
             panel, voxel = found
             self._touched = panel.plane
@@ -304,7 +323,7 @@ class SliceViewer:
         slider = self.sliders[self._touched]
         slider.value = min(max(slider.value + step, 0), slider.max)
 
-    def _hover(self, x: float, y: float, _) -> None:
+    def _hover(self, x: float, y: float, _: None) -> None:
         self._cursor = x, y
         if found := self._under(x, y):
             panel, voxel = found
@@ -376,13 +395,14 @@ class SliceViewer:
                 control.close()
             row.close()
         self.widget.close()
-        self.scans, self.heat_maps, self._callbacks, self._linked, self._composition = (), {}, [], None, None
+        self.scans, self.heat_maps, self._callbacks = (), {}, []
+        self._linked = self._composition = None
 
-    def _repr_mimebundle_(self, **kwargs):
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         return self.widget._repr_mimebundle_(**kwargs)
 
 
-def _heat_maps(heat_maps) -> dict[str, HeatMap]:
+def _heat_maps(heat_maps: Mapping[str, HeatMap] | None) -> dict[str, HeatMap]:
     for name, heat_map in (heat_maps or {}).items():
         if not isinstance(heat_map, HeatMap):
             raise TypeError(

@@ -4,7 +4,7 @@ import io
 import math
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,8 +49,10 @@ class TrainingPlot:
     """
 
     def __init__(self, batch_size: int | None = None):
-        self.batch_size, self.rows = batch_size, []
-        self._shown, self._drawn, self._cost = None, 0.0, 0.0
+        self.batch_size: int | None = batch_size
+        self.rows: list[dict[str, float]] = []
+        self._shown: Any = None
+        self._drawn, self._cost = 0.0, 0.0
 
     @property
     def history(self) -> "pd.DataFrame":

@@ -1,11 +1,8 @@
 """Metrics: equal to scikit-learn, honest intervals, bad input refused."""
 
-from dataclasses import replace
-
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
@@ -23,7 +20,6 @@ from sklearn.metrics import (
 from medctkit.metrics import scores as metrics
 from medctkit.metrics.bootstrap import holm, metric_draws, patient_weights
 from medctkit.metrics.scores import METRICS
-from medctkit.zero_shot.classifier import Embedded
 
 NAMES = ["a", "b", "c"]
 
@@ -376,21 +372,3 @@ def test_pandas_tables_are_scored_as_their_arrays_are_whatever_says_unknown():
 def test_tables_in_another_order_or_with_words_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         metrics.evaluate(*change(*as_tables(*simulate(0))), findings=NAMES)
-
-
-def test_two_models_must_have_seen_the_same_studies():
-    labels, _, patients = simulate(0)
-    labels[3, 1] = np.nan
-    names = np.array([f"study{i}" for i in range(80)])
-    one = Embedded(torch.zeros(80, 4), labels, patients, names)
-    metrics.same_studies(one, replace(one, embeddings=torch.ones(80, 4), labels=labels.copy()))
-    swapped = np.r_[:5, 6, 5, 7:80]
-    other = Embedded(torch.zeros(80, 4), labels[swapped], patients[swapped], names[swapped])
-    with pytest.raises(ValueError, match="row 5: study 'study5' for one model, 'study6' for the other; embed the same"):
-        metrics.same_studies(one, other)
-    with pytest.raises(ValueError, match="row 2: patient 2 for one model, 99 for the other"):
-        metrics.same_studies(one, replace(one, patients=np.where(np.arange(80) == 2, 99, patients)))
-    with pytest.raises(ValueError, match=r"row 3: labels \[.*nan.*\] for one model, \[.*0.0.*\] for the other"):
-        metrics.same_studies(one, replace(one, labels=np.nan_to_num(labels)))
-    with pytest.raises(ValueError, match="one model saw 80 studies, the other 79: embed the same data set"):
-        metrics.same_studies(one, Embedded(torch.zeros(79, 4), labels[1:], patients[1:], names[1:]))

@@ -23,7 +23,14 @@ from medctkit.model.base_model import load_mini_base
 from medctkit.scans.preprocessing import PreprocessConfig
 from medctkit.zero_shot import embeddings
 from medctkit.zero_shot.classifier import Embedded, ZeroShotClassifier
-from medctkit.zero_shot.embeddings import describe, embed_manifest, load_embeddings, refuse_other_order, save_embeddings
+from medctkit.zero_shot.embeddings import (
+    describe,
+    embed_manifest,
+    load_embeddings,
+    refuse_other_order,
+    same_studies,
+    save_embeddings,
+)
 
 CONFIG = PreprocessConfig((10.0, 10.0, 10.0), (8, 32, 32))
 ROOT = Path(__file__).resolve().parents[2]
@@ -380,3 +387,21 @@ def test_a_full_disk_leaves_the_old_file(embedded, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         save_embeddings(embedded, path, {"base model": "b"})
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["e.safetensors"]
+
+
+def test_two_models_must_have_seen_the_same_studies():
+    labels, patients = np.random.default_rng(0).integers(0, 2, (80, 3)).astype(float), np.arange(80)
+    labels[3, 1] = np.nan
+    names = np.array([f"study{i}" for i in range(80)])
+    one = Embedded(torch.zeros(80, 4), labels, patients, names)
+    same_studies(one, replace(one, embeddings=torch.ones(80, 4), labels=labels.copy()))
+    swapped = np.r_[:5, 6, 5, 7:80]
+    other = Embedded(torch.zeros(80, 4), labels[swapped], patients[swapped], names[swapped])
+    with pytest.raises(ValueError, match="row 5: study 'study5' for one model, 'study6' for the other; embed the same"):
+        same_studies(one, other)
+    with pytest.raises(ValueError, match="row 2: patient 2 for one model, 99 for the other"):
+        same_studies(one, replace(one, patients=np.where(np.arange(80) == 2, 99, patients)))
+    with pytest.raises(ValueError, match=r"row 3: labels \[.*nan.*\] for one model, \[.*0.0.*\] for the other"):
+        same_studies(one, replace(one, labels=np.nan_to_num(labels)))
+    with pytest.raises(ValueError, match="one model saw 80 studies, the other 79: embed the same data set"):
+        same_studies(one, Embedded(torch.zeros(79, 4), labels[1:], patients[1:], names[1:]))

@@ -12,6 +12,7 @@ import numpy as np
 from medctkit.findings import FINDINGS
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -27,7 +28,7 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _bars(table, column: str) -> list:
+def _bars(table: pd.DataFrame, column: str) -> list:
     return [table[column] - table[f"{column}_low"], table[f"{column}_high"] - table[column]]
 
 

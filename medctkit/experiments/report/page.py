@@ -6,12 +6,11 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from medctkit.common.templates import filled
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
 
@@ -21,7 +20,7 @@ class Block:
 
     kind: str
     text: str
-    content: pd.DataFrame | Figure | None = None
+    content: Any = None  # a data frame, or a figure
     name: str = ""
 
 

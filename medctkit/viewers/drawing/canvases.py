@@ -8,6 +8,10 @@ import io
 import os
 from collections.abc import Callable
 from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 KINDS = ("ipympl", "plain")
 
@@ -27,7 +31,7 @@ def kind_that_works() -> str:
     return "ipympl" if in_kernel and not in_colab and find_spec("ipympl") is not None else "plain"
 
 
-def jpeg(picture) -> bytes:
+def jpeg(picture: "Image") -> bytes:
     """A picture (PIL image) for the screen: at this quality no difference can be seen, in a tenth of PNG's time."""
     buffer = io.BytesIO()
     picture.save(buffer, "jpeg", quality=95, subsampling=0)
@@ -37,13 +41,13 @@ def jpeg(picture) -> bytes:
 class PlainCanvas:
     """An `ipywidgets.Image`: works wherever ipywidgets do, hears nothing."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         import ipywidgets as w
 
         # not stretched, and smaller where the page is narrower
         self.widget = w.Image(format="jpeg", layout={"align_self": "flex-start", "max_width": "100%"})
 
-    def show(self, picture) -> None:
+    def show(self, picture: "Image") -> None:
         """Show a picture (PIL image)."""
         self.widget.value = jpeg(picture)
 
@@ -60,7 +64,7 @@ class MouseCanvas:
             upper left corner; and what belongs to it: +1 or -1 for the wheel, the key's name, else None.
     """
 
-    def __init__(self, on_event: Callable[[str, float, float, object], None]):
+    def __init__(self, on_event: Callable[[str, float, float, Any], None]):
         from matplotlib.figure import Figure
 
         canvas, manager = _ipympl()
@@ -77,12 +81,13 @@ class MouseCanvas:
         ):  # fmt: skip
             self.widget.mpl_connect(name, react)
 
-    def show(self, picture) -> None:
+    def show(self, picture: "Image") -> None:
         """Show a picture (PIL image)."""
         known = self.widget.picture
         self.widget.picture = picture
         if known is None or known.size != picture.size:
-            self._figure.set_size_inches(*(n / self._figure.dpi for n in self._physical(picture.size)))
+            wide, tall = self._physical(picture.size)
+            self._figure.set_size_inches(wide / self._figure.dpi, tall / self._figure.dpi)
         self.widget.draw()
 
     def close(self) -> None:
@@ -90,55 +95,55 @@ class MouseCanvas:
         self._manager.toolbar.close()
         self.widget.close()
 
-    def _physical(self, size):
+    def _physical(self, size: tuple[int, int]) -> list[float]:
         return [n * self.widget.device_pixel_ratio for n in size]
 
-    def _tell(self, what: str, event, more=None) -> None:
+    def _tell(self, what: str, event: Any, more: int | None = None) -> None:
         if self.widget.picture is None or event.x is None:
             return
         (wide, tall), size = self._figure.bbox.size, self.widget.picture.size
         self._on_event(what, event.x / wide * size[0], (1 - event.y / tall) * size[1], more)
 
-    def _press(self, event):
+    def _press(self, event: Any) -> None:
         self._pressed = event.button == 1
         if self._pressed:
             self._tell("press", event)
 
-    def _release(self, event):
+    def _release(self, event: Any) -> None:
         self._pressed = False
 
-    def _move(self, event):
+    def _move(self, event: Any) -> None:
         self._tell("drag" if self._pressed else "hover", event)
 
-    def _scroll(self, event):
+    def _scroll(self, event: Any) -> None:
         self._tell("scroll", event, 1 if event.step > 0 else -1)
 
-    def _key(self, event):
+    def _key(self, event: Any) -> None:
         if self.widget.picture is not None:  # wherever the mouse is: it may never have been over the picture
             self._on_event("key", 0, 0, event.key)
 
 
 @lru_cache
-def _ipympl():
+def _ipympl() -> tuple[Any, Any]:
     """Canvas and manager classes, made on first use, as importing ipympl takes a moment."""
     from unittest.mock import patch
 
     with patch("matplotlib.use"):  # ipympl makes itself the backend of all figures when it is imported
         from ipympl.backend_nbagg import Canvas, FigureManager
 
-    class PictureCanvas(Canvas):
+    class PictureCanvas(Canvas):  # type: ignore[misc]
         """An ipympl canvas whose figure is never drawn by matplotlib, because the picture is there already.
 
         That saves drawing it through Agg and compressing it as PNG, which alone takes 100 ms for a noisy CT.
         """
 
-        picture = None
+        picture: "Image | None" = None
 
-        def draw(self):
+        def draw(self) -> None:
             self._png_is_old = True
             self.manager.refresh_all()
 
-        def get_diff_image(self):
+        def get_diff_image(self) -> bytes | None:
             if self.picture is None or not self._png_is_old:
                 return None
             self._png_is_old = False
@@ -146,7 +151,7 @@ def _ipympl():
             size = tuple(round(n) for n in self.figure.bbox.size)  # more pixels than ours on a fine screen
             return jpeg(self.picture if size == self.picture.size else self.picture.resize(size))
 
-        def send_binary(self, data):
+        def send_binary(self, data: bytes) -> None:
             if self.syncing_data_url:  # no page shows it yet: what a saved page will show
                 self._data_url = "data:image/jpeg;base64," + base64.b64encode(data).decode()
             self.send({"data": '{"type": "binary"}'}, buffers=[data])

@@ -5,11 +5,13 @@ A `Composition` also knows which voxel lies under which pixel, so that a click m
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from medctkit.viewers.drawing.rendering import (
     PLANES,
     Look,
     Scan,
+    Voxel,
     colour_table,
     draw_marks,
     draw_slice,
@@ -17,6 +19,9 @@ from medctkit.viewers.drawing.rendering import (
     mask_colours,
     pixel_size,
 )
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 GAP = 6  # pixels between panels
 WIDEST = 2.35  # heights: how wide a row of panels may be; 360 pixels fit JupyterLab on a small screen
@@ -46,13 +51,13 @@ class Panel:
     left: int
     top: int
     size: tuple[int, int]
-    shape: tuple[int, int, int]
+    shape: Voxel
 
     def holds(self, x: float, y: float) -> bool:
         """Does a place of the picture, in pixels from its upper left corner, lie in this panel?"""
         return 0 <= x - self.left < self.size[0] and 0 <= y - self.top < self.size[1]
 
-    def voxel(self, x: float, y: float, index: int) -> tuple[int, int, int]:
+    def voxel(self, x: float, y: float, index: int) -> Voxel:
         """The voxel (d, h, w) under a place of the picture, where the panel shows slice `index`."""
         row_axis, column_axis = (axis for axis in range(3) if axis != PLANES[self.plane])
         column = int((x - self.left) / self.size[0] * self.shape[column_axis])
@@ -60,7 +65,7 @@ class Panel:
         found = [index] * 3
         found[column_axis] = column
         found[row_axis] = row if self.plane == "axial" else self.shape[row_axis] - 1 - row  # head up
-        return tuple(found)
+        return found[0], found[1], found[2]
 
     def place(self, voxel: Sequence[float]) -> tuple[float, float]:
         """Where in the picture the middle of a voxel (d, h, w) lies, pixels."""
@@ -88,13 +93,13 @@ class Composition:
     def __init__(self, scans: Sequence[Scan], planes: Sequence[str] = tuple(PLANES), height: int = 360):
         self.scans, self.planes = tuple(scans), tuple(planes)
         self.panels, self.size = _arranged(self.scans, self.planes, height)
-        self._drawn = {}
+        self._drawn: dict[Panel, tuple[Any, Image]] = {}
 
     def panel_at(self, x: float, y: float) -> Panel | None:
         """The panel at a place of the picture, pixels from its upper left corner."""
         return next((panel for panel in self.panels if panel.holds(x, y)), None)
 
-    def picture(self, voxels: Sequence[Sequence[int] | None], look: Look, crosshair: bool = True):
+    def picture(self, voxels: Sequence[Voxel], look: Look, crosshair: bool = True) -> "Image":
         """The picture (PIL image, RGB).
 
         Args:
@@ -116,7 +121,7 @@ class Composition:
             picture.paste(legend, (0, tall))
         return picture
 
-    def _slice(self, panel: Panel, index: int, look: Look):
+    def _slice(self, panel: Panel, index: int, look: Look) -> "Image":
         scan = self.scans[panel.scan]
         if panel.scan:
             look = Look(look.window)
@@ -151,7 +156,7 @@ def _arranged(scans: Sequence[Scan], planes: Sequence[str], height: int) -> tupl
     return tuple(panels), (right, top - GAP)
 
 
-def _draw_crosshair(picture, panel: Panel, voxel: Sequence[int]) -> None:
+def _draw_crosshair(picture: "Image", panel: Panel, voxel: Voxel) -> None:
     from PIL import ImageDraw
 
     draw, (x, y) = ImageDraw.Draw(picture), map(round, panel.place(voxel))
@@ -165,7 +170,7 @@ def _draw_crosshair(picture, panel: Panel, voxel: Sequence[int]) -> None:
             draw.line([(x, ends[0]), (x, ends[1])], CROSSHAIR)
 
 
-def _legend(look: Look, scan: Scan, width: int):
+def _legend(look: Look, scan: Scan, width: int) -> "Image | None":
     """The heat map's colours with their limits and the masks' colours, as a picture; None where there is neither."""
     from PIL import Image, ImageDraw
 

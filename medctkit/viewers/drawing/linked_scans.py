@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from medctkit.scans.volumes import CTVolume
-from medctkit.viewers.drawing.rendering import Scan
+from medctkit.viewers.drawing.rendering import Scan, Voxel
 
 
 class LinkedScans:
@@ -39,30 +39,31 @@ class LinkedScans:
         names: Sequence[str] | None = None,
     ):
         if other is None:
-            self.scans = (Scan.of(volume, masks, *(names or ())[:1]),)
+            self.scans: tuple[Scan, ...] = (Scan.of(volume, masks, *(names or ())[:1]),)
             return
         names = ("first scan", "second scan") if names is None else tuple(names)
         if len(names) != 2:
             raise ValueError(f"names {names}: expected two, one for each volume")
-        first, second = self.scans = Scan.of(volume, masks, names[0]), Scan.of(other, None, names[1])
+        first, second = Scan.of(volume, masks, names[0]), Scan.of(other, None, names[1])
+        self.scans = (first, second)
         self.offset, self.how = second.middle - first.middle, "linked by the distance from the middle of each scan"
         if (first.placed or second.placed) and _one_within_the_other(first, second):
             self.offset, self.how = np.zeros(3), "linked by patient coordinates"
 
-    def voxels(self, voxel: Sequence[int]) -> list[tuple[int, int, int]]:
+    def voxels(self, voxel: Voxel) -> list[Voxel]:
         """For each scan the voxel (d, h, w) at, or nearest to, the place of a voxel of the first."""
-        return [tuple(voxel), *(second.nearest(self._in_second(voxel)) for second in self.scans[1:])]
+        return [voxel, *(second.nearest(self._in_second(voxel)) for second in self.scans[1:])]
 
-    def in_first(self, scan: int, voxel: Sequence[int]) -> tuple[int, int, int]:
+    def in_first(self, scan: int, voxel: Voxel) -> Voxel:
         """The voxel of the first scan at, or nearest to, the place of a voxel of scan 0 or 1."""
         if scan == 0:
-            return tuple(voxel)
+            return voxel
         first, second = self.scans
         return first.nearest(first.voxel_of(second.point_of(voxel) - self.offset))
 
-    def described(self, voxel: Sequence[int]) -> list[str]:
+    def described(self, voxel: Voxel) -> list[str]:
         """What a second scan has at the place of a voxel of the first, and by what the two are linked."""
-        said = []
+        said: list[str] = []
         for second in self.scans[1:]:
             where = self._in_second(voxel)
             there = second.nearest(where)
@@ -70,7 +71,7 @@ class LinkedScans:
             said += [f"{second.name}: {'does not reach this place' if outside else second.described(there)}", self.how]
         return said
 
-    def _in_second(self, voxel: Sequence[int]) -> np.ndarray:
+    def _in_second(self, voxel: Voxel) -> np.ndarray:
         """Where a voxel of the first scan lies in the second: an index (d, h, w) with fractions."""
         first, second = self.scans
         return second.voxel_of(first.point_of(voxel) + self.offset)

@@ -4,6 +4,7 @@ import html
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 _TURN = threading.RLock()  # JupyterLab hands events to the kernel on two threads: one callback at a time
 
@@ -16,7 +17,7 @@ class Messages:
     again, so that logs and tests see it too. The line is `.widget`.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         import ipywidgets as w
 
         self.widget, self._text, self._quiet = w.HTML(layout={"display": "none"}), "", False
@@ -48,7 +49,7 @@ class Messages:
             keep: leave what is said now, for what happens without being asked for, such as a moving mouse.
         """
 
-        def call(*_):
+        def call(*_: Any) -> None:
             with _TURN:
                 if not keep:
                     self.clear()
@@ -62,11 +63,11 @@ class Messages:
 
         return call
 
-    def observe(self, control, react: Callable) -> None:
+    def observe(self, control: Any, react: Callable) -> None:
         """Have `react` called, guarded, when the value of a control changes; not while `quietly`."""
         guarded = self.guarded(react)
 
-        def call(_) -> None:
+        def call(_: Any) -> None:
             with _TURN:  # what another thread brings waits until the controls have changed, and is not passed over
                 if not self._quiet:
                     guarded()

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from medctkit.scans.geometry import CANONICAL, LETTERS, straight_affine
 from medctkit.scans.heat_map import HeatMap
@@ -18,10 +19,18 @@ from medctkit.scans.volumes import CTVolume
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from PIL import ImageFont
+    from PIL.Image import Image
 
     from medctkit.phantom.study import PhantomStudy
 
-WINDOWS = {"lung": (-600, 1500), "mediastinum": (40, 400), "bone": (400, 1800)}  # centre and width, HU
+Voxel = tuple[int, int, int]  # (d, h, w)
+Window = str | tuple[float, float]  # a preset, or centre and width in HU
+WINDOWS: dict[str, tuple[float, float]] = {
+    "lung": (-600, 1500),
+    "mediastinum": (40, 400),
+    "bone": (400, 1800),
+}  # centre and width, HU
 PLANES = {"axial": 0, "coronal": 1, "sagittal": 2}
 MARKS = {"axial": ("R", "L", "A", "P"), "coronal": ("R", "L", "S", "I"), "sagittal": ("A", "P", "S", "I")}
 COLOUR_MAPS = ("inferno", "viridis", "cividis")
@@ -30,7 +39,7 @@ MASK_COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (213, 94, 0), (204
 _MAP_POINTS = 96  # a side: a heat map is coarse, and asked for at no more points than this
 
 
-def window(hu, centre: float, width: float) -> np.ndarray:
+def window(hu: ArrayLike, centre: float, width: float) -> np.ndarray:
     """Grey values in [0, 1] of Hounsfield units seen through a window.
 
     Raises:
@@ -41,7 +50,7 @@ def window(hu, centre: float, width: float) -> np.ndarray:
     return np.clip((np.asarray(hu, dtype=np.float32) - centre) / width + 0.5, 0.0, 1.0)
 
 
-def window_of(name_or_pair) -> tuple[float, float]:
+def window_of(name_or_pair: Window) -> tuple[float, float]:
     """Centre and width of a preset ("lung", "mediastinum", "bone") or of a (centre, width) pair.
 
     Raises:
@@ -86,7 +95,8 @@ def slice_of(array: np.ndarray, plane: str, index: int) -> np.ndarray:
 
 def pixel_size(volume: CTVolume, plane: str) -> tuple[float, float]:
     """Height and width of a pixel of a slice, mm."""
-    return tuple(s for axis, s in enumerate(volume.spacing) if axis != PLANES[checked_plane(plane)])
+    tall, wide = (s for axis, s in enumerate(volume.spacing) if axis != PLANES[checked_plane(plane)])
+    return tall, wide
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,18 +136,18 @@ class Scan:
         placed = not np.allclose(volume.affine, straight_affine(volume.spacing, volume.orientation))
         return cls(volume.reoriented(), turned, name, placed)
 
-    def point_of(self, voxel: Sequence[float]) -> np.ndarray:
+    def point_of(self, voxel: ArrayLike) -> np.ndarray:
         """Patient coordinates (RAS, mm) of a voxel's middle."""
-        return self.volume.affine[:3, :3] @ voxel + self.volume.affine[:3, 3]
+        return self.volume.affine[:3, :3] @ np.asarray(voxel) + self.volume.affine[:3, 3]
 
-    def voxel_of(self, point: Sequence[float]) -> np.ndarray:
+    def voxel_of(self, point: ArrayLike) -> np.ndarray:
         """Where a point (RAS, mm) lies, as an index (d, h, w) with fractions; may be outside."""
         return np.linalg.solve(self.volume.affine[:3, :3], np.asarray(point, float) - self.volume.affine[:3, 3])
 
-    def nearest(self, voxel: Sequence[float]) -> tuple[int, int, int]:
+    def nearest(self, voxel: ArrayLike) -> Voxel:
         """The voxel of the scan that is nearest to an index with fractions."""
-        last = np.array(self.volume.shape) - 1
-        return tuple(int(i) for i in np.clip(np.rint(voxel), 0, last))
+        d, h, w = np.clip(np.rint(voxel), 0, np.array(self.volume.shape) - 1).astype(int).tolist()
+        return d, h, w
 
     def described(self, voxel: Sequence[int]) -> str:
         """Where a voxel (d, h, w) lies in the patient, and its value: "R 12 mm, P 30 mm, S 41 mm · -842 HU"."""
@@ -149,9 +159,9 @@ class Scan:
         return self.point_of((np.array(self.volume.shape) - 1) / 2)
 
 
-def place_of(point: Sequence[float]) -> str:
+def place_of(point: ArrayLike) -> str:
     """Patient coordinates (3,) in words: how far to which side of the scan's origin, "R 12 mm, P 30 mm, S 41 mm"."""
-    rounded = (round(float(x)) for x in point)
+    rounded = (round(x) for x in np.asarray(point, float).tolist())
     return ", ".join(f"{side[x < 0]} {abs(x)} mm" for side, x in zip(("RL", "AP", "SI"), rounded, strict=True))
 
 
@@ -160,7 +170,7 @@ def _turned(array: np.ndarray, orientation: str) -> np.ndarray:
     axes = [LETTERS[letter][0] for letter in orientation]
     order = [axes.index(LETTERS[letter][0]) for letter in CANONICAL]
     flipped = [new for new, old in enumerate(order) if CANONICAL[new] != orientation[old]]
-    return np.flip(array.transpose(order), flipped)
+    return np.flip(array.transpose(order), tuple(flipped))
 
 
 def mask_colours(names: Sequence[str]) -> dict[str, tuple[int, int, int]]:
@@ -169,7 +179,7 @@ def mask_colours(names: Sequence[str]) -> dict[str, tuple[int, int, int]]:
 
 
 @lru_cache
-def font(size: int):
+def font(size: int) -> "ImageFont.FreeTypeFont | ImageFont.ImageFont":
     """The font of all marks and legends."""
     from PIL import ImageFont
 
@@ -211,7 +221,7 @@ class Look:
     colour_map: str = COLOUR_MAPS[0]
 
 
-def draw_slice(scan: Scan, plane: str, index: int, size: tuple[int, int], look: Look):
+def draw_slice(scan: Scan, plane: str, index: int, size: tuple[int, int], look: Look) -> "Image":
     """A slice as a picture (PIL image, RGB) of a size (width, height) in pixels, without any text.
 
     Grey values, over them the heat map, over it the masks. A heat map covers the more the higher its value is: where
@@ -231,8 +241,8 @@ def draw_slice(scan: Scan, plane: str, index: int, size: tuple[int, int], look: 
         filled = slice_of(scan.masks[name], plane, index)
         if not filled.any():
             continue
-        filled = Image.fromarray(filled.astype(np.uint8) * 255)
-        inside = np.asarray(filled.resize(size, Image.Resampling.NEAREST)) > 127
+        drawn = Image.fromarray(filled.astype(np.uint8) * 255)
+        inside = np.asarray(drawn.resize(size, Image.Resampling.NEAREST)) > 127
         around = np.pad(inside, 1)  # a mask that leaves the picture is outlined there too
         edge = inside & ~(around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:])
         strength = (255 * look.opacity * inside).astype(np.uint8)
@@ -248,7 +258,7 @@ def heat_share(heat_map: HeatMap, volume: CTVolume, plane: str, index: int, most
     """
     low, high = heat_map.limits
     axis = PLANES[plane]
-    steps = []
+    steps: list[Sequence[int] | np.ndarray] = []
     for other, n in enumerate(volume.shape):
         points = min(n, most)
         steps.append([index] if other == axis else (np.arange(points) + 0.5) * n / points - 0.5)
@@ -259,7 +269,7 @@ def heat_share(heat_map: HeatMap, volume: CTVolume, plane: str, index: int, most
     return share if plane == "axial" else share[::-1]
 
 
-def draw_marks(picture, plane: str, title: str = "", name: str = "") -> None:
+def draw_marks(picture: "Image", plane: str, title: str = "", name: str = "") -> None:
     """Write the sides of the patient at the edges of a slice, and what it is in its corners."""
     from PIL import ImageDraw
 
@@ -278,7 +288,7 @@ def render(
     volume: CTVolume,
     plane: str,
     index: int,
-    window="lung",
+    window: Window = "lung",
     masks: Mapping[str, np.ndarray] | None = None,
     opacity: float = 0.35,
     height: int = 480,
@@ -286,7 +296,7 @@ def render(
     heat_map: HeatMap | None = None,
     heat_opacity: float = 0.6,
     colour_map: str = "inferno",
-):
+) -> "Image":
     """A slice as a picture (PIL image, RGB), with orientation marks and the right aspect ratio.
 
     Args:
@@ -323,7 +333,7 @@ def largest_slice(mask: np.ndarray, plane: str = "axial") -> int:
     return int(np.asarray(mask).sum(axis=tuple({0, 1, 2} - {PLANES[checked_plane(plane)]})).argmax())
 
 
-def montage(volume: CTVolume, plane: str = "axial", window="lung", n: int = 12, columns: int = 6) -> "Figure":
+def montage(volume: CTVolume, plane: str = "axial", window: Window = "lung", n: int = 12, columns: int = 6) -> "Figure":
     """N slices, evenly spaced, as one figure."""
     import matplotlib.pyplot as plt
 

@@ -126,11 +126,10 @@ def _tint(look: Look, scan: Scan, plane: str, index: int) -> str | None:
     """The masks of a slice, one pixel for each voxel, transparent elsewhere; None where there are none."""
     from PIL import Image
 
-    colours, tint = mask_colours([*scan.masks]), None
+    colours = mask_colours([*scan.masks])
+    tint = np.zeros((*slice_of(scan.volume.hu, plane, index).shape, 4), np.uint8)
     for name in look.masks:
-        filled = slice_of(scan.masks[name], plane, index)
-        tint = np.zeros((*filled.shape, 4), np.uint8) if tint is None else tint
-        tint[filled] = (*colours[name], 255)
+        tint[slice_of(scan.masks[name], plane, index)] = (*colours[name], 255)
     return _image(Image.fromarray(tint), lossless=True) if tint.any() else None
 
 
