@@ -178,6 +178,7 @@ for _ in range(int(sys.argv[2])):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_do_no_harm(cache):
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, cache.folder, "60"]) for _ in range(2)]
     expected = torch.linspace(-1, 1, 24 * 40 * 40).view(1, 24, 40, 40)

@@ -77,12 +77,9 @@ def change(root, split, kind, row, **cells):
 def test_names_say_split_patient_scan_and_reconstruction(suffix):
     assert parse_volume_name(f"train_1_a_1{suffix}") == ("train", "train_1", "a", 1)
     assert parse_volume_name(f"valid_1304_c_12{suffix}") == ("valid", "valid_1304", "c", 12)
+    assert parse_volume_name("valid_1_a_1").patient != parse_volume_name("train_1_a_1").patient, "two people"
     assert volume_path(f"train_1_a_2{suffix}", 1) == "dataset/train/train_1/train_1_a/train_1_a_2.nii.gz"
     assert volume_path(f"valid_10_b_1{suffix}", 2) == "dataset/valid_fixed/valid_10/valid_10_b/valid_10_b_1.nii.gz"
-
-
-def test_patients_of_the_two_splits_are_different_people():
-    assert parse_volume_name("train_1_a_1").patient != parse_volume_name("valid_1_a_1").patient
 
 
 @pytest.mark.parametrize(
@@ -371,17 +368,17 @@ def write_empty(root, patients, **arguments):
     return root
 
 
-def test_twenty_thousand_rows(tmp_path):
-    scans = dict.fromkeys("abcd", 10)
+def test_thousands_of_rows(tmp_path):
+    scans = dict.fromkeys("ab", 4)
     patients = {f"train_{i}": scans for i in range(1, 476)} | {f"valid_{i}": scans for i in range(1, 26)}
     table, counts = manifest_from_ct_rate(write_empty(tmp_path, patients, no_chest=("train_7_a_1",)))
-    assert counts["volumes on disk"] == 20_000 and counts["kept: patients"] == 500
-    assert counts["dropped: not a chest"] == 1 and counts["dropped: report not given"] == 10
-    assert len(table) == 19_989
-    assert table["study"].is_unique and table["study"][40] == "train_2_a_1", "in the order of the numbers"
+    assert counts["volumes on disk"] == 4_000 and counts["kept: patients"] == 500
+    assert counts["dropped: not a chest"] == 1 and counts["dropped: report not given"] == 4
+    assert len(table) == 3_995
+    assert table["study"].is_unique and table["study"][8] == "train_2_a_1", "in the order of the numbers"
     assert abs(counts["kept: patients in valid"] / 475 - 0.1) < 0.04  # 3 standard deviations
     splits = split_table(table)
-    assert splits["patients"].sum() == 500 and splits["scans"].sum() == 1999
+    assert splits["patients"].sum() == 500 and splits["scans"].sum() == 999
 
 
 def test_the_assignment_is_the_same_for_ever(tmp_path):
@@ -420,95 +417,39 @@ def test_adding_patients_moves_nobody(root):
 
 def without(column, into=None):
     """Drop or rename a column."""
-
-    def broken(rows):
-        return [
-            {(into if k == column else k): v for k, v in row.items() if into is not None or k != column} for row in rows
-        ]
-
-    return broken
+    return lambda rows: [{into if k == column else k: v for k, v in row.items() if into or k != column} for row in rows]
 
 
 def cell(row, column, value):
-    def broken(rows):
-        rows[row - 2][column] = value
-        return rows
-
-    return broken
+    return lambda rows: [*rows[: row - 2], rows[row - 2] | {column: value}, *rows[row - 1 :]]
 
 
-def cells(**values):
-    """The same cell wrong in every row."""
-    return lambda rows: [row | values for row in rows]
+def row_with_the_other_label(rows):
+    return cell(3, "Emphysema", str(1 - int(rows[0]["Emphysema"])))(rows)
 
 
+# table, what is done to it, and what the message says of the place, the value and the way out
 MALFORMED = {
-    "labels without a volume name": ("labels", without("VolumeName"), r"lacks the column\(s\) \['VolumeName'\]"),
-    "a label column missing": ("labels", without("Emphysema"), r"lacks the column\(s\) \['Emphysema'\]"),
-    "a label column misspelt": (
-        "labels",
-        without("Lymphadenopathy", "Lymphadenopaty"),
-        r"lacks the column\(s\) \['Lymphadenopathy'\]; 'Lymphadenopaty' may be meant for 'Lymphadenopathy'",
-    ),
-    "a label in another case": ("labels", without("Hiatal hernia", "Hiatal Hernia"), r"'Hiatal Hernia' may be meant"),
-    "a label of 2": ("labels", cell(3, "Atelectasis", "2"), r"row 3, column 'Atelectasis': got 2, expected 0 or 1"),
-    "a label of one half": ("labels", cell(3, "Atelectasis", "0,5"), r"row 3, column 'Atelectasis': got 0\.5, exp"),
-    "a label left out": ("labels", cell(5, "Lung nodule", ""), r"row 5, column 'Lung nodule': got .*, expected 0 or 1"),
-    "a label in words": ("labels", cell(5, "Lung nodule", "yes"), r"row 5, column 'Lung nodule': got 'yes', expected"),
-    "all labels wrong": ("labels", cells(Emphysema="-1"), r"row 2, .*\n(.*\n){4}\.\.\. and 1 more|row 2"),
-    "reconstructions with other labels": (
-        "labels",
-        lambda rows: cell(3, "Emphysema", str(1 - int(rows[0]["Emphysema"])))(rows),
-        r"row 3, column 'Emphysema': got \d, expected that of row 2, another reconstruction of the same scan",
-    ),
-    "a volume twice": (
-        "labels",
-        cell(4, "VolumeName", "train_1_a_1"),
-        r"row 4, column 'VolumeName': got 'train_1_a_1', expected another volume: row 2 is this one already",
-    ),
-    "a volume of the other split": (
-        "labels",
-        cell(4, "VolumeName", "valid_1_a_1.nii.gz"),
-        r"row 4, column 'VolumeName': got 'valid_1_a_1', expected a volume of this split, such as train_1_a_1\.nii",
-    ),
-    "a volume without a reconstruction": ("reports", cell(2, "VolumeName", "train_1_a"), r"row 2, column 'VolumeName'"),
-    "a volume without a name": ("metadata", cell(2, "VolumeName", ""), r"row 2, column 'VolumeName': got '', exp"),
-    "reports without findings": ("reports", without("Findings_EN"), r"lacks the column\(s\) \['Findings_EN'\]"),
-    "reports without impressions": (
-        "reports",
-        without("Impressions_EN", "Impression_EN"),
-        r"lacks the column\(s\) \['Impressions_EN'\]; 'Impression_EN' may be meant",
-    ),
-    "reconstructions with other reports": (
-        "reports",
-        cell(3, "Findings_EN", "Another text."),
-        r"row 3, column 'Findings_EN': got 'Another text\.', expected that of row 2, another reconstruction",
-    ),
-    "metadata without slopes": ("metadata", without("RescaleSlope"), r"lacks the column\(s\) \['RescaleSlope'\]"),
-    "a slope of 0": ("metadata", cell(2, "RescaleSlope", "0"), r"row 2, column 'RescaleSlope': got '0', .*above 0"),
-    "a slope left out": ("metadata", cell(2, "RescaleSlope", ""), r"row 2, column 'RescaleSlope': got '', expected"),
-    "an infinite slope": ("metadata", cell(2, "RescaleSlope", "inf"), r"row 2, column 'RescaleSlope': got 'inf', exp"),
-    "an intercept in words": (
-        "metadata",
-        cell(3, "RescaleIntercept", "unknown"),
-        r"row 3, column 'RescaleIntercept': got 'unknown', expected a number",
-    ),
-    "an intercept of one or of a thousand": (
-        "metadata",
-        cell(3, "RescaleIntercept", "-1,024"),
-        r"row 3, column 'RescaleIntercept': got '-1,024', expected a number",
-    ),
-    "a slice spacing of 0": (
-        "metadata",
-        cell(4, "ZSpacing", "0"),
-        r"row 4, column 'ZSpacing': got '0', expected a len",
-    ),
-    "one pixel spacing": (
-        "metadata",
-        cell(4, "XYSpacing", "[0.7]"),
-        r"row 4, column 'XYSpacing': got '\[0\.7\]', expected two lengths from 0\.05 to 20\.0 mm, such as \[0\.7, 0",
-    ),
-    "pixel spacings without a comma": ("metadata", cell(4, "XYSpacing", "[0.7 0.7]"), r"row 4, column 'XYSpacing'"),
+    "no volume name": ("labels", without("VolumeName"), r"lacks the column\(s\) \['VolumeName'\]"),
+    "a label misspelt": ("labels", without("Emphysema", "Emphisema"), "'Emphisema' may be meant for 'Emphysema'"),
+    "a label of 2": ("labels", cell(3, "Atelectasis", "2"), "row 3, column 'Atelectasis': got 2, expected 0 or 1"),
+    "a label left out": ("labels", cell(5, "Lung nodule", ""), "row 5, column 'Lung nodule': got .*, expected 0 or 1"),
+    "a label in words": ("labels", cell(5, "Lung nodule", "yes"), "row 5, column 'Lung nodule': got 'yes'"),
+    "other labels": ("labels", row_with_the_other_label, r"row 3, column 'Emphysema': got \d, .* row 2, another rec"),
+    "a volume twice": ("labels", cell(4, "VolumeName", "train_1_a_1"), "row 4, .*'train_1_a_1', .* row 2 is this one"),
+    "another split": ("labels", cell(4, "VolumeName", "valid_1_a_1.nii.gz"), "row 4, .*'valid_1_a_1', .* train_1_a_1"),
+    "no reconstruction": ("reports", cell(2, "VolumeName", "train_1_a"), "row 2, column 'VolumeName': got 'train_1_a'"),
+    "no name": ("metadata", cell(2, "VolumeName", ""), "row 2, column 'VolumeName': got '', expected"),
+    "no impressions": ("reports", without("Impressions_EN"), r"lacks the column\(s\) \['Impressions_EN'\]"),
+    "other reports": ("reports", cell(3, "Findings_EN", "New."), r"row 3, column 'Findings_EN': got 'New\.', .* row 2"),
+    "no slopes": ("metadata", without("RescaleSlope"), r"lacks the column\(s\) \['RescaleSlope'\]"),
+    "a slope of 0": ("metadata", cell(2, "RescaleSlope", "0"), "row 2, column 'RescaleSlope': got '0', .*above 0"),
+    "a slope left out": ("metadata", cell(2, "RescaleSlope", ""), "row 2, column 'RescaleSlope': got '', expected"),
+    "an infinite slope": ("metadata", cell(2, "RescaleSlope", "inf"), "row 2, column 'RescaleSlope': got 'inf'"),
+    "an intercept in words": ("metadata", cell(3, "RescaleIntercept", "no"), "row 3, .*'no', expected a number"),
+    "one or a thousand": ("metadata", cell(3, "RescaleIntercept", "-1,024"), "row 3, .*'-1,024', expected a number"),
+    "slices of 0 mm": ("metadata", cell(4, "ZSpacing", "0"), "row 4, column 'ZSpacing': got '0', expected a len"),
+    "one pixel spacing": ("metadata", cell(4, "XYSpacing", "[0.7]"), r"row 4, .*'\[0\.7\]', .*0\.05 to 20\.0 mm"),
 }
 
 
@@ -523,15 +464,12 @@ def test_a_malformed_table_is_refused_with_table_row_and_column(root, kind, brok
 
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [
-        (lambda data: data.replace(b"Medical material", b"Emphysema", 1), r"lacks the column.*\['Medical material'\]"),
+    [  # more of these in test_manifest, with the same reader of tables
         (lambda data: data[:-20], r"row 7 has \d+ cells, the header 19"),
         (lambda data: data.replace(b"train_2", b"train_\xfc"), r"row 5, column 'VolumeName': got b'train_\\xfc"),
-        (lambda data: data.replace(b"train_2", b"train\0_2"), r"row 5, column 'VolumeName': got b'train\\x00_2"),
-        (lambda data: b"", "the table is empty"),
         (lambda data: b"<html>please sign in</html>", r"lacks the column\(s\) \['VolumeName'"),
     ],
-    ids=["a column twice", "a table cut short", "latin-1 bytes", "a NUL byte", "an empty file", "a web page"],
+    ids=["a table cut short", "latin-1 bytes", "a web page"],
 )
 def test_a_damaged_table_is_refused(root, damage, message):
     file = table_file(root, "train", "labels")
@@ -596,7 +534,7 @@ CELLS = st.one_of(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kind=st.sampled_from(["labels", "reports", "metadata"]), row=st.integers(2, 7), value=CELLS, data=st.data())
 def test_any_changed_cell_gives_a_valid_manifest_or_an_error_that_names_it(imitation, root, kind, row, value, data):
     original = table_file(imitation[0], "train", kind)

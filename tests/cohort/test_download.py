@@ -533,6 +533,7 @@ def start(server, tmp_path):
     return go
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_is_an_error_and_the_next_run_goes_on(start, run, tmp_path):
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))"
     full = start("--studies", "valid_10", before=limit)
@@ -545,6 +546,7 @@ def test_a_disk_that_is_full_is_an_error_and_the_next_run_goes_on(start, run, tm
     assert run("--studies", "valid_10").exit_code == 0 and volumes_in(tmp_path) == ["valid_10_a_1"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_what_the_next_run_goes_on_with(start, run, server, tmp_path):
     server.pause = 0.1
     stopped = start("--studies", "valid_10,valid_2_a")

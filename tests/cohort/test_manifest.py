@@ -81,13 +81,8 @@ def test_the_shipped_cohort_is_written_byte_for_byte(table, tmp_path):
 
 
 def test_rows_can_be_made_again_byte_for_byte(table):
-    for _, row in table.sample(12, random_state=0).iterrows():
+    for _, row in table.sample(6, random_state=0).iterrows():
         verify_row(row)
-
-
-def test_reconstructions_share_report_and_labels(table):
-    for _, scan in table.groupby(["patient", "scan"]):
-        assert scan["report"].nunique() == 1 and len(scan[list(FINDINGS)].drop_duplicates()) == 1
 
 
 def test_prevalences_are_near_those_of_ct_rate(table):
@@ -223,29 +218,14 @@ def change(table, column, value, row=4):
     return broken
 
 
-@pytest.mark.parametrize(
-    ("column", "value"),
-    [
-        ("split", "exam"),
-        ("hospital", "mars"),
-        ("seed", -3),
-        ("seed", "x"),
-        ("seed", 1.5),
-        ("seed", np.nan),
-        ("seed", 1e30),
-        ("reconstruction", None),
-        ("report", ""),
-        ("report", np.nan),
-        ("report", "a\0b"),
-        ("checksum", "abc"),
-        ("checksum", None),
-        ("Emphysema", 2),
-        ("Lung nodule", np.nan),
-        ("study", None),
-        ("patient", None),
-        ("scan", ""),
-    ],
-)
+WRONG = {
+    **{"split": ["exam"], "hospital": ["mars"], "seed": [-3, "x", 1.5, np.nan, 1e30], "reconstruction": [None]},
+    **{"report": ["", np.nan, "a\0b"], "checksum": ["abc", None], "Emphysema": [2], "Lung nodule": [np.nan]},
+    **{"study": [None], "patient": [None], "scan": [""]},
+}
+
+
+@pytest.mark.parametrize(("column", "value"), [(column, value) for column in WRONG for value in WRONG[column]])
 def test_a_wrong_value_is_named_with_row_and_column(table, column, value):
     with pytest.raises(ValueError, match=rf"manifest row 6, column '{column}': got .*, expected "):
         validate_manifest(change(table, column, value))
@@ -476,7 +456,7 @@ def test_two_writers_at_once_do_no_harm(table, tmp_path):
 
 # --- properties -----------------------------------------------------------------------------------------
 
-SETTINGS = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SETTINGS = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 TEXT = st.text(st.characters(codec="utf-8"), max_size=12)
 WRITABLE = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12)
 VALUES = st.one_of(TEXT, st.sampled_from(["", "0", "1", "-1", "1,0", "nan", "1e999", "'", '"', "007", "train", "\0"]))
@@ -499,18 +479,15 @@ def test_any_changed_cell_gives_a_valid_manifest_or_an_error_that_names_it(tmp_p
             assert not one["path"] or reading_arguments(one)["path"] == one["path"]
 
 
-@settings(SETTINGS, max_examples=25)
+@settings(SETTINGS, max_examples=15)
 @given(report=WRITABLE, name=WRITABLE)
 def test_what_is_written_is_what_is_read(tmp_path, report, name):
     rows = [row | {"age": name} for row in real_rows(tmp_path)[:4]]
     rows[3]["report"] = f"A {report}"
+    assert set(READING) <= set(rows[0])
     table = pd.DataFrame(rows).astype({"reconstruction": int})
     found = load_manifest(write_manifest(table, tmp_path / "m.csv"))
     assert found["report"][3] == rows[3]["report"].replace("\r\n", "\n").replace("\r", "\n")
     assert found["age"][0] == name.replace("\r\n", "\n").replace("\r", "\n")
     again = write_manifest(found, tmp_path / "again.csv").read_bytes()
     assert again == (tmp_path / "m.csv").read_bytes()
-
-
-def test_reading_columns_are_those_of_the_mixed_table():
-    assert set(READING) <= set(real_rows()[0])

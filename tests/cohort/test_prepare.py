@@ -15,7 +15,7 @@ import torch
 from scan_files import SPACING, chest, write_dicom, write_nifti
 
 from medctkit.cohort import prepare as preparing
-from medctkit.cohort.cache import VolumeCache, content_of, digest_of, key_of, prepare_row
+from medctkit.cohort.cache import VolumeCache, content_of, digest_of, key_of
 from medctkit.cohort.manifest import load_manifest
 from medctkit.cohort.prepare import prepare
 from medctkit.findings import FINDINGS
@@ -41,16 +41,40 @@ def files(folder):
     return {path.name: path.read_bytes() for path in Path(folder).glob("*.safetensors")}
 
 
-def test_two_workers_give_the_bytes_of_one_and_of_none(phantoms, cluster, tmp_path):
+@pytest.fixture
+def no_dask(monkeypatch):
+    monkeypatch.setattr(preparing, "find_spec", lambda _: None)
+
+
+def test_two_workers_give_the_bytes_of_one_and_of_none(phantoms, cluster, tmp_path, request, capsys):
     rows = phantoms[:6]
     one = prepare(rows, MINI, tmp_path / "one", workers=1)
     two = prepare(rows, MINI, tmp_path / "two", scheduler=cluster.scheduler_address)
-    for row in rows:
-        prepare_row(row, content_of(row), MINI, VolumeCache(tmp_path / "none"))
-    assert one.made == two.made == len(rows) and not one.failures and not two.failures
+    request.getfixturevalue("no_dask")
+    threads = torch.get_num_threads()
+    none = prepare(rows, MINI, tmp_path / "none")
+    assert "on this process (on all cores with `pip install 'medctkit[cluster]'`)" in capsys.readouterr().out
+    assert torch.get_num_threads() == threads
+    assert one.made == two.made == none.made == len(rows) and not one.failures and not two.failures
     assert files(tmp_path / "one") == files(tmp_path / "two") == files(tmp_path / "none")
     assert one.bytes == two.bytes == sum(map(len, files(tmp_path / "one").values()))
     assert one.contents == {row["study"]: row["checksum"] for row in rows}
+
+
+def test_without_dask_one_process_prepares_and_more_say_how_to_get_it(phantoms, no_dask, tmp_path, monkeypatch):
+    for several in ({"scheduler": "tcp://127.0.0.1:9"}, {"workers": 2}):
+        with pytest.raises(ImportError, match=r"need dask, which is not installed: pip install 'medctkit\[cluster\]'$"):
+            prepare(phantoms[:2], SMALL, tmp_path, **several)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    lost = real_row("lost", tmp_path / "lost.nii.gz")
+    done = prepare([lost, phantoms[0]], SMALL, tmp_path, workers=1)
+    assert [failure["study"] for failure in done.failures] == ["lost"] and done.made == 1
+    monkeypatch.setattr(preparing, "prepare_row", full)
+    with pytest.raises(OSError, match="no room left in .*No space left on device.* make room and start again"):
+        prepare(phantoms[:2], SMALL, tmp_path)
 
 
 def test_stopping_and_starting_again_does_only_what_is_missing(phantoms, cluster, tmp_path, capsys):
@@ -65,6 +89,7 @@ def test_stopping_and_starting_again_does_only_what_is_missing(phantoms, cluster
     assert third.made == 0 and third.contents == again.contents and not capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_killed_worker_loses_nothing(phantoms, tmp_path):
     from distributed import Client, LocalCluster
 
@@ -96,8 +121,11 @@ def test_a_killed_worker_loses_nothing(phantoms, tmp_path):
     assert len(files(tmp_path)) == len(phantoms)
 
 
+@pytest.mark.slow
 def test_a_volume_that_kills_its_worker_is_recorded(phantoms, cluster, tmp_path, monkeypatch):
     deadly = real_row("deadly", write_nifti(tmp_path / "scan.nii", chest()))
+    # those that wait at a worker that dies are suspects too, so the others are prepared before
+    prepare(phantoms[:2], SMALL, tmp_path / "cache", scheduler=cluster.scheduler_address)
     monkeypatch.setattr(preparing, "_task_of_a_worker", _dies_on_deadly)
     monkeypatch.setattr(cluster.scheduler, "allowed_failures", 1)  # of 3, to be quick
     done = prepare([*phantoms[:2], deadly], SMALL, tmp_path / "cache", scheduler=cluster.scheduler_address)
@@ -156,6 +184,7 @@ def test_a_run_in_which_everything_fails_is_stopped(cluster, tmp_path, monkeypat
     assert len(done.failures) == 3 and done.left == 7 and not done.contents
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_leaves_no_half_file(phantoms, cluster, tmp_path):
     from distributed import Client
 

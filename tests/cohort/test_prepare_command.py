@@ -82,6 +82,7 @@ def test_from_the_hub_to_a_prepared_cohort(ct_rate, tmp_path, cluster, monkeypat
     assert set(manifest["patient"]) == set(chosen.patients) and set(manifest["split"]) == {"test"}
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(tmp_path):
     table = load_manifest(MANIFEST).head(60)
     write_manifest(table, tmp_path / "phantoms.csv")
