@@ -1,15 +1,25 @@
 """The shipped mini base model: knows its own hospital, less so the other; nothing of the test data is in it."""
 
+import copy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from tiny import tiny_model
+from torch import nn
 
 from medctkit.cohort.manifest import load_manifest
 from medctkit.experiments import adapt as experiment
 from medctkit.findings import FINDINGS
+from medctkit.lora.adapter import add_lora
+from medctkit.lora.counting import parameter_table
+from medctkit.lora.methods import load_trained, save_trained
 from medctkit.metrics.scores import evaluate
-from medctkit.model.base_model import FOLDER, load_mini_base
+from medctkit.model.base_model import BASES, FOLDER, BaseModel, load_base, load_mini_base, preprocess_config_of
+from medctkit.model.ct_clip import CTCLIPConfig
+from medctkit.model.protocol import Parts, VisionLanguageModel
+from medctkit.scans.preprocessing import PreprocessConfig
 from medctkit.zero_shot.classifier import ZeroShotClassifier
 
 MANIFEST = Path(__file__).resolve().parents[2] / "data_manifest.csv"
@@ -66,3 +76,73 @@ def test_its_codebook_is_used_and_frozen():
 def test_a_missing_model_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="has no model.safetensors"):
         load_mini_base(tmp_path)
+    with pytest.raises(FileNotFoundError, match="nowhere: expected mini, released, or a folder with a config.json"):
+        preprocess_config_of("nowhere")
+
+
+def test_what_a_model_wants_is_known_without_its_weights(tmp_path):
+    assert preprocess_config_of("released") == PreprocessConfig()
+    assert (
+        preprocess_config_of("mini") == load_mini_base().preprocess_config == PreprocessConfig.for_shape((32, 64, 64))
+    )
+    CTCLIPConfig({"num_frames": 120}).save_pretrained(tmp_path)
+    assert preprocess_config_of(tmp_path).shape == (120, 480, 480)
+
+
+class Toy(nn.Module):
+    """The least that a base model is: brightness of slabs, and a word list."""
+
+    preprocess_config, longest_text = PreprocessConfig.for_shape((8, 16, 16)), 64
+    parts = Parts(
+        {"look": "look"}, {"word": "text_encoder.word"}, {"paper": (("look",), ("word",)), "vision": (("look",), ())}
+    )
+
+    def __init__(self, words):
+        super().__init__()
+        self.temperature, self.look = nn.Parameter(torch.tensor(1.0)), nn.Linear(8, 12)
+        self.text_encoder = nn.ModuleDict({"table": nn.Embedding(words, 12), "word": nn.Linear(12, 12)})
+
+    @property
+    def vision_encoder(self):
+        return self.look
+
+    def encode_image(self, volumes):
+        return nn.functional.normalize(self.look(volumes.mean((1, 3, 4))), dim=-1)
+
+    def encode_text(self, input_ids, attention_mask=None):
+        return nn.functional.normalize(self.text_encoder["word"](self.text_encoder["table"](input_ids).mean(1)), dim=-1)
+
+
+def test_a_base_model_can_be_added(tmp_path, monkeypatch):
+    words = load_mini_base().tokenizer
+    torch.manual_seed(0)
+    toy = Toy(len(words)).eval()
+    monkeypatch.setitem(BASES, "toy", lambda: BaseModel(copy.deepcopy(toy), words))
+    base, volumes = load_base("toy"), torch.rand(2, 1, 8, 16, 16)
+    before = ZeroShotClassifier(base.model, base.tokenizer).scores(volumes)
+    with pytest.raises(ValueError, match="unknown LoRA preset 'text'; choose from paper, vision"):
+        add_lora(base.model, "text")
+    model = add_lora(base.model, "paper", r=2)
+    table = parameter_table(model).set_index("component")
+    assert table["trainable"].to_dict() == {"temperature": 0, "look": 40, "text_encoder": 48, "sum": 88}
+    assert table.loc["sum", "total"] == table.loc["sum", "live"] == sum(p.numel() for p in toy.parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_() if "lora_B" in name else None
+    scores = ZeroShotClassifier(model, base.tokenizer).scores(volumes)
+    assert scores.shape == (2, 18) and not np.allclose(scores, before)
+    save_trained(model, tmp_path)
+    again = load_trained(load_base("toy").model, tmp_path)
+    np.testing.assert_array_equal(ZeroShotClassifier(again, base.tokenizer).scores(volumes), scores)
+    assert preprocess_config_of("toy").shape == (8, 16, 16)
+    with pytest.raises(ValueError, match="the toy model has a tokenizer of its own; leave words out"):
+        load_base("toy", "words")
+    monkeypatch.setitem(BASES, "half", lambda: BaseModel(nn.Linear(2, 2), words))
+    with pytest.raises(TypeError, match="Linear lacks encode_image, encode_text, longest_text, parts"):
+        load_base("half")
+
+
+@pytest.mark.parametrize("model", [Toy(10), tiny_model()])
+def test_what_is_a_base_model(model):
+    assert isinstance(model, VisionLanguageModel)
+    assert not isinstance(nn.Linear(2, 2), VisionLanguageModel)

@@ -1,52 +1,25 @@
 """CT-CLIP: equal to the public implementation at a small size, and strict about what it loads."""
 
 import copy
-import json
 import math
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+from golden import BATCH, EXPECTED, STATE, relative_error, small_config, small_model
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel, released_layout
-from medctkit.model.fast_paths import QuickFeedForward as FeedForward
 from medctkit.model.vision_tower import VisionTransformer
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-TENSORS = load_file(GOLDEN / "ctclip_small.safetensors")
-STATE = {name.removeprefix("state."): t for name, t in TENSORS.items() if name.startswith("state.")}
-EXPECTED = {name.removeprefix("expect."): t for name, t in TENSORS.items() if name.startswith("expect.")}
 GRADIENTS = [name for name in EXPECTED if name.startswith("grad.")]
-BATCH = {
-    "pixel_values": TENSORS["input.image"],
-    "input_ids": TENSORS["input.input_ids"],
-    "attention_mask": TENSORS["input.attention_mask"],
-}
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-
-
-def small_config(vision=None, text=None):
-    sizes = json.loads((GOLDEN / "ctclip_small.json").read_text())
-    vision = sizes["vit"] | {"num_frames": sizes["frames"]} | (vision or {})
-    return CTCLIPConfig(vision, sizes["text"] | NO_DROPOUT | (text or {}), sizes["dim_latent"])
-
-
-def small_model():
-    return CTCLIPModel.from_released_checkpoint(STATE, small_config())
 
 
 @pytest.fixture(scope="module")
 def model():
     return small_model()
-
-
-def relative_error(actual, expected):
-    assert actual.shape == expected.shape
-    return ((actual.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
 
 
 # --- equal to the public implementation ---------------------------------------------------------
@@ -132,25 +105,7 @@ def test_gradient_passes_straight_through_the_quantiser(model):
     assert not quantiser(x).requires_grad
 
 
-def test_nearest_code_does_not_depend_on_the_size_of_a_part(model, monkeypatch):
-    quantiser, x = model.visual_transformer.vq, torch.randn(7, 5, 64)
-    whole = quantiser.nearest(x)
-    monkeypatch.setattr(quantiser, "max_similarities", 200)  # two tokens at a time
-    assert torch.equal(quantiser.nearest(x), whole) and whole.shape == (7, 5)
-    monkeypatch.setattr(quantiser, "max_similarities", 1)
-    assert torch.equal(quantiser.nearest(x), whole)
-
-
 # --- blocks -------------------------------------------------------------------------------------
-
-
-def test_relative_position_bias_equals_the_pairwise_definition(model):
-    h, w = 4, 3
-    module = model.visual_transformer.spatial_rel_pos_bias
-    places = torch.cartesian_prod(torch.arange(h), torch.arange(w)).float()
-    offsets = places[:, None] - places[None]  # (n, n, 2)
-    expected = module.net(offsets.sign() * (1 + offsets.abs()).log()).permute(2, 0, 1)
-    torch.testing.assert_close(module(h, w), expected)
 
 
 def test_position_convolution_is_causal_in_depth_and_keeps_the_shape(model):
@@ -170,30 +125,6 @@ def test_attention_weights_are_those_of_the_forward_pass(model):
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 12))
     values = attention.project(x)[2]
     torch.testing.assert_close(attention.to_out((weights @ values).transpose(1, 2).flatten(2)), attention(x, bias))
-
-
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")  # its name in transformers < 5
-def test_gradient_checkpointing_changes_nothing_but_memory():
-    plain, saving = small_model().train(), small_model().train()
-    saving.gradient_checkpointing_enable()
-    assert saving.is_gradient_checkpointing
-    for model in (plain, saving):
-        model.text_transformer.embeddings.requires_grad_(False)  # re-entrant checkpointing would lose BERT here
-        model.visual_transformer.to_patch_emb.requires_grad_(False)
-        model(**BATCH, return_loss=True).loss.backward()
-    for (name, p), q in zip(plain.named_parameters(), saving.parameters(), strict=True):
-        assert (p.grad is None) == (q.grad is None), name
-        if p.grad is not None:
-            torch.testing.assert_close(p.grad, q.grad, msg=name)
-
-
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")  # its name in transformers < 5
-def test_checkpointed_layers_are_computed_twice():
-    model, calls = small_model().train(), []
-    model.visual_transformer.enc_spatial_transformer.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    model.gradient_checkpointing_enable()
-    model(**BATCH, return_loss=True).loss.backward()
-    assert len(calls) == 2
 
 
 # --- the model ----------------------------------------------------------------------------------
@@ -458,190 +389,3 @@ def test_files_that_hold_something_else_are_refused(tmp_path):
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
     with pytest.raises(ValueError, match="tensor.pt holds a Tensor; expected a state dict"):
         CTCLIPModel.from_released_checkpoint(tmp_path / "tensor.pt")
-
-
-# --- quicker ways to the same numbers ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dim", [64, 48, 96])
-@pytest.mark.parametrize("tokens", [1, 7, 40])
-def test_the_quick_feed_forward_gives_the_same_numbers(dim, tokens):
-    torch.manual_seed(0)
-    block, x = FeedForward(dim), torch.randn(2, tokens, dim)
-    block.tokens_at_a_time = 16
-    exact = block(x).detach()
-    with torch.no_grad():
-        torch.testing.assert_close(block(x), exact, atol=1e-6, rtol=1e-5)
-        assert block.to(torch.bfloat16)(x.to(torch.bfloat16)).dtype == torch.bfloat16
-
-
-def test_an_adapter_or_a_hook_in_the_feed_forward_is_not_passed_over():
-    block, x, seen = FeedForward(32), torch.randn(1, 4, 32), []
-    handle = block[1].register_forward_hook(lambda *_: seen.append(1))
-    with torch.no_grad():
-        block(x)
-        handle.remove()
-        plain = block(x)
-        block[4] = nn.Sequential(block[4], nn.Tanh())  # as peft puts a layer of its own in a layer's place
-        assert seen == [1] and torch.equal(block(x), plain.tanh())
-
-
-def test_one_volume_alone_is_embedded_as_in_a_batch(model):
-    volumes = torch.rand(3, 1, *model.config.volume_shape) * 2 - 1
-    together = model.encode_image(volumes).detach()
-    with torch.no_grad():
-        alone = torch.cat([model.encode_image(volume[None]) for volume in volumes])
-    torch.testing.assert_close(alone, together, atol=1e-6, rtol=1e-5)
-
-
-# --- less memory for the same numbers ---------------------------------------------------------------------------
-
-
-def frozen_below_the_latents():
-    """In training mode, with everything frozen but what a vision LoRA would train."""
-    model = small_model().train().requires_grad_(False)
-    for name, p in model.named_parameters():
-        p.requires_grad_(".1.to_q." in name or ".1.to_kv." in name)
-    return model
-
-
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")  # its name in transformers < 5
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_a_frozen_feed_forward_in_parts_gives_the_same_gradients(precision, monkeypatch):
-    monkeypatch.setattr(FeedForward, "tokens_in_training", 7)
-    found = []
-    for checkpointing in (False, True):
-        model = frozen_below_the_latents()
-        if checkpointing:
-            model.gradient_checkpointing_enable()
-        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
-            loss = model(**BATCH, return_loss=True).loss
-        loss.backward()
-        found.append([loss, *(p.grad for p in model.parameters() if p.requires_grad)])
-    assert len(found[0]) == 1 + 2 * 4  # the loss; to_q and to_kv of four layers
-    tolerance = 1e-5 if precision == torch.float32 else 0.02  # products of other sizes round otherwise
-    for plain, in_parts in zip(*found, strict=True):
-        assert relative_error(in_parts, plain) <= tolerance and plain.any()
-
-
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
-def test_a_frozen_feed_forward_in_parts_runs_twice_and_not_three_times(monkeypatch):
-    monkeypatch.setattr(FeedForward, "tokens_in_training", 7)
-    model, tokens = frozen_below_the_latents(), []
-    model.gradient_checkpointing_enable()
-    block = model.visual_transformer.enc_spatial_transformer.layers[1]["3"]
-    block[2].register_forward_hook(lambda module, args, out: tokens.append(len(out)))
-    model(**BATCH, return_loss=True).loss.backward()
-    n = 3 * math.prod(model.config.grid)
-    assert sum(tokens) == 2 * n and max(tokens) == 7
-
-
-def test_a_feed_forward_in_parts_refuses_a_second_backward_pass(monkeypatch):
-    monkeypatch.setattr(FeedForward, "tokens_in_training", 4)
-    block = FeedForward(6).double().requires_grad_(False)
-    x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
-    y = block(x).exp().sum()
-    y.backward(retain_graph=True)
-    (plain,) = torch.autograd.grad(y, x)  # not in parts: as often as you like
-    x.grad = None
-    block.gradient_checkpointing = True
-    y = block(x).exp().sum()
-    y.backward(retain_graph=True)
-    torch.testing.assert_close(x.grad, plain)
-    with pytest.raises(RuntimeError, match="can be backed through only once"):
-        y.backward()
-
-
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
-def test_a_feed_forward_that_learns_gets_its_gradients_with_checkpointing():
-    model = frozen_below_the_latents()
-    weight = model.visual_transformer.enc_spatial_transformer.layers[1]["3"][4].weight.requires_grad_(True)
-    model.gradient_checkpointing_enable()
-    (gradient,) = torch.autograd.grad(model(**BATCH, return_loss=True).loss, weight)
-    plain = small_model().train()
-    plain(**BATCH, return_loss=True).loss.backward()
-    expected = plain.visual_transformer.enc_spatial_transformer.layers[1]["3"][4].weight.grad
-    torch.testing.assert_close(gradient, expected)
-
-
-def test_frozen_patches_are_cut_slab_by_slab_in_training_too():
-    shapes = []
-    for frozen in (False, True):
-        model = small_model().train()
-        model.visual_transformer.to_patch_emb.requires_grad_(not frozen)
-        model.visual_transformer.to_patch_emb[0].register_forward_hook(lambda *args: shapes.append(args[2].shape[1]))
-        tokens = model.visual_transformer.encode(BATCH["pixel_values"])
-        assert relative_error(tokens, small_model().visual_transformer.encode(BATCH["pixel_values"])) <= 1e-6
-    t = model.config.grid[0]
-    assert shapes == [t] + [1] * t
-    volumes = BATCH["pixel_values"].clone().requires_grad_(True)  # as for a saliency map
-    model(volumes, BATCH["input_ids"]).logits_per_image.sum().backward()
-    assert volumes.grad.any()
-
-
-def bias_of(model):
-    return model.visual_transformer.spatial_rel_pos_bias
-
-
-def counted(module):
-    """A relative-position bias that writes down every time it is computed."""
-    module.computed, compute = [], module._bias
-
-    def computing(h, w):
-        module.computed.append((h, w))
-        return compute(h, w)
-
-    module._bias = computing
-    return module
-
-
-def test_the_relative_position_bias_is_computed_once_while_its_weights_are_frozen():
-    module = counted(bias_of(small_model()))
-    with torch.no_grad():
-        first = module(4, 3)
-        assert torch.equal(module(4, 3), first) and module.computed == [(4, 3)]
-    module.requires_grad_(False)
-    assert module(4, 3) is first and len(module.computed) == 1
-    assert module(3, 4).shape == (4, 12, 12) and module.computed[1:] == [(3, 4)]
-    module.requires_grad_(True)
-    assert module(3, 4).requires_grad and len(module.computed) == 3
-    assert not [name for name in module.state_dict() if "kept" in name]
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda module: module.net[0][0].weight.data.add_(1),  # does not raise the version counter
-        lambda module: module.net[2].bias.data.copy_(torch.ones(4)),
-        lambda module: setattr(module.net[1][0], "weight", nn.Parameter(torch.ones(64, 64))),
-        lambda module: module.load_state_dict({n: t + 1 for n, t in module.state_dict().items()}),
-        lambda module: module.double(),
-        lambda module: module.net[2].register_forward_hook(lambda *args: args[2] + 1),
-    ],
-)
-def test_the_kept_relative_position_bias_is_never_stale(change):
-    module = bias_of(small_model()).requires_grad_(False)
-    before = module(4, 3).clone()
-    change(module)
-    found = module(4, 3)
-    assert torch.equal(found, module._bias(4, 3)) and not torch.equal(found, before)
-    assert torch.equal(copy.deepcopy(module)(4, 3), found)
-
-
-def test_a_bias_from_inference_mode_serves_training():
-    model = frozen_below_the_latents()
-    with torch.inference_mode():
-        model.encode_image(BATCH["pixel_values"])
-    assert not bias_of(model)(*model.config.grid[1:]).is_inference()
-    model(**BATCH, return_loss=True).loss.backward()
-
-
-def test_tensors_without_data_neither_use_nor_leave_a_kept_bias():
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with torch.device("meta"):
-        model = CTCLIPModel(small_config())
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        model.to_empty(device="cpu")
-        assert model.encode_image(torch.zeros(2, 1, *model.config.volume_shape)).shape == (2, 32)
-    assert bias_of(model)._kept is None

@@ -1,0 +1,234 @@
+"""The quick ways give the numbers of the plain ones, in less time or memory, and are not taken where they would not."""
+
+import copy
+import math
+
+import pytest
+import torch
+from golden import BATCH, relative_error, small_config, small_model
+from torch import nn
+
+from medctkit.model.ct_clip import CTCLIPModel
+from medctkit.model.fast_paths import QuickFeedForward, QuickVectorQuantiser, quicken
+from medctkit.model.vision_tower import FeedForward, RelativePositionBias, VisionTransformer
+
+# its name in transformers < 5
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
+
+
+def plain_tower(model):
+    """The vision tower of a model as the lesson has it."""
+    tower = VisionTransformer(model.config.vision_config).train(model.training)
+    tower.load_state_dict(model.visual_transformer.state_dict())
+    return tower
+
+
+@pytest.mark.parametrize("volumes", [1, 3])
+@pytest.mark.parametrize(
+    ("training", "precision"), [(False, torch.float32), (False, torch.bfloat16), (True, torch.float32)]
+)
+def test_a_quick_tower_gives_the_numbers_of_the_plain_one(volumes, training, precision):
+    plain, found = plain_tower(small_model().train(training)), []
+    quick = quicken(copy.deepcopy(plain))
+    assert not [m for m in plain.modules() if type(m).__name__.startswith("Quick")]
+    assert quick.state_dict().keys() == plain.state_dict().keys()
+    for tower in (plain, quick):
+        with torch.set_grad_enabled(training), torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            tokens = tower.encode(BATCH["pixel_values"][:volumes])
+        if training:
+            tokens.float().square().sum().backward()
+        # the last bias shifts all scores of a query alike: its gradient is 0 but for rounding
+        learned = {n: p.grad for n, p in tower.named_parameters() if p.grad is not None and "net.2.bias" not in n}
+        found.append({"tokens": tokens.detach()} | learned)
+    assert found[0].keys() == found[1].keys() and len(found[0]) == (len(list(plain.parameters())) if training else 1)
+    for name, expected in found[0].items():
+        assert relative_error(found[1][name], expected) <= (1e-4 if precision == torch.float32 else 0.05), name
+
+
+def test_nearest_code_does_not_depend_on_the_size_of_a_part(monkeypatch):
+    model = small_model()
+    quantiser, x = model.visual_transformer.vq, torch.randn(7, 5, 64)
+    whole = plain_tower(model).vq.nearest(x)
+    for at_a_time in (2**23, 200, 1):  # 200: two tokens at a time
+        monkeypatch.setattr(QuickVectorQuantiser, "max_similarities", at_a_time)
+        assert torch.equal(quantiser.nearest(x), whole) and whole.shape == (7, 5)
+
+
+@pytest.mark.parametrize("dim", [64, 48, 96])
+@pytest.mark.parametrize("tokens", [1, 7, 40])
+def test_the_quick_feed_forward_gives_the_same_numbers(dim, tokens):
+    torch.manual_seed(0)
+    plain, x = FeedForward(dim), torch.randn(2, tokens, dim)
+    block = quicken(copy.deepcopy(plain))
+    block.tokens_at_a_time = 16
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), plain(x), atol=1e-6, rtol=1e-5)
+        assert block.to(torch.bfloat16)(x.to(torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_an_adapter_or_a_hook_in_the_feed_forward_is_not_passed_over():
+    block, x, seen = QuickFeedForward(32), torch.randn(1, 4, 32), []
+    handle = block[1].register_forward_hook(lambda *_: seen.append(1))
+    with torch.no_grad():
+        block(x)
+        handle.remove()
+        plain = block(x)
+        block[4] = nn.Sequential(block[4], nn.Tanh())  # as peft puts a layer of its own in a layer's place
+        assert seen == [1] and torch.equal(block(x), plain.tanh())
+
+
+def test_the_compiler_sees_one_graph():
+    tower = small_model().train().visual_transformer
+    compiled = torch.compile(tower, backend="eager", fullgraph=True)
+    assert relative_error(compiled(BATCH["pixel_values"]), tower(BATCH["pixel_values"])) <= 1e-5
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory():
+    plain, saving = small_model().train(), small_model().train()
+    saving.gradient_checkpointing_enable()
+    calls = []
+    saving.visual_transformer.enc_spatial_transformer.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    assert saving.is_gradient_checkpointing
+    for model in (plain, saving):
+        model.text_transformer.embeddings.requires_grad_(False)  # re-entrant checkpointing would lose BERT here
+        model.visual_transformer.to_patch_emb.requires_grad_(False)
+        model(**BATCH, return_loss=True).loss.backward()
+    assert len(calls) == 2
+    for (name, p), q in zip(plain.named_parameters(), saving.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, msg=name)
+
+
+def frozen_below_the_latents():
+    """In training mode, with everything frozen but what a vision LoRA would train."""
+    model = small_model().train().requires_grad_(False)
+    for name, p in model.named_parameters():
+        p.requires_grad_(".1.to_q." in name or ".1.to_kv." in name)
+    return model
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_frozen_feed_forward_in_parts_gives_the_same_gradients_and_runs_twice(precision, monkeypatch):
+    monkeypatch.setattr(QuickFeedForward, "tokens_in_training", 7)
+    found, tokens = [], []
+    for checkpointing in (False, True):
+        model = frozen_below_the_latents()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+            block = model.visual_transformer.enc_spatial_transformer.layers[1]["3"]
+            block[2].register_forward_hook(lambda module, args, out: tokens.append(len(out)))
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            loss = model(**BATCH, return_loss=True).loss
+        loss.backward()
+        found.append([loss, *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert len(found[0]) == 1 + 2 * 4  # the loss; to_q and to_kv of four layers
+    tolerance = 1e-5 if precision == torch.float32 else 0.02  # products of other sizes round otherwise
+    for plain, in_parts in zip(*found, strict=True):
+        assert relative_error(in_parts, plain) <= tolerance and plain.any()
+    assert sum(tokens) == 2 * 3 * math.prod(model.config.grid) and max(tokens) == 7, "twice, not three times"
+
+
+def test_a_feed_forward_in_parts_refuses_a_second_backward_pass(monkeypatch):
+    monkeypatch.setattr(QuickFeedForward, "tokens_in_training", 4)
+    block = QuickFeedForward(6).double().requires_grad_(False)
+    x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    y = block(x).exp().sum()
+    y.backward(retain_graph=True)
+    (plain,) = torch.autograd.grad(y, x)  # not in parts: as often as you like
+    x.grad = None
+    block.gradient_checkpointing = True
+    y = block(x).exp().sum()
+    y.backward(retain_graph=True)
+    torch.testing.assert_close(x.grad, plain)
+    with pytest.raises(RuntimeError, match="can be backed through only once"):
+        y.backward()
+
+
+def test_a_feed_forward_that_learns_gets_its_gradients_with_checkpointing():
+    gradients = []
+    for model in (frozen_below_the_latents(), small_model().train()):
+        weight = model.visual_transformer.enc_spatial_transformer.layers[1]["3"][4].weight.requires_grad_(True)
+        if not gradients:
+            model.gradient_checkpointing_enable()
+        gradients += torch.autograd.grad(model(**BATCH, return_loss=True).loss, weight)
+    torch.testing.assert_close(*gradients)
+
+
+def test_frozen_patches_are_cut_slab_by_slab_in_training_too():
+    shapes = []
+    for frozen in (False, True):
+        model = small_model().train()
+        model.visual_transformer.to_patch_emb.requires_grad_(not frozen)
+        model.visual_transformer.to_patch_emb[0].register_forward_hook(lambda *args: shapes.append(args[2].shape[1]))
+        model.visual_transformer.encode(BATCH["pixel_values"])
+    t = model.config.grid[0]
+    assert shapes == [t] + [1] * t
+    volumes = BATCH["pixel_values"].clone().requires_grad_(True)  # as for a saliency map
+    model(volumes, BATCH["input_ids"]).logits_per_image.sum().backward()
+    assert volumes.grad.any()
+
+
+# --- the kept relative-position bias ----------------------------------------------------------------------------
+
+
+def bias_of(model):
+    return model.visual_transformer.spatial_rel_pos_bias
+
+
+def test_the_relative_position_bias_is_computed_once_while_its_weights_are_frozen(monkeypatch):
+    module, computed = bias_of(small_model()), []
+    compute = module._bias
+    monkeypatch.setattr(module, "_bias", lambda h, w: (computed.append((h, w)), compute(h, w))[1])
+    with torch.no_grad():
+        first = module(4, 3)
+        torch.testing.assert_close(RelativePositionBias.forward(module, 4, 3), first)
+        assert torch.equal(module(4, 3), first) and computed == [(4, 3)]
+    module.requires_grad_(False)
+    assert module(4, 3) is first and len(computed) == 1
+    assert module(3, 4).shape == (4, 12, 12) and computed[1:] == [(3, 4)]
+    module.requires_grad_(True)
+    assert module(3, 4).requires_grad and len(computed) == 3
+    assert not [name for name in module.state_dict() if "kept" in name]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda module: module.net[0][0].weight.data.add_(1),  # does not raise the version counter
+        lambda module: module.net[2].bias.data.copy_(torch.ones(4)),
+        lambda module: setattr(module.net[1][0], "weight", nn.Parameter(torch.ones(64, 64))),
+        lambda module: module.load_state_dict({n: t + 1 for n, t in module.state_dict().items()}),
+        lambda module: module.double(),
+        lambda module: module.net[2].register_forward_hook(lambda *args: args[2] + 1),
+    ],
+)
+def test_the_kept_relative_position_bias_is_never_stale(change):
+    module = bias_of(small_model()).requires_grad_(False)
+    before = module(4, 3).clone()
+    change(module)
+    found = module(4, 3)
+    assert torch.equal(found, module._bias(4, 3)) and not torch.equal(found, before)
+    assert torch.equal(copy.deepcopy(module)(4, 3), found)
+
+
+def test_a_bias_from_inference_mode_serves_training():
+    model = frozen_below_the_latents()
+    with torch.inference_mode():
+        model.encode_image(BATCH["pixel_values"])
+    assert not bias_of(model)(*model.config.grid[1:]).is_inference()
+    model(**BATCH, return_loss=True).loss.backward()
+
+
+def test_tensors_without_data_neither_use_nor_leave_a_kept_bias():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with torch.device("meta"):
+        model = CTCLIPModel(small_config())
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        model.to_empty(device="cpu")
+        assert model.encode_image(torch.zeros(2, 1, *model.config.volume_shape)).shape == (2, 32)
+    assert bias_of(model)._kept is None
