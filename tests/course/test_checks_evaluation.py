@@ -3,30 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from judged import is_open, is_right, is_wrong
 from tiny import tiny_model, tiny_tokenizer
 
-from medctkit.course.exercises import judge
 from medctkit.findings import FINDINGS
 from medctkit.metrics.scores import evaluate, thresholds_from_validation
 from medctkit.zero_shot.classifier import Embedded, ZeroShotClassifier
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def is_right(name, *answer):
-    found = judge(name, *answer)
-    assert found.state == "right", found.text
-    return found.text
-
-
-def is_wrong(name, *answer, because):
-    found = judge(name, *answer)
-    assert found.state == "wrong"
-    assert because in found.text, found.text
-
-
-def is_open(name, *answer):
-    assert judge(name, *answer).state == "open"
 
 
 @pytest.fixture(scope="module")

@@ -6,35 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from judged import is_open, is_right, is_wrong
 from torch.nn.functional import cross_entropy
 
-from medctkit.course.exercises import judge
 from medctkit.experiments.compare.results import load_results, method_table
 from medctkit.model.ct_clip import CTCLIPConfig
 from medctkit.training.objectives import contrastive_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def verdict(name, *answer):
-    found = judge(name, *answer)
-    return found.state, found.text
-
-
-def is_right(name, *answer):
-    state, text = verdict(name, *answer)
-    assert state == "right", text
-    return text
-
-
-def is_wrong(name, *answer, because):
-    state, text = verdict(name, *answer)
-    assert state == "wrong"
-    assert because in text, text
-
-
-def is_open(name, *answer):
-    assert verdict(name, *answer)[0] == "open"
 
 
 # --- 03.1: whose report? --------------------------------------------------------------------------------
