@@ -5,10 +5,11 @@ import re
 
 import pytest
 import torch
+from tiny import tiny_batch, tiny_ct_clip
 from torch import nn
 
 from medctkit.lora.adapter import add_lora, load_adapter, merge_lora, save_adapter
-from medctkit.lora.counting import parameter_table, search_placements
+from medctkit.lora.counting import count_trainable, parameter_table, search_placements
 from medctkit.lora.linear import LoRALinear
 from medctkit.lora.placement import PRESETS, lora_config
 from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel
@@ -17,44 +18,11 @@ RELEASED_TOTAL = 438_148_761  # parameters of the released checkpoint
 PAPER_TRAINABLE = 1_671_168
 
 
-def tiny_config(**vision):
-    vision = {
-        "dim": 32,
-        "codebook_size": 24,
-        "image_size": [32, 48],
-        "num_frames": 8,
-        "patch_size": 16,
-        "temporal_patch_size": 4,
-        "spatial_depth": 2,
-        "temporal_depth": 1,
-        "dim_head": 8,
-        "heads": 4,
-    } | vision
-    text = {
-        "vocab_size": 60,
-        "hidden_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 40,
-        "max_position_embeddings": 32,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-    }
-    return CTCLIPConfig(vision_config=vision, text_config=text, projection_dim=16)
+DEEP = {"image_size": [32, 48], "spatial_depth": 2}
 
 
 def tiny_model(**vision):
-    torch.manual_seed(0)
-    return CTCLIPModel(tiny_config(**vision)).eval()
-
-
-def tiny_batch(b=3):
-    generator = torch.Generator().manual_seed(1)
-    return {
-        "pixel_values": torch.rand(b, 1, 8, 32, 48, generator=generator) * 2 - 1,
-        "input_ids": torch.randint(1, 60, (b, 7), generator=generator),
-        "attention_mask": torch.ones(b, 7, dtype=torch.long),
-    }
+    return tiny_ct_clip(DEEP | vision, {"num_hidden_layers": 2}).eval()
 
 
 def randomise_adapter(model, seed=2):
@@ -68,10 +36,6 @@ def randomise_adapter(model, seed=2):
 
 def trainable_names(model):
     return [name for name, p in model.named_parameters() if p.requires_grad]
-
-
-def count(model):
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +102,7 @@ def test_lora_linear_starts_as_the_base_and_refuses_rank_zero():
 )
 def test_presets_on_the_full_size_model(full_size, preset, expected):
     model = add_lora(copy.deepcopy(full_size), preset)
-    assert count(model) == expected
+    assert count_trainable(model) == expected
     assert all(".lora_A." in name or ".lora_B." in name for name in trainable_names(model))
 
 
@@ -165,6 +129,7 @@ def test_all_attention_leaves_the_feed_forward_output_alone():
 
 
 def test_defaults_and_overrides():
+    assert {placement.r for placement in PRESETS.values()} == {24}
     config = lora_config("paper")
     assert (config.r, config.lora_alpha, config.lora_dropout) == (24, 48, 0.0)
     config = lora_config("paper", r=8)
@@ -172,12 +137,13 @@ def test_defaults_and_overrides():
     config = lora_config("vision", r=4, lora_alpha=4, use_dora=True)
     assert (config.lora_alpha, config.use_dora) == (4, True)
     model = add_lora(tiny_model(), "paper", vision="to_out", text=(), r=2)
-    assert count(model) == 3 * 2 * (32 + 32)
-    assert count(add_lora(tiny_model(), target_modules=["to_text_latent"], r=2)) == 2 * (24 + 16)
+    assert count_trainable(model) == 3 * 2 * (32 + 32)
+    assert count_trainable(add_lora(tiny_model(), target_modules=["to_text_latent"], r=2)) == 2 * (24 + 16)
 
 
 def test_a_new_adapter_leaves_the_output_as_it_was():
-    model, batch = tiny_model(), tiny_batch()
+    model = tiny_model()
+    batch = tiny_batch(model)
     before = model(**batch).logits_per_image
     assert torch.equal(add_lora(model, "all-attention").eval()(**batch).logits_per_image, before)
 
@@ -231,7 +197,7 @@ def test_every_vision_adapter_learns_in_training_mode():
     model = add_lora(tiny_model(), "paper", r=4).train()
     codebook = {name: buffer.clone() for name, buffer in model.named_buffers()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
-    model(**tiny_batch(), return_loss=True).loss.backward()
+    model(**tiny_batch(model), return_loss=True).loss.backward()
     assert len(vision_gradients(model, "B")) == 3 * 2
     for name, gradient in vision_gradients(model, "B"):
         assert gradient.any(), name
@@ -239,7 +205,7 @@ def test_every_vision_adapter_learns_in_training_mode():
         assert not gradient.any(), f"{name}: B is zero, so A cannot have a gradient yet"
     optimizer.step()
     optimizer.zero_grad()
-    model(**tiny_batch(), return_loss=True).loss.backward()
+    model(**tiny_batch(model), return_loss=True).loss.backward()
     for name, gradient in vision_gradients(model, "A"):
         assert gradient.any(), name
     for name, buffer in model.named_buffers():
@@ -248,7 +214,7 @@ def test_every_vision_adapter_learns_in_training_mode():
 
 def test_the_silent_trap_no_vision_gradient_in_evaluation_mode():
     model = add_lora(tiny_model(), "paper", r=4).eval()
-    model(**tiny_batch(), return_loss=True).loss.backward()
+    model(**tiny_batch(model), return_loss=True).loss.backward()
     assert all(gradient is None or not gradient.any() for _, gradient in vision_gradients(model, "B"))
     text = [p.grad for name, p in model.named_parameters() if "text_transformer" in name and ".lora_B." in name]
     assert all(gradient.any() for gradient in text)
@@ -258,7 +224,8 @@ def test_the_silent_trap_no_vision_gradient_in_evaluation_mode():
 
 
 def test_merge_gives_a_plain_model_and_leaves_the_adapted_one(tmp_path):
-    base, batch = tiny_model(), tiny_batch()
+    base = tiny_model()
+    batch = tiny_batch(base)
     model = add_lora(copy.deepcopy(base), "all-attention", r=3).eval()
     randomise_adapter(model)
     adapted = model(**batch).text_embeds
@@ -275,7 +242,9 @@ def test_merge_gives_a_plain_model_and_leaves_the_adapted_one(tmp_path):
 
 
 def test_adapters_are_saved_loaded_and_swapped_by_name(tmp_path):
-    batch, outputs, base = tiny_batch(), {}, tiny_model()(**tiny_batch()).logits_per_image
+    model, outputs = tiny_model(), {}
+    batch = tiny_batch(model)
+    base = model(**batch).logits_per_image
     for name, preset, seed in (("north", "paper", 5), ("south", "text", 6)):
         model = add_lora(tiny_model(), preset, r=2).eval()
         randomise_adapter(model, seed)
@@ -365,11 +334,11 @@ def test_parameter_table_of_the_full_size_model(full_size):
 
 def test_parameter_table_counts_the_active_adapter_only():
     model = add_lora(tiny_model(), "paper", r=2)
-    first = count(model)
+    first = count_trainable(model)
     model.add_adapter("second", lora_config("text", r=5))
     model.set_adapter("second")
     total = parameter_table(model).set_index("component").loc["sum"]
-    assert total["trainable"] == count(model) != first
+    assert total["trainable"] == count_trainable(model) != first
     assert total["adapter bytes"] == 4 * total["trainable"]
     model.set_adapter("default")
     assert parameter_table(model).set_index("component").loc["sum", "adapter bytes"] == 4 * first
@@ -398,11 +367,7 @@ def test_the_search_counts_what_peft_injects(full_size, row):
         vision=tuple(filter(None, found["vision"].split(" + "))),
         text=tuple(filter(None, found["text"].split(" + "))),
     )
-    assert count(model) == found["trainable"]
-
-
-def test_presets_share_the_rank_of_the_paper():
-    assert {placement.r for placement in PRESETS.values()} == {24}
+    assert count_trainable(model) == found["trainable"]
 
 
 def test_a_merge_that_would_round_the_update_away_is_refused():

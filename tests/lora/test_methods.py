@@ -5,42 +5,22 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import tiny_batch, tiny_ct_clip
 
 from medctkit.lora.adapter import load_adapter
 from medctkit.lora.counting import count_trainable
 from medctkit.lora.methods import METHODS, apply_method, load_trained, save_trained, trained_bytes
-from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ADAPTERS = [name for name in METHODS if name not in ("full", "bitfit")]
-VISION = {  # no two widths alike, so that a formula cannot be right by chance
-    "dim": 32,
-    "codebook_size": 24,
-    "image_size": 32,
-    "num_frames": 8,
-    "patch_size": 16,
-    "temporal_patch_size": 4,
-    "spatial_depth": 2,
-    "temporal_depth": 1,
-    "dim_head": 6,
-    "heads": 4,
-}
-TEXT = {
-    "vocab_size": 60,
-    "hidden_size": 20,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 42,
-    "max_position_embeddings": 12,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
+# no two widths alike, so that a formula cannot be right by chance
+VISION = {"spatial_depth": 2, "dim_head": 6}
+TEXT = {"hidden_size": 20, "num_hidden_layers": 2, "intermediate_size": 42}
 
 
 def model_with(vision=None, text=None):
-    torch.manual_seed(0)
-    model = CTCLIPModel(CTCLIPConfig(VISION | (vision or {}), TEXT | (text or {}), 16)).eval()
+    model = tiny_ct_clip(VISION | (vision or {}), TEXT | (text or {})).eval()
     for module in model.modules():  # biases of a fresh model are all zero
         if getattr(module, "bias", None) is not None:
             torch.nn.init.normal_(module.bias, std=0.1)
@@ -53,13 +33,8 @@ def base():
 
 
 @pytest.fixture(scope="module")
-def batch():
-    generator = torch.Generator().manual_seed(1)
-    return {
-        "pixel_values": torch.rand(3, 1, 8, 32, 32, generator=generator) * 2 - 1,
-        "input_ids": torch.randint(1, 60, (3, 7), generator=generator),
-        "attention_mask": torch.ones(3, 7, dtype=torch.long),
-    }
+def batch(base):
+    return tiny_batch(base)
 
 
 def made(base, name, seed=0, **settings):

@@ -13,32 +13,30 @@ from medctkit.training.memory import PeakMemory
 PROMPTS = {f: ((f"{f} seen", f"there is {f}"), (f"no {f}", f"without {f}")) for f in FINDINGS}
 
 
-def tiny_model(preset="paper", dropout=0.1):
+VISION = dict(dim=32, codebook_size=24, image_size=32, num_frames=8, patch_size=16, temporal_patch_size=4)
+VISION |= dict(spatial_depth=1, temporal_depth=1, dim_head=8, heads=4)
+TEXT = dict(vocab_size=100, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=40)
+TEXT |= dict(max_position_embeddings=32)
+
+
+def tiny_ct_clip(vision=None, text=None, dropout=0.0):
+    """A CT-CLIP without an adapter."""
     torch.manual_seed(0)
-    vision = {
-        "dim": 32,
-        "codebook_size": 24,
-        "image_size": 32,
-        "num_frames": 8,
-        "patch_size": 16,
-        "temporal_patch_size": 4,
-        "spatial_depth": 1,
-        "temporal_depth": 1,
-        "dim_head": 8,
-        "heads": 4,
+    text = TEXT | dict(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout) | (text or {})
+    return CTCLIPModel(CTCLIPConfig(VISION | (vision or {}), text, projection_dim=16))
+
+
+def tiny_model(preset="paper", dropout=0.1):
+    return add_lora(tiny_ct_clip(dropout=dropout), preset, r=4)
+
+
+def tiny_batch(model, n=3, words=7):
+    generator, text = torch.Generator().manual_seed(1), model.config.text_config
+    return {
+        "pixel_values": torch.rand(n, 1, *model.config.volume_shape, generator=generator) * 2 - 1,
+        "input_ids": torch.randint(1, text["vocab_size"], (n, words), generator=generator),
+        "attention_mask": torch.ones(n, words, dtype=torch.long),
     }
-    text = {
-        "vocab_size": 100,
-        "hidden_size": 24,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 40,
-        "max_position_embeddings": 32,
-        "hidden_dropout_prob": dropout,
-        "attention_probs_dropout_prob": dropout,
-    }
-    config = CTCLIPConfig(vision_config=vision, text_config=text, projection_dim=16)
-    return add_lora(CTCLIPModel(config), preset, r=4)
 
 
 def tiny_tokenizer():
