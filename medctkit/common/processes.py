@@ -17,14 +17,16 @@ def accelerator_for(mixed_precision: str = "no", output_dir: str | os.PathLike |
     Args:
         mixed_precision: "no", "bf16" or "fp16". accelerate fixes it at its first use in a process; here it may change,
             as it does in notebooks.
-        output_dir: for TensorBoard's files; None: no logging.
+        output_dir: for TensorBoard's files; None, or no TensorBoard: no logging.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
+    from accelerate.utils import is_tensorboard_available
 
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
         AcceleratorState._reset_state()
-    board = {} if output_dir is None else {"log_with": "tensorboard", "project_dir": output_dir}
+    logs = output_dir is not None and is_tensorboard_available()
+    board = {"log_with": "tensorboard", "project_dir": output_dir} if logs else {}
     return Accelerator(mixed_precision=mixed_precision, **board)
 
 
