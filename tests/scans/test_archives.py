@@ -90,7 +90,7 @@ def test_a_zipped_series_is_the_series(tmp_path):
     path = write_zip(tmp_path / "scan.ZIP", files)
     volume, expected = read_volume(path), read_volume(series)
     np.testing.assert_array_equal(volume.hu, expected.hu)
-    assert volume.spacing == expected.spacing
+    assert volume.spacing == expected.spacing and volume.provenance[0] == "read from DICOM series scan.ZIP"
     assert "left out: localizer (1)" in volume.provenance
 
 

@@ -1,6 +1,6 @@
 """Malformed NIfTI, NRRD and MetaImage files: each refused with a message that says what to do, nothing touched.
 
-The messages are what a data manager reads, so they are pinned. DICOM series have their own tests.
+What a data manager reads is pinned: the value and the way out, with anything for `...`. DICOM has its own tests.
 """
 
 import gzip
@@ -74,9 +74,7 @@ def itk(name, old="", new="", compressed=False):
     """A writer of the good scan with a piece of its text header replaced."""
 
     def write(folder):
-        image = sitk.GetImageFromArray(chest())
-        image.SetSpacing(SPACING[::-1])
-        sitk.WriteImage(image, str(folder / name), compressed)
+        write_itk(folder / name, chest(), compressed=compressed)
         data = (folder / name).read_bytes()
         assert data.count(old.encode()) == 1 or not old, f"{old!r} is not in the header once"
         (folder / name).write_bytes(data.replace(old.encode(), new.encode()) if old else data)
@@ -119,6 +117,11 @@ def contradicting(folder):
     return folder / "scan.nii"
 
 
+def several_volumes(folder):
+    sitk.WriteImage(sitk.Image([4, 4, 4, 2], sitk.sitkInt16), str(folder / "scan.nrrd"))
+    return folder / "scan.nrrd"
+
+
 def noisy(shape):
     """Voxels that gzip can't make much smaller."""
     return np.random.default_rng(0).integers(-1000, 100, shape).astype(np.int16)
@@ -130,13 +133,10 @@ HALF_NAN = np.where(np.arange(960).reshape(SHAPE) >= 955, np.nan, chest().astype
 BAD_NIFTI = {
     "an empty file": (raw("scan.nii", b""), f"{DAMAGED} (it is empty)"),
     "an empty compressed file": (raw("scan.nii.gz", b""), f"{DAMAGED} (it is empty)"),
-    "a text with the name of a scan": (
-        raw("scan.nii", b"Dear colleague, " * 50),
-        f"{DAMAGED} (it has no NIfTI header; it starts with b'Dear')",
-    ),
+    "a text with the name of a scan": (raw("scan.nii", b"Dear colleague, " * 50), f"{DAMAGED}...starts with b'Dear')"),
     "a text with the name of a compressed scan": (
         raw("scan.nii.gz", b"Dear colleague"),
-        "can't be read: not a compressed file, in spite of its name; it starts with b'Dear'",
+        "not a compressed file, in spite of its name; it starts with b'Dear'",
     ),
     "a web page instead of the download": (raw("scan.nii.gz", b"<!DOCTYPE html>"), "it starts with b'<!DO'"),
     "a scan that is not compressed, named .gz": (
@@ -148,10 +148,8 @@ BAD_NIFTI = {
         "compressed, in spite of its name; rename it to .nii.gz",
     ),
     "a compressed file within a compressed file": (
-        lambda folder: raw("scan.nii.gz", gzip.compress(write_nifti(folder / "scan.nii.gz", chest()).read_bytes()))(
-            folder
-        ),
-        "it has no NIfTI header; it starts with",
+        raw("scan.nii.gz", gzip.compress(gzip.compress(b"x"))),
+        "starts with",
     ),
     "the header cut short": (shorter(nifti(), 0.1), f"{DAMAGED} (its header ends after 227 of 348 bytes)"),
     "voxels cut short": (shorter(nifti(), 0.9), f"(its header describes {BYTES} bytes of voxels, and the file holds"),
@@ -165,47 +163,30 @@ BAD_NIFTI = {
     "the other half of a pair": (raw("scan.img", b"\0" * 348), "half of an Analyze or NIfTI pair"),
     "no axes": (nifti(dim=0), f"{DAMAGED} (its header claims (0,) voxels)"),
     "an axis of negative length": (nifti(dim=dim(10, -12, 8)), "(its header claims (10, -12, 8) voxels)"),
-    "more voxels than any CT": (
-        nifti(dim=dim(32767, 32767, 32767)),
-        "its header claims (32767, 32767, 32767) voxels, 1.31e+05 GiB: more than any CT",
-    ),
-    "more voxels than the file holds": (
-        nifti(dim=dim(1000, 1000, 1000)),
-        f"(its header describes 2000000000 bytes of voxels, and the file holds {BYTES})",
-    ),
-    "fewer voxels than the file holds": (
-        nifti(dim=dim(10, 12, 7)),
-        f"(its header describes {BYTES - 240} bytes of voxels, and the file holds {BYTES})",
-    ),
+    "more voxels than any CT": (nifti(dim=dim(32767, 32767, 32767)), "1.31e+05 GiB: more than any CT"),
+    "more voxels than the file holds": (nifti(dim=dim(1000, 1000, 1000)), f"2000000000 bytes...holds {BYTES})"),
+    "fewer voxels than the file holds": (nifti(dim=dim(10, 12, 7)), f"{BYTES - 240} bytes...holds {BYTES})"),
     "more voxels than the compressed file can hold": (
         nifti("scan.nii.gz", dim=dim(1000, 1000, 1000)),
-        "(its header describes 2000000000 bytes of voxels, too many for",
+        "2000000000 bytes of voxels, too many for",
     ),
     "some more voxels than the compressed file holds": (
         nifti("scan.nii.gz", dim=dim(10, 12, 9)),
-        f"(its header describes {BYTES + 240} bytes of voxels, and the file holds {BYTES})",
+        f"{BYTES + 240} bytes...holds {BYTES})",
     ),
     "fewer voxels than the compressed file holds": (
         nifti("scan.nii.gz", dim=dim(10, 12, 7)),
-        f"(it goes on after the {BYTES - 240} bytes of voxels that its header describes)",
+        f"goes on after the {BYTES - 240} bytes of voxels",
     ),
-    "an unknown type of voxel": (
-        nifti(datatype=77),
-        f"{DAMAGED} (its header has the type of voxel 77, which does not exist)",
-    ),
+    "an unknown type of voxel": (nifti(datatype=77), f"{DAMAGED}...the type of voxel 77, which does not exist)"),
     "complex voxels": (saved(np.zeros((10, 12, 8), np.complex64)), "voxels of type complex64 (colour or complex)"),
-    "voxels that start after the end": (
-        nifti(vox_offset=1e6),
-        f"describes {BYTES} bytes of voxels, and the file holds 0",
-    ),
+    "colour": (saved(np.zeros((10, 12, 8), [("R", "u1"), ("G", "u1"), ("B", "u1")])), "(colour or complex): not a CT"),
+    "voxels that start after the end": (nifti(vox_offset=1e6), f"{BYTES} bytes...holds 0"),
     "voxels that start nowhere": (nifti(vox_offset=NAN), f"{DAMAGED} (cannot convert float NaN to integer)"),
     "an infinite scale": (nifti(scl_slope=np.inf), f"{DAMAGED} (its header scales voxels with scl_slope inf"),
     "a scale with a NaN offset": (nifti(scl_slope=1, scl_inter=NAN), "scl_slope 1.0, scl_inter nan"),
     "a scale far too large": (nifti(scl_slope=3e38, scl_inter=0), "voxels have NaN or infinite values"),
-    "a voxel of size 0": (
-        nifti(pixdim=pixdim(7.7, 8, 0)),
-        "the size of a voxel in its header is (0.0, 8.0, 7.69",
-    ),
+    "a voxel of size 0": (nifti(pixdim=pixdim(7.7, 8, 0)), "the size of a voxel in its header is (0.0, 8.0, 7.69"),
     "a voxel of negative size": (
         nifti(pixdim=pixdim(-7.7, 8, 12.5)),
         "expected lengths above 0; pass the right one as",
@@ -217,25 +198,18 @@ BAD_NIFTI = {
     ),
     "a blank header": (
         nifti(qform_code=0, sform_code=0, pixdim=pixdim(1, 1, 1)),
-        "blank header, so the size of a voxel is unknown; pass spacing=(d, h, w) in mm",
+        "blank header...pass spacing=(d, h, w) in mm",
     ),
     "millimetres called metres": (
         nifti(xyzt_units=1),
-        "spacing (12500.0, 8000.0, 7699.999809) mm (slices, rows, columns) is none of a CT, which has 0.05 to 20.0 mm; "
-        "pass the right one as spacing=(d, h, w) (lengths in the header are metres, turned into mm)",
+        "spacing (12500.0, 8000.0, 7699.999809) mm...pass the right one as spacing=(d, h, w)...metres, turned into mm)",
     ),
     "a unit that does not exist": (nifti(xyzt_units=5), "(its header has the unit of length 5, which does not exist)"),
-    "a NaN in the affine": (
-        nifti(srow_x=[NAN, 0, 0, 0]),
-        "the affine in the header is unusable, as it does not span a box: [[",
-    ),
-    "two axes in one direction": (
-        nifti(srow_x=[0, 0, 0, 0], srow_y=[7.7, 8, 0, 0]),
-        "the affine in the header is unusable",
-    ),
+    "a NaN in the affine": (nifti(srow_x=[NAN, 0, 0, 0]), "the affine in the header is unusable"),
+    "two axes in one direction": (nifti(srow_x=[0, 0, 0, 0], srow_y=[7.7, 8, 0, 0]), "the affine...unusable...: [["),
     "a sheared affine": (
         saved(chest().transpose(2, 1, 0), np.array([[7.7, 0, 0, 0], [0, 8, 4, 0], [0, 0, 11.84, 0], [0, 0, 0, 1]])),
-        "the axes in the header are 18.7 degrees away from a right angle: a tilted gantry, a registration? Let dcm2niix",
+        "the axes in the header are 18.7 degrees away from a right angle...Let dcm2niix make a straight file",
     ),
     "an impossible rotation": (
         nifti(sform_code=0, qform_code=1, quatern_b=1, quatern_c=1),
@@ -243,29 +217,24 @@ BAD_NIFTI = {
     ),
     "qform against sform": (
         contradicting,
-        "the header contradicts itself: by its sform the scan lies SAL, by its qform SAR (slices, rows, columns). Find "
-        "out which is right and drop the other",
+        "the header contradicts itself: by its sform the scan lies SAL, by its qform SAR...drop the other",
     ),
     "a single slice": (saved(np.zeros((64, 64), np.int16)), "2-D, shape (64, 64): a CT volume has three axes"),
     "several volumes": (saved(np.zeros((4, 4, 4, 2), np.int16)), "4-D, shape (4, 4, 4, 2): a CT volume has three axes"),
     "a whole body": (
-        saved(chest((90, 12, 10)).transpose(2, 1, 0), np.diag([40, 40, 20, 1])[[0, 1, 2, 3]] / [[2], [2], [1], [1]]),
-        "90 x 12 x 10 voxels of (20.0, 20.0, 20.0) mm (slices, rows, columns) cover 1800 x 240 x 200 mm, a chest 40 to "
-        "700 mm along each; pass the right spacing=(d, h, w), or cut the chest out",
+        saved(chest((90, 12, 10)).transpose(2, 1, 0), np.diag([20, 20, 20, 1])),
+        "90 x 12 x 10 voxels of (20.0, 20.0, 20.0) mm...cover 1800 x 240 x 200 mm...or cut the chest out",
     ),
     "a few millimetres": (saved(chest().transpose(2, 1, 0), np.eye(4)), "cover 8 x 12 x 10 mm, a chest 40 to 700 mm"),
     "some NaN voxels": (
         voxels(HALF_NAN),
-        "5 of 960 voxels have NaN or infinite values, the first at slice 7, row 11, column 5: every voxel needs",
+        "5 of 960 voxels have NaN or infinite values, the first at slice 7, row 11, column 5...repair or drop this",
     ),
     "one infinite voxel": (
         voxels(np.where(chest() == 91, np.inf, chest()).astype(np.float32)),
         "1 of 960 voxels have NaN or infinite values, the first at slice 7, row 11, column 9",
     ),
-    "one value everywhere": (
-        voxels(np.full(SHAPE, -1000, np.int16)),
-        "every voxel is -1000: there is no picture in it",
-    ),
+    "one value everywhere": (voxels(np.full(SHAPE, -1000, np.int16)), "every voxel is -1000: there is no picture"),
     "one value nearly everywhere": (
         voxels(np.where(chest((16, 16, 16)) == 165, 5, -1000).astype(np.int16)),
         "all but 1 of 4096 voxels are -1000: there is next to no picture in it",
@@ -276,82 +245,50 @@ BAD_NIFTI = {
 BAD_ITK = {
     "an empty file": (raw("scan.nrrd", b""), f"{DAMAGED} (it is empty)"),
     "an empty MetaImage file": (raw("scan.mha", b""), f"{DAMAGED} (it is empty)"),
-    "a text with the name of a scan": (
-        raw("scan.nrrd", b"Dear colleague"),
-        "it is no NRRD file; it starts with b'Dear'",
-    ),
-    "a text with the name of a MetaImage": (
-        raw("scan.mha", b"Dear colleague\n"),
-        "its header has the line 'Dear colleag",
-    ),
-    "a header without an end": (
-        shorter(itk("scan.nrrd"), 0.1),
-        "(its header has no end, or there are no voxels after it)",
-    ),
+    "a text with the name of a scan": (raw("scan.nrrd", b"Dear colleague"), "no NRRD file; it starts with b'Dear'"),
+    "a text with the name of a MetaImage": (raw("scan.mha", b"Dear colleague\n"), "has the line 'Dear colleag"),
+    "a header without an end": (shorter(itk("scan.nrrd"), 0.1), "(its header has no end"),
     "a MetaImage header without an end": (shorter(itk("scan.mha"), 0.1), "(its header has no end, or there are no"),
     "voxels cut short": (shorter(itk("scan.nrrd"), 0.9), f"describes {BYTES} bytes of voxels, and the file holds"),
     "MetaImage voxels cut short": (shorter(itk("scan.mha"), 0.9), f"describes {BYTES} bytes of voxels, and the file"),
-    "compressed voxels cut short": (
-        shorter(itk("scan.nrrd", compressed=True), 0.9),
-        "its compressed voxels end too early",
-    ),
+    "compressed voxels cut short": (shorter(itk("scan.nrrd", compressed=True), 0.9), "compressed voxels end too early"),
     "compressed MetaImage voxels cut short": (shorter(itk("scan.mha", compressed=True), 0.9), "voxels end too early"),
-    "a flipped bit in the checksum": (
-        flipped(itk("scan.nrrd", compressed=True), 7),
-        f"{DAMAGED} (Error -3 while decomp",
-    ),
-    "a flipped bit in a MetaImage": (
-        flipped(itk("scan.mha", compressed=True), 2),
-        f"{DAMAGED} (Error -3 while decompress",
-    ),
+    "a flipped bit in the checksum": (flipped(itk("scan.nrrd", compressed=True), 7), f"{DAMAGED} (Error -3 while"),
+    "a flipped bit in a MetaImage": (flipped(itk("scan.mha", compressed=True), 2), f"{DAMAGED} (Error -3 while"),
     "not compressed, but said to be": (itk("scan.mha", "CompressedData = False", "CompressedData = True"), DAMAGED),
-    "more voxels than any CT": (
-        itk("scan.nrrd", "10 12 8", "99999 99999 99999"),
-        "voxels, 3.73e+06 GiB: more than any CT",
-    ),
+    "more voxels than any CT": (itk("scan.nrrd", "10 12 8", "99999 99999 99999"), "3.73e+06 GiB: more than any CT"),
     "more voxels than the file holds": (
         itk("scan.nrrd", "10 12 8", "1000 1000 1000"),
-        f"(its header describes 2000000000 bytes of voxels, and the file holds {BYTES})",
+        f"2000000000 bytes...holds {BYTES})",
     ),
     "more MetaImage voxels than the file holds": (
         itk("scan.mha", "DimSize = 10 12 8", "DimSize = 1000 1000 1000"),
-        f"(its header describes 2000000000 bytes of voxels, and the file holds {BYTES})",
+        f"2000000000 bytes...holds {BYTES})",
     ),
     "fewer voxels than the file holds": (itk("scan.nrrd", "10 12 8", "10 12 7"), f"and the file holds {BYTES})"),
     "more voxels than the compressed file holds": (
         itk("scan.mha", "DimSize = 10 12 8", "DimSize = 1000 1000 1000", compressed=True),
-        f"(its header describes 2000000000 bytes of voxels, and the file holds {BYTES})",
+        f"2000000000 bytes...holds {BYTES})",
     ),
-    "an axis of length 0": (
-        itk("scan.mha", "DimSize = 10 12 8", "DimSize = 10 0 8"),
-        "(its header claims (10, 0, 8) voxels)",
-    ),
+    "an axis of length 0": (itk("scan.mha", "DimSize = 10 12 8", "DimSize = 10 0 8"), "claims (10, 0, 8) voxels)"),
     "two sizes for three axes": (
         itk("scan.nrrd", "10 12 8", "10 12"),
         "3-D, shape (10 12): a CT volume has three axes",
     ),
     "99 axes": (itk("scan.mha", "NDims = 3", "NDims = 99"), "99-D, shape (10 12 8): a CT volume has"),
-    "four axes": (
-        itk("scan.mha", "NDims = 3\n", "NDims = 4\n"),
-        "4-D, shape (10 12 8): a CT volume has three axes",
-    ),
+    "four axes": (itk("scan.mha", "NDims = 3\n", "NDims = 4\n"), "4-D, shape (10 12 8): a CT volume has three axes"),
+    "several volumes": (several_volumes, "4-D, shape (4 4 4 2): a CT volume has three axes; save the one to read"),
     "an unknown type of voxel": (itk("scan.nrrd", "type: short", "type: shirt"), DAMAGED),
     "an unknown type of MetaImage voxel": (itk("scan.mha", "MET_SHORT", "MET_SHIRT"), DAMAGED),
     "colour": (
         itk("scan.mha", "ElementType", "ElementNumberOfChannels = 3\nElementType"),
         "(colour or vectors): not a CT",
     ),
-    "a rare encoding": (
-        itk("scan.nrrd", "encoding: raw", "encoding: hex"),
-        "have the encoding 'hex'; save them as raw or",
-    ),
-    "voxels as text": (
-        itk("scan.mha", "BinaryData = True", "BinaryData = False"),
-        "have the encoding 'text'; save them",
-    ),
+    "a rare encoding": (itk("scan.nrrd", "encoding: raw", "encoding: hex"), "the encoding 'hex'; save them as raw or"),
+    "voxels as text": (itk("scan.mha", "BinaryData = True", "BinaryData = False"), "the encoding 'text'; save them as"),
     "no file of voxels beside the header": (
         without(itk("scan.nhdr"), ".raw"),
-        "its voxels should be in 'scan.raw' beside it, where there is no such file; copy both files",
+        "its voxels should be in 'scan.raw' beside it...copy both files",
     ),
     "no file of voxels beside the MetaImage header": (without(itk("scan.mhd"), ".raw"), "in 'scan.raw' beside it"),
     "voxels in another folder": (
@@ -372,32 +309,23 @@ BAD_ITK = {
     ),
     "voxels in many files": (
         itk("scan.mhd", "= scan.raw", "= LIST"),
-        "its voxels are spread over several files ('LIST')",
+        "over several files ('LIST'); save the scan as one",
     ),
-    "voxels in many numbered files": (
-        itk("scan.mhd", "= scan.raw", "= %03d.raw 1 8 1"),
-        "spread over several files ('%03d",
-    ),
+    "voxels in many numbered files": (itk("scan.mhd", "= scan.raw", "= %03d.raw 1 8 1"), "over several files ('%03d"),
     "a file of voxels too short": (
         lambda folder: truncate(itk("scan.mhd")(folder).with_suffix(".raw")).with_suffix(".mhd"),
-        f"(its header describes {BYTES} bytes of voxels, and the file holds {BYTES // 2})",
+        f"{BYTES} bytes...holds {BYTES // 2})",
     ),
-    "no size of a voxel": (
-        itk("scan.mha", "ElementSpacing", "Comment"),
-        "blank header, so the size of a voxel is unknown",
-    ),
+    "no size of a voxel": (itk("scan.mha", "ElementSpacing", "Comment"), "blank header...pass spacing=(d, h, w) in mm"),
     "no size of an NRRD voxel": (
         itk("scan.nrrd", "space directions: (7.7000000000000002,0,0) (0,8,0) (0,0,12.5)\n", ""),
-        "blank header, so the size of a voxel is unknown; pass spacing=(d, h, w) in mm",
+        "blank header...pass spacing=(d, h, w) in mm",
     ),
     "a voxel of negative size": (
         itk("scan.mha", "ElementSpacing = 7", "ElementSpacing = -7"),
-        "the size of a voxel in its header is (12.5, 8.0, -7.7) (slices, rows, columns): expected",
+        "the size of a voxel in its header is (12.5, 8.0, -7.7)",
     ),
-    "a voxel of NaN size": (
-        itk("scan.mha", "8 12.5\n", "nan 12.5\n"),
-        "expected lengths above 0; pass the right one",
-    ),
+    "a voxel of NaN size": (itk("scan.mha", "8 12.5\n", "nan 12.5\n"), "expected lengths above 0; pass the right one"),
     "a size that is no number": (itk("scan.mha", "8 12.5\n", "8mm 12.5\n"), "expected lengths above 0; pass the right"),
     "micrometres": (
         itk("scan.nrrd", "kinds:", 'space units: "um" "um" "um"\nkinds:'),
@@ -443,7 +371,8 @@ def nothing_left(tmp_path, monkeypatch):
 def test_bad_files_are_refused_and_left_alone(nothing_left, write, message):
     path = write(nothing_left)
     before = contents(nothing_left)
-    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: .*{re.escape(message)}"):
+    expected = re.escape(message).replace(re.escape("..."), ".*")
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: .*{expected}"):
         read_volume(path)
     assert contents(nothing_left) == before
 
@@ -458,8 +387,9 @@ def test_paths_that_lead_to_no_file(tmp_path):
         (tmp_path / name).symlink_to(tmp_path / target)
         with pytest.raises(FileNotFoundError, match=f"{name}: this link leads nowhere"):
             read_volume(tmp_path / name)
-    with pytest.raises(FileNotFoundError, match="~no-such-user/scan.nii: there is no such file or folder"):
-        read_volume("~no-such-user/scan.nii")
+    for path in ("~no-such-user/scan.nii", tmp_path / "nowhere.nii.gz"):
+        with pytest.raises(FileNotFoundError, match=f"{path}: there is no such file or folder"):
+            read_volume(path)
 
 
 def test_things_that_are_not_files(tmp_path):
@@ -488,14 +418,17 @@ def test_series_is_for_dicom_only(tmp_path, name):
         read_volume(path, series="1.2.3")
 
 
-@pytest.mark.parametrize("arguments", [("1,0", None), (None, [1]), (None, "NaN"), (True, "x")])
-def test_slopes_that_are_no_numbers(tmp_path, arguments):
+@pytest.mark.parametrize(
+    "arguments",
+    [("1,0", None), (None, [1]), (None, "NaN"), (True, "x"), (0, 0), (-1, 0), (NAN, 0), (1, float("inf"))],
+)
+def test_impossible_slopes_and_intercepts(tmp_path, arguments):
     with pytest.raises(ValueError, match="scan.nii: rescale_slope=.*, rescale_intercept=.*: expected finite numbers"):
         read_volume(write_nifti(tmp_path / "scan.nii", chest()), *arguments)
 
 
-@pytest.mark.parametrize("spacing", ["[0.34, 0.34]", 1.0, ("a", 1, 1)])
-def test_spacings_that_are_no_numbers(tmp_path, spacing):
+@pytest.mark.parametrize("spacing", ["[0.34, 0.34]", 1.0, ("a", 1, 1), (0, 1, 1), (-1, 1, 1), (1, 1), (1, 1, NAN)])
+def test_impossible_spacings(tmp_path, spacing):
     with pytest.raises(ValueError, match="scan.nii: spacing .*: expected three positive lengths in mm"):
         read_volume(write_nifti(tmp_path / "scan.nii", chest()), spacing=spacing)
 
@@ -549,6 +482,8 @@ def test_spacing_mends_a_header_without_sizes(tmp_path):
     for i, write in enumerate(
         [
             nifti(pixdim=pixdim(0, 0, 0)),
+            nifti(pixdim=pixdim(1, 8, 12.5)),  # against the affine
+            nifti(pixdim=pixdim(1, 1, 1), sform_code=0, qform_code=0),
             nifti(pixdim=pixdim(NAN, -1, 0), sform_code=0, qform_code=1),
             itk("scan.mha", "ElementSpacing", "Comment"),
             itk("scan.nrrd", "kinds:", 'space units: "um" "um" "um"\nkinds:'),
@@ -558,9 +493,15 @@ def test_spacing_mends_a_header_without_sizes(tmp_path):
         assert read_volume(write(tmp_path / str(i)), spacing=SPACING).spacing == SPACING
 
 
-def test_a_header_that_says_no_orientation_gets_the_documented_one(tmp_path):
-    path = itk("scan.mha", "TransformMatrix = 1 0 0 0 1 0 0 0 1\n", "")(tmp_path)
-    assert "the header does not say how the scan lies, SPL assumed as in DICOM slices" in read_volume(path).provenance
+@pytest.mark.parametrize(
+    "write",
+    [itk("scan.mha", "TransformMatrix = 1 0 0 0 1 0 0 0 1\n", ""), nifti(sform_code=0, qform_code=0)],
+    ids=["MetaImage", "NIfTI"],
+)
+def test_a_header_that_says_no_orientation_gets_the_documented_one(tmp_path, write):
+    volume = read_volume(write(tmp_path))
+    assert volume.orientation == "SPL" and volume.spacing == SPACING
+    assert "the header does not say how the scan lies, SPL assumed as in DICOM slices" in volume.provenance
 
 
 @pytest.mark.parametrize("name", ["Thoráx 肺.nii.gz", "Thoráx 肺.nii", "Thoráx 肺.nrrd", "Thoráx 肺.mhd"])

@@ -28,11 +28,6 @@ def test_slices_are_sorted_by_position_not_by_name(tmp_path):
     assert "slope and intercept of the DICOM headers applied" in volume.provenance
 
 
-def test_slices_from_head_to_foot_come_out_canonical(tmp_path):
-    volume = read_volume(write_dicom(tmp_path, chest(), step=(0, 0, -SPACING[0])))
-    np.testing.assert_array_equal(volume.hu, chest()[::-1])
-
-
 def test_full_size_slices_compressed_without_uids_suffixes_and_from_head_to_foot(tmp_path):
     hu = np.repeat(np.repeat(chest((4, 16, 16)), 32, axis=1), 32, axis=2) + np.arange(512, dtype=np.int16) % 7
     names = [f"IM{n}" for n in range(4)]
@@ -40,11 +35,6 @@ def test_full_size_slices_compressed_without_uids_suffixes_and_from_head_to_foot
     volume = read_volume(write_dicom(tmp_path, hu, names, step=(0, 0, -15), **tags))
     np.testing.assert_array_equal(volume.hu, hu[::-1])
     assert volume.spacing == (15, 0.7, 0.7)
-
-
-def test_uids_and_fractions_of_slopes(tmp_path):
-    folder = write_dicom(tmp_path, chest(), slope=0.5, intercept=-1000, SOPInstanceUID="")
-    np.testing.assert_array_equal(read_volume(folder).hu, chest())
 
 
 def test_coronal_slices_are_turned(tmp_path):
@@ -77,24 +67,16 @@ def test_rounded_positions_are_even(tmp_path):
 # --- which files -----------------------------------------------------------------------------------------
 
 
-def without_preamble(data):
-    return data[128:]
-
-
-def without_preamble_and_magic(data):
-    return data[132:]
-
-
-def without_meta(data):
-    return data[132 + 12 + int.from_bytes(data[140:144], "little") :]
-
-
-@pytest.mark.parametrize("cut", [without_preamble, without_preamble_and_magic, without_meta])
+@pytest.mark.parametrize(
+    "cut",
+    [lambda _: 128, lambda _: 132, lambda data: 144 + int.from_bytes(data[140:144], "little")],
+    ids=["without preamble", "without preamble and mark", "without meta header"],
+)
 @pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ImplicitVRLittleEndian], ids=["explicit", "implicit"])
 def test_files_without_preamble_and_suffix(tmp_path, cut, syntax):
     write_dicom(tmp_path, chest(), [f"IMG{i}" for i in range(len(chest()))], syntax=syntax)
     for file in tmp_path.iterdir():
-        file.write_bytes(cut(file.read_bytes()))
+        file.write_bytes(file.read_bytes()[cut(file.read_bytes()) :])
         assert is_dicom(file)
     np.testing.assert_array_equal(values(tmp_path), chest())
 
@@ -174,7 +156,7 @@ def test_series_without_uids_are_not_mixed(tmp_path):
 def test_two_reconstructions_under_one_uid_are_not_mixed(tmp_path):
     write_dicom(tmp_path, chest(), ConvolutionKernel="B30f")
     change(tmp_path / "005.dcm", ConvolutionKernel="B70f")
-    with pytest.raises(ValueError, match="ConvolutionKernel changes along the series: B30f in 000.dcm, B70f in 005.* reconstructions. Put each into"):
+    with pytest.raises(ValueError, match="ConvolutionKernel .*: B30f in 000.dcm, B70f in 005.* Put each into a folder"):
         values(tmp_path)
 
 
@@ -282,12 +264,9 @@ def positioned(folder, zs, xs=None):
 @pytest.mark.parametrize(
     ("zs", "message"),
     [
-        (
-            [0, 2, 4, 8, 10],
-            "missing slices: 4.00 mm from 002.dcm to 003.dcm, other slices 2.00 mm; 1 missing in 1",
-        ),
+        ([0, 2, 4, 8, 10], "missing slices: 4.00 mm from 002.dcm to 003.dcm, other slices 2.00 mm; 1 missing in 1"),
         ([0, 2, 4, 8, 10, 12, 18, 20], r"4.00 mm from .* 3 missing in 2 place\(s\); get the whole series"),
-        ([0, 2, 4, 4, 6, 8], "duplicate slices: 002.dcm and 003.dcm both lie at 4.00 mm, 1 of 6 slices .* leave one slice in each place"),
+        ([0, 2, 4, 4, 6, 8], "duplicate slices: 002.dcm and 003.dcm both lie at 4.00 mm, 1 of 6 .* leave one slice in"),
         ([0, 0, 2, 2, 4, 4], "duplicate slices: 000.dcm and 001.dcm both lie at 0.00 mm, 3 of 6 slices"),
         (
             [0, 2, 4, 7, 9, 10.4],
@@ -348,8 +327,3 @@ def test_reading_warns_of_nothing(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         read_dicom(tmp_path)
-
-
-def test_the_dicom_writer_here_writes_dicom(tmp_path):
-    write_dicom(tmp_path, chest())
-    assert pydicom.dcmread(tmp_path / "000.dcm").pixel_array.shape == SHAPE[1:]

@@ -27,7 +27,9 @@ def read_npy(path, spacing):
 
 def test_a_format_can_be_added(tmp_path):
     np.save(tmp_path / "scan.npy", chest())
-    with pytest.raises(ValueError, match="scan.npy: not a CT by its name; expected .nii"):
+    with pytest.raises(
+        ValueError, match="scan.npy: not a CT by its name; expected .nii, .nii.gz .NIfTI file.* folder, .zip"
+    ):
         read_volume(tmp_path / "scan.npy")
     register_reader(Reader("NumPy array", (".npy",), read_npy))
     volume = read_volume(tmp_path / "scan.npy")

@@ -3,7 +3,6 @@
 import nibabel as nib
 import numpy as np
 import pytest
-import SimpleITK as sitk
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from scan_files import chest, write_dicom, write_itk, write_nifti
 
@@ -42,14 +41,6 @@ def image(volume: CTVolume, axes="LPS"):
     whole = nib.Nifti1Image(volume.hu.transpose(2, 1, 0), volume.affine[:, [2, 1, 0, 3]])
     turn = ornt_transform(io_orientation(whole.affine), axcodes2ornt(axes))
     return whole.as_reoriented(turn)
-
-
-def write_nrrd_or_mha(path, hu, spacing, direction=None):
-    stored = sitk.GetImageFromArray(hu)
-    stored.SetSpacing(spacing[::-1])
-    stored.SetDirection(np.eye(3).ravel() if direction is None else direction.ravel())
-    sitk.WriteImage(stored, str(path))
-    return path
 
 
 def lie(stored, axis):
@@ -105,44 +96,40 @@ def test_nrrd_and_metaimage_of_any_direction(tmp_path, healthy, ill, suffix, fli
     read = []
     for volume in (healthy, ill):
         stored = np.flip(volume.hu, flip)
-        path = write_nrrd_or_mha(tmp_path / f"scan.{suffix}", stored, volume.spacing, direction)
+        path = write_itk(tmp_path / f"scan.{suffix}", stored, direction.ravel(), volume.spacing)
         read.append(read_volume(path).hu)
         np.testing.assert_array_equal(read[-1], volume.hu)
         np.testing.assert_array_equal(read_volume(path, orientation="stored").hu, stored)
     check_the_effusion_is_left_and_low_and_at_the_back(*read)
     direction[0, 0] *= -1
-    lied = write_nrrd_or_mha(tmp_path / f"lied.{suffix}", stored, volume.spacing, direction)
+    lied = write_itk(tmp_path / f"lied.{suffix}", stored, direction.ravel(), volume.spacing)
     with pytest.raises(AssertionError):
         check_the_effusion_is_left_and_low_and_at_the_back(read[0], read_volume(lied).hu)
 
 
-@pytest.mark.parametrize("head_first", [False, True])
-def test_dicom_from_feet_to_head_and_from_head_to_feet(tmp_path, healthy, ill, head_first):
-    read = []
-    for volume in (healthy, ill):
-        thickness, *pixel = volume.spacing
-        stored, step = (volume.hu[::-1], -thickness) if head_first else (volume.hu, thickness)
-        folder = tmp_path / str(len(read))
-        write_dicom(folder, stored, step=(0, 0, step), PixelSpacing=pixel)
-        read.append(read_volume(folder))
-        np.testing.assert_array_equal(read[-1].hu, volume.hu)
-        assert read[-1].orientation == CANONICAL
+def read_series(folder, volume, order=1, step=1, **tags):
+    """A volume as DICOM slices, from head to feet where `order` is -1, whose headers say so where `step` is -1."""
+    thickness, *pixel = volume.spacing
+    write_dicom(folder, volume.hu[::order], step=(0, 0, step * thickness), PixelSpacing=pixel, **tags)
+    return read_volume(folder)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_dicom_from_feet_to_head_and_from_head_to_feet(tmp_path, healthy, ill, order):
+    read = [read_series(tmp_path / str(i), volume, order, order) for i, volume in enumerate((healthy, ill))]
+    for volume, expected in zip(read, (healthy, ill), strict=True):
+        np.testing.assert_array_equal(volume.hu, expected.hu)
+        assert volume.orientation == CANONICAL
     check_the_effusion_is_left_and_low_and_at_the_back(read[0].hu, read[1].hu)
 
 
 @pytest.mark.parametrize(
-    ("step", "tags"),
-    [(-1, {}), (1, dict(ImageOrientationPatient=[-1, 0, 0, 0, 1, 0]))],
+    "lie",
+    [dict(step=-1), dict(ImageOrientationPatient=[-1, 0, 0, 0, 1, 0])],
     ids=["head and feet", "left and right"],
 )
-def test_dicom_headers_that_lie_are_noticed(tmp_path, healthy, ill, step, tags):
-    read = []
-    for volume in (healthy, ill):
-        thickness, *pixel = volume.spacing
-        folder = write_dicom(
-            tmp_path / str(len(read)), volume.hu, step=(0, 0, step * thickness), PixelSpacing=pixel, **tags
-        )
-        read.append(read_volume(folder).hu)
+def test_dicom_headers_that_lie_are_noticed(tmp_path, healthy, ill, lie):
+    read = [read_series(tmp_path / str(i), volume, **lie).hu for i, volume in enumerate((healthy, ill))]
     with pytest.raises(AssertionError):
         check_the_effusion_is_left_and_low_and_at_the_back(*read)
 
@@ -198,8 +185,8 @@ def test_identical_scans_of_all_formats_are_identical(tmp_path, ill):
     """Same patient, four formats: the same HU, spacing and place in the patient."""
     nib.save(image(ill, "RAS"), tmp_path / "scan.nii.gz")
     for suffix in ("nrrd", "mha"):
-        write_nrrd_or_mha(tmp_path / f"scan.{suffix}", ill.hu, ill.spacing)
-    write_dicom(tmp_path / "series", ill.hu, step=(0, 0, ill.spacing[0]), PixelSpacing=list(ill.spacing[1:]))
+        write_itk(tmp_path / f"scan.{suffix}", ill.hu, spacing=ill.spacing)
+    read_series(tmp_path / "series", ill)
     for name in ("scan.nii.gz", "scan.nrrd", "scan.mha", "series"):
         volume = read_volume(tmp_path / name, orientation="canonical")
         np.testing.assert_array_equal(volume.hu, ill.hu, err_msg=name)

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medctkit.phantom.study import generate
 from medctkit.scans.preprocessing import PreprocessConfig, as_seen, model_affine, preprocess
 from medctkit.scans.volumes import CTVolume, read_volume
 
@@ -178,6 +179,8 @@ def test_a_model_sees_the_released_field_of_view(shape, expected):
         (dict(spacing=(1.5, 0.75)), "expected three positive lengths"),
         (dict(shape=(240, 480, -1)), "shape=.*-1.*: expected three positive numbers"),
         (dict(shape=(240, 480, 1.5)), "expected three positive numbers"),
+        (dict(hu_range=(100, -100)), r"hu_range=\(100, -100\): expected the lower end, then the higher"),
+        (dict(axes="xyt"), "axes='xyt': expected z, y and x in some order"),
     ],
 )
 def test_impossible_configurations_are_refused(arguments, message):
@@ -203,3 +206,17 @@ def test_a_volume_of_the_models_size_is_ready_in_milliseconds():
     for _ in range(20):
         preprocess(volume, MINI)
     assert (time.process_time() - started) / 20 < 0.03
+
+
+def test_another_model_may_want_other_axes_and_another_range():
+    volume = generate(3, shape=(36, 40, 44)).volume
+    usual = PreprocessConfig((10.0, 8.0, 6.0), (30, 40, 50))
+    other = PreprocessConfig((6.0, 8.0, 10.0), (50, 40, 30), axes="yxz", hu_range=(-1000, 200))
+    found, expected = preprocess(volume, other)[0], preprocess(volume, usual)[0].permute(2, 1, 0)
+    assert found.shape == (50, 40, 30) and found.is_contiguous() and (found.min(), found.max()) == (-1, 1)
+    within = (expected > -1) & (expected < 0.2)  # -1000 to 200 HU become -1 to 1
+    calm = np.abs(found[within] - (expected[within] * 1000 + 400) / 600) < 1e-3  # where no neighbour was clipped
+    assert calm.float().mean() > 0.8
+    seen, same = as_seen(volume, other), as_seen(volume, usual)
+    np.testing.assert_allclose(seen.affine, same.affine)
+    assert seen.shape == same.shape and seen.hu.max() == pytest.approx(200)

@@ -39,11 +39,11 @@ def write_nifti(path, hu, affine=None, **header):
     return path
 
 
-def write_itk(path, hu, direction=(1, 0, 0, 0, 1, 0, 0, 0, 1)):
+def write_itk(path, hu, direction=(1, 0, 0, 0, 1, 0, 0, 0, 1), spacing=SPACING, compressed=False):
     image = sitk.GetImageFromArray(hu)
-    image.SetSpacing(SPACING[::-1])
+    image.SetSpacing(spacing[::-1])
     image.SetDirection(direction)
-    sitk.WriteImage(image, str(path))
+    sitk.WriteImage(image, str(path), compressed)
     return path
 
 
