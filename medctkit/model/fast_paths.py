@@ -49,7 +49,7 @@ class QuickRelativePositionBias(RelativePositionBias):
     _kept: tuple[tuple, list[torch.Tensor], torch.Tensor] | None = None  # grid, weights, and the bias they gave
 
     def forward(self, h: int, w: int) -> torch.Tensor:
-        """See `RelativePositionBias.forward`."""
+        """Bias (heads, h * w, h * w), as `RelativePositionBias.forward` says."""
         if torch.compiler.is_compiling() or not self._constant():
             return self._bias(h, w)
         weights = list(self.parameters())
@@ -80,7 +80,7 @@ class QuickAttention(Attention):
     """torch's fused attention: the (n, n) maps are never in memory."""
 
     def mix(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """See `Attention.mix`."""
+        """Mixed values (b, heads, n, dim_head), as `Attention.mix` says."""
         mask = None if bias is None else bias.to(v.dtype)[None]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
 
@@ -164,7 +164,7 @@ class QuickTransformer(Transformer):
     def forward(
         self, x: torch.Tensor, grid: tuple[int, int, int, int], bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """See `Transformer.forward`."""
+        """Tokens (b', n, c) to the same shape, as `Transformer.forward` says."""
         x = x.contiguous()  # the temporal sequences of a single volume are a view with far jumps in memory
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
@@ -180,7 +180,7 @@ class QuickVectorQuantiser(VectorQuantiser):
     max_similarities = 2**23  # in memory at a time, 32 MB
 
     def best(self, tokens: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        """See `VectorQuantiser.best`."""
+        """For each of the tokens (n, c) the best code (n,), as `VectorQuantiser.best` says."""
         parts = tokens.split(max(1, self.max_similarities // len(codes)))
         return torch.cat([super(QuickVectorQuantiser, self).best(part, codes) for part in parts])
 
@@ -189,7 +189,7 @@ class QuickVisionTransformer(VisionTransformer):
     """Frozen patches slab by slab: what is cut stays in the processor's cache, and takes little memory."""
 
     def embed_patches(self, volumes: torch.Tensor) -> torch.Tensor:
-        """See `VisionTransformer.embed_patches`."""
+        """Patches of volumes (b, 1, d, h, w), as `VisionTransformer.embed_patches` says."""
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.to_patch_emb.parameters()):
             return super().embed_patches(volumes)
         slabs = volumes.split(self.patch_depth, dim=2)

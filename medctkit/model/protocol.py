@@ -74,7 +74,7 @@ class VisionLanguageModel(Protocol):
     def text_encoder(self) -> nn.Module: ...  # noqa: D102
 
     def encode_image(self, volumes: torch.Tensor) -> torch.Tensor:
-        """Embed volumes (b, 1, *shape): (b, p), L2-normalised."""
+        """Embed volumes (b, 1, d, h, w): (b, p), L2-normalised."""
         ...
 
     def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:

@@ -36,7 +36,7 @@ class Patches(nn.Module):
         self.size = (temporal_patch_size, patch_size, patch_size)
 
     def forward(self, volumes: torch.Tensor) -> torch.Tensor:
-        """Inside a patch the order is channel, depth, row, column."""
+        """Cut volumes (b, 1, d, h, w); inside a patch the order is channel, depth, row, column."""
         b, c, *shape = volumes.shape
         (pt, ph, pw), (t, h, w) = self.size, (n // p for n, p in zip(shape, self.size, strict=True))
         x = volumes.reshape(b, c, t, pt, h, ph, w, pw)
@@ -54,7 +54,7 @@ class ScaleNorm(nn.Module):
         self.register_buffer("beta", torch.zeros(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise the last axis."""
+        """Normalise the last axis of tokens (..., c)."""
         return F.layer_norm(x, x.shape[-1:], self.gamma, self.beta)
 
 
