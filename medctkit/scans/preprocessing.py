@@ -20,7 +20,6 @@ FIELD_OF_VIEW = 360.0  # mm along each axis: 240 x 1.5 = 480 x 0.75
 HU_LIMIT = 1000.0
 ANTIALIAS_TARGET = 3.0  # mm; no chest CT is much coarser than this
 ANTIALIAS_RATIO = 1.5
-_SEEN_AS = (0, 2, 1)  # d h w of a scan are z y x of the model, whose axes are (z, x, y)
 _SLAB = 4  # slices that are resampled at a time: what they need stays in the processor's cache
 
 
@@ -29,19 +28,23 @@ class PreprocessConfig:
     """What a model wants to see.
 
     Args:
-        spacing: mm along the model's axes (z, x, y).
-        shape: voxels along (z, x, y).
+        spacing: mm along the model's axes.
+        shape: voxels along them.
         antialias: average over what a coarse voxel covers, along each axis where the scan is finer than the
             model by more than a factor 1.5. The released pipeline does not, and its factors are near 1; a model
             of coarse voxels needs it, because two of 15 fine slices show their noise, not their average.
+        hu_range: HU below and above are clipped; these two become -1 and 1.
+        axes: the order of the model's axes, some order of z (slices), y (rows) and x (columns).
 
     Raises:
-        ValueError: spacing or shape that isn't three positive numbers.
+        ValueError: spacing or shape that isn't three positive numbers; a range that is none; other axes.
     """
 
     spacing: tuple[float, float, float] = (1.5, 0.75, 0.75)
     shape: tuple[int, int, int] = (240, 480, 480)
     antialias: bool = False
+    hu_range: tuple[float, float] = (-HU_LIMIT, HU_LIMIT)
+    axes: str = "zxy"
 
     def __post_init__(self) -> None:
         spacing = checked_spacing(self.spacing, "(z, x, y)")
@@ -49,6 +52,23 @@ class PreprocessConfig:
             raise ValueError(f"shape={self.shape}: expected three positive numbers of voxels (z, x, y)")
         object.__setattr__(self, "spacing", spacing)
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+        low, high = (float(end) for end in self.hu_range)
+        if not low < high:
+            raise ValueError(f"hu_range={self.hu_range}: expected the lower end, then the higher, in HU")
+        object.__setattr__(self, "hu_range", (low, high))
+        if sorted(self.axes) != sorted("zyx"):
+            raise ValueError(f"axes={self.axes!r}: expected z, y and x in some order, such as 'zxy'")
+
+    @property
+    def seen_as(self) -> tuple[int, int, int]:
+        """Which of the model's axes d, h and w of a scan are."""
+        return self.axes.index("z"), self.axes.index("y"), self.axes.index("x")
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        """HU that become 0, and from there to 1."""
+        low, high = self.hu_range
+        return (low + high) / 2, (high - low) / 2
 
     @classmethod
     def for_shape(cls, shape: tuple[int, int, int]) -> "PreprocessConfig":
@@ -68,8 +88,8 @@ def preprocess(volume: CTVolume, config: PreprocessConfig | None = None) -> "tor
         config: spacing and shape the model wants; those of the released weights by default.
 
     Returns:
-        float32 tensor (1, z, x, y) of `config.shape`, HU / 1000 clipped to [-1, 1]; -1 (air) where the scan
-        covers less than the model sees.
+        float32 tensor (1, *config.shape) along `config.axes`, HU / 1000 clipped to [-1, 1] (`config.hu_range`
+        decides); -1 (air) where the scan covers less than the model sees.
 
     Raises:
         TypeError: `volume` is not a `CTVolume`.
@@ -82,18 +102,21 @@ def preprocess(volume: CTVolume, config: PreprocessConfig | None = None) -> "tor
     config = PreprocessConfig() if config is None else config
     axes = _plan(volume, config)
     depth, rows, columns = axes
-    model_input = torch.full((1, *config.shape), -1.0)
+    d, h, w = (config.shape[seen_as] for seen_as in config.seen_as)
+    model_input, (low, high), (middle, half) = torch.full((1, d, w, h), -1.0), config.hu_range, config.scale
     filled = model_input[0, depth.filled, columns.filled, rows.filled]
     for start in range(0, depth.kept, _SLAB):
         slab = depth.part(slice(start, start + _SLAB))
         # only what the model will see is converted, clipped and resampled
         seen = volume.hu[slab.used, rows.used, columns.used]
-        values = torch.from_numpy(np.clip(seen, -HU_LIMIT, HU_LIMIT, dtype=np.float32, order="C"))
-        values /= HU_LIMIT
+        values = torch.from_numpy(np.clip(seen, low, high, dtype=np.float32, order="C"))
+        if middle:
+            values -= middle
+        values /= half
         values = rows.resample(slab.resample(values, 0), 1)
         # d h w -> d w h = z x y. Now, because whole rows are quicker to gather than single voxels
         filled[start : start + _SLAB] = columns.resample(values.transpose(1, 2).contiguous(), 1)
-    return model_input
+    return model_input.permute(0, *("zxy".index(axis) + 1 for axis in config.axes)).contiguous()
 
 
 def model_affine(volume: CTVolume, config: PreprocessConfig | None = None) -> np.ndarray:
@@ -110,8 +133,8 @@ def model_affine(volume: CTVolume, config: PreprocessConfig | None = None) -> np
         ValueError: as `preprocess`.
     """
     to_scan = np.diag([0.0, 0, 0, 1])
-    axes = _plan(volume, PreprocessConfig() if config is None else config)
-    for axis, seen_as, plan in zip(range(3), _SEEN_AS, axes, strict=True):
+    config = PreprocessConfig() if config is None else config
+    for axis, seen_as, plan in zip(range(3), config.seen_as, _plan(volume, config), strict=True):
         to_scan[axis, seen_as], to_scan[axis, 3] = plan.scale, plan.origin
     return volume.affine @ to_scan
 
@@ -124,22 +147,24 @@ def as_seen(volume: CTVolume, config: PreprocessConfig | None = None) -> CTVolum
         config: and with which settings.
 
     Returns:
-        HU clipped to [-1000, 1000], float32, axes (d, h, w) as those of `volume`, each voxel at its place in the
+        HU clipped to `config.hu_range`, float32, axes (d, h, w) as those of `volume`, each voxel at its place in the
         patient.
 
     Raises:
         TypeError: as `preprocess`.
         ValueError: as `preprocess`.
     """
-    hu = preprocess(volume, config)[0].mul_(HU_LIMIT).permute(_SEEN_AS).contiguous().numpy()
-    affine = model_affine(volume, config)[:, [*_SEEN_AS, 3]]
-    provenance = (*volume.provenance, f"resampled to what a model sees: {hu.shape} voxels, -1000 to 1000 HU")
+    config = PreprocessConfig() if config is None else config
+    (middle, half), (low, high) = config.scale, config.hu_range
+    hu = preprocess(volume, config)[0].mul_(half).add_(middle).permute(config.seen_as).contiguous().numpy()
+    affine = model_affine(volume, config)[:, [*config.seen_as, 3]]
+    provenance = (*volume.provenance, f"resampled to what a model sees: {hu.shape} voxels, {low:g} to {high:g} HU")
     return CTVolume(hu, steps_of(affine), volume.orientation, affine, provenance)
 
 
 def _plan(volume: CTVolume, config: PreprocessConfig) -> list["_Axis"]:
     """How d, h and w are resampled."""
-    return [_Axis.plan(volume, config, axis, seen_as) for axis, seen_as in enumerate(_SEEN_AS)]
+    return [_Axis.plan(volume, config, axis, seen_as) for axis, seen_as in enumerate(config.seen_as)]
 
 
 @dataclass(frozen=True)

@@ -138,6 +138,7 @@ def test_a_file_under_another_name_is_not_taken_for_it(cache):
 def test_every_setting_has_its_own_file():
     config = PreprocessConfig()
     other = {"spacing": (1.5, 0.75, 0.8), "shape": (240, 480, 479), "antialias": True}
+    other |= {"hu_range": (-1000, 200), "axes": "zyx"}
     assert set(other) == {field.name for field in dataclasses.fields(PreprocessConfig)}
     configs = [config, *(dataclasses.replace(config, **{name: value}) for name, value in other.items())]
     readings = [{}, {"rescale_slope": 1.0}, {"rescale_intercept": 1.0}, {"spacing": (1.0, 1.0, 1.0)}]
