@@ -138,31 +138,32 @@ class Cases:
         assert self.cache_dir is not None
         return Path(self.cache_dir) / "embeddings" / f"{digest}.safetensors"
 
+    def _kept(self, name: str) -> dict[str, torch.Tensor]:
+        """Embeddings of a model that are on disk, of other browsers' studies too, by the key of their study."""
+        if self.cache_dir is None or not self._file(name).is_file():
+            return {}
+        kept = load_embeddings(self._file(name), self._made_of[name])
+        return dict(zip(kept.studies.tolist(), kept.embeddings, strict=True))
+
     def _read_kept(self) -> None:
         for name, found in self.embeddings.items():
-            if self.cache_dir is not None and self._file(name).is_file():
-                kept = load_embeddings(self._file(name), self._made_of[name])
-                of_key = dict(zip(kept.studies.tolist(), kept.embeddings, strict=True))
-                for i, key in enumerate(self._keys):
-                    if key in of_key:
-                        found[i] = of_key[key]
+            kept = self._kept(name)
+            for i, key in enumerate(self._keys):
+                found[i] = kept.get(key, found[i])
 
     def _keep(self) -> None:
-        """Add to the files what they lack; they hold the studies of other browsers too."""
+        """Add to the files what they lack."""
         if self.cache_dir is None:
             return
         for name, found in self.embeddings.items():
-            path, of_key = self._file(name), {}
-            if path.is_file():
-                kept = load_embeddings(path, self._made_of[name])
-                of_key = dict(zip(kept.studies.tolist(), kept.embeddings, strict=True))
+            of_key = self._kept(name)
             before = len(of_key)
             of_key |= {key: found[i] for i, key in enumerate(self._keys) if key and not found[i].isnan().any()}
             if len(of_key) > before:
                 unknown = np.full((len(of_key), len(FINDINGS)), np.nan)
                 keys = np.array(list(of_key))
                 embedded = Embedded(torch.stack(list(of_key.values())), unknown, keys, keys)
-                save_embeddings(embedded, path, self._made_of[name])
+                save_embeddings(embedded, self._file(name), self._made_of[name])
 
     def _left(self) -> dict[str, list[int]]:
         """For each model the studies without an embedding."""

@@ -261,25 +261,19 @@ def test_thresholds_are_the_roc_point_nearest_the_corner():
         assert np.isclose(here, np.hypot(false, 1 - true).min())
 
 
-def test_thresholds_on_test_are_available_and_marked():
-    labels, scores, patients = simulate(5)
-    table = metrics.evaluate(labels, scores, patients, "roc-corner-on-test", NAMES, resamples=10)
-    assert table["optimistic"].all() and "optimistic" in table.attrs
-    honest = metrics.evaluate(labels, scores, patients, 0.5, NAMES, resamples=10)
-    assert "optimistic" not in honest and honest.index.name == "finding"
-
-
 def test_an_optimistic_table_says_so_whatever_is_printed_of_it():
     labels, scores, patients = simulate(5)
     table = metrics.evaluate(labels, scores, patients, "roc-corner-on-test", NAMES, resamples=10)
     against = metrics.compare(labels, scores, scores, patients, 0.5, "roc-corner-on-test", NAMES, resamples=10)
     said = "optimistic: thresholds were chosen on the labels they are measured on"
+    assert table["optimistic"].all() and "optimistic" in table.attrs
     for printed in (table, against):
         chosen = printed[["f1", "f1_low"]].round(3)
         shown = [printed, chosen, chosen.iloc[:2], chosen["f1"], chosen.loc["mean"]]
         assert all(said in str(each) for each in shown)
         assert said in chosen.to_html() and said in chosen.to_csv()
     honest = metrics.evaluate(labels, scores, patients, 0.5, NAMES, resamples=10)
+    assert "optimistic" not in honest and honest.index.name == "finding"
     same = metrics.compare(labels, scores, scores, patients, findings=NAMES, resamples=10)
     assert metrics.summary(honest, table, against)["optimistic"] == said
     assert set(metrics.summary(honest, honest, same)) == {"base", "adapted", "difference"}
@@ -318,16 +312,13 @@ def test_bad_input_is_refused(change, message):
         metrics.evaluate(*change(*simulate(0)), findings=NAMES)
 
 
-def test_comparing_names_the_scores_that_are_wrong():
+def test_comparing_names_the_scores_that_are_wrong_and_bad_thresholds_are_refused():
     labels, scores, patients = simulate(0)
     with pytest.raises(ValueError, match="scores_b: study 0, finding 'a' is"):
         metrics.compare(labels, scores, scores - 2, patients, findings=NAMES)
-
-
-@pytest.mark.parametrize("thresholds", [1.5, [0.5, 0.5], "best"])
-def test_bad_thresholds_are_refused(thresholds):
-    with pytest.raises(ValueError, match="thresholds="):
-        metrics.evaluate(*simulate(0), thresholds=thresholds, findings=NAMES)
+    for thresholds in (1.5, [0.5, 0.5], "best"):
+        with pytest.raises(ValueError, match="thresholds="):
+            metrics.evaluate(labels, scores, patients, thresholds=thresholds, findings=NAMES)
 
 
 def as_tables(labels, scores, patients):

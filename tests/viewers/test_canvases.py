@@ -12,31 +12,25 @@ from PIL import Image
 from medctkit.viewers.drawing import canvases
 
 
-@pytest.fixture
-def in_a_notebook(monkeypatch):
-    monkeypatch.setattr(IPython, "get_ipython", lambda: SimpleNamespace(kernel=object()))
-    monkeypatch.delenv("COLAB_RELEASE_TAG", raising=False)
-
-
-def test_a_notebook_gets_the_canvas_that_hears_the_mouse(in_a_notebook):
-    assert canvases.kind_that_works() == "ipympl"
-
-
-def test_colab_gets_the_plain_one(in_a_notebook, monkeypatch):
-    monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab")
-    assert canvases.kind_that_works() == "plain"
-
-
-def test_without_ipympl_there_is_the_plain_one(in_a_notebook, monkeypatch):
+@pytest.mark.parametrize(
+    ("shell", "colab", "ipympl", "kind"),
+    [
+        (SimpleNamespace(kernel=object()), False, True, "ipympl"),
+        (SimpleNamespace(kernel=object()), True, True, "plain"),
+        (SimpleNamespace(kernel=object()), False, False, "plain"),
+        (SimpleNamespace(), False, True, "plain"),  # a terminal
+        (None, False, True, "plain"),  # a script
+    ],
+)
+def test_a_notebook_gets_the_canvas_that_hears_the_mouse_where_it_works(monkeypatch, shell, colab, ipympl, kind):
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ipympl" else find_spec(name))
-    assert canvases.kind_that_works() == "plain"
-
-
-def test_a_script_or_terminal_gets_the_plain_one(monkeypatch):
-    for shell in (None, SimpleNamespace()):
-        monkeypatch.setattr(IPython, "get_ipython", lambda shell=shell: shell)
-        assert canvases.kind_that_works() == "plain"
+    monkeypatch.setattr(IPython, "get_ipython", lambda: shell)
+    monkeypatch.delenv("COLAB_RELEASE_TAG", raising=False)
+    if colab:
+        monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab")
+    if not ipympl:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ipympl" else find_spec(name))
+    assert canvases.kind_that_works() == kind
 
 
 def test_nobody_sees_that_the_picture_on_the_screen_is_a_jpeg():

@@ -153,32 +153,28 @@ def test_montage_and_gallery(study):
     assert titles.count(next(iter(study.masks))) == 2
 
 
-def test_bad_input_is_refused(study):
-    with pytest.raises(TypeError, match="expected a CTVolume, as read_volume.path. gives it, got ndarray"):
-        Scan.of(study.volume.hu)
-    with pytest.raises(ValueError, match=r"mask 'x' has shape \(2, 2, 2\), the volume \(32, 64, 64\)"):
-        rendering.render(study.volume, "axial", 0, masks={"x": np.zeros((2, 2, 2))})
-    with pytest.raises(ValueError, match="unknown window 'liver'; choose one of lung, mediastinum, bone"):
-        rendering.render(study.volume, "axial", 0, "liver")
-    with pytest.raises(ValueError, match="unknown plane 'oblique'"):
-        rendering.render(study.volume, "oblique", 0)
-    with pytest.raises(IndexError, match="axial slice 32: the volume has slices 0 to 31"):
-        rendering.render(study.volume, "axial", 32)
-    with pytest.raises(ValueError, match="width must be above 0"):
-        rendering.window(0, 40, 0)
-    with pytest.raises(ValueError, match=r"window \(40.0, 0.0\): expected a finite centre and a width above 0"):
-        rendering.window_of((40, 0))
-    with pytest.raises(ValueError, match=r"window \(1, 2, 3\): expected a preset name or \(centre, width\)"):
-        rendering.window_of((1, 2, 3))
-    with pytest.raises(ValueError, match=r"orientation IAR, expected SPL: pass volume.reoriented\(\)"):
-        rendering.render(study.volume.reoriented("IAR"), "axial", 0)
-    with pytest.raises(ValueError, match="unknown colour map 'jet'; choose one of inferno, viridis, cividis"):
-        rendering.colour_table("jet")
-    with pytest.raises(ValueError, match="montage of 0 slices"):
-        rendering.montage(study.volume, n=0)
-    with pytest.raises(ValueError, match="unknown plane 'oblique'"):
-        rendering.montage(study.volume, "oblique")
-    with pytest.raises(ValueError, match="no studies"):
-        rendering.finding_gallery([])
-    with pytest.raises(ValueError, match="study 1 has no finding"):
-        rendering.finding_gallery([study, generate(1, findings=[])])
+@pytest.mark.parametrize(
+    ("error", "message", "act"),
+    [
+        (TypeError, "expected a CTVolume, as read_volume.path. gives it, got ndarray", lambda s: Scan.of(s.volume.hu)),
+        (ValueError, r"mask 'x' has shape \(2, 2, 2\), the volume \(32, 64, 64\)",
+            lambda s: rendering.render(s.volume, "axial", 0, masks={"x": np.zeros((2, 2, 2))})),
+        (ValueError, "unknown window 'liver'; choose one of lung, mediastinum, bone",
+            lambda s: rendering.render(s.volume, "axial", 0, "liver")),
+        (ValueError, "unknown plane 'oblique'", lambda s: rendering.render(s.volume, "oblique", 0)),
+        (IndexError, "axial slice 32: .* has slices 0 to 31", lambda s: rendering.render(s.volume, "axial", 32)),
+        (ValueError, "width must be above 0", lambda s: rendering.window(0, 40, 0)),
+        (ValueError, r"window \(40.0, 0.0\): expected a finite centre", lambda s: rendering.window_of((40, 0))),
+        (ValueError, r"window \(1, 2, 3\): expected a preset name or", lambda s: rendering.window_of((1, 2, 3))),
+        (ValueError, r"orientation IAR, expected SPL: pass volume.reoriented\(\)",
+            lambda s: rendering.render(s.volume.reoriented("IAR"), "axial", 0)),
+        (ValueError, "unknown colour map 'jet'; choose one of inferno", lambda s: rendering.colour_table("jet")),
+        (ValueError, "montage of 0 slices", lambda s: rendering.montage(s.volume, n=0)),
+        (ValueError, "unknown plane 'oblique'", lambda s: rendering.montage(s.volume, "oblique")),
+        (ValueError, "no studies", lambda s: rendering.finding_gallery([])),
+        (ValueError, "study 1 has no finding", lambda s: rendering.finding_gallery([s, generate(1, findings=[])])),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused(study, error, message, act):
+    with pytest.raises(error, match=message):
+        act(study)

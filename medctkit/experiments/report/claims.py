@@ -26,6 +26,7 @@ from medctkit.model.ct_clip import CTCLIPConfig, released_layout
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 PAPER = "arXiv 2512.00597"
 EXACT = "reproduced exactly"
@@ -64,69 +65,49 @@ class Claim:
 
 
 @cache
-def _counts() -> tuple[int, int]:
-    """Parameters of the released checkpoint, and of the adapter of rank 24 on q, k, v of both encoders."""
-    total = sum(
-        math.prod(entry.shape) for entry in released_layout(CTCLIPConfig()).values() if entry.kind == "parameter"
-    )
+def _counts() -> tuple[int, int, int]:
+    """Parameters of the released checkpoint, those that never take part, and an adapter's of rank 24 on q, k, v."""
+    sizes = [(math.prod(e.shape), e.live) for e in released_layout(CTCLIPConfig()).values() if e.kind == "parameter"]
     searched = search_placements(ranks=(24,))
-    return total, int(searched.loc[searched["exactly q, k, v"], "trainable"].item())
+    adapter = int(searched.loc[searched["exactly q, k, v"], "trainable"].item())
+    return sum(n for n, _ in sizes), sum(n for n, live in sizes if not live), adapter
 
 
 def claims(measured: Measurement) -> list[Claim]:
     """The claims of the paper, one by one."""
-    total, adapter = _counts()
-    share, times = 100 * adapter / (total + adapter), total / adapter
-    sizes, search = "medctkit.lora.counting.search_placements()", "notebook 02 shows the search"
+    total, idle, adapter = _counts()
+    share, times, kilobytes = 100 * adapter / (total + adapter), total / adapter, 4 * adapter / 1e3
+
+    def counted(claim: str, paper: str, here: str, verdict: str | bool, why: str) -> Claim:
+        verdict = verdict if isinstance(verdict, str) else (EXACT if verdict else NOT)
+        return Claim(claim, paper, here, "any", verdict, why, "medctkit.lora.counting.search_placements()")
+
     found = [
-        Claim(
-            "size of the model",
-            "440 M parameters",
-            f"{total:,} + {adapter:,} = {(total + adapter) / 1e6:.1f} M",
-            "any",
-            EXACT if round((total + adapter) / 1e6) == 440 else NOT,
-            f"the released checkpoint with the adapter; {total - _live(total):,} of them never take part",
-            sizes,
+        counted(
+            "size of the model", "440 M parameters", f"{total:,} + {adapter:,} = {(total + adapter) / 1e6:.1f} M",
+            round((total + adapter) / 1e6) == 440,
+            f"the released checkpoint with the adapter; {idle:,} of them never take part",
         ),
-        Claim(
-            "trainable parameters",
-            "1.67 M",
-            f"{adapter:,}",
-            "any",
-            EXACT if round(adapter / 1e6, 2) == 1.67 else NOT,
-            f"rank 24 on q, k, v of both encoders; the placement is inferred, {search}",
-            sizes,
+        counted(
+            "trainable parameters", "1.67 M", f"{adapter:,}", round(adapter / 1e6, 2) == 1.67,
+            "rank 24 on q, k, v of both encoders; the placement is inferred, notebook 02 shows the search",
         ),
-        Claim(
-            "share that is trained",
-            "0.38 %",
-            f"{share:.3f} %",
-            "any",
-            EXACT if round(share, 2) == 0.38 else NOT,
+        counted(
+            "share that is trained", "0.38 %", f"{share:.3f} %", round(share, 2) == 0.38,
             "of all parameters, adapter included",
-            sizes,
         ),
         _encoders(measured),
-        Claim(
-            "size of a checkpoint",
-            "74 times smaller",
-            f"{times:.0f} times: {4 * adapter / 1e6:.2f} MB against {4 * total / 1e9:.2f} GB, float32",
-            "any",
-            INCOMPARABLE,
-            f"74 times {4 * adapter / 1e6:.2f} MB are {74 * 4 * adapter / 1e6:.0f} MB, no checkpoint of this model in "
+        counted(
+            "size of a checkpoint", "74 times smaller",
+            f"{times:.0f} times: {kilobytes / 1e3:.2f} MB against {4 * total / 1e9:.2f} GB, float32", INCOMPARABLE,
+            f"74 times {kilobytes / 1e3:.2f} MB are {74 * kilobytes / 1e3:.0f} MB, no checkpoint of this model in "
             "float32; which one the paper means is not known to us",
-            sizes,
         ),
-    ]
+    ]  # fmt: skip
     paper = {"auroc": ("mean AUROC", 61.3, 68.9), "accuracy": ("accuracy", 67.2, 73.6), "f1": ("macro-F1", 32.1, 36.9)}
     for column, (name, before, after) in paper.items():
         found += _result(measured, name, column, before, after)
     return found
-
-
-def _live(total: int) -> int:
-    never = (e for e in released_layout(CTCLIPConfig()).values() if e.kind == "parameter" and not e.live)
-    return total - sum(math.prod(entry.shape) for entry in never)
 
 
 def _encoders(measured: Measurement) -> Claim:
@@ -147,32 +128,21 @@ def _encoders(measured: Measurement) -> Claim:
 def _result(measured: Measurement, name: str, column: str, before: float, after: float) -> list[Claim]:
     base, adapted = (measured.tables[model].loc["mean"] for model in ("base", "adapted"))
     gain, world = measured.difference.loc["mean"], measured.made_with["data"]
-    here = (
-        f"{100 * base[column]:.1f} -> {100 * adapted[column]:.1f} %, "
-        f"{100 * gain[column]:+.1f} [{100 * gain[column + '_low']:+.1f}, {100 * gain[column + '_high']:+.1f}] points"
-    )
+    value, low, high = (100 * gain[f"{column}{end}"] for end in ("", "_low", "_high"))
+    here = f"{100 * base[column]:.1f} -> {100 * adapted[column]:.1f} %, {value:+.1f} [{low:+.1f}, {high:+.1f}] points"
     paper = f"{before} -> {after} %, {after - before:+.1f} points"
-    low, high = (100 * gain[f"{column}_{end}"] for end in ("low", "high"))
     if world == "phantom":
-        verdict = MINIATURE if low > 0 else NOT
-        why = (
-            "the interval of the gain lies above 0" if low > 0 else "the interval of the gain holds 0 or lies below it"
-        )
-        why += ", on phantoms with a model of our own: the mechanism, not the number"
+        verdict, lies = (MINIATURE, "lies above 0") if low > 0 else (NOT, "holds 0 or lies below it")
+        why = f"the interval of the gain {lies}, on phantoms with a model of our own: the mechanism, not the number"
     elif world == "CT-RATE" and measured.origin.model != "mini":
-        inside = low <= after - before <= high
-        verdict = EXACT if inside else NOT
-        why = f"the paper's gain lies {'inside' if inside else 'outside'} the interval of ours"
+        verdict, lies = (EXACT, "inside") if low <= after - before <= high else (NOT, "outside")
+        why = f"the paper's gain lies {lies} the interval of ours"
     else:
         verdict, why = INCOMPARABLE, "other patients than the paper's"
     rows = [Claim(f"{name}, base -> LoRA", paper, here, world, verdict, why, measured.made_with["command"])]
     if world != "CT-RATE":
-        missing = "not measured: CT-RATE and the released weights are gated"
-        rows.append(
-            Claim(
-                f"{name} on CT-RATE", paper, missing, "CT-RATE", GATED, "accept the terms on the hub first", ON_CT_RATE
-            )
-        )
+        missing, first = "not measured: CT-RATE and the released weights are gated", "accept the terms on the hub first"
+        rows.append(Claim(f"{name} on CT-RATE", paper, missing, "CT-RATE", GATED, first, ON_CT_RATE))
     return rows
 
 
@@ -235,19 +205,14 @@ def metrics_table(measured: Measurement, model: str) -> pd.DataFrame:
 
 def difference_table(measured: Measurement) -> pd.DataFrame:
     """A row for each finding and the mean: paired gain in AUROC with interval, p-value, and Holm's over findings."""
-    import pandas as pd
-
-    table, rows = measured.difference, []
-    for name, row in table.iterrows():
-        gain = (
-            f"{row['auroc']:+.3f} [{row['auroc_low']:+.3f}, {row['auroc_high']:+.3f}]"
-            if row["auroc"] == row["auroc"]
-            else "-"
-        )
-        rows.append({"finding": name, "AUROC, adapted minus base": gain, "p": _number(row["auroc_p"])})
-        if "auroc_p_holm" in table:
-            rows[-1]["p, Holm over findings"] = _number(row["auroc_p_holm"])
-    return pd.DataFrame(rows)
+    table = measured.difference
+    gains = table[["auroc", "auroc_low", "auroc_high"]].itertuples(index=False, name=None)
+    shown = table.index.to_frame(index=False, name="finding")
+    shown["AUROC, adapted minus base"] = [f"{v:+.3f} [{a:+.3f}, {b:+.3f}]" if v == v else "-" for v, a, b in gains]
+    for column, name in (("auroc_p", "p"), ("auroc_p_holm", "p, Holm over findings")):
+        if column in table:
+            shown[name] = table[column].map(_number).to_numpy()
+    return shown
 
 
 def retrieval_table(measured: Measurement) -> pd.DataFrame:
@@ -279,6 +244,18 @@ def blocks(measured: Measurement) -> list[Block]:
     """The report, piece by piece."""
     made, world = measured.made_with, measured.made_with["data"]
     by = provenance(made, short=True)
+
+    def table(text: str, content: pd.DataFrame) -> Block:
+        return Block("table", f"{text} {world}; {by}.", content)
+
+    def figure(name: str, content: Figure, text: str) -> Block:
+        return Block("figure", f"{text} {world}; {by}.", content, name)
+
+    def finding_by_finding(model: str) -> Block:
+        note = measured.tables[model].attrs.get("optimistic")
+        marked = f"OPTIMISTIC: {note}." if note else "Thresholds from validation patients."
+        return table(f"The {model} model. {marked}", metrics_table(measured, model))
+
     page = [
         Block("title", "MedCT-VLM, reproduced: what was measured here"),
         Block("banner", _world_note(world)),
@@ -286,54 +263,35 @@ def blocks(measured: Measurement) -> list[Block]:
         Block("heading", "The claims of the paper"),
         Block("table", f"Claims of {PAPER}, and what became of them here.", claims_table(measured)),
         Block("heading", "What was published"),
-    ]
-    page += [Block("table", f"Published, {title}.", table) for title, table in published()]
-    page += [
+        *(Block("table", f"Published, {title}.", results) for title, results in published()),
         Block("text", f"Tables of different labels are kept apart: their means are not comparable. {REMARK}"),
         Block("heading", "Finding by finding"),
+        *(figure(name, draw(measured), f"{what}. 95 % intervals over patients.") for name, draw, what in FIGURES),
+        table("Adapted minus base, the same patients.", difference_table(measured)),
+        *map(finding_by_finding, ("base", "adapted")),
     ]
-    drawn = (
-        ("forest", figures.forest, "AUROC of base and adapted model for each finding, and the paired difference"),
-        ("roc", figures.roc_curves, "ROC curves of base and adapted model, one panel for each finding"),
-        ("calibration", figures.calibration, "observed share of positive studies against predicted probability"),
-        ("prompts", figures.prompt_sensitivity, "mean AUROC with each set of prompts"),
-        ("scores", figures.score_histograms, "scores of studies with and without each finding, adapted model"),
-    )
-    for name, draw, what in drawn:
-        page.append(
-            Block(
-                "figure",
-                f"{what[0].upper()}{what[1:]}. 95 % intervals over patients. {world}; {by}.",
-                draw(measured),
-                name,
-            )
-        )
-    page.append(Block("table", f"Adapted minus base, the same patients. {by}.", difference_table(measured)))
-    for model in ("base", "adapted"):
-        note = measured.tables[model].attrs.get("optimistic")
-        marked = f" OPTIMISTIC: {note}." if note else " Thresholds from validation patients."
-        page.append(Block("table", f"The {model} model.{marked} {by}.", metrics_table(measured, model)))
     if len(measured.retrieval):
-        page += [
-            Block("heading", "Retrieval"),
-            Block("table", f"Base and adapted model, and a random order. {world}; {by}.", retrieval_table(measured)),
-        ]
-    page += [
+        page.append(Block("heading", "Retrieval"))
+        page.append(table("Base and adapted model, and a random order.", retrieval_table(measured)))
+    public = (
+        "The public evaluation code has known defects. Each was done the public way and the right way, on the base "
+        "model and the studies of this report."
+    )
+    return page + [
         Block("heading", "What the public evaluation would have made of it"),
-        Block(
-            "text",
-            "The public evaluation code has known defects. Each was done the public way and the right way, on the base "
-            "model and the studies of this report.",
-        ),
-        Block(
-            "figure",
-            f"Each number, the public way and the right way. {world}; {by}.",
-            audit_figure(measured.defects),
-            "audit",
-        ),
-        Block("table", f"Each defect, and what is right. {world}; {by}.", defects_table(measured)),
+        Block("text", public),
+        figure("audit", audit_figure(measured.defects), "Each number, the public way and the right way."),
+        table("Each defect, and what is right.", defects_table(measured)),
     ]
-    return page
+
+
+FIGURES = (
+    ("forest", figures.forest, "AUROC of base and adapted model for each finding, and the paired difference"),
+    ("roc", figures.roc_curves, "ROC curves of base and adapted model, one panel for each finding"),
+    ("calibration", figures.calibration, "Observed share of positive studies against predicted probability"),
+    ("prompts", figures.prompt_sensitivity, "Mean AUROC with each set of prompts"),
+    ("scores", figures.score_histograms, "Scores of studies with and without each finding, adapted model"),
+)
 
 
 def _world_note(world: str) -> str:
