@@ -13,7 +13,7 @@ from medctkit.scans.dicom_files import is_dicom
 from medctkit.scans.dicom_series import read_dicom
 from medctkit.scans.itk import read_itk
 from medctkit.scans.nifti import read_nifti
-from medctkit.scans.stored import Stored
+from medctkit.scans.stored import NOT_ANALYZE, Stored
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,8 @@ def reader_of(path: Path) -> Reader:
     if named:
         return named
     if name.endswith((".hdr", ".img", ".hdr.gz", ".img.gz")):
-        raise ValueError(
-            f"{path}: half of an Analyze or NIfTI pair (.hdr with .img); save a NIfTI pair as one .nii.gz. Analyze "
-            "does not say which side is left: make a NIfTI from the DICOM slices, with dcm2niix for example"
-        )
+        pair = "half of an Analyze or NIfTI pair (.hdr with .img); save a NIfTI pair as one .nii.gz"
+        raise ValueError(f"{path}: {pair}. {NOT_ANALYZE}")
     if is_dicom(path):
         raise ValueError(f"{path}: one DICOM file is one slice; give the folder that holds the whole series")
     known = (

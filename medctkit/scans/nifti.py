@@ -16,7 +16,16 @@ from medctkit.scans.geometry import (
     straight_affine,
     with_spacing,
 )
-from medctkit.scans.stored import NO_ORIENTATION, Stored, check_bytes, check_shape, check_steps, damaged, decode
+from medctkit.scans.stored import (
+    NO_ORIENTATION,
+    NOT_ANALYZE,
+    Stored,
+    check_bytes,
+    check_shape,
+    check_steps,
+    damaged,
+    decode,
+)
 
 if TYPE_CHECKING:
     from nibabel import Nifti1Header
@@ -70,10 +79,10 @@ def _check_packing(path: Path, packed: bool) -> None:
         start = file.read(4)
     if not start:
         raise damaged("it is empty")
+    if packed and _header_size(start):
+        raise ValueError("not compressed, in spite of its name; rename it to .nii")
     gzipped = start[:2] == b"\x1f\x8b"
     if packed and not gzipped:
-        if _header_size(start):
-            raise ValueError("not compressed, in spite of its name; rename it to .nii")
         raise ValueError(f"can't be read: not a compressed file, in spite of its name; it starts with {start!r}")
     if gzipped and not packed:
         raise ValueError("compressed, in spite of its name; rename it to .nii.gz")
@@ -96,10 +105,7 @@ def _header(start: bytes) -> "Nifti1Header":
     if magic[:3] in (b"ni1", b"ni2"):
         raise ValueError("the header of a NIfTI pair (.hdr with .img), without voxels; save the pair as one .nii.gz")
     if magic not in (b"n+1\0", b"n+2\0\r\n\x1a\n"):
-        raise ValueError(
-            f"an Analyze file or a damaged NIfTI header (its mark is {magic!r}). Analyze does not say which side is "
-            "left; make a NIfTI from the DICOM slices, with dcm2niix for example"
-        )
+        raise ValueError(f"an Analyze file or a damaged NIfTI header (its mark is {magic!r}); {NOT_ANALYZE}")
     return decode(lambda: (nib.Nifti1Header if size == 348 else nib.Nifti2Header)(start[:size], check=False))
 
 
@@ -149,17 +155,15 @@ def _affine(header: "Nifti1Header", spacing: Sequence[float] | None) -> tuple[np
         return straight_affine(steps, CANONICAL), [*notes, NO_ORIENTATION]
     letters = {name: nearest_orientation(form) for name, form in forms.items()}
     if len(set(letters.values())) > 1:
-        raise ValueError(
-            f"the header contradicts itself: by its sform the scan lies {letters['sform']}, by its qform "
-            f"{letters['qform']} (slices, rows, columns). Find out which is right and drop the other, for example "
-            "image.set_sform(None, code=0) or image.set_qform(None, code=0) with nibabel"
+        found = (
+            f"by its sform the scan lies {letters['sform']}, by its qform {letters['qform']} (slices, rows, columns)"
         )
+        way_out = "drop the wrong one with nibabel: image.set_sform(None, code=0) or image.set_qform(None, code=0)"
+        raise ValueError(f"the header contradicts itself: {found}; {way_out}")
     affine = with_spacing(next(iter(forms.values())), spacing)
     if not np.allclose(steps_of(affine), steps, rtol=1e-2):
-        raise ValueError(
-            f"the header contradicts itself: pixdim {steps} mm, affine {steps_of(affine)} mm (slices, "
-            "rows, columns); pass the right one as spacing=(d, h, w)"
-        )
+        found = f"pixdim {steps} mm, affine {steps_of(affine)} mm (slices, rows, columns)"
+        raise ValueError(f"the header contradicts itself: {found}; pass the right one as spacing=(d, h, w)")
     return affine, notes
 
 

@@ -14,6 +14,7 @@ from medctkit.scans.geometry import CANONICAL
 
 MOST_VOXELS = 2**30  # 4 GiB as float32: 1024 slices of 1024 x 1024 pixels
 NO_ORIENTATION = f"the header does not say how the scan lies, {CANONICAL} assumed as in DICOM slices"
+NOT_ANALYZE = "Analyze does not say which side is left: let dcm2niix make a NIfTI from the DICOM slices"
 
 T = TypeVar("T")
 
@@ -65,16 +66,11 @@ def check_shape(shape: Sequence[int]) -> None:
     if min(shape, default=0) < 1:
         raise damaged(f"its header claims {tuple(shape)} voxels")
     if len(shape) != 3:
-        raise ValueError(
-            f"{len(shape)}-D, shape {tuple(shape)}: a CT volume has three axes (slices, rows, columns); save the one "
-            "to read"
-        )
+        raise ValueError(f"{len(shape)}-D, shape {tuple(shape)}: a CT volume has three axes; save the one to read")
     voxels = math.prod(shape)
     if voxels > MOST_VOXELS:
-        raise ValueError(
-            f"its header claims {tuple(shape)} voxels, {voxels * 4 / 2**30:.3g} GiB: more than any CT; the header is "
-            "damaged, or the scan has to be cut or made coarser first"
-        )
+        found = f"its header claims {tuple(shape)} voxels, {voxels * 4 / 2**30:.3g} GiB: more than any CT"
+        raise ValueError(f"{found}; get the file again, or cut the scan or make it coarser first")
 
 
 def check_bytes(found: int, claimed: int) -> None:
@@ -96,7 +92,5 @@ def check_steps(steps: Sequence[float], blank: bool) -> None:
     if blank:
         raise ValueError("blank header, so the size of a voxel is unknown; pass spacing=(d, h, w) in mm")
     if not all(math.isfinite(step) and step > 0 for step in steps):
-        raise ValueError(
-            f"the size of a voxel in its header is {tuple(steps)} (slices, rows, columns): expected lengths above 0; "
-            "pass the right one as spacing=(d, h, w) in mm"
-        )
+        found = f"the size of a voxel in its header is {tuple(steps)} (slices, rows, columns)"
+        raise ValueError(f"{found}: expected lengths above 0; pass the right one as spacing=(d, h, w) in mm")

@@ -217,7 +217,7 @@ BAD_NIFTI = {
     ),
     "qform against sform": (
         contradicting,
-        "the header contradicts itself: by its sform the scan lies SAL, by its qform SAR...drop the other",
+        "the header contradicts itself: by its sform the scan lies SAL, by its qform SAR...drop the wrong one",
     ),
     "a single slice": (saved(np.zeros((64, 64), np.int16)), "2-D, shape (64, 64): a CT volume has three axes"),
     "several volumes": (saved(np.zeros((4, 4, 4, 2), np.int16)), "4-D, shape (4, 4, 4, 2): a CT volume has three axes"),
