@@ -253,8 +253,11 @@ def _volumes_on_disk(root: Path, version: int | None, counts: Counter) -> "pd.Da
                     if not file.endswith(".nii.gz"):
                         continue
                     name = _NAME.fullmatch(file.removesuffix(".nii.gz"))
-                    place = name and os.path.join(top, name["patient"], f"{name['patient']}_{name['scan']}")
-                    if folder == place and name["split"] == split:
+                    if (
+                        name
+                        and name["split"] == split
+                        and folder == os.path.join(top, name["patient"], f"{name['patient']}_{name['scan']}")
+                    ):
                         found[parse_volume_name(file)] = number, os.path.join(folder, file)  # the later version wins
                     else:
                         counts["ignored: files whose name or folder is not CT-RATE's"] += 1

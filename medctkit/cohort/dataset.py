@@ -103,6 +103,8 @@ class CTReportDataset(Dataset):
             prepare_row(row, content, self.config, self.cache)
             # as it was stored, so that a second run sees exactly what the first saw
             pixels = self.cache.load(key)
+            if pixels is None:
+                raise OSError(f"{self.cache.path(key)}: what was just written there can't be read back")
         row["checksum"] = content  # so that its file is hashed once, not in every epoch
         return pixels
 

@@ -14,11 +14,12 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from medctkit.cohort.ct_rate import TABLES
 from medctkit.cohort.hub_repository import HubRepository
@@ -95,23 +96,23 @@ def plan_files(repository: HubRepository, names: Iterable[str], destination: str
     repo_id, repo_type, names = repository.repo_id, repository.repo_type, list(dict.fromkeys(names))
     destination = Path(destination).expanduser().absolute()
     _try_to_write(destination)
-    info = repository.ask(lambda api: api.repo_info(repo_id, repo_type=repo_type, timeout=30, expand=["sha"]), repo_id)
-    found: dict[str, RepoFile] = {}
-    for start in range(0, len(names), 250):
-        some = names[start : start + 250]
-        answer = repository.ask(
-            lambda api, some=some: api.get_paths_info(repo_id, some, revision=info.sha, repo_type=repo_type), repo_id
-        )
-        found |= {file.path: file for file in answer if hasattr(file, "blob_id")}
+    only: Any = ["sha"]  # not all its files; the parameter's type forgets lists
+    sha = repository.ask(lambda api: api.repo_info(repo_id, repo_type=repo_type, timeout=30, expand=only).sha, repo_id)
+
+    def entries(some: list[str]) -> list:
+        return repository.ask(lambda api: api.get_paths_info(repo_id, some, revision=sha, repo_type=repo_type), repo_id)
+
+    parts = [entries(names[start : start + 250]) for start in range(0, len(names), 250)]
+    found = {entry.path: entry for part in parts for entry in part if hasattr(entry, "blob_id")}
     missing = [name for name in names if name not in found]
     if missing:
         raise FileNotFoundError(f"{repository.page} has no file\n{listed(missing)}")
     # Everyone may list a gated repository: only asking for a file tells whether it can be had.
-    url = hf_hub_url(repo_id, names[0], repo_type=repo_type, revision=info.sha, endpoint=repository.endpoint)
+    url = hf_hub_url(repo_id, names[0], repo_type=repo_type, revision=sha, endpoint=repository.endpoint)
     repository.ask(lambda _: get_hf_file_metadata(url, timeout=30, endpoint=repository.endpoint), names[0])
     files = tuple(found[name] for name in names)
     there = sum(file.size for file in files if _size_of(destination / file.path) == file.size)
-    plan = Plan(repository, info.sha, destination, files, there, shutil.disk_usage(destination).free)
+    plan = Plan(repository, str(sha), destination, files, there, shutil.disk_usage(destination).free)
     if plan.bytes_left and plan.bytes_left + MARGIN > plan.bytes_free:
         raise OSError(
             f"no room in {destination}: {as_bytes(plan.bytes_left)} to fetch and {as_bytes(MARGIN)} to spare, but "
@@ -181,15 +182,18 @@ def download(plan: Plan, *, workers: int = 4, verify: bool = False) -> Outcome:
 
     Returns:
         What was done; the failure of one file doesn't keep the others from being fetched.
+
+    Raises:
+        OSError: another download is writing into the same folder.
     """
     from concurrent.futures import ThreadPoolExecutor, as_completed
 
+    from huggingface_hub import hf_hub_download
     from tqdm.auto import tqdm
 
-    for unfinished in (plan.destination / ".cache" / "huggingface" / "download").rglob("*.incomplete"):
-        if time.time() - unfinished.stat().st_mtime > _STALE:
-            unfinished.unlink(missing_ok=True)
-    stop, left = threading.Event(), plan.bytes_left
+    # huggingface_hub 0.x, which Colab has, shows a bar of its own for each file
+    one_bar = "tqdm_class" in inspect.signature(hf_hub_download).parameters
+    stop, left = threading.Event(), plan.bytes_left if one_bar else 0
     done: dict[str, list[str]] = {"fetched": [], "kept": [], "untried": []}
     failures: dict[str, str] = {}
     replaced: list[Path] = []
@@ -204,15 +208,17 @@ def download(plan: Plan, *, workers: int = 4, verify: bool = False) -> Outcome:
             names = (target.with_name(f"{target.name}.replaced{n}") for n in count(1))
             replaced.append(target.rename(next(name for name in names if not name.exists())))
         try:
-            plan.repository.ask(lambda _: _fetch(plan, file, _file_bar(bar, stop)), file.path)
+            plan.repository.ask(lambda _: _fetch(plan, file, **options), file.path)
         except _Stopped:
             return "untried"
         return "fetched"
 
     with (
+        _alone(plan.destination),
         tqdm(total=left, disable=not left, unit="B", unit_scale=True, mininterval=1, desc="download") as bar,
         ThreadPoolExecutor(workers) as pool,
     ):
+        options = {"tqdm_class": _file_bar(bar, stop)} if one_bar else {}
         futures = {pool.submit(provide, file): file.path for file in plan.files}
         try:
             for future in as_completed(futures):
@@ -231,7 +237,28 @@ def download(plan: Plan, *, workers: int = 4, verify: bool = False) -> Outcome:
         except BaseException:
             stop.set()
             raise
-    return Outcome(*(tuple(sorted(names)) for names in done.values()), dict(sorted(failures.items())), tuple(replaced))
+    fetched, kept, untried = (tuple(sorted(names)) for names in done.values())
+    return Outcome(fetched, kept, untried, dict(sorted(failures.items())), tuple(replaced))
+
+
+@contextmanager
+def _alone(destination: Path) -> Iterator[None]:
+    """No other download into the same folder; what such a one left when it was killed is removed after a day."""
+    from huggingface_hub.utils import WeakFileLock
+
+    folder = destination / ".cache" / "huggingface"
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(WeakFileLock(folder / "medctkit.lock", timeout=1))
+        except TimeoutError:
+            raise OSError(
+                f"another download writes into {destination}: wait for it, or choose another folder"
+            ) from None
+        for unfinished in folder.rglob("*.incomplete"):
+            if time.time() - unfinished.stat().st_mtime > _STALE:
+                unfinished.unlink(missing_ok=True)
+        yield
 
 
 def _is_there(plan: Plan, file: "RepoFile", verify: bool) -> bool:
@@ -248,12 +275,10 @@ def _is_there(plan: Plan, file: "RepoFile", verify: bool) -> bool:
     return True
 
 
-def _fetch(plan: Plan, file: "RepoFile", bar_class: type["tqdm"]) -> None:
+def _fetch(plan: Plan, file: "RepoFile", **options: Any) -> None:
     from huggingface_hub import hf_hub_download
 
     repository = plan.repository
-    # huggingface_hub 0.x, which Colab has, shows a bar of its own for each file
-    bar = {"tqdm_class": bar_class} if "tqdm_class" in inspect.signature(hf_hub_download).parameters else {}
     hf_hub_download(
         repository.repo_id,
         file.path,
@@ -261,7 +286,7 @@ def _fetch(plan: Plan, file: "RepoFile", bar_class: type["tqdm"]) -> None:
         revision=plan.revision,
         local_dir=plan.destination,
         endpoint=repository.endpoint,
-        **bar,
+        **options,
     )
     target = plan.destination / file.path
     found = _digest(target, file)  # the library looks at the size only

@@ -78,7 +78,7 @@ def reading_arguments(row: Mapping) -> dict[str, Any]:
         `series` those that the row gives.
     """
     here = {name: row[name] for name in READING if name in row and not _empty(row[name])}
-    arguments = {"path": str(row["path"])}
+    arguments: dict[str, Any] = {"path": str(row["path"])}
     arguments |= {name: float(here[name]) for name in ("rescale_slope", "rescale_intercept") if name in here}
     if SPACING[0] in here:
         arguments["spacing"] = tuple(float(here[name]) for name in SPACING)
@@ -223,9 +223,8 @@ def _scan_rules(table: "pd.DataFrame") -> Iterator[tuple]:
     scan = table.groupby(["patient", "scan"], sort=False).ngroup()
     first = row.groupby(scan).transform("first")
     for name in ("hospital", "report", *FINDINGS):
-        values = (
-            table[name].fillna(-1) if name in FINDINGS else table[name]
-        )  # an unknown label differs from a known one
+        # an unknown label differs from a known one
+        values = table[name].fillna(-1) if name in FINDINGS else table[name]
         differs = values.groupby(scan).transform("first") != values
         yield name, differs, "that of row " + first + ", another reconstruction of the same scan"
     earlier = row.groupby([scan, table["reconstruction"].astype(float)]).transform("first")
@@ -345,8 +344,8 @@ def _rows_of_patient(task: tuple[str, str, int]) -> list[dict]:
             study = generate(seed, hospital, patient=patient, reconstruction=reconstruction)
             if labels is None:
                 labels = study.labels
-            row = dict(study=f"{patient}_{letter}_{reconstruction + 1}", patient=patient, split=split)
-            row |= dict(hospital=hospital, seed=seed, scan=letter, reconstruction=reconstruction, **labels)
+            row: dict[str, Any] = dict(study=f"{patient}_{letter}_{reconstruction + 1}", patient=patient, split=split)
+            row |= dict(hospital=hospital, seed=seed, scan=letter, reconstruction=reconstruction) | labels
             rows.append(row | dict(report=study.report, checksum=phantom_checksum(study)))
     return rows
 

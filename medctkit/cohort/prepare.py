@@ -10,7 +10,7 @@ import errno
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -156,7 +156,9 @@ def write_failures(failures: Sequence[Mapping], path: str | os.PathLike) -> None
         writer.writerows(failures)
 
 
-def _not_yet(rows, config, cache: VolumeCache, done: Preparation, verify: bool) -> list[dict]:
+def _not_yet(
+    rows: Sequence[Mapping], config: PreprocessConfig, cache: VolumeCache, done: Preparation, verify: bool
+) -> list[dict]:
     """Rows to prepare, without their long texts; those that are prepared go into `done`."""
     known, todo = _known_contents(cache.folder), []
     for row in rows:
@@ -164,8 +166,8 @@ def _not_yet(rows, config, cache: VolumeCache, done: Preparation, verify: bool) 
         if has_file(row):
             row["path"] = os.path.abspath(row["path"])  # workers may be at home in other folders
         content = checksum_of(row) or known.get((row["path"], *(_stamp(row["path"]) or ())))
-        key = content and key_of(row, content, config)
-        if key and (cache.load(key) is not None if verify else cache.has(key)):
+        key = key_of(row, content, config) if content else None
+        if content and key and (cache.load(key) is not None if verify else cache.has(key)):
             done.contents[row["study"]] = content
         else:
             todo.append(row)
@@ -244,7 +246,9 @@ def _client(scheduler: str | None, workers: int | None) -> "Iterator[Client | No
         yield client
 
 
-def _results(client: "Client | None", todo: list[dict], config, cache) -> Iterator[tuple[dict, dict[str, Any]]]:
+def _results(
+    client: "Client | None", todo: list[dict], config: PreprocessConfig, cache: VolumeCache
+) -> Generator[tuple[dict, dict[str, Any]], None, None]:
     """(row, result of `_task`) as they come."""
     if client is None:
         for row in todo:

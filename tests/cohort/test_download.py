@@ -391,6 +391,15 @@ def test_what_a_killed_run_left_is_removed_after_a_day(plan, tmp_path):
     assert [path.exists() for path in left] == [False, True], "the younger may belong to a run that still writes"
 
 
+def test_two_downloads_into_one_folder_do_not_mix(plan, tmp_path):
+    from huggingface_hub.utils import WeakFileLock
+
+    download(plan())
+    with WeakFileLock(tmp_path / "there" / ".cache" / "huggingface" / "medctkit.lock"):
+        with pytest.raises(OSError, match="another download writes into .*there: wait for it, or choose another"):
+            download(plan())
+
+
 def test_what_is_missing_or_forbidden_is_not_asked_for_again(plan, server):
     server.fault(ONE, "status", 404)
     server.fault(REPORTS, "status", 403)
