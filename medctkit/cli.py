@@ -21,7 +21,7 @@ def told(*more: type[Exception]) -> Iterator[None]:
     """What goes wrong is told without a traceback, and in the exit code; `more` kinds of errors too."""
     try:
         yield
-    except (FloatingPointError, ImportError, OSError, ValueError, *more) as error:
+    except (FloatingPointError, ImportError, OSError, ValueError, *more) as error:  # type: ignore[misc]
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
@@ -41,9 +41,8 @@ def _options_of_settings() -> list[Any]:
             continue
         mini, others = getattr(DEFAULT, name), getattr(FULL_SIZE, name)
         default = f"{mini}" if mini == others else f"{mini} for mini, else {others}"
-        kind = Annotated[
-            types[name] | None, typer.Option(help=texts[name][0].upper() + texts[name][1:], show_default=default)
-        ]
+        option = typer.Option(help=texts[name][0].upper() + texts[name][1:], show_default=default)
+        kind = Annotated[types[name] | None, option]  # type: ignore[valid-type]
         parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=kind))
     given.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     holder = typer.Typer(add_completion=False)
@@ -53,6 +52,9 @@ def _options_of_settings() -> list[Any]:
 
 class _TakesSettings(TyperCommand):
     """A command that takes them too, as `ctx.obj`; they are looked up when it is asked for, for torch takes seconds."""
+
+    _params: list[Any]
+    _settings: list[Any]
 
     @property
     def params(self) -> list[Any]:
@@ -329,17 +331,6 @@ def _model_input(model: str | None, real: bool) -> "PreprocessConfig":
     return preprocess_config_of(model or ("released" if real else "mini"))
 
 
-@app.command()
-def gallery(
-    folder: Annotated[Path, typer.Argument(help="Where findings.png and viewer.png are written.", file_okay=False)],
-) -> None:
-    """Draw README's pictures of phantoms: the 18 findings in two windows, and the slice viewer with mask and map."""
-    from medctkit.viewers.gallery import draw_pictures
-
-    for picture in draw_pictures(folder):
-        typer.echo(f"wrote {picture}")
-
-
 WHAT_TO_DOWNLOAD = """Choose what to fetch; all of CT-RATE is 50,188 volumes of 12 to 162 MB:
   --patients N        whole patients of --split (valid, if none is given)
   --studies NAMES     patients, scans or volumes: valid_1,valid_2_a, or a file with one name a line
@@ -378,7 +369,7 @@ def download(
         if subset or weights:
             names = study_names(studies) if studies else None
             checkpoints = ["CT-CLIP_v2.pt"] if weights else []
-            chosen = dict(patients=patients, studies=names, split=split, version=version, seed=seed)
+            chosen: dict[str, Any] = dict(patients=patients, studies=names, split=split, version=version, seed=seed)
             plan, selection = hub.plan_ct_rate(destination, weights=checkpoints, keep_no_chest=keep_no_chest, **chosen)
             plans.append(plan)
             if selection:

@@ -46,11 +46,11 @@ def check_versions() -> list[Row]:
 
 def check_mini_model(folder: Path | None = None) -> Row:
     """Whether the mini base model is complete; by default the one in the package."""
-    if folder is None:
-        try:
-            from medctkit.model.base_model import FOLDER as folder
-        except ImportError as error:
-            return False, "mini model", f"medctkit.model does not import: {error}"
+    try:
+        from medctkit.model.base_model import FOLDER
+    except ImportError as error:
+        return False, "mini model", f"medctkit.model does not import: {error}"
+    folder = folder or FOLDER
     missing = [name for name in MINI_FILES if not (folder / name).is_file()]
     return not missing, "mini model", f"{folder} lacks {', '.join(missing)}" if missing else str(folder)
 

@@ -8,7 +8,6 @@ import json
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,15 +16,11 @@ from medctkit.cohort.manifest import load_manifest
 from medctkit.common.processes import accelerator_for
 from medctkit.common.provenance import write_json
 from medctkit.lora.adapter import add_lora
-from medctkit.metrics.scores import evaluate
-from medctkit.model.base_model import BaseModel, load_base, load_mini_base
+from medctkit.model.base_model import BaseModel, load_base
 from medctkit.training.loop import FineTuneResult, finetune
 from medctkit.training.memory import cast_frozen
 from medctkit.training.settings import FineTuneConfig
-from medctkit.zero_shot.classifier import ZeroShotClassifier, validation_score
-
-if TYPE_CHECKING:
-    import pandas as pd
+from medctkit.zero_shot.classifier import validation_score
 
 
 @dataclass(frozen=True)
@@ -136,12 +131,3 @@ def adapt(
             flush=True,
         )
     return finetune(model, train, base.tokenizer, config, output_dir, score)
-
-
-def source_auroc(manifest_path: str | os.PathLike, cache_dir: str | os.PathLike, seed: int = 0) -> "pd.DataFrame":
-    """The base model on its own hospital's test patients; see `medctkit.metrics.scores.evaluate`."""
-    mini = load_mini_base()
-    dataset = load_split(load_manifest(manifest_path), "source", "test", mini.preprocess_config, cache_dir)
-    classifier = ZeroShotClassifier(mini.model, mini.tokenizer)
-    seen = classifier.embed(dataset)
-    return evaluate(seen.labels, classifier.scores_from_embeddings(seen.embeddings), seen.patients, seed=seed)

@@ -6,8 +6,10 @@ evaluation does was read off the repository ibrahimethemhamamci/CT-CLIP and is d
 in the package works like this.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from importlib.resources import files
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,49 +35,8 @@ WIDTH = ("width of the 95 % interval of the mean AUROC", "of AUROC")
 PUBLIC_COLOUR, RIGHT_COLOUR = "#D55E00", "#0072B2"  # Okabe and Ito: the colour-blind can tell them apart
 _WHOLE = {"AUROC": 1.0, "accuracy": 1.0, "F1": 1.0, "%": 100.0}  # where the scale of a unit ends
 
-# For each defect: what the public evaluation does; what to do instead; why it matters.
-DEFECTS = {
-    "unused bootstrap": (
-        "draws rows for each resample, then scores all studies again",
-        "score the studies of the patients that were drawn",
-        "An interval without width calls every difference between two models real.",
-    ),
-    "thresholds chosen on the test labels": (
-        "takes for each finding the threshold that does best on the test studies",
-        "take thresholds from validation studies",
-        "The threshold has seen the answers: even scores without information look better than a coin.",
-    ),
-    "weighted F1": (
-        "averages the F1 of absent and of present, weighted by their numbers of studies",
-        "F1 of the positive class, averaged over findings (macro F1); say which F1 it is",
-        "Most findings are absent in most studies, so that weighted F1 mostly says how well absence is found.",
-    ),
-    "volumes counted as patients": (
-        "treats every reconstruction of every scan as an independent case",
-        "split and resample by patient, with all volumes of the patient",
-        "Copies of a scan are no new evidence: they narrow the interval and not the uncertainty.",
-    ),
-    "prompts other than in training": (
-        'trains with "There is X." and asks "X is present."',
-        "ask with the sentences of training, or choose them on validation studies, and say which they are",
-        "Another wording moves every score: two models are then compared by their prompts.",
-    ),
-    "rescaled twice": (
-        "applies slope and intercept of the metadata to files that hold HU already (CT-RATE version 2)",
-        "check that the values are HU, and refuse what is not",
-        "Nothing fails: the model sees the lungs and more as one flat -1, and its scores mean less.",
-    ),
-    "clipped after or before resizing": (
-        "clips to [-1000, 1000] HU after resampling in training, before it in evaluation",
-        "one path from scan to input for both; this package clips before",
-        "A model should be tested on what it was trained on; they differ at metal and in air.",
-    ),
-    "a pass of the encoder for each finding": (
-        "encodes the volume anew for every finding",
-        "encode it once, and compare it with all prompts",
-        "The scores are the same and the time is not: the encoder is nearly all of the work.",
-    ),
-}
+# By defect: what the public evaluation does, what to do instead, why it matters.
+DEFECTS: dict[str, dict[str, str]] = json.loads((files("medctkit") / "assets" / "audit.json").read_text("utf-8"))
 
 
 @dataclass(frozen=True)
@@ -154,7 +115,7 @@ def thresholds_on_noise(studies: int = 100, prevalence: float = 0.1, repeats: in
     labels = np.tile((np.arange(studies) < positives).astype(float)[:, None], repeats)
     test, valid = np.random.default_rng(seed).random((2, studies, repeats))
     public, right = (
-        _balanced_accuracy(labels, test, thresholds_from_validation(labels, scores, range(repeats)))
+        _balanced_accuracy(labels, test, thresholds_from_validation(labels, scores, [str(i) for i in range(repeats)]))
         for scores in (test, valid)
     )
     quantity = f"balanced accuracy of random scores, {positives} of {studies} studies positive"
@@ -257,33 +218,28 @@ def double_rescale(base: BaseModel, volumes: Sequence[CTVolume], labels, seed: i
         ValueError: not as many labels as scans; see `metrics.evaluate`.
     """
     _check_volumes(volumes, labels)
-    classifier = ZeroShotClassifier(base.model, base.tokenizer)
-    scores, floor, passed = ({intercept: [] for intercept in (0.0, *INTERCEPTS)} for _ in range(3))
+    classifier, ways = ZeroShotClassifier(base.model, base.tokenizer), (0.0, *INTERCEPTS)
+    scores, floor, passed = np.empty((len(ways), len(volumes), len(FINDINGS))), *np.empty((2, len(ways), len(volumes)))
     for i in range(len(volumes)):
         volume = volumes[i]
-        for intercept in scores:
+        for way, intercept in enumerate(ways):
             scan = rescaled_again(volume, intercept) if intercept else volume
             inputs = preprocess(scan, base.preprocess_config)[None]
             # one at a time: in batches of unequal size even equal volumes differ in their last digits
-            scores[intercept].append(classifier.scores(inputs)[0])
-            floor[intercept].append(100 * (inputs == -1).float().mean().item())
-            passed[intercept].append(100 * _plausible(scan.hu))
-    scores = {intercept: np.array(rows) for intercept, rows in scores.items()}
+            scores[way, i] = classifier.scores(inputs)[0]
+            floor[way, i] = 100 * (inputs == -1).float().mean().item()
+            passed[way, i] = 100 * _plausible(scan.hu)
     rare = np.random.default_rng(seed).permutation(len(volumes)) < round(SHARE_8192 * len(volumes))
-    scores["mixed"] = np.where(rare[:, None], scores[INTERCEPTS[1]], scores[INTERCEPTS[0]])
-    auroc = {way: _auroc(labels, found) for way, found in scores.items()}
-    lowest = {way: np.mean(found) for way, found in floor.items()}
+    mixed = np.where(rare[:, None], scores[2], scores[1])
+    right, *public = (_auroc(labels, found) for found in (*scores, mixed))
+    texts = (*(f"intercept {i:g}" for i in INTERCEPTS), "both intercepts as often as in CT-RATE")
+    scans = f"mean AUROC of {len(volumes)} scans"
+    lowest = floor.mean(1)
     return _defects(
         "rescaled twice",
-        *((f"voxels at the lowest value, intercept {i:g}", "%", lowest[i], lowest[0.0]) for i in INTERCEPTS),
-        *((f"mean AUROC of {len(volumes)} scans, intercept {i:g}", "AUROC", auroc[i], auroc[0.0]) for i in INTERCEPTS),
-        (
-            f"mean AUROC of {len(volumes)} scans, both intercepts as often as in CT-RATE",
-            "AUROC",
-            auroc["mixed"],
-            auroc[0.0],
-        ),
-        ("spoiled scans that reach the model", "%", 100, np.mean([passed[i] for i in INTERCEPTS])),
+        *((f"voxels at the lowest value, {texts[k]}", "%", lowest[1 + k], lowest[0]) for k in (0, 1)),
+        *((f"{scans}, {text}", "AUROC", auroc, right) for text, auroc in zip(texts, public, strict=True)),
+        ("spoiled scans that reach the model", "%", 100, passed[1:].mean()),
         source=f"{REPOSITORY}, issue 50",
     )
 
@@ -305,26 +261,20 @@ def clip_order(base: BaseModel, volumes: Sequence[CTVolume], labels) -> list[Def
     those of `double_rescale`.
     """
     _check_volumes(volumes, labels)
-    classifier, after, before, differences = ZeroShotClassifier(base.model, base.tokenizer), [], [], []
+    classifier = ZeroShotClassifier(base.model, base.tokenizer)
+    scores, off = np.empty((2, len(volumes), len(FINDINGS))), np.empty((len(volumes), 2))
     for i in range(len(volumes)):
         volume = volumes[i]
-        late = clipped_after_resizing(volume, base.preprocess_config)
-        early = preprocess(volume, base.preprocess_config)
-        after.append(classifier.scores(late[None])[0])
-        before.append(classifier.scores(early[None])[0])
-        off = HU_LIMIT * (late - early).abs()
-        differences.append((off.max().item(), off.mean().item()))
-    largest, mean = np.max(differences, axis=0)[0], np.mean(differences, axis=0)[1]
+        late, early = (way(volume, base.preprocess_config) for way in (clipped_after_resizing, preprocess))
+        scores[:, i] = [classifier.scores(inputs[None])[0] for inputs in (late, early)]
+        difference = HU_LIMIT * (late - early).abs()
+        off[i] = difference.max().item(), difference.mean().item()
+    after, before = (_auroc(labels, found) for found in scores)
     return _defects(
         "clipped after or before resizing",
-        ("largest difference between training and evaluation", "HU", largest, 0),
-        ("mean difference between training and evaluation", "HU", mean, 0),
-        (
-            f"mean AUROC of {len(volumes)} scans, clipped after or before",
-            "AUROC",
-            _auroc(labels, np.array(after)),
-            _auroc(labels, np.array(before)),
-        ),
+        ("largest difference between training and evaluation", "HU", off[:, 0].max(), 0),
+        ("mean difference between training and evaluation", "HU", off[:, 1].mean(), 0),
+        (f"mean AUROC of {len(volumes)} scans, clipped after or before", "AUROC", after, before),
     )
 
 
@@ -332,7 +282,7 @@ def encoder_per_finding(base: BaseModel, volume: CTVolume) -> list[Defect]:
     """Forward passes of the vision encoder for one volume (HU): one for each finding, against one for all."""
     inputs, counts = preprocess(volume, base.preprocess_config)[None], []
     for groups in ([[name] for name in FINDINGS], [FINDINGS]):
-        passes = []
+        passes: list[int] = []
         with base.model.vision_encoder.register_forward_hook(lambda *_, seen=passes: seen.append(1)):
             for names in groups:
                 ZeroShotClassifier(base.model, base.tokenizer, findings=names).scores(inputs)
@@ -397,8 +347,8 @@ def audit_figure(defects: Sequence[Defect]) -> "Figure":
 
 def _defects(name: str, *numbers: tuple, source: str = REPOSITORY) -> list[Defect]:
     """Numbers (quantity, unit, public, right) of a defect with what there is to say about it."""
-    texts = DEFECTS[name]
-    return [Defect(name, what, unit, float(a), float(b), *texts, source) for what, unit, a, b in numbers]
+    texts = DEFECTS[name] | {"source": source}
+    return [Defect(name, what, unit, float(a), float(b), **texts) for what, unit, a, b in numbers]
 
 
 def _mean(labels, scores, patients, findings, resamples=20, **options) -> "pd.Series":

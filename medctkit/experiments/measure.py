@@ -3,10 +3,11 @@
 Each volume is embedded once for each model; other prompts, retrieval and most of the audit come from the embeddings.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
@@ -21,7 +22,6 @@ from medctkit.experiments.audit import Defect, audit, audit_scans, prompt_mismat
 from medctkit.lora.adapter import load_adapter
 from medctkit.lora.methods import trained_bytes
 from medctkit.metrics.scores import compare, evaluate, summary, thresholds_from_validation
-from medctkit.scans.volumes import CTVolume
 from medctkit.zero_shot.classifier import Embedded, ZeroShotClassifier
 from medctkit.zero_shot.embeddings import same_studies
 from medctkit.zero_shot.prompts import PROMPTS
@@ -71,7 +71,12 @@ class Measurement:
 
 
 def measure(
-    manifest_path, output_dir, seed: int = 0, cache_dir=None, batch_size: int = 32, audit_volumes: int | None = None
+    manifest_path: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    seed: int = 0,
+    cache_dir: str | os.PathLike | None = None,
+    batch_size: int = 32,
+    audit_volumes: int | None = None,
 ) -> Measurement:
     """Score base and adapted model on the hospital's test patients; write `metrics.json`.
 
@@ -171,7 +176,7 @@ class _Volumes(Sequence):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> CTVolume:
+    def __getitem__(self, index: Any) -> Any:
         return volume_from_row(self.rows[index])
 
 

@@ -16,12 +16,14 @@ from dataclasses import asdict, dataclass
 from importlib.resources import files
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from medctkit.cohort.dataset import report_ids
+from medctkit.common.atomic import replacing
 from medctkit.findings import FINDINGS
 from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel
 from medctkit.phantom.report_text import write_report
@@ -30,6 +32,7 @@ from medctkit.training.loop import learning_rate_factor
 from medctkit.training.objectives import draw_prompts, joint_loss, report_prompts
 
 CHUNK = 250
+_COUNTS = ("step", "epoch", "order", "history", "seconds")  # of a run, beside its tensors
 FIRST_SEED = 1_000_000  # seeds of the pool; the patients are named by them
 
 MINI_VISION = dict(
@@ -80,14 +83,13 @@ def _make_chunk(task: tuple[int, Path]) -> None:
     """Write one chunk of the pool; volumes int16 HU, labels, and the details reports are worded from."""
     index, folder = task
     studies = [generate(FIRST_SEED + index * CHUNK + i, "source") for i in range(CHUNK)]
-    temporary = folder / f"chunk_{index:04d}.{os.getpid()}.tmp.npz"
-    np.savez(
-        temporary,
-        volumes=np.stack([s.volume.hu for s in studies]),
-        labels=np.array([[s.labels[f] for f in FINDINGS] for s in studies], np.uint8),
-        details=np.array([json.dumps(s.details) for s in studies]),
-    )
-    os.replace(temporary, folder / f"chunk_{index:04d}.npz")
+    with replacing(folder / f"chunk_{index:04d}.npz") as temporary, temporary.open("wb") as file:
+        np.savez(
+            file,
+            volumes=np.stack([s.volume.hu for s in studies]),
+            labels=np.array([[s.labels[f] for f in FINDINGS] for s in studies], np.uint8),
+            details=np.array([json.dumps(s.details) for s in studies]),
+        )
 
 
 def make_pool(studies: int, folder: Path, workers: int | None = None) -> list[Path]:
@@ -123,7 +125,7 @@ class Pool:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def pixels(self, index) -> torch.Tensor:
+    def pixels(self, index: Any) -> torch.Tensor:
         """Model input (b, 1, d, h, w); at this spacing pre-processing is clip, scale and axis order only."""
         return self.volumes[index].float().clamp(-1000, 1000).div_(1000).transpose(-1, -2).contiguous()
 
@@ -133,10 +135,10 @@ class Pool:
         return write_report(labels, self.details[index], "source", named_rng("pool report", index, wording))
 
 
-def train_tokenizer(reports: Iterable[str], size: int, folder: Path):
+def train_tokenizer(reports: Iterable[str], size: int, folder: Path) -> Any:
     """Train a WordPiece vocabulary on reports and save it as a BERT tokenizer in `folder`."""
     from tokenizers import BertWordPieceTokenizer
-    from transformers import BertTokenizerFast
+    from transformers import BertTokenizerFast  # type: ignore[attr-defined]
 
     trainer = BertWordPieceTokenizer(lowercase=True)
     # the alphabet is given whole, at the start of words and inside them, so that no ASCII text becomes [UNK]
@@ -163,16 +165,16 @@ class CodebookLearner:
     """
 
     def __init__(self, model: CTCLIPModel, decay: float, seed: int):
-        self.vq = model.vision_encoder.vq
+        self.vq: Any = model.vision_encoder.vq
         self.codes = self.vq._codebook.embed  # (1, k, c), unit length
         self.decay, self.started = decay, False
         self.generator = torch.Generator().manual_seed(seed)
-        self.tokens = None
+        self.tokens = torch.empty(0, self.codes.shape[-1])  # (n, c), of the last batch
         self.quantised_forward = self.vq.forward
-        self.vq.forward = self._forward
+        self.vq.forward = self._forward  # type: ignore[method-assign]
         self.counts, self.sums = torch.ones(self.codes.shape[1]), self.codes[0].clone()
 
-    def _forward(self, x):
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.vq.training:
             self.tokens = F.normalize(x.detach().reshape(-1, x.shape[-1]), dim=-1)  # (n, c)
         return self.quantised_forward(x) if self.started else F.normalize(x, dim=-1)
@@ -189,7 +191,7 @@ class CodebookLearner:
         self.counts, self.sums = counts.clamp(min=1), codes * counts.clamp(min=1)[:, None]
         self.started = True
 
-    def _assign(self, codes):
+    def _assign(self, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         nearest = torch.cat([(part @ codes.T).argmax(1) for part in self.tokens.split(8192)])
         sums = torch.zeros_like(codes).index_add_(0, nearest, self.tokens)
         return sums, torch.bincount(nearest, minlength=len(codes)).float()
@@ -225,7 +227,7 @@ class CodebookLearner:
 
 
 @torch.no_grad()
-def score(model: CTCLIPModel, tokenizer, pool: Pool, batch_size: int = 100) -> float:
+def score(model: CTCLIPModel, tokenizer: Any, pool: Pool, batch_size: int = 100) -> float:
     """Mean zero-shot AUROC over the 18 findings on a pool."""
     from sklearn.metrics import roc_auc_score
 
@@ -243,7 +245,7 @@ def score(model: CTCLIPModel, tokenizer, pool: Pool, batch_size: int = 100) -> f
 class Run:
     """A pretraining run: everything that a checkpoint has to bring back."""
 
-    def __init__(self, config: PretrainConfig, tokenizer, train: Pool):
+    def __init__(self, config: PretrainConfig, tokenizer: Any, train: Pool):
         torch.manual_seed(config.seed)
         text = MINI_TEXT | {"vocab_size": len(tokenizer)}
         self.config, self.tokenizer, self.train = config, tokenizer, train
@@ -257,7 +259,9 @@ class Run:
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
         self.prompts = report_prompts("source")
-        self.step, self.epoch, self.order, self.history, self.seconds = 0, 0, [], [], 0.0
+        self.step, self.epoch, self.seconds = 0, 0, 0.0
+        self.order: list[int] = []
+        self.history: list[dict[str, float]] = []
 
     def advance(self) -> dict[str, float]:
         """One optimiser step; returns its losses."""
@@ -298,12 +302,11 @@ class Run:
 
     def save(self, path: Path) -> None:
         """Write a checkpoint, whole or not at all."""
-        state = {name: getattr(self, name) for name in ("step", "epoch", "order", "history", "seconds")}
+        state = {name: getattr(self, name) for name in _COUNTS}
         state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         state |= {"codebook": self.codebook.state(), "random": torch.get_rng_state(), "config": asdict(self.config)}
-        temporary = path.with_suffix(".tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            torch.save(state, temporary)
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint of the same settings."""
@@ -316,7 +319,7 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.codebook.load(state["codebook"])
         torch.set_rng_state(state["random"])
-        for name in ("step", "epoch", "order", "history", "seconds"):
+        for name in _COUNTS:
             setattr(self, name, state[name])
 
 

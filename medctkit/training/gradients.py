@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from medctkit.model.protocol import Model
 from medctkit.training.settings import FineTuneConfig
@@ -94,7 +93,7 @@ class EmbeddedBatch:
 
     def backward(self) -> None:
         """Send the gradients of the embeddings through the encoders, into `.grad` of everything trainable."""
-        if self._asked is not None and self.prompts is not None:
+        if self._asked is not None and self.prompts is not None and self.prompts.grad is not None:
             _backward([(self._asked, self.prompts.grad)])
         size, processes = len(self._own[0]["images"]), self._accelerator.num_processes
         for part in range(self._parts):
@@ -103,9 +102,10 @@ class EmbeddedBatch:
                 found = self._embed(next(self._small_batches), part, gradients=True)
             rows = slice((self._first + part) * size, (self._first + part + 1) * size)
             # times `processes`, for the mean over the processes has to be a sum of what each did for its own volumes
-            _backward([(found[name], self._joint[name].grad[rows] * processes) for name in found])
+            joint = {name: leaf.grad[rows] * processes for name, leaf in self._joint.items() if leaf.grad is not None}
+            _backward([(found[name], gradient) for name, gradient in joint.items()])
         if processes > 1:
-            _average([p for p in self._model.parameters() if p.grad is not None], self._accelerator)
+            _average([p.grad for p in self._model.parameters() if p.grad is not None], self._accelerator)
 
     def suspects(self) -> list[str]:
         """This process's studies whose embedding is not finite, or all if none is to blame."""
@@ -136,15 +136,14 @@ def _backward(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
     """Send gradients back from those outputs that anything trainable had a part in."""
     pairs = [(output, gradient.to(output.dtype)) for output, gradient in pairs if output.requires_grad]
     if pairs:
-        torch.autograd.backward(*map(list, zip(*pairs, strict=True)))
+        torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
 
 
-def _average(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
+def _average(gradients: list[torch.Tensor], accelerator: Accelerator) -> None:
     """The mean over the processes of each gradient, in one message: an adapter's are 7 MB at full size."""
-    together = torch.cat([p.grad.flatten() for p in parameters])
-    together = accelerator.reduce(together, reduction="mean")
-    for parameter, gradient in zip(parameters, together.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad.copy_(gradient.view_as(parameter))
+    together = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), reduction="mean")
+    for gradient, mean in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
 
 
 def refuse_non_finite(what: str, value: torch.Tensor, step: int, studies: Callable[[], list[str]]) -> None:

@@ -32,8 +32,9 @@ class History:
         run.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": run.step + 1}})
         silent = not run.accelerator.is_local_main_process
         self._bar = tqdm(total=steps, initial=run.step, desc="fine-tuning", unit="step", disable=silent)
-        for row in run.history if callback is not None else ():
-            callback(row)
+        if callback is not None:
+            for row in run.history:
+                callback(row)
 
     def add(self, row: dict[str, float]) -> None:
         """A row: `step`, and numbers by name; the seconds so far are added."""

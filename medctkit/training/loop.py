@@ -169,14 +169,7 @@ def step_gradients(
 ) -> dict[str, torch.Tensor]:
     """One batch forward and backward: adds the gradient of its loss to `.grad` of everything trainable.
 
-    Args:
-        model: CT-CLIP, in training mode.
-        small_batches: see `gradients.EmbeddedBatch`, as for the other arguments.
-        parts: small batches per process; 1: the whole share at once, embedded only once.
-        config: weights of the losses, and the seed of dropout.
-        accelerator: device, precision and the other processes.
-        prompts: tokens (36, n); needed with a prompt weight.
-        step: number of the optimiser step.
+    Arguments are those of `gradients.EmbeddedBatch`.
 
     Returns:
         `contrastive`, `prompts` (those with a weight) and `loss`, of the joint batch of all processes.

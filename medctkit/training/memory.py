@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,17 +56,16 @@ class PeakMemory(TorchDispatchMode):
 
     def _count(self, storages: dict[int, torch.UntypedStorage]) -> None:
         for address, storage in storages.items():
-            known, _ = self._known.get(address, (0, None))
+            known = self._known[address][0] if address in self._known else 0
             if storage.nbytes() != known or address not in self._known:  # new, or resized
                 self.now_bytes += storage.nbytes() - known
-                end = weakref.ref(storage, lambda _, address=address: self._forget(address))
-                self._known[address] = (storage.nbytes(), end)
+                self._known[address] = (storage.nbytes(), weakref.ref(storage, partial(self._forget, address)))
         self.peak_bytes = max(self.peak_bytes, self.now_bytes)
 
-    def _forget(self, address: int) -> None:
+    def _forget(self, address: int, _: weakref.ref) -> None:
         self.now_bytes -= self._known.pop(address)[0]
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         # a view of a tensor from outside, or a change to it in place, makes nothing; torch.tensor([...]) does
@@ -104,11 +104,11 @@ class SavedActivations(torch.autograd.graph.saved_tensors_hooks):
                 self.bytes += storage.nbytes()
         return tensor
 
-    def __enter__(self) -> SavedActivations:
+    def __enter__(self) -> SavedActivations:  # type: ignore[override]
         super().__enter__()
         return self
 
-    def __exit__(self, *args) -> None:
+    def __exit__(self, *args: object) -> None:
         super().__exit__(*args)
         self._seen = {}
 
@@ -137,7 +137,8 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> int:
     """
     if dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"frozen weights can be kept in torch.bfloat16 or torch.float16, got {dtype}")
-    kept = set()
+    kept: set[nn.Module] = set()
+    module: Any  # one of peft's has what torch's lacks
     for module in model.modules():
         if getattr(module, "full_precision", False):  # computed outside autocast
             kept.update(module.modules())

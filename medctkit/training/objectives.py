@@ -130,12 +130,13 @@ def joint_loss(
         contrastive_weight: of `contrastive`.
         prompt_weight: of `prompts`.
     """
-    losses, total = {}, 0.0
-    if contrastive_weight:
+    if (contrastive_weight and texts is None) or (prompt_weight and prompts is None):
+        raise ValueError("an objective with a weight needs its embeddings: contrastive texts, or prompts")
+    losses: dict[str, torch.Tensor] = {}
+    if contrastive_weight and texts is not None:
         losses["contrastive"] = contrastive_loss(images, texts, temperature, batch["report_id"])
-        total = total + contrastive_weight * losses["contrastive"]
-    if prompt_weight:
+    if prompt_weight and prompts is not None:
         stated, denied = prompts.chunk(2)  # (36, p) -> 2 of (18, p)
         losses["prompts"] = finding_prompt_loss(images, stated, denied, batch["labels"], temperature.exp())
-        total = total + prompt_weight * losses["prompts"]
-    return losses | {"loss": total}
+    weights = {"contrastive": contrastive_weight, "prompts": prompt_weight}
+    return losses | {"loss": torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()}

@@ -3,16 +3,17 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 
-import pandas as pd
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 
 from medctkit.cli import app
 from medctkit.cohort.dataset import load_split, prepared_dir
-from medctkit.cohort.manifest import load_manifest, write_manifest
-from medctkit.experiments.adapt import DEFAULT, FULL_SIZE, Origin, adapt
+from medctkit.cohort.manifest import load_manifest
+from medctkit.experiments.adapt import DEFAULT, FULL_SIZE, Adaptation, Origin, adapt
 from medctkit.experiments.audit import DEFECTS
 from medctkit.experiments.measure import measure
 from medctkit.model import ct_clip as ctclip
@@ -23,20 +24,6 @@ from medctkit.zero_shot.prompts import PROMPTS
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 QUICK = replace(DEFAULT, rank=2, steps=2, batch_size=4, evaluate_every=1)
-
-
-@pytest.fixture(scope="module")
-def few(tmp_path_factory):
-    """A manifest of few studies, with their prepared volumes beside it."""
-    from pathlib import Path
-
-    folder = tmp_path_factory.mktemp("few")
-    table = load_manifest(Path(__file__).parents[2] / "data_manifest.csv")
-    target = table[table["hospital"] == "target"]
-    parts = [target[target["split"] == split].head(n) for split, n in (("train", 8), ("valid", 12), ("test", 24))]
-    write_manifest(pd.concat(parts), folder / "manifest.csv")
-    (folder / "prepared").mkdir()
-    return folder / "manifest.csv"
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +44,7 @@ def checkpoint(tmp_path_factory):
 def test_adapt_and_measure_by_default_the_mini_model(few, tmp_path):
     result = adapt(few, tmp_path, settings=QUICK)
     assert result.adapter_dir == tmp_path / "adapter"
-    assert json.loads((tmp_path / "origin.json").read_text()) == {
-        "model": "mini",
-        "tokenizer": None,
-        "hospital": "target",
-    }
+    assert json.loads((tmp_path / "origin.json").read_text()) == asdict(Origin("mini", None, "target"))
     measured = measure(few, tmp_path)
     found = measured.summary
     assert json.loads((tmp_path / "metrics.json").read_text()) == found
@@ -93,27 +76,26 @@ def test_half_precision_and_recomputed_activations_change_little(few, tmp_path):
 
 
 def test_load_base(checkpoint, tmp_path, monkeypatch):
-    config = json.loads((checkpoint.parent / "folder" / "config.json").read_text())
+    folder = checkpoint.parent / "folder"
+    config = json.loads((folder / "config.json").read_text())
     with pytest.raises(ValueError, match="is not a CT-CLIP checkpoint of these sizes"):
         load_base(checkpoint, FOLDER)
     monkeypatch.setattr(ctclip, "RELEASED_VISION", config["vision_config"])
     monkeypatch.setattr(ctclip, "RELEASED_TEXT", config["text_config"])
-    released = load_base(checkpoint, FOLDER)
+    released, weights = load_base(checkpoint, FOLDER), load_base(folder, FOLDER).model.state_dict()
     assert released.preprocess_config.shape == (32, 64, 64)
-    weights = load_base(checkpoint.parent / "folder", FOLDER).model.state_dict()
     assert all(torch.equal(weights[name], tensor) for name, tensor in released.model.state_dict().items())
     assert load_base().model.num_parameters() == load_mini_base().model.num_parameters()
-    with pytest.raises(FileNotFoundError, match="holds weights only; give the folder of its tokenizer too"):
-        load_base(checkpoint)
-    with pytest.raises(FileNotFoundError, match=r"nowhere: expected mini, a model's folder .* or a checkpoint file"):
-        load_base("nowhere")
-    with pytest.raises(FileNotFoundError, match="has no tokenizer: expected a tokenizer.json or vocab.txt"):
-        load_base(checkpoint.parent / "folder")
-    with pytest.raises(ValueError, match="the mini model has a tokenizer of its own"):
-        load_base("mini", FOLDER)
     CTCLIPModel(CTCLIPConfig(text_config={"vocab_size": 50})).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="has 904 words, the model knows 50; it is the tokenizer of another model"):
-        load_base(tmp_path, FOLDER)
+    for arguments, error, message in (
+        ((checkpoint,), FileNotFoundError, "holds weights only; give the folder of its tokenizer too"),
+        (("nowhere",), FileNotFoundError, r"nowhere: expected mini, .*a model's folder .* or a checkpoint file"),
+        ((folder,), FileNotFoundError, "has no tokenizer: expected a tokenizer.json or vocab.txt"),
+        (("mini", FOLDER), ValueError, "the mini model has a tokenizer of its own"),
+        ((tmp_path, FOLDER), ValueError, "has 904 words, the model knows 50; it is the tokenizer of another model"),
+    ):
+        with pytest.raises(error, match=message):
+            load_base(*arguments)
 
 
 def test_a_hospital_that_the_manifest_lacks_is_named(few):
@@ -127,25 +109,51 @@ def test_where_prepared_volumes_are(few, tmp_path):
     assert prepared_dir(tmp_path / "manifest.csv", tmp_path / "run") == tmp_path / "run" / "prepared"
 
 
-def test_the_commands_tell_what_is_wrong_without_a_traceback(few, tmp_path):
-    from typer.testing import CliRunner
+def run(*arguments):
+    return CliRunner().invoke(app, list(map(str, arguments)))
 
-    def run(*arguments):
-        return CliRunner().invoke(app, list(map(str, arguments)))
 
-    done = run("finetune", tmp_path, "--manifest", few, "--steps", 2, "--batch-size", 4, "--rank", 2)
-    assert done.exit_code == 0 and "best validation AUROC" in done.stdout and "tensorboard --logdir" in done.stdout
+def test_the_commands_adapt_measure_and_say_how_to_watch(few, tmp_path, monkeypatch):
+    small = ("finetune", tmp_path, "--manifest", few, "--steps", 2, "--batch-size", 4, "--rank", 2)
+    done = run(*small)
+    assert done.exit_code == 0 and "best validation AUROC" in done.stdout
+    assert f"tensorboard --logdir {tmp_path}" in done.stdout and (tmp_path / "tensorboard").is_dir()
     done = run("evaluate", tmp_path, "--manifest", few)
     assert done.exit_code == 0 and "mean AUROC" in done.stdout and "report.html" in done.stdout
-    for arguments, message in (
+    monkeypatch.setattr("accelerate.utils.is_tensorboard_available", lambda: False)
+    other = tmp_path / "without"
+    done = run("finetune", other, *small[2:])
+    assert done.exit_code == 0 and "pip install 'medctkit[tensorboard]'" in done.stdout
+    assert sorted(path.name for path in other.iterdir()) == ["adapter", "history.csv", "origin.json"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         (("--batch-size", 99), "8 training studies are fewer than one batch of 99"),
         (("--batch-size", 4, "--micro-batch-size", 3), "micro_batch_size must be None or a divisor of batch_size 4"),
+        (("--steps", 4, "--epochs", 1), "give either steps or epochs"),
         (("--preset", "papre"), "unknown LoRA preset 'papre'"),
-        (("--mixed-precision", "fp8"), "mixed_precision must be 'no', 'bf16' or 'fp16', got 'fp8'"),
-        (("--model", "nothing.pt"), "nothing.pt: expected mini, a model's folder"),
-    ):
-        done = run("finetune", tmp_path / "other", "--manifest", few, *arguments)
-        assert done.exit_code == 1 and f"error: {message}" in done.stderr.replace("FineTuneConfig.", ""), arguments
+        (("--mixed-precision", "fp8"), "'auto', got 'fp8'"),
+        (("--model", "nothing.pt"), "nothing.pt: expected mini"),
+    ],
+)
+def test_a_command_tells_what_is_wrong_without_a_traceback(few, tmp_path, arguments, message):
+    done = run("finetune", tmp_path, "--manifest", few, *arguments)
+    assert done.exit_code == 1 and done.stderr.startswith("error: ") and message in done.stderr
+
+
+def test_options_are_those_of_the_declaration():
+    command = typer.main.get_command(app).commands["finetune"]
+    options = {option.name: option for option in command.params}
+    names = {field.name for field in fields(Adaptation)} - {"prompts", "seed"}
+    assert names < set(options) and all(options[name].help and options[name].default is None for name in names)
+    assert Adaptation.help()["rank"] == "of the adapter." and "halved" not in Adaptation.help()["warmup_fraction"]
+    assert options["rank"].show_default == "16 for mini, else 24" and options["weight_decay"].show_default == "0.01"
+    assert {*options["gradient_checkpointing"].opts, *options["gradient_checkpointing"].secondary_opts} == {
+        "--gradient-checkpointing",
+        "--no-gradient-checkpointing",
+    }
 
 
 def test_two_processes_by_accelerate_launch(few, tmp_path):

@@ -48,12 +48,8 @@ def test_a_bootstrap_that_is_not_used_has_no_width_and_the_right_one_is_that_of_
     mean = evaluate(labels, scores, patients, findings=NAMES, resamples=50, seed=seed).loc["mean"]
     assert found.public == 0
     assert found.right == mean["auroc_high"] - mean["auroc_low"] > 0
-
-
-def test_a_perfect_model_has_no_interval_either_way():
-    labels, _, patients = simulate(0)
-    (found,) = audit.unused_bootstrap(labels, labels, patients, NAMES, resamples=50)
-    assert (found.public, found.right) == (0, 0)
+    (perfect,) = audit.unused_bootstrap(labels, labels, patients, NAMES, resamples=50)
+    assert (perfect.public, perfect.right) == (0, 0)
 
 
 def test_thresholds_that_saw_the_test_labels_do_better_by_what_can_be_counted():
@@ -68,10 +64,16 @@ def test_thresholds_that_saw_the_test_labels_do_better_by_what_can_be_counted():
     }
 
 
-def test_thresholds_from_studies_like_those_of_the_test_show_no_defect():
-    labels, scores, patients = simulate(1)
-    for public, right in numbers(audit.thresholds_on_test(labels, scores, patients, labels, scores, NAMES)).values():
-        assert public == right
+@pytest.mark.parametrize(
+    "defect",
+    [
+        lambda labels, scores, patients: audit.thresholds_on_test(labels, scores, patients, labels, scores, NAMES),
+        lambda labels, scores, patients: audit.counted_by_volume(labels, scores, patients, 1, NAMES),
+    ],
+    ids=["thresholds from studies like those of the test", "one volume of each patient"],
+)
+def test_where_nothing_is_wrong_both_ways_give_the_same(defect):
+    assert all(public == right for public, right in numbers(defect(*simulate(1))).values())
 
 
 def test_findings_without_both_classes_in_validation_are_left_out():
@@ -108,21 +110,16 @@ def test_a_simulation_of_nothing_is_refused(wrong):
         audit.thresholds_on_noise(**wrong)
 
 
-def test_weighted_f1_praises_a_model_that_always_says_no():
-    labels = np.zeros((10, 1))
-    labels[0] = 1
-    found = numbers(audit.f1_weighted_by_class(labels, np.full((10, 1), 0.2), np.arange(10), 0.5, ["a"]))
-    absent = 2 * 9 / (2 * 9 + 1)  # nine right, one patient missed
-    assert found["mean F1 of a model that always says no"] == (pytest.approx(0.9 * absent), 0)
-    assert found["mean F1 of these answers"] == found["mean F1 of a model that always says no"]
-
-
-def test_weighted_f1_of_answers_counted_by_hand():
-    labels = np.array([1, 1, 0, 0, 0, 0, 0, 0])[:, None]
-    said = np.array([1, 0, 1, 0, 0, 0, 0, 0])[:, None]
+def test_weighted_f1_counted_by_hand():
+    labels, said = np.array([[1, 1, 0, 0, 0, 0, 0, 0], [1, 0, 1, 0, 0, 0, 0, 0]])[:, :, None]
     found = numbers(audit.f1_weighted_by_class(labels, said, np.arange(8), 0.5, ["a"]))
     present, absent = 2 * 1 / (2 + 2), 2 * 5 / (6 + 6)
     assert found["mean F1 of these answers"] == (pytest.approx((2 * present + 6 * absent) / 8), pytest.approx(present))
+    # a model that always says no: six right, two patients missed
+    always_no = "mean F1 of a model that always says no"
+    assert found[always_no] == (pytest.approx(6 / 8 * 2 * 6 / (2 * 6 + 2)), 0)
+    same = numbers(audit.f1_weighted_by_class(labels, np.full((8, 1), 0.2), np.arange(8), 0.5, ["a"]))
+    assert same["mean F1 of these answers"] == same[always_no] == found[always_no]
 
 
 def test_perfect_answers_have_the_same_f1_however_it_is_weighted_and_unknown_labels_do_not_count():
@@ -140,16 +137,10 @@ def test_copies_of_volumes_narrow_the_interval_when_they_are_counted_as_patients
     assert 0.4 < width.public / width.right < 0.6
 
 
-def test_one_volume_of_each_patient_may_be_counted_as_it_is():
-    labels, scores, patients = simulate(6)
-    for public, right in numbers(audit.counted_by_volume(labels, scores, patients, 1, NAMES)).values():
-        assert public == right
-    with pytest.raises(ValueError, match="reconstructions=0: expected at least 1, the scan itself"):
-        audit.counted_by_volume(labels, scores, patients, 0, NAMES)
-
-
 def test_bad_input_is_named():
     labels, scores, patients = simulate(7)
+    with pytest.raises(ValueError, match="reconstructions=0: expected at least 1, the scan itself"):
+        audit.counted_by_volume(labels, scores, patients, 0, NAMES)
     scores[3, 2] = 2
     with pytest.raises(ValueError, match=r"scores: study 3, finding 'c' is 2.0; expected probabilities from 0 to 1"):
         audit.audit(labels, scores, patients, labels, scores, NAMES)
@@ -173,12 +164,9 @@ def few(base):
     volumes = [volume_from_row(row) for row in rows.to_dict("records")]
     classifier = ZeroShotClassifier(base.model, base.tokenizer)
     items = [
-        {
-            "pixel_values": preprocess(volume, base.preprocess_config),
-            "labels": torch.tensor([float(row[f]) for f in FINDINGS]),
-        }
-        | {"patient": row["patient"], "study": row["study"]}
-        for volume, (_, row) in zip(volumes, rows.iterrows(), strict=True)
+        {"pixel_values": preprocess(volume, base.preprocess_config), "patient": row["patient"], "study": row["study"]}
+        | {"labels": torch.tensor([float(row[f]) for f in FINDINGS])}
+        for volume, row in zip(volumes, rows.to_dict("records"), strict=True)
     ]
     return volumes, classifier.embed(items, progress=False)
 
@@ -233,26 +221,19 @@ def test_the_order_of_clipping_does_not_matter_for_values_that_need_none(seed, s
 
 
 def test_clip_order_measures_the_difference_of_the_two_inputs(base):
-    volume = generate(5, "target", ["Medical material"]).volume
-    twice = [volume, generate(6, "target").volume]
-    labels = np.zeros((2, 18))
-    labels[0] = 1
+    twice = [generate(5, "target", ["Medical material"]).volume, generate(6, "target").volume]
+    labels = np.repeat([[1.0], [0.0]], 18, axis=1)
+    largest, mean = (f"{which} difference between training and evaluation" for which in ("largest", "mean"))
     found = numbers(audit.clip_order(base, twice, labels))
     after, before = (
         torch.stack([way(v, base.preprocess_config) for v in twice])
         for way in (audit.clipped_after_resizing, preprocess)
     )
-    assert found["largest difference between training and evaluation"] == (
-        pytest.approx(1000 * (after - before).abs().max().item()),
-        0,
-    )
-    assert found["mean difference between training and evaluation"][0] == pytest.approx(
-        1000 * (after - before).abs().mean().item(), rel=1e-4
-    )
-    assert found["largest difference between training and evaluation"][0] > 10
+    off = 1000 * (after - before).abs()
+    assert found[largest] == (pytest.approx(off.max().item()), 0) and found[largest][0] > 10
+    assert found[mean][0] == pytest.approx(off.mean().item(), rel=1e-4)
     inside = [replace(v, hu=v.hu.clip(-1000, 1000)) for v in twice]
-    found = numbers(audit.clip_order(base, inside, labels))
-    assert found["largest difference between training and evaluation"][0] < 1e-3
+    assert numbers(audit.clip_order(base, inside, labels))[largest][0] < 1e-3
 
 
 def test_prompts_of_training_show_no_mismatch_and_others_move_the_scores(base, few):
@@ -307,8 +288,7 @@ def test_every_defect_is_shown_in_a_table(base, few):
 def test_the_figure_shows_both_numbers_of_every_defect_and_touches_no_global_state(tmp_path):
     import matplotlib.pyplot as plt
 
-    open_figures = plt.get_fignums()
-    texts = ("asks", "ask", "because", "here")
+    open_figures, texts = plt.get_fignums(), ("asks", "ask", "because", "here")
     defects = [
         Defect("first", "AUROC of it", "AUROC", 0.5, 0.75, *texts),
         Defect("first", "passes of it, which takes many words to say for one volume", "passes", 18, 1, *texts),

@@ -23,34 +23,12 @@ from typer.testing import CliRunner
 from medctkit.cli import app
 from medctkit.cohort.cache import VolumeCache, content_of, key_of
 from medctkit.cohort.manifest import load_manifest, write_manifest
+from medctkit.experiments.compare import results as compared
 from medctkit.experiments.compare import run_all as comparison
-from medctkit.experiments.compare import runs as comparison_runs
-from medctkit.experiments.compare.results import (
-    Results,
-    figure_methods,
-    figure_studies,
-    load_results,
-    method_table,
-    pooled,
-    show,
-    write_figures,
-)
-from medctkit.experiments.compare.run_all import auroc_draws, compare_methods, measure_costs, read_result, result_file
-from medctkit.experiments.compare.runs import (
-    BASE,
-    GROUPS,
-    PROBE,
-    SETTINGS,
-    Data,
-    Job,
-    draw_studies,
-    inputs_of,
-    jobs,
-    linear_probe,
-    run_job,
-    settings_of,
-    tuning_jobs,
-)
+from medctkit.experiments.compare import runs as one_run
+from medctkit.experiments.compare.results import Results, load_results, pooled
+from medctkit.experiments.compare.run_all import compare_methods, measure_costs, read_result, result_file
+from medctkit.experiments.compare.runs import BASE, GROUPS, PROBE, SETTINGS, Data, Job, jobs, run_job, tuning_jobs
 from medctkit.findings import FINDINGS
 from medctkit.lora.methods import METHODS
 from medctkit.metrics import scores as metrics
@@ -59,8 +37,9 @@ from medctkit.zero_shot.classifier import Embedded
 
 pytestmark = pytest.mark.usefixtures("one_thread", "on_the_cpu")
 
-TUNED = [name for name in METHODS if name not in comparison_runs.TUNED_AS]
+TUNED = [name for name in METHODS if name not in one_run.TUNED_AS]
 RATES = {name: METHODS[name].learning_rates[-1] for name in TUNED}
+SPLITS = (("train", 20), ("valid", 8), ("test", 8))
 TOY = replace(SETTINGS, steps=1, batch_size=4, evaluate_every=1)
 
 
@@ -70,9 +49,7 @@ def cohort(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cohort")
     table = load_manifest(Path(__file__).parents[2] / "data_manifest.csv")
     target = table[table["hospital"] == "target"]
-    rows = pd.concat(
-        [target[target["split"] == split].head(n) for split, n in (("train", 20), ("valid", 8), ("test", 8))]
-    )
+    rows = pd.concat([target[target["split"] == split].head(n) for split, n in SPLITS])
     write_manifest(rows, folder / "manifest.csv")
     config, cache = load_mini_base().preprocess_config, VolumeCache(folder / "prepared")
     generator = torch.Generator().manual_seed(0)
@@ -87,9 +64,9 @@ def cohort(tmp_path_factory):
 
 def test_a_run_shared_by_two_groups_is_one_run():
     names = {job.name for job in [*tuning_jobs(METHODS), *jobs(GROUPS, 3, RATES)]}
-    sizes = len(comparison_runs.SIZES) - 1  # "all" is the run of the methods
+    sizes = len(one_run.SIZES) - 1  # "all" is the run of the methods
     grids = sum(len(METHODS[name].learning_rates) - 1 for name in TUNED)  # the chosen one is seed 0 of the methods
-    gradient = 3 * len(METHODS) + grids + 3 * (len(comparison_runs.RANKS) - 1) + 3 * 2 * sizes
+    gradient = 3 * len(METHODS) + grids + 3 * (len(one_run.RANKS) - 1) + 3 * 2 * sizes
     assert gradient == 93
     assert len(names) == gradient + 1 + (1 + 3 * sizes)  # the base model; probes
 
@@ -112,7 +89,7 @@ def test_small_sets_of_studies_lie_within_large_ones_and_keep_patients_together(
     patients = [f"patient_{i}" for i in numbers]
     n = data.draw(st.integers(1, len(patients)))
     m = data.draw(st.integers(n, len(patients)))
-    small, large = (draw_studies(patients, k, seed=3) for k in (n, m))
+    small, large = (one_run.draw_studies(patients, k, seed=3) for k in (n, m))
     assert len(set(small)) == n and set(small) <= set(large)
     partly = {patients[i] for i in small} & {patients[i] for i in set(range(len(patients))) - set(small)}
     assert len(partly) <= 1, "only the last patient may be cut"
@@ -120,10 +97,10 @@ def test_small_sets_of_studies_lie_within_large_ones_and_keep_patients_together(
 
 def test_studies_are_drawn_by_the_seed():
     patients = [f"patient_{i // 2}" for i in range(40)]
-    assert draw_studies(patients, None, 0) == list(range(40))
-    assert draw_studies(patients, 10, 1) == draw_studies(patients, 10, 1) != draw_studies(patients, 10, 2)
+    first, same, other = (one_run.draw_studies(patients, 10, seed) for seed in (1, 1, 2))
+    assert one_run.draw_studies(patients, None, 0) == list(range(40)) and first == same != other
     with pytest.raises(ValueError, match="41 training studies asked for, the manifest has 40; leave that size out"):
-        draw_studies(patients, 41, 0)
+        one_run.draw_studies(patients, 41, 0)
 
 
 # --- the linear probe -----------------------------------------------------------------------------------
@@ -139,7 +116,7 @@ def embedded(n, seed, one_class=()):
 
 def test_linear_probe_is_a_logistic_regression_on_standardised_embeddings_chosen_on_validation():
     train, valid, test = embedded(60, 0), embedded(50, 1), embedded(30, 2)
-    probe = linear_probe(train, valid, test, strengths=(1e-4, 1.0))
+    probe = one_run.linear_probe(train, valid, test, strengths=(1e-4, 1.0))
     mean, std = train.embeddings.numpy().mean(0), train.embeddings.numpy().std(0)
     found = {}
     for strength in (1e-4, 1.0):
@@ -159,11 +136,11 @@ def test_linear_probe_is_a_logistic_regression_on_standardised_embeddings_chosen
 
 
 def test_a_finding_of_one_class_in_training_scores_one_half_and_is_named():
-    probe = linear_probe(embedded(20, 0, one_class=[3, 17]), embedded(30, 1), embedded(10, 2))
+    probe = one_run.linear_probe(embedded(20, 0, one_class=[3, 17]), embedded(30, 1), embedded(10, 2))
     assert probe.one_class == (FINDINGS[3], FINDINGS[17])
     assert (probe.scores[:, [3, 17]] == 0.5).all() and (probe.scores[:, 4] != 0.5).all()
     with pytest.raises(ValueError, match="no finding has both positive and negative studies in the validation data"):
-        linear_probe(embedded(20, 0), embedded(30, 1, one_class=range(18)), embedded(10, 2))
+        one_run.linear_probe(embedded(20, 0), embedded(30, 1, one_class=range(18)), embedded(10, 2))
 
 
 # --- one run, and the files of all ----------------------------------------------------------------------
@@ -191,12 +168,12 @@ def test_a_run_says_what_it_scored_and_what_that_took(cohort, tmp_path, method):
 def test_draws_are_those_of_the_evaluation_and_the_same_for_all_scores():
     rng = np.random.default_rng(0)
     labels, scores, patients = rng.integers(0, 2, (40, 18)), rng.random((40, 18)), np.arange(40) // 2
-    draws = auroc_draws(labels, scores, patients)
+    draws = metrics.mean_draws(labels, scores, patients)
     assert draws[0] == pytest.approx(roc_auc_score(labels, scores))
     mean = metrics.evaluate(labels, scores, patients).loc["mean"]
     assert np.percentile(draws[1:], [2.5, 97.5]) == pytest.approx([mean["auroc_low"], mean["auroc_high"]])
     other = metrics.compare(labels, scores, scores**2 * labels, patients).loc["mean"]
-    difference = auroc_draws(labels, scores**2 * labels, patients) - draws
+    difference = metrics.mean_draws(labels, scores**2 * labels, patients) - draws
     assert difference[0] == pytest.approx(other["auroc"])
     assert np.percentile(difference[1:], 97.5) == pytest.approx(other["auroc_high"])
 
@@ -208,26 +185,23 @@ def write_result(folder, job, **content):
 
 
 def test_learning_rates_are_chosen_by_validation_once_the_whole_grid_is_there(tmp_path):
-    grid = [job for job in tuning_jobs(["dora"])]
+    grid = tuning_jobs(["dora"])
     assert [job.method for job in grid] == ["lora"] * 3
-    for job, validation, test in zip(grid[:2], (0.7, 0.7), (0.6, 0.9), strict=True):
-        write_result(tmp_path, job, settings={}, validation_auroc=validation, test=test)
-    assert comparison._rates(tmp_path, ["dora"]) == {}
+
+    def chosen():
+        return comparison._rates(tmp_path, ["dora"])
+
+    for job, test in zip(grid[:2], (0.6, 0.9), strict=True):
+        write_result(tmp_path, job, settings={}, validation_auroc=0.7, test=test)
+    assert chosen() == {}
     write_result(tmp_path, grid[2], settings={}, validation_auroc=0.6, test=0.99)
-    assert comparison._rates(tmp_path, ["dora"]) == {"lora": grid[0].learning_rate}, "of equals, the lower rate"
-
-
-def test_a_learning_rate_that_diverges_is_left_out_and_does_not_end_the_comparison(tmp_path, monkeypatch):
-    grid = tuning_jobs(["lora"])
-    for job, validation in zip(grid[:2], (0.6, 0.7), strict=True):
-        write_result(tmp_path, job, settings={}, validation_auroc=validation)
-    file = result_file(tmp_path, grid[2])
-    file.write_text(json.dumps({"settings": {}, "diverged": "loss is nan", "learning_rate": grid[2].learning_rate}))
-    assert comparison._rates(tmp_path, ["lora"]) == {"lora": grid[1].learning_rate}
-    for job in grid[:2]:
-        result_file(tmp_path, job).write_text(file.read_text())
+    assert chosen() == {"lora": grid[0].learning_rate}, "of equals, the lower rate"
+    write_result(tmp_path, grid[0], settings={}, diverged="loss is nan")
+    assert chosen() == {"lora": grid[1].learning_rate}, "what diverges is left out, and ends nothing"
+    for job in grid:
+        write_result(tmp_path, job, settings={}, diverged="loss is nan")
     with pytest.raises(ValueError, match="lora diverged with every learning rate of its grid"):
-        comparison._rates(tmp_path, ["lora"])
+        chosen()
 
 
 def test_a_run_that_diverges_says_so(cohort, tmp_path):
@@ -240,15 +214,13 @@ def test_a_run_that_diverges_says_so(cohort, tmp_path):
 
 def test_a_result_of_other_settings_is_refused_and_the_difference_named(tmp_path):
     job, inputs = Job("ranks", "lora", 4, learning_rate=1e-3), {"base": "b", "manifest": "m"}
-    assert read_result(tmp_path, job, settings_of(job, TOY, inputs)) is None
-    write_result(tmp_path, job, settings=settings_of(job, TOY, inputs))
-    assert read_result(tmp_path, job, settings_of(job, TOY, inputs))
-    other = settings_of(job, replace(TOY, steps=7), inputs | {"manifest": "n"})
-    expected = (
-        r"lora-r4-all-studies-lr0.001-seed0.json was made with other settings; choose another folder, or delete it. "
-    )
-    expected += "manifest: 'm' there, 'n' here; steps: 1 there, 7 here"
-    with pytest.raises(ValueError, match=expected):
+    made_of = one_run.settings_of(job, TOY, inputs)
+    assert read_result(tmp_path, job, made_of) is None
+    write_result(tmp_path, job, settings=made_of)
+    assert read_result(tmp_path, job, made_of)
+    other = one_run.settings_of(job, replace(TOY, steps=7), inputs | {"manifest": "n"})
+    expected = "lora-r4-all-studies-lr0.001-seed0.json was made with other settings; .*"
+    with pytest.raises(ValueError, match=expected + "manifest: 'm' there, 'n' here; steps: 1 there, 7 here"):
         read_result(tmp_path, job, other)
     result_file(tmp_path, job).write_text("{half")
     with pytest.raises(ValueError, match="json is no result of this command .*; delete it to do that run again"):
@@ -256,18 +228,18 @@ def test_a_result_of_other_settings_is_refused_and_the_difference_named(tmp_path
 
 
 def test_settings_hold_what_a_result_depends_on(cohort):
-    inputs = inputs_of(cohort / "manifest.csv")
-    found = settings_of(Job("studies", "lora", 16, studies=16, learning_rate=1e-3), SETTINGS, inputs)
+    inputs = one_run.inputs_of(cohort / "manifest.csv")
+    found = one_run.settings_of(Job("studies", "lora", 16, studies=16, learning_rate=1e-3), SETTINGS, inputs)
     expected = {"steps": 100, "batch_size": 16, "evaluate_every": 25, "weight_decay": 0.01, "prompt_weight": 1.0}
     assert expected.items() <= found.items() and set(inputs) < set(found)
-    assert set(settings_of(Job("methods", BASE), SETTINGS, inputs)) == {"base", "manifest"}
+    assert set(one_run.settings_of(Job("methods", BASE), SETTINGS, inputs)) == {"base", "manifest"}
     json.dumps(found)
 
 
 KILLED = """
 import os, sys
-from medctkit.experiments.compare import run_all as comparison, runs as comparison_runs
-comparison_runs.RANKS = (1, 16)
+from medctkit.experiments.compare import run_all as comparison, runs as one_run
+one_run.RANKS = (1, 16)
 os.cpu_count = lambda: 1  # tensors this small lose time to threads that wait for each other
 if __name__ == "__main__":
     toy = comparison.FineTuneConfig(steps=1, batch_size=4, evaluate_every=1)
@@ -295,7 +267,7 @@ def test_a_killed_comparison_goes_on_where_it_was(cohort, tmp_path, monkeypatch,
         pytest.fail("a worker outlived the command")
     assert len(workers) >= 1 and not list(out.glob("comparison.csv"))
 
-    monkeypatch.setattr(comparison_runs, "RANKS", (1, 16))
+    monkeypatch.setattr(one_run, "RANKS", (1, 16))
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     compare_methods(arguments[0], out, ["ranks"], 1, TOY, 1, arguments[2])
     said = capsys.readouterr().out
@@ -369,7 +341,7 @@ def test_seeds_are_averaged_within_each_resample():
 
 
 def test_method_table_has_a_row_for_each_method_base_first():
-    table = method_table(hand_made())
+    table = compared.method_table(hand_made())
     assert table["method"].tolist() == [BASE, PROBE, "full", "lora"]
     assert table["zero_shot"].tolist() == [True, False, True, True]
     assert table["trainable_share"].tolist() == [0, 0.02, 1, 0.05]
@@ -379,31 +351,34 @@ def test_method_table_has_a_row_for_each_method_base_first():
 
 
 def test_shown_table_says_what_is_not_zero_shot_and_what_the_interval_is():
-    text = show(method_table(hand_made()))
+    text = compared.show(compared.method_table(hand_made()))
     lines = text.splitlines()
     assert "linear probe (not zero-shot)" in lines[2]
     assert "0.650 [0.552, 0.742]" in lines[4] and "+0.150 [+0.102, +0.150]" in lines[4] and "0.75" in lines[4]
     assert "bootstrap over test patients" in lines[-1] and "Phantom" in lines[-1]
-    assert "-" in show(method_table(hand_made(costs=False))).splitlines()[4]
+    assert "-" in compared.show(compared.method_table(hand_made(costs=False))).splitlines()[4]
 
 
 def test_figures_show_intervals_labels_and_the_base_model(tmp_path):
     results = hand_made()
-    for figure, words in ((figure_methods(results), "trainable parameters"), (figure_studies(results), "studies")):
+    for figure, words in (
+        (compared.figure_methods(results), "trainable parameters"),
+        (compared.figure_studies(results), "studies"),
+    ):
         (axes,) = figure.axes
         assert axes.get_xscale() == "log" and words in axes.get_xlabel() and "Phantom" in axes.get_title()
         base = axes.lines[0]
         assert base.get_linestyle() == "--" and list(base.get_ydata()) == [0.5, 0.5]
-    methods = figure_methods(results).axes[0]
+    methods = compared.figure_methods(results).axes[0]
     assert {text.get_text() for text in methods.texts} == {"r=8", "r=16"}
     named = [text.get_text() for text in methods.get_legend().get_texts()]
     expected = ["base model, 0.500", "linear probe, 0.620 (not zero-shot)", "LoRA, 0.650", "full fine-tuning, 0.650"]
     assert named == expected
     bars = sorted(tuple(np.round(path.vertices[:, 1], 3)) for c in methods.collections[1:] for path in c.get_paths())
     assert (0.552, 0.742) in bars
-    line = figure_studies(results).axes[0].lines[1]
+    line = compared.figure_studies(results).axes[0].lines[1]
     assert [list(line.get_xdata()), list(line.get_ydata())] == [[16, 1301], [0.6, 0.7]]
-    written = write_figures(results, tmp_path)
+    written = compared.write_figures(results, tmp_path)
     assert [path.name for path in written] == ["methods.png", "studies.png"]
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in written)
 

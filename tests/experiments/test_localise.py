@@ -9,7 +9,6 @@ import torch
 from typer.testing import CliRunner
 
 from medctkit.cli import app
-from medctkit.cohort.manifest import load_manifest, write_manifest
 from medctkit.lora.adapter import add_lora, save_adapter
 from medctkit.model.base_model import load_mini_base
 
@@ -18,36 +17,29 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def few(tmp_path_factory):
-    """Eight test studies and an adapter that does something."""
-    folder = tmp_path_factory.mktemp("few")
-    cohort = load_manifest(ROOT / "data_manifest.csv")
-    rows = cohort[(cohort["hospital"] == "target") & (cohort["split"] == "test")].head(8)
-    write_manifest(rows, folder / "manifest.csv")
+def adapted(tmp_path_factory):
+    """An adapter that does something."""
+    folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
-    save_adapter(add_lora(load_mini_base().model, "paper", r=4, init_lora_weights=False), folder / "run" / "adapter")
+    save_adapter(add_lora(load_mini_base().model, "paper", r=4, init_lora_weights=False), folder / "adapter")
     return folder
 
 
-def test_the_command_writes_what_it_prints(few):
-    arguments = ["localise", str(few / "run"), "--manifest", str(few / "manifest.csv"), "--studies", "6"]
-    done = CliRunner().invoke(app, arguments)
+def test_the_command_writes_what_it_prints(few, adapted):
+    done = CliRunner().invoke(app, ["localise", str(adapted), "--manifest", str(few), "--studies", "6"])
     assert done.exit_code == 0, done.output
-    table = pd.read_csv(few / "run" / "localisation.csv")
+    table = pd.read_csv(adapted / "localisation.csv")
     means = table[table["finding"] == "mean"]
     assert set(means["score"]) == {"pointing game", "AUPRC", "in-mask mass"}
     assert len(means) == 21 and (means["low"] <= means["value"]).all() and (means["value"] <= means["high"]).all()
-    found = json.loads((few / "run" / "localisation.json").read_text())
+    found = json.loads((adapted / "localisation.json").read_text())
     assert found["made_with"]["studies"] <= 6 and found["made_with"]["command"].endswith("--seed 0 --studies 6")
     assert found["made_with"]["data"] == "phantom"
-    assert {row["difference"] for row in found["differences"]} == {
-        "adapted minus base",
-        "base: own minus another prompt",
-        "adapted: own minus another prompt",
-    }
+    own = ["base: own minus another prompt", "adapted: own minus another prompt"]
+    assert {row["difference"] for row in found["differences"]} == {"adapted minus base", *own}
     untouched = [row for row in found["sanity"] if row["shuffled"] == "nothing"]
     assert [row["relevance"] for row in untouched] == pytest.approx([1, 1])
-    assert (few / "run" / "localisation.png").read_bytes().startswith(b"\x89PNG")
+    assert (adapted / "localisation.png").read_bytes().startswith(b"\x89PNG")
     assert "adapted, relevance" in done.output and "shuffled" in done.output
 
 

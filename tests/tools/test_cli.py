@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 
 import nbformat
@@ -14,22 +15,15 @@ from medctkit import cli
 from medctkit.course import doctor
 from tools import demo
 
+
+def around(value, margin):
+    return {"value": value, "low": value - margin, "high": value + margin}
+
+
 METRICS = {
-    "base": {
-        "auroc": {"value": 0.55, "low": 0.52, "high": 0.58},
-        "accuracy": {"value": 0.60, "low": 0.57, "high": 0.63},
-        "macro_f1": {"value": 0.30, "low": 0.27, "high": 0.33},
-    },
-    "adapted": {
-        "auroc": {"value": 0.64, "low": 0.61, "high": 0.67},
-        "accuracy": {"value": 0.66, "low": 0.63, "high": 0.69},
-        "macro_f1": {"value": 0.36, "low": 0.33, "high": 0.39},
-    },
-    "difference": {
-        "auroc": {"value": 0.09, "low": 0.07, "high": 0.11},
-        "accuracy": {"value": 0.06, "low": 0.04, "high": 0.08},
-        "macro_f1": {"value": 0.06, "low": 0.04, "high": 0.08},
-    },
+    "base": {"auroc": around(0.55, 0.03), "accuracy": around(0.60, 0.03), "macro_f1": around(0.30, 0.03)},
+    "adapted": {"auroc": around(0.64, 0.03), "accuracy": around(0.66, 0.03), "macro_f1": around(0.36, 0.03)},
+    "difference": {"auroc": around(0.09, 0.02), "accuracy": around(0.06, 0.02), "macro_f1": around(0.06, 0.02)},
 }
 WRITE_METRICS = f"""
 import json, pathlib
@@ -46,6 +40,14 @@ def write_notebook(path, *sources):
     cells = [new_markdown_cell("# A lesson"), parameters, *map(new_code_cell, sources)]
     path.parent.mkdir(exist_ok=True)
     nbformat.write(new_notebook(cells=cells), path)
+
+
+def test_help_is_quick_and_needs_no_clone():
+    heavy = "torch", "tools", "medctkit.training"
+    code = "import sys; from medctkit.cli import app; app(['--help'], standalone_mode=False)\n"
+    code += f"print([name for name in {heavy!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", timeout=100)
+    assert done.stdout.endswith("[]\n") and "finetune" in done.stdout
 
 
 @pytest.fixture
@@ -116,14 +118,14 @@ def test_the_demo_runs_its_own_notebooks_only(folders, monkeypatch):
     assert ran == [*demo.NOTEBOOKS]
 
 
-def test_jupyter_path_is_put_back(monkeypatch):
-    for before in (None, "elsewhere"):
-        monkeypatch.delenv("JUPYTER_PATH", raising=False)
-        if before:
-            monkeypatch.setenv("JUPYTER_PATH", before)
-        with demo.this_interpreter_as_kernel():
-            assert os.environ["JUPYTER_PATH"] != before
-        assert os.environ.get("JUPYTER_PATH") == before
+@pytest.mark.parametrize("before", [None, "elsewhere"])
+def test_jupyter_path_is_put_back(monkeypatch, before):
+    monkeypatch.delenv("JUPYTER_PATH", raising=False)
+    if before:
+        monkeypatch.setenv("JUPYTER_PATH", before)
+    with demo.this_interpreter_as_kernel():
+        assert os.environ["JUPYTER_PATH"] != before
+    assert os.environ.get("JUPYTER_PATH") == before
 
 
 def changed(column, row, cell):
@@ -138,10 +140,7 @@ def changed(column, row, cell):
         ({"base": METRICS["base"]}, r"adapted\.auroc needs the keys value, low and high"),
         (changed("base", "auroc", 0.5), r"base\.auroc needs the keys"),
         (changed("base", "accuracy", {"value": float("nan"), "low": 0, "high": 1}), "three finite numbers"),
-        (
-            changed("adapted", "auroc", {"value": 64, "low": 61, "high": 67}),
-            "interval 61 to 67 is impossible",
-        ),
+        (changed("adapted", "auroc", {"value": 64, "low": 61, "high": 67}), "interval 61 to 67 is impossible"),
         (changed("adapted", "auroc", {"value": 0.6, "low": 0.7, "high": 0.5}), "is impossible"),
         (changed("difference", "auroc", {"value": 0.2, "low": 0.1, "high": 0.3}), "difference says 0.2"),
     ],
@@ -155,29 +154,22 @@ def test_metrics_that_contradict_the_schema_are_refused(tmp_path, metrics, messa
 
 def test_doctor_looks_at_everything():
     result = run("doctor")
-    for word in (
-        "python",
-        "device",
-        "threads of",
-        "free disk",
-        "mini model",
-        "own CT",
-        "torch",
-        "jupyterlab",
-    ):
+    for word in ("python", "device", "threads of", "free disk", "mini model", "own CT", "torch", "jupyterlab", "dask"):
         assert word in result.output
     assert (result.exit_code == 0) == ("BAD" not in result.output)
 
 
 def test_doctor_names_what_is_missing_or_too_old(monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "requires", lambda _: ["torch>=99", "no-such-package>=1", "pip; extra == 'test'"])
+    wanted = ["torch>=99", "no-such-package>=1", "pip; extra == 'test'", "no-such-cluster>=1; extra == 'cluster'"]
+    monkeypatch.setattr(doctor, "requires", lambda _: wanted)
     monkeypatch.setenv("MEDCTKIT_REAL_CT", str(tmp_path / "nowhere"))
     result = run("doctor")
     assert result.exit_code == 1
-    bad = [line.split()[1] for line in result.output.splitlines() if line.startswith("BAD ")]
-    assert {"torch", "no-such-package", "own"} <= set(bad)
+    bad = {line.split()[1] for line in result.output.splitlines() if line.startswith("BAD ")}
+    assert {"torch", "no-such-package", "own"} <= bad and "no-such-cluster" not in bad
     assert "needs >=99" in result.output and "missing, needs >=1" in result.output
-    assert "pip" not in result.output.split()
+    assert "none (optional: pip install 'medctkit[cluster]')" in result.output
+    assert "pip" not in [line.split()[1] for line in result.output.splitlines() if line[:3] in ("ok ", "BAD")]
 
 
 def test_doctor_lists_the_mini_model_files_it_misses(tmp_path):

@@ -225,18 +225,15 @@ def test_only_frozen_linear_layers_and_convolutions_are_cast():
     assert cast_frozen(model) == 0  # nothing left to do
 
 
-def test_an_adapter_that_waits_stays_exact():
-    model = adapted()
-    model.add_adapter("other", model.peft_config["default"])
-    cast_frozen(model)
-    assert {p.dtype for name, p in model.named_parameters() if "lora_" in name} == {torch.float32}
-
-
-def test_base_layers_whose_adapter_reads_their_weight_stay_exact():
-    model = add_lora(tiny_model().unload(), "vision", use_dora=True, r=4)
-    cast_frozen(model)
-    base = {p.dtype for name, p in model.named_parameters() if "base_layer" in name}
-    others = {p.dtype for name, p in model.named_parameters() if name.endswith("dense.weight")}
+def test_what_an_adapter_trains_or_reads_itself_stays_exact():
+    waiting = adapted()
+    waiting.add_adapter("other", waiting.peft_config["default"])
+    cast_frozen(waiting)
+    assert {p.dtype for name, p in waiting.named_parameters() if "lora_" in name} == {torch.float32}
+    dora = add_lora(tiny_model().unload(), "vision", use_dora=True, r=4)  # reads the weight of its base layer
+    cast_frozen(dora)
+    base = {p.dtype for name, p in dora.named_parameters() if "base_layer" in name}
+    others = {p.dtype for name, p in dora.named_parameters() if name.endswith("dense.weight")}
     assert (base, others) == ({torch.float32}, {torch.bfloat16})
 
 

@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 SAVED = Path(str(files("medctkit") / "assets" / "comparison"))
 KEYS = ["group", "method", "rank", "studies", "learning_rate"]
-LABELS = {BASE: "base model", PROBE: "linear probe"} | {name: method.label for name, method in METHODS.items()}
-TRAINS = {
-    BASE: "Nothing: the base model as it is, zero-shot.",
-    PROBE: "18 logistic regressions on frozen image embeddings. Not zero-shot: it knows these 18 answers only.",
-} | {name: method.trains for name, method in METHODS.items()}
-PAPERS = {BASE: "", PROBE: "Alain and Bengio 2016, arXiv 1610.01644"} | {
-    n: method.paper for n, method in METHODS.items()
-}
+TEXTS = {  # label, what it trains, paper
+    BASE: ("base model", "Nothing: the base model as it is, zero-shot.", ""),
+    PROBE: (
+        "linear probe",
+        "18 logistic regressions on frozen image embeddings. Not zero-shot: it knows these 18 answers only.",
+        "Alain and Bengio 2016, arXiv 1610.01644",
+    ),
+} | {name: (method.label, method.trains, method.paper) for name, method in METHODS.items()}
 MARKS = {  # colours of Okabe and Ito, which the colour-blind can tell apart; where one comes twice, another marker
     BASE: ("#555555", ""),
     PROBE: ("#009E73", "s"),
@@ -126,8 +126,8 @@ def method_table(results: Results) -> pd.DataFrame:
     those of `Results.costs`.
     """
     table = pooled(results, "methods").merge(results.costs, on="method", how="left")
-    for column, texts in (("label", LABELS), ("trains", TRAINS), ("paper", PAPERS)):
-        table[column] = table["method"].map(texts)
+    for i, column in enumerate(("label", "trains", "paper")):
+        table[column] = [TEXTS[name][i] for name in table["method"]]
     table["zero_shot"] = table["method"] != PROBE
     full = table.loc[table["method"] == "full", "trainable"]
     table["trainable_share"] = table["trainable"] / (full.iloc[0] if len(full) else np.nan)
@@ -138,9 +138,6 @@ def method_table(results: Results) -> pd.DataFrame:
 def show(table: pd.DataFrame) -> str:
     """`method_table` as text for a terminal."""
     import pandas as pd
-
-    def number(form: str, value: float) -> str:
-        return "-" if pd.isna(value) else form.format(value)
 
     shown = pd.DataFrame({"method": table["label"].where(table["zero_shot"], table["label"] + " (not zero-shot)")})
     shown["test AUROC"] = [f"{r.auroc:.3f} [{r.auroc_low:.3f}, {r.auroc_high:.3f}]" for r in table.itertuples()]
@@ -159,7 +156,7 @@ def show(table: pd.DataFrame) -> str:
         ("of full ", "peak_bytes_of_full", "{:.2f}"),
     ):
         values = table[column] / 1e6 if column == "peak_bytes" else table[column]
-        shown[name] = [number(form, value) for value in values]
+        shown[name] = values.map(form.format).where(values.notna(), "-")
     note = "Mean AUROC over findings and seeds; 95 % intervals: bootstrap over test patients. Phantom data."
     return f"{shown.to_string(index=False)}\n{note}"
 
@@ -189,11 +186,11 @@ def figure_methods(results: Results) -> Figure:
     figure, axes = _axes(results, "Phantom studies: what each way to fine-tune reaches, and what it trains")
     if (results.runs["group"] == "ranks").any():
         ranks = pooled(results, "ranks").sort_values("rank")
-        line = {"color": MARKS["lora"][0], "linewidth": 0}
+        line: dict[str, Any] = {"color": MARKS["lora"][0], "linewidth": 0}
         axes.plot(ranks["trainable"], ranks["auroc"], ".-", zorder=2, **line | {"linewidth": 1})
         axes.fill_between(ranks["trainable"], ranks["auroc_low"], ranks["auroc_high"], alpha=0.1, **line)
         for row in ranks.itertuples():
-            place = {"xytext": (0, -10), "textcoords": "offset points", "ha": "center", "fontsize": 8}
+            place: dict[str, Any] = {"xytext": (0, -10), "textcoords": "offset points", "ha": "center", "fontsize": 8}
             axes.annotate(f"r={row.rank:.0f}", (row.trainable, row.auroc_low), color=MARKS["lora"][0], **place)
     x = 0.0
     for row in table.itertuples():
@@ -217,9 +214,9 @@ def figure_studies(results: Results) -> Figure:
     for name in ("lora", "full", PROBE):
         rows, (colour, marker) = table[table["method"] == name], MARKS[name]
         if len(rows):
-            label = f"{LABELS[name]} (not zero-shot)" if name == PROBE else LABELS[name]
+            label = TEXTS[name][0] + (" (not zero-shot)" if name == PROBE else "")
             axes.plot(rows["studies"], rows["auroc"], marker=marker, color=colour, label=label)
-            band = {"color": colour, "alpha": 0.15, "linewidth": 0}
+            band: dict[str, Any] = {"color": colour, "alpha": 0.15, "linewidth": 0}
             axes.fill_between(rows["studies"], rows["auroc_low"], rows["auroc_high"], **band)
     sizes = sorted(table["studies"].unique())
     axes.set_xticks(sizes, [f"{n:,.0f}" for n in sizes])

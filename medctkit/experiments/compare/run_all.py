@@ -1,9 +1,7 @@
 """Ways to fine-tune, side by side under equal conditions: what they score, and what they cost.
 
-What a run is stands in `comparison_runs`. Here all of them are done, each with its result in a file of its own, so that
-an interrupted comparison goes on where it was. `comparison_results` reads, pools and draws them.
-
-Seconds and memory are measured apart, after the runs, one method after the other.
+What a run is stands in `runs`. Here all of them are done, each with its result in a file of its own, so that an
+interrupted comparison goes on where it was; seconds and memory are measured after them. `results` reads and draws them.
 """
 
 from __future__ import annotations
@@ -54,7 +52,7 @@ from medctkit.experiments.compare.runs import (
 )
 from medctkit.findings import FINDINGS
 from medctkit.lora.methods import METHODS, apply_method
-from medctkit.metrics import scores as metrics
+from medctkit.metrics.scores import mean_draws
 from medctkit.model.base_model import load_mini_base
 from medctkit.training.checkpoints import differences
 from medctkit.training.loop import step_gradients
@@ -70,12 +68,18 @@ _SECONDS = {"step": 0.38, "validation": 1.1, "start": 5}  # measured on two core
 _data: Data | tuple  # of a worker process: where to load it from, then what was loaded
 
 
-def _start_worker(manifest_path, cache_dir, threads: int) -> None:
+def _start_worker(manifest_path: str | os.PathLike, cache_dir: Path, threads: int) -> None:
     global _data
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # stopping is the parent's to tell
-    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()  # not without it
+    threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
     torch.set_num_threads(threads)
     _data = (manifest_path, cache_dir)
+
+
+def _end_with(parent: Any) -> None:
+    """A worker ends when the command does, however that ended."""
+    parent.join()
+    os._exit(1)
 
 
 def _work(job: Job, settings: FineTuneConfig, made_of: dict, output_dir: Path) -> None:
@@ -139,7 +143,7 @@ def compare_methods(
         seeds: runs of each.
         settings: of all runs.
         workers: processes side by side, each with its share of the cores, and about 2 GB.
-        cache_dir: prepared volumes; by default see `experiment.prepared_dir`.
+        cache_dir: prepared volumes; by default see `cohort.dataset.prepared_dir`.
 
     Returns:
         `output_dir`.
@@ -168,8 +172,9 @@ def compare_methods(
 
     total = len(wanted({name: METHODS[name].learning_rates[0] for name in needed}))  # as many with any rate
     left = total - len(wanted(rates := _rates(output_dir, needed))) + len(missing(rates))
-    validations = 1 + settings.steps / settings.evaluate_every
-    each = _SECONDS["start"] + settings.steps * _SECONDS["step"] + validations * _SECONDS["validation"]
+    steps = settings.steps_for(studies)
+    validations = 1 + steps / settings.evaluate_every
+    each = _SECONDS["start"] + steps * _SECONDS["step"] + validations * _SECONDS["validation"]
     print(f"{total} runs, {total - left} of them there; about {left * each / 60:.0f} min left on two cores", flush=True)
 
     start_with = (manifest_path, cache_dir, max(1, (os.cpu_count() or 1) // workers))
@@ -205,31 +210,24 @@ def _run_all(pool: ProcessPoolExecutor, arguments: list[tuple]) -> None:
 
 def _rates(output_dir: Path, methods: Iterable[str]) -> dict[str, float]:
     """For each method the learning rate of best validation AUROC, of those whose whole grid was run."""
-    grids: dict[str, dict[float, dict | None]] = {}
+    grids: dict[str, list[dict | None]] = {}
     for job in tuning_jobs(methods):
-        grids.setdefault(job.method, {})[job.learning_rate] = read_result(output_dir, job)
+        found = read_result(output_dir, job)
+        grids.setdefault(job.method, []).append(found and found | {"rate": job.learning_rate})
     chosen = {}
     for method, grid in grids.items():
-        if None in grid.values():
+        runs = [found for found in grid if found is not None]
+        if len(runs) < len(grid):
             continue
-        stable = {rate: found["validation_auroc"] for rate, found in grid.items() if "diverged" not in found}
+        stable = {found["rate"]: found["validation_auroc"] for found in runs if "diverged" not in found}
         if not stable:
             raise ValueError(f"{method} diverged with every learning rate of its grid; lower METHODS[{method!r}]'s")
         chosen[method] = max(stable, key=lambda rate: (stable[rate], -rate))
     return chosen
 
 
-def auroc_draws(labels, scores, patients, resamples: int = 1000, seed: int = 0) -> np.ndarray:
-    """Mean AUROC over findings on the data as it is, then on each bootstrap resample of patients: (1 + resamples,).
-
-    Resample i is the same for all scores of the same studies, so draws can be subtracted and averaged.
-    Args and errors are those of `medctkit.metrics.scores.mean_draws`.
-    """
-    return metrics.mean_draws(labels, scores, patients, resamples=resamples, seed=seed)
-
-
 def collect(output_dir: Path, test_rows: Sequence[Mapping], seeds: int) -> None:
-    """Write `comparison.csv`, a row for each job that has a result, and `draws.npz`, see `auroc_draws`.
+    """Write `comparison.csv`, a row for each job that has a result, and `draws.npz`, their `mean_draws`.
 
     Args:
         output_dir: with `runs`.
@@ -248,7 +246,7 @@ def collect(output_dir: Path, test_rows: Sequence[Mapping], seeds: int) -> None:
             continue
         if job.name not in draws:
             scores = np.frombuffer(base64.b64decode(found["scores"]), dtype="<f4").reshape(labels.shape)
-            draws[job.name] = auroc_draws(labels, scores, patients).astype(np.float32)
+            draws[job.name] = mean_draws(labels, scores, patients).astype(np.float32)
         mean, made = found["auroc"]["mean"], found["made_with"]
         row = {"group": job.group, "name": job.name}
         keys = ("method", "rank", "studies", "learning_rate", "seed", "best_step", "validation_auroc")
@@ -259,7 +257,7 @@ def collect(output_dir: Path, test_rows: Sequence[Mapping], seeds: int) -> None:
         row |= {"device": made["device"], "medctkit": made["versions"]["medctkit"], "torch": made["versions"]["torch"]}
         rows.append(row | {name: found["auroc"][name]["value"] for name in FINDINGS})
     with replacing(output_dir / "draws.npz") as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **draws)
+        np.savez_compressed(file, **draws)  # type: ignore[arg-type]
     _write_csv(pd.DataFrame(rows), output_dir / "comparison.csv")
 
 

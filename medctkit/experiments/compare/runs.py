@@ -12,7 +12,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -130,12 +130,13 @@ class Data:
     mini: BaseModel
 
     @classmethod
-    def load(cls, manifest_path, cache_dir) -> Data:
+    def load(cls, manifest_path: str | os.PathLike, cache_dir: str | os.PathLike) -> Data:
         """From a manifest and a folder of prepared volumes, which are made where missing."""
         mini, table = load_mini_base(), load_manifest(manifest_path)
         table = table[table["hospital"] == "target"]
         splits = (table[table["split"] == split] for split in ("train", "valid", "test"))
-        return cls(*(CTReportDataset(rows, mini.preprocess_config, cache_dir).in_memory() for rows in splits), mini)
+        read = [CTReportDataset(rows, mini.preprocess_config, cache_dir).in_memory() for rows in splits]
+        return cls(read[0], read[1], read[2], mini)
 
     @cached_property
     def _embedded(self) -> dict[str, Embedded]:
@@ -183,7 +184,9 @@ class Probe:
     one_class: tuple[str, ...]
 
 
-def linear_probe(train: Embedded, valid: Embedded, test: Embedded, strengths=PROBE_STRENGTHS) -> Probe:
+def linear_probe(
+    train: Embedded, valid: Embedded, test: Embedded, strengths: Sequence[float] = PROBE_STRENGTHS
+) -> Probe:
     """Fit a logistic regression for each finding on the base model's image embeddings, standardised.
 
     The embedding is the one that reports are compared with. On the default cohort it is the better feature: mean
@@ -209,7 +212,8 @@ def linear_probe(train: Embedded, valid: Embedded, test: Embedded, strengths=PRO
     judged = [k for k in range(len(FINDINGS)) if 0 < valid.labels[:, k].mean() < 1]
     if not judged:
         raise ValueError("no finding has both positive and negative studies in the validation data")
-    best: tuple[float, Any] = (-1.0, None)
+    one_class = tuple(name for k, name in enumerate(FINDINGS) if k not in both)
+    best: Probe | None = None
     for strength in strengths:
         scores = [np.full((len(split), len(FINDINGS)), 0.5) for split in seen]
         for k in both:
@@ -217,9 +221,11 @@ def linear_probe(train: Embedded, valid: Embedded, test: Embedded, strengths=PRO
             for split, out in zip(seen, scores, strict=True):
                 out[:, k] = model.predict_proba(split)[:, 1]
         auroc = float(np.mean([roc_auc_score(valid.labels[:, k], scores[0][:, k]) for k in judged]))
-        if auroc > best[0]:
-            best = auroc, (scores[1], strength)
-    return Probe(*best[1], best[0], tuple(name for k, name in enumerate(FINDINGS) if k not in both))
+        if best is None or auroc > best.validation_auroc:
+            best = Probe(scores[1], strength, auroc, one_class)
+    if best is None:
+        raise ValueError("strengths is empty; give values of scikit-learn's C to choose from")
+    return best
 
 
 def inputs_of(manifest_path: str | os.PathLike) -> dict[str, str]:
@@ -239,11 +245,11 @@ def settings_of(job: Job, settings: FineTuneConfig, inputs: Mapping[str, str]) -
     if job.method == BASE:
         return dict(inputs)
     if job.method == PROBE:
-        return inputs | {"strengths": list(PROBE_STRENGTHS)}
+        return {**inputs, "strengths": list(PROBE_STRENGTHS)}
     config = _config(job, settings)
-    inputs = inputs | {"training prompts": hashlib.sha256(repr(config.prompts).encode()).hexdigest()[:16]}
+    prompts = hashlib.sha256(repr(config.prompts).encode()).hexdigest()[:16]
     left_out = ("prompts", "workers", "checkpoint_every", "seed", "learning_rate", "epochs", "micro_batch_size")
-    return {**inputs, **config.values(*left_out)}
+    return {**inputs, "training prompts": prompts, **config.values(*left_out)}
 
 
 def _config(job: Job, settings: FineTuneConfig) -> FineTuneConfig:
@@ -271,7 +277,9 @@ def run_job(job: Job, data: Data, settings: FineTuneConfig, work_dir: str | os.P
     indices = draw_studies([row["patient"] for row in data.train.rows], job.studies, job.seed)
     found: dict[str, Any] = {"best_step": 0, "trainable": 0, "adapter_bytes": 0, "one_class": []}
     if job.method == PROBE:
-        train = Embedded(*(np.asarray(part)[indices] for part in asdict(data.embedded("train")).values()))
+        seen = data.embedded("train")
+        drawn = (part[indices] for part in (seen.embeddings, seen.labels, seen.patients, seen.studies))
+        train = Embedded(*drawn)  # type: ignore[arg-type]
         probe = linear_probe(train, data.embedded("valid"), data.embedded("test"))
         scores, validation = probe.scores, probe.validation_auroc
         trainable = (len(FINDINGS) - len(probe.one_class)) * (train.embeddings.shape[1] + 1)
@@ -284,10 +292,9 @@ def run_job(job: Job, data: Data, settings: FineTuneConfig, work_dir: str | os.P
     else:
         torch.manual_seed(job.seed)
         model = apply_method(load_mini_base().model, job.method, **{"r": job.rank} if job.rank else {})
-        train = Subset(data.train, indices)
-        score = validation_score(data.valid, data.mini.tokenizer)
+        score, config = validation_score(data.valid, data.mini.tokenizer), _config(job, settings)
         try:
-            result = finetune(model, train, data.mini.tokenizer, _config(job, settings), work_dir, score)
+            result = finetune(model, Subset(data.train, indices), data.mini.tokenizer, config, work_dir, score)
         except FloatingPointError as error:
             return {"diverged": str(error)}
         found |= {"best_step": result.best_step, "trainable": count_trainable(model), "seconds": result.seconds}
