@@ -103,11 +103,6 @@ def test_the_share_of_a_patch_goes_the_way_of_the_scan():
         loc.patch_shares(np.ones((2, 2, 2)), study.volume, CONFIG, (2, 2, 2))
 
 
-def phantom_row(seed, **changes):
-    row = {"study": f"s{seed}", "patient": f"p{seed}", "hospital": "target", "seed": seed, "path": ""}
-    return row | {name: int(name == "Cardiomegaly") for name in FINDINGS} | changes
-
-
 def test_regions_are_the_masks_of_the_rows_own_phantoms():
     from medctkit.cohort.manifest import load_manifest
 

@@ -71,9 +71,10 @@ def test_two_steps_change_all_that_is_trainable_and_nothing_else(base, batch, na
     before = {key: value.clone() for key, value in model.state_dict().items()}
     trainable = {key: p for key, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trainable.values(), lr=1e-2, weight_decay=0)
-    for _ in range(2):  # LoRA's A and VeRA's d learn from the second on, when B and b are not zero any more
+    for step in range(2):  # LoRA's A and VeRA's d learn from the second on, when B and b are not zero any more
         optimizer.zero_grad()
         model(**batch, return_loss=True).loss.backward()
+        assert step or not any(p.grad.any() for key, p in trainable.items() if ".lora_A." in key)
         optimizer.step()
     assert all(p.grad.any() for p in trainable.values())
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)

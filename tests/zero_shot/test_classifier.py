@@ -6,7 +6,6 @@ import re
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset
 
 from medctkit.findings import FINDINGS
 from medctkit.lora.adapter import add_lora
@@ -27,19 +26,11 @@ def volumes():
     return torch.randn(3, 1, 32, 64, 64, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
 
 
-class Studies(Dataset):
-    def __init__(self, volumes):
-        self.volumes = volumes
-        self.labels = torch.randint(0, 2, (len(volumes), 18), generator=torch.Generator().manual_seed(1)).float()
-
-    def __len__(self):
-        return len(self.volumes)
-
-    def __getitem__(self, i):
-        if i >= len(self):
-            raise IndexError(i)
-        item = {"pixel_values": self.volumes[i], "labels": self.labels[i], "report": "text"}
-        return item | {"patient": f"p{i}", "study": f"s{i}"}
+def studies(volumes):
+    """A data set of these volumes, with random labels."""
+    labels = torch.randint(0, 2, (len(volumes), 18), generator=torch.Generator().manual_seed(1)).float()
+    parts = enumerate(zip(volumes, labels, strict=True))
+    return [{"pixel_values": v, "labels": y, "patient": f"p{i}", "study": f"s{i}"} for i, (v, y) in parts]
 
 
 @torch.no_grad()
@@ -81,7 +72,7 @@ def test_volumes_and_prompts_are_encoded_once(mini, volumes, monkeypatch):
     )
     monkeypatch.setattr(mini.model, "encode_text", lambda *a: (calls.update(text=calls["text"] + 1), text(*a))[1])
     classifier = ZeroShotClassifier(mini.model, mini.tokenizer)
-    found = classifier.embed(Studies(volumes), batch_size=2, progress=False)
+    found = classifier.embed(studies(volumes), batch_size=2, progress=False)
     scores = classifier.scores_from_embeddings(found.embeddings)
     classifier.scores_from_embeddings(found.embeddings)
     assert calls == {"image": 3, "text": 1}
@@ -89,30 +80,27 @@ def test_volumes_and_prompts_are_encoded_once(mini, volumes, monkeypatch):
     assert torch.allclose(found.embeddings.norm(dim=-1), torch.ones(3), atol=1e-5)
 
 
-def test_training_mode_and_gradients_are_left_as_they_were(mini, volumes):
+def test_modes_and_gradients_are_left_as_they_were(mini, volumes):
     mini.model.train()
+    mini.model.text_transformer.eval()  # each part gets its own mode back
+    before = [module.training for module in mini.model.modules()]
     first = ZeroShotClassifier(mini.model, mini.tokenizer).scores(volumes)
-    assert mini.model.training and torch.is_grad_enabled()
+    assert [module.training for module in mini.model.modules()] == before and torch.is_grad_enabled()
     mini.model.eval()
     np.testing.assert_array_equal(ZeroShotClassifier(mini.model, mini.tokenizer).scores(volumes), first)
 
 
-def test_each_part_of_the_model_gets_its_own_mode_back(mini, volumes):
-    mini.model.train()
-    mini.model.text_transformer.eval()
-    before = [module.training for module in mini.model.modules()]
-    ZeroShotClassifier(mini.model, mini.tokenizer).scores(volumes)
-    assert [module.training for module in mini.model.modules()] == before
-    mini.model.eval()
-
-
-def test_validation_score_is_a_mean_auroc(mini, volumes):
-    score = validation_score(Studies(volumes), mini.tokenizer)(mini.model)
-    assert 0 <= score <= 1
-    alike = Studies(volumes)
-    alike.labels[:] = 0
-    with pytest.raises(ValueError, match="no finding has both"):
-        validation_score(alike, mini.tokenizer)(mini.model)
+def test_the_validation_score_is_a_mean_auroc_in_which_unknown_labels_count_nowhere(mini):
+    generator = torch.Generator().manual_seed(0)
+    items = studies(torch.rand(8, 1, 32, 64, 64, generator=generator) * 2 - 1)
+    for item in items[6:]:
+        item["labels"] = torch.full((18,), float("nan"))
+    score = validation_score(items, mini.tokenizer)(mini.model)
+    assert 0 <= score <= 1 and score == validation_score(items[:6], mini.tokenizer)(mini.model)
+    alike = [item | {"labels": torch.zeros(18)} for item in items]
+    for data in (items[6:], alike):
+        with pytest.raises(ValueError, match="no finding has both positive and negative studies in the validation"):
+            validation_score(data, mini.tokenizer)(mini.model)
 
 
 def test_prompts_can_be_named_or_given(mini):
@@ -186,9 +174,7 @@ def test_a_file_of_prompts_that_cannot_be_used_is_named(tmp_path):
 
 def test_a_prompt_longer_than_the_text_encoder_is_named(mini):
     long = "{finding} " * 200
-    with pytest.raises(
-        ValueError, match="'Coronary artery .* tokens, the text encoder takes 192; shorten it"
-    ):
+    with pytest.raises(ValueError, match="'Coronary artery .* tokens, the text encoder takes 192; shorten it"):
         ZeroShotClassifier(mini.model, mini.tokenizer, [long, "no {finding}"])
 
 
@@ -253,22 +239,3 @@ def test_scores_are_not_rounded_in_mixed_precision(mini):
     expected = classifier.scores_from_embeddings(embeds)
     with torch.autocast("cpu", torch.bfloat16):
         assert (classifier.scores_from_embeddings(embeds) == expected).all()
-
-
-def test_unknown_labels_count_nowhere_in_the_validation_score(mini):
-    generator = torch.Generator().manual_seed(0)
-    items = [
-        {
-            "study": f"s{i}",
-            "patient": f"p{i}",
-            "pixel_values": torch.rand(1, 32, 64, 64, generator=generator) * 2 - 1,
-            "labels": torch.randint(0, 2, (18,), generator=generator).float(),
-        }
-        for i in range(8)
-    ]
-    for item in items[6:]:
-        item["labels"] = torch.full((18,), float("nan"))
-    score = validation_score(items, mini.tokenizer)(mini.model)
-    assert score == validation_score(items[:6], mini.tokenizer)(mini.model)
-    with pytest.raises(ValueError, match="no finding has both positive and negative studies in the validation data"):
-        validation_score(items[6:], mini.tokenizer)(mini.model)

@@ -272,22 +272,19 @@ def test_other_weights_or_studies_are_refused_and_a_corrected_label_is_not(few, 
     np.testing.assert_array_equal(load_embeddings(path).labels, found.labels)
     swapped = table.iloc[[0, 2, 1, *range(3, 7)]]
     first, second = swapped["study"].iloc[2], swapped["study"].iloc[1]
+    finer = replace(CONFIG, antialias=True)
     for rows, config, message in (
         (
             table.head(6),
             CONFIG,
-            r"one embedding in .*e\.safetensors for each row of the manifest is needed, .* 7 and 6",
+            r"one embedding in .*e\.safetensors for each row of the manifest is needed.* 7 and 6",
         ),
         (
             swapped,
             CONFIG,
-            f"row 1: the embedding in .* is of study {first}, the row of the manifest of study {second} ",
+            f"row 1: the embedding in .* is of study {first}, the row of the manifest of study {second}",
         ),
-        (
-            table,
-            replace(CONFIG, antialias=True),
-            r"preprocessing: .*'antialias': True.*} here; studies: '7, \w+' there, '7",
-        ),
+        (table, finer, r"preprocessing: .*'antialias': True.*} here; studies: '7, \w+' there, '7"),
     ):
         data = Noise(rows)
         data.config = config
@@ -322,16 +319,8 @@ def test_processes_share_the_work(few, tmp_path):
         dist.barrier()
         dist.destroy_process_group()
     """)
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.accelerate_cli",
-        "launch",
-        "--multi_gpu",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch = f"{sys.executable} -m accelerate.commands.accelerate_cli launch --multi_gpu --num_machines 1".split()
+    launch += "--num_processes 2 --mixed_precision no --dynamo_backend no --main_process_port 0".split()
     done = subprocess.run([*launch, str(script)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     (first, total), (second, same) = ((tmp_path / f"read{i}").read_text().split() for i in (0, 1))

@@ -136,7 +136,7 @@ def test_intervals_draw_patients_with_all_their_scans():
         (lambda r, v: (r, replace(v, embeddings=v.embeddings.index_fill(0, torch.tensor([3]), torch.nan))),
             r"volume embedding of study s3 \(row 3\) has length nan"),
         (lambda r, v: (r, replace(v, embeddings=unit(torch.ones(24, 5)))), "reports have 8 numbers each, volumes 5"),
-        (lambda r, v: (r, replace(v, patients=np.array(["p"] * 24))), "of one patient; an interval over patients needs at least two"),
+        (lambda r, v: (r, replace(v, patients=np.array(["p"] * 24))), "of one patient; .* at least two"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_together_is_refused_and_named(change, message):
