@@ -16,6 +16,7 @@ from medctkit.cohort.dataset import CTReportDataset, load_split, prepared_dir
 from medctkit.cohort.download import CT_RATE, TEXT_ENCODER, WEIGHTS
 from medctkit.cohort.hub_repository import token_source
 from medctkit.cohort.manifest import SPLITS, has_file, load_manifest, study_from_row, volume_from_row
+from medctkit.common.templates import filled
 from medctkit.experiments.adapt import DEFAULT, FULL_SIZE, Adaptation, Origin
 from medctkit.model.base_model import BaseModel, load_mini_base
 from medctkit.scans.preprocessing import PreprocessConfig
@@ -188,37 +189,15 @@ def released_steps(data_dir: str | os.PathLike = "../data", seed: int = 0, lacki
     """
     data_dir = Path(data_dir)
     ct_rate, prepared = (shlex.quote(str(data_dir / name)) for name in ("ct-rate", "prepared"))
-    download = f"medctkit download {ct_rate} --seed {seed} --split"
-    scans = {split: round(number * VOLUMES_OF_A_PATIENT[split]) for split, number in PATIENTS.items()}
-    total = sum(scans.values())
-    least, most = (share * total for share in GIGABYTES_OF_A_VOLUME)
-    there = {what: "there" if path.exists() else "missing" for what, path in _parts(data_dir).items()}
-    token = token_source()
-    lines = [f"The released world lacks: {', '.join(lacking)}.", ""] if lacking else []
-    lines += [
-        *(f"  {there[what]:8} {what}: {path}" for what, path in _parts(data_dir).items()),
-        f"  {'there' if token else 'missing':8} Hugging Face token" + (f" ({token})" if token else ""),
-        "",
-        "CT-RATE and CT-CLIP's weights are gated: everyone fetches them with an account of their own.",
-        f"1. Log in at https://huggingface.co, open https://huggingface.co/datasets/{CT_RATE} and accept its terms.",
-        "2. Make a token of type Read at https://huggingface.co/settings/tokens and give it to this machine:",
-        "   `hf auth login` in a terminal; in Colab, the key at the left, a secret named HF_TOKEN, and then in a cell",
-        '   import os; from google.colab import userdata; os.environ["HF_TOKEN"] = userdata.get("HF_TOKEN")',
-        "3. In a terminal in this folder (in a cell, with a ! before each):",
-        f"   {download} train --patients {PATIENTS['train']} --weights --tokenizer --dry-run",
-        "      asks whether you may, and tells the exact size; fetches no volume",
-        f"   {download} train --patients {PATIENTS['train']} --weights --tokenizer",
-        f"   {download} valid --patients {PATIENTS['valid']}",
-        f"   medctkit prepare {ct_rate} {prepared} --one-reconstruction",
-        "   Stopped, the same command goes on where it was. Fewer patients will do to look around.",
-        f"4. Disk: {total:,} volumes of 12 to 162 MB, {least:.0f} to {most:.0f} GB in all; 1.8 GB of weights; at most "
-        f"{GIGABYTES_PREPARED * total:.0f} GB prepared.",
-        f"   Time: your network's for the download; preparing {SECONDS_TO_PREPARE} s for each volume, at most "
-        f"{SECONDS_TO_PREPARE * total / 3600:.1f} h on one core;",
-        f"   scoring {SECONDS_TO_EMBED} s for each volume on two cores. Fine-tuning wants a GPU: 6.5 GB for 8 volumes.",
-        '   Until then, `world = "phantom"` needs nothing.',
-    ]
-    return "\n".join(lines)
+    volumes = sum(round(number * VOLUMES_OF_A_PATIENT[split]) for split, number in PATIENTS.items())
+    steps = filled(
+        "released.txt", lacking=lacking, parts=_parts(data_dir), token=token_source(), data_set=CT_RATE,
+        ct_rate=ct_rate, prepared=prepared, download=f"medctkit download {ct_rate} --seed {seed} --split",
+        patients=PATIENTS, volumes=volumes, gigabytes=[share * volumes for share in GIGABYTES_OF_A_VOLUME],
+        gigabytes_prepared=GIGABYTES_PREPARED * volumes, seconds_to_prepare=SECONDS_TO_PREPARE,
+        seconds_to_embed=SECONDS_TO_EMBED,
+    )  # fmt: skip
+    return steps.rstrip("\n")
 
 
 def _parts(data_dir: Path) -> dict[str, Path]:

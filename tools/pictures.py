@@ -1,6 +1,9 @@
-"""The pictures of phantoms in README, drawn by the kit itself."""
+"""The pictures of phantoms in README, drawn by the kit itself: `python -m tools.pictures notebooks/images`."""
 
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from medctkit.attention.maps import patch_map, relevance
 from medctkit.common.atomic import replacing
@@ -34,3 +37,15 @@ def draw_pictures(folder: Path) -> list[Path]:
     slices = SliceViewer(study.volume, study.masks, height=420, heat_maps={"relevance": speaks}, canvas="plain")
     slices.mask_boxes[name].value = True
     return [findings, slices.to_png(viewer)]
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="Where findings.png and viewer.png are written.", file_okay=False)],
+) -> None:
+    """Draw README's pictures of phantoms: the 18 findings in two windows, and the slice viewer with mask and map."""
+    for picture in draw_pictures(folder):
+        typer.echo(f"wrote {picture}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
