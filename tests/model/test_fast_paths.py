@@ -2,15 +2,24 @@
 
 import copy
 import math
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from golden import BATCH, relative_error, small_config, small_model
 from torch import nn
 
+from medctkit.model import fast_paths
 from medctkit.model.ct_clip import CTCLIPModel
 from medctkit.model.fast_paths import QuickFeedForward, QuickVectorQuantiser, quicken
-from medctkit.model.vision_tower import FeedForward, RelativePositionBias, VisionTransformer
+from medctkit.model.vision_tower import (
+    FeedForward,
+    PositionConv,
+    RelativePositionBias,
+    VectorQuantiser,
+    VisionTransformer,
+)
 
 # its name in transformers < 5
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
@@ -23,11 +32,23 @@ def plain_tower(model):
     return tower
 
 
+@pytest.fixture
+def like_a_gpu(monkeypatch):
+    """Take the ways of a GPU in half precision; without autocast they compute in float32 here."""
+    monkeypatch.setattr(fast_paths, "_half", lambda x: x.dtype)
+
+
+@pytest.fixture(params=["CPU", "GPU"])
+def whose_ways(request):
+    if request.param == "GPU":
+        request.getfixturevalue("like_a_gpu")
+
+
 @pytest.mark.parametrize("volumes", [1, 3])
 @pytest.mark.parametrize(
     ("training", "precision"), [(False, torch.float32), (False, torch.bfloat16), (True, torch.float32)]
 )
-def test_a_quick_tower_gives_the_numbers_of_the_plain_one(volumes, training, precision):
+def test_a_quick_tower_gives_the_numbers_of_the_plain_one(volumes, training, precision, whose_ways):
     plain, found = plain_tower(small_model().train(training)), []
     quick = quicken(copy.deepcopy(plain))
     assert not [m for m in plain.modules() if type(m).__name__.startswith("Quick")]
@@ -45,6 +66,42 @@ def test_a_quick_tower_gives_the_numbers_of_the_plain_one(volumes, training, pre
         assert relative_error(found[1][name], expected) <= (1e-4 if precision == torch.float32 else 0.05), name
 
 
+@pytest.mark.parametrize("depth", [1, 2, 5])
+@pytest.mark.parametrize("way", ["_by_planes", "_by_shifts"])
+def test_the_position_convolution_of_a_gpu_gives_the_same_numbers_and_gradients(way, depth):
+    plain, x, found = PositionConv(8), torch.randn(2, depth, 4, 3, 8, requires_grad=True), []
+    quick = quicken(copy.deepcopy(plain))
+    for block, function in ((plain, plain.forward), (quick, getattr(quick, way))):
+        out = function(x)
+        found.append([out, *torch.autograd.grad(out.square().sum(), [x, *block.parameters()])])
+    for mine, right in zip(*found, strict=True):
+        torch.testing.assert_close(mine, right, atol=1e-5, rtol=1e-4)
+
+
+def test_a_gpu_in_half_precision_chooses_the_codes_of_float32(like_a_gpu, monkeypatch):
+    quantiser, x, products = small_model().visual_transformer.vq, torch.randn(7, 50, 64), []
+    right = VectorQuantiser.nearest(quantiser, x)
+    product = fast_paths._product
+    monkeypatch.setattr(fast_paths, "_product", lambda a, b: products.append(a.dtype) or product(a, b))
+    monkeypatch.setattr(QuickVectorQuantiser, "max_similarities_in_halves", 100 * len(quantiser._codebook.embed[0]))
+    assert torch.equal(quantiser.nearest(x), right) and products == [torch.bfloat16] * 4  # 100 of 350 tokens at a time
+    assert torch.equal(quantiser.nearest(x.bfloat16()), VectorQuantiser.nearest(quantiser, x.bfloat16()))
+
+
+def test_the_ways_of_a_gpu_are_not_taken_on_a_cpu_nor_in_full_precision():
+    assert fast_paths._half(torch.ones(1, dtype=torch.bfloat16)) is None
+    for device, dtype, autocast, half in (
+        ("cuda", torch.float32, False, None),
+        ("cuda", torch.float16, False, torch.float16),
+        ("cuda", torch.float32, True, torch.bfloat16),
+        ("cpu", torch.float32, True, None),
+    ):
+        x = SimpleNamespace(device=torch.device(device), dtype=dtype)
+        with warnings.catch_warnings(action="ignore"), torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            if torch.is_autocast_enabled("cuda") == autocast:  # autocast of a GPU that is not there stays off
+                assert fast_paths._half(x) == half
+
+
 def test_nearest_code_does_not_depend_on_the_size_of_a_part(monkeypatch):
     model = small_model()
     quantiser, x = model.visual_transformer.vq, torch.randn(7, 5, 64)
@@ -56,7 +113,7 @@ def test_nearest_code_does_not_depend_on_the_size_of_a_part(monkeypatch):
 
 @pytest.mark.parametrize("dim", [64, 48, 96])
 @pytest.mark.parametrize("tokens", [1, 7, 40])
-def test_the_quick_feed_forward_gives_the_same_numbers(dim, tokens):
+def test_the_quick_feed_forward_gives_the_same_numbers(dim, tokens, whose_ways):
     torch.manual_seed(0)
     plain, x = FeedForward(dim), torch.randn(2, tokens, dim)
     block = quicken(copy.deepcopy(plain))
@@ -66,18 +123,24 @@ def test_the_quick_feed_forward_gives_the_same_numbers(dim, tokens):
         assert block.to(torch.bfloat16)(x.to(torch.bfloat16)).dtype == torch.bfloat16
 
 
-def test_an_adapter_or_a_hook_in_the_feed_forward_is_not_passed_over():
-    block, x, seen = QuickFeedForward(32), torch.randn(1, 4, 32), []
-    handle = block[1].register_forward_hook(lambda *_: seen.append(1))
-    with torch.no_grad():
-        block(x)
-        handle.remove()
-        plain = block(x)
-        block[4] = nn.Sequential(block[4], nn.Tanh())  # as peft puts a layer of its own in a layer's place
-        assert seen == [1] and torch.equal(block(x), plain.tanh())
+def test_an_adapter_or_a_hook_is_not_passed_over(whose_ways):
+    for block, x, last in (
+        (QuickFeedForward(32), torch.randn(1, 4, 32), "4"),
+        (quicken(PositionConv(8)), torch.randn(1, 3, 2, 2, 8), "dsconv"),
+    ):
+        seen = []
+        handle = block.get_submodule(last).register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        with torch.no_grad():
+            block(x)
+            handle.remove()
+            plain = block(x)
+            # as peft puts a layer of its own in a layer's place
+            block.set_submodule(last, nn.Sequential(block.get_submodule(last), nn.Tanh()))
+            assert seen == [1]
+            torch.testing.assert_close(block(x), plain.tanh())
 
 
-def test_the_compiler_sees_one_graph():
+def test_the_compiler_sees_one_graph(whose_ways):
     tower = small_model().train().visual_transformer
     compiled = torch.compile(tower, backend="eager", fullgraph=True)
     assert relative_error(compiled(BATCH["pixel_values"]), tower(BATCH["pixel_values"])) <= 1e-5
