@@ -19,7 +19,7 @@ from medctkit.scans.stored import NO_ORIENTATION, Stored, check_bytes, check_sha
 
 _MOST_HEADER = 2**20  # bytes
 _MM = {"mm", "millimeter", "millimeters", "millimetre", "millimetres"}
-_AXES = ("dimension", "NDims"), ("sizes", "DimSize")  # in NRRD and MetaImage
+_AXES = ("NDims", "dimension"), ("DimSize", "sizes")  # in MetaImage, where others may be comments, and NRRD
 _DATA_FILE = ("ElementDataFile", "data file", "datafile")
 _SKIPS = ("line skip", "lineskip", "byte skip", "byteskip", "HeaderSize")
 
@@ -127,7 +127,7 @@ def _voxel_file(path: Path, fields: dict[str, str], end: int) -> tuple[Path, int
 
 def _check_voxels(voxels: Path, start: int, fields: dict[str, str], claimed: int) -> None:
     """Compare the bytes that the header describes with those that the file holds."""
-    if "sizes" in fields:
+    if "DimSize" not in fields:
         encoding = fields.get("encoding", "none").lower()
     elif fields.get("BinaryData", "True")[:1].upper() == "F":
         encoding = "text"

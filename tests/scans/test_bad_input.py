@@ -275,6 +275,10 @@ BAD_ITK = {
         itk("scan.nrrd", "10 12 8", "10 12"),
         "3-D, shape (10 12): a CT volume has three axes",
     ),
+    "99 axes behind a field of NRRD": (
+        itk("scan.mha", "NDims = 3", "dimension = 3\nsizes = 10 12 8\nNDims = 99"),
+        "99-D, shape (10 12 8): a CT volume has",
+    ),
     "99 axes": (itk("scan.mha", "NDims = 3", "NDims = 99"), "99-D, shape (10 12 8): a CT volume has"),
     "four axes": (itk("scan.mha", "NDims = 3\n", "NDims = 4\n"), "4-D, shape (10 12 8): a CT volume has three axes"),
     "several volumes": (several_volumes, "4-D, shape (4 4 4 2): a CT volume has three axes; save the one to read"),
