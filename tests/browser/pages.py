@@ -23,6 +23,7 @@ PIXELS = """element => {
 # A request to the outside is refused and reported, but for the icons that voila's own template asks for. Plugins of
 # JupyterLab that don't fit voila's older parts say so; widgets are not among them.
 NOT_OURS = re.compile(r"fortawesome|ERR_FAILED|shared module|Federation Runtime", flags=re.I)
+MESSAGE = ".medctkit-message"
 ERRORS = ".medctkit-error, [data-mime-type='application/vnd.jupyter.stderr']:has-text('Traceback')"
 TRACEBACK = re.compile(r"Traceback \(most recent call last\)")
 
@@ -79,6 +80,12 @@ class NotebookPage:
         """The ipywidget with this description; of several, the first."""
         label = self.tab.locator(".widget-label", has_text=re.compile(rf"^{re.escape(description)}$")).first
         return label.locator("xpath=..")
+
+    def enter(self, description: str, sentence: str) -> None:
+        """Type into a field as a person does, then Enter."""
+        field = self.control(description).locator("input")
+        field.fill(sentence)
+        field.press("Enter")
 
     def pixels(self, picture) -> str:
         """What an <img> or a <canvas> shows."""

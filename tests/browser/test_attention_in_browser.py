@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from pages import MESSAGE
 from test_slices_in_browser import CANVAS, does, in_panel, mouse_on
 
 VIEWER = [
@@ -22,7 +23,6 @@ models = {"base": base.model, "adapted": adapted.eval(), "smaller": smaller.eval
 """,
     "viewers.AttentionViewer(study.volume, models, base.tokenizer, base.preprocess_config, study.masks)",
 ]
-MESSAGE = ".medctkit-message"
 
 
 @pytest.fixture
@@ -34,16 +34,6 @@ def show(page, what, model="base"):
     """Choose with the mouse."""
     page.tab.get_by_role("button", name=model, exact=True).click()
     page.control("show").locator("select").select_option(what)
-
-
-def field(page, description):
-    return page.control(description).locator("input")
-
-
-def enter(page, description, sentence):
-    """Type as a person does: into the field, then Enter."""
-    field(page, description).fill(sentence)
-    field(page, description).press("Enter")
 
 
 def test_it_opens_with_a_map_and_says_what_it_is(viewer):
@@ -94,7 +84,7 @@ def test_a_prompt_is_taken_from_the_list(viewer):
     prompt = viewer.control("prompt").locator("select")
     assert does(viewer, viewer.find(CANVAS), lambda: prompt.select_option("Emphysema"))
     viewer.text_appears("'Emphysema is present.' against 'Emphysema is not present.'")
-    assert field(viewer, "states").input_value() == "Emphysema is present."
+    assert viewer.control("states").locator("input").input_value() == "Emphysema is present."
     prompt.select_option("Consolidation")
     viewer.text_appears("'Consolidation is present.' against")
     viewer.screenshot("consolidation", full_page=True)
@@ -103,18 +93,18 @@ def test_a_prompt_is_taken_from_the_list(viewer):
 def test_any_sentence_is_asked_and_one_too_long_gives_a_message(viewer):
     show(viewer, "speaks for a prompt")
     canvas = viewer.find(CANVAS)
-    enter(viewer, "states", "there is fluid around the lung")
+    viewer.enter("states", "there is fluid around the lung")
     viewer.text_appears("base: speaks for a prompt: 'there is fluid around the lung'")
     assert viewer.control("prompt").locator("select").input_value() == "a sentence of my own"
-    assert field(viewer, "denies").input_value() == "", "what it denied was another sentence"
-    assert does(viewer, canvas, lambda: enter(viewer, "states", "fluid " * 600))
+    assert viewer.control("denies").locator("input").input_value() == "", "what it denied was another sentence"
+    assert does(viewer, canvas, lambda: viewer.enter("states", "fluid " * 600))
     viewer.find(MESSAGE).wait_for()
     assert re.search(r"has \d+ tokens, the text encoder takes \d+; shorten it", viewer.find(MESSAGE).inner_text())
     viewer.screenshot("too long", full_page=True)
-    assert does(viewer, canvas, lambda: enter(viewer, "states", "there is emphysema"))
+    assert does(viewer, canvas, lambda: viewer.enter("states", "there is emphysema"))
     viewer.text_appears("base: speaks for a prompt: 'there is emphysema'")
     assert viewer.tab.locator(MESSAGE).count() == 0
-    assert does(viewer, canvas, lambda: enter(viewer, "denies", "there is no emphysema"))
+    assert does(viewer, canvas, lambda: viewer.enter("denies", "there is no emphysema"))
     viewer.text_appears("'there is emphysema' against 'there is no emphysema'")
 
 

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from pages import MESSAGE
 from test_slices_in_browser import CANVAS, does
 
 BROWSER = [
@@ -24,7 +25,6 @@ cache = tempfile.mkdtemp()
 """,
     "viewers.CaseBrowser(at_target, models, base.tokenizer, base.preprocess_config, cache)",
 ]
-MESSAGE = ".medctkit-message"
 PROBABILITIES, SCORES = ".medctkit-probabilities", ".medctkit-sentence"
 
 
@@ -56,13 +56,6 @@ def drawn(page, unlike=()):
             return said
         page.tab.wait_for_timeout(100)
     raise AssertionError(f"no other probabilities than {said}")
-
-
-def enter(page, description, sentence):
-    """Type as a person does: into the field, then Enter."""
-    field = page.control(description).locator("input")
-    field.fill(sentence)
-    field.press("Enter")
 
 
 def report(page, study):
@@ -144,23 +137,23 @@ def test_a_filter_leaves_the_studies_with_a_label_and_an_empty_one_says_so(cases
 
 
 def test_a_sentence_is_scored_at_enter_and_one_too_long_gives_a_message(cases):
-    enter(cases, "states", "there is a lung nodule")
+    cases.enter("states", "there is a lung nodule")
     scores = cases.find(SCORES)
     scores.wait_for()
     assert re.search(r"base\s+-?\d\.\d\d\s+\d+% of the other 5 studies\s+target_test", scores.inner_text())
     assert "cosine" in scores.inner_text()
     cases.text_appears("The text encoder reads: there is a lung nodule")
-    enter(cases, "denies", "there is no lung nodule")
+    cases.enter("denies", "there is no lung nodule")
     cases.tab.get_by_text("probability", exact=True).wait_for()
     scores.scroll_into_view_if_needed()
     cases.screenshot("scored", full_page=True)
-    enter(cases, "states", "nodule " * 600)
+    cases.enter("states", "nodule " * 600)
     cases.find(MESSAGE).wait_for()
     assert re.search(r"has \d+ tokens, the text encoder takes \d+; shorten it", cases.find(MESSAGE).inner_text())
     scores.wait_for(state="detached")  # no score of another sentence
     cases.find(MESSAGE).scroll_into_view_if_needed()
     cases.screenshot("too long", full_page=True)
-    enter(cases, "states", "there is emphysema")
+    cases.enter("states", "there is emphysema")
     scores.wait_for()
     cases.text_appears("The text encoder reads: there is emphysema")
     assert cases.tab.locator(MESSAGE).count() == 0

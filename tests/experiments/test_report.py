@@ -2,11 +2,11 @@
 
 import dataclasses
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pandas as pd
 import pytest
+from written_pages import Page
 
 from medctkit.experiments.adapt import Origin
 from medctkit.experiments.audit import Defect
@@ -107,33 +107,13 @@ def test_published_results_of_different_labels_are_in_different_tables():
     assert {"0.707 (weighted)", "0.369 (macro)"} <= set(tables["18 labels, CT-RATE"]["f1"])
 
 
-class Page(HTMLParser):
-    """What a browser would fetch, the alt texts, and whether tags are closed."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.sources, self.alts, self.open = [], [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        attributes = dict(attributes)
-        self.sources += [attributes[name] for name in ("src", "href") if name in attributes]
-        if tag == "img":
-            self.alts.append(attributes.get("alt"))
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-
 def test_the_page_is_self_contained_and_says_where_numbers_come_from(measured, tmp_path):
     path = report.write_report(measured, tmp_path / "new")
     text = path.read_text()
-    page = Page(text)
-    assert not page.open and len(page.sources) == 6
-    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
-    assert all(alt and len(alt) > 30 for alt in page.alts)
+    tags = Page(text).tags
+    sources = [attributes[name] for _, attributes, _ in tags for name in ("src", "href") if name in attributes]
+    assert len(sources) == 6 and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert all(len(attributes["alt"]) > 30 for tag, attributes, _ in tags if tag == "img")
     assert "PHANTOM" in text and "12 points under" in text
     assert text.count("medctkit evaluate runs/&lt;a&gt; --seed 3") > 8 and "<a>" not in text
     assert "commit abc1234, CPU, 2 threads" in text

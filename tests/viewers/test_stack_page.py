@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import html.parser
 import io
 import json
 import re
@@ -10,6 +9,7 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
+from written_pages import Page
 
 from medctkit.phantom.study import generate
 from medctkit.scans.heat_map import HeatMap
@@ -98,28 +98,12 @@ def test_the_page_needs_no_network_and_its_policy_allows_none(page):
 
 
 def test_the_page_can_be_read_and_used_without_seeing_or_a_mouse(page):
-    class Reader(html.parser.HTMLParser):
-        def __init__(self):
-            super().__init__()
-            self.found, self.inside = [], []
-
-        def handle_starttag(self, tag, attributes):
-            self.found.append((tag, dict(attributes), tuple(self.inside)))
-            if tag not in ("img", "input", "meta"):
-                self.inside.append(tag)
-
-        def handle_endtag(self, tag):
-            assert self.inside.pop() == tag
-
-    reader = Reader()
-    reader.feed(page)
-    assert reader.inside == []
-    tags = {tag: attributes for tag, attributes, _ in reader.found}
-    assert tags["html"]["lang"] == "en" and "title" in tags and "noscript" in tags
-    images = [attributes for tag, attributes, _ in reader.found if tag == "img"]
+    read = Page(page)
+    assert read.all("html")[0]["lang"] == "en" and read.all("title") and read.all("noscript")
+    images = read.all("img")
     assert images[0]["alt"] == "axial slice 16 of 0 to 31, S 6 mm; lung window, centre -600 HU, width 1500 HU"
     assert images[0]["src"] == data_of(page)["windows"][0][16]  # shown before any script runs
-    inputs = [(attributes["type"], inside) for tag, attributes, inside in reader.found if tag == "input"]
+    inputs = [(attributes["type"], inside) for tag, attributes, inside in read.tags if tag == "input"]
     assert [kind for kind, _ in inputs] == ["range", "radio", "radio", "range", "range"]
     assert all("label" in inside for _, inside in inputs)
     assert "<h1>Phantom &lt;4&gt;, axial</h1>" in page and 'aria-live="polite"' in page
