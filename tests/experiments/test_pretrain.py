@@ -14,13 +14,10 @@ TINY = PretrainConfig(studies=16, validation_studies=16, steps=6, batch_size=8, 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
+    vision = pretrain.MINI_VISION | dict(dim=16, dim_head=8, heads=2, codebook_size=16)
     monkeypatch.setattr(pretrain, "CHUNK", 8)
-    monkeypatch.setattr(
-        pretrain, "MINI_VISION", pretrain.MINI_VISION | dict(dim=16, dim_head=8, heads=2, codebook_size=16)
-    )
-    monkeypatch.setattr(
-        pretrain, "make_pool", lambda n, folder: [folder / f"chunk_{i:04d}.npz" for i in range(-(-n // 8))]
-    )
+    monkeypatch.setattr(pretrain, "MINI_VISION", vision)
+    monkeypatch.setattr(pretrain, "make_pool", lambda n, at: [at / f"chunk_{i:04d}.npz" for i in range(-(-n // 8))])
     monkeypatch.setattr(pretrain, "score", lambda *_: 0.5)
 
 
@@ -39,11 +36,8 @@ def test_the_result_loads_and_says_how_it_was_made(pool, tmp_path):
     (pool / "checkpoint.pt").unlink()
     mini = load_mini_base(tmp_path / "mini")
     assert mini.preprocess_config.shape == (32, 64, 64)
-    assert (
-        json.loads((tmp_path / "mini" / "pretraining.json").read_text())["config"]["steps"]
-        == 6
-        == record["config"]["steps"]
-    )
+    assert json.loads((tmp_path / "mini" / "pretraining.json").read_text()) == json.loads(json.dumps(record))
+    assert record["config"]["steps"] == 6
     words = mini.tokenizer("Kerley lines, GGO; a major zebra-like quiz: XYZ 42 mm")
     assert mini.tokenizer.unk_token_id not in words["input_ids"]
     volumes = torch.zeros(2, 1, 32, 64, 64)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import PROMPTS, tiny_data, tiny_model, tiny_tokenizer
 
@@ -88,23 +88,18 @@ def assert_same(one, other, rest=()):
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 0.0), (0.0, 1.0)])
-@pytest.mark.parametrize("parts", [1, 2, 8])
-def test_small_batches_give_the_gradient_of_the_whole(accelerator, parts, weights):
-    model, data = whole_model(), tiny_data(16)
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**20), power=st.integers(0, 3))
+@example(seed=3, power=1)
+@example(seed=3, power=3)
+def test_small_batches_give_the_gradient_of_the_whole(accelerator, weights, seed, power):
+    model, data = whole_model(), tiny_data(16, seed)
     data[9] = data[9] | {"report": data[2]["report"]}  # two reconstructions of one scan, in different small batches
     losses, expected = by_autograd(model, data, weights)
-    found, got = by_parts(model, data, parts, accelerator, weights)
+    found, got = by_parts(model, data, 2**power, accelerator, weights)
     assert found["loss"].item() == pytest.approx(losses["loss"].item(), rel=1e-6)
     assert "temperature" in got
     assert_same(got, expected)
-
-
-@settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 2**20), power=st.integers(0, 3))
-def test_small_batches_give_the_gradient_of_the_whole_for_any_data(accelerator, seed, power):
-    data = tiny_data(8, seed)
-    model = whole_model()
-    assert_same(by_parts(model, data, 2**power, accelerator)[1], by_autograd(model, data)[1])
 
 
 def test_batch_64_in_the_memory_of_batch_2(accelerator):
