@@ -20,16 +20,6 @@ def test_an_unexpected_error_is_shown_and_raised_again():
     assert "medctkit-error" in messages.widget._dom_classes and messages.widget.layout.display is None
 
 
-def test_what_the_user_can_put_right_is_a_message_and_nothing_is_raised():
-    messages = Messages()
-    messages.guarded(failing(ValueError("77 tokens at most")), expected=(ValueError,))()
-    assert messages.text == "77 tokens at most"
-    assert messages.widget._dom_classes == ("medctkit-message",)
-    with pytest.raises(TypeError):
-        messages.guarded(failing(TypeError("else")), expected=(ValueError,))()
-    assert messages.widget._dom_classes == ("medctkit-error",)
-
-
 def test_the_next_reaction_that_succeeds_clears_the_line():
     messages = Messages()
     messages.say("too long")
@@ -40,10 +30,13 @@ def test_the_next_reaction_that_succeeds_clears_the_line():
     assert messages.widget._dom_classes == ()
 
 
-def test_what_a_reaction_says_stays():
+def test_what_a_reaction_says_stays_as_a_message():
     messages = Messages()
-    messages.guarded(lambda: messages.say("no mask here"))()
-    assert messages.text == "no mask here"
+    messages.guarded(lambda: messages.say("77 tokens at most"))()
+    assert messages.text == "77 tokens at most" and messages.widget._dom_classes == ("medctkit-message",)
+    with pytest.raises(TypeError):
+        messages.guarded(failing(TypeError("else")))()
+    assert messages.widget._dom_classes == ("medctkit-error",)
 
 
 def test_controls_that_change_together_are_reacted_to_once():

@@ -31,21 +31,16 @@ class Messages:
         """Tell the user what to put right."""
         self._show("medctkit-message", text)
 
-    def fail(self, error: Exception) -> None:
-        """Tell the user that the program failed."""
-        self._show("medctkit-error", f"{type(error).__name__}: {error}")
-
     def clear(self) -> None:
         """All is well again."""
         self.widget.value, self.widget.layout.display, self._text = "", "none", ""
         self.widget.remove_class("medctkit-message").remove_class("medctkit-error")
 
-    def guarded(self, react: Callable, expected: tuple[type[Exception], ...] = (), keep: bool = False) -> Callable:
+    def guarded(self, react: Callable, keep: bool = False) -> Callable:
         """A callback that clears the line, does its work, and says here what went wrong.
 
         Args:
             react: called without what the event brings.
-            expected: exceptions whose text is for the user: shown as a message, not raised.
             keep: leave what is said now, for what happens without being asked for, such as a moving mouse.
         """
 
@@ -55,10 +50,8 @@ class Messages:
                     self.clear()
                 try:
                     react()
-                except expected as error:
-                    self.say(str(error))
                 except Exception as error:
-                    self.fail(error)
+                    self._show("medctkit-error", f"{type(error).__name__}: {error}")
                     raise
 
         return call

@@ -333,40 +333,20 @@ def largest_slice(mask: np.ndarray, plane: str = "axial") -> int:
     return int(np.asarray(mask).sum(axis=tuple({0, 1, 2} - {PLANES[checked_plane(plane)]})).argmax())
 
 
-def _dark(rows: int, columns: int, wide: float, tall: float) -> tuple["Figure", np.ndarray]:
-    """A black figure of pictures, each so many inches wide and tall."""
-    import matplotlib.pyplot as plt
-
-    size = (wide * columns, tall * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, facecolor="black", squeeze=False)
-    for ax in axes.flat:
-        ax.axis("off")
-    return figure, axes
-
-
-def montage(volume: CTVolume, plane: str = "axial", window: Window = "lung", n: int = 12, columns: int = 6) -> "Figure":
-    """N slices, evenly spaced, as one figure."""
-    if n < 1 or columns < 1:
-        raise ValueError(f"montage of {n} slices in {columns} columns: both must be at least 1")
-    canonical = Scan.of(volume).volume
-    last = canonical.shape[PLANES[checked_plane(plane)]] - 1
-    chosen = np.linspace(0.08 * last, 0.92 * last, n).round().astype(int)
-    figure, axes = _dark(-(-n // columns), columns, 2.2, 2.4)
-    for ax, index in zip(axes.flat, chosen, strict=False):
-        ax.imshow(render(canonical, plane, int(index), window, height=260))
-        ax.set_title(f"{plane} {index}", color="white", fontsize=8)
-    figure.tight_layout(pad=0.4)
-    return figure
-
-
 def finding_gallery(studies: Sequence["PhantomStudy"], columns: int = 6) -> "Figure":
     """Each study's first finding, cut where its mask is largest: lung window above, mediastinal window below."""
+    import matplotlib.pyplot as plt
+
     if not studies:
         raise ValueError("no studies: a gallery shows at least one")
     for i, study in enumerate(studies):
         if not study.masks:
             raise ValueError(f"study {i} has no finding, so nothing to cut through; leave it out")
-    figure, axes = _dark(2 * -(-len(studies) // columns), columns, 2.5, 2.35)
+    rows = 2 * -(-len(studies) // columns)
+    size = (2.5 * columns, 2.35 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, facecolor="black", squeeze=False)
+    for ax in axes.flat:
+        ax.axis("off")
     for i, study in enumerate(studies):
         name, mask = next(iter(study.masks.items()))
         scan = Scan.of(study.volume, {name: mask})
