@@ -49,9 +49,8 @@ def read_itk(path: Path, spacing: Sequence[float] | None) -> Stored:
         raise ValueError(f"voxels of type {name} (colour or vectors): not a CT")
     if spacing is None:
         _check_lengths(fields, reader.GetSpacing()[::-1])
-    _check_voxels(
-        voxels, start, fields, math.prod(reader.GetSize()) * sitk.Image(1, 1, 1, kind).GetSizeOfPixelComponent()
-    )
+    itemsize = sitk.Image(1, 1, 1, kind).GetSizeOfPixelComponent()
+    _check_voxels(voxels, start, fields, math.prod(reader.GetSize()) * itemsize)
     image = decode(reader.Execute)
     axes = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()  # columns x, y, z
     known = any(name in fields for name in ("space", "TransformMatrix", "Orientation", "Rotation"))
