@@ -64,14 +64,14 @@ linkcheck_ignore = [r"https://huggingface\.co/settings/"]  # asks for a login
 linkcheck_timeout = 30
 linkcheck_workers = 4
 
-_CODE_OR_SIGN = re.compile(r"(``.+?``|`[^`]+`)|\||(?<=\w)_(?!\w)", re.S)
+_CODE_OR_SIGN = re.compile(r"(``.+?``|`[^`]+`)|\||(?<=\w)_(?!\w)|\*(?=[\w.]+\))", re.S)
 
 
 def docstring_is_prose(app, what, name, obj, options, lines: list[str]) -> None:
     """Keep what a docstring says where reStructuredText would read something else into it.
 
-    A norm, |x|, and a name with an underscore at its end, t_, are escaped. Of a property, the words before a colon are
-    no type: napoleon looks for one in the first line only.
+    A norm, |x|, a name with an underscore at its end, t_, and a shape that is unpacked, (1, *shape), are escaped. Of a
+    property, the words before a colon are no type: napoleon looks for one in the first line only.
     """
     text = _CODE_OR_SIGN.sub(lambda found: found[1] or "\\" + found[0], "\n".join(lines))
     lines[:] = [""] * (what == "property") + text.split("\n")

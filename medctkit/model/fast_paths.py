@@ -239,7 +239,7 @@ class QuickVectorQuantiser(VectorQuantiser):
 
     @torch.no_grad()
     def nearest(self, x: torch.Tensor) -> torch.Tensor:
-        """Index of the best code for each token, as `VectorQuantiser.nearest` says."""
+        """Index of the best code for each token, (..., c) -> (...), as `VectorQuantiser.nearest` says."""
         if not _half(x):
             return super().nearest(x)
         with torch.autocast(x.device.type, enabled=False):

@@ -399,6 +399,7 @@ def test_docstrings_are_read_as_prose():
         return "\n".join(lines)
 
     assert read("function", "|x| of t_ and `a|b_` and\n``c_``, a_b") == "\\|x\\| of t\\_ and `a|b_` and\n``c_``, a_b"
+    assert read("function", "(1, *config.shape), *very* (*well*)") == "(1, \\*config.shape), *very* (*well*)"
     assert read("property", "Shape in patches: (t, h, w).").startswith("\n"), "else napoleon takes it for a type"
 
 
