@@ -298,23 +298,17 @@ def test_before_and_after_pre_processing_show_the_same_place(study):
     assert len(viewer._composition.panels) == 6
 
 
-def test_two_patients_are_linked_by_the_distance_from_the_middle(study):
-    hu = np.zeros((30, 40, 50), np.int16)
-    viewer = SliceViewer(
-        study.volume, other=CTVolume(hu, (5.0, 5.0, 5.0)), names=("source hospital", "target hospital")
-    )
+def test_two_patients_are_linked_by_the_middle_and_a_click_on_the_second_moves_both(study):
+    hu = np.random.default_rng(0).integers(-1000, 1000, (30, 40, 50)).astype(np.int16)
+    other, names = CTVolume(hu, (5.0, 5.0, 5.0)), ("source hospital", "target hospital")
+    viewer = SliceViewer(study.volume, other=other, names=names, canvas="ipympl")
     assert "linked by the distance from the middle of each scan" in viewer.readout.value
+    viewer.move_to(viewer.scans[0].point_of((31, 0, 0)))
+    assert "target hospital: does not reach this place" in viewer.readout.value
     viewer.move_to(viewer.scans[0].middle + [20, 0, 35])
     _, second = viewer._linked.voxels(viewer.voxel)
     offset = viewer.scans[1].point_of(second) - viewer.scans[1].middle
     np.testing.assert_allclose(offset, viewer.position - viewer.scans[0].middle, atol=2.51)
-    viewer.move_to(viewer.scans[0].point_of((31, 0, 0)))
-    assert "target hospital: does not reach this place" in viewer.readout.value
-
-
-def test_a_click_on_the_second_volume_moves_both(study):
-    hu = np.random.default_rng(0).integers(-1000, 1000, (30, 40, 50)).astype(np.int16)
-    viewer = SliceViewer(study.volume, other=CTVolume(hu, (5.0, 5.0, 5.0)), canvas="ipympl")
     x, y = middle_of(viewer, "axial", scan=1)
     panel = viewer._composition.panel_at(x + 20, y - 20)
     aimed = panel.voxel(x + 20, y - 20, viewer._linked.voxels(viewer.voxel)[1][0])
