@@ -40,6 +40,7 @@ def read_itk(path: Path, spacing: Sequence[float] | None) -> Stored:
     _check_axes(fields)
     voxels, start = _voxel_file(path, fields, end)
     reader = sitk.ImageFileReader()
+    reader.SetImageIO("MetaImageIO" if "DimSize" in fields else "NrrdImageIO")  # and no other that knows these bytes
     reader.SetFileName(str(path))
     decode(reader.ReadImageInformation)
     check_shape(reader.GetSize())
