@@ -242,18 +242,15 @@ def test_rows_of_the_written_manifest_read_as_the_folder_does(root, version):
     assert split_table(loaded)["patients"].sum() == 4
 
 
-def test_a_report_that_says_nothing_falls_back_to_the_impressions_or_goes(imitation):
-    table, _ = manifest_from_ct_rate(imitation[0])
+def test_a_report_that_says_nothing_falls_back_to_the_impressions_or_goes(root):
+    table, _ = manifest_from_ct_rate(root)
     reports = table.set_index("study")["report"]
     assert reports["valid_2_a_1"] == "Invented impression,\nof valid_2_a."
     assert "train_4_a_1" not in reports
-    joined, _ = manifest_from_ct_rate(imitation[0], report_sections=("Findings_EN", "Impressions_EN"))
+    joined, _ = manifest_from_ct_rate(root, report_sections=("Findings_EN", "Impressions_EN"))
     assert joined["report"][0] == f"{reports['train_1_a_1']} Invented impression,\nof train_1_a."
     assert joined.set_index("study")["report"]["valid_2_a_1"] == "Invented impression,\nof valid_2_a."
-
-
-def test_placeholders_are_recognised_however_they_are_written(root):
-    change(root, "valid", "reports", 4, Findings_EN=" not given ", Impressions_EN="NOT GIVEN.")
+    change(root, "valid", "reports", 4, Findings_EN=" not given ", Impressions_EN="NOT GIVEN.")  # however it is written
     table, counts = manifest_from_ct_rate(root)
     assert "valid_2_a_1" not in table["study"].tolist() and counts["dropped: report not given"] == 2
 

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from scan_files import chest, write_nifti
@@ -66,13 +65,6 @@ def test_prepared_files_are_read_again_damaged_ones_made_again(rows, tmp_path):
         assert file.read_bytes() == content
 
 
-def test_another_setting_never_reads_an_old_file(rows, tmp_path):
-    one = CTReportDataset(rows.head(1), MINI, tmp_path)[0]["pixel_values"]
-    other = PreprocessConfig((12.0, 6.0, 6.0), (32, 64, 64), antialias=True)
-    two = CTReportDataset(rows.head(1), other, tmp_path)[0]["pixel_values"]
-    assert not torch.equal(one, two) and len(list(tmp_path.iterdir())) == 2
-
-
 def test_batches_are_padded_to_their_longest_report(rows):
     tokenizer = load_mini_base().tokenizer
     dataset = CTReportDataset(rows, MINI)
@@ -84,15 +76,6 @@ def test_batches_are_padded_to_their_longest_report(rows):
     assert tokenizer.unk_token_id not in batch["input_ids"]
     assert batch["study"] == [i["study"] for i in items]
     assert collate(tokenizer, max_length=9)(items)["input_ids"].shape[1] == 9
-
-
-def test_real_files_go_through_the_same_dataset(rows, tmp_path):
-    hu = np.full((30, 40, 40), -1000, np.int16)
-    hu[4:26, 8:32, 8:32] = 40
-    path = write_nifti(tmp_path / "scan.nii.gz", hu, np.diag([8.0, 8.0, 10.0, 1.0]))
-    table = rows.head(1).assign(path=str(path), checksum="")
-    pixels = CTReportDataset(table, MINI, tmp_path / "cache")[0]["pixel_values"]
-    assert pixels.shape == (1, 32, 64, 64) and np.isclose(pixels.max(), 0.04, atol=1e-4)
 
 
 def test_a_file_is_hashed_once_and_then_needed_no_more(rows, tmp_path, monkeypatch):
