@@ -102,6 +102,14 @@ def test_every_public_name_exists():
         assert getattr(medctkit, name) is not None
 
 
+def test_editors_are_told_what_the_face_shows():
+    import medctkit
+
+    stub = ast.parse((ROOT / "medctkit" / "__init__.pyi").read_text())
+    told = {alias.asname for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert told | {"__version__"} == set(medctkit.__all__)
+
+
 # --- the files that say what to install ---------------------------------------------------------------
 
 
@@ -161,7 +169,7 @@ def test_binder_builds_from_environment_yml():
 
 
 def test_package_ships_its_assets():
-    assert PYPROJECT["tool"]["setuptools"]["package-data"]["medctkit"] == ["assets/**"]
+    assert PYPROJECT["tool"]["setuptools"]["package-data"]["medctkit"] == ["assets/**", "py.typed", "*.pyi"]
     assert PYPROJECT["project"]["license"] == "Apache-2.0"
     assert "Apache License" in (ROOT / "LICENSE").read_text()
 
