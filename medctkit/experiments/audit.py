@@ -10,10 +10,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.resources import files
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from medctkit.findings import FINDINGS
 from medctkit.metrics.bootstrap import LEVEL
@@ -64,22 +65,36 @@ class Defect:
 # --- defects that scores alone show ----------------------------------------------------------------------
 
 
-def unused_bootstrap(labels, scores, patients, findings=FINDINGS, resamples: int = 1000, seed: int = 0) -> list[Defect]:
+def unused_bootstrap(
+    labels: ArrayLike,
+    scores: ArrayLike,
+    patients: ArrayLike,
+    findings: Sequence[str] = FINDINGS,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> list[Defect]:
     """Resamples that are drawn and never used, against a bootstrap over patients.
 
     Args and errors are those of `metrics.evaluate`; the public way, whose resamples are all the same, gets 20
     at most.
     """
     right = _mean(labels, scores, patients, findings, resamples=resamples, seed=seed)
-    rng, values = np.random.default_rng(seed), []
+    rng, n, values = np.random.default_rng(seed), len(np.asarray(labels)), []
     for _ in range(min(resamples, 20)):
-        _rows = rng.integers(0, len(labels), len(labels))  # drawn, and left lying there
+        _rows = rng.integers(0, n, n)  # drawn, and left lying there
         values.append(_mean(labels, scores, patients, findings)["auroc"])
     width = right["auroc_high"] - right["auroc_low"]
     return _defects("unused bootstrap", (*WIDTH, np.ptp(np.percentile(values, LEVEL)), width))
 
 
-def thresholds_on_test(labels, scores, patients, valid_labels, valid_scores, findings=FINDINGS) -> list[Defect]:
+def thresholds_on_test(
+    labels: ArrayLike,
+    scores: ArrayLike,
+    patients: ArrayLike,
+    valid_labels: ArrayLike,
+    valid_scores: ArrayLike,
+    findings: Sequence[str] = FINDINGS,
+) -> list[Defect]:
     """Thresholds chosen on the test labels, against thresholds from validation studies.
 
     Means are over the findings that have both classes in validation (m, k) and in test (n, k). Args and errors are
@@ -123,7 +138,13 @@ def thresholds_on_noise(studies: int = 100, prevalence: float = 0.1, repeats: in
     return _defects("thresholds chosen on the test labels", (quantity, "accuracy", public, right), source=source)
 
 
-def f1_weighted_by_class(labels, scores, patients, thresholds=0.5, findings=FINDINGS) -> list[Defect]:
+def f1_weighted_by_class(
+    labels: ArrayLike,
+    scores: ArrayLike,
+    patients: ArrayLike,
+    thresholds: ArrayLike = 0.5,
+    findings: Sequence[str] = FINDINGS,
+) -> list[Defect]:
     """Weighted F1 against the F1 of the positive class, of the same answers; and of a model that always says no.
 
     Weighted F1 is the mean of the F1 of "absent" and of "present", each weighted by how many studies it has. Args and
@@ -137,7 +158,7 @@ def f1_weighted_by_class(labels, scores, patients, thresholds=0.5, findings=FIND
         ("mean F1 of a model that always says no", np.zeros(labels.shape), 0.5),
     ):
         right = _mean(labels, given, patients, findings, thresholds=limits)["f1"]
-        said, known, weighted = given >= limits, ~np.isnan(labels), []
+        said, known, weighted = given >= np.asarray(limits), ~np.isnan(labels), []
         for k in np.flatnonzero(_both_classes(labels)):
             label, answer = labels[known[:, k], k], said[known[:, k], k]
             weighted.append(f1_score(label, answer, average="weighted", zero_division=0))
@@ -146,7 +167,13 @@ def f1_weighted_by_class(labels, scores, patients, thresholds=0.5, findings=FIND
 
 
 def counted_by_volume(
-    labels, scores, patients, reconstructions: int = 2, findings=FINDINGS, resamples: int = 1000, seed: int = 0
+    labels: ArrayLike,
+    scores: ArrayLike,
+    patients: ArrayLike,
+    reconstructions: int = 2,
+    findings: Sequence[str] = FINDINGS,
+    resamples: int = 1000,
+    seed: int = 0,
 ) -> list[Defect]:
     """Volumes counted as if each were another patient, against patients.
 
@@ -156,19 +183,26 @@ def counted_by_volume(
     """
     if reconstructions < 1:
         raise ValueError(f"reconstructions={reconstructions}: expected at least 1, the scan itself")
-    labels, scores, patients = (np.repeat(np.asarray(a), reconstructions, axis=0) for a in (labels, scores, patients))
-    right = _mean(labels, scores, patients, findings, resamples=resamples, seed=seed)
-    public = _mean(labels, scores, np.arange(len(labels)), findings, resamples=resamples, seed=seed)
-    widths = (mean["auroc_high"] - mean["auroc_low"] for mean in (public, right))
-    cases = ("independent cases", "cases", len(labels), len(np.unique(patients)))
+    rows = [np.repeat(np.asarray(a), reconstructions, axis=0) for a in (labels, scores, patients)]
+    counted = [(np.arange(len(rows[0])), len(rows[0])), (rows[2], len(np.unique(rows[2])))]
+    means = [_mean(rows[0], rows[1], each, findings, resamples=resamples, seed=seed) for each, _ in counted]
+    widths = (mean["auroc_high"] - mean["auroc_low"] for mean in means)
+    cases = ("independent cases", "cases", *(n for _, n in counted))
     return _defects("volumes counted as patients", cases, (*WIDTH, *widths))
 
 
 def audit(
-    labels, scores, patients, valid_labels, valid_scores, findings=FINDINGS, resamples: int = 1000, seed: int = 0
+    labels: ArrayLike,
+    scores: ArrayLike,
+    patients: ArrayLike,
+    valid_labels: ArrayLike,
+    valid_scores: ArrayLike,
+    findings: Sequence[str] = FINDINGS,
+    resamples: int = 1000,
+    seed: int = 0,
 ) -> list[Defect]:
     """All defects that scores alone show; arguments and errors are those of the functions for single defects."""
-    drawn = dict(findings=findings, resamples=resamples, seed=seed)
+    drawn: dict[str, Any] = dict(findings=findings, resamples=resamples, seed=seed)
     on_test = thresholds_on_test(labels, scores, patients, valid_labels, valid_scores, findings)
     limits = thresholds_from_validation(valid_labels, valid_scores, findings)
     return [
@@ -183,7 +217,9 @@ def audit(
 # --- defects that take a model, or scans -----------------------------------------------------------------
 
 
-def prompt_mismatch(base: BaseModel, test: Embedded, asked="paper", trained="training-style") -> list[Defect]:
+def prompt_mismatch(
+    base: BaseModel, test: Embedded, asked: str = "paper", trained: str = "training-style"
+) -> list[Defect]:
     """Prompts worded otherwise than in training, against those of training; image embeddings are the same.
 
     For `asked` (evaluation) and `trained` (training) see `medctkit.zero_shot.prompts.prompt_sentences`.
@@ -203,7 +239,7 @@ def rescaled_again(volume: CTVolume, intercept: float, slope: float = 1.0) -> CT
     return replace(volume, hu=hu, provenance=(*volume.provenance, note))
 
 
-def double_rescale(base: BaseModel, volumes: Sequence[CTVolume], labels, seed: int = 0) -> list[Defect]:
+def double_rescale(base: BaseModel, volumes: Sequence[CTVolume], labels: ArrayLike, seed: int = 0) -> list[Defect]:
     """Slope 1 and an intercept of CT-RATE's metadata applied to scans that are in HU already.
 
     The public way checks nothing, so all spoiled scans reach the model; the right way those that `check_hu` lets pass.
@@ -254,7 +290,7 @@ def clipped_after_resizing(volume: CTVolume, config: PreprocessConfig) -> torch.
     return (preprocess(replace(volume, hu=hu / np.float32(scale)), config) * scale).clamp_(-1, 1)
 
 
-def clip_order(base: BaseModel, volumes: Sequence[CTVolume], labels) -> list[Defect]:
+def clip_order(base: BaseModel, volumes: Sequence[CTVolume], labels: ArrayLike) -> list[Defect]:
     """HU clipped after resampling in training and before it in evaluation, against one way for both.
 
     The right way's difference of 0 is no measurement: there is one path, so nothing to differ. Args and errors are
@@ -291,7 +327,7 @@ def encoder_per_finding(base: BaseModel, volume: CTVolume) -> list[Defect]:
     return _defects("a pass of the encoder for each finding", numbers)
 
 
-def audit_scans(base: BaseModel, volumes: Sequence[CTVolume], labels, seed: int = 0) -> list[Defect]:
+def audit_scans(base: BaseModel, volumes: Sequence[CTVolume], labels: ArrayLike, seed: int = 0) -> list[Defect]:
     """All defects that take scans, on the first of the test studies; arguments and errors are `double_rescale`'s.
 
     The volumes are gone through twice; there may be fewer of them than labels.
@@ -351,7 +387,9 @@ def _defects(name: str, *numbers: tuple, source: str = REPOSITORY) -> list[Defec
     return [Defect(name, what, unit, float(a), float(b), **texts) for what, unit, a, b in numbers]
 
 
-def _mean(labels, scores, patients, findings, resamples=20, **options) -> "pd.Series":
+def _mean(
+    labels: Any, scores: Any, patients: Any, findings: Sequence[str], resamples: int = 20, **options: Any
+) -> "pd.Series":
     """The mean over findings as `evaluate` gives it; few resamples where nobody looks at the interval."""
     mean = evaluate(labels, scores, patients, findings=findings, resamples=resamples, **options).loc["mean"]
     if np.isnan(mean["auroc"]):
@@ -359,20 +397,20 @@ def _mean(labels, scores, patients, findings, resamples=20, **options) -> "pd.Se
     return mean
 
 
-def _auroc(labels, scores) -> float:
+def _auroc(labels: Any, scores: Any) -> float:
     return _mean(labels, scores, np.arange(len(labels)), FINDINGS)["auroc"]
 
 
-def _both_classes(labels) -> np.ndarray:
+def _both_classes(labels: Any) -> np.ndarray:
     return (np.asarray(labels) == 1).any(0) & (np.asarray(labels) == 0).any(0)
 
 
-def _balanced_accuracy(labels, scores, limits) -> float:
+def _balanced_accuracy(labels: Any, scores: Any, limits: Any) -> float:
     said, sick, well = scores >= limits, labels == 1, labels == 0
     return float(np.mean((said & sick).sum(0) / sick.sum(0) + (~said & well).sum(0) / well.sum(0)) / 2)
 
 
-def _check_volumes(volumes: Sequence[CTVolume], labels) -> None:
+def _check_volumes(volumes: Sequence[CTVolume], labels: Any) -> None:
     if not hasattr(volumes, "__getitem__"):
         raise ValueError(f"volumes: got a {type(volumes).__name__}, expected a list or another sequence of CTVolume")
     if len(volumes) != len(labels) or not len(volumes):

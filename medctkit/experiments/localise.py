@@ -1,5 +1,6 @@
 """Base and adapted model on a hospital's test phantoms: do their maps lie on the findings, and mean anything?"""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,10 +51,10 @@ class Localisation:
 
 
 def measure_localisation(
-    manifest_path,
-    output_dir,
+    manifest_path: str | os.PathLike,
+    output_dir: str | os.PathLike,
     seed: int = 0,
-    cache_dir=None,
+    cache_dir: str | os.PathLike | None = None,
     studies: int | None = None,
     sanity_regions: int = 200,
     progress: bool = True,

@@ -22,6 +22,7 @@ from medctkit.experiments.audit import Defect, audit, audit_scans, prompt_mismat
 from medctkit.lora.adapter import load_adapter
 from medctkit.lora.methods import trained_bytes
 from medctkit.metrics.scores import compare, evaluate, summary, thresholds_from_validation
+from medctkit.model.protocol import Model
 from medctkit.zero_shot.classifier import Embedded, ZeroShotClassifier
 from medctkit.zero_shot.embeddings import same_studies
 from medctkit.zero_shot.prompts import PROMPTS
@@ -151,7 +152,7 @@ def measure(
     return measured
 
 
-def _retrieval(name: str, model, tokenizer, rows: list[dict], test: Embedded, seed: int) -> list[tuple]:
+def _retrieval(name: str, model: Model, tokenizer: Any, rows: list[dict], test: Embedded, seed: int) -> list[tuple]:
     """Rows of `Measurement.retrieval`."""
     if len(rows) < 20 or not all(isinstance(row["report"], str) and row["report"].strip() for row in rows):
         return []
@@ -180,7 +181,7 @@ class _Volumes(Sequence):
         return volume_from_row(self.rows[index])
 
 
-def _adapter_facts(model, folder: Path) -> dict[str, int]:
+def _adapter_facts(model: Model, folder: Path) -> dict[str, int]:
     """Layers of each encoder that carry the adapter, its parameters, and its bytes on disk."""
     names = model.active_adapters
     return {

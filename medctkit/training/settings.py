@@ -64,7 +64,7 @@ class FineTuneConfig:
     seed: int = 0
     workers: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         def require(ok: bool, name: str, expected: str) -> None:
             if not ok:
                 raise ValueError(f"FineTuneConfig.{name} must be {expected}, got {getattr(self, name)!r}")
