@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from medctkit.course.exercises import Wrong, checks, number
+from medctkit.course.exercises import Wrong, checks, expect, number
 from medctkit.findings import FINDINGS
 from medctkit.phantom.study import generate
 from medctkit.viewers.drawing.rendering import window
@@ -25,16 +25,15 @@ def highest_score(answer: str, table: "pd.DataFrame") -> str:
     rows = table.set_index("finding")
     if answer not in rows.index:
         raise Wrong(f"{answer!r:.60} is none of the 18 findings; copy the name from `result.table`.")
-    best = rows["score"].idxmax()
+    best, score = rows["score"].idxmax(), rows["score"].max()
     if answer != best:
-        higher = int((rows["score"] > rows.loc[answer, "score"]).sum())
+        here = rows.loc[answer, "score"]
         raise Wrong(
-            f"{answer} has a score of {rows.loc[answer, 'score']:.2f}, and {higher} other findings have a higher one. "
+            f"{answer} has a score of {here:.2f}, and {(rows['score'] > here).sum()} other findings have a higher one. "
             "`idxmax` gives the label of the row with the highest value."
         )
     truth = {"present": "It is there.", "absent": "It isn't there: a high score alone is no finding."}
-    said = truth.get(rows.loc[best, "truth"], "Whether it is there is unknown.")
-    return f"{best}, {rows.loc[best, 'score']:.2f}. {said}"
+    return f"{best}, {score:.2f}. {truth.get(rows.loc[best, 'truth'], 'Whether it is there is unknown.')}"
 
 
 @checks("00.2")
@@ -42,30 +41,26 @@ def auroc_of_pairs(auroc: Callable[[np.ndarray, np.ndarray], float]) -> str:
     """The share of pairs, one study with and one without the finding, that scores put in the right order."""
     from sklearn.metrics import roc_auc_score
 
-    all_right = auroc(np.array([0.9, 0.8]), np.array([0.3, 0.2, 0.1]))
-    found = number(all_right, "the share of pairs in the right order")
-    if found == 6:
-        raise Wrong("Where all 6 pairs are in the right order you give 6: divide by the number of pairs.")
-    if found == 0:
-        raise Wrong(
-            "Where every study with the finding scores higher than all without you give 0: is the order swapped?"
-        )
-    if found != 1:
-        raise Wrong(
-            "With scores 0.9, 0.8 (present) and 0.3, 0.2, 0.1 (absent) all 6 pairs are in the right order, so the "
-            f"share is 1; you give {found:g}. Compare each study of the one group with each of the other."
-        )
-    tied = number(auroc(np.full(2, 0.5), np.full(3, 0.5)), "the share of pairs in the right order")
-    if tied != 0.5:
-        raise Wrong(f"Where all scores are equal you give {tied:g}: a pair with equal scores counts half.")
+    def share(present: np.ndarray, absent: np.ndarray) -> float:
+        return number(auroc(present, absent), "the share of pairs in the right order")
+
+    found = share(np.array([0.9, 0.8]), np.array([0.3, 0.2, 0.1]))
+    slips = {
+        6: "Where all 6 pairs are in the right order you give 6: divide by the number of pairs.",
+        0: "Where every study with the finding scores higher than all without you give 0: is the order swapped?",
+    }
+    otherwise = (
+        "With scores 0.9, 0.8 (present) and 0.3, 0.2, 0.1 (absent) all 6 pairs are in the right order, so the share is "
+        f"1; you give {found:g}. Compare each study of the one group with each of the other."
+    )
+    expect(found, 1, slips, otherwise)
+    tied = share(np.full(2, 0.5), np.full(3, 0.5))
+    expect(tied, 0.5, {}, f"Where all scores are equal you give {tied:g}: a pair with equal scores counts half.")
     rng = np.random.default_rng(0)
     present, absent = rng.normal(0.5, 1, 40).round(1), rng.normal(0, 1, 60).round(1)
-    found = number(auroc(present, absent), "the share of pairs in the right order")
-    expected = roc_auc_score([1] * 40 + [0] * 60, [*present, *absent])
-    if abs(found - expected) > 1e-9:
-        raise Wrong(
-            f"With 40 scores and 60 scores drawn at random you give {found:.4f}; scikit-learn gives {expected:.4f}."
-        )
+    found, right = share(present, absent), roc_auc_score([1] * 40 + [0] * 60, [*present, *absent])
+    otherwise = f"With 40 scores and 60 scores drawn at random you give {found:.4f}; scikit-learn gives {right:.4f}."
+    expect(found, right, {}, otherwise, tolerance=1e-9)
     return (
         "That is the area under the ROC curve (AUROC), to the last digit what scikit-learn computes. Guessing gives "
         "0.5, however rare the finding is."
@@ -75,10 +70,9 @@ def auroc_of_pairs(auroc: Callable[[np.ndarray, np.ndarray], float]) -> str:
 @checks("01.1")
 def window_from_fat_to_vessel(answer: tuple[float, float]) -> str:
     """A window (centre, width) in which -100 HU is just black and 200 HU is just white."""
-    pair = np.asarray(answer, dtype=float) if np.shape(answer) == (2,) else None
-    if pair is None:
+    if np.shape(answer) != (2,):
         raise Wrong(f"Expected a pair (centre, width) in HU; got {answer!r:.80}.")
-    centre, width = map(float, pair)
+    centre, width = map(float, answer)
     if (centre, width) == (FAT, VESSEL):
         raise Wrong(f"({FAT}, {VESSEL}) are the two ends; a window is given as (centre, width).")
     if width <= 0:
@@ -107,20 +101,21 @@ def model_values(to_model: Callable[[np.ndarray], np.ndarray]) -> str:
         raise Wrong(f"Eight values in HU should give eight numbers; got shape {found.shape}, type {found.dtype}.")
     if (given != hu).any():
         raise Wrong("Your function changes the scan that it is given: work on a copy, as `np.clip` does.")
-    expected = hu.clip(-1000, 1000) / 1000
-    if np.allclose(found, expected, atol=1e-6):
-        return (
-            "Air is -1, water 0, dense bone 1. What lies beyond, metal or the outside of the scan circle, is cut off, "
-            "so that it cannot outweigh the patient."
-        )
-    if np.allclose(found, hu / 1000, atol=1e-6):
-        raise Wrong("-2000 HU becomes -2 and 3071 HU becomes 3.071: the values are not clipped to [-1000, 1000] HU.")
-    if np.allclose(found, hu.clip(-1000, 1000)):
-        raise Wrong("The values are clipped, but still in HU: divide by 1000.")
+    clipped = hu.clip(-1000, 1000)
+    right = clipped / 1000
+    slips = {
+        tuple(hu / 1000): "-2000 HU becomes -2 and 3071 HU becomes 3.071: the values are not clipped to [-1000, 1000].",
+        tuple(clipped): "The values are clipped, but still in HU: divide by 1000.",
+    }
+    worst = int(np.abs(found - right).argmax())
+    otherwise = f"{hu[worst]} HU becomes {found[worst]:g}; expected {right[worst]:g}."
     if found.min() >= 0 and found.max() <= 1:
-        raise Wrong("Your values lie in [0, 1]. CT-CLIP was trained on values in [-1, 1], with water at 0.")
-    worst = int(np.abs(found - expected).argmax())
-    raise Wrong(f"{hu[worst]} HU becomes {found[worst]:g}; expected {expected[worst]:g}.")
+        otherwise = "Your values lie in [0, 1]. CT-CLIP was trained on values in [-1, 1], with water at 0."
+    expect(found, right, slips, otherwise)
+    return (
+        "Air is -1, water 0, dense bone 1. What lies beyond, metal or the outside of the scan circle, is cut off, so "
+        "that it cannot outweigh the patient."
+    )
 
 
 def stored_values() -> np.ndarray:
@@ -149,21 +144,19 @@ def intercept_of_stored_values(intercept: float) -> str:
 def patients_on_both_sides(answer: int, cohort: "pd.DataFrame", in_test: np.ndarray) -> str:
     """How many patients have scans on both sides; `in_test`, shape (scans,), was drawn for every scan by itself."""
     found = number(answer, "how many patients are on both sides")
-    sides = cohort.assign(side=np.asarray(in_test)).groupby("patient")["side"].nunique()
-    expected, patients = int((sides == 2).sum()), len(sides)
-    if found == expected:
-        return (
-            f"{expected:,} of {patients:,} patients would be trained on and tested on. A model that recognises people "
-            "would look as if it recognised diseases, and the splits of the manifest go by patient for that."
-        )
-    on_both = cohort["patient"].isin(sides.index[sides == 2])
-    if found == on_both.sum():
-        raise Wrong(f"{found:,.0f} is the number of their scans; count each patient once.")
-    if found == (cohort.groupby("patient").size() > 1).sum():
-        raise Wrong(f"{found:,.0f} patients have several scans; only some of them were drawn to both sides.")
+    sides = cohort.assign(side=np.asarray(in_test)).groupby("patient")["side"].agg(["nunique", "size"])
+    both, patients = sides["nunique"] == 2, len(sides)
+    slips = {
+        sides.loc[both, "size"].sum(): f"{found:,.0f} is the number of their scans; count each patient once.",
+        (sides["size"] > 1).sum(): f"{found:,.0f} patients have several scans; only some of them lie on both sides.",
+    }
+    otherwise = (
+        f"You count {found:,.0f} of {patients:,}. Group by patient: on how many of the two sides has each scans?"
+    )
     if 0 < found < 1:
-        raise Wrong("Expected a number of patients, not a share of them.")
-    raise Wrong(
-        f"You count {found:,.0f} of {patients:,} patients. Group by patient, and ask on how many of the two sides each "
-        "has scans."
+        otherwise = "Expected a number of patients, not a share of them."
+    expect(found, both.sum(), slips, otherwise, tolerance=0)
+    return (
+        f"{found:,.0f} of {patients:,} patients would be trained on and tested on. A model that recognises people "
+        "would look as if it recognised diseases, and the splits of the manifest go by patient for that."
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from medctkit.course.exercises import Wrong, checks, close, number
+from medctkit.course.exercises import Wrong, checks, expect, number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from medctkit.zero_shot.prompts import Prompts
 
 
-def _point(
+def _means(
     labels: np.ndarray, scores: np.ndarray, patients: np.ndarray, thresholds: Any = 0.5, resamples: int = 1
 ) -> "pd.Series":
     """The row of means of `medctkit.metrics.scores.evaluate`; with one resample its intervals mean nothing."""
@@ -38,35 +38,32 @@ def _sensitivity_and_specificity(sensitivity_and_specificity: Callable) -> str:
     found = sensitivity_and_specificity(labels, scores, 0.5)
     if not isinstance(found, tuple | list | np.ndarray) or len(found) != 2:
         raise Wrong("Expected two numbers, sensitivity and specificity.")
-    found = tuple(number(value, "a share") for value in found)
+    first, second = (number(value, "a share") for value in found)
 
     def rates(called: np.ndarray) -> tuple[float, float]:
         return called[labels == 1].mean(), (~called[labels == 0]).mean()
 
-    def same(expected: tuple[float, float]) -> bool:
-        return close(found[0], expected[0]) and close(found[1], expected[1])
-
-    right, above = rates(scores >= 0.5), rates(scores > 0.5)
-    precision = labels[scores >= 0.5].mean()
-    if same(right):
-        return (
-            "Neither depends on how many patients are sick, so they carry over to another ward; how many alarms are "
-            "true does not."
-        )
-    if same(right[::-1]):
-        raise Wrong("The two are in the wrong order: sensitivity is about the sick, specificity about the healthy.")
-    if same(above):
-        raise Wrong("A score exactly at the threshold counts as positive in the package: `>=`, not `>`.")
-    if close(found[0], precision):
-        raise Wrong("Your first number is the precision, the share of alarms that are true. Divide by the sick.")
-    if close(found[1], 1 - right[1]):
-        raise Wrong("Your second number is the share of the healthy who are called sick; specificity is the rest.")
+    right = rates(scores >= 0.5)
     counts = (right[0] * 5, right[1] * 7)
-    if same(counts):
-        raise Wrong("Those are counts; divide the first by the number of the sick, the second by that of the healthy.")
-    raise Wrong(
-        f"Of 5 sick and 7 healthy patients you get ({found[0]:.2f}, {found[1]:.2f}) at a threshold of 0.5, where "
+    otherwise = (
+        f"Of 5 sick and 7 healthy patients you get ({first:.2f}, {second:.2f}) at a threshold of 0.5, where "
         f"{counts[0]:.0f} of the sick and {counts[1]:.0f} of the healthy are called right."
+    )
+    slips = {
+        right[::-1]: "The two are in the wrong order: sensitivity is about the sick, specificity about the healthy.",
+        rates(scores > 0.5): "A score exactly at the threshold counts as positive in the package: `>=`, not `>`.",
+        (
+            labels[scores >= 0.5].mean(),
+            second,
+        ): "Your first number is the precision, the share of alarms that are true. Divide by the sick.",
+        (first, 1 - right[1]): "Your second number is the share of the healthy who are called sick; specificity is the "
+        "rest.",
+        counts: "Those are counts; divide the first by the number of the sick, the second by that of the healthy.",
+    }
+    expect((first, second), right, slips, otherwise)
+    return (
+        "Neither depends on how many patients are sick, so they carry over to another ward; how many alarms are true "
+        "does not."
     )
 
 
@@ -75,21 +72,19 @@ def _flattery(flattery: float, labels: np.ndarray, scores: np.ndarray, patients:
     from medctkit.metrics.scores import ON_TEST
 
     found = number(flattery, "the difference of two macro-F1s")
-    honest, optimistic = (_point(labels, scores, patients, limits) for limits in (thresholds, ON_TEST))
+    honest, optimistic = (_means(labels, scores, patients, limits) for limits in (thresholds, ON_TEST))
     gain = {name: optimistic[name] - honest[name] for name in ("f1", "accuracy", "auroc")}
-    if close(found, -gain["f1"]):
-        raise Wrong("That is honest minus optimistic; the flattery is what the test labels add.")
-    if close(found, optimistic["f1"]):
-        raise Wrong("That is the optimistic macro-F1 itself; subtract the honest one.")
-    if close(found, gain["accuracy"]):
-        raise Wrong("That is the difference in accuracy. Asked for is macro-F1: column `f1`, row `mean`.")
-    if found == gain["auroc"] == 0:
-        raise Wrong("AUROC needs no threshold, so nothing changes it. Asked for is macro-F1: column `f1`, row `mean`.")
-    if not close(found, gain["f1"]):
-        raise Wrong(
-            f"{found:+.4f} is not the difference. Both evaluations are of the same scores; only `thresholds` changes, "
-            f"once those of the validation patients, once {ON_TEST!r}."
-        )
+    slips = {
+        -gain["f1"]: "That is honest minus optimistic; the flattery is what the test labels add.",
+        optimistic["f1"]: "That is the optimistic macro-F1 itself; subtract the honest one.",
+        gain["accuracy"]: "That is the difference in accuracy. Asked for is macro-F1: column `f1`, row `mean`.",
+        gain["auroc"]: "AUROC needs no threshold, so nothing changes it. Asked for is macro-F1: column `f1`.",
+    }
+    otherwise = (
+        f"{found:+.4f} is not the difference. Both evaluations are of the same scores; only `thresholds` changes, once "
+        f"those of the validation patients, once {ON_TEST!r}."
+    )
+    expect(found, gain["f1"], slips, otherwise)
     return (
         "A threshold chosen on the labels it is judged by has seen the answers. The rarer a finding, the more there is "
         "to gain; the package marks such a table as optimistic wherever it is shown."
@@ -100,34 +95,29 @@ def _flattery(flattery: float, labels: np.ndarray, scores: np.ndarray, patients:
 def _twice_the_volumes(
     by_patients: float, by_volumes: float, labels: np.ndarray, scores: np.ndarray, patients: np.ndarray
 ) -> str:
-    found = {"patients": number(by_patients, "a width"), "volumes": number(by_volumes, "a width")}
+    found = number(by_patients, "a width"), number(by_volumes, "a width")
 
     def width(copies: int, names: np.ndarray) -> float:
-        mean = _point(np.concatenate([labels] * copies), np.concatenate([scores] * copies), names, resamples=200)
+        mean = _means(np.tile(labels, (copies, 1)), np.tile(scores, (copies, 1)), names, resamples=200)
         return mean["auroc_high"] - mean["auroc_low"]
 
-    single = width(1, patients)
-    right = {"patients": width(2, np.concatenate([patients] * 2)), "volumes": width(2, np.arange(2 * len(labels)))}
-    if close(found["patients"], right["volumes"]) and close(found["volumes"], right["patients"]):
-        raise Wrong("The two are in the wrong order: first the width by patients, then by volumes.")
-    for name, value in found.items():
-        if close(value, right[name], 1e-3):
-            continue
-        if name == "volumes" and close(value, width(1, np.arange(len(labels))), 1e-3):
-            raise Wrong("`by_volumes` is that of the cohort as it is. Stack labels and scores twice first.")
-        if name == "volumes" and close(value, right["patients"], 1e-3):
-            raise Wrong(
-                "`by_volumes` still draws patients: give each of the doubled volumes a name of its own, "
-                "`np.arange(...)` of twice the length."
-            )
-        expected = "patients" if name == "patients" else "np.arange of all volumes"
-        raise Wrong(
-            f"`by_{name}` is {value:.4f}; the width is auroc_high minus auroc_low in the row `mean`, with {expected}, "
-            f"`resamples=200` and `seed=0`. Of the cohort as it is the width is {single:.4f}."
-        )
+    right = width(2, np.tile(patients, 2)), width(2, np.arange(2 * len(labels)))
+    slips = {
+        right[::-1]: "The two are in the wrong order: first the width by patients, then by volumes.",
+        (right[0], right[0]): "`by_volumes` still draws patients: give each of the doubled volumes a name of its own, "
+        "`np.arange(...)` of twice the length.",
+        (right[0], width(1, np.arange(len(labels)))): "`by_volumes` is that of the cohort as it is. Stack labels and "
+        "scores twice first.",
+    }
+    otherwise = (
+        f"`by_patients` is {found[0]:.4f} and `by_volumes` {found[1]:.4f}; a width is auroc_high minus auroc_low in row "
+        "`mean`, with `resamples=200` and `seed=0`. Of the cohort as it is the width is "
+        f"{width(1, patients):.4f}."
+    )
+    expect(found, right, slips, otherwise, 1e-3)
     return (
-        f"Doubling every volume adds no patient. By patients the interval stays {right['patients']:.3f} wide; by "
-        f"volumes it shrinks to {right['volumes']:.3f}: certainty made of copies, like several reconstructions."
+        f"Doubling every volume adds no patient. By patients the interval stays {right[0]:.3f} wide; by volumes it "
+        f"shrinks to {right[1]:.3f}: certainty made of copies, like several reconstructions."
     )
 
 
@@ -138,6 +128,13 @@ def _own_prompts(prompts: "Prompts", mean_auroc: float, model: "nn.Module", toke
     from medctkit.zero_shot.classifier import ZeroShotClassifier
     from medctkit.zero_shot.prompts import prompt_sentences
 
+    def plain(*sentences: Sequence[str]) -> set[str]:
+        return {sentence.strip().rstrip(".").lower() for side in sentences for sentence in side}
+
+    def auroc(asked: "Prompts") -> float:
+        scores = ZeroShotClassifier(model, tokenizer, asked).scores_from_embeddings(seen.embeddings)
+        return _means(seen.labels, scores, seen.patients)["auroc"]
+
     found = number(mean_auroc, "a mean AUROC")
     try:
         stating, denying = prompt_sentences(prompts)
@@ -146,35 +143,25 @@ def _own_prompts(prompts: "Prompts", mean_auroc: float, model: "nn.Module", toke
     if stating == denying:
         raise Wrong("Both sides say the same, so no volume can be nearer to one of them.")
     paper = prompt_sentences("paper")
-    trained: dict[str, list[str]] = {finding: [] for finding in FINDINGS}
-    for hospital in ("source", "target"):  # of the base model's training, and of the adapter's
-        for finding, (stated, denied) in report_prompts(hospital).items():
-            trained[finding] += [*stated, *denied]
-
-    def plain(sentences: Sequence[str]) -> set[str]:
-        return {sentence.strip().rstrip(".").lower() for sentence in sentences}
-
     for k, finding in enumerate(FINDINGS):
-        mine = plain([*stating[k], *denying[k]])
-        if mine <= plain([*paper[0][k], *paper[1][k]]):
+        mine = plain(stating[k], denying[k])
+        if mine <= plain(paper[0][k], paper[1][k]):
             raise Wrong("Those are the paper's prompts; write your own.")
-        if seen_before := mine & plain(trained[finding]):
-            raise Wrong(
-                f"{sorted(seen_before)[0]!r} is a wording that the model was trained with; an evaluation with it would "
-                "no longer be zero-shot."
-            )
-    scores = ZeroShotClassifier(model, tokenizer, prompts).scores_from_embeddings(seen.embeddings)
-    right = _point(seen.labels, scores, seen.patients)["auroc"]
-    if not close(found, right, 1e-3):
-        raise Wrong(
-            f"With these prompts the mean AUROC is not {found:.4f}. Make a `ZeroShotClassifier` with `prompts=`, take "
-            "its scores from the test embeddings of the adapted model, and the row `mean` of `metrics.evaluate`."
-        )
-    scores = ZeroShotClassifier(model, tokenizer, "paper").scores_from_embeddings(seen.embeddings)
-    usual = _point(seen.labels, scores, seen.patients)["auroc"]
+        for hospital in ("source", "target"):  # of the base model's training, and of the adapter's
+            if trained := mine & plain(*report_prompts(hospital)[finding]):
+                raise Wrong(
+                    f"{min(trained)!r} is a wording that the model was trained with; an evaluation with it would no "
+                    "longer be zero-shot."
+                )
+    right = auroc(prompts)
+    otherwise = (
+        f"With these prompts the mean AUROC is not {found:.4f}. Make a `ZeroShotClassifier` with `prompts=`, take its "
+        "scores from the test embeddings of the adapted model, and the row `mean` of `metrics.evaluate`."
+    )
+    expect(found, right, {}, otherwise, 1e-3)
     return (
-        f"{right:.3f}, against {usual:.3f} with the paper's prompts: the same model, the same patients, other words. A "
-        "zero-shot number without its prompts cannot be repeated. If you try many, choose on validation patients."
+        f"{right:.3f}, against {auroc('paper'):.3f} with the paper's prompts: the same model, the same patients, other "
+        "words. A zero-shot number without its prompts can't be repeated. If you try many, choose on validation patients."
     )
 
 
@@ -193,15 +180,15 @@ def _received(received: Callable) -> str:
         raise Wrong("There is still one map for each head; take their mean, too.")
     if found.shape != (3, 4):
         raise Wrong(f"Maps of 3 slabs with 4 patches each should give shape (3, 4); yours is {found.shape}.")
-    if np.allclose(found, 0.25, atol=1e-5):
-        raise Wrong(
-            "Every patch gets the same, 1 / 4: you took the mean over the keys, and each row sums to one. Received is "
-            "what comes in over all queries."
-        )
-    if np.allclose(found, 4 * right, atol=1e-5):
-        raise Wrong("That is the sum over the queries; take the mean, so that the patches of a slab share one.")
-    if not np.allclose(found, right, atol=1e-5):
-        raise Wrong("The numbers are not the means. Axes are (slab, head, query, key): which ones have to go?")
+    slips = {
+        0.25: "Every patch gets 1 / 4: you took the mean over the keys, and each row sums to one. Received is what comes "
+        "in over all queries.",
+        tuple(
+            4 * right.ravel()
+        ): "That is the sum over the queries; take the mean, so that a slab's patches share one.",
+    }
+    otherwise = "The numbers are not the means. Axes are (slab, head, query, key): which ones have to go?"
+    expect(found.ravel(), right.ravel(), slips, otherwise)
     return (
         "What a patch takes in always adds up to one; how much it is asked for is where patches differ. "
         "`Attention.received` is this, on the grid of patches."
@@ -228,11 +215,10 @@ def _pointing_game(pointing_game: Callable) -> str:
         found = pointing_game(heat, shares)
         if not isinstance(found, bool | np.bool_):
             raise Wrong(f"Expected True or False, got {type(found).__name__}.")
-        if found == right:
-            continue
-        if right:
+        if right and not found:
             raise Wrong(f"Your function says miss to {case}. A part is enough, it need not be the fullest patch.")
-        raise Wrong(f"Your function says hit to {case}. Only the highest patch of the map counts.")
+        if found and not right:
+            raise Wrong(f"Your function says hit to {case}. Only the highest patch of the map counts.")
     return "The game forgives much: a patch on the edge of a large finding is a hit. Hence the chance level beside it."
 
 
@@ -243,19 +229,18 @@ def _by_chance(by_chance: Callable) -> str:
     shares = np.zeros((2, 2, 3))
     shares[0, 0, :2], shares[1, 1] = (0.1, 0.5), 0.9
     right = score_maps(np.ones((1, 2, 2, 3)), shares[None])["pointing game by chance"][0]
-    found = number(by_chance(shares), "a share of patches")
-    if close(found, right):
-        return (
-            "A large effusion is hit by chance far more often than a nodule: compare hits with this, "
-            "finding by finding, never with zero."
-        )
-    if close(found, shares.mean()):
-        raise Wrong("That is the share of the volume that the finding fills. A patch filled a little is a hit, too.")
-    if close(found, shares.size * right):
-        raise Wrong("That is how many patches would be a hit; divide by how many there are.")
-    if close(found, 1 / shares.size):
-        raise Wrong("That would be right if a single patch held the finding; here several do.")
-    raise Wrong(
-        f"Of {shares.size} patches {round(shares.size * right)} are filled to 1 % or more, and a blind map has its "
-        f"highest patch anywhere; your function says {found:.3f}."
+    found, hits = number(by_chance(shares), "a share of patches"), round(shares.size * right)
+    slips = {
+        shares.mean(): "That is the share of the volume that the finding fills. A patch filled a little is a hit, too.",
+        hits: "That is how many patches would be a hit; divide by how many there are.",
+        1 / shares.size: "That would be right if a single patch held the finding; here several do.",
+    }
+    otherwise = (
+        f"Of {shares.size} patches {hits} are filled to 1 % or more, and a blind map has its highest patch anywhere; "
+        f"your function says {found:.3f}."
+    )
+    expect(found, right, slips, otherwise)
+    return (
+        "A large effusion is hit by chance far more often than a nodule: compare hits with this, finding by finding, "
+        "never with zero."
     )

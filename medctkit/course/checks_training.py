@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from medctkit.course.exercises import Wrong, checks, close, interval, number
+from medctkit.course.exercises import Wrong, checks, expect, interval, number
 
 if TYPE_CHECKING:
     import pandas as pd
-    import torch
 
     from medctkit.experiments.compare.results import Results
     from medctkit.model.ct_clip import CTCLIPConfig
@@ -33,20 +32,18 @@ def _own_report_share(own_report_share: Callable) -> str:
     scores, own = volumes @ texts.T, torch.arange(40)
     right, reverse = ((scores.argmax(axis) == own).double().mean().item() for axis in (1, 0))
     found = number(own_report_share(volumes, texts), "the share of volumes")
-    if close(found, 40 * right):
-        raise Wrong("That is how many volumes find their own report; divide by how many there are.")
-    if close(found, reverse):
-        raise Wrong(
-            "That is the share of reports that find their own volume. Rows are volumes and columns are reports: "
-            "along which of the two does the nearest report have to be looked for?"
-        )
-    if close(found, scores.diagonal().mean().item()):
-        raise Wrong("That is the mean similarity to the own report. Count how often it is the largest of its row.")
-    if not close(found, right):
-        raise Wrong(
-            f"For 40 volumes of which {round(40 * right)} are nearest to their own report, your function gives "
-            f"{found:.3f}. Find the column of the largest score of each row, and compare it with the row's number."
-        )
+    slips = {
+        40 * right: "That is how many volumes find their own report; divide by how many there are.",
+        reverse: "That is the share of reports that find their own volume. Rows are volumes and columns are reports: "
+        "along which of the two does the nearest report have to be looked for?",
+        scores.diagonal().mean().item(): "That is the mean similarity to the own report. Count how often it is the "
+        "largest of its row.",
+    }
+    otherwise = (
+        f"For 40 volumes of which {40 * right:.0f} are nearest to their own report, your function gives {found:.3f}. "
+        "Find the column of the largest score of each row, and compare it with the row's number."
+    )
+    expect(found, right, slips, otherwise)
     return (
         "This is recall@1, the plainest measure of retrieval; `zero_shot.retrieval` has it with intervals. With more "
         "reports to choose from it falls, so always say how many there were."
@@ -57,32 +54,26 @@ def _own_report_share(own_report_share: Callable) -> str:
 def _learning_rate(rate: Callable) -> str:
     from medctkit.training.loop import learning_rate_factor
 
-    def at(step: int, steps: int = 200, peak: float = 3e-3) -> tuple[float, float]:
-        expected = peak * learning_rate_factor(step, steps, 0.1)
-        return number(rate(step, steps, peak), f"a learning rate at step {step}"), expected
-
-    first, expected = at(0)
-    if first == 0:
-        raise Wrong("At step 0 your rate is 0, and the first step would learn nothing. Count steps from 1 in the rise.")
-    if close(first, 3e-3):
-        raise Wrong("Your rate begins at its peak: the warm-up, the first tenth of the steps, is missing.")
-    if not close(first, expected):
-        raise Wrong(f"At step 0 of 200, with peak 0.003, your rate is {first:.3g}; the rise takes 20 equal steps.")
-    last, expected = at(19)
-    if not close(last, expected):
-        raise Wrong(f"At step 19 of 200, the last of the warm-up, your rate is {last:.3g}; it should be at its peak.")
-    middle, expected = at(65)
-    if close(middle, 3e-3):
-        raise Wrong("After the warm-up your rate stays at its peak; it has to fall along a cosine.")
-    if close(middle, 3e-3 * (1 - 45 / 180)):
-        raise Wrong("Your rate falls along a straight line; a cosine falls slowly at first and at the end.")
-    for step, steps, peak in ((65, 200, 3e-3), (110, 200, 3e-3), (199, 200, 3e-3), (40, 50, 1.0)):
-        found, expected = at(step, steps, peak)
-        if not close(found, expected, 1e-3):
-            raise Wrong(
-                f"At step {step} of {steps} with peak {peak:g} your rate is {found:.3g}, {found / expected:.2f} times "
-                "what the package uses. Does the cosine begin where the warm-up ends, and end at the last step?"
-            )
+    peak, falling = 3e-3, 45 / 180  # at step 65, a quarter of the fall is behind
+    usual = {
+        0: {
+            0: "At step 0 your rate is 0, and the first step would learn nothing. Count steps from 1 in the rise.",
+            peak: "Your rate begins at its peak: the warm-up, the first tenth of the steps, is missing.",
+        },
+        65: {
+            peak: "After the warm-up your rate stays at its peak; it has to fall along a cosine.",
+            peak
+            * (1 - falling): "Your rate falls along a straight line; a cosine falls slowly at first and at the end.",
+        },
+    }
+    for step, steps, top in ((0, 200, peak), (19, 200, peak), (65, 200, peak), (110, 200, peak), (40, 50, 1.0)):
+        found = number(rate(step, steps, top), f"a learning rate at step {step}")
+        right = top * learning_rate_factor(step, steps, 0.1)
+        otherwise = (
+            f"At step {step} of {steps} with peak {top:g} your rate is {found:.3g}, {found / right:.2f} times what the "
+            "package uses. The rise takes a tenth of the steps; the cosine begins where it ends, and ends at the last."
+        )
+        expect(found, right, usual.get(step, {}), otherwise, 1e-3)
     return (
         "AdamW knows little about the size of gradients in its first steps, hence the gentle start; the long end lets "
         "the weights settle. The rate at its peak is what one tunes."
@@ -92,11 +83,12 @@ def _learning_rate(rate: Callable) -> str:
 @checks("03.3")
 def _same_report(info_nce_of_groups: Callable) -> str:
     import torch
+    from torch.nn.functional import cross_entropy, normalize
 
     from medctkit.training.objectives import contrastive_loss
 
     generator = torch.Generator().manual_seed(2)
-    volumes, texts = (torch.nn.functional.normalize(torch.randn(6, 8, generator=generator), dim=-1) for _ in range(2))
+    volumes, texts = (normalize(torch.randn(6, 8, generator=generator), dim=-1) for _ in range(2))
     texts[4] = texts[1]
     groups, temperature = torch.tensor([0, 1, 2, 3, 1, 5]), torch.tensor(1.5)
     right = contrastive_loss(volumes, texts, temperature, groups).item()
@@ -106,45 +98,41 @@ def _same_report(info_nce_of_groups: Callable) -> str:
             f"Your loss is {found}. A volume and its own report are in the same group too: they must stay, or there "
             "is nothing to find."
         )
-    if close(found, contrastive_loss(volumes, texts, temperature).item()):
-        raise Wrong("Your loss is that of six different reports: volumes 1 and 4 are still each other's negatives.")
-    scores = temperature.exp() * volumes @ texts.T
-    same = (groups[:, None] == groups[None, :]) & ~torch.eye(6, dtype=torch.bool)
-    own = torch.arange(6)
-    zeroed = scores.masked_fill(same, 0.0)
-    if close(found, ((_ce(zeroed, own) + _ce(zeroed.T, own)) / 2).item()):
-        raise Wrong("A score of 0 still counts in the softmax, as exp(0) = 1. Which score would not?")
-    masked = scores.masked_fill(same, -math.inf)
-    if any(close(found, _ce(part, own).item()) for part in (masked, masked.T)):
-        raise Wrong("That is one direction only; the loss is the mean of volume to report and report to volume.")
-    if not close(found, right, 1e-3):
-        raise Wrong(f"For six volumes, two of them with the same report, your loss is {found:.3f}, not {right:.3f}.")
+    scores, own = temperature.exp() * volumes @ texts.T, torch.arange(6)
+    same = (groups[:, None] == groups) & ~torch.eye(6, dtype=torch.bool)
+
+    def directions(fill: float) -> list[float]:
+        filled = scores.masked_fill(same, fill)
+        return [cross_entropy(part, own).item() for part in (filled, filled.T)]
+
+    slips = {
+        contrastive_loss(volumes, texts, temperature).item(): "Your loss is that of six different reports: volumes 1 "
+        "and 4 are still each other's negatives.",
+        sum(directions(0.0)) / 2: "A score of 0 still counts in the softmax, as exp(0) = 1. Which score would not?",
+    }
+    one = "That is one direction only; the loss is the mean of volume to report and report to volume."
+    slips |= dict.fromkeys(directions(-math.inf), one)
+    otherwise = f"For six volumes, two of them with the same report, your loss is {found:.3f}, not {right:.3f}."
+    expect(found, right, slips, otherwise)
     return (
         "Normal scans share their wording, and two reconstructions of one scan share their report: punishing a model "
         "for finding them alike would teach it something false."
     )
 
 
-def _ce(scores: "torch.Tensor", own: "torch.Tensor") -> "torch.Tensor":
-    from torch.nn.functional import cross_entropy
-
-    return cross_entropy(scores, own)
-
-
 @checks("03.4")
 def _when_to_stop(chosen_step: int, history: "pd.DataFrame") -> str:
     step = number(chosen_step, "the number of a step")
-    scored = history.dropna(subset=["score"])
+    scores = history.dropna(subset=["score"]).set_index("step")["score"]
     if step not in set(history["step"]):
         raise Wrong(f"There is no step {step:g} in the history, which goes from 0 to {history['step'].max()}.")
-    if step not in set(scored["step"]):
+    if step not in scores.index:
         lowest = step == history.loc[history["loss"].idxmin(), "step"]
         why = " It has the lowest training loss, but that is of one batch." if lowest else ""
         raise Wrong(f"Step {step:g} was not validated, so there is no adapter of it to keep.{why}")
-    best, here = scored["score"].max(), scored.loc[scored["step"] == step, "score"].item()
-    if here < best:
-        last = " The last step is not always the best." if step == scored["step"].max() else ""
-        raise Wrong(f"Validation AUROC at step {step:g} is {here:.3f}; elsewhere it was higher.{last}")
+    if scores[step] < scores.max():
+        last = " The last step is not always the best." if step == scores.index.max() else ""
+        raise Wrong(f"Validation AUROC at step {step:g} is {scores[step]:.3f}; elsewhere it was higher.{last}")
     return (
         "The same step that `finetune` kept. Its validation AUROC is a little too good by now: of several numbers we "
         "took the highest. That is why notebook 04 uses other patients."
@@ -176,13 +164,11 @@ def _feed_forward(trainable: int, config: "CTCLIPConfig") -> str:
     }
     if layers == 2:
         slips[right // 2] = "That is half of it: one of the two layers, or one of the two matrices of each."
-    if found in slips and found != right:
-        raise Wrong(slips[found])
-    if found != right:
-        raise Wrong(
-            f"{found:,.0f} is {found / right:.2f} times what peft adds. Each of {layers} layers has a matrix from "
-            f"{hidden} to {inner} channels and one back; each gets `r (d_in + d_out)` numbers."
-        )
+    otherwise = (
+        f"{found:,.0f} is {found / right:.2f} times what peft adds. Each of {layers} layers has a matrix from "
+        f"{hidden} to {inner} channels and one back; each gets `r (d_in + d_out)` numbers."
+    )
+    expect(found, right, slips, otherwise, tolerance=0)
     return (
         "peft agrees. Most of a transformer's weights are in its feed-forwards, and one careful study of language "
         "models found LoRA more useful there than in attention (arXiv 2405.09673). MedCT-VLM chose attention."
@@ -193,21 +179,16 @@ def _feed_forward(trainable: int, config: "CTCLIPConfig") -> str:
 def _directions(directions: Callable) -> str:
     for strengths, share in (((3.0, 2.0, 1.0), 0.9), ((1.0,) * 10, 0.95), ((5.0, 0.1), 0.9), ((4.0, 3.0, 0.0), 0.64)):
         s = np.array(strengths)
-        energy = np.cumsum(s**2) / np.sum(s**2)
-        right = int(np.argmax(energy >= share - 1e-12)) + 1
         found = number(directions(s, share), "how many directions")
-        if found == right:
-            continue
-        shown = ", ".join(f"{x:g}" for x in strengths)
-        if found == right - 1:
-            raise Wrong(
-                f"For strengths {shown} and a share of {share:g} you say {found:g}, but with so many it is "
-                f"{energy[right - 2] if right > 1 else 0:.2f}: the share isn't reached yet. Counting begins at one."
-            )
-        linear = int(np.argmax(np.cumsum(s) / s.sum() >= share - 1e-12)) + 1
-        if found == linear:
-            raise Wrong("You add up the singular values; the squared length is the sum of their squares.")
-        raise Wrong(f"For strengths {shown} and a share of {share:g} your function says {found:g}, not {right}.")
+        linear, right = (
+            int(np.argmax(np.cumsum(s**power) / np.sum(s**power) >= share - 1e-12)) + 1 for power in (1, 2)
+        )
+        said = f"For strengths {', '.join(f'{x:g}' for x in strengths)} and a share of {share:g} you say {found:g}"
+        slips = {
+            linear: "You add up the singular values; the squared length is the sum of their squares.",
+            right - 1: f"{said}, but with so many the share isn't reached yet. Counting begins at one.",
+        }
+        expect(found, right, slips, f"{said}, not {right}.", tolerance=0)
     return (
         "The squared length of an update is the sum of its squared singular values, whatever its shape. Few directions "
         "carry most of it; that is what LoRA's authors bet on (arXiv 2106.09685, section 7)."
@@ -226,34 +207,30 @@ def _by_chance(found: tuple[float, float], results: "Results") -> str:
         for method in ("lora", "full")
     )
 
-    def same(ends: Sequence[float] | np.ndarray) -> bool:
-        return max(abs(low - ends[0]), abs(high - ends[1])) < 2e-4
-
-    def ends_of(values: np.ndarray) -> np.ndarray:
-        return np.percentile(values, LEVEL)
+    def ends_of(values: np.ndarray) -> tuple[float, float]:
+        return tuple(np.percentile(values, LEVEL))
 
     difference = (full.mean(0) - lora.mean(0))[1:]
     right = ends_of(difference)
-    if same(-right[::-1]):
-        raise Wrong("That is LoRA minus full fine-tuning; asked for is full fine-tuning minus LoRA.")
-    if any(same(ends_of((full - lora)[seed, 1:])) for seed in range(len(lora))):
-        raise Wrong("That is one seed. Average the seeds of each method first, resample by resample.")
-    table = pooled(results, "methods").set_index("method")
-    ends = table.loc["full", ["auroc_low", "auroc_high"]] - table.loc["lora", ["auroc_low", "auroc_high"]].to_numpy()
-    if same(sorted(ends)):
-        raise Wrong("The difference of two intervals' ends is no interval. Subtract draws, then take percentiles.")
-    if same(ends_of(np.subtract.outer(full.mean(0)[1:], lora.mean(0)[1:]))):
-        raise Wrong("Resample i is the same patients for both methods: subtract draw i from draw i, not all from all.")
-    if not same(right):
-        raise Wrong(
-            f"[{low:+.3f}, {high:+.3f}] is not the 95 % interval of the difference. Draw 0 is the data as it is; the "
-            "resamples begin at 1."
-        )
+    table = pooled(results, "methods").set_index("method")[["auroc_low", "auroc_high"]]
+    slips = {
+        ends_of(-difference): "That is LoRA minus full fine-tuning; asked for is full fine-tuning minus LoRA.",
+        tuple(sorted(table.loc["full"] - table.loc["lora"])): "The difference of two intervals' ends is no interval. "
+        "Subtract draws, then take percentiles.",
+        ends_of(np.subtract.outer(full.mean(0)[1:], lora.mean(0)[1:])): "Resample i is the same patients for both "
+        "methods: subtract draw i from draw i, not all from all.",
+    }
+    one = "That is one seed. Average the seeds of each method first, resample by resample."
+    slips |= dict.fromkeys(map(ends_of, (full - lora)[:, 1:]), one)
+    otherwise = (
+        f"[{low:+.3f}, {high:+.3f}] is not the 95 % interval of the difference. Draw 0 is the data as it is; the "
+        "resamples begin at 1."
+    )
+    expect((low, high), right, slips, otherwise, tolerance=1e-2)
     overlap = table.loc["full", "auroc_low"] < table.loc["lora", "auroc_high"]
     clear = right[0] > 0 or right[1] < 0
-    seen = "The two methods' own intervals overlap, " if overlap else "The two methods' own intervals lie apart, "
-    seen += f"and {'yet ' if overlap and clear else ''}that of their difference "
-    seen += "leaves out zero. " if clear else "holds zero. "
+    seen = f"The two methods' own intervals {'overlap' if overlap else 'lie apart'}, and "
+    seen += f"{'yet ' if overlap and clear else ''}that of their difference {'leaves out' if clear else 'holds'} zero. "
     return seen + "What is hard for one method is hard for the other, so compare pairs: it takes that part off."
 
 

@@ -7,7 +7,7 @@ name with `checks`, in the module of `CHECKS`; it computes what it compares with
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from html import escape
@@ -208,6 +208,25 @@ def interval(answer: Any) -> tuple[float, float]:
     return low, high
 
 
-def close(a: float, b: float, tolerance: float = 1e-4) -> bool:
-    """Whether two numbers are the same but for rounding, relative to the larger."""
-    return math.isclose(a, b, rel_tol=tolerance, abs_tol=tolerance * 1e-2)
+def close(a: Any, b: Any, tolerance: float = 1e-4) -> bool:
+    """Whether two numbers, or two rows of them, are the same but for rounding; with a tolerance of 0, exactly."""
+    import numpy as np
+
+    return bool(np.allclose(a, b, rtol=tolerance, atol=tolerance * 1e-2))
+
+
+def expect(found: Any, right: Any, slips: Mapping[Any, str], otherwise: str, tolerance: float = 1e-4) -> None:
+    """Refuse an answer that isn't right.
+
+    Args:
+        found: the answer, one number or several.
+        right: what it should be.
+        slips: what usual slips give, and what is said of each.
+        otherwise: what is said of any other wrong answer.
+        tolerance: of `close`.
+
+    Raises:
+        Wrong: it isn't.
+    """
+    if not close(found, right, tolerance):
+        raise Wrong(next((said for slip, said in slips.items() if close(found, slip, tolerance)), otherwise))

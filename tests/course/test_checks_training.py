@@ -143,7 +143,7 @@ def test_directions_are_counted_by_squared_length():
     is_right("06.2", enough(2))
     is_wrong("06.2", enough(1), because="sum of their squares")
     is_wrong("06.2", enough(2, add=0), because="Counting begins at one")
-    is_wrong("06.2", lambda strengths, share: 7, because="says 7, not 2")
+    is_wrong("06.2", lambda strengths, share: 7, because="you say 7, not 2")
     is_open("06.2", lambda strengths, share: ...)
 
 
