@@ -110,9 +110,8 @@ def _twice_the_volumes(
         "scores twice first.",
     }
     otherwise = (
-        f"`by_patients` is {found[0]:.4f} and `by_volumes` {found[1]:.4f}; a width is auroc_high minus auroc_low in row "
-        "`mean`, with `resamples=200` and `seed=0`. Of the cohort as it is the width is "
-        f"{width(1, patients):.4f}."
+        f"`by_patients` is {found[0]:.4f} and `by_volumes` {found[1]:.4f}; a width is auroc_high - auroc_low of the "
+        f"`mean`, with `resamples=200` and `seed=0`. Of the cohort as it is it is {width(1, patients):.4f}."
     )
     expect(found, right, slips, otherwise, 1e-3)
     return (
@@ -160,8 +159,8 @@ def _own_prompts(prompts: "Prompts", mean_auroc: float, model: "nn.Module", toke
     )
     expect(found, right, {}, otherwise, 1e-3)
     return (
-        f"{right:.3f}, against {auroc('paper'):.3f} with the paper's prompts: the same model, the same patients, other "
-        "words. A zero-shot number without its prompts can't be repeated. If you try many, choose on validation patients."
+        f"{right:.3f}, against {auroc('paper'):.3f} with the paper's prompts: same model, same patients, other "
+        "words. Without its prompts no such number can be repeated. If you try many, choose on validation patients."
     )
 
 
@@ -181,11 +180,8 @@ def _received(received: Callable) -> str:
     if found.shape != (3, 4):
         raise Wrong(f"Maps of 3 slabs with 4 patches each should give shape (3, 4); yours is {found.shape}.")
     slips = {
-        0.25: "Every patch gets 1 / 4: you took the mean over the keys, and each row sums to one. Received is what comes "
-        "in over all queries.",
-        tuple(
-            4 * right.ravel()
-        ): "That is the sum over the queries; take the mean, so that a slab's patches share one.",
+        0.25: "Every patch gets 1 / 4: you took the mean over the keys; received is what comes in over all queries.",
+        tuple(4 * right.ravel()): "That is the sum over the queries; take the mean.",
     }
     otherwise = "The numbers are not the means. Axes are (slab, head, query, key): which ones have to go?"
     expect(found.ravel(), right.ravel(), slips, otherwise)
