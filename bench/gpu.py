@@ -10,6 +10,7 @@ one follows. Shares are of the rate of a bf16 matrix product measured in the sam
 import argparse
 import json
 import platform
+import re
 import signal
 import sys
 import time
@@ -89,7 +90,8 @@ def figures_of(row, lab, seconds_left):
     except torch.OutOfMemoryError as error:
         found = {"error": str(error).splitlines()[0], "out_of_memory": True}
     except Exception as error:  # an operator that this GPU or this torch lacks: one row fewer
-        found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
+        said = re.sub(r"/\S*/", "", " ".join(str(error).split()))  # without the folders of this machine
+        found = {"error": f"{type(error).__name__}: {said[:300]}"}
     return found | {"seconds_of_the_row": time.monotonic() - started}
 
 
@@ -159,7 +161,7 @@ def main():
     started = time.monotonic()
     head, earlier = {"made_with": made_with(device, arguments.tiny)}, ()
     lab = Lab(device, arguments.tiny, arguments.compile_backend)
-    planned = rows(lab)
+    planned = rows()
     if arguments.only:
         planned = [
             r

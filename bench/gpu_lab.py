@@ -4,7 +4,9 @@ import copy
 import gc
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from memory import TINY_TEXT, TINY_VISION
@@ -14,7 +16,29 @@ from torch.utils.flop_counter import FlopCounterMode
 from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel
 
 SEED = 0
+BATCH = 8  # volumes
 DTYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        group: what it belongs to.
+        name: what it measures.
+        seconds: what it may take on a GPU, with all that is built and compiled for it.
+        run: takes a `Lab`, gives the figures.
+        gpu: whether it means nothing without one.
+        holds: name of what it shares with its neighbours (`Lab.hold`).
+    """
+
+    group: str
+    name: str
+    seconds: float
+    run: Callable
+    gpu: bool = False
+    holds: str | None = None
 
 
 def difference(found, reference):
@@ -161,7 +185,7 @@ class Lab:
         key = "self_device_time_total" if self.gpu else "self_cpu_time_total"
         events = [(getattr(event, key) / 1e3, event.count, event.key) for event in profiler.key_averages()]
         events = sorted((event for event in events if event[0]), reverse=True)
-        rows = [{"kernel": name[:160], "calls": calls, "ms": ms} for ms, calls, name in events[:most]]
+        rows = [{"kernel": name[:80], "calls": calls, "ms": ms} for ms, calls, name in events[:most]]
         return {"ms_of_all_kernels": sum(event[0] for event in events), "calls": sum(e[1] for e in events), "top": rows}
 
 

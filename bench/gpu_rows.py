@@ -1,28 +1,27 @@
 """What bench/gpu.py measures, row by row, the most important rows first."""
 
-import copy
 import itertools
 import json
 import time
-from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
-import gpu_variants as variants
 import torch
 from accelerate import Accelerator
-from gpu_lab import difference, embed
+from gpu_lab import BATCH, Row, difference, embed
+from gpu_operators import operator_rows
 from memory import WORDS, small_batch
 from model import PROMPTS
 from model import WORDS as PROMPT_WORDS
 from safetensors.torch import load_file
+from torch import nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from medctkit.lora.adapter import add_lora, merge_lora
 from medctkit.lora.placement import lora_config
+from medctkit.model import fast_paths
 from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel
 from medctkit.training.loop import step_gradients
 from medctkit.training.memory import cast_frozen
@@ -30,30 +29,8 @@ from medctkit.training.settings import FineTuneConfig
 
 HERE = Path(__file__).resolve().parent
 GOLDEN = HERE.parent / "tests" / "golden"
-BATCH, FINDINGS, ADAPTERS = 8, 18, 8
-COMPILED, GRAPHS = ("layers", "compiled", "reduce-overhead"), ("graph", "reduce-overhead")
+FINDINGS, ADAPTERS = 18, 8
 FEW = {"most": 3, "seconds": 3.0}  # runs of what takes long
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table.
-
-    Attributes:
-        group: what it belongs to.
-        name: what it measures.
-        seconds: what it may take on a GPU, with all that is built and compiled for it.
-        run: takes a `Lab`, gives the figures.
-        gpu: whether it means nothing without one.
-        holds: name of what it shares with its neighbours (`Lab.hold`).
-    """
-
-    group: str
-    name: str
-    seconds: float
-    run: Callable
-    gpu: bool = False
-    holds: str | None = None
 
 
 # --- ceilings
@@ -125,54 +102,51 @@ def reference(lab):
 # --- vision encoder
 
 
-def encoder(lab, dtype, batch, change=None, way="eager", profile=False, throughout=False):
+def encoder(lab, dtype, batch, way="eager", profile=False, half=False, mends=True):
     """Embedding `batch` volumes, against the reference.
 
     Args:
         lab: where.
         dtype: of autocast.
         batch: volumes.
-        change: changes the model in place.
-        way: eager, layers (each layer compiled), compiled, reduce-overhead (compiled, with CUDA graphs) or graph (a
-            CUDA graph of the eager model).
+        way: eager, blocks (each layer and the patches compiled), compiled, reduce-overhead (compiled, with CUDA graphs)
+            or graph (a CUDA graph of the eager model).
         profile: also list the kernels.
-        throughout: weights and volumes in bf16, no autocast.
+        half: weights and volumes in bf16 but for the codebook, no autocast.
+        mends: with what the package does otherwise on a GPU in half precision.
     """
-    model = lab.fresh()
-    if change:
-        change(model)
-    volumes = lab.volumes(batch)
-    if throughout:
-        volumes, precision = volumes.bfloat16(), nullcontext
-    else:
-        precision = partial(lab.autocast, dtype, cache_enabled=False)
+    model, volumes = lab.fresh().requires_grad_(False), lab.volumes(batch)
+    tower = model.visual_transformer
+    precision = partial(lab.autocast, dtype, cache_enabled=False)
+    if half:
+        codes = tower.vq._codebook.embed
+        model.bfloat16()
+        tower.vq._codebook.embed, volumes, precision = codes, volumes.bfloat16(), nullcontext
     encode = model.encode_image
-    if way in COMPILED:
+    compiled = way in ("blocks", "compiled", "reduce-overhead")
+    if compiled:
         torch.compiler.reset()
         torch._dynamo.utils.counters.clear()
-    if way == "layers":
-        for layer in variants.layers_of(model):
-            layer.forward = lab.compile(layer.forward)
-    elif way in COMPILED:
-        encode = lab.compile(encode, **({"mode": way} if way == "reduce-overhead" else {}))
+        blocks = [tower.to_patch_emb, *tower.enc_spatial_transformer.layers, *tower.enc_temporal_transformer.layers]
+        for block in blocks if way == "blocks" else ():
+            block.forward = lab.compile(block.forward)
+        if way != "blocks":
+            encode = lab.compile(encode, **({"mode": way} if way == "reduce-overhead" else {}))
 
     @torch.inference_mode()
     def run():
-        with precision():
+        with precision(), nullcontext() if mends else mock.patch.object(fast_paths, "_half", lambda x: None):
             return encode(volumes)
 
-    if way == "graph":
-        timed, replay = recorded(run)
-    else:
-        timed = replay = run
+    timed, replay = recorded(run) if way == "graph" else (run, run)
     found = lab.rates(lab.time(timed), lab.gflop * batch, batch)
     found["difference"] = difference(replay()[:1], lab.reference[0])
-    if way in ("eager", "layers"):
+    if way in ("eager", "blocks"):
         with torch.inference_mode(), precision():
             tokens = embed(model, volumes)[1][0].cpu()
         right = lab.reference[1][0].to(tokens.dtype)  # codes are rounded where all else is
         found["codes_flipped"] = (tokens != right).any(-1).double().mean().item()
-    if way in COMPILED:
+    if compiled:
         counters = torch._dynamo.utils.counters
         found |= {"graphs": counters["stats"]["unique_graphs"], "graph_breaks": sum(counters["graph_break"].values())}
     if profile:
@@ -197,16 +171,6 @@ def recorded(run):
         return out
 
     return graph.replay, replay
-
-
-def shifts(lab):
-    """The position convolution by shifts: 27 kernels eagerly, so it is compiled even where the rest is not."""
-    return lab.compile(variants.conv_by_shifts)
-
-
-def mended(lab):
-    """All that is hoped to pay."""
-    return partial(variants.mended, conv=shifts(lab))
 
 
 # --- LoRA step
@@ -329,25 +293,6 @@ def lora_layers(model):
 
 
 @contextmanager
-def by_name(model, names):
-    """By peft's `adapter_names`: each name as often as its volume has sequences in the layer.
-
-    The tower folds depth, or the places of a slab, into the batch: always inside a volume's share of it.
-    """
-
-    def hook(module, given, named):
-        repeats = given[0].shape[0] // len(names)
-        return given, named | {"adapter_names": [name for name in names for _ in range(repeats)]}
-
-    hooks = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in lora_layers(model)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
 def stacked(model, names):
     """All adapters of a layer in two batched products, added to what the base layer gives."""
 
@@ -380,17 +325,38 @@ def one_after_the_other(lab):
     return lab.time(partial(switched, lab, volumes), **FEW) | {"ms_base_in_one_batch": base, "ms_set_adapter": switch}
 
 
-def mixed(lab, way):
+def mixed(lab):
     """Eight volumes, each with an adapter of its own, in one batch; right if equal to one after the other."""
     model = lab.hold("adapters", partial(adapted_model, lab))
     volumes = lab.volumes(ADAPTERS)
     right = switched(lab, volumes, "float32")
-    with torch.inference_mode(), way(model, [str(i) for i in range(ADAPTERS)]):
+    with torch.inference_mode(), stacked(model, [str(i) for i in range(ADAPTERS)]):
         found = lab.time(partial(embedder(lab, model), volumes), **FEW)
         return found | {"difference": difference(embedder(lab, model, "float32")(volumes), right)}
 
 
 # --- the public code's way
+
+
+class OneHotQuantiser(nn.Module):
+    """All similarities at once, and codes fetched by a product with one-hot rows."""
+
+    def __init__(self, plain):
+        super().__init__()
+        self.plain = plain
+
+    def forward(self, x):
+        """As the module it stands for."""
+        codes = self.plain._codebook.embed[0]
+        return (F.one_hot(self.plain.nearest(x), len(codes)).to(codes.dtype) @ codes).to(x.dtype)
+
+
+def public_way(model):
+    """All scores of the attention in memory, the bias of all pairs at every call, one-hot rows: written anew."""
+    plain = {quick: block for block, quick in fast_paths._QUICK.items()}
+    for module in model.modules():
+        module.__class__ = plain.get(type(module), type(module))
+    model.visual_transformer.vq = OneHotQuantiser(model.visual_transformer.vq)
 
 
 def zero_shot(lab):
@@ -414,7 +380,7 @@ def zero_shot_once(lab, public, dtype):
     """
     model = lab.fresh()
     if public:
-        variants.public_way(model)
+        public_way(model)
     longest = lab.config.text_config["max_position_embeddings"]
     n, length = (2, longest) if public else (PROMPTS, PROMPT_WORDS)
     words = torch.randint(1, lab.config.text_config["vocab_size"], (n, length), device=lab.device)
@@ -434,218 +400,66 @@ def zero_shot_once(lab, public, dtype):
     return lab.time(run, **FEW), lab.time(image), image()
 
 
-# --- operators
-
-
-def operator(lab, gflop, moved, run, right=None):
-    """Time of one operator, share of the matrix rate, and of the copy rate for the bytes it has to move."""
-    found = lab.rates(lab.time(run), gflop)
-    found["share_of_copy_rate"] = moved / found["ms"] * 1e3 / lab.ceilings["copy_bytes_per_second"]
-    if right is not None:
-        found["difference"] = difference(run(), right())
-    return found
-
-
-def tower(lab):
-    """The vision tower whose operators are measured."""
-    return lab.hold("operators", lab.fresh).visual_transformer
-
-
-def conv(lab, function, dtype="bf16"):
-    x, layer = lab.tokens(BATCH), tower(lab).enc_spatial_transformer.layers[0]["0"]
-
-    @torch.inference_mode()
-    def run():
-        with lab.autocast(dtype):
-            return layer(x) if function is None else function(x, layer.dsconv.weight, layer.dsconv.bias)
-
-    @torch.inference_mode()
-    def right():
-        return layer(x)
-
-    return operator(lab, 27 * 2 * x.numel() / 1e9, 6 * x.numel(), run, right)
-
-
-def feed_forward(lab, multiple, dtype="bf16"):
-    x, layer = lab.tokens(BATCH), copy.deepcopy(tower(lab).enc_spatial_transformer.layers[0]["3"])
-    gflop = 2 * x[..., 0].numel() * (layer[1].weight.numel() + layer[4].weight.numel()) / 1e9
-    function = layer if multiple is None else variants.PaddedFeedForward(layer, multiple)
-    # as in a model whose frozen weights are kept in bf16
-    for tensor in [layer[1].weight, layer[4].weight, *function.buffers()]:
-        tensor.data = tensor.data.bfloat16()
-
-    @torch.inference_mode()
-    def run():
-        with lab.autocast(dtype):
-            return function(x)
-
-    return operator(lab, gflop, 6 * x.numel(), run)
-
-
-def quantiser(lab, function):
-    vq = tower(lab).vq
-    x, codes = lab.tokens(BATCH), vq._codebook.embed[0]
-    gflop = 2 * x.numel() * len(codes) / 1e9
-    choose = torch.inference_mode()((lambda: vq.nearest(x)) if function is None else (lambda: function(x, codes)))
-    with torch.inference_mode():
-        right = vq.nearest(x)
-    found = operator(lab, gflop, 4 * x.numel(), choose)
-    return found | {"codes_flipped": (choose() != right).double().mean().item()}
-
-
-def attention_inputs(lab, spatial, dtype):
-    """Queries, keys, values (sequences, heads, n, dim_head) as the tower makes them, and the bias or None."""
-    x = lab.tokens(BATCH)
-    b, t, h, w, c = x.shape
-    x = x.reshape(b * t, h * w, c) if spatial else x.permute(0, 2, 3, 1, 4).reshape(b * h * w, t, c)
-    side = "spatial" if spatial else "temporal"
-    layers = getattr(tower(lab), f"enc_{side}_transformer").layers
-    with torch.inference_mode(), lab.autocast(dtype):
-        return *layers[0]["1"].project(x), tower(lab).spatial_rel_pos_bias(h, w) if spatial else None
-
-
-def attention(lab, spatial, backend, dtype="bf16"):
-    """Scaled dot-product attention alone: with torch's choice of backend, one of them, or FlexAttention."""
-    q, k, v, bias = attention_inputs(lab, spatial, dtype)
-    mask = None if bias is None else bias.to(v.dtype)[None]
-    n = q.shape[2]
-    gflop, moved = 4 * q.numel() * n / 1e9, 4 * q.nbytes
-    if backend == "flex":
-        from torch.nn.attention.flex_attention import flex_attention
-
-        torch.compiler.reset()
-        flex = lab.compile(flex_attention)
-
-        def score(scores, b, head, query, key):
-            return scores + mask[0, head, query, key]
-
-        run = partial(flex, q, k, v, score_mod=score if spatial else None, scale=8.0)
-        choose = nullcontext
-    else:
-        run = partial(F.scaled_dot_product_attention, q, k, v, attn_mask=mask, scale=8.0)
-        choose = nullcontext if backend is None else partial(sdpa_kernel, backend)
-
-    def right():
-        wide = (x.float() for x in (q[:8], k[:8], v[:8]))
-        return F.scaled_dot_product_attention(*wide, attn_mask=None if mask is None else mask.float(), scale=8.0)
-
-    with torch.inference_mode(), choose():
-        found = operator(lab, gflop, moved, run)
-        found["difference"] = difference(run()[:8], right())
-        if backend is None:
-            found["kernels"] = lab.kernels(run, 3)
-    return found
-
-
 # --- the table
 
 
-def encoder_rows(lab):
-    """The vision encoder: as it is, changed, and compiled."""
-
-    def row(name, seconds, batch=8, dtype="bf16", **how):
-        what = partial(encoder, dtype=dtype, batch=batch, **how)
-        return Row("encoder", f"{name}, {dtype}, batch {batch}", seconds, what, gpu=how.get("way") in GRAPHS)
-
-    all_mended = mended(lab)
-    plain = [
-        row("eager", 6, batch, dtype, profile=(batch, dtype) == (8, "bf16"))
-        for batch in (8, 1)
-        for dtype in ("bf16", "fp16", "float32")
-    ]
-    changed = [
-        row("eager, all mended", 15, change=all_mended, profile=True),
-        row("eager, weights kept in half precision", 6, change=variants.weights_in_bf16),
-        row("eager, padded feed-forward", 6, change=variants.padded_feed_forward),
-        row("eager, position convolution by shifts", 12, change=variants.position_conv_by(shifts(lab))),
-        row("eager, quantiser in bf16 parts", 6, change=variants.quantiser_by(variants.nearest_in_bf16_parts)),
-        row("eager, fused norms of queries and keys", 6, change=variants.fused_norm_attention),
-        row("eager, everything in half precision", 6, change=variants.no_autocast, throughout=True),
-        row("layers compiled", 50, way="layers", profile=True),
-        row("layers compiled, all mended", 50, way="layers", change=all_mended, profile=True),
-    ]
-    recorded_ones = [
-        row("CUDA graph", 8, batch=1, way="graph"),
-        row("CUDA graph, all mended", 15, batch=1, way="graph", change=all_mended),
-    ]
-    compiled = [
-        row("compiled", 80, way="compiled", profile=True),
-        row("compiled, all mended", 70, way="compiled", change=all_mended, profile=True),
-        row("layers compiled", 40, dtype="fp16", way="layers"),
-        row("layers compiled", 40, dtype="float32", way="layers"),
-        row("layers compiled", 40, batch=1, way="layers"),
-        row("reduce-overhead, all mended", 70, batch=1, way="reduce-overhead", change=all_mended),
-    ]
-    return plain, changed, recorded_ones, compiled
+def encoder_row(name, seconds, dtype="bf16", batch=BATCH, **how):
+    """A row of the encoder."""
+    run = partial(encoder, dtype=dtype, batch=batch, **how)
+    return Row("encoder", f"{name}, {dtype}, batch {batch}", seconds, run, gpu=how.get("way") not in (None, "blocks"))
 
 
 def lora_rows(steps):
-    """LoRA steps (batch, volumes at a time, checkpointing)."""
+    """LoRA steps: (batch, volumes at a time, checkpointing, seconds)."""
     return [
         Row(
             "LoRA step",
             f"batch {batch}, {micro} at a time, {'with' if checkpointing else 'without'} checkpointing",
-            15,
+            seconds,
             partial(lora_step, batch=batch, micro=micro, checkpointing=checkpointing, profile=batch == micro == BATCH),
             holds="LoRA",
         )
-        for batch, micro, checkpointing in steps
+        for batch, micro, checkpointing, seconds in steps
     ]
 
 
-def operator_rows(lab):
-    """Each operator of the encoder in several ways."""
+def adapter_row(name, seconds, run):
+    """A row of adapters at work."""
+    return Row("adapters", name, seconds, run, holds="adapters")
 
-    def row(name, way, seconds, run, **how):
-        return Row("operator", f"{name}, {way}", seconds, partial(run, **how), holds="operators")
 
-    convs = {"as it is": None, "channels first": variants.conv_channels_first, "by planes": variants.conv_by_planes}
-    convs["by shifts, compiled"] = shifts(lab)
-    quantisers = {
-        "as it is": None,
-        "at once": variants.nearest_at_once,
-        "TF32": variants.nearest_tf32,
-        "bf16 in two parts": variants.nearest_in_bf16_parts,
-        "bf16": variants.nearest_bf16,
-    }
-    widths = {"as it is": None, "padded to 8": 8, "padded to 64": 64}
-    backends = {"as it is": None} | {
-        name.lower(): getattr(SDPBackend, name)
-        for name in ("EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "FLASH_ATTENTION", "MATH")
-    }
+def rows():
+    """All rows, the most important first; seconds are those of an H100, and a little more."""
     return [
-        *(row("position convolution", way, 10, conv, function=function) for way, function in convs.items()),
-        *(row("feed-forward", way, 3, feed_forward, multiple=multiple) for way, multiple in widths.items()),
-        *(row("quantiser", way, 3, quantiser, function=function) for way, function in quantisers.items()),
-        *(row("spatial attention", way, 4, attention, spatial=True, backend=b) for way, b in backends.items()),
-        *(row("temporal attention", way, 4, attention, spatial=False, backend=b) for way, b in backends.items()),
-        row("spatial attention", "FlexAttention", 30, attention, spatial=True, backend="flex"),
-    ]
-
-
-def rows(lab):
-    """All rows, the most important first."""
-    plain, changed, recorded_ones, compiled = encoder_rows(lab)
-    return [
-        Row("ceilings", "ceilings", 5, ceilings),
-        Row("golden", "float32", 3, partial(golden, dtype="float32")),
-        Row("golden", "bf16", 3, partial(golden, dtype="bf16")),
-        Row("reference", "one volume on the CPU", 20, reference),
-        *plain,
-        *lora_rows([(8, 8, True), (8, 1, True), (8, 2, True), (1, 1, True), (8, 8, False), (8, 1, False)]),
-        *changed,
-        *operator_rows(lab),
-        Row("public way", "one volume against 18 pairs of prompts", 20, zero_shot),
-        Row("adapters", "merged and unmerged, batch 8", 15, partial(merged, batch=8), holds="adapters"),
-        Row("adapters", "merged and unmerged, batch 1", 10, partial(merged, batch=1), holds="adapters"),
-        Row("adapters", "8 adapters, one after the other", 10, one_after_the_other, holds="adapters"),
-        Row("adapters", "8 adapters in one batch, stacked", 6, partial(mixed, way=stacked), holds="adapters"),
-        Row("adapters", "8 adapters in one batch, by name", 10, partial(mixed, way=by_name), holds="adapters"),
-        *lora_rows([(32, 8, True), (32, 2, True), (32, 1, True), (8, 2, False), (1, 1, False)]),
-        *lora_rows([(32, 8, False), (32, 2, False), (32, 1, False)]),
-        Row("optimiser", "AdamW", 5, optimisers, holds="LoRA"),
-        *recorded_ones,
-        Row("input", "one volume to the device", 5, volume_to_device),
-        *compiled,
-        *lora_rows([(32, 32, True)]),
+        Row("ceilings", "ceilings", 2, ceilings),
+        Row("golden", "float32", 2, partial(golden, dtype="float32")),
+        Row("golden", "bf16", 2, partial(golden, dtype="bf16")),
+        Row("reference", "one volume on the CPU", 3, reference),
+        encoder_row("eager", 4, profile=True),
+        encoder_row("eager, without what is for GPUs", 4, mends=False),
+        encoder_row("eager", 4, dtype="fp16"),
+        encoder_row("eager", 4, dtype="float32"),
+        *(encoder_row("eager", 2, dtype=dtype, batch=1) for dtype in ("bf16", "fp16", "float32")),
+        *lora_rows([(8, 8, True, 11), (8, 1, True, 11), (8, 2, True, 8), (1, 1, True, 2)]),
+        *lora_rows([(8, 8, False, 4), (8, 1, False, 8)]),
+        encoder_row("blocks compiled", 18, way="blocks", profile=True),
+        encoder_row("compiled", 50, way="compiled", profile=True),
+        *operator_rows(),
+        encoder_row("CUDA graph", 4, batch=1, way="graph"),
+        Row("input", "one volume to the device", 4, volume_to_device),
+        *lora_rows([(32, 32, True, 20), (32, 2, True, 24)]),
+        encoder_row("reduce-overhead", 40, batch=1, way="reduce-overhead"),
+        encoder_row("blocks compiled, everything in half precision", 15, way="blocks", half=True),
+        encoder_row("blocks compiled", 15, dtype="fp16", way="blocks"),
+        encoder_row("blocks compiled", 15, dtype="float32", way="blocks"),
+        encoder_row("blocks compiled", 15, batch=1, way="blocks"),
+        Row("public way", "one volume against 18 pairs of prompts", 9, zero_shot),
+        adapter_row("merged and unmerged, batch 8", 7, partial(merged, batch=8)),
+        adapter_row("merged and unmerged, batch 1", 2, partial(merged, batch=1)),
+        adapter_row("8 adapters, one after the other", 5, one_after_the_other),
+        adapter_row("8 adapters in one batch", 3, mixed),
+        *lora_rows([(8, 2, False, 5), (1, 1, False, 1)]),
+        Row("optimiser", "AdamW", 1, optimisers, holds="LoRA"),
+        *lora_rows([(32, 8, True, 18), (32, 8, False, 12), (32, 2, False, 17)]),
+        *lora_rows([(32, 1, False, 22), (32, 1, True, 35)]),
     ]
