@@ -18,5 +18,7 @@ def is_wrong(name, *answer, because):
 
 
 def is_open(name, *answer):
-    """An answer that is not there."""
-    assert judge(name, *answer).state == "open"
+    """What is said of an answer that is not there."""
+    found = judge(name, *answer)
+    assert found.state == "open"
+    return found.text
