@@ -142,6 +142,26 @@ def made_with(device, tiny):
     }
 
 
+def page(found):
+    """The lines of the table in docs/released.md, and of what made it."""
+    rows = {row["name"]: row for row in found["rows"] if row["group"] in ("encoder", "LoRA step") and "ms" in row}
+    names = {
+        "eager, float32, batch 8": "embedding 8 volumes, float32",
+        "eager, bf16, batch 8": "embedding 8 volumes, bf16",
+        "eager, bf16, batch 1": "embedding one volume, bf16",
+        "batch 8, 8 at a time, with checkpointing": "a training step, batch 8 at once",
+        "batch 8, 2 at a time, with checkpointing": "a training step, batch 8, two volumes at a time",
+        "batch 32, 2 at a time, with checkpointing": "a training step, batch 32, two volumes at a time",
+    }
+    lines = ["| on a GPU | time | volumes a second | memory |", "|---|---|---|---|"]
+    for name, says in names.items():
+        row = rows[name]
+        rate, peak = row["volumes_per_second"], row["peak_bytes"] / 1e9
+        lines.append(f"| {says} | {row['ms'] / 1e3:.3g} s | {rate:.3g} | {peak:.1f} GB |")
+    versions = ", ".join(f"{name} {found['made_with']['versions'][name]}" for name in ("torch", "cuda", "transformers"))
+    return [*lines, "", f"*{found['made_with']['device']}, {versions}.*"]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"), help="cpu, to try the program")
@@ -152,7 +172,11 @@ def main():
     )
     parser.add_argument("--compile-backend", default="inductor", help="of torch.compile")
     parser.add_argument("--output", type=Path, default=HERE / "gpu.json", help="where to write")
+    parser.add_argument("--page", action="store_true", help="print the table for docs/released.md, measure nothing")
     arguments = parser.parse_args()
+    if arguments.page:
+        print(*page(json.loads(arguments.output.read_text(encoding="utf-8"))), sep="\n")
+        return
     device = arguments.device
     if device.type == "cuda" and not torch.cuda.is_available():
         print("no GPU here: nothing measured, bench/gpu.json stays as it is")

@@ -128,6 +128,18 @@ def test_the_program_for_gpus_runs_on_a_cpu_at_toy_size_with_torch_transformers_
     assert "bar" in found["bars"]["bytes_of_a_step_at_batch_8"] and found["made_with"]["device"].startswith("CPU")
 
 
+def test_the_pages_say_what_was_measured_on_a_gpu(bench):
+    found = json.loads((BENCH / "gpu.json").read_text())
+    pages = {name: (BENCH.parent / name).read_text() for name in ("docs/released.md", "docs/training.md")}
+    assert "\n".join(bench("gpu").page(found)) in pages["docs/released.md"]
+    assert found["made_with"]["model"] == "full size" and "no GPU was at hand" not in "".join(pages.values())
+    above = [row["bytes_above_estimate"] for row in found["rows"] if "bytes_above_estimate" in row]
+    assert 0 < min(above) and max(above) < 0.15e9  # "0.1 GB more"
+    step = next(row for row in found["rows"] if row["name"] == "batch 32, 2 at a time, with checkpointing")
+    notebook = (BENCH.parent / "notebooks" / "03_finetuning.ipynb").read_text()
+    assert f"{step['ms'] / 1e3:.1f} s on {found['made_with']['device']}" in notebook
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_nothing_is_measured_and_nothing_written(tmp_path):
     done = run("gpu.py", "--output", tmp_path / "gpu.json")
