@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from medctkit.lora.placement import lora_config, parts_of, placement_of
-from medctkit.model.fingerprint import digests
+from medctkit.model.fingerprint import different_shapes, digests
 from medctkit.model.protocol import Model
 
 if TYPE_CHECKING:
@@ -49,12 +49,13 @@ def add_lora(model: Model, preset: str = "paper", **overrides: Any) -> PeftModel
         )
     parts = parts_of(model)
     config = lora_config(preset, parts, **overrides)
-    if "target_modules" in overrides:
-        targets = overrides["target_modules"]  # peft: one pattern, or a list of last parts of names
-        patterns = {name: rf"(?:.*\.)?{re.escape(name)}" for name in targets}
-        patterns = {targets: targets} if isinstance(targets, str) else patterns
-    else:
-        patterns = placement_of(preset, dict(overrides), parts).patterns
+    match overrides.get("target_modules"):  # peft: one pattern, or a list of last parts of names
+        case None:
+            patterns = placement_of(preset, dict(overrides), parts).patterns
+        case str(pattern):
+            patterns = {pattern: pattern}
+        case names:
+            patterns = {name: rf"(?:.*\.)?{re.escape(name)}" for name in names}
     _refuse_unmatched(model, patterns)
     return add_adapter(model, config)
 
@@ -69,8 +70,12 @@ def add_adapter(model: Model, config: PeftConfig) -> PeftModel:
     with _quiet():
         adapted = get_peft_model(model, config)
     (config,) = adapted.peft_config.values()
-    config.base_model_name_or_path = f"{_DIGEST}{digests(adapted)[0]}" if _has_exact_weights(adapted) else None
+    config.base_model_name_or_path = _digest(adapted) if _has_exact_weights(adapted) else None
     return adapted
+
+
+def _digest(model: Model) -> str:
+    return f"{_DIGEST}{digests(model)[0]}"
 
 
 def _has_exact_weights(model: nn.Module) -> bool:
@@ -141,14 +146,14 @@ def load_adapter(
         model: a plain model, or one that already carries other adapters.
         directory: where `save_adapter` or peft's `save_pretrained` wrote.
         name: the name to swap by, `model.set_adapter(name)`.
-        trainable: True to train on, False for inference.
+        trainable: whether to train on.
 
     Raises:
         FileNotFoundError: no adapter in `directory`.
         ValueError: the adapter was made for another architecture or base model; names taken twice.
     """
     from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-    from safetensors import safe_open
+    from safetensors.torch import load_file
 
     for file in (ADAPTER_FILE, ADAPTER_CONFIG):
         if not (Path(directory) / file).is_file():
@@ -168,28 +173,19 @@ def load_adapter(
         plain = copy.deepcopy(config)
         plain.base_model_name_or_path = None
         expected = get_peft_model_state_dict(get_peft_model(twin, plain), save_embedding_layers=False)
-    expected = {key: tuple(tensor.shape) for key, tensor in expected.items()}
-    with safe_open(str(Path(directory) / ADAPTER_FILE), "pt") as file:
-        found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    wrong = [
-        f"{key}: adapter {found.get(key, 'none')}, model {expected.get(key, 'none')}"
-        for key in sorted(found.keys() | expected.keys())
-        if found.get(key) != expected.get(key)
-    ]
-    if wrong:
-        listed = "\n  ".join(wrong[:5] + ([f"... {len(wrong) - 5} more"] if len(wrong) > 5 else []))
+    found = load_file(Path(directory) / ADAPTER_FILE)
+    there, here = ({name: tuple(tensor.shape) for name, tensor in of.items()} for of in (found, expected))
+    if wrong := different_shapes(there, here):
         raise ValueError(
             f"the adapter in {directory} was made for another architecture; "
-            f"load the base model it was trained on. Tensors that differ:\n  {listed}"
+            f"load the base model it was trained on. Tensors that differ:\n{wrong}"
         )
     made_on = config.base_model_name_or_path or ""
-    if made_on.startswith(_DIGEST) and _has_exact_weights(model):
-        here = digests(model)[0]
-        if made_on != f"{_DIGEST}{here}":
-            raise ValueError(
-                f"the adapter in {directory} was trained on a base model with other weights ({made_on}; this one is "
-                f"{_DIGEST}{here}): load that one"
-            )
+    if made_on.startswith(_DIGEST) and _has_exact_weights(model) and made_on != (ours := _digest(model)):
+        raise ValueError(
+            f"the adapter in {directory} was trained on a base model with other weights ({made_on}; this one is "
+            f"{ours}): load that one"
+        )
     if not wrapped:
         with _quiet():
             return PeftModel.from_pretrained(model, str(directory), adapter_name=name, is_trainable=trainable)

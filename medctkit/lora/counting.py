@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator
-from itertools import chain, combinations
+from itertools import chain, combinations, product
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +14,6 @@ from torch import nn
 from medctkit.lora.placement import PRESETS
 from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel, released_layout
 from medctkit.model.protocol import Model
-from medctkit.model.released_checkpoint import ReleasedTensor
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,32 +40,21 @@ def parameter_table(model: Model) -> pd.DataFrame:
     adapted = hasattr(model, "peft_config")
     base, active = (model.get_base_model(), set(model.active_adapters)) if adapted else (model, set())
     named = {name.replace(".base_layer.", "."): p for name, p in base.named_parameters()}
+    own = {name: p for name, p in named.items() if not active & set(name.split("."))}
     if hasattr(base, "checkpoint_layout"):
-        layout = {name: entry for name, entry in base.checkpoint_layout().items() if entry.kind == "parameter"}
+        held = {n: (math.prod(e.shape), e.live) for n, e in base.checkpoint_layout().items() if e.kind == "parameter"}
     else:
-        layout = {
-            name: ReleasedTensor(tuple(p.shape), "parameter", True)
-            for name, p in named.items()
-            if not active & set(name.split("."))
-        }
-    counts = {name.split(".")[0]: {"total": 0, "live": 0, "trainable": 0, "adapter": 0} for name in layout}
-    for name, entry in layout.items():
-        row = counts[name.split(".")[0]]
-        row["total"] += math.prod(entry.shape)
-        row["live"] += math.prod(entry.shape) if entry.live else 0
-    for name, parameter in named.items():
-        row = counts[name.split(".")[0]]
-        row["trainable"] += parameter.numel() if parameter.requires_grad else 0
-        if name not in layout and active & set(name.split(".")):
-            row["adapter"] += parameter.numel()
-
-    table = pd.DataFrame.from_dict(counts, orient="index").rename_axis("component")
+        held = {name: (p.numel(), True) for name, p in own.items()}
+    rows = [(name, size, size * live, 0, 0) for name, (size, live) in held.items()]
+    rows += [(name, 0, 0, p.numel() * p.requires_grad, p.numel() * (name not in own)) for name, p in named.items()]
+    table = pd.DataFrame(rows, columns=["component", "total", "live", "trainable", "adapter"])
+    table = table.groupby(table["component"].str.partition(".")[0], sort=False).sum(numeric_only=True)
     table.loc["sum"] = table.sum()
     table.insert(2, "never used", table["total"] - table["live"])
     for column, of in (("share of released total", "total"), ("share of live", "live")):
         table[column] = (table["trainable"] / (table[of] + table["adapter"])).fillna(0.0)
     table["adapter bytes"] = 4 * table.pop("adapter")
-    return table.reset_index()
+    return table.rename_axis("component").reset_index()
 
 
 def search_placements(
@@ -77,10 +65,6 @@ def search_placements(
     Counts every rank with every set of attention projections (one rank, all layers of both encoders): a LoRA on a
     (out, in) projection has r (in + out) parameters. Columns: `r`, `vision`, `text`, `trainable`, `percent of total`
     (released total plus adapter), `fits the paper` (1.665-1.675 M), `exactly q, k, v`.
-
-    Args:
-        ranks: ranks to try.
-        config: sizes of the model; the released ones by default.
     """
     import pandas as pd
 
@@ -94,21 +78,19 @@ def search_placements(
     }
     total = sum(math.prod(e.shape) for e in released_layout(config).values() if e.kind == "parameter")
     rows = []
-    for vision in _subsets(paper.parts.vision):
-        for text in _subsets(paper.parts.text):
-            for r in ranks if vision or text else ():
-                trainable = r * sum(per_rank[name] for name in (*vision, *text))
-                rows.append(
-                    {
-                        "r": r,
-                        "vision": " + ".join(vision),
-                        "text": " + ".join(text),
-                        "trainable": trainable,
-                        "percent of total": 100 * trainable / (total + trainable),
-                        "fits the paper": PAPER_TRAINABLE[0] <= trainable <= PAPER_TRAINABLE[1],
-                        "exactly q, k, v": (vision, text) == (paper.vision, paper.text),
-                    }
-                )
+    for vision, text, r in product(_subsets(paper.parts.vision), _subsets(paper.parts.text), ranks):
+        if trainable := r * sum(per_rank[name] for name in (*vision, *text)):
+            rows.append(
+                {
+                    "r": r,
+                    "vision": " + ".join(vision),
+                    "text": " + ".join(text),
+                    "trainable": trainable,
+                    "percent of total": 100 * trainable / (total + trainable),
+                    "fits the paper": PAPER_TRAINABLE[0] <= trainable <= PAPER_TRAINABLE[1],
+                    "exactly q, k, v": (vision, text) == (paper.vision, paper.text),
+                }
+            )
     return pd.DataFrame(rows)
 
 

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import safetensors.torch
+import torch
 from torch import nn
 
 from medctkit.common.atomic import replacing
+from medctkit.common.text import listed
 from medctkit.lora.adapter import ADAPTER_FILE, add_adapter, add_lora, load_adapter, save_adapter
 from medctkit.lora.placement import parts_of, presets_of
+from medctkit.model.fingerprint import different_shapes
 from medctkit.model.protocol import Model
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 TRAINED_FILE = "trained.safetensors"
 
@@ -47,19 +48,13 @@ class Method:
     rank: int | None = None
 
 
-def _full(model: nn.Module) -> nn.Module:
-    return model.requires_grad_(True)
-
-
 def _bitfit(model: nn.Module) -> nn.Module:
-    model.requires_grad_(False)
     for name, parameter in model.named_parameters():
         parameter.requires_grad = name.endswith(".bias")
     return model
 
 
 def _vera(model: nn.Module, r: int, **fields: Any) -> nn.Module:
-    import torch
     from peft import VeraConfig
 
     key = int(torch.randint(2**31, ()))  # as every random start, from torch's generator
@@ -76,22 +71,23 @@ def _ia3(model: nn.Module, **fields: Any) -> nn.Module:
     return add_adapter(model, IA3Config(**{"target_modules": targets, "feedforward_modules": narrowing, **fields}))
 
 
-def _lora(preset: str = "paper", **fixed: Any) -> Callable[..., nn.Module]:
+def _lora(
+    label: str, trains: str, paper: str = "Hu et al. 2021, arXiv 2106.09685", preset: str = "paper", **fixed: Any
+) -> Method:
+    """LoRA or one of its kind: a preset, and what is fixed in its configuration."""
+
     def apply(model: nn.Module, r: int, **fields: Any) -> nn.Module:
         return add_lora(model, preset, r=r, **fixed | fields)
 
-    return apply
+    return Method(label, trains, paper, apply, (1e-3, 3e-3, 1e-2), 16)
 
-
-_RATES = (1e-3, 3e-3, 1e-2)
-_LORA = "Hu et al. 2021, arXiv 2106.09685"
 
 METHODS: dict[str, Method] = {
     "full": Method(
         "full fine-tuning",
         "Every weight of both encoders, both projections and the temperature.",
         "Radford et al. 2021, arXiv 2103.00020",
-        _full,
+        lambda model: model.requires_grad_(True),
         (3e-4, 1e-3, 3e-3),
     ),
     "bitfit": Method(
@@ -101,45 +97,26 @@ METHODS: dict[str, Method] = {
         _bitfit,
         (3e-3, 1e-2, 3e-2),
     ),
-    "lora": Method(
-        "LoRA",
-        "A low-rank update beside each query, key and value projection of both encoders.",
-        _LORA,
-        _lora(),
-        _RATES,
-        16,
+    "lora": _lora("LoRA", "A low-rank update beside each query, key and value projection of both encoders."),
+    "lora-vision": _lora(
+        "LoRA, vision only", "LoRA in the vision encoder; the text encoder stays as it is.", preset="vision"
     ),
-    "lora-vision": Method(
-        "LoRA, vision only",
-        "LoRA in the vision encoder; the text encoder stays as it is.",
-        _LORA,
-        _lora("vision"),
-        _RATES,
-        16,
-    ),
-    "lora-text": Method(
+    "lora-text": _lora(
         "LoRA, text only",
         "LoRA in the text encoder; the images are seen as before, and only what is asked of them changes.",
-        _LORA,
-        _lora("text"),
-        _RATES,
-        16,
+        preset="text",
     ),
-    "dora": Method(
+    "dora": _lora(
         "DoRA",
         "LoRA's direction of each weight column, and its length as a number of its own.",
         "Liu et al. 2024, arXiv 2402.09353",
-        _lora(use_dora=True),
-        _RATES,
-        16,
+        use_dora=True,
     ),
-    "rslora": Method(
+    "rslora": _lora(
         "rsLoRA",
         "What LoRA trains, with the update scaled by alpha / sqrt(r) in place of alpha / r.",
         "Kalajdzievski 2023, arXiv 2312.03732",
-        _lora(use_rslora=True),
-        _RATES,
-        16,
+        use_rslora=True,
     ),
     "vera": Method(
         "VeRA",
@@ -165,13 +142,9 @@ def apply_method(model: Model, name: str, **settings: Any) -> Model:
     Random starts come from torch's generator: call `torch.manual_seed` before for a repeatable one.
 
     Args:
-        model: a plain `VisionLanguageModel`.
+        model: a plain `VisionLanguageModel`; what comes back is it, or a `PeftModel` around it.
         name: one of `METHODS`.
-        **settings: `r` where the method has a rank, and any field of its peft configuration; `full` and `bitfit`
-            have none.
-
-    Returns:
-        The model to train: `model` itself, or a `PeftModel` around it.
+        **settings: `r` where the method has a rank, and any field of its peft configuration.
 
     Raises:
         ValueError: unknown method or setting; a model that has an adapter already; as `add_lora`.
@@ -197,13 +170,9 @@ def trained_bytes(directory: str | os.PathLike) -> int:
 
 
 def save_trained(model: Model, directory: str | os.PathLike) -> Path:
-    """Write what was trained, and nothing else: an adapter in peft's format, or `trained.safetensors`.
+    """Write what requires gradients, and nothing else: an adapter in peft's format, or `trained.safetensors`.
 
     A crash midway leaves the previous file whole.
-
-    Args:
-        model: from `apply_method`, or any model with parameters that require gradients.
-        directory: made if need be.
 
     Raises:
         ValueError: nothing is trainable; trainable tensors that the adapter's file would not hold; the folder
@@ -217,51 +186,49 @@ def save_trained(model: Model, directory: str | os.PathLike) -> Path:
     other = directory / (TRAINED_FILE if adapter else ADAPTER_FILE)
     if other.exists():
         raise ValueError(f"{directory} holds {other.name}, weights of another method; choose another folder")
-    if adapter:
-        _refuse_unsaved(model, trained)
-        return save_adapter(model, directory, model.active_adapter)
-    from safetensors.torch import save_file
+    if not adapter:
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors = {name: p.detach().contiguous() for name, p in trained.items()}
+        with replacing(directory / TRAINED_FILE) as temporary:
+            safetensors.torch.save_file(tensors, temporary, {"architecture": _architecture(model)})
+        return directory
+    from peft import get_peft_model_state_dict
 
-    directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: p.detach().contiguous() for name, p in trained.items()}
-    with replacing(directory / TRAINED_FILE) as temporary:
-        save_file(tensors, temporary, {"architecture": _architecture(model)})
-    return directory
+    name = model.active_adapter
+    held = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    places = {tensor.data_ptr() for tensor in held.values()}
+    if lost := [name for name, p in trained.items() if p.data_ptr() not in places]:
+        raise ValueError(
+            f"beside the adapter, {len(lost)} more tensors are trainable and would not be saved. Freeze them, or name "
+            f"their modules in modules_to_save when making the adapter:\n{listed(lost)}"
+        )
+    return save_adapter(model, directory, name)
 
 
 def load_trained(model: Model, directory: str | os.PathLike) -> Model:
-    """Put what `save_trained` wrote on a plain base model, in place; frozen, in evaluation mode.
-
-    Args:
-        model: the base that it was trained on.
-        directory: where `save_trained` wrote.
+    """Put what `save_trained` wrote on the plain base model, in place; frozen, in evaluation mode.
 
     Raises:
         FileNotFoundError: nothing saved there.
         ValueError: made for another architecture; `model` carries an adapter.
     """
-    import torch
-    from safetensors import safe_open
-
     file = _weights_file(Path(directory))
     if hasattr(model, "peft_config"):
         raise ValueError("this model carries an adapter; load_trained expects the plain base model")
     if file.name == ADAPTER_FILE:
         return load_adapter(model, directory).eval()
-    with safe_open(str(file), "pt") as opened:
+    with safetensors.safe_open(str(file), "pt") as opened:
         found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         made_for = (opened.metadata() or {}).get("architecture")
     here = dict(model.named_parameters())
-    wrong = [
-        f"{name}: saved {tuple(tensor.shape)}, model {tuple(here[name].shape) if name in here else 'none'}"
-        for name, tensor in found.items()
-        if name not in here or here[name].shape != tensor.shape
-    ]
+    wrong = different_shapes(
+        {name: tuple(tensor.shape) for name, tensor in found.items()},
+        {name: tuple(here[name].shape) for name in found if name in here},
+    )
     if wrong or made_for != _architecture(model):
-        listed = "\n  ".join(wrong[:5]) or "none that were saved; but some of the model's would be left untrained"
         raise ValueError(
-            f"{file} was made for another architecture; load the base model it was trained on. "
-            f"Tensors that differ:\n  {listed}"
+            f"{file} was made for another architecture; load the base model it was trained on. Tensors that differ:\n"
+            f"{wrong or '  none that were saved; but some of the model would be left untrained'}"
         )
     with torch.no_grad():
         for name, tensor in found.items():
@@ -278,22 +245,6 @@ def _weights_file(directory: Path) -> Path:
     if len(present) > 1:
         raise ValueError(f"{directory} holds both {ADAPTER_FILE} and {TRAINED_FILE}; keep the one you mean")
     return present[0]
-
-
-def _refuse_unsaved(model: Model, trained: Mapping[str, Tensor]) -> None:
-    """Refuse trainable tensors that are not in what peft writes."""
-    from peft import get_peft_model_state_dict
-
-    adapter = model.active_adapter
-    held = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-    places = {tensor.data_ptr() for tensor in held.values()}
-    lost = [name for name, p in trained.items() if p.data_ptr() not in places]
-    if lost:
-        raise ValueError(
-            f"beside the adapter, {len(lost)} more tensors are trainable and would not be saved: "
-            f"{', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}. Freeze them, or name their modules in "
-            "modules_to_save when making the adapter"
-        )
 
 
 def _architecture(model: nn.Module) -> str:

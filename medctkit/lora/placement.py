@@ -21,14 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Placement:
-    """Which attention projections get a LoRA, in all layers of each encoder, and its rank.
-
-    Args:
-        vision: names of projections of the vision encoder.
-        text: names of projections of the text encoder.
-        r: rank, the same everywhere.
-        parts: the model's names.
-    """
+    """Which attention projections of each encoder, by name, get a LoRA in all layers, and its rank."""
 
     vision: tuple[str, ...] = ()
     text: tuple[str, ...] = ()

@@ -25,7 +25,7 @@ from transformers.utils import ModelOutput
 
 from medctkit.model.ct_clip_parts import COMPONENTS, PARTS
 from medctkit.model.fast_paths import quicken
-from medctkit.model.released_checkpoint import ReleasedTensor, never_used, read_checkpoint, state_dict_of
+from medctkit.model.released_checkpoint import ReleasedTensor, never_used, released_state_dict
 from medctkit.model.vision_tower import Attention, Codebook, ScaleNorm, VisionTransformer
 from medctkit.scans.preprocessing import PreprocessConfig
 
@@ -49,13 +49,11 @@ RELEASED_TEXT: dict[str, Any] = {  # BERT-base
     "intermediate_size": 3072,
     "max_position_embeddings": 512,
     "type_vocab_size": 2,
-    "hidden_dropout_prob": 0.1,
-    "attention_probs_dropout_prob": 0.1,
 }
 
 
 class CTCLIPConfig(PretrainedConfig):
-    """Sizes of a CT-CLIP; without arguments those of the released model.
+    """Sizes of a CT-CLIP; what is left out takes the value of the released model.
 
     Args:
         vision_config: any of `dim` (token width), `codebook_size`, `image_size` (rows and columns of the
@@ -63,8 +61,6 @@ class CTCLIPConfig(PretrainedConfig):
             `temporal_patch_size` (voxels), `spatial_depth` and `temporal_depth` (layers), `dim_head`, `heads`.
         text_config: any fields of `transformers.BertConfig`.
         projection_dim: width of the shared embedding space.
-
-    Keys that are left out take the released values.
 
     Raises:
         ValueError: an unknown key, a size that is not a positive whole number, an image that does not divide
@@ -74,11 +70,7 @@ class CTCLIPConfig(PretrainedConfig):
     model_type = "ct-clip"
 
     def __init__(
-        self,
-        vision_config: dict | None = None,
-        text_config: dict | None = None,
-        projection_dim: int = 512,
-        **kwargs,
+        self, vision_config: dict | None = None, text_config: dict | None = None, projection_dim: int = 512, **kwargs
     ):
         for name, given in (("vision_config", vision_config), ("text_config", text_config)):
             if not isinstance(given, Mapping | None):
@@ -89,38 +81,34 @@ class CTCLIPConfig(PretrainedConfig):
         self._validate()
         super().__init__(**kwargs)
 
-    def _validate(self):
-        known = {"vision_config": RELEASED_VISION, "text_config": BertConfig().to_dict()}
-        for section, fields in known.items():
-            if unknown := [key for key in getattr(self, section) if key not in fields]:
-                expected = ", ".join(RELEASED_VISION) if fields is RELEASED_VISION else "fields of BertConfig"
-                raise ValueError(f"unknown {section} key {unknown[0]!r}; expected {expected}")
+    def _validate(self) -> None:
         vision, text = self.vision_config, self.text_config
-        sizes = {f"vision_config {k!r}": v for k, v in vision.items() if k != "image_size"}
-        sizes |= {f"text_config {k!r}": text[k] for k in RELEASED_TEXT if not k.endswith("prob")}
-        sizes["projection_dim"] = self.projection_dim
+        for section, known, expected in (
+            ("vision_config", RELEASED_VISION, ", ".join(RELEASED_VISION)),
+            ("text_config", BertConfig().to_dict(), "fields of BertConfig"),
+        ):
+            if unknown := [key for key in getattr(self, section) if key not in known]:
+                raise ValueError(f"unknown {section} key {unknown[0]!r}; expected {expected}")
+        if isinstance(vision["image_size"], tuple):
+            vision["image_size"] = list(vision["image_size"])  # as JSON gives it back
         size = vision["image_size"]
-        if not isinstance(size, int) and not (isinstance(size, list | tuple) and len(size) == 2):
+        if isinstance(size, list) and len(size) != 2:
             raise ValueError(f"vision_config 'image_size' must be an int or [h, w], got {size!r}")
-        image_sizes = [size] if isinstance(size, int) else size
-        for name, value in [*sizes.items(), *(("vision_config 'image_size'", n) for n in image_sizes)]:
+        sizes = [(f"vision_config {key!r}", value) for key, value in vision.items() if key != "image_size"]
+        sizes += [("vision_config 'image_size'", value) for value in (size if isinstance(size, list) else [size])]
+        sizes += [(f"text_config {key!r}", text[key]) for key in RELEASED_TEXT]
+        for name, value in [*sizes, ("projection_dim", self.projection_dim)]:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-        if isinstance(size, tuple):
-            vision["image_size"] = list(size)  # as JSON gives it back
         depth, rows, columns = self.volume_shape
-        for name, n, patch in (
-            ("num_frames", depth, "temporal_patch_size"),
-            ("image_size", rows, "patch_size"),
-            ("image_size", columns, "patch_size"),
+        for name, n, divisor, of in (
+            ("num_frames", depth, "temporal_patch_size", vision),
+            ("image_size", rows, "patch_size", vision),
+            ("image_size", columns, "patch_size", vision),
+            ("text_config hidden_size", text["hidden_size"], "num_attention_heads", text),
         ):
-            if n % vision[patch]:
-                raise ValueError(f"{name} {n} must be a multiple of {patch} {vision[patch]}")
-        if text["hidden_size"] % text["num_attention_heads"]:
-            raise ValueError(
-                f"text_config hidden_size {text['hidden_size']} must be a multiple of num_attention_heads "
-                f"{text['num_attention_heads']}"
-            )
+            if n % of[divisor]:
+                raise ValueError(f"{name} {n} must be a multiple of {divisor} {of[divisor]}")
 
     @property
     def volume_shape(self) -> tuple[int, int, int]:
@@ -134,7 +122,7 @@ class CTCLIPConfig(PretrainedConfig):
         """The volume's shape in patches: (t, h, w)."""
         depth, rows, columns = self.volume_shape
         patch = self.vision_config["patch_size"]
-        return (depth // self.vision_config["temporal_patch_size"], rows // patch, columns // patch)
+        return depth // self.vision_config["temporal_patch_size"], rows // patch, columns // patch
 
     @property
     def preprocess_config(self) -> PreprocessConfig:
@@ -238,14 +226,11 @@ class CTCLIPModel(PreTrainedModel):
             super().gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False}, **kwargs)
 
     def encode_image(self, volumes: torch.Tensor) -> torch.Tensor:
-        """Embed CT volumes.
+        """Embed CT volumes: (b, projection_dim), L2-normalised.
 
         Args:
-            volumes: (b, 1, depth, rows, columns) of this model's size, HU / 1000 clipped to [-1, 1], on the
-                axes that `medctkit.preprocess` gives them.
-
-        Returns:
-            (b, projection_dim), L2-normalised.
+            volumes: (b, 1, d, h, w) of this model's size, HU / 1000 clipped to [-1, 1], as `medctkit.preprocess` gives
+                them.
 
         Raises:
             ValueError: another shape, or whole numbers (HU not yet scaled).
@@ -265,14 +250,11 @@ class CTCLIPModel(PreTrainedModel):
         return F.normalize(self.to_visual_latent(tokens.mean(1).flatten(1)), dim=-1)
 
     def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Embed tokenised texts.
+        """Embed tokenised texts: (b, projection_dim), L2-normalised, from BERT's last hidden state of token 0.
 
         Args:
             input_ids: (b, n) token ids.
             attention_mask: (b, n), one for tokens and zero for padding; ones if left out.
-
-        Returns:
-            (b, projection_dim), L2-normalised, from BERT's last hidden state of token 0.
 
         Raises:
             ValueError: not two axes, longer than the text encoder's positions, or a mask of another shape.
@@ -337,26 +319,19 @@ class CTCLIPModel(PreTrainedModel):
     ) -> CTCLIPModel:
         """Build the model with weights in the layout of the released checkpoint (CT-CLIP_v2.pt).
 
-        Tensors that never take part in the forward pass may be there or not; they are left out.
+        Tensors that never take part in the forward pass may be there or not; they are left out. The model is in float32
+        and evaluation mode, with its own copy of the weights.
 
         Args:
             path_or_state_dict: a .pt file (read with `weights_only=True`), a .safetensors file, or a state dict.
             config: sizes of the model; the released ones by default.
 
-        Returns:
-            The model in float32 and evaluation mode, with its own copy of the weights.
-
         Raises:
             FileNotFoundError: no such file.
-            ValueError: a file that cannot be read or holds something else; tensors missing, unexpected or
-                misshapen (all listed).
+            ValueError: a file that cannot be read or holds something else; tensors missing, left over or misshapen.
         """
         config = config or CTCLIPConfig()
-        if isinstance(path_or_state_dict, Mapping):
-            state = state_dict_of("the state dict", path_or_state_dict, released_layout(config))
-        else:
-            read = read_checkpoint(path_or_state_dict)
-            state = state_dict_of(str(path_or_state_dict), read, released_layout(config))
+        state = released_state_dict(path_or_state_dict, released_layout(config))
         with torch.device("meta"):
             model = cls(config)
         live = {name: state[name].to(torch.float32, copy=True) for name in model.state_dict()}
@@ -382,5 +357,5 @@ def released_layout(config: CTCLIPConfig | None = None) -> dict[str, ReleasedTen
         name: ReleasedTensor(tuple(tensor.shape), "parameter" if name in parameters else "buffer", True)
         for name, tensor in model.state_dict().items()
     }
-    layout = live | never_used(config.vision_config, config.text_config, config.projection_dim)
+    layout = live | never_used(config.vision_config, config.text_config, live)
     return dict(sorted(layout.items(), key=lambda entry: COMPONENTS.index(entry[0].split(".")[0])))

@@ -1,10 +1,12 @@
-"""Which weights these are: digests over every value, so that they differ if any weight does."""
+"""Which weights these are: digests over every value, so that they differ if any weight does; and whether they fit."""
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from medctkit.common.text import listed
 from medctkit.model.protocol import Model
 
 
@@ -38,3 +40,9 @@ def add_tensor(digest: Any, name: str, tensor: torch.Tensor) -> None:
     """Add name, type, shape and every value of a tensor to a digest of hashlib."""
     digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
     digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def different_shapes(found: Mapping[str, tuple], expected: Mapping[str, tuple]) -> str:
+    """The first few tensors, by name, that are missing, left over or of another shape, a line each; "": all fit."""
+    wrong = [name for name in {**found, **expected} if found.get(name) != expected.get(name)]
+    return listed(f"  {name}: saved {found.get(name, 'none')}, model {expected.get(name, 'none')}" for name in wrong)

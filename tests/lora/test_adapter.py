@@ -231,9 +231,9 @@ def test_adapters_are_saved_loaded_and_swapped_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("other", "tensor"),
     [
-        ({"heads": 2}, r"to_q\.lora_B\.weight: adapter \(32, 2\), model \(16, 2\)"),
-        ({"spatial_depth": 3}, r"layers\.2\.1\.to_kv\.lora_A\.weight: adapter none, model \(2, 32\)"),
-        ({"spatial_depth": 1}, r"layers\.1\.1\.to_kv\.lora_A\.weight: adapter \(2, 32\), model none"),
+        ({"heads": 2}, r"to_q\.lora_B\.weight: saved \(32, 2\), model \(16, 2\)"),
+        ({"spatial_depth": 3}, r"layers\.2\.1\.to_kv\.lora_A\.weight: saved none, model \(2, 32\)"),
+        ({"spatial_depth": 1}, r"layers\.1\.1\.to_kv\.lora_A\.weight: saved \(2, 32\), model none"),
     ],
 )
 def test_an_adapter_of_another_architecture_is_refused(tmp_path, other, tensor):

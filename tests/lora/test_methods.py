@@ -153,7 +153,7 @@ def test_an_adapter_that_lacks_a_tensor_is_refused(base, tmp_path, name):
     tensors = load_file(file)
     lost = sorted(tensors)[-1]
     save_file({key: value for key, value in tensors.items() if key != lost}, file)
-    with pytest.raises(ValueError, match=f"{lost}: adapter none, model"):
+    with pytest.raises(ValueError, match=f"{lost}: saved none, model"):
         load_adapter(copy.deepcopy(base), tmp_path)
 
 
@@ -172,7 +172,7 @@ def test_vera_draws_its_projections_from_the_seed_and_keeps_them(base, tmp_path)
 def test_trainable_tensors_beside_an_adapter_are_not_lost_in_silence(base, tmp_path):
     model = made(base, "lora")
     model.get_base_model().temperature.requires_grad_(True)
-    with pytest.raises(ValueError, match=r"beside the adapter, 1 more tensors are trainable.*temperature.*Freeze them"):
+    with pytest.raises(ValueError, match=r"1 more tensors are trainable.*Freeze them(.|\n)*\.temperature"):
         save_trained(model, tmp_path)
     assert not list(tmp_path.iterdir())
     named = made(base, "lora", modules_to_save=["to_visual_latent"])

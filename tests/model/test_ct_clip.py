@@ -324,23 +324,23 @@ def test_loaded_model_owns_its_weights_in_float32():
 def test_one_refusal_lists_missing_unexpected_and_misshapen():
     state = dict(STATE) | {"classifier.weight": torch.zeros(18, 32), "to_text_latent.weight": torch.zeros(32, 50)}
     del state["temperature"]
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="pass the config it was made with") as caught:
         CTCLIPModel.from_released_checkpoint(state, small_config())
-    message = str(caught.value)
-    assert "1 missing:\n  temperature ()" in message
-    assert "1 unexpected:\n  classifier.weight (18, 32)" in message
-    assert "1 misshapen:\n  to_text_latent.weight: checkpoint (32, 50), model (32, 48)" in message
-    assert "pass the config it was made with" in message
+    assert sorted(str(caught.value).splitlines()[1:]) == [
+        "  classifier.weight: saved (18, 32), model none",
+        "  temperature: saved none, model ()",
+        "  to_text_latent.weight: saved (32, 50), model (32, 48)",
+    ]
 
 
 def test_other_architectures_are_refused_with_a_readable_list(model):
-    with pytest.raises(ValueError, match=r"\d+ misshapen:(.|\n)*and \d+ more") as caught:
+    with pytest.raises(ValueError, match=r"weight: saved \(48,\), model \(768,\)(.|\n)*and \d+ more") as caught:
         CTCLIPModel.from_released_checkpoint(STATE)  # a small model where the released sizes are expected
-    assert len(str(caught.value).splitlines()) < 40
+    assert len(str(caught.value).splitlines()) < 10
     text_only = model.text_transformer.state_dict()
-    with pytest.raises(ValueError, match=r"\d+ missing:(.|\n)*unexpected:\n  embeddings.word_embeddings.weight"):
+    with pytest.raises(ValueError, match=r"embeddings.word_embeddings.weight: saved \(200, 48\), model none"):
         CTCLIPModel.from_released_checkpoint(text_only, small_config())
-    with pytest.raises(ValueError, match="to_q.weight: checkpoint .* model"):
+    with pytest.raises(ValueError, match="to_q.weight: saved .* model"):
         CTCLIPModel.from_released_checkpoint(STATE, small_config({"heads": 2}))
 
 
