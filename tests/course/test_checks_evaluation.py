@@ -23,9 +23,6 @@ def cohort():
     return labels[:80], scores[:80], patients, thresholds_from_validation(labels[80:], scores[80:])
 
 
-# --- 04.1: sensitivity and specificity ------------------------------------------------------------------
-
-
 def rates(called=np.greater_equal, order=(0, 1), first=None, second=None):
     def sensitivity_and_specificity(labels, scores, threshold):
         said, sick = called(scores, threshold), labels == 1
@@ -51,9 +48,6 @@ def test_sensitivity_and_specificity():
     is_open("04.1", lambda *a: ...)
 
 
-# --- 04.2: thresholds on the test labels ----------------------------------------------------------------
-
-
 def test_flattery_is_what_test_labels_add(cohort):
     labels, scores, patients, limits = cohort
 
@@ -68,9 +62,6 @@ def test_flattery_is_what_test_labels_add(cohort):
     is_wrong("04.2", 0.0, *cohort, because="AUROC needs no threshold")
     is_wrong("04.2", 0.5, *cohort, because="is not the difference")
     is_open("04.2", ..., *cohort)
-
-
-# --- 04.3: every volume twice ---------------------------------------------------------------------------
 
 
 def test_copies_of_volumes_bring_no_certainty(cohort):
@@ -91,9 +82,6 @@ def test_copies_of_volumes_bring_no_certainty(cohort):
     is_wrong("04.3", by_patients, width(1, np.arange(80)), *given, because="Stack labels and scores twice")
     is_wrong("04.3", 1.0, by_volumes, *given, because="`by_patients` is 1.0000")
     is_open("04.3", by_patients, ..., *given)
-
-
-# --- 04.4: prompts of one's own -------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -124,9 +112,6 @@ def test_own_prompts_are_scored_and_those_of_training_refused(seen):
     is_wrong("04.4", trained, auroc(trained), *seen, because="a wording that the model was trained with")
     is_wrong("04.4", mine, "high", *seen, because="Expected a mean AUROC, a single number; got str 'high'")
     is_open("04.4", (..., ...), 0.5, *seen)
-
-
-# --- 05: what attention says, and whether a map is right ------------------------------------------------
 
 
 def test_received_is_the_mean_over_heads_and_queries():

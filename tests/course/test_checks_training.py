@@ -16,9 +16,6 @@ from medctkit.training.objectives import contrastive_loss
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-# --- 03.1: whose report? --------------------------------------------------------------------------------
-
-
 def nearest(axis, of=lambda hits: hits.float().mean()):
     def own_report_share(volumes, texts):
         scores = volumes @ texts.T
@@ -37,9 +34,6 @@ def test_share_of_volumes_that_find_their_report():
     is_open("03.1", lambda v, t: ...)
 
 
-# --- 03.2: the learning rate ----------------------------------------------------------------------------
-
-
 def warm(step, steps, peak, offset=1, fall=lambda x: (1 + math.cos(math.pi * x)) / 2):
     up = round(0.1 * steps)
     return peak * (step + offset) / up if step < up else peak * fall((step - up) / (steps - up))
@@ -54,9 +48,6 @@ def test_learning_rate_rises_and_falls_as_the_package_does():
     is_wrong("03.2", lambda *a: warm(*a, fall=lambda x: math.cos(math.pi * x / 2)), because="times what the package")
     is_wrong("03.2", lambda step: 0.1, because="stopped with TypeError")
     is_open("03.2", lambda step, steps, peak: None)
-
-
-# --- 03.3: the same report twice ------------------------------------------------------------------------
 
 
 def masked_loss(fill=-math.inf, own_too=False, directions=2):
@@ -84,9 +75,6 @@ def test_equal_reports_are_no_negatives():
     is_open("03.3", lambda *a: ...)
 
 
-# --- 03.4: when to stop ---------------------------------------------------------------------------------
-
-
 def test_the_step_is_chosen_on_validation_patients():
     history = pd.DataFrame(
         {
@@ -104,9 +92,6 @@ def test_the_step_is_chosen_on_validation_patients():
     is_wrong("03.4", 99, history, because="goes from 0 to 5")
     is_wrong("03.4", "the best", history, because="Expected the number of a step")
     is_open("03.4", ..., history)
-
-
-# --- 06.1: count before you train -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("hidden", "inner", "layers"), [(768, 3072, 12), (128, 256, 2)])
@@ -128,9 +113,6 @@ def test_one_matrix_of_two_is_told_from_one_layer_of_many():
     is_wrong("06.1", 8 * (768 + 3072) * 12, config, because="one of the two matrices")
 
 
-# --- 06.2: directions of an update ----------------------------------------------------------------------
-
-
 def enough(power, add=1):
     def directions(strengths, share):
         energy = np.cumsum(strengths**power) / np.sum(strengths**power)
@@ -145,9 +127,6 @@ def test_directions_are_counted_by_squared_length():
     is_wrong("06.2", enough(2, add=0), because="Counting begins at one")
     is_wrong("06.2", lambda strengths, share: 7, because="you say 7, not 2")
     is_open("06.2", lambda strengths, share: ...)
-
-
-# --- 06.3 and 06.4: reading the comparison --------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -22,19 +22,15 @@ from medctkit.scans.preprocessing import PreprocessConfig
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture
-def no_network(monkeypatch):
-    """Whoever opens a connection fails the test."""
+@pytest.fixture(autouse=True)
+def no_network_and_no_token(monkeypatch, tmp_path):
+    """Whoever opens a connection fails the test; no token is found."""
 
     def refuse(*arguments, **named):
         raise AssertionError("the network was asked")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-
-
-@pytest.fixture
-def no_token(monkeypatch, tmp_path):
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no token"))
@@ -57,10 +53,7 @@ def ct_rate(tmp_path_factory):
     return data
 
 
-# --- phantom --------------------------------------------------------------------------------------------------
-
-
-def test_the_phantom_world_is_that_of_the_default_experiment(tmp_path, no_network):
+def test_the_phantom_world_is_that_of_the_default_experiment(tmp_path):
     world = worlds.open_world("phantom", output_dir=tmp_path)
     assert (world.name, world.hospital, world.settings, world.origin) == ("phantom", "target", DEFAULT, Origin())
     assert world.cache_dir == tmp_path / "prepared"
@@ -99,22 +92,16 @@ def test_studies_of_a_split_are_the_cohort_of_the_experiment(tmp_path, monkeypat
         world.dataset("validation")
 
 
-def test_without_a_manifest_near_it_says_where_it_comes_from(tmp_path, monkeypatch):
+def test_another_world_is_refused_and_without_a_manifest_near_it_says_where_it_comes_from(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="world='real': expected phantom or released"):
+        worlds.open_world("real")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(worlds, "__file__", str(tmp_path / "site-packages" / "medctkit" / "worlds.py"))
     with pytest.raises(FileNotFoundError, match="no data_manifest.csv in .* or above. It comes with a clone"):
         worlds.open_world()
 
 
-def test_another_world_is_refused():
-    with pytest.raises(ValueError, match="world='real': expected phantom or released"):
-        worlds.open_world("real")
-
-
-# --- released -------------------------------------------------------------------------------------------------
-
-
-def test_without_files_it_says_every_step_and_asks_no_network(tmp_path, no_network, no_token):
+def test_without_files_it_says_every_step_and_asks_no_network(tmp_path):
     with pytest.raises(worlds.NotReady) as caught:
         worlds.open_world("released", tmp_path / "data")
     said = str(caught.value)
@@ -131,8 +118,10 @@ def test_without_files_it_says_every_step_and_asks_no_network(tmp_path, no_netwo
     assert not (tmp_path / "data").exists(), "nothing is made"
 
 
-def test_the_commands_it_shows_are_commands_that_exist(tmp_path):
+def test_the_commands_it_shows_exist_and_the_token_itself_is_never_shown(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret123")
     steps = worlds.released_steps(tmp_path / "my data", seed=3)
+    assert "there    Hugging Face token (HF_TOKEN)" in steps and "secret123" not in steps
     commands = [shlex.split(line) for line in map(str.strip, steps.splitlines()) if line.startswith("medctkit ")]
     assert [command[1] for command in commands] == ["download", "download", "download", "prepare"]
     known = typer.main.get_command(cli.app).commands
@@ -141,12 +130,6 @@ def test_the_commands_it_shows_are_commands_that_exist(tmp_path):
         assert context.params.get("seed", 3) in (3, 0)
     assert context.params["source"] == tmp_path / "my data" / "ct-rate"
     assert context.params["output_dir"] == tmp_path / "my data" / "prepared"
-
-
-def test_the_token_itself_is_never_shown(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_secret123")
-    said = worlds.released_steps(tmp_path)
-    assert "there    Hugging Face token (HF_TOKEN)" in said and "secret123" not in said
 
 
 def test_what_it_tells_of_disk_and_time_is_what_make_bench_measured():
@@ -168,7 +151,7 @@ def test_what_it_tells_of_disk_and_time_is_what_make_bench_measured():
     assert "volumes of 12 to 162 MB" in text and worlds.GIGABYTES_OF_A_VOLUME == (0.012, 0.162)
 
 
-def test_with_everything_there_it_opens(ct_rate, tmp_path, no_network):
+def test_with_everything_there_it_opens(ct_rate, tmp_path):
     world = worlds.open_world("released", ct_rate, tmp_path)
     assert (world.name, world.hospital, world.settings) == ("released", None, FULL_SIZE)
     assert world.origin.model == str(ct_rate / "ct-rate" / "models" / "CT-CLIP-Related" / "CT-CLIP_v2.pt")
@@ -181,26 +164,16 @@ def test_with_everything_there_it_opens(ct_rate, tmp_path, no_network):
     np.testing.assert_array_equal(volume.hu, read_ct_rate(ct_rate / "ct-rate", row["study"]).hu)
 
 
-@pytest.fixture
-def copy(ct_rate, tmp_path):
-    return Path(shutil.copytree(ct_rate, tmp_path / "copy"))
-
-
-def test_what_is_there_is_told_apart_from_what_is_missing(copy, no_token):
-    shutil.rmtree(copy / "ct-rate" / "BiomedVLP-CXR-BERT-specialized")
-    with pytest.raises(worlds.NotReady, match=r"lacks: tokenizer.\n\n  there    weights: .*\n  missing  tokenizer: "):
-        worlds.open_world("released", copy)
-
-
-def test_a_split_without_studies_is_named_before_anything_is_computed(copy):
+def test_what_is_missing_or_of_the_wrong_kind_is_named_before_anything_is_computed(ct_rate, tmp_path):
+    copy = Path(shutil.copytree(ct_rate, tmp_path / "copy"))
     file = copy / "prepared" / "manifest.csv"
     table = load_manifest(file)
     write_manifest(table[table["split"] != "test"], file)
     with pytest.raises(worlds.NotReady, match="The released world lacks: test studies."):
         worlds.open_world("released", copy)
-
-
-def test_phantoms_are_not_taken_for_released_data(copy):
-    shutil.copy(ROOT / "data_manifest.csv", copy / "prepared" / "manifest.csv")
+    shutil.copy(ROOT / "data_manifest.csv", file)
     with pytest.raises(ValueError, match="manifest.csv: 2,402 of its 2,402 studies are phantoms; .* wants scans only"):
+        worlds.open_world("released", copy)
+    shutil.rmtree(copy / "ct-rate" / "BiomedVLP-CXR-BERT-specialized")
+    with pytest.raises(worlds.NotReady, match=r"lacks: tokenizer.\n\n  there    weights: .*\n  missing  tokenizer: "):
         worlds.open_world("released", copy)
