@@ -55,14 +55,7 @@ class EmbeddedReports:
 def embed_reports(
     model: Model, tokenizer: Any, rows: Sequence[Mapping[str, Any]], batch_size: int = 32, progress: bool = True
 ) -> EmbeddedReports:
-    """Encode every report once; equal ones, as of two reconstructions, together.
-
-    Args:
-        model: a `VisionLanguageModel`, with or without an adapter.
-        tokenizer: of its text encoder.
-        rows: with `study` and `report`, such as `CTReportDataset.rows`.
-        batch_size: reports at a time.
-        progress: show it.
+    """Encode the reports of rows with `study` and `report`; equal ones, as of two reconstructions, once.
 
     Raises:
         ValueError: no rows, or a study without a report.
@@ -78,24 +71,18 @@ def embed_reports(
     # alike in length, so that little is padding; and always in the same order, so that the last bits are the same
     texts = sorted({row["report"] for row in rows}, key=lambda report: (len(report), report))
     device = next(model.parameters()).device
-    found: dict[str, torch.Tensor] = {}
-    cut: set[str] = set()
-    with evaluating(model), tqdm(total=len(texts), desc="reports", unit="report", disable=not progress) as bar:
-        for start in range(0, len(texts), batch_size):
+    found: dict[str, tuple[torch.Tensor, bool]] = {}
+    with evaluating(model):
+        for start in tqdm(range(0, len(texts), batch_size), desc="reports", disable=not progress):
             part = texts[start : start + batch_size]
             counted = tokenizer(part, truncation=True, max_length=longest + 1)["input_ids"]
-            cut |= {report for report, ids in zip(part, counted, strict=True) if len(ids) > longest}
             words = tokenizer(part, padding=True, truncation=True, max_length=longest, return_tensors="pt")
             embeds = model.encode_text(words["input_ids"].to(device), words["attention_mask"].to(device))
-            found |= zip(part, embeds.float().cpu(), strict=True)
-            bar.update(len(part))
+            cut = (len(ids) > longest for ids in counted)
+            found |= zip(part, zip(embeds.float().cpu(), cut, strict=True), strict=True)
     reports = tuple(row["report"] for row in rows)
-    return EmbeddedReports(
-        torch.stack([found[report] for report in reports]),
-        reports,
-        np.array([row["study"] for row in rows]),
-        sum(report in cut for report in reports),
-    )
+    embeddings, were_cut = zip(*(found[report] for report in reports), strict=True)
+    return EmbeddedReports(torch.stack(embeddings), reports, np.array([row["study"] for row in rows]), sum(were_cut))
 
 
 def report_ranks(reports: EmbeddedReports, volumes: Embedded) -> np.ndarray:
@@ -104,8 +91,7 @@ def report_ranks(reports: EmbeddedReports, volumes: Embedded) -> np.ndarray:
     A volume exactly as similar as the right one comes before it, so that a model that sees no difference finds nothing.
 
     Raises:
-        ValueError: reports and volumes that are not of the same studies in the same order, embeddings that are not
-            finite or not normalised; says where.
+        ValueError: not the same studies in the same order; embeddings that are not finite or not normalised.
     """
     _check(reports.embeddings, reports.studies, "report")
     _check(volumes.embeddings, volumes.studies, "volume")
@@ -113,7 +99,7 @@ def report_ranks(reports: EmbeddedReports, volumes: Embedded) -> np.ndarray:
     widths = reports.embeddings.shape[1], volumes.embeddings.shape[1]
     if widths[0] != widths[1]:
         raise ValueError(f"reports have {widths[0]} numbers each, volumes {widths[1]}; embed both with the same model")
-    which, ranks = torch.from_numpy(_numbers(reports.reports)), []
+    which, ranks = torch.from_numpy(_of_equal_reports(reports)), []
     for at, similarity in _similarities(reports.embeddings, volumes.embeddings):
         right = which[at, None] == which[None, :]  # (chunk, n)
         best = similarity.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
@@ -128,17 +114,10 @@ def report_to_volume(
     resamples: int = 1000,
     seed: int = 0,
 ) -> "pd.DataFrame":
-    """Recall of each report's own volume among the first k.
+    """Recall of each report's own volume among the first k: a row for each k, recall, low, high, chance, reports.
 
-    Args:
-        reports: from `embed_reports`.
-        volumes: from `ZeroShotClassifier.embed` or `load_embeddings`, the same studies in the same order.
-        ks: of recall@k; those above the number of volumes are left out, and named in `.attrs["gaps"]`.
-        resamples: bootstrap resamples of patients.
-        seed: of the bootstrap.
-
-    Returns:
-        A row for each k: recall, low, high, chance, reports.
+    The `volumes` are of the same studies as the `reports` in the same order. Those of the `ks` above their number are
+    left out, and named in `.attrs["gaps"]`.
 
     Raises:
         ValueError: see `report_ranks`; no k is left; fewer than two patients.
@@ -147,40 +126,32 @@ def report_to_volume(
 
     ranks, n = report_ranks(reports, volumes), len(volumes.studies)
     ks, gaps = _fitting(ks, n)
-    which = _numbers(reports.reports)
+    of = _of_equal_reports(reports)
     hits = (ranks[:, None] <= np.array(ks)).astype(float)  # (n, ks)
     draws = weighted_means(hits, patient_weights(volumes.patients, resamples, seed))[:, :-1]  # the mean says nothing
     low, high = interval(draws)
-    chance = [_chance_of_hit(n, np.bincount(which), k)[which].mean() for k in ks]
-    columns = {"recall": draws[0], "low": low, "high": high, "chance": chance, "reports": n}
+    right = np.bincount(of)[of]  # volumes that are right for each report
+    # none of k volumes, drawn at random, is one of them
+    miss = [(np.maximum(n - right[:, None] - np.arange(k), 0) / (n - np.arange(k))).prod(1).mean() for k in ks]
+    columns = {"recall": draws[0], "low": low, "high": high, "chance": 1 - np.array(miss), "reports": n}
     table = pd.DataFrame(columns, index=pd.Index(ks, name="k"))
     table.attrs["gaps"] = gaps
     return table
 
 
 def volume_to_volume(
-    volumes: Embedded,
-    ks: Sequence[int] = (5, 10, 50),
-    findings: Sequence[str] = FINDINGS,
-    resamples: int = 1000,
-    seed: int = 0,
+    volumes: Embedded, ks: Sequence[int] = (5, 10, 50), resamples: int = 1000, seed: int = 0
 ) -> "pd.DataFrame":
     """Mean average precision of finding volumes with the same finding.
 
     AP@k = sum over places i up to k of precision@i where place i is relevant, divided by min(k, relevant volumes); at
-    k = all volumes it is scikit-learn's average precision. Ties are broken by the seed.
-
-    Args:
-        volumes: embeddings, labels (NaN: unknown, neither asked for nor found) and patients.
-        ks: of MAP@k; those above the number of volumes to be found are left out, and named in `.attrs["gaps"]`.
-        findings: names of the columns of the labels.
-        resamples: bootstrap resamples of patients.
-        seed: of the bootstrap and of ties.
+    k = all volumes it is scikit-learn's average precision. Ties are broken by the seed. A label that is unknown, NaN,
+    is neither asked for nor found.
 
     Returns:
         A row for each finding and "mean": queries, and for each k, and for all volumes, map@k, map@k_low, map@k_high
-        and map@k_chance. A finding that no query could find again has an empty row, is left out of the mean, and named
-        in `.attrs["gaps"]`.
+        and map@k_chance. A finding that no query could find again has an empty row and is left out of the mean;
+        `.attrs["gaps"]` names it, and each k above the number of volumes to be found.
 
     Raises:
         ValueError: labels of another shape, or other than 0, 1 and NaN; embeddings that are not finite or not
@@ -189,18 +160,25 @@ def volume_to_volume(
     import pandas as pd
 
     _check(volumes.embeddings, volumes.studies, "volume")
-    labels, n = _labels(volumes, findings), len(volumes.studies)
+    labels, n = np.asarray(volumes.labels, dtype=float), len(volumes.studies)
+    if labels.shape != (n, len(FINDINGS)):
+        raise ValueError(f"labels have shape {labels.shape}; expected {(n, len(FINDINGS))}, a row for each volume")
+    for row, column in np.argwhere(~(np.isin(labels, (0, 1)) | np.isnan(labels))):
+        raise ValueError(
+            f"labels: study {volumes.studies[row]}, finding {FINDINGS[column]!r} is {labels[row, column]}; expected "
+            "0, 1 or NaN (unknown)"
+        )
     _, patient, scans = np.unique(volumes.patients, return_inverse=True, return_counts=True)
     if len(scans) < 2:
         raise ValueError("all volumes are of one patient, so there is nothing to find; it takes at least two patients")
     ks, gaps = _fitting(ks, n - int(scans.max()))
     limits = {f"map@{k}": k for k in ks} | {"map": n}
     shuffled = np.random.default_rng(seed).permutation(n)  # a stable sort then breaks ties by chance
-    precision, chance = (np.full((len(limits), n, len(findings)), np.nan) for _ in range(2))
+    precision, chance = (np.full((len(limits), n, len(FINDINGS)), np.nan) for _ in range(2))
     for at, similarity in _similarities(volumes.embeddings, volumes.embeddings[torch.from_numpy(shuffled)]):
         order = shuffled[similarity.argsort(dim=1, descending=True, stable=True).numpy()]  # (chunk, n)
         others = patient[order] != patient[at][:, None]
-        for f in range(len(findings)):
+        for f in range(len(FINDINGS)):
             asking = labels[at, f] == 1
             found = labels[order[asking], f]
             known = others[asking] & ~np.isnan(found)
@@ -214,16 +192,17 @@ def volume_to_volume(
         low, high = interval(draws)
         by_chance = weighted_means(chance[row], weights[:, :1])[0]
         columns |= {name: draws[0], f"{name}_low": low, f"{name}_high": high, f"{name}_chance": by_chance}
-    table = pd.DataFrame(columns, index=pd.Index([*findings, "mean"], name="finding"))
-    lonely = [name for name in findings if table.loc[name, "queries"] == 0]
+    table = pd.DataFrame(columns, index=pd.Index([*FINDINGS, "mean"], name="finding"))
+    lonely = [name for name in FINDINGS if table.loc[name, "queries"] == 0]
     table.attrs["gaps"] = gaps | {name: "not in two patients, so nothing to find; left out" for name in lonely}
     return table
 
 
-def _numbers(reports: Sequence[str]) -> np.ndarray:
-    """A number for each report, the same for equal ones."""
-    known: dict[str, int] = {}
-    return np.array([known.setdefault(report, len(known)) for report in reports])
+def _of_equal_reports(reports: EmbeddedReports) -> np.ndarray:
+    """A number (n,) for each report, the same for equal ones."""
+    import pandas as pd
+
+    return pd.factorize(np.array(reports.reports, dtype=object))[0]
 
 
 def _average_precision(relevant: np.ndarray, known: np.ndarray, limits: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -238,20 +217,13 @@ def _average_precision(relevant: np.ndarray, known: np.ndarray, limits: Sequence
     total, n = relevant.sum(1), known.sum(1)
     harmonic = np.concatenate([[0], (1 / np.arange(1, known.shape[1] + 1)).cumsum()])
     values = np.full((2, len(limits), len(relevant)), np.nan)
+    again = (total - 1) / np.maximum(n - 1, 1)
     for row, k in enumerate(limits):
-        best, deep = np.minimum(total, k), np.minimum(n, k)
+        deep = np.minimum(n, k)
         found = (precision * (place <= k)).sum(1)
-        again = (total - 1) / np.maximum(n - 1, 1)
         by_chance = total / np.maximum(n, 1) * (harmonic[deep] + again * (deep - harmonic[deep]))
-        for value, into in ((found, values[0, row]), (by_chance, values[1, row])):
-            np.divide(value, best, out=into, where=total > 0)
+        np.divide([found, by_chance], np.minimum(total, k), out=values[:, row], where=total > 0)
     return values[0], values[1]
-
-
-def _chance_of_hit(n: int, right: np.ndarray, k: int) -> np.ndarray:
-    """Probability that k of n volumes, drawn at random, have one of the `right` ones among them."""
-    drawn = np.arange(k)
-    return 1 - (np.maximum(n - right[:, None] - drawn, 0) / (n - drawn)).prod(1)
 
 
 def _similarities(queries: torch.Tensor, gallery: torch.Tensor) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
@@ -262,40 +234,22 @@ def _similarities(queries: torch.Tensor, gallery: torch.Tensor) -> Iterator[tupl
 
 def _fitting(ks: Sequence[int], most: int) -> tuple[list[int], dict[str, str]]:
     """The ks up to `most`, and why the others are left out."""
-    for k in ks:
-        if isinstance(k, bool) or k != int(k) or k < 1:
-            raise ValueError(f"ks={list(ks)}: expected whole numbers of at least 1, got {k!r}")
+    if wrong := [k for k in ks if isinstance(k, bool) or k != int(k) or k < 1]:
+        raise ValueError(f"ks={list(ks)}: expected whole numbers of at least 1, got {wrong[0]!r}")
     kept = sorted({int(k) for k in ks if k <= most})
     if not kept:
         raise ValueError(f"ks={list(ks)}, but only {most} volumes can be found; give a smaller k, or more volumes")
     return kept, {f"@{k}": f"only {most} volumes can be found; left out" for k in ks if k > most}
 
 
-def _labels(volumes: Embedded, findings: Sequence[str]) -> np.ndarray:
-    labels, n = np.asarray(volumes.labels, dtype=float), len(volumes.studies)
-    if labels.shape != (n, len(findings)):
-        raise ValueError(f"labels have shape {labels.shape}; expected {(n, len(findings))}, a row for each volume")
-    wrong = ~(np.isin(labels, (0, 1)) | np.isnan(labels))
-    if wrong.any():
-        row, column = np.argwhere(wrong)[0]
-        raise ValueError(
-            f"labels: study {volumes.studies[row]}, finding {findings[column]!r} is {labels[row, column]}; expected "
-            "0, 1 or NaN (unknown)"
-        )
-    return labels
-
-
 def _check(embeds: torch.Tensor, studies: np.ndarray, what: str) -> None:
     if embeds.ndim != 2 or len(embeds) != len(studies) or not len(studies):
         raise ValueError(
-            f"{what} embeddings have shape {tuple(embeds.shape)}; expected ({len(studies)}, p), one for each study, "
-            "and at least one"
+            f"{what} embeddings have shape {tuple(embeds.shape)}; expected ({len(studies)}, p), one for each study"
         )
-    length = embeds.norm(dim=1)
-    wrong = ~((length - 1).abs() < OFF_UNIT)  # NaN is wrong, too
-    if wrong.any():
-        first = int(wrong.int().argmax())
-        raise ValueError(
-            f"the {what} embedding of study {studies[first]} (row {first}) has length {length[first]:.4g}; expected 1, "
-            "as encode_image and encode_text normalise it"
-        )
+    for row, length in enumerate(embeds.norm(dim=1).tolist()):
+        if not abs(length - 1) < OFF_UNIT:  # NaN is wrong, too
+            raise ValueError(
+                f"the {what} embedding of study {studies[row]} (row {row}) has length {length:.4g}; expected 1, as "
+                "encode_image and encode_text normalise it"
+            )
