@@ -108,7 +108,7 @@ def test_each_mask_has_a_colour_of_its_own_also_where_few_are_shown(marked):
         picture[150, 220] == rendering.MASK_COLOURS[4]
     ).all()
     assert len({tuple(colour) for colour in picture.reshape(-1, 3)}) == 3
-    assert len(set(rendering.mask_colours([*masks]).values())) == 6
+    assert len(set(scan.colours.values())) == 6
 
 
 def test_a_heat_map_covers_the_slice_where_it_is_high_and_leaves_it_where_it_is_low(marked):
@@ -168,8 +168,8 @@ def test_a_gallery_names_each_finding(study):
         (ValueError, r"orientation IAR, expected SPL: pass volume.reoriented\(\)",
             lambda s: rendering.render(s.volume.reoriented("IAR"), "axial", 0)),
         (ValueError, "unknown colour map 'jet'; choose one of inferno", lambda s: rendering.colour_table("jet")),
-        (ValueError, "no studies", lambda s: rendering.finding_gallery([])),
-        (ValueError, "study 1 has no finding", lambda s: rendering.finding_gallery([s, generate(1, findings=[])])),
+        (ValueError, "studies with findings: give at least one", lambda s: rendering.finding_gallery([])),
+        (ValueError, "leave out those without", lambda s: rendering.finding_gallery([s, generate(1, findings=[])])),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused(study, error, message, act):

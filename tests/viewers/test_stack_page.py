@@ -13,7 +13,7 @@ from written_pages import Page
 
 from medctkit.phantom.study import generate
 from medctkit.scans.heat_map import HeatMap
-from medctkit.viewers.drawing.rendering import Look, Scan, draw_slice
+from medctkit.viewers.drawing.rendering import WINDOWS, Look, Scan, draw_slice
 from medctkit.viewers.drawing.stack_page import write_stack_page
 
 
@@ -28,7 +28,7 @@ def page(scan, tmp_path_factory):
     values = np.linspace(0, 2, 4 * 8 * 8).reshape(4, 8, 8)
     heat_map = HeatMap(values, scan.volume.affine @ np.diag([8, 8, 8, 1]), "relevance <of> a prompt")
     path = tmp_path_factory.mktemp("stack") / "stack.html"
-    windows = {"lung": "lung", "mediastinum": (40, 400)}
+    windows = {"lung": (-600, 1500), "mediastinum": (40, 400)}
     look = Look(masks=("Lung nodule",), heat_map=heat_map)
     assert write_stack_page(path, scan, "axial", windows, look, "Phantom <4>") == path
     assert [file.name for file in path.parent.iterdir()] == ["stack.html"]
@@ -112,22 +112,19 @@ def test_the_page_can_be_read_and_used_without_seeing_or_a_mouse(page):
 def test_names_cannot_break_out_of_the_page(scan, tmp_path):
     name = "</script><script>alert(1)</script>"
     masks = {name: scan.masks["Lung nodule"]}
-    written = write_stack_page(
-        tmp_path / "p.html", Scan.of(scan.volume, masks), windows={name: (0, 100)}, look=Look(masks=(name,)), title=name
-    ).read_text()
+    marked, look = Scan.of(scan.volume, masks), Look(masks=(name,))
+    written = write_stack_page(tmp_path / "p.html", marked, "axial", {name: (0, 100)}, look, name).read_text()
     assert written.count("<script>") == 1 and written.count("</script>") == 2
     assert name in data_of(written)["names"][0] and any(name in text for text in data_of(written)["texts"])
 
 
 def test_a_plain_page_has_no_layers(scan, tmp_path):
-    written = write_stack_page(tmp_path / "p.html", scan, "sagittal").read_text()
+    written = write_stack_page(tmp_path / "p.html", scan, "sagittal", WINDOWS, Look(), "CT").read_text()
     assert data_of(written)["layers"] == [] and 'class="opacity"' not in written
     assert data_of(written)["texts"][63].startswith("sagittal slice 63 of 0 to 63, L 177 mm")
 
 
 def test_bad_input_leaves_no_file(scan, tmp_path):
     with pytest.raises(ValueError, match="unknown plane 'oblique'"):
-        write_stack_page(tmp_path / "p.html", scan, "oblique")
-    with pytest.raises(ValueError, match="unknown window 'liver'"):
-        write_stack_page(tmp_path / "p.html", scan, windows={"liver": "liver"})
+        write_stack_page(tmp_path / "p.html", scan, "oblique", WINDOWS, Look(), "CT")
     assert not list(tmp_path.iterdir())

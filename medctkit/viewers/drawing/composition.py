@@ -16,8 +16,8 @@ from medctkit.viewers.drawing.rendering import (
     draw_marks,
     draw_slice,
     font,
-    mask_colours,
-    pixel_size,
+    in_pixels,
+    slice_mm,
 )
 
 if TYPE_CHECKING:
@@ -53,29 +53,27 @@ class Panel:
     size: tuple[int, int]
     shape: Voxel
 
-    def holds(self, x: float, y: float) -> bool:
-        """Does a place of the picture, in pixels from its upper left corner, lie in this panel?"""
-        return 0 <= x - self.left < self.size[0] and 0 <= y - self.top < self.size[1]
+    @property
+    def axes(self) -> tuple[int, int]:
+        """Of (d, h, w) those along the rows' and the columns' numbers."""
+        row, column = (axis for axis in range(3) if axis != PLANES[self.plane])
+        return row, column
 
     def voxel(self, x: float, y: float, index: int) -> Voxel:
         """The voxel (d, h, w) under a place of the picture, where the panel shows slice `index`."""
-        row_axis, column_axis = (axis for axis in range(3) if axis != PLANES[self.plane])
-        column = int((x - self.left) / self.size[0] * self.shape[column_axis])
-        row = int((y - self.top) / self.size[1] * self.shape[row_axis])
-        found = [index] * 3
-        found[column_axis] = column
-        found[row_axis] = row if self.plane == "axial" else self.shape[row_axis] - 1 - row  # head up
+        (row, column), found = self.axes, [index] * 3
+        found[column] = int((x - self.left) / self.size[0] * self.shape[column])
+        found[row] = int((y - self.top) / self.size[1] * self.shape[row])
+        if self.plane != "axial":  # head up
+            found[row] = self.shape[row] - 1 - found[row]
         return found[0], found[1], found[2]
 
-    def place(self, voxel: Sequence[float]) -> tuple[float, float]:
+    def place(self, voxel: Voxel) -> tuple[float, float]:
         """Where in the picture the middle of a voxel (d, h, w) lies, pixels."""
-        row_axis, column_axis = (axis for axis in range(3) if axis != PLANES[self.plane])
-        row, rows = voxel[row_axis], self.shape[row_axis]
-        row = row if self.plane == "axial" else rows - 1 - row
-        return (
-            self.left + (voxel[column_axis] + 0.5) / self.shape[column_axis] * self.size[0],
-            self.top + (row + 0.5) / rows * self.size[1],
-        )
+        row, column = self.axes
+        across, down = (voxel[column] + 0.5) / self.shape[column], (voxel[row] + 0.5) / self.shape[row]
+        down = down if self.plane == "axial" else 1 - down
+        return self.left + across * self.size[0], self.top + down * self.size[1]
 
 
 class Composition:
@@ -91,13 +89,16 @@ class Composition:
     """
 
     def __init__(self, scans: Sequence[Scan], planes: Sequence[str] = tuple(PLANES), height: int = 360):
-        self.scans, self.planes = tuple(scans), tuple(planes)
-        self.panels, self.size = _arranged(self.scans, self.planes, height)
+        self.scans = tuple(scans)
+        self.panels, self.size = _arranged(self.scans, tuple(planes), height)
         self._drawn: dict[Panel, tuple[Any, Image]] = {}
 
     def panel_at(self, x: float, y: float) -> Panel | None:
         """The panel at a place of the picture, pixels from its upper left corner."""
-        return next((panel for panel in self.panels if panel.holds(x, y)), None)
+        for panel in self.panels:
+            if 0 <= x - panel.left < panel.size[0] and 0 <= y - panel.top < panel.size[1]:
+                return panel
+        return None
 
     def picture(self, voxels: Sequence[Voxel], look: Look, crosshair: bool = True) -> "Image":
         """The picture (PIL image, RGB).
@@ -134,24 +135,20 @@ class Composition:
 
 def _arranged(scans: Sequence[Scan], planes: Sequence[str], height: int) -> tuple[tuple[Panel, ...], tuple[int, int]]:
     """Panels, and width and height of them all."""
-    rows = [[(i, plane) for i in range(len(scans))] for plane in planes]
-    if len(planes) > 1:
-        rows = [[(i, plane) for plane in planes] for i in range(len(scans))]
-    millimetres = {}
-    for i, plane in (cell for row in rows for cell in row):
-        steps = pixel_size(scans[i].volume, plane)
-        counts = [n for axis, n in enumerate(scans[i].volume.shape) if axis != PLANES[plane]]
-        millimetres[i, plane] = tuple(n * step for n, step in zip(counts, steps, strict=True))
-    tallest = max(tall for tall, _ in millimetres.values())
-    widest = max(sum(millimetres[cell][1] for cell in row) for row in rows)
+    rows = [[(i, plane) for plane in planes] for i in range(len(scans))]
+    if len(planes) == 1:
+        rows = [[(i, planes[0]) for i in range(len(scans))]]
+    millimetres = {(i, plane): slice_mm(scans[i].volume, plane) for row in rows for i, plane in row}
+    tallest = max(tall for _, tall in millimetres.values())
+    widest = max(sum(millimetres[cell][0] for cell in row) for row in rows)
     scale = min(height * (LARGE if len(planes) == 1 else 1) / tallest, WIDEST * height / widest)  # pixels per mm
     panels, top, right = [], 0, 0
     for row in rows:
         left, below = 0, top
         for i, plane in row:
-            tall, wide = (max(1, round(scale * length)) for length in millimetres[i, plane])
-            panels.append(Panel(i, plane, left, top, (wide, tall), scans[i].volume.shape))
-            left, below = left + wide + GAP, max(below, top + tall)
+            size = in_pixels(millimetres[i, plane], scale)
+            panels.append(Panel(i, plane, left, top, size, scans[i].volume.shape))
+            left, below = left + size[0] + GAP, max(below, top + size[1])
         top, right = below + GAP, max(right, left - GAP)
     return tuple(panels), (right, top - GAP)
 
@@ -162,12 +159,12 @@ def _draw_crosshair(picture: "Image", panel: Panel, voxel: Voxel) -> None:
     draw, (x, y) = ImageDraw.Draw(picture), map(round, panel.place(voxel))
     left, top = panel.left + _MARKS, panel.top + _MARKS
     right, bottom = panel.left + panel.size[0] - 1 - _MARKS, panel.top + panel.size[1] - 1 - _MARKS
-    for ends in ((left, x - _HOLE), (x + _HOLE, right)):
-        if ends[0] <= ends[1]:
-            draw.line([(ends[0], y), (ends[1], y)], CROSSHAIR)
-    for ends in ((top, y - _HOLE), (y + _HOLE, bottom)):
-        if ends[0] <= ends[1]:
-            draw.line([(x, ends[0]), (x, ends[1])], CROSSHAIR)
+    for low, high in ((left, x - _HOLE), (x + _HOLE, right)):
+        if low <= high:
+            draw.line([(low, y), (high, y)], CROSSHAIR)
+    for low, high in ((top, y - _HOLE), (y + _HOLE, bottom)):
+        if low <= high:
+            draw.line([(x, low), (x, high)], CROSSHAIR)
 
 
 def _legend(look: Look, scan: Scan, width: int) -> "Image | None":
@@ -179,8 +176,7 @@ def _legend(look: Look, scan: Scan, width: int) -> "Image | None":
         low, high = look.heat_map.limits
         bar = Image.fromarray(colour_table(look.colour_map)[None, ::-2][:, ::-1]).resize((128, 12))
         entries.append((bar, f"{look.heat_map.name}, {low:.3g} to {high:.3g}"))
-    colours = mask_colours([*scan.masks])
-    entries += [(Image.new("RGB", (12, 12), colours[name]), name) for name in look.masks]
+    entries += [(Image.new("RGB", (12, 12), scan.colours[name]), name) for name in look.masks]
     if not entries:
         return None
     placed, x, line = [], 6, 0

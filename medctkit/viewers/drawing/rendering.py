@@ -5,6 +5,7 @@ below, so that the patient's right is on the left of the picture; coronal from t
 the left.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -26,11 +27,8 @@ if TYPE_CHECKING:
 
 Voxel = tuple[int, int, int]  # (d, h, w)
 Window = str | tuple[float, float]  # a preset, or centre and width in HU
-WINDOWS: dict[str, tuple[float, float]] = {
-    "lung": (-600, 1500),
-    "mediastinum": (40, 400),
-    "bone": (400, 1800),
-}  # centre and width, HU
+# centre and width, HU
+WINDOWS: dict[str, tuple[float, float]] = {"lung": (-600, 1500), "mediastinum": (40, 400), "bone": (400, 1800)}
 PLANES = {"axial": 0, "coronal": 1, "sagittal": 2}
 MARKS = {"axial": ("R", "L", "A", "P"), "coronal": ("R", "L", "S", "I"), "sagittal": ("A", "P", "S", "I")}
 COLOUR_MAPS = ("inferno", "viridis", "cividis")
@@ -68,17 +66,6 @@ def window_of(name_or_pair: Window) -> tuple[float, float]:
     return centre, width
 
 
-def checked_plane(plane: str) -> str:
-    """The plane.
-
-    Raises:
-        ValueError: there is no such plane.
-    """
-    if plane not in PLANES:
-        raise ValueError(f"unknown plane {plane!r}; choose one of {', '.join(PLANES)}")
-    return plane
-
-
 def slice_of(array: np.ndarray, plane: str, index: int) -> np.ndarray:
     """One slice (rows, columns) of an array (d, h, w) in SPL orientation, as it is hung.
 
@@ -86,17 +73,26 @@ def slice_of(array: np.ndarray, plane: str, index: int) -> np.ndarray:
         ValueError: unknown plane.
         IndexError: no such slice.
     """
-    axis = PLANES[checked_plane(plane)]
+    if plane not in PLANES:
+        raise ValueError(f"unknown plane {plane!r}; choose one of {', '.join(PLANES)}")
+    axis = PLANES[plane]
     if not 0 <= index < array.shape[axis]:
         raise IndexError(f"{plane} slice {index}: the volume has slices 0 to {array.shape[axis] - 1}")
     cut = array[(slice(None),) * axis + (index,)]
     return cut if plane == "axial" else cut[::-1]  # head up
 
 
-def pixel_size(volume: CTVolume, plane: str) -> tuple[float, float]:
-    """Height and width of a pixel of a slice, mm."""
-    tall, wide = (s for axis, s in enumerate(volume.spacing) if axis != PLANES[checked_plane(plane)])
-    return tall, wide
+def slice_mm(volume: CTVolume, plane: str) -> tuple[float, float]:
+    """Width and height of a slice, mm."""
+    extent = [n * step for n, step in zip(volume.shape, volume.spacing, strict=True)]
+    tall, wide = (mm for axis, mm in enumerate(extent) if axis != PLANES[plane])
+    return wide, tall
+
+
+def in_pixels(millimetres: Sequence[float], scale: float) -> tuple[int, int]:
+    """Width and height in pixels of a slice of so many mm, at `scale` pixels per mm."""
+    wide, tall = (max(1, round(scale * mm)) for mm in millimetres)
+    return wide, tall
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +113,7 @@ class Scan:
 
     @classmethod
     def of(cls, volume: CTVolume, masks: Mapping[str, np.ndarray] | None = None, name: str = "") -> "Scan":
-        """A scan of a volume in any orientation, with masks of the same shape; where a mask isn't 0 it is filled.
+        """A scan of a volume in any orientation, with masks that are filled where they aren't 0.
 
         Raises:
             TypeError: not a CTVolume.
@@ -154,6 +150,11 @@ class Scan:
         return f"{place_of(self.point_of(voxel))} · {self.volume.hu[tuple(voxel)]:.0f} HU"
 
     @property
+    def colours(self) -> dict[str, tuple[int, int, int]]:
+        """A colour for each mask; after six they come again."""
+        return dict(zip(self.masks, itertools.cycle(MASK_COLOURS)))  # noqa: B905
+
+    @property
     def middle(self) -> np.ndarray:
         """The middle of the scanned box, patient coordinates in mm."""
         return self.point_of((np.array(self.volume.shape) - 1) / 2)
@@ -171,11 +172,6 @@ def _turned(array: np.ndarray, orientation: str) -> np.ndarray:
     order = [axes.index(LETTERS[letter][0]) for letter in CANONICAL]
     flipped = [new for new, old in enumerate(order) if CANONICAL[new] != orientation[old]]
     return np.flip(array.transpose(order), tuple(flipped))
-
-
-def mask_colours(names: Sequence[str]) -> dict[str, tuple[int, int, int]]:
-    """A colour for each mask; after six they come again."""
-    return {name: MASK_COLOURS[i % len(MASK_COLOURS)] for i, name in enumerate(names)}
 
 
 @lru_cache
@@ -206,7 +202,7 @@ class Look:
 
     Attributes:
         window: centre and width, HU.
-        masks: names of the masks that are shown, each in its colour of `mask_colours`.
+        masks: names of the masks that are shown, each in its colour.
         opacity: of the masks' tint, 0 to 1; their outlines are always drawn.
         heat_map: laid over the slices.
         heat_opacity: where the map is highest, 0 to 1.
@@ -224,8 +220,7 @@ class Look:
 def draw_slice(scan: Scan, plane: str, index: int, size: tuple[int, int], look: Look) -> "Image":
     """A slice as a picture (PIL image, RGB) of a size (width, height) in pixels, without any text.
 
-    Grey values, over them the heat map, over it the masks. A heat map covers the more the higher its value is: where
-    it is lowest the CT is as it was.
+    A heat map covers the more the higher its value is: where it is lowest the CT is as it was. Masks lie over it.
     """
     from PIL import Image
 
@@ -236,36 +231,29 @@ def draw_slice(scan: Scan, plane: str, index: int, size: tuple[int, int], look: 
         levels = np.rint(255 * np.asarray(share.resize(size, Image.Resampling.BILINEAR))).astype(np.uint8)
         cover = Image.fromarray(np.rint(look.heat_opacity * levels).astype(np.uint8))
         picture.paste(Image.fromarray(colour_table(look.colour_map)[levels]), (0, 0), cover)
-    colours = mask_colours([*scan.masks])
     for name in look.masks:
-        filled = slice_of(scan.masks[name], plane, index)
-        if not filled.any():
-            continue
-        drawn = Image.fromarray(filled.astype(np.uint8) * 255)
-        inside = np.asarray(drawn.resize(size, Image.Resampling.NEAREST)) > 127
+        filled = Image.fromarray(slice_of(scan.masks[name], plane, index).astype(np.uint8))
+        inside = np.asarray(filled.resize(size, Image.Resampling.NEAREST)) > 0
         around = np.pad(inside, 1)  # a mask that leaves the picture is outlined there too
         edge = inside & ~(around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:])
         strength = (255 * look.opacity * inside).astype(np.uint8)
         strength[edge] = 255
-        picture.paste(colours[name], (0, 0, *size), Image.fromarray(strength))
+        picture.paste(scan.colours[name], (0, 0, *size), Image.fromarray(strength))
     return picture
 
 
 def heat_share(heat_map: HeatMap, volume: CTVolume, plane: str, index: int, most: int = _MAP_POINTS) -> np.ndarray:
-    """A heat map on a coarse grid of points of a slice: (rows, columns) float32, 0 for its lowest value, 1 its highest.
+    """A heat map on a grid of at most `most` points a side of a slice: (rows, columns) float32.
 
-    0 too where the map says nothing, or is the same everywhere. There are at most `most` points a side.
+    0 for its lowest value, 1 for its highest; 0 too where the map says nothing, or is the same everywhere.
     """
     low, high = heat_map.limits
-    axis = PLANES[plane]
-    steps: list[Sequence[int] | np.ndarray] = []
-    for other, n in enumerate(volume.shape):
-        points = min(n, most)
-        steps.append([index] if other == axis else (np.arange(points) + 0.5) * n / points - 0.5)
-    voxels = np.stack(np.meshgrid(*steps, indexing="ij"), axis=-1)
-    found = np.take(heat_map.at(voxels @ volume.affine[:3, :3].T + volume.affine[:3, 3]), 0, axis=axis)
+    coarse = [np.linspace(-0.5, n - 0.5, 2 * min(n, most) + 1)[1::2] for n in volume.shape]  # middles of equal parts
+    coarse[PLANES[plane]] = np.array([index])
+    voxels = np.stack(np.meshgrid(*coarse, indexing="ij"), axis=-1)
+    found = heat_map.at(voxels @ volume.affine[:3, :3].T + volume.affine[:3, 3])
     share = (found - low) / (high - low) if high > low else np.zeros_like(found)
-    share = np.nan_to_num(share).clip(0, 1).astype(np.float32)
+    share = np.nan_to_num(share).clip(0, 1).astype(np.float32).squeeze(PLANES[plane])
     return share if plane == "axial" else share[::-1]
 
 
@@ -294,8 +282,6 @@ def render(
     height: int = 480,
     *,
     heat_map: HeatMap | None = None,
-    heat_opacity: float = 0.6,
-    colour_map: str = "inferno",
 ) -> "Image":
     """A slice as a picture (PIL image, RGB), with orientation marks and the right aspect ratio.
 
@@ -304,12 +290,10 @@ def render(
         plane: "axial", "coronal" or "sagittal".
         index: slice along the plane's axis.
         window: preset name or (centre, width) in HU.
-        masks: named boolean arrays (d, h, w), each tinted and outlined in its colour of `mask_colours`.
+        masks: named boolean arrays (d, h, w), each tinted and outlined in a colour of its own.
         opacity: of the tint, 0 to 1.
         height: of the picture, pixels; less where the slice is more than twice as wide as it is tall.
         heat_map: laid over the slice.
-        heat_opacity: where the map is highest, 0 to 1.
-        colour_map: one of `COLOUR_MAPS`.
 
     Raises:
         ValueError: a volume in another orientation (its marks would be wrong), unknown plane or window, a mask of
@@ -318,30 +302,30 @@ def render(
     """
     if volume.orientation != CANONICAL:
         raise ValueError(f"volume in orientation {volume.orientation}, expected SPL: pass volume.reoriented()")
-    scan, steps = Scan.of(volume, masks), pixel_size(volume, plane)
-    tall, wide = (n * s for n, s in zip(slice_of(volume.hu, plane, index).shape, steps, strict=True))
+    scan, look = Scan.of(volume, masks), Look(window_of(window), tuple(masks or ()), opacity, heat_map)
+    slice_of(volume.hu, plane, index)  # refuses what is not there
+    wide, tall = slice_mm(volume, plane)
     scale = min(height / tall, 2 * height / wide)  # pixels per mm; a thin slab must not fill metres
-    size = (max(1, round(scale * wide)), max(1, round(scale * tall)))
-    look = Look(window_of(window), tuple(scan.masks), opacity, heat_map, heat_opacity, colour_map)
-    picture = draw_slice(scan, plane, index, size, look)
+    picture = draw_slice(scan, plane, index, in_pixels((wide, tall), scale), look)
     draw_marks(picture, plane)
     return picture
 
 
-def largest_slice(mask: np.ndarray, plane: str = "axial") -> int:
-    """Index of the slice with most of a mask (d, h, w)."""
-    return int(np.asarray(mask).sum(axis=tuple({0, 1, 2} - {PLANES[checked_plane(plane)]})).argmax())
+def largest_slice(mask: np.ndarray) -> int:
+    """Index of the axial slice with most of a mask (d, h, w)."""
+    return int(np.asarray(mask).sum(axis=(1, 2)).argmax())
 
 
 def finding_gallery(studies: Sequence["PhantomStudy"], columns: int = 6) -> "Figure":
-    """Each study's first finding, cut where its mask is largest: lung window above, mediastinal window below."""
+    """Each study's first finding, cut where its mask is largest: lung window above, mediastinal window below.
+
+    Raises:
+        ValueError: no studies, or one without a finding.
+    """
     import matplotlib.pyplot as plt
 
-    if not studies:
-        raise ValueError("no studies: a gallery shows at least one")
-    for i, study in enumerate(studies):
-        if not study.masks:
-            raise ValueError(f"study {i} has no finding, so nothing to cut through; leave it out")
+    if not studies or not all(study.masks for study in studies):
+        raise ValueError("a gallery shows studies with findings: give at least one, and leave out those without")
     rows = 2 * -(-len(studies) // columns)
     size = (2.5 * columns, 2.35 * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, facecolor="black", squeeze=False)
@@ -351,10 +335,9 @@ def finding_gallery(studies: Sequence["PhantomStudy"], columns: int = 6) -> "Fig
         name, mask = next(iter(study.masks.items()))
         scan = Scan.of(study.volume, {name: mask})
         index = largest_slice(scan.masks[name])
-        for j, preset in enumerate(("lung", "mediastinum")):
-            ax = axes[2 * (i // columns) + j, i % columns]
-            outlined = scan.masks if j == 1 else None
-            ax.imshow(render(scan.volume, "axial", index, preset, outlined, opacity=0.0, height=300))
-            ax.set_title(name if j == 0 else "", color="white", fontsize=9)
+        lung, mediastinum = axes[2 * (i // columns) :, i % columns][:2]
+        lung.set_title(name, color="white", fontsize=9)
+        lung.imshow(render(scan.volume, "axial", index, "lung", height=300))
+        mediastinum.imshow(render(scan.volume, "axial", index, "mediastinum", scan.masks, opacity=0.0, height=300))
     figure.tight_layout(pad=0.4)
     return figure

@@ -22,14 +22,13 @@ from medctkit.viewers.drawing.rendering import (
     PLANES,
     Look,
     Scan,
-    checked_plane,
     colour_table,
     draw_slice,
     heat_share,
-    mask_colours,
-    pixel_size,
+    in_pixels,
+    place_of,
+    slice_mm,
     slice_of,
-    window_of,
 )
 
 if TYPE_CHECKING:
@@ -39,17 +38,11 @@ if TYPE_CHECKING:
 
 QUALITY = 50  # of WebP: 240 slices in two windows take 5 MB where the CT is noisy, 3 MB where it is not
 _MAP_POINTS = 48  # a side of a heat map
-_ALONG = {"axial": 2, "coronal": 1, "sagittal": 0}  # patient axis (RAS) that a plane moves along
+_HEIGHT = 448  # of the picture, pixels, or its width where it is wider
 
 
 def write_stack_page(
-    path: str | os.PathLike,
-    scan: Scan,
-    plane: str = "axial",
-    windows: Mapping[str, str | tuple[float, float]] | None = None,
-    look: Look | None = None,
-    title: str = "CT",
-    height: int = 448,
+    path: str | os.PathLike, scan: Scan, plane: str, windows: Mapping[str, tuple[float, float]], look: Look, title: str
 ) -> Path:
     """Write a stack as a self-contained HTML page; written whole or not at all.
 
@@ -57,23 +50,18 @@ def write_stack_page(
         path: the file.
         scan: what to show.
         plane: "axial", "coronal" or "sagittal".
-        windows: named (centre, width) in HU to choose from; the lung window if not given.
+        windows: named (centre, width) in HU to choose from.
         look: its masks and heat map become layers; its window is not used.
         title: heading of the page.
-        height: of the picture, pixels, or its width where it is wider.
 
     Raises:
-        ValueError: unknown plane, a window that is none.
+        ValueError: unknown plane.
     """
-    path, look = Path(path), Look() if look is None else look
-    named = {name: window_of(pair) for name, pair in (windows or {"lung": "lung"}).items()}
-    volume, axis = scan.volume, PLANES[checked_plane(plane)]
-    tall, wide = (
-        n * step for n, step in zip(slice_of(volume.hu, plane, 0).shape, pixel_size(volume, plane), strict=True)
-    )
-    scale = height / max(tall, wide)
-    size = max(1, round(scale * wide)), max(1, round(scale * tall))
-    numbers = range(volume.shape[axis])
+    path, volume = Path(path), scan.volume
+    slice_of(volume.hu, plane, 0)  # refuses an unknown plane
+    millimetres = slice_mm(volume, plane)
+    size = in_pixels(millimetres, _HEIGHT / max(millimetres))
+    numbers = range(volume.shape[PLANES[plane]])
     layers: list[dict[str, Any]] = []
     if look.heat_map is not None:
         low, high = look.heat_map.limits
@@ -87,23 +75,22 @@ def write_stack_page(
             "name": "masks", "opacity": look.opacity, "slices": [_tint(look, scan, plane, i) for i in numbers],
             "legend": [(f"m{i}", name) for i, name in enumerate(look.masks)],
         })  # fmt: skip
-    colours = mask_colours([*scan.masks])
     stops = [f"rgb({r} {g} {b})" for r, g, b in colour_table(look.colour_map)[::51]]
-    masked = [f"rgb{colours[name]}" for name in look.masks]
+    masked = [f"rgb{scan.colours[name]}" for name in look.masks]
     style = filled("stack.css", width=size[0], height=size[1], stops=stops, colours=masked)
     script = filled("stack.js")
     data = {
         "windows": [
             [_image(draw_slice(scan, plane, i, size, Look(pair)).convert("L"), quality=QUALITY) for i in numbers]
-            for pair in named.values()
+            for pair in windows.values()
         ],
-        "names": [f"{name} window, centre {c:g} HU, width {w:g} HU" for name, (c, w) in named.items()],
+        "names": [f"{name} window, centre {c:g} HU, width {w:g} HU" for name, (c, w) in windows.items()],
         "texts": [_text(scan, plane, i, look.masks) for i in numbers],
         "layers": [layer["slices"] for layer in layers],
     }
     page = filled(
-        "stack.html", title=title, plane=plane, windows=list(named), layers=layers, data=data, first=len(numbers) // 2,
-        marks=list(zip(("left", "right", "top", "bottom"), MARKS[plane], strict=True)),
+        "stack.html", title=title, plane=plane, windows=list(windows), layers=layers, data=data,
+        first=len(numbers) // 2, marks=list(zip(("left", "right", "top", "bottom"), MARKS[plane], strict=True)),
         style=style, style_digest=_digest(style), script=script, script_digest=_digest(script),
     )  # fmt: skip
     with replacing(path) as temporary:
@@ -126,10 +113,9 @@ def _tint(look: Look, scan: Scan, plane: str, index: int) -> str | None:
     """The masks of a slice, one pixel for each voxel, transparent elsewhere; None where there are none."""
     from PIL import Image
 
-    colours = mask_colours([*scan.masks])
     tint = np.zeros((*slice_of(scan.volume.hu, plane, index).shape, 4), np.uint8)
     for name in look.masks:
-        tint[slice_of(scan.masks[name], plane, index)] = (*colours[name], 255)
+        tint[slice_of(scan.masks[name], plane, index)] = (*scan.colours[name], 255)
     return _image(Image.fromarray(tint), lossless=True) if tint.any() else None
 
 
@@ -144,11 +130,9 @@ def _heat(look: Look, heat_map: "HeatMap", scan: Scan, plane: str, index: int) -
 
 def _text(scan: Scan, plane: str, index: int, masks: tuple[str, ...]) -> str:
     """What is said of a slice: its number, where its middle lies, what is marked in it."""
-    voxel = (np.array(scan.volume.shape) - 1) / 2
-    voxel[PLANES[plane]] = index
-    axis = _ALONG[plane]
-    place = round(float(scan.point_of(voxel)[axis]))
-    last = scan.volume.shape[PLANES[plane]] - 1
+    middle, last = (np.array(scan.volume.shape) - 1) / 2, scan.volume.shape[PLANES[plane]] - 1
+    middle[PLANES[plane]] = index
+    place = place_of(scan.point_of(middle)).split(", ")[2 - PLANES[plane]]  # a plane moves along one patient axis
     marked = [name for name in masks if slice_of(scan.masks[name], plane, index).any()]
-    said = f"{plane} slice {index} of 0 to {last}, {('RAS', 'LPI')[place < 0][axis]} {abs(place)} mm"
+    said = f"{plane} slice {index} of 0 to {last}, {place}"
     return f"{said}; marked: {', '.join(marked)}" if marked else said
