@@ -34,7 +34,6 @@ from medctkit.metrics.bootstrap import METRICS, holm, interval, mean_of_findings
 if TYPE_CHECKING:
     import pandas as pd
 
-
 ON_TEST = "roc-corner-on-test"
 OPTIMISTIC = "optimistic: thresholds were chosen on the labels they are measured on"
 
@@ -163,19 +162,16 @@ def summary(base: "pd.DataFrame", adapted: "pd.DataFrame", difference: "pd.DataF
         {base, adapted, difference} -> {auroc, accuracy, macro_f1} -> {value, low, high}; "optimistic" and why, if one
         of the tables is.
     """
-    names = {"auroc": "auroc", "accuracy": "accuracy", "macro_f1": "f1"}
     tables = {"base": base, "adapted": adapted, "difference": difference}
-    found = {
+    ends = {"value": "", "low": "_low", "high": "_high"}
+    found: dict[str, Any] = {
         key: {
-            shown: {end: float(table.loc["mean", name + suffix]) for end, suffix in _ENDS.items()}
-            for shown, name in names.items()
+            shown: {end: float(table.loc["mean", name + suffix]) for end, suffix in ends.items()}
+            for shown, name in (("auroc", "auroc"), ("accuracy", "accuracy"), ("macro_f1", "f1"))
         }
         for key, table in tables.items()
     }
     return found | ({"optimistic": OPTIMISTIC} if any("optimistic" in table for table in tables.values()) else {})
-
-
-_ENDS = {"value": "", "low": "_low", "high": "_high"}
 
 
 def _check(
@@ -185,8 +181,7 @@ def _check(
     import pandas as pd
 
     _check_order({"labels": labels, called: scores, "patients": patients}, findings)
-    labels, scores = _numbers("labels", labels, findings), _numbers(called, scores, findings)
-    patients = np.asarray(patients)
+    labels, scores, patients = np.asarray(labels), np.asarray(scores), np.asarray(patients)
     if labels.ndim != 2 or labels.shape[1] != len(findings) or not len(labels):
         raise ValueError(f"labels have shape {labels.shape}, expected (n, {len(findings)}), n at least 1")
     if scores.shape != labels.shape:
@@ -195,19 +190,7 @@ def _check(
         raise ValueError(f"patients have shape {patients.shape}, expected ({len(labels)},): one name for each study")
     if pd.isna(patients).any():
         raise ValueError(f"patients: study {int(pd.isna(patients).argmax())} has none; every study needs its patient")
-    for name, values, fine, expected in (
-        ("labels", labels, np.isin(labels, (0, 1)) | np.isnan(labels), _EXPECTED["labels"]),
-        (called, scores, (scores >= 0) & (scores <= 1), _EXPECTED["scores"]),
-    ):
-        if not fine.all():
-            row, column = np.argwhere(~fine)[0]
-            raise ValueError(
-                f"{name}: study {row}, finding {findings[column]!r} is {values[row, column]}; expected {expected}"
-            )
-    return labels, scores, patients
-
-
-_EXPECTED = {"labels": "0, 1 or NaN (unknown)", "scores": "probabilities from 0 to 1"}
+    return _numbers("labels", labels, findings), _numbers(called, scores, findings), patients
 
 
 def _check_order(given: dict[str, Any], findings: Sequence[str]) -> None:
@@ -228,22 +211,22 @@ def _check_order(given: dict[str, Any], findings: Sequence[str]) -> None:
             )
 
 
-def _numbers(called: str, values: ArrayLike, findings: Sequence[str]) -> np.ndarray:
+def _numbers(called: str, values: np.ndarray, findings: Sequence[str]) -> np.ndarray:
+    """Labels of 0, 1 and NaN, or scores from 0 to 1, as floats (n, k)."""
     import pandas as pd
 
-    values = np.asarray(values)
-    if values.ndim != 2:
-        return values  # refused for its shape
-    if values.dtype.kind in "biuf":
-        return values.astype(float)
-    words = pd.DataFrame(values, dtype=object)
-    numbers = words.apply(pd.to_numeric, errors="coerce")
-    if (wrong := (numbers.isna() & words.notna()).to_numpy()).any():
-        row, column = np.argwhere(wrong)[0]
-        finding = f"finding {findings[column]!r}" if column < len(findings) else f"column {column}"
-        expected = _EXPECTED["labels" if called == "labels" else "scores"]
-        raise ValueError(f"{called}: study {row}, {finding} is {values[row, column]!r}; expected {expected}")
-    return numbers.to_numpy(dtype=float, na_value=np.nan)
+    numbers = values
+    if values.dtype.kind not in "biuf":  # nullable integers, words
+        numbers = pd.DataFrame(values).apply(pd.to_numeric, errors="coerce").to_numpy(dtype=float, na_value=np.nan)
+    if called == "labels":
+        fine, expected = np.isin(numbers, (0, 1)) | pd.isna(values), "0, 1 or NaN (unknown)"
+    else:
+        fine, expected = (numbers >= 0) & (numbers <= 1), "probabilities from 0 to 1"
+    if not fine.all():
+        row, column = np.argwhere(~fine)[0]
+        got = values.astype(object)[row, column]
+        raise ValueError(f"{called}: study {row}, finding {findings[column]!r} is {got!r}; expected {expected}")
+    return numbers.astype(float)
 
 
 def _thresholds(labels: np.ndarray, scores: np.ndarray, thresholds: ArrayLike) -> tuple[np.ndarray, bool]:
@@ -311,8 +294,6 @@ def _table(
 
 
 ROWS = {"auroc": "mean AUROC", "accuracy": "accuracy", "macro_f1": "macro-F1"}
-
-
 COLUMNS = ("base", "adapted", "difference")
 
 
@@ -320,10 +301,10 @@ def result_table(metrics: dict) -> str:
     """The measured table as text: one row per metric, 95 % intervals in brackets."""
     lines = [f"{'':12}" + "".join(f"{column:>26}" for column in COLUMNS)]
     for row, name in ROWS.items():
-        cells = []
+        line = f"{name:12}"
         for column in COLUMNS:
             sign = "+" if column == "difference" else ""
             value, low, high = (format(metrics[column][row][key], f"{sign}.3f") for key in ("value", "low", "high"))
-            cells.append(f"{f'{value} [{low}, {high}]':>26}")
-        lines.append(f"{name:12}" + "".join(cells))
+            line += f"{f'{value} [{low}, {high}]':>26}"
+        lines.append(line)
     return "\n".join(lines)
