@@ -14,10 +14,9 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from itertools import count
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,15 +27,15 @@ from medctkit.common.csv_tables import read_table
 from medctkit.common.text import as_bytes, counted, listed
 
 if TYPE_CHECKING:
+    from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
-    from tqdm import tqdm
 
 CT_RATE = "ibrahimhamamci/CT-RATE"
 WEIGHTS = "models/CT-CLIP-Related"
 TEXT_ENCODER = "microsoft/BiomedVLP-CXR-BERT-specialized"
 TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 MARGIN = 10**9  # bytes that stay free on the disk
-_STALE = 24 * 3600  # seconds after which an unfinished file belongs to a process that was killed
+_RECORDS = Path(".cache") / "huggingface"
 
 
 @dataclass(frozen=True)
@@ -95,24 +94,32 @@ def plan_files(repository: HubRepository, names: Iterable[str], destination: str
 
     repo_id, repo_type, names = repository.repo_id, repository.repo_type, list(dict.fromkeys(names))
     destination = Path(destination).expanduser().absolute()
-    _try_to_write(destination)
-    only: Any = ["sha"]  # not all its files; the parameter's type forgets lists
-    sha = repository.ask(lambda api: api.repo_info(repo_id, repo_type=repo_type, timeout=30, expand=only).sha, repo_id)
+    try:
+        destination.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=destination).close()
+    except OSError as error:
+        raise OSError(f"cannot write into {destination}: {error.strerror or error}; choose another folder") from None
+
+    def commit(api: "HfApi") -> str:
+        # everyone may list a gated repository: only asking for a file tells whether it can be had
+        url = hf_hub_url(repo_id, names[0], repo_type=repo_type, endpoint=api.endpoint)
+        found = get_hf_file_metadata(url, timeout=30, endpoint=api.endpoint).commit_hash
+        if found is None:
+            raise ValueError("an answer without a commit")
+        return found
 
     def entries(some: list[str]) -> list:
         return repository.ask(lambda api: api.get_paths_info(repo_id, some, revision=sha, repo_type=repo_type), repo_id)
 
+    sha = repository.ask(commit, names[0])
     parts = [entries(names[start : start + 250]) for start in range(0, len(names), 250)]
     found = {entry.path: entry for part in parts for entry in part if hasattr(entry, "blob_id")}
     missing = [name for name in names if name not in found]
     if missing:
         raise FileNotFoundError(f"{repository.page} has no file\n{listed(missing)}")
-    # Everyone may list a gated repository: only asking for a file tells whether it can be had.
-    url = hf_hub_url(repo_id, names[0], repo_type=repo_type, revision=sha, endpoint=repository.endpoint)
-    repository.ask(lambda _: get_hf_file_metadata(url, timeout=30, endpoint=repository.endpoint), names[0])
     files = tuple(found[name] for name in names)
-    there = sum(file.size for file in files if _size_of(destination / file.path) == file.size)
-    plan = Plan(repository, str(sha), destination, files, there, shutil.disk_usage(destination).free)
+    there = sum(file.size for file in files if _has_size(destination / file.path, file))
+    plan = Plan(repository, sha, destination, files, there, shutil.disk_usage(destination).free)
     if plan.bytes_left and plan.bytes_left + MARGIN > plan.bytes_free:
         raise OSError(
             f"no room in {destination}: {as_bytes(plan.bytes_left)} to fetch and {as_bytes(MARGIN)} to spare, but "
@@ -121,27 +128,14 @@ def plan_files(repository: HubRepository, names: Iterable[str], destination: str
     return plan
 
 
-def _try_to_write(destination: Path) -> None:
-    try:
-        destination.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=destination):
-            pass
-    except OSError as error:
-        raise OSError(f"cannot write into {destination}: {error.strerror or error}; choose another folder") from None
-
-
-def _size_of(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
-
-
 # --- fetching ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass
 class Outcome:
-    """What a download did, file by file.
+    """What a download did, file by file, names sorted.
 
-    Args:
+    Attributes:
         fetched: files that came over the network.
         kept: files that were there, whole.
         untried: files that weren't begun or finished, because a failure concerned all of them.
@@ -149,31 +143,25 @@ class Outcome:
         replaced: files that were in the way, under the names they have now.
     """
 
-    fetched: tuple[str, ...]
-    kept: tuple[str, ...]
-    untried: tuple[str, ...]
-    failures: dict[str, str]
-    replaced: tuple[Path, ...]
+    fetched: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    untried: list[str] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+    replaced: list[Path] = field(default_factory=list)
 
     def __str__(self) -> str:
         parts = [f"{counted(self.fetched, 'file')} fetched", f"{len(self.kept):,} already there"]
         parts += [f"{len(self.failures):,} failed"] if self.failures else []
         parts += [f"{len(self.untried):,} left"] if self.untried else []
-        lines = [", ".join(parts), *(f"  {name}\n    {why}" for name, why in self.failures.items())]
-        lines += [f"  not what the hub has, kept aside: {path}" for path in self.replaced]
-        return "\n".join(lines)
-
-
-class _Stopped(Exception):
-    """The rest of the download was called off."""
+        lines = [", ".join(parts), *(f"  {name}\n    {why}" for name, why in sorted(self.failures.items()))]
+        return "\n".join([*lines, *(f"  not what the hub has, kept aside: {path}" for path in self.replaced)])
 
 
 def download(plan: Plan, *, workers: int = 4, verify: bool = False) -> Outcome:
     """Fetch what is missing, several files at a time, and verify each by the digest that the hub announces.
 
     A file gets its name once it is whole. Files that were verified before, and not changed since, are taken as they
-    are. A connection that drops is taken up again where it broke; what is unfinished when the run ends begins anew in
-    the next. A file that is not what the hub has is kept under another name.
+    are. A file that is not what the hub has is kept under another name.
 
     Args:
         plan: from `plan_files`.
@@ -186,113 +174,95 @@ def download(plan: Plan, *, workers: int = 4, verify: bool = False) -> Outcome:
     Raises:
         OSError: another download is writing into the same folder.
     """
-    from concurrent.futures import ThreadPoolExecutor, as_completed
+    from concurrent.futures import CancelledError, ThreadPoolExecutor
 
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import WeakFileLock
     from tqdm.auto import tqdm
 
     # huggingface_hub 0.x, which Colab has, shows a bar of its own for each file
     one_bar = "tqdm_class" in inspect.signature(hf_hub_download).parameters
-    stop, left = threading.Event(), plan.bytes_left if one_bar else 0
-    done: dict[str, list[str]] = {"fetched": [], "kept": [], "untried": []}
-    failures: dict[str, str] = {}
-    replaced: list[Path] = []
+    stop, left, outcome = threading.Event(), plan.bytes_left if one_bar else 0, Outcome()
 
-    def provide(file: "RepoFile") -> str:
+    class FileBar(tqdm):
+        """Not shown: what it counts goes into the one bar, until all is called off."""
+
+        def __init__(self, *_, **__) -> None:
+            super().__init__(disable=True)
+
+        def update(self, n: float | None = 1) -> None:
+            if stop.is_set():
+                raise CancelledError
+            bar.update(n)
+
+        def update_transfer(self, *_) -> None:
+            """Of bytes that are counted again when they are put together."""
+
+        set_transfer_postfix_str = update_transfer
+
+    options: dict[str, Any] = {"tqdm_class": FileBar} if one_bar else {}
+
+    def fetch(api: "HfApi", file: "RepoFile") -> None:
+        where: dict[str, Any] = dict(repo_id=plan.repository.repo_id, repo_type=plan.repository.repo_type)
+        where |= dict(revision=plan.revision, local_dir=plan.destination, endpoint=api.endpoint)
+        path = Path(hf_hub_download(filename=file.path, **where, **options))
+        found = _digest(path, file)  # the library looks at the size only
+        if found != _announced_digest(file):
+            path.unlink()
+            raise OSError(f"arrived with digest {found}, but the hub says {_announced_digest(file)}")
+
+    def provide(file: "RepoFile") -> None:
         target = plan.destination / file.path
         if stop.is_set():
-            return "untried"
-        if _is_there(plan, file, verify):
-            return "kept"
-        if target.exists():  # it may be the only one of its kind
-            names = (target.with_name(f"{target.name}.replaced{n}") for n in count(1))
-            replaced.append(target.rename(next(name for name in names if not name.exists())))
+            outcome.untried.append(file.path)
+            return
         try:
-            plan.repository.ask(lambda _: _fetch(plan, file, **options), file.path)
-        except _Stopped:
-            return "untried"
-        return "fetched"
+            if _is_there(plan, file, verify):
+                outcome.kept.append(file.path)
+                return
+            if target.exists():  # it may be the only one of its kind
+                outcome.replaced.append(target.rename(f"{target}.replaced-{time.time_ns()}"))
+            plan.repository.ask(lambda api: fetch(api, file), file.path)
+            outcome.fetched.append(file.path)
+        except CancelledError:
+            outcome.untried.append(file.path)
+        except OSError as error:
+            full = f"cannot write {target}: {error.strerror}. Make room, or look at your quota, and run this again"
+            outcome.failures[file.path] = str(error) if error.errno is None else full
+            if error.errno is not None or isinstance(error, PermissionError):  # concerns every other file too
+                stop.set()
 
-    with (
-        _alone(plan.destination),
-        tqdm(total=left, disable=not left, unit="B", unit_scale=True, mininterval=1, desc="download") as bar,
-        ThreadPoolExecutor(workers) as pool,
-    ):
-        options = {"tqdm_class": _file_bar(bar, stop)} if one_bar else {}
-        futures = {pool.submit(provide, file): file.path for file in plan.files}
-        try:
-            for future in as_completed(futures):
-                name = futures[future]
-                try:
-                    done[future.result()].append(name)
-                except OSError as error:
-                    failures[name] = str(error)
-                    if error.errno is not None:
-                        failures[name] = (
-                            f"cannot write {plan.destination / name}: {error.strerror}. Make room, or look at your "
-                            "quota, and run this again: it goes on from here"
-                        )
-                    if error.errno is not None or isinstance(error, PermissionError):  # concerns every other file too
-                        stop.set()
-        except BaseException:
-            stop.set()
-            raise
-    fetched, kept, untried = (tuple(sorted(names)) for names in done.values())
-    return Outcome(fetched, kept, untried, dict(sorted(failures.items())), tuple(replaced))
-
-
-@contextmanager
-def _alone(destination: Path) -> Iterator[None]:
-    """No other download into the same folder; what such a one left when it was killed is removed after a day."""
-    from huggingface_hub.utils import WeakFileLock
-
-    folder = destination / ".cache" / "huggingface"
-    folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
+        records = plan.destination / _RECORDS
+        records.mkdir(parents=True, exist_ok=True)
         try:
-            stack.enter_context(WeakFileLock(folder / "medctkit.lock", timeout=1))
+            stack.enter_context(WeakFileLock(records / "medctkit.lock", timeout=1))
         except TimeoutError:
-            raise OSError(
-                f"another download writes into {destination}: wait for it, or choose another folder"
-            ) from None
-        for unfinished in folder.rglob("*.incomplete"):
-            if time.time() - unfinished.stat().st_mtime > _STALE:
-                unfinished.unlink(missing_ok=True)
-        yield
+            raise OSError(f"another download writes into {plan.destination}: wait, or choose another folder") from None
+        bar = stack.enter_context(tqdm(total=left, disable=not left, unit="B", unit_scale=True, desc="download"))
+        pool = stack.enter_context(ThreadPoolExecutor(workers))
+        try:
+            list(pool.map(provide, plan.files))
+        finally:
+            stop.set()  # where the wait was broken off
+    for names in (outcome.fetched, outcome.kept, outcome.untried):
+        names.sort()
+    return outcome
+
+
+def _has_size(path: Path, file: "RepoFile") -> bool:
+    return path.is_file() and path.stat().st_size == file.size
 
 
 def _is_there(plan: Plan, file: "RepoFile", verify: bool) -> bool:
-    """Whether a file is in the destination, whole; it is read if huggingface_hub has no valid record of it."""
-    from huggingface_hub._local_folder import read_download_metadata, write_download_metadata
-
-    if _size_of(plan.destination / file.path) != file.size:
+    """Whether a file is in the destination, whole; it is read unless huggingface_hub's record of it holds."""
+    path, digest = plan.destination / file.path, _announced_digest(file)
+    if not _has_size(path, file):
         return False
-    record = None if verify else read_download_metadata(plan.destination, file.path)
-    if record is None or record.etag != _announced_digest(file):
-        if _digest(plan.destination / file.path, file) != _announced_digest(file):
-            return False
-        write_download_metadata(plan.destination, file.path, plan.revision, _announced_digest(file))
-    return True
-
-
-def _fetch(plan: Plan, file: "RepoFile", **options: Any) -> None:
-    from huggingface_hub import hf_hub_download
-
-    repository = plan.repository
-    hf_hub_download(
-        repository.repo_id,
-        file.path,
-        repo_type=repository.repo_type,
-        revision=plan.revision,
-        local_dir=plan.destination,
-        endpoint=repository.endpoint,
-        **options,
-    )
-    target = plan.destination / file.path
-    found = _digest(target, file)  # the library looks at the size only
-    if found != _announced_digest(file):
-        target.unlink()
-        raise OSError(f"arrived with digest {found}, but the hub says {_announced_digest(file)}")
+    record = plan.destination / _RECORDS / "download" / f"{file.path}.metadata"
+    if not verify and record.is_file() and path.stat().st_mtime <= record.stat().st_mtime + 1:
+        return digest in record.read_text().split()
+    return _digest(path, file) == digest
 
 
 def _announced_digest(file: "RepoFile") -> str:
@@ -304,28 +274,6 @@ def _digest(path: Path, file: "RepoFile") -> str:
     algorithm = hashlib.sha256() if file.lfs else hashlib.sha1(b"blob %d\0" % file.size)
     with open(path, "rb") as opened:
         return hashlib.file_digest(opened, lambda: algorithm).hexdigest()
-
-
-def _file_bar(total: "tqdm", stop: threading.Event) -> type["tqdm"]:
-    """A class of progress bars that aren't shown: what one counts goes into `total`, until it is called off."""
-    from tqdm import tqdm
-
-    class FileBar(tqdm):
-        def __init__(self, *_, **__) -> None:
-            super().__init__(disable=True)
-
-        def update(self, n: float | None = 1) -> None:
-            if stop.is_set():
-                raise _Stopped
-            total.update(n)
-
-        def update_transfer(self, n: float | None = 1) -> None:
-            """Of bytes on the network, before they are put together; not shown."""
-
-        def set_transfer_postfix_str(self, *_, **__) -> None:
-            """Not shown."""
-
-    return FileBar
 
 
 # --- what to fetch ---------------------------------------------------------------------------------------------

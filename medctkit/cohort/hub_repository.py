@@ -7,7 +7,6 @@ None of them, no `repr` and no log line shows the token or the signature of an a
 import logging
 import os
 import re
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,8 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-ATTEMPTS = 5  # at one question or file
-WAIT = 1.0  # seconds after the first failure; doubled after each further one
+WAIT = 2.0  # seconds before something is asked for a second time
 
 Answer = TypeVar("Answer")
 
@@ -34,19 +32,14 @@ def token_source() -> str | None:
 
 @dataclass(frozen=True)
 class HubRepository:
-    """A repository on a hub.
-
-    Args:
-        repo_id: owner and name.
-        repo_type: "dataset" or "model".
-    """
+    """A repository, "dataset" or "model", on the hub at HF_ENDPOINT or huggingface.co."""
 
     repo_id: str
     repo_type: str = "dataset"
 
     @property
     def endpoint(self) -> str:
-        """Address of the hub: HF_ENDPOINT, or huggingface.co."""
+        """Address of the hub."""
         from huggingface_hub import constants
 
         return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
@@ -57,53 +50,56 @@ class HubRepository:
         return f"{self.endpoint}/{'datasets/' if self.repo_type == 'dataset' else ''}{self.repo_id}"
 
     def ask(self, question: Callable[["HfApi"], Answer], about: str) -> Answer:
-        """Call `question` with the hub's API, again where that can help; its errors are explained."""
+        """Call `question` with the hub's API, twice where the fault may pass; its errors are explained."""
         from huggingface_hub import HfApi
 
-        for attempt in range(ATTEMPTS):
-            try:
-                return question(HfApi(endpoint=self.endpoint))
-            except Exception as error:
-                cause = error.__cause__ if type(error).__name__ == "LocalEntryNotFoundError" else None
-                error = cause if isinstance(cause, Exception) else error
-                if attempt + 1 == ATTEMPTS or not _may_pass(error):
-                    raise self._explained(error, about) from None
-                time.sleep(WAIT * 2**attempt)
-        raise AssertionError("the last attempt returns or raises")
+        try:
+            return question(HfApi(endpoint=self.endpoint))
+        except Exception as error:
+            explained = self._explained(error, about)
+            lasting = (PermissionError, FileNotFoundError)
+            if not isinstance(explained, OSError) or explained.errno is not None or isinstance(explained, lasting):
+                raise explained from None
+        time.sleep(WAIT)
+        try:
+            return question(HfApi(endpoint=self.endpoint))
+        except Exception as error:
+            raise self._explained(error, about) from None
 
-    def _explained(self, error: Exception, about: str) -> Exception:
+    def _explained(self, error: BaseException, about: str) -> BaseException:
         """The built-in exception that says what went wrong at `about` and what to do; others as they are."""
         from huggingface_hub import errors, get_token
 
-        status, tokens = _status_of(error), f"{self.endpoint}/settings/tokens"
-        code = error.response.headers.get("X-Error-Code") if isinstance(error, errors.HfHubHTTPError) else None
-        said = _without_secrets(getattr(error, "server_message", None) or "")
+        if isinstance(error, errors.LocalEntryNotFoundError):  # what it came from says more
+            error = error.__cause__ or error
+        status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
+        token, tokens = get_token(), f"{self.endpoint}/settings/tokens"
         if isinstance(error, errors.OfflineModeIsEnabled):
             return ConnectionError("HF_HUB_OFFLINE is set, so nothing can be fetched; unset it and run this again")
-        if isinstance(error, errors.LocalTokenNotFoundError) or (status == 401 and get_token() is None):
+        if token and not re.fullmatch(r"[!-~]+", token):
+            return PermissionError("the Hugging Face token has blanks or letters in it that no token has; copy it anew")
+        if status == 401 and not token:
             return PermissionError(
                 f"{self.page}: there is no Hugging Face token on this machine, and without one the hub doesn't show "
                 f"this repository. Log in at {self.endpoint}, accept the terms on the repository's page, make a "
                 f"token (type Read) at {tokens}, and run `hf auth login`, or set HF_TOKEN"
             )
-        if isinstance(error, UnicodeEncodeError) or type(error).__name__ in ("LocalProtocolError", "InvalidHeader"):
-            return PermissionError("the Hugging Face token has blanks or letters in it that no token has; copy it anew")
         if status == 401:
             return PermissionError(
                 f"{self.page}: the hub refuses the token: expired, revoked or mistyped. Make a new one at {tokens}, "
                 "and run `hf auth login`; HF_TOKEN, where it is set, goes before that login"
             )
-        if status == 403 and "fine-grained" in said:
+        if status == 403 and "fine-grained" in str(error):
             return PermissionError(
                 f"{self.page}: the token may not read gated repositories. Tick 'Read access to contents of all "
                 f"public gated repos you can access' for it at {tokens}, or make one of type Read"
             )
-        if code == "GatedRepo":
+        if isinstance(error, errors.GatedRepoError):
             return PermissionError(
                 f"{self.page}: the account of this token has not accepted the terms, or waits for approval. Open "
                 "the page with that account, accept, and run this again"
             )
-        if code == "RepoNotFound":
+        if isinstance(error, errors.RepositoryNotFoundError):
             return FileNotFoundError(
                 f"{self.page}: there is no such {self.repo_type} repository, or it is private; check its name"
             )
@@ -111,19 +107,20 @@ class HubRepository:
             return FileNotFoundError(f"{about}: there is no such file in {self.page}")
         if status is not None:
             advice = "check the token's rights" if status == 403 else "try again later"
-            return OSError(f"{about}: {self.endpoint} answers {status}{f' ({said})' if said else ''}; {advice}")
-        if isinstance(error, _transport_errors()):
+            return OSError(f"{about}: {self.endpoint} answers {status}; {advice}")
+        if isinstance(error, (errors.FileMetadataError, ValueError, KeyError)):
+            return OSError(
+                f"{about}: what answers at {self.endpoint} is not a hub; check HF_ENDPOINT, and whether a proxy or a "
+                "login page lies between"
+            )
+        # huggingface_hub 0.x uses requests, 1.x httpx, 2.x httpx2
+        library = type(error).__module__.partition(".")[0]
+        if isinstance(error, (ConnectionError, TimeoutError)) or library in ("requests", "httpx", "httpx2"):
             reason = re.search(r"\[Errno -?\d+\] [\w ]+|CERTIFICATE_VERIFY_FAILED", str(error))
             return ConnectionError(
                 f"{about}: no connection to {self.endpoint} ({reason[0] if reason else type(error).__name__}). Check "
                 "the network and, behind a proxy, HTTPS_PROXY; compute nodes of a cluster often have no network, its "
                 "login node has. What has arrived whole stays"
-            )
-        strange = (errors.FileMetadataError, ValueError, KeyError)
-        if isinstance(error, strange) and not isinstance(error, errors.HFValidationError):
-            return OSError(
-                f"{about}: what answers at {self.endpoint} is not a hub; check HF_ENDPOINT, and whether a proxy or a "
-                "login page lies between"
             )
         if isinstance(error, RuntimeError) or (isinstance(error, OSError) and error.errno is None):
             return OSError(f"{about}: {_without_secrets(str(error))}; try again later")
@@ -131,40 +128,14 @@ class HubRepository:
 
 
 def _without_secrets(text: str) -> str:
-    from huggingface_hub import get_token
-
-    text = text.replace(get_token() or "\0", "***")
-    return re.sub(r"hf_\w+|\?\S+", "***", " ".join(text.split()))[:200]  # queries hold signatures
+    return re.sub(r"hf_\w+|\?\S+", "***", text)  # queries hold signatures
 
 
-def _without_queries(record: logging.LogRecord) -> bool:
-    """Filter of log lines: the hub's library writes whole addresses where a connection drops, signature and all."""
-    record.msg, record.args = re.sub(r"\?\S+", "?***", record.getMessage()), None
+def _clean(record: logging.LogRecord) -> bool:
+    """Filter of log lines: the hub's library writes whole addresses where a connection drops."""
+    record.msg, record.args = _without_secrets(record.getMessage()), None
     return True
 
 
 for _name in ("huggingface_hub.file_download", "huggingface_hub.utils._http", "httpx", "httpx2"):
-    logging.getLogger(_name).addFilter(_without_queries)
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether asking again can help: a busy server, a connection that broke, bytes that arrived wrong."""
-    status = _status_of(error)
-    if status is not None:
-        return status in (408, 429) or status >= 500
-    if isinstance(error, _transport_errors()):  # the library has tried long enough where nobody answers
-        return type(error).__name__ not in ("ConnectError", "LocalProtocolError", "OfflineModeIsEnabled")
-    return type(error) is OSError and error.errno is None
-
-
-def _status_of(error: Exception) -> int | None:
-    from huggingface_hub.errors import HfHubHTTPError
-
-    return error.response.status_code if isinstance(error, HfHubHTTPError) else None
-
-
-def _transport_errors() -> tuple[type[Exception], ...]:
-    """What a broken connection raises: huggingface_hub 0.x uses requests, 1.x httpx, 2.x httpx2."""
-    names = {"requests": "RequestException", "httpx": "TransportError", "httpx2": "TransportError"}
-    loaded = [getattr(sys.modules[module], name) for module, name in names.items() if module in sys.modules]
-    return (ConnectionError, TimeoutError, *loaded)
+    logging.getLogger(_name).addFilter(_clean)

@@ -185,7 +185,7 @@ class _Hub(_Handler):
         api = re.fullmatch(r"/api/(dataset|model)s/([^/]+/[^/]+)(?:/([^/]+))?(?:/([^/]+))?", path)
         resolve = re.fullmatch(r"/(?:(dataset)s/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        kind, status, says, headers = self.imitation.take_fault("/api") if api else (None, 0, "", {})
+        kind, status, says, headers = self.imitation.take_fault("/api") if api or self.command == "HEAD" else 4 * [None]
         repo_type, repo_id, *rest = (api or resolve).groups()
         folder, known_type, gated = self.imitation.repositories.get(repo_id, (None, None, False))
         if token and token != self.imitation.token:
