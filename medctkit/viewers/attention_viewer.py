@@ -5,7 +5,7 @@ when a map first needs it, and kept until `close`: a viewer that shows nothing c
 """
 
 import html
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -75,11 +75,8 @@ class AttentionViewer:
         self.slices = SliceViewer(volume, masks, height=height)
         self.volume, self.models, self.tokenizer, self.config = volume, dict(models), tokenizer, preprocess_config
         self.masks, self.prompts = dict(masks or {}), dict(_of_findings() if prompts is None else prompts)
-        self._pixels: Any = None
         self._patch: tuple[int, int, int] | None = None
-        self._attention: dict[str, Attention] = {}
-        self._relevance: dict[tuple[str, str, str], np.ndarray] = {}
-        self._inside: dict[tuple, dict[str, np.ndarray]] = {}
+        self._kept: dict[Any, Any] = {}
         self._build(show)
         self._draw()
 
@@ -170,24 +167,31 @@ class AttentionViewer:
             ValueError: a model of another input size, a crosshair outside of what the model sees, no sentence, or a
                 sentence too long.
         """
-        from medctkit.attention.maps import patch_map
+        from medctkit.attention.maps import attend, patch_map, relevance
+        from medctkit.scans.preprocessing import preprocess
 
         shown, name = self.shown.value, self.model.value
         head = None if self.head.value == MEAN else self.head.value
         self._patch = None
         if shown == "nothing":
             return None
+        pixels = self._once(preprocess, lambda: preprocess(self.volume, self.config))
         if shown == "speaks for a prompt":
-            values = self._relevance_of(name, self.stating.value.strip(), self.denying.value.strip())
-        elif shown == "rollout":
-            values = self._attention_of(name).rollout()
+            sentences = self.stating.value.strip(), self.denying.value.strip() or None
+            values = self._once(
+                (name, *sentences), lambda: relevance(self.models[name], self.tokenizer, pixels, *sentences)
+            )
+            return patch_map(values, self.volume, self.config, f"{name}: {shown}")
+        attention: Attention = self._once(name, lambda: attend(self.models[name], pixels))
+        if shown == "rollout":
+            values = attention.rollout()
         elif shown.endswith("received"):
-            values = self._attention_of(name).received(shown.split()[0], self.layer.value, head)
+            values = attention.received(shown.split()[0], self.layer.value, head)
         else:
             self._patch = self._patch_under(self.slices.position)
             if self._patch is None:
                 raise ValueError("the crosshair is outside of what the model sees; click a place further inside")
-            values = self._attention_of(name).of_query(shown.split()[0], self.layer.value, head, self._patch)
+            values = attention.of_query(shown.split()[0], self.layer.value, head, self._patch)
         return patch_map(values, self.volume, self.config, f"{name}: {shown}")
 
     def _patch_under(self, point: np.ndarray) -> tuple[int, int, int] | None:
@@ -195,28 +199,11 @@ class AttentionViewer:
 
         return patch_at(point.tolist(), self.volume, self.config, self.models[self.model.value].config.grid)
 
-    def _seen(self) -> Any:
-        """The scan as the models see it."""
-        from medctkit.scans.preprocessing import preprocess
-
-        if self._pixels is None:
-            self._pixels = preprocess(self.volume, self.config)
-        return self._pixels
-
-    def _attention_of(self, name: str) -> "Attention":
-        from medctkit.attention.maps import attend
-
-        if name not in self._attention:
-            self._attention[name] = attend(self.models[name], self._seen())
-        return self._attention[name]
-
-    def _relevance_of(self, name: str, stating: str, denying: str) -> np.ndarray:
-        from medctkit.attention.maps import relevance
-
-        key = (name, stating, denying)
-        if key not in self._relevance:
-            self._relevance[key] = relevance(self.models[name], self.tokenizer, self._seen(), stating, denying or None)
-        return self._relevance[key]
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What is made the first time and kept until `close`."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
 
     # --- what it says ---
 
@@ -245,17 +232,12 @@ class AttentionViewer:
         """For each mask the share of every patch (t, h, w) that it fills."""
         from medctkit.attention.localisation import patch_shares
 
-        if grid not in self._inside:
-            self._inside[grid] = {
-                name: patch_shares(mask, self.volume, self.config, grid) for name, mask in self.masks.items()
-            }
-        return self._inside[grid]
+        shares = ((name, patch_shares(mask, self.volume, self.config, grid)) for name, mask in self.masks.items())
+        return self._once(grid, lambda: dict(shares))
 
     def close(self) -> None:
         """Free what was captured, and the widget."""
-        self._attention.clear()
-        self._relevance.clear()
-        self._pixels = None
+        self._kept.clear()
         self.slices.close()
         self.widget.close()
 

@@ -252,15 +252,13 @@ class SliceViewer:
         """Have a function called with the new position (RAS, mm) after every move of the crosshair."""
         self._callbacks.append(callback)
 
-    def _go_to(self, voxel: Voxel) -> bool:
-        """Move to a voxel of the first scan, draw and tell; False where the crosshair is there already."""
-        if voxel == self.voxel:
-            return False
-        with self.messages.quietly():
-            for slider, index in zip(self.sliders.values(), voxel, strict=True):
-                slider.value = index
-        self.messages.guarded(self._moved)()
-        return True
+    def _go_to(self, voxel: Voxel) -> None:
+        """Move to a voxel of the first scan, draw and tell, unless the crosshair is there already."""
+        if voxel != self.voxel:
+            with self.messages.quietly():
+                for slider, index in zip(self.sliders.values(), voxel, strict=True):
+                    slider.value = index
+            self.messages.guarded(self._moved)()
 
     def _moved(self) -> None:
         self._draw()
@@ -287,19 +285,15 @@ class SliceViewer:
         self._draw()
 
     def _choose_mask(self, name: str) -> None:
-        mask, moved = self.scans[0].masks[name], False
+        mask = self.scans[0].masks[name]
         if self.mask_boxes[name].value and mask.any():
             index = largest_slice(mask)  # where there is most of it
             row, column = (int(np.median(where)) for where in np.nonzero(mask[index]))
-            moved = self._go_to((index, row, column))
-        if not moved:
-            self._draw()
+            self._go_to((index, row, column))
+        self._draw()
 
     def _on_canvas(self, what: str, x: float, y: float, more: Any) -> None:
-        react: dict[str, Callable] = {
-            "press": self._press, "drag": self._press, "hover": self._hover, "scroll": self._scroll, "key": self._key,
-        }  # fmt: skip
-        self.messages.guarded(lambda: react[what](x, y, more), keep=what == "hover")()
+        self.messages.guarded(lambda: getattr(self, f"_{what}")(x, y, more), keep=what == "hover")()
 
     def _under(self, x: float, y: float) -> tuple[Panel, Voxel] | None:
         """The panel at a place of the picture, and the voxel of its scan."""
@@ -308,11 +302,13 @@ class SliceViewer:
             return None
         return panel, panel.voxel(x, y, self._linked.voxels(self.voxel)[panel.scan][PLANES[panel.plane]])
 
-    def _press(self, x: float, y: float, _: None) -> None:
+    def _drag(self, x: float, y: float, _: None) -> None:
         if found := self._under(x, y):
             panel, voxel = found
             self._touched = panel.plane
             self._go_to(self._linked.in_first(panel.scan, voxel))
+
+    _press = _drag
 
     def _scroll(self, x: float, y: float, step: int) -> None:
         if found := self._under(x, y):

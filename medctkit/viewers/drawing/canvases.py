@@ -68,7 +68,7 @@ class MouseCanvas:
         from matplotlib.figure import Figure
 
         canvas, manager = _ipympl()
-        self._figure, self._on_event, self._pressed = Figure(), on_event, False
+        self._figure, self._on_event = Figure(), on_event
         self.widget = canvas(self._figure)
         self.widget.toolbar_visible = self.widget.header_visible = self.widget.footer_visible = False
         self.widget.resizable, self.widget.capture_scroll = False, True
@@ -76,8 +76,8 @@ class MouseCanvas:
         self._manager = manager(self.widget, 0)
         self.widget.mpl_disconnect(self._manager.key_press_handler_id)  # matplotlib's own keys: q would close it
         for name, react in (
-            ("button_press_event", self._press), ("button_release_event", self._release),
-            ("motion_notify_event", self._move), ("scroll_event", self._scroll), ("key_press_event", self._key),
+            ("button_press_event", self._press), ("motion_notify_event", self._move), ("scroll_event", self._scroll),
+            ("key_press_event", self._key),
         ):  # fmt: skip
             self.widget.mpl_connect(name, react)
 
@@ -86,17 +86,14 @@ class MouseCanvas:
         known = self.widget.picture
         self.widget.picture = picture
         if known is None or known.size != picture.size:
-            wide, tall = self._physical(picture.size)
-            self._figure.set_size_inches(wide / self._figure.dpi, tall / self._figure.dpi)
+            inches = (n * self.widget.device_pixel_ratio / self._figure.dpi for n in picture.size)
+            self._figure.set_size_inches(*inches)
         self.widget.draw()
 
     def close(self) -> None:
         """Remove the widget."""
         self._manager.toolbar.close()
         self.widget.close()
-
-    def _physical(self, size: tuple[int, int]) -> list[float]:
-        return [n * self.widget.device_pixel_ratio for n in size]
 
     def _tell(self, what: str, event: Any, more: int | None = None) -> None:
         if self.widget.picture is None or event.x is None:
@@ -105,15 +102,11 @@ class MouseCanvas:
         self._on_event(what, event.x / wide * size[0], (1 - event.y / tall) * size[1], more)
 
     def _press(self, event: Any) -> None:
-        self._pressed = event.button == 1
-        if self._pressed:
+        if event.button == 1:
             self._tell("press", event)
 
-    def _release(self, event: Any) -> None:
-        self._pressed = False
-
     def _move(self, event: Any) -> None:
-        self._tell("drag" if self._pressed else "hover", event)
+        self._tell("drag" if event.button == 1 else "hover", event)
 
     def _scroll(self, event: Any) -> None:
         self._tell("scroll", event, 1 if event.step > 0 else -1)

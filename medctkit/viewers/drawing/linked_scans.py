@@ -23,7 +23,7 @@ class LinkedScans:
 
     Attributes:
         scans: one or two.
-        offset: what to add to patient coordinates of the first to come to the same place in the second, mm.
+        offsets: what to add to patient coordinates of the first to come to the same place in each, (3,) mm.
         how: by what the two are linked, in words.
 
     Raises:
@@ -38,43 +38,42 @@ class LinkedScans:
         other: CTVolume | None = None,
         names: Sequence[str] | None = None,
     ):
-        if other is None:
-            self.scans: tuple[Scan, ...] = (Scan.of(volume, masks, *(names or ())[:1]),)
-            return
-        names = ("first scan", "second scan") if names is None else tuple(names)
-        if len(names) != 2:
-            raise ValueError(f"names {names}: expected two, one for each volume")
-        first, second = Scan.of(volume, masks, names[0]), Scan.of(other, None, names[1])
-        self.scans = (first, second)
-        self.offset, self.how = second.middle - first.middle, "linked by the distance from the middle of each scan"
-        if (first.placed or second.placed) and _one_within_the_other(first, second):
-            self.offset, self.how = np.zeros(3), "linked by patient coordinates"
+        called = ("first scan", "second scan") if other is not None else ("",)
+        called = called if names is None else tuple(names)
+        if other is not None and len(called) != 2:
+            raise ValueError(f"names {called}: expected two, one for each volume")
+        first, self.how = Scan.of(volume, masks, called[0]), ""
+        self.scans: tuple[Scan, ...] = (first,)
+        self.offsets = [np.zeros(3)]
+        if other is not None:
+            second, self.how = Scan.of(other, None, called[1]), "linked by patient coordinates"
+            self.scans, self.offsets = (first, second), [np.zeros(3)] * 2
+            if not (first.placed or second.placed) or not _one_within_the_other(first, second):
+                self.how = "linked by the distance from the middle of each scan"
+                self.offsets[1] = second.middle - first.middle
 
     def voxels(self, voxel: Voxel) -> list[Voxel]:
         """For each scan the voxel (d, h, w) at, or nearest to, the place of a voxel of the first."""
-        return [voxel, *(second.nearest(self._in_second(voxel)) for second in self.scans[1:])]
+        return [scan.nearest(where) for scan, where in zip(self.scans, self._in_each(voxel), strict=True)]
 
     def in_first(self, scan: int, voxel: Voxel) -> Voxel:
         """The voxel of the first scan at, or nearest to, the place of a voxel of scan 0 or 1."""
-        if scan == 0:
-            return voxel
-        first, second = self.scans
-        return first.nearest(first.voxel_of(second.point_of(voxel) - self.offset))
+        first = self.scans[0]
+        return first.nearest(first.voxel_of(self.scans[scan].point_of(voxel) - self.offsets[scan]))
 
     def described(self, voxel: Voxel) -> list[str]:
         """What a second scan has at the place of a voxel of the first, and by what the two are linked."""
-        said: list[str] = []
-        for second in self.scans[1:]:
-            where = self._in_second(voxel)
-            there = second.nearest(where)
-            outside = np.abs(where - there).max() > 0.5 + 1e-6
-            said += [f"{second.name}: {'does not reach this place' if outside else second.described(there)}", self.how]
-        return said
+        if len(self.scans) == 1:
+            return []
+        second, (_, where) = self.scans[1], self._in_each(voxel)
+        there = second.nearest(where)
+        outside = np.abs(where - there).max() > 0.5 + 1e-6
+        return [f"{second.name}: {'does not reach this place' if outside else second.described(there)}", self.how]
 
-    def _in_second(self, voxel: Voxel) -> np.ndarray:
-        """Where a voxel of the first scan lies in the second: an index (d, h, w) with fractions."""
-        first, second = self.scans
-        return second.voxel_of(first.point_of(voxel) + self.offset)
+    def _in_each(self, voxel: Voxel) -> list[np.ndarray]:
+        """Where a voxel of the first scan lies in each: indices (d, h, w) with fractions."""
+        point = self.scans[0].point_of(voxel)
+        return [scan.voxel_of(point + offset) for scan, offset in zip(self.scans, self.offsets, strict=True)]
 
 
 def _one_within_the_other(first: Scan, second: Scan) -> bool:

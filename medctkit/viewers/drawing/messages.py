@@ -14,18 +14,13 @@ class Messages:
 
     What the user can put right (a sentence that is too long, a study that can't be read) is said in words and has
     the CSS class `medctkit-message`. An exception that nobody expected has the class `medctkit-error`, and is raised
-    again, so that logs and tests see it too. The line is `.widget`.
+    again, so that logs and tests see it too. The line is `.widget`, what it says `.text`, "" for nothing.
     """
 
     def __init__(self) -> None:
         import ipywidgets as w
 
-        self.widget, self._text, self._quiet = w.HTML(layout={"display": "none"}), "", False
-
-    @property
-    def text(self) -> str:
-        """What is said now, as plain text; "" for nothing."""
-        return self._text
+        self.widget, self.text, self._quiet = w.HTML(layout={"display": "none"}), "", False
 
     def say(self, text: str) -> None:
         """Tell the user what to put right."""
@@ -33,7 +28,7 @@ class Messages:
 
     def clear(self) -> None:
         """All is well again."""
-        self.widget.value, self.widget.layout.display, self._text = "", "none", ""
+        self.widget.value, self.widget.layout.display, self.text = "", "none", ""
         self.widget.remove_class("medctkit-message").remove_class("medctkit-error")
 
     def guarded(self, react: Callable, keep: bool = False) -> Callable:
@@ -78,7 +73,7 @@ class Messages:
 
     def _show(self, css_class: str, text: str) -> None:
         self.clear()
-        self._text = text
+        self.text = text
         self.widget.value = f'<b role="alert" style="color:#D55E00">{html.escape(text)}</b>'
         self.widget.add_class(css_class)
         self.widget.layout.display = None
