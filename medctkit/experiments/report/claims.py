@@ -43,25 +43,15 @@ ON_CT_RATE = (
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim of the paper and what became of it.
-
-    Attributes:
-        claim: what it is about.
-        paper: what the paper says.
-        here: what was computed or measured here.
-        world: "any" for what is arithmetic, else "phantom", "real CT" or "CT-RATE".
-        verdict: one of the five above.
-        why: the reason for it, in a sentence.
-        command: what makes the number anew.
-    """
+    """A claim of the paper and what became of it."""
 
     claim: str
-    paper: str
-    here: str
-    world: str
-    verdict: str
+    paper: str  # what the paper says
+    here: str  # what was computed or measured here
+    world: str  # "any" for what is arithmetic, else "phantom", "real CT" or "CT-RATE"
+    verdict: str  # one of the five above
     why: str
-    command: str
+    command: str  # what makes the number anew
 
 
 @cache
@@ -150,7 +140,7 @@ def claims_table(measured: Measurement) -> pd.DataFrame:
     """`claims` as a table."""
     import pandas as pd
 
-    return pd.DataFrame([vars(claim) for claim in claims(measured)])
+    return pd.DataFrame(claims(measured))
 
 
 def published() -> list[tuple[str, pd.DataFrame]]:
@@ -160,12 +150,9 @@ def published() -> list[tuple[str, pd.DataFrame]]:
     table = pd.read_csv(io.StringIO((files("medctkit") / "assets" / "published_results.csv").read_text()))
     table["f1"] = [f"{row.f1:.3f} ({row.f1_kind})" for row in table.itertuples()]
     table["n"] = [f"{n:,.0f}" if n == n else "not given" for n in table["n"]]
-    groups = table.groupby(["labels", "dataset"], sort=False)
+    title = table["labels"].astype(str) + " labels, " + table["dataset"].str.removesuffix(" valid")
     shown = ["model", "setting", "n", "auroc", "accuracy", "f1", "source"]
-    merged: dict[str, list] = {}
-    for (labels, dataset), rows in groups:
-        merged.setdefault(f"{labels} labels, {dataset.removesuffix(' valid')}", []).append(rows[shown])
-    return [(title, pd.concat(parts, ignore_index=True)) for title, parts in merged.items()]
+    return [(name, rows[shown].reset_index(drop=True)) for name, rows in table.groupby(title, sort=False)]
 
 
 REMARK = (
@@ -173,18 +160,6 @@ REMARK = (
     "base lies 12 points under it, and the adapted model (0.689) lies under it too. What LoRA gained there may in part "
     "be what the base had lost on the way, for example by rescaling Hounsfield units twice (notebook 01)."
 )
-
-NAMES = {
-    "auroc": "AUROC",
-    "average_precision": "average precision",
-    "accuracy": "accuracy",
-    "balanced_accuracy": "balanced accuracy",
-    "f1": "F1",
-    "weighted_f1": "weighted F1",
-    "sensitivity": "sensitivity",
-    "specificity": "specificity",
-    "calibration_error": "calibration error",
-}
 
 
 def metrics_table(measured: Measurement, model: str) -> pd.DataFrame:
@@ -194,7 +169,7 @@ def metrics_table(measured: Measurement, model: str) -> pd.DataFrame:
     table = measured.tables[model]
     shown = {"positives": table["positives"].astype(str), "threshold": table["threshold"].map(_number)}
     for name in METRICS:
-        shown[NAMES.get(name, name)] = [
+        shown[name.replace("_", " ").replace("auroc", "AUROC").replace("f1", "F1")] = [
             f"{_number(v)} [{_number(low)}, {_number(high)}]"
             if v == v
             else f"no value: {table.attrs['gaps'].get(f, '')}"
@@ -274,8 +249,7 @@ def blocks(measured: Measurement) -> list[Block]:
         page.append(Block("heading", "Retrieval"))
         page.append(table("Base and adapted model, and a random order.", retrieval_table(measured)))
     public = (
-        "The public evaluation code has known defects. Each was done the public way and the right way, on the base "
-        "model and the studies of this report."
+        "The public evaluation code has known defects. Each was done both ways, on the base model and these studies."
     )
     return page + [
         Block("heading", "What the public evaluation would have made of it"),
@@ -313,10 +287,6 @@ def provenance(made_with: dict, short: bool = False) -> str:
 
 def write_report(measured: Measurement, output_dir: str | os.PathLike) -> Path:
     """Write `report.html`, self-contained, and `report.md` with its figures in `report_figures`.
-
-    Args:
-        measured: from `measurement.measure`.
-        output_dir: made if need be.
 
     Returns:
         Path of the HTML page.

@@ -28,8 +28,8 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _bars(table: pd.DataFrame, column: str) -> list:
-    return [table[column] - table[f"{column}_low"], table[f"{column}_high"] - table[column]]
+def _bars(table: pd.DataFrame) -> list:
+    return [table["auroc"] - table["auroc_low"], table["auroc_high"] - table["auroc"]]
 
 
 def forest(measured: Measurement) -> Figure:
@@ -40,17 +40,15 @@ def forest(measured: Measurement) -> Figure:
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     places = np.arange(len(order))
     for (name, colour), shift in zip(COLOURS.items(), (0.15, -0.15), strict=True):
-        table = measured.tables[name].loc[order]
-        left.errorbar(
-            table["auroc"], places + shift, xerr=_bars(table, "auroc"), fmt="o", color=colour, ms=5, lw=1.2, label=name
-        )
+        table, at = measured.tables[name].loc[order], places + shift
+        left.errorbar(table["auroc"], at, xerr=_bars(table), fmt="o", color=colour, ms=5, lw=1.2, label=name)
     left.axvline(0.5, color="grey", ls=":", label="chance")
     positives = measured.tables["base"].loc[order, "positives"]
     names = [f"{name} ({positives[name]})" if name != "mean" else "mean of findings" for name in order]
     left.set(yticks=places, yticklabels=names, xlabel="AUROC, 95 % interval", title="test patients (positive studies)")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     table = difference.loc[order]
-    right.errorbar(table["auroc"], places, xerr=_bars(table, "auroc"), fmt="s", color=DIFFERENCE, ms=5, lw=1.2)
+    right.errorbar(table["auroc"], places, xerr=_bars(table), fmt="s", color=DIFFERENCE, ms=5, lw=1.2)
     right.axvline(0, color="grey", ls=":")
     right.set(xlabel="adapted minus base, 95 % interval", title="paired difference in AUROC")
     for axes in (left, right):
@@ -59,8 +57,8 @@ def forest(measured: Measurement) -> Figure:
     return figure
 
 
-def _panels(height: float = 9.5) -> tuple[Figure, list[Axes]]:
-    figure = _figure(13, height)
+def _panels() -> tuple[Figure, list[Axes]]:
+    figure = _figure(13, 7.5)
     return figure, list(figure.subplots(3, 6, sharex=True, sharey=True).flat)
 
 
@@ -68,20 +66,19 @@ def roc_curves(measured: Measurement) -> Figure:
     """ROC curves of both models, one panel for each finding, with the AUROC of each."""
     from sklearn.metrics import roc_curve
 
-    figure, panels = _panels(7.5)
+    figure, panels = _panels()
     for k, (axes, finding) in enumerate(zip(panels, FINDINGS, strict=True)):
         axes.plot([0, 1], [0, 1], color="grey", ls=":", lw=1)
         known = ~np.isnan(measured.labels[:, k])
         labels = measured.labels[known, k]
-        for place, (name, colour) in enumerate(COLOURS.items()):
-            if len(np.unique(labels)) < 2:
-                continue
-            false, true, _ = roc_curve(labels, measured.scores[name][known, k])
-            axes.plot(false, true, color=colour, lw=1.4, label=name)
-            value = measured.tables[name].loc[finding, "auroc"]
-            axes.text(0.97, 0.05 + 0.1 * (1 - place), f"{value:.2f}", color=colour, ha="right", fontsize=9)
         if len(np.unique(labels)) < 2:
             axes.text(0.5, 0.5, "one class only", ha="center")
+        else:
+            for (name, colour), place in zip(COLOURS.items(), (0.15, 0.05), strict=True):
+                false, true, _ = roc_curve(labels, measured.scores[name][known, k])
+                axes.plot(false, true, color=colour, lw=1.4, label=name)
+                value = measured.tables[name].loc[finding, "auroc"]
+                axes.text(0.97, place, f"{value:.2f}", color=colour, ha="right", fontsize=9)
         axes.set_title(finding, fontsize=8.5)
         axes.set_aspect("equal")
     figure.supxlabel("1 - specificity")
@@ -106,15 +103,11 @@ def calibration(measured: Measurement, bins: int = 10, fewest: int = 20) -> Figu
         counts = np.bincount(place, minlength=bins)
         full = counts >= fewest
         predicted, observed = (np.bincount(place, x, bins)[full] / counts[full] for x in (scores, labels))
-        error = measured.tables[name].loc["mean"].get("calibration_error", np.nan)
-        label = f"{name} (mean calibration error {error:.2f})" if error == error else name
+        label = f"{name} (mean calibration error {measured.tables[name].loc['mean', 'calibration_error']:.2f})"
         top.plot(predicted, observed, "o-", color=colour, label=label)
         bottom.stairs(counts, edges, color=colour, fill=name == "base", alpha=0.5 if name == "base" else 1.0, lw=1.5)
-    top.set(
-        ylabel="observed share positive",
-        title=f"calibration, all findings together (bins of {fewest} and more)",
-        ylim=(0, 1),
-    )
+    title = f"calibration, all findings together (bins of {fewest} and more)"
+    top.set(ylabel="observed share positive", title=title, ylim=(0, 1))
     top.legend(frameon=False)
     bottom.set(xlabel="predicted probability", ylabel="scores", xlim=(0, 1))
     return figure
@@ -128,7 +121,7 @@ def prompt_sensitivity(measured: Measurement) -> Figure:
     for (name, colour), shift in zip(COLOURS.items(), (-0.1, 0.1), strict=True):
         rows = measured.prompts[measured.prompts["model"] == name].set_index("set").loc[sets]
         places = np.arange(len(sets)) + shift
-        axes.errorbar(rows["auroc"], places, xerr=_bars(rows, "auroc"), fmt="o", color=colour, lw=1.2, label=name)
+        axes.errorbar(rows["auroc"], places, xerr=_bars(rows), fmt="o", color=colour, lw=1.2, label=name)
     axes.set(yticks=range(len(sets)), yticklabels=sets, xlabel="mean AUROC, 95 % interval", ylabel="prompts")
     axes.set_title("the same images, asked in other words")
     axes.margins(y=0.3)
@@ -139,7 +132,7 @@ def prompt_sensitivity(measured: Measurement) -> Figure:
 
 def score_histograms(measured: Measurement, model: str = "adapted", bins: int = 25) -> Figure:
     """Scores of studies with and without each finding, and the threshold from validation."""
-    figure, panels = _panels(7.5)
+    figure, panels = _panels()
     table, scores = measured.tables[model], measured.scores[model]
     edges = np.linspace(0, 1, bins + 1)
     for k, (axes, finding) in enumerate(zip(panels, FINDINGS, strict=True)):
