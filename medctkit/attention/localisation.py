@@ -12,6 +12,7 @@ smoothed), and the map of another finding's prompt. The sanity check shuffles we
 the model must be another map (Adebayo et al. 2018, arXiv 1810.03292).
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,7 @@ AT_A_TIME = 32  # volumes of the mini model in one backward pass
 
 @dataclass(frozen=True)
 class Regions:
-    """Where findings are: one entry for each finding of each study that has any.
+    """Where findings are: one entry for each finding of each study.
 
     Attributes:
         study: (m,) index of the study in the data set.
@@ -73,14 +74,10 @@ def patch_shares(
     return nn.functional.avg_pool3d(seen[None], size)[0, 0].numpy()
 
 
-def find_regions(rows: Sequence[Mapping], preprocess_config: PreprocessConfig, grid, progress: bool = True) -> Regions:
-    """The masks of phantoms, made anew from their rows.
-
-    Args:
-        rows: of a manifest.
-        preprocess_config: what the model sees.
-        grid: patches of the model, (t, h, w).
-        progress: show it.
+def find_regions(
+    rows: Sequence[Mapping], preprocess_config: PreprocessConfig, grid: Sequence[int], progress: bool = True
+) -> Regions:
+    """The masks of phantoms, made anew from their rows of a manifest, on a `grid` of patches (t, h, w).
 
     Raises:
         ValueError: a row of a real scan, of which no mask is known; no finding at all.
@@ -112,14 +109,8 @@ def relevance_of_regions(
 ) -> np.ndarray:
     """Gradient-weighted relevance of each region's own prompt pair: (m, t, h, w), by `attention.maps.relevance`.
 
-    Args:
-        model: with or without an adapter.
-        tokenizer: of its text encoder.
-        dataset: the studies that `regions` counts.
-        regions: which findings of which studies.
-        prompts: see `ZeroShotClassifier`.
-        shift: 0: ask for the finding itself; k: for the k-th finding after it, as a control.
-        progress: show it.
+    With a `shift` of k, the pair of the k-th finding after it, as a control. The `dataset` holds the studies of
+    `regions`; for `model`, `tokenizer` and `prompts` see `ZeroShotClassifier`; `progress` shows it.
     """
     from tqdm.auto import tqdm
 
@@ -135,22 +126,18 @@ def relevance_of_regions(
 
 def rollout_of_regions(model: nn.Module, dataset: CTReportDataset, regions: Regions) -> np.ndarray:
     """Attention rollout of each region's study: (m, t, h, w); the same for all findings of a study."""
-    maps = {i: attend(model, dataset[i]["pixel_values"]).rollout() for i in np.unique(regions.study)}
-    return np.stack([maps[i] for i in regions.study])
+    studies, of = np.unique(regions.study, return_inverse=True)
+    return np.stack([attend(model, dataset[i]["pixel_values"]).rollout() for i in studies])[of]
 
 
 def contrast_of_regions(dataset: CTReportDataset, regions: Regions, grid: Sequence[int]) -> np.ndarray:
     """A map without a model: the gradient of the scan, smoothed to the grain of the patches: (m, t, h, w), sum 1."""
     from scipy.ndimage import gaussian_gradient_magnitude
 
-    maps = {}
-    for i in np.unique(regions.study):
-        seen = dataset[i]["pixel_values"][0]
-        size = tuple(n // g for n, g in zip(seen.shape, grid, strict=True))
-        edges = torch.from_numpy(gaussian_gradient_magnitude(seen.numpy(), 1.0))
-        pooled = nn.functional.avg_pool3d(edges[None, None], size)[0, 0].numpy()
-        maps[i] = pooled / pooled.sum()
-    return np.stack([maps[i] for i in regions.study])
+    studies, of = np.unique(regions.study, return_inverse=True)
+    edges = (gaussian_gradient_magnitude(dataset[i]["pixel_values"].numpy(), 1.0, axes=(1, 2, 3)) for i in studies)
+    maps = np.concatenate([nn.functional.adaptive_avg_pool3d(torch.from_numpy(e), tuple(grid)) for e in edges])
+    return (maps / maps.sum((1, 2, 3), keepdims=True))[of]
 
 
 def score_maps(maps: np.ndarray, shares: np.ndarray) -> dict[str, np.ndarray]:
@@ -186,17 +173,10 @@ def score_maps(maps: np.ndarray, shares: np.ndarray) -> dict[str, np.ndarray]:
 def localisation_table(
     regions: Regions, maps: Mapping[str, np.ndarray], resamples: int = 1000, seed: int = 0
 ) -> "pd.DataFrame":
-    """Scores of maps for each finding and their mean, with 95 % intervals from a bootstrap over patients.
+    """Scores of maps (m, t, h, w) for each finding and their mean, with 95 % intervals from a bootstrap over patients.
 
-    Args:
-        regions: where the findings are.
-        maps: name -> (m, t, h, w).
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
-
-    Returns:
-        Columns finding (or "mean"), method (the name of the map), score, value, low, high, chance, regions (how many).
-        For two maps of one kind, `paired_difference` says more than two intervals.
+    Columns: finding (or "mean"), method (the name of the map), score, value, low, high, chance, regions (how many). For
+    two maps of one kind, `paired_difference` says more than two intervals.
 
     Raises:
         ValueError: see `score_maps`.
@@ -204,16 +184,15 @@ def localisation_table(
     import pandas as pd
 
     weights, rows = patient_weights(regions.patients, resamples, seed), []
-    counts = {name: int((regions.finding == k).sum()) for k, name in enumerate(FINDINGS)}
-    counts["mean"] = len(regions.finding)
-    there = [(k, name) for k, name in enumerate(counts) if counts[name]]
+    counts = [*np.bincount(regions.finding, minlength=len(FINDINGS)), len(regions.finding)]
     for name, of_map in maps.items():
         scores = score_maps(of_map, regions.shares)
         for score in SCORES:
             values, chance = (_draws(scores[s], regions, weights) for s in (score, f"{score} by chance"))
-            for k, finding in there:
-                low, high = interval(values[:, k])
-                rows.append((finding, name, score, values[0, k], low, high, chance[0, k], counts[finding]))
+            for k, finding in enumerate([*FINDINGS, "mean"]):
+                if counts[k]:
+                    ends = interval(values[:, k])
+                    rows.append((finding, name, score, values[0, k], *ends, chance[0, k], int(counts[k])))
     columns = ["finding", "method", "score", "value", "low", "high", "chance", "regions"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -239,17 +218,12 @@ def _draws(values: np.ndarray, regions: Regions, weights: np.ndarray) -> np.ndar
 
 
 def shuffled(model: nn.Module, prefixes: Sequence[str], seed: int = 0) -> nn.Module:
-    """A copy of a model in which the numbers of each weight under `prefixes` have changed places.
-
-    What was learned is gone; how large the weights are is not.
-    """
-    import copy
-
+    """A copy of a model in which the numbers of each weight under `prefixes` have changed places."""
     model = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if any(name.startswith(f"{prefix}.") for prefix in prefixes):
+            if name.startswith(tuple(f"{prefix}." for prefix in prefixes)):
                 order = torch.randperm(weight.numel(), generator=generator)
                 weight.copy_(weight.flatten()[order.to(weight.device)].view(weight.shape))
     return model
@@ -258,19 +232,12 @@ def shuffled(model: nn.Module, prefixes: Sequence[str], seed: int = 0) -> nn.Mod
 def sanity_check(
     model: Model, tokenizer: Any, dataset: CTReportDataset, regions: Regions, seed: int = 0, progress: bool = True
 ) -> "pd.DataFrame":
-    """How much of a map is left as weights are shuffled from the output down: the mean rank correlation with itself.
+    """How much of a map is left as weights are shuffled from the output down.
 
-    Args:
-        model: a plain `CTCLIPModel`; of an adapted one, what `medctkit.lora.adapter.merge_lora` gives.
-        tokenizer: of its text encoder.
-        dataset: the studies that `regions` counts.
-        regions: which findings of which studies.
-        seed: of the shuffling.
-        progress: show it.
-
-    Returns:
-        Rows of shuffled parts, top down; columns relevance and rollout: Spearman's correlation, 1 for the same map; and
-        "in-mask mass" of the relevance, mean of findings, with its chance.
+    A row for each more part that is shuffled; columns relevance and rollout: the mean rank correlation (Spearman) with
+    the map before, 1 for the same; and "in-mask mass" of the relevance, mean of findings, with its chance. The `model`
+    is a plain one (of an adapted one, what `merge_lora` gives) with its `tokenizer`, the `dataset` holds the studies of
+    `regions`, `seed` is of the shuffling, and `progress` shows it.
     """
     import pandas as pd
     from scipy.stats import rankdata
@@ -292,11 +259,8 @@ def sanity_check(
         }
         before = before or {name: ranks(of) for name, of in maps.items()}
         alike = {name: float((ranks(of) * before[name]).sum(1).mean()) for name, of in maps.items()}
-        scores = score_maps(maps["relevance"], regions.shares)
-        once = np.ones((len(regions.study), 1))
-        mass = {
-            name: float(_draws(scores[name], regions, once)[0, -1])
-            for name in ("in-mask mass", "in-mask mass by chance")
-        }
+        scores, once = score_maps(maps["relevance"], regions.shares), np.ones((len(regions.study), 1))
+        columns = ("in-mask mass", "in-mask mass by chance")
+        mass = {name: float(_draws(scores[name], regions, once)[0, -1]) for name in columns}
         rows.append({"shuffled": f"{'+ ' if len(rows) > 1 else ''}{stage}", **alike, **mass})
     return pd.DataFrame(rows).set_index("shuffled")

@@ -49,33 +49,19 @@ class Attention:
         """Heads of each layer."""
         return self.spatial[0].shape[1]
 
-    def layers(self, part: str) -> list[torch.Tensor]:
-        """The layers of one part, "spatial" or "temporal".
-
-        Raises:
-            ValueError: another name.
-        """
-        if part not in PARTS:
-            raise ValueError(f"unknown part {part!r}; choose one of {', '.join(PARTS)}")
-        return self.spatial if part == "spatial" else self.temporal
-
     def of_query(self, part: str, layer: int, head: int | None, token: Sequence[int]) -> np.ndarray:
-        """What one patch attends to: (t, h, w), sum 1, zero outside its slab (spatial) or its column (temporal).
+        """What one patch (t, i, j), the `token`, attends to: (t, h, w), sum 1.
 
-        Args:
-            part: "spatial" or "temporal".
-            layer: counted from 0.
-            head: counted from 0; None: the mean of all.
-            token: the patch that asks, (t, i, j).
+        It is zero outside of the patch's slab (`part` "spatial") or column ("temporal"). A `head` of None is the mean
+        of all.
 
         Raises:
             ValueError: no such part.
             IndexError: no such layer, head or patch.
         """
         maps = self._chosen(part, layer, head)
-        token = tuple(int(i) for i in token)
         if len(token) != 3 or not all(0 <= i < n for i, n in zip(token, self.grid, strict=True)):
-            raise IndexError(f"patch {token}: the model has {' x '.join(map(str, self.grid))} patches (t, h, w)")
+            raise IndexError(f"patch {tuple(token)}: the model has {' x '.join(map(str, self.grid))} patches (t, h, w)")
         (t, i, j), (_, h, w) = token, self.grid
         found = np.zeros(self.grid, np.float32)
         if part == "spatial":
@@ -98,13 +84,15 @@ class Attention:
         heads: half of a token is the residual connection. A patch (t', s') is then reached by way of each (t', s):
         $$ r_{t's'} = \frac{1}{t n} \sum_{t, s} R^\text{temporal}_s[t, t'] \, R^\text{spatial}_{t'}[s, s']. $$
         """
-        spatial, temporal = (_rolled(self.layers(part)) for part in PARTS)
-        weights = torch.full((spatial.shape[1], temporal.shape[1]), 1 / (spatial.shape[1] * temporal.shape[1]))
-        return _through(weights[None], temporal[None], spatial[None], self.grid)[0]
+        spatial, temporal = _rolled(self.spatial), _rolled(self.temporal)  # (t, n, n), (n, t, t)
+        even = torch.full((1, *temporal.shape[:2]), 1 / temporal.shape[:2].numel())
+        return _through(even, temporal[None], spatial[None], self.grid)[0]
 
     def _chosen(self, part: str, layer: int, head: int | None) -> np.ndarray:
         """The maps of one layer and head, (batch, queries, keys)."""
-        layers = self.layers(part)
+        if part not in PARTS:
+            raise ValueError(f"unknown part {part!r}; choose one of {', '.join(PARTS)}")
+        layers = self.spatial if part == "spatial" else self.temporal
         if not 0 <= layer < len(layers):
             raise IndexError(f"{part} layer {layer}: the model has layers 0 to {len(layers) - 1}")
         if head is None:
@@ -120,9 +108,8 @@ def attend(model: Model, pixels: torch.Tensor) -> Attention:
     At full size the maps take 1.1 GB. Only this call computes them; otherwise the model goes the quick way, which
     never has them in memory.
 
-    Args:
-        model: a `CTCLIPModel`, with or without an adapter.
-        pixels: (1, D, H, W) or (1, 1, D, H, W), as `preprocess` gives it.
+    The `model` is a `CTCLIPModel`, with or without an adapter; `pixels` (1, D, H, W) are as `preprocess` gives them, or
+    a batch of one.
 
     Raises:
         ValueError: another shape, or more than one volume.
@@ -130,8 +117,8 @@ def attend(model: Model, pixels: torch.Tensor) -> Attention:
     pixels = _one_volume(pixels)
     with evaluating(model), _explicit(model) as layers:
         model.encode_image(pixels.to(model.temperature.device))
-    found = {part: [kept.float().cpu() for kept in layers[part]] for part in PARTS}
-    return Attention(found["spatial"], found["temporal"], model.config.grid)
+    spatial, temporal = ([kept.float().cpu() for kept in layers[part]] for part in PARTS)
+    return Attention(spatial, temporal, model.config.grid)
 
 
 def relevance(
@@ -187,13 +174,9 @@ def relevance_maps(model: Model, pixels: torch.Tensor, directions: torch.Tensor)
         kept = [*layers["spatial"], *layers["temporal"]]
         gradients = torch.autograd.grad(score, [*kept, *z])
     b = len(pixels)
-    tokens = (gradients[-1] * z[0]).sum(-1).clamp(min=0).flatten(2)  # (b, t, n)
-    rolled = []
-    for part in PARTS:
-        n = len(layers[part])
-        taken, gradients = gradients[:n], gradients[n:]
-        rolled.append(_related(layers[part], taken).unflatten(0, (b, -1)))  # (b, t or n, tokens, tokens)
-    spatial, temporal = rolled
+    tokens, n = (gradients[-1] * z[0]).sum(-1).clamp(min=0).flatten(2), len(layers["spatial"])  # (b, t, n)
+    spatial = _related(layers["spatial"], gradients[:n]).unflatten(0, (b, -1))  # (b, t, n, n)
+    temporal = _related(layers["temporal"], gradients[n:-1]).unflatten(0, (b, -1))  # (b, n, t, t)
     found = _through(tokens.transpose(1, 2), temporal, spatial, model.config.grid)
     total = found.sum((1, 2, 3), keepdims=True)
     return np.divide(found, total, out=np.full_like(found, 1 / found[0].size), where=total > 0)
@@ -202,13 +185,7 @@ def relevance_maps(model: Model, pixels: torch.Tensor, directions: torch.Tensor)
 def patch_map(
     values: np.ndarray, volume: CTVolume, preprocess_config: PreprocessConfig, name: str = "attention"
 ) -> HeatMap:
-    """A map of patches (t, h, w) over the scan that the model was shown.
-
-    Args:
-        values: one number for each patch, on the model's axes.
-        volume: what `preprocess` was given.
-        preprocess_config: and with which settings.
-        name: for the legend.
+    """A map of patches (t, h, w), on the model's axes, over the scan that `preprocess` was given, with its `name`.
 
     Raises:
         ValueError: a map whose patches do not divide the model's input.
@@ -250,7 +227,7 @@ def _one_volume(pixels: torch.Tensor) -> torch.Tensor:
 def _explicit(model: Model) -> Iterator[dict[str, list[torch.Tensor]]]:
     """For a while, attention goes by way of its probabilities, and they are kept; the quantiser lets gradients pass."""
     vision = model.vision_encoder
-    layers = vision.attention_layers()
+    layers = [(layer, part) for part, of in vision.attention_layers().items() for layer in of]
     kept: dict[str, list[torch.Tensor]] = {part: [] for part in PARTS}
 
     def keeping(layer: AttentionLayer, part: str) -> Callable[..., torch.Tensor]:
@@ -264,14 +241,13 @@ def _explicit(model: Model) -> Iterator[dict[str, list[torch.Tensor]]]:
         return x + (type(vision.vq).forward(vision.vq, x) - x).detach()
 
     try:
-        for part in PARTS:
-            for layer in layers[part]:
-                layer.mix = keeping(layer, part)
+        for layer, part in layers:
+            layer.mix = keeping(layer, part)
         vision.vq.forward = straight_through
         yield kept
     finally:
         vars(vision.vq).pop("forward", None)
-        for layer in (layer for part in PARTS for layer in layers[part]):
+        for layer, _ in layers:
             vars(layer).pop("mix", None)
 
 
@@ -291,7 +267,9 @@ def _related(layers: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) 
     return related
 
 
-def _through(weights: torch.Tensor, temporal: torch.Tensor, spatial: torch.Tensor, grid) -> np.ndarray:
+def _through(
+    weights: torch.Tensor, temporal: torch.Tensor, spatial: torch.Tensor, grid: tuple[int, int, int]
+) -> np.ndarray:
     """Weights of the output tokens (b, n, t) back through both transformers: (b, t, h, w).
 
     `temporal` is (b, n, t, t), `spatial` (b, t, n, n); of each, rows are outputs and columns inputs.

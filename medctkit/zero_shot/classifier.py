@@ -52,14 +52,12 @@ class Embedded:
 class ZeroShotClassifier:
     """Probabilities of findings from a model and prompts.
 
-    Prompts are encoded at the first score and kept: after training the model or switching its adapter, make a
-    new classifier.
+    Prompts are encoded once: after training the model or switching its adapter, make a new classifier.
 
     Args:
         model: a `VisionLanguageModel` such as `CTCLIPModel`, with or without an adapter.
         tokenizer: of its text encoder.
-        prompts: "paper", "training-style", "ensemble", your own (stating, denying) templates with {finding} in them, or
-            the `Path` of a JSON file; see `prompt_sentences`.
+        prompts: "paper", "training-style", "ensemble", or your own; see `prompt_sentences`.
         findings: names to put into the templates, in the order of the columns of the scores.
 
     Raises:
@@ -83,15 +81,14 @@ class ZeroShotClassifier:
     def text_embeds(self) -> torch.Tensor:
         """Embeddings of the prompts (2, k, p): stating, denying. Encoded at the first call and kept."""
         if self._text is None:
-            words = (self._words[name].split(AT_A_TIME) for name in ("input_ids", "attention_mask"))
+            parts = (self._words[name].to(self.device).split(AT_A_TIME) for name in ("input_ids", "attention_mask"))
             with evaluating(self.model):
-                parts = [
-                    self.model.encode_text(*(t.to(self.device) for t in part)) for part in zip(*words, strict=True)
-                ]
+                embeds = torch.cat([self.model.encode_text(*part) for part in zip(*parts, strict=True)]).float()
                 self._scale = self.model.temperature.detach().float().exp()
-            of_wording = torch.cat(parts).float().split([len(sentences) for sentences in self._wordings])
-            found = torch.stack([_direction(embeds) for embeds in of_wording])  # (2 k, p)
-            self._text = found.unflatten(0, (2, -1))  # (2 k, p) -> (2, k, p)
+            of_wording = embeds.split([len(sentences) for sentences in self._wordings])
+            # what several wordings have in common; a single one stays itself, to the last bit
+            found = [e[0] if len(e) == 1 else nn.functional.normalize(e.mean(0), dim=-1) for e in of_wording]
+            self._text = torch.stack(found).unflatten(0, (2, -1))  # (2 k, p) -> (2, k, p)
         return self._text
 
     def scores_from_embeddings(self, image_embeds: ArrayLike | torch.Tensor) -> np.ndarray:
@@ -119,14 +116,13 @@ class ZeroShotClassifier:
     def embed(self, dataset: Any, batch_size: int = 32, progress: bool = True, workers: int = 0) -> Embedded:
         """Encode every volume of a data set once; under `accelerate launch` the processes share the work.
 
+        Each of them gets all of the data set, in its order.
+
         Args:
             dataset: items as `CTReportDataset` gives them.
             batch_size: volumes at a time; 1 or 2 for the full-size model on a small GPU.
             progress: show it.
             workers: processes that load volumes ahead; 0: none, right for data in memory.
-
-        Returns:
-            All of the data set in its order, in every process.
 
         Raises:
             ValueError: an empty data set.
@@ -169,11 +165,6 @@ def words_of(model: Model, tokenizer: Any, sentences: Sequence[str]) -> Any:
     return words
 
 
-def _direction(embeds: torch.Tensor) -> torch.Tensor:
-    """What normalised embeddings (n, p) of n wordings have in common (p,); of a single one, itself to the last bit."""
-    return embeds[0] if len(embeds) == 1 else nn.functional.normalize(embeds.mean(0), dim=-1)
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """No gradients and evaluation mode; afterwards the model is as it was."""
@@ -193,14 +184,7 @@ def validation_score(
     """A function from a model to its mean AUROC on a data set: what `finetune` maximises.
 
     Use it on validation studies only. Findings with one class in the data set are left out of the mean, and unknown
-    labels (NaN) count nowhere.
-
-    Args:
-        dataset: validation studies.
-        tokenizer: of the text encoder.
-        prompts: see `ZeroShotClassifier`.
-        batch_size: see `ZeroShotClassifier.embed`.
-        workers: see `ZeroShotClassifier.embed`.
+    labels (NaN) count nowhere. The other arguments are those of `ZeroShotClassifier` and its `embed`.
 
     Raises:
         ValueError: (when called) no finding has both classes.
@@ -211,13 +195,11 @@ def validation_score(
 
         classifier = ZeroShotClassifier(model, tokenizer, prompts)
         found = classifier.embed(dataset, batch_size, progress=False, workers=workers)
-        scores = classifier.scores_from_embeddings(found.embeddings)
         aurocs = []
-        for k in range(len(FINDINGS)):
-            known = ~np.isnan(found.labels[:, k])
-            labels = found.labels[known, k]
-            if 0 < labels.sum() < len(labels):
-                aurocs.append(roc_auc_score(labels, scores[known, k]))
+        for labels, scores in zip(found.labels.T, classifier.scores_from_embeddings(found.embeddings).T, strict=True):
+            known = ~np.isnan(labels)
+            if len(np.unique(labels[known])) == 2:
+                aurocs.append(roc_auc_score(labels[known], scores[known]))
         if not aurocs:
             raise ValueError("no finding has both positive and negative studies in the validation data")
         return float(np.mean(aurocs))

@@ -37,12 +37,7 @@ BLOCK = 32  # volumes of a process between two writes: what an interruption cost
 
 
 def describe(model: nn.Module, preprocess_config: "PreprocessConfig") -> dict[str, Any]:
-    """What embeddings of a model are made from.
-
-    Returns:
-        `base model` and `adapter`, see `digests`; `preprocessing`; and `precision`: the types of the weights, and of
-        autocast if it is on.
-    """
+    """What embeddings of a model are made from; `precision`: the types of the weights, and of autocast if it is on."""
     base, adapter = digests(model)
     kinds = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
     device = next(model.parameters()).device.type
@@ -66,10 +61,7 @@ def _digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
 def save_embeddings(embedded: Embedded, path: str | os.PathLike, made_of: Mapping[str, Any]) -> None:
     """Write embeddings, whole or not at all: a safetensors file, 2 kB for each volume at full size.
 
-    Args:
-        embedded: what `ZeroShotClassifier.embed` gave; labels may be NaN, unknown.
-        path: the file.
-        made_of: see `describe`; anything that JSON can hold.
+    What they are `made_of` is from `describe`, or anything else that JSON can hold.
 
     Raises:
         ValueError: parts of unequal length, embeddings that are not finite, a study twice; says which.
@@ -91,11 +83,7 @@ def save_embeddings(embedded: Embedded, path: str | os.PathLike, made_of: Mappin
 
 
 def load_embeddings(path: str | os.PathLike, made_of: Mapping[str, Any] | None = None) -> Embedded:
-    """Read what `save_embeddings` wrote, to the last bit.
-
-    Args:
-        path: the file.
-        made_of: see `describe`; entries of the file that are not in it are not compared. None: none is.
+    """Read what `save_embeddings` wrote, to the last bit; entries of the file that are not in `made_of` may be any.
 
     Raises:
         FileNotFoundError: no such file.
@@ -122,10 +110,9 @@ def load_embeddings(path: str | os.PathLike, made_of: Mapping[str, Any] | None =
     if findings != FINDINGS:
         raise ValueError(f"{path}: its labels are of {', '.join(findings)}; expected those of medctkit.FINDINGS")
     here = json.loads(json.dumps(dict(made_of or {})))
-    different = [
-        f"{key}: {there.get(key, 'nothing')!r} there, {here[key]!r} here" for key in here if there.get(key) != here[key]
-    ]
-    if different:
+    wrong = [key for key in here if there.get(key) != here[key]]
+    if wrong:
+        different = (f"{key}: {there.get(key, 'nothing')!r} there, {here[key]!r} here" for key in wrong)
         raise ValueError(
             f"{path} holds embeddings of something else. {'; '.join(different)}. Use the model, adapter, settings and "
             "studies that it was made from, or embed anew into another file"
@@ -156,18 +143,11 @@ def _refuse_twice(studies: Sequence[str] | np.ndarray) -> None:
 
 
 def refuse_other_order(
-    studies: Sequence[str] | np.ndarray,
-    expected: Sequence[str] | np.ndarray,
-    what: str = "embedding",
-    other: str = "label",
+    studies: Sequence[Any] | np.ndarray, expected: Sequence[Any] | np.ndarray, what: str, other: str
 ) -> None:
-    """Refuse what is not of the same studies in the same order: row i would be taken for another study's.
+    """Refuse names of studies that are not those expected in the same order: row i would be taken for another study's.
 
-    Args:
-        studies: names, such as `Embedded.studies`.
-        expected: names of what they are to be put beside, such as a manifest's column `study`.
-        what: one of the first, for the message.
-        other: one of the second.
+    `what` is one of the first and `other` one of the second, for the message.
 
     Raises:
         ValueError: the first row that differs, and both names.
@@ -213,7 +193,6 @@ def embed_manifest(
 
     Raises:
         ValueError: a file of other studies, or of the same in another order; see `load_embeddings`; a study twice.
-        OSError: the file cannot be written.
     """
     from tqdm.auto import tqdm
 
@@ -265,12 +244,9 @@ def _finished(path: Path, parts: Path, studies: Sequence[str], made_of: Mapping[
 
 def _finish(embedded: Embedded, path: Path, parts: Path, made_of: Mapping[str, Any]) -> None:
     """Write the file, unless it is there and says the same."""
-    before = load_embeddings(path) if path.is_file() else None
-    if (
-        before is None
-        or not np.array_equal(before.labels, embedded.labels, equal_nan=True)
-        or before.patients.tolist() != embedded.patients.tolist()
-    ):
+    try:
+        same_studies(load_embeddings(path), embedded)
+    except (FileNotFoundError, ValueError):
         save_embeddings(embedded, path, made_of)
     shutil.rmtree(parts, ignore_errors=True)
 
@@ -298,20 +274,10 @@ def same_studies(a: Embedded, b: Embedded) -> None:
     Raises:
         ValueError: names the first study where names, patients or labels differ.
     """
-    if len(a.studies) != len(b.studies):
-        raise ValueError(f"one model saw {len(a.studies)} studies, the other {len(b.studies)}: embed the same data set")
-    for what, one, two in (
-        ("study", a.studies, b.studies),
-        ("patient", a.patients, b.patients),
-        ("labels", a.labels, b.labels),
-    ):
-        one, two = np.asarray(one), np.asarray(two)
-        if one.shape != two.shape:
-            raise ValueError(f"{what} have shape {one.shape} for one model, {two.shape} for the other")
-        different = (one != two) & ((one == one) | (two == two))  # an unknown label, NaN, is not itself
-        if different.any():
-            row = int(np.argwhere(different)[0, 0])
-            raise ValueError(
-                f"row {row}: {what} {one[row].tolist()!r} for one model, {two[row].tolist()!r} for the other; "
-                "embed the same data set in the same order"
-            )
+    refuse_other_order(a.studies, b.studies, "embedding of one model", "embedding of the other")
+    for what, one, two in (("patient", a.patients, b.patients), ("labels", a.labels, b.labels)):
+        for study, x, y in zip(a.studies, np.asarray(one).tolist(), np.asarray(two).tolist(), strict=True):
+            if str(x) != str(y):  # an unknown label, NaN, is not itself, but reads the same
+                raise ValueError(
+                    f"study {study}: {what} {x!r} for one model, {y!r} for the other; embed the same data set"
+                )

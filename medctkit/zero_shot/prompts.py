@@ -9,10 +9,7 @@ from typing import Any
 from medctkit.findings import FINDINGS
 
 SIDES = ("stating", "denying")
-
-
 PROMPTS: dict[str, dict[str, list[str]]] = json.loads((files("medctkit") / "assets" / "prompts.json").read_text())
-
 
 # A name, a file, (stating, denying), {"stating": ..., "denying": ...}, or one of the last two for each finding.
 Prompts = str | Path | Sequence | Mapping
@@ -27,13 +24,9 @@ def prompt_sentences(prompts: Prompts, findings: Sequence[str] = FINDINGS) -> tu
             where a sentence may do without {finding}; or the `Path` of a JSON file with such a dict.
         findings: names to put into the templates.
 
-    Returns:
-        For each side a list of sentences for each finding.
-
     Raises:
         FileNotFoundError: no such file.
-        ValueError: an unknown name, a damaged file, no sentence for one side, a template without {finding}, a finding
-            without sentences; says which.
+        ValueError: an unknown name, a damaged file, no sentence for one side or finding, a template without {finding}.
     """
     where = "prompts"
     if isinstance(prompts, str):
@@ -63,8 +56,7 @@ def prompt_sentences(prompts: Prompts, findings: Sequence[str] = FINDINGS) -> tu
             )
         of_finding = {name: _sides(prompts[name], f"{where}, {name}") for name in findings}
     stating, denying = (
-        [[sentence.replace("{finding}", name) for sentence in of_finding[name][side]] for name in findings]
-        for side in (0, 1)
+        [[sentence.replace("{finding}", name) for sentence in of_finding[name][i]] for name in findings] for i in (0, 1)
     )
     return stating, denying
 

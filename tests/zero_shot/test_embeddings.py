@@ -145,13 +145,13 @@ def test_embeddings_that_do_not_fit_together_are_not_written(embedded, tmp_path)
 
 def test_labels_in_another_order_are_refused(embedded):
     names = embedded.studies.tolist()
-    refuse_other_order(embedded.studies, names)
+    refuse_other_order(embedded.studies, names, "embedding", "label")
     with pytest.raises(
         ValueError, match=r"row 3: the embedding is of study süd_3, the label of study süd_4 \(the same"
     ):
-        refuse_other_order(embedded.studies, [*names[:3], names[4], names[3]])
+        refuse_other_order(embedded.studies, [*names[:3], names[4], names[3]], "embedding", "label")
     with pytest.raises(ValueError, match=r"row 0: .* of study a \(other studies\); make both from the same rows"):
-        refuse_other_order(embedded.studies, list("abcde"))
+        refuse_other_order(embedded.studies, list("abcde"), "embedding", "label")
 
 
 # --- what it was made from ---------------------------------------------------------------------------------
@@ -386,11 +386,13 @@ def test_two_models_must_have_seen_the_same_studies():
     same_studies(one, replace(one, embeddings=torch.ones(80, 4), labels=labels.copy()))
     swapped = np.r_[:5, 6, 5, 7:80]
     other = Embedded(torch.zeros(80, 4), labels[swapped], patients[swapped], names[swapped])
-    with pytest.raises(ValueError, match="row 5: study 'study5' for one model, 'study6' for the other; embed the same"):
+    with pytest.raises(ValueError, match="row 5: the embedding of one model is of study study5, .* of study study6"):
         same_studies(one, other)
-    with pytest.raises(ValueError, match="row 2: patient 2 for one model, 99 for the other"):
+    with pytest.raises(ValueError, match="study study2: patient 2 for one model, 99 for the other"):
         same_studies(one, replace(one, patients=np.where(np.arange(80) == 2, 99, patients)))
-    with pytest.raises(ValueError, match=r"row 3: labels \[.*nan.*\] for one model, \[.*0.0.*\] for the other"):
+    with pytest.raises(ValueError, match=r"study study3: labels \[.*nan.*\] for one model, \[.*0.0.*\] for the other"):
         same_studies(one, replace(one, labels=np.nan_to_num(labels)))
-    with pytest.raises(ValueError, match="one model saw 80 studies, the other 79: embed the same data set"):
+    with pytest.raises(
+        ValueError, match="one embedding of one model for each .* other is needed, but they are 80 and 79"
+    ):
         same_studies(one, Embedded(torch.zeros(79, 4), labels[1:], patients[1:], names[1:]))
