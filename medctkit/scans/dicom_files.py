@@ -71,25 +71,17 @@ class Slice:
 def is_dicom(path: Path) -> bool:
     """Whether a file starts as a DICOM file does, with its preamble of 128 bytes or without."""
     with open(path, "rb") as file:
-        return _starts_as_dicom(file.read(132))
-
-
-def _starts_as_dicom(head: bytes) -> bool:
+        head = file.read(132)
     return head[128:132] == b"DICM" or head.startswith(b"DICM") or _BARE.match(head) is not None
 
 
 def load(path: Path, name: str) -> "Dataset | None":
-    """A whole DICOM file (of more than 64 MiB: its start), or None where it is none.
-
-    Raises:
-        ValueError: names the file, which is damaged.
-    """
+    """A whole DICOM file (of more than 64 MiB: its start), or None where it is none; `name` is for errors."""
+    if not is_dicom(path):
+        return None
     with open(path, "rb") as file:
-        head = file.read(132)
-        if not _starts_as_dicom(head):
-            return None
         # pydicom would ask for as many bytes as a damaged header says; of bytes in memory there are no more
-        data = head + file.read(min(os.fstat(file.fileno()).st_size, _MOST_BYTES))
+        data = file.read(min(path.stat().st_size, _MOST_BYTES))
     return decode(lambda: _parse(data), name)
 
 
@@ -117,29 +109,22 @@ def _parse(data: bytes) -> "Dataset | None":
 
 
 def chosen_series(folder: Path, wanted: str | None = None) -> tuple[list[Slice], list[str]]:
-    """The slices of the one series to read, in the order of their names, and notes on what was left out.
-
-    Args:
-        folder: searched with its subfolders.
-        wanted: SeriesInstanceUID, SeriesNumber or SeriesDescription, where there are several.
+    """The slices of the one series below a folder, in the order of their names, and notes on what was left out.
 
     Raises:
-        ValueError: no series, several and none or more than one `wanted`, not a CT, or a damaged file.
+        ValueError: no series, several and none or more than one `wanted` (its UID, number or description), not a CT,
+            or a damaged file.
     """
     found, left_out = _sorted_out(folder)
     listing = "".join(f"\n  {_described(slices)}" for slices in found)
     others = ", ".join(f"{kind} ({n})" for kind, n in sorted(left_out.items()))
-    matches = found
-    if wanted is not None and found:
-        wanted = str(wanted).strip()
-        matches = [slices for slices in found if wanted and wanted in {slices[0].text(tag) for tag in _NAMES}]
-        if len(matches) != 1:
-            many = f"{len(matches)} series are" if matches else "no series is"
-            raise ValueError(f"{many} called {wanted!r} (UID, number or description). There are:{listing}")
-    if not matches:
+    if not found:
         raise ValueError(f"no slice of a scan among its {left_out.total()} files: {others}; give the series' folder")
-    if len(matches) > 1:
-        raise ValueError(f"{len(found)} series in it; choose one by series='its UID, number or description':{listing}")
+    name = str(wanted).strip()
+    matches = [slices for slices in found if wanted is None or name in {slices[0].text(tag) for tag in _NAMES} - {""}]
+    if len(matches) != 1:
+        many = f"{len(matches) or 'no'} series in it" + ("" if wanted is None else f" called {name!r}")
+        raise ValueError(f"{many}; choose one by series='its UID, number or description':{listing}")
     for item in matches[0]:
         if (modality := item.text("Modality")) != "CT":
             raise ValueError(f"{item.name} is of modality {modality or 'unknown'}, not a CT; choose or get a CT series")

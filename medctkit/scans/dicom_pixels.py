@@ -1,8 +1,7 @@
 """Stored values of one DICOM slice, compressed or not.
 
-Uncompressed pixels are read by pydicom. Compressed ones are decoded by GDCM (SimpleITK) in a process of its
-own: on a damaged picture its decoders may crash or ask for gigabytes, and a notebook has to survive that. That
-process gets a new file with nothing but the checked header and the compressed picture.
+Compressed pixels are decoded by GDCM (SimpleITK) in a process of its own, which gets nothing but the checked header and
+the compressed picture: on a damaged one it may crash or ask for gigabytes, and a notebook has to survive that.
 """
 
 import os
@@ -37,20 +36,14 @@ _MEMORY, _SECONDS = 2 << 30, 60  # of the decoding process; seconds for each sli
 
 
 def check_pixels(dataset: "Dataset") -> None:
-    """Refuse a slice, a whole DICOM file, whose pixels can't be read or are not one value in each voxel.
-
-    Raises:
-        ValueError: says what was found and what to do; the caller adds the file's name.
-    """
+    """Refuse a slice, a whole DICOM file, whose pixels can't be read or are not one value in each voxel."""
     if "PixelData" not in dataset:
         raise damaged("it has no pixels")
     syntax = _syntax(dataset)
     if syntax not in _UNCOMPRESSED + _COMPRESSED:
         name = syntax.name if syntax.name != syntax else "an unknown transfer syntax"
-        raise ValueError(
-            f"is compressed as {name} ({syntax}), which can't be read here; export it again uncompressed or as "
-            "JPEG Lossless, or decompress it with `dcmdjpeg`, `gdcmconv --raw` or the archive's own tool"
-        )
+        found = f"is compressed as {name} ({syntax}), which can't be read here"
+        raise ValueError(f"{found}; export it again uncompressed or as JPEG Lossless, or try `gdcmconv --raw`")
     packed = dataset["PixelData"].is_undefined_length
     if packed != (syntax in _COMPRESSED):
         raise damaged(f"its header says {syntax.name}, its pixels are {'' if packed else 'not '}compressed")
@@ -64,10 +57,8 @@ def check_pixels(dataset: "Dataset") -> None:
     allocated, stored, signed = (_number(dataset, tag) for tag in _BITS)
     highest = _number(dataset, "HighBit", stored - 1)
     if allocated not in (8, 16, 32) or not 0 < stored <= allocated or highest != stored - 1 or signed not in (0, 1):
-        raise ValueError(
-            f"is damaged, or no CT: BitsAllocated {allocated}, BitsStored {stored}, HighBit {highest}, "
-            f"PixelRepresentation {signed}; a CT has 12 to 16 of 16 bits, signed (1) or not (0)"
-        )
+        found = f"BitsAllocated {allocated}, BitsStored {stored}, HighBit {highest}, PixelRepresentation {signed}"
+        raise ValueError(f"is damaged, or no CT: {found}; a CT has 12 to 16 of 16 bits, signed (1) or not (0)")
     expected = rows * columns * allocated // 8
     if not packed and (size := len(dataset.PixelData)) < expected:
         raise damaged(f"{size} bytes of pixels, its header says {expected} ({rows} x {columns})")
@@ -98,16 +89,16 @@ class PixelReader:
         self._folder.cleanup()
 
     def read(self, dataset: "Dataset") -> np.ndarray:
-        """Stored integers of a slice, shape (rows, columns).
-
-        Raises:
-            ValueError: the pixels are damaged; the caller adds the file's name, and reads no further slice.
-        """
+        """Stored integers of a slice, shape (rows, columns); after an error no further slice is to be read."""
         if _syntax(dataset) in _UNCOMPRESSED:
             return decode(lambda: dataset.pixel_array)
         file = Path(self._folder.name, _SLICE)
         file.write_bytes(decode(lambda: _bare_copy(dataset)))
-        answer = self._answer()
+        decoder = self._decoder = self._decoder or self._started()
+        assert decoder.stdin and decoder.stdout
+        with suppress(BrokenPipeError):  # then there is no answer
+            print(file=decoder.stdin, flush=True)
+        answer = decoder.stdout.readline().strip()
         if answer != _DONE:
             raise damaged(answer or "the decoder broke down")
         pixels, shape = np.load(file.with_suffix(".npy"), allow_pickle=False), (1, dataset.Rows, dataset.Columns)
@@ -115,24 +106,18 @@ class PixelReader:
             raise damaged(f"the compressed picture has shape {pixels.shape}, its header says {shape}")
         return pixels[0]
 
-    def _answer(self) -> str:
-        """What the decoding process says of the file in the folder; empty where it broke down."""
-        if self._decoder is None:
-            # -P and the path of this process: import what this process would, not what lies in the current folder
-            paths = os.pathsep.join(path for path in sys.path if path)
-            self._decoder = subprocess.Popen(
-                [sys.executable, "-P", "-m", "medctkit.scans.dicom_pixels", self._folder.name],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-                errors="replace",
-                env=os.environ | {"PYTHONPATH": paths, "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS": "1"},
-            )
-        assert self._decoder.stdin and self._decoder.stdout
-        with suppress(BrokenPipeError):  # then there is no answer
-            print(file=self._decoder.stdin, flush=True)
-        return self._decoder.stdout.readline().strip()
+    def _started(self) -> "subprocess.Popen[str]":
+        # -P and the path of this process: import what this process would, not what lies in the current folder
+        paths = os.pathsep.join(path for path in sys.path if path)
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "medctkit.scans.dicom_pixels", self._folder.name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            errors="replace",
+            env=os.environ | {"PYTHONPATH": paths, "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS": "1"},
+        )
 
 
 def _syntax(dataset: "Dataset") -> "UID":

@@ -1,8 +1,4 @@
-"""One DICOM series from a folder: its slices in the right order, and the values in them.
-
-File names and SOPInstanceUIDs say nothing about the order of slices (both may be shuffled, repeated or
-empty). The position of each slice in the patient does.
-"""
+"""One DICOM series from a folder: its slices in the right order, which only their positions say, and their values."""
 
 import warnings
 from collections import Counter
@@ -37,9 +33,6 @@ def read_dicom(path: Path, spacing: Sequence[float] | None = None, series: str |
 
     Returns:
         Each slice with the slope and intercept of its own header, slices in the order of their normal.
-
-    Raises:
-        ValueError: no series or several, not a CT, a damaged slice, or slices that don't form a straight box.
     """
     if path.is_file():
         with unpacked(path) as folder:
@@ -75,23 +68,18 @@ def _common_geometry(slices: list[Slice]) -> tuple[np.ndarray, np.ndarray]:
         if frames is not None and frames[0] > 1:
             raise ValueError(f"{item.name} holds {frames[0]:.0f} frames; turn it into NIfTI with dcm2niix")
         for tag, count in _IN_COMMON.items():
-            if count:
-                same = np.allclose(item.required(tag, count), first.required(tag, count), rtol=0, atol=1e-3)
-            else:
-                same = item.text(tag) == first.text(tag)
+            here, there = ((s.required(tag, count) if count else s.text(tag)) for s in (first, item))
+            same = np.allclose(here, there, rtol=0, atol=1e-3) if count else here == there
             if not same:
-                here, there = (f"{slice_.text(tag)} in {slice_.name}" for slice_ in (first, item))
+                found = ", ".join(f"{s.text(tag)} in {s.name}" for s in (first, item))
                 way_out = "two scans or reconstructions? Put each into a folder of its own"
-                raise ValueError(f"{tag} changes along the series: {here}, {there}; {way_out}")
+                raise ValueError(f"{tag} changes along the series: {found}; {way_out}")
     if len(slices) < 2:
         raise ValueError(f"{first.name} is the only slice; a volume needs the whole series")
     axes, spacing = first.required("ImageOrientationPatient", 6).reshape(2, 3), first.required("PixelSpacing", 2)
     if not np.allclose(axes @ axes.T, np.eye(2), atol=1e-2) or not np.all(spacing > 0):
-        raise damaged(
-            f"ImageOrientationPatient {first.text('ImageOrientationPatient')}, PixelSpacing "
-            f"{first.text('PixelSpacing')}; expected two directions at a right angle, and lengths above 0 mm",
-            first.name,
-        )
+        found = ", ".join(f"{tag} {first.text(tag)}" for tag in ("ImageOrientationPatient", "PixelSpacing"))
+        raise damaged(f"{found}; expected two directions at a right angle, and lengths above 0 mm", first.name)
     return axes, spacing
 
 
@@ -114,10 +102,8 @@ def _straight_step(slices: list[Slice], positions: np.ndarray, normal: np.ndarra
         raise ValueError(f"{beside}: two scans in one series; put the slices of each into a folder of its own")
     tilt = np.degrees(np.arccos(np.clip(step @ normal / np.linalg.norm(step), -1, 1)))
     if tilt > _MOST_TILT:
-        raise ValueError(
-            f"the gantry was tilted by {tilt:.1f} degrees ({line}, {along[-1] - along[0]:.2f} mm); straighten the scan "
-            "with dcm2niix and read its *_Tilt NIfTI file"
-        )
+        found = f"the gantry was tilted by {tilt:.1f} degrees ({line}, {along[-1] - along[0]:.2f} mm)"
+        raise ValueError(f"{found}; straighten the scan with dcm2niix and read its *_Tilt NIfTI file")
     return step
 
 
@@ -132,16 +118,14 @@ def _check_gaps(slices: list[Slice], along: np.ndarray) -> None:
 
     if (np.abs(gaps - steps * usual) <= _GAP * usual).all() and (steps >= 1).all() and (steps > 1).any():
         (holes,) = np.nonzero(steps > 1)
-        raise ValueError(
-            f"missing slices: {gap(holes[0])}, other slices {usual:.2f} mm; {steps.sum() - len(gaps):.0f} missing in "
-            f"{len(holes)} place(s); get the whole series"
-        )
+        found = f"missing slices: {gap(holes[0])}, other slices {usual:.2f} mm"
+        many = f"{steps.sum() - len(gaps):.0f} missing in {len(holes)} place(s)"
+        raise ValueError(f"{found}; {many}; get the whole series")
     drift = along - np.linspace(along[0], along[-1], len(along))
     if np.abs(gaps - usual).max() > _GAP * usual or np.abs(drift).max() > usual / 4:
-        raise ValueError(
-            f"uneven gaps between slices: {gap(gaps.argmin())}, {gap(gaps.argmax())}, median {usual:.2f} mm; get a "
-            "reconstruction with even steps, or let dcm2niix make one and read its *_Eq NIfTI file"
-        )
+        found = f"uneven gaps between slices: {gap(gaps.argmin())}, {gap(gaps.argmax())}, median {usual:.2f} mm"
+        way_out = "get a reconstruction with even steps, or let dcm2niix make one and read its *_Eq NIfTI file"
+        raise ValueError(f"{found}; {way_out}")
 
 
 def _read_values(slices: list[Slice]) -> tuple[np.ndarray, bool, list[str]]:
@@ -199,11 +183,7 @@ def _rescale(item: Slice) -> tuple[float, float] | None:
 
 
 def _fill_padding(hu: np.ndarray, stored: np.ndarray, item: Slice) -> int:
-    """Make air of padding whose HU nobody could tell from metal or from an error; returns how many voxels.
-
-    Padding is what the scanner did not see (the corners around the circle). Where its value is a plausible HU it
-    is left alone: tissue may have the same value.
-    """
+    """Make air of padding (what the scanner did not see) whose value is no plausible HU; returns how many voxels."""
     edges = [item.numbers(tag) for tag in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
     if edges[0] is None:
         return 0

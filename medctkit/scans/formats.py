@@ -1,7 +1,6 @@
-"""The file formats that can be read: one entry each, to which anyone may add.
+"""The file formats that can be read: one entry each, to which anyone may add (`docs/extending.md` shows how).
 
-`register_reader` adds a format; `docs/extending.md` shows one. Registered is what the process has registered: a
-program that reads scans in several processes does it in a module that all of them import.
+A program that reads scans in several processes registers its formats in a module that all of them import.
 """
 
 import os
@@ -23,10 +22,9 @@ class Reader:
     Args:
         name: as messages and provenance call it, such as "NIfTI file".
         suffixes: how the names of its files end, in small letters.
-        read: function of the path and of the caller's spacing (None: the header's, which counts otherwise).
-            With `folders` it also gets the caller's `series`, which says which of several scans to read, or None.
-            Values that can't be right are its business only so far as they keep it from reading: HU, size and
-            orientation are checked afterwards. A ValueError says what was found and the way out; the path is added.
+        read: function of the path and of the caller's spacing or None; with `folders` also of the caller's `series`
+            or None, which of several scans to read. HU, size and orientation are checked afterwards. A ValueError
+            says what was found and the way out; the path is added.
         default_orientation: what `read_volume(orientation=None)` means: "stored", "canonical" or three letters.
         folders: whether it reads folders too.
     """
@@ -54,13 +52,7 @@ register_reader(Reader("NIfTI file", (".nii", ".nii.gz"), read_nifti, "stored"))
 
 
 def reader_of(path: Path) -> Reader:
-    """The reader for the file or folder at `path`.
-
-    Raises:
-        FileNotFoundError: nothing is there.
-        PermissionError: it may not be read.
-        ValueError: no format, by its name.
-    """
+    """The reader for the file or folder at `path`; refuses what is not there, may not be read, or is of no format."""
     if not path.exists():
         what = "this link leads nowhere" if path.is_symlink() else "there is no such file or folder"
         raise FileNotFoundError(f"{path}: {what}")

@@ -1,8 +1,7 @@
 """Where the voxels of a scan lie in the patient: orientation letters, spacing, affines.
 
-The index of a volume is (d, h, w): slices, rows, columns. Patient coordinates are in mm and grow towards the
-patient's right, front and head (RAS, as in NIfTI). A letter of RLAPSI names the side of the patient towards
-which the index of an axis grows.
+Patient coordinates are in mm and grow towards the patient's right, front and head (RAS, as in NIfTI). A letter of
+RLAPSI names the side of the patient towards which the index of an axis grows. What is refused is a ValueError.
 """
 
 from collections.abc import Sequence
@@ -26,11 +25,7 @@ _MOST_SHEAR = 1.0  # degrees that two axes may be away from a right angle
 
 
 def checked_spacing(spacing: Sequence[float], axes: str = "(d, h, w)") -> Lengths:
-    """Spacing as three floats.
-
-    Raises:
-        ValueError: not three positive lengths.
-    """
+    """Spacing as three floats; refuses all but three positive lengths."""
     try:
         d, h, w = (float(step) for step in spacing)
     except (TypeError, ValueError):
@@ -41,11 +36,7 @@ def checked_spacing(spacing: Sequence[float], axes: str = "(d, h, w)") -> Length
 
 
 def checked_orientation(orientation: str) -> str:
-    """Orientation in capital letters.
-
-    Raises:
-        ValueError: it does not name one direction of each patient axis.
-    """
+    """Orientation in capital letters; refuses one that does not name one direction of each patient axis."""
     letters = str(orientation).upper()
     if sorted(LETTERS.get(letter, (-1,))[0] for letter in letters) != [0, 1, 2]:
         raise ValueError(f"orientation {orientation!r}: expected one each of R/L, A/P and S/I, such as 'SPL'")
@@ -83,11 +74,7 @@ def with_spacing(affine: np.ndarray, spacing: Sequence[float] | None) -> np.ndar
 
 
 def nearest_orientation(affine: np.ndarray) -> str:
-    """The orientation letters nearest to an affine (4, 4), which may be oblique.
-
-    Raises:
-        ValueError: the affine is not finite, flattens the scan, or its axes are not at right angles.
-    """
+    """The orientation letters nearest to an affine (4, 4), which may be oblique; refuses axes not at right angles."""
     from nibabel.orientations import aff2axcodes
 
     unit = affine[:3, :3] / _lengths(affine)
@@ -100,16 +87,7 @@ def nearest_orientation(affine: np.ndarray) -> str:
 
 
 def check_size(spacing: Sequence[float], shape: Sequence[int], notes: Sequence[str] = ()) -> None:
-    """Refuse a box that can't be the scan of a chest.
-
-    Args:
-        spacing: (d, h, w) in mm.
-        shape: voxels (d, h, w).
-        notes: what was done to the spacing; goes into the message.
-
-    Raises:
-        ValueError: voxels below 0.05 or above 20 mm, or a scan of less than 40 or more than 700 mm.
-    """
+    """Refuse voxels (d, h, w) that can't be the scan of a chest; `notes` say what was done to their spacing, in mm."""
     said = f" ({'; '.join(notes)})" if notes else ""
     low, high = STEP_RANGE
     if not all(low <= step <= high for step in spacing):

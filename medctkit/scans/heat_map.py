@@ -1,7 +1,6 @@
 """Maps that lie over a CT: a number for each place of a coarse grid, such as the patches of a model, and where that is.
 
-A map keeps its own grid. It is resampled, linearly between the middles of its cells, only where someone looks: for one
-slice in a few milliseconds, for all voxels of a scan when a map is to be scored.
+A map keeps its own grid and is resampled only where someone looks.
 """
 
 from dataclasses import dataclass
@@ -17,12 +16,8 @@ class HeatMap:
 
     Args:
         values: finite numbers of any scale, shape (d, h, w) of the map's own grid.
-        affine: 4 x 4 matrix from the grid's index (d, h, w, 1) to patient coordinates in mm (RAS), as that of a
-            `CTVolume`.
+        affine: 4 x 4 matrix from the grid's index to patient coordinates in mm, as that of a `CTVolume`.
         name: what is shown, for legends.
-
-    Raises:
-        ValueError: values that are not a finite three-dimensional array, or an affine that is no place in space.
     """
 
     values: np.ndarray
@@ -42,11 +37,7 @@ class HeatMap:
 
     @classmethod
     def of_voxels(cls, values: np.ndarray, volume: CTVolume, name: str = "heat map") -> "HeatMap":
-        """A map with a number for each voxel of a volume.
-
-        Raises:
-            ValueError: another shape than the volume's.
-        """
+        """A map with a number for each voxel (d, h, w) of a volume."""
         if np.shape(values) != volume.shape:
             raise ValueError(f"heat map {name!r} has shape {np.shape(values)}, the volume {volume.shape}: give one")
         return cls(values, volume.affine, name)
@@ -74,10 +65,9 @@ class HeatMap:
 
     def on_voxels(self, volume: CTVolume) -> np.ndarray:
         """Values (d, h, w) float32 at each voxel of a volume; NaN where the map says nothing."""
-        d, h, w = volume.shape
-        rows, columns = np.arange(h)[:, None, None], np.arange(w)[None, :, None]
         found = np.empty(volume.shape, np.float32)
-        for i in range(d):  # slice by slice, so that no array of all coordinates is needed
-            index = np.concatenate(np.broadcast_arrays(np.full((1, 1, 1), i), rows, columns), axis=-1)
+        index = np.moveaxis(np.indices((1, *volume.shape[1:]))[:, 0], 0, -1)
+        for i in range(volume.shape[0]):  # slice by slice, so that no array of all coordinates is needed
+            index[..., 0] = i
             found[i] = self.at(index @ volume.affine[:3, :3].T + volume.affine[:3, 3])
         return found

@@ -1,9 +1,8 @@
 """The HU guard: are these values the Hounsfield units of a chest?
 
-Nothing fails when a model gets values that are off by 1024: it just sees air. The trap is real: the files of
-CT-RATE version 1 hold stored values that the slope and intercept of its metadata turn into HU, those of
-version 2 hold HU already, and rescaling them once more makes a wall of -1 of the chest. So every scan is
-checked by what any chest shows whatever the scanner: gas, soft tissue at its known place, nothing below gas.
+Nothing fails when a model gets values that are off by 1024: it just sees air. The trap is real: the files of CT-RATE
+version 1 hold stored values, those of version 2 hold HU already, and rescaling them once more makes a wall of -1 of
+the chest. So every scan is checked by what any chest shows: gas, soft tissue at its place, nothing below gas.
 """
 
 import numpy as np
@@ -25,23 +24,19 @@ _SAMPLE = 1_000_000
 _LEAVE_OUT = "leave out rescale_slope and rescale_intercept if the file is in HU already"
 
 
-def check_hu(hu: np.ndarray, rescale: tuple[float, float] | None = None) -> None:
+def check_hu(hu: np.ndarray, rescale: tuple[float, float] = (1.0, 0.0)) -> None:
     """Refuse values that can't be the Hounsfield units of a chest.
 
-    Every chest CT shows gas (-1200 to -600 HU, at least 0.5 % of the voxels) and soft tissue (-300 to 300 HU,
-    at least 3 %); of what is denser than lung (-450 HU) at least 40 % is fat, muscle and blood (-200 to 500
-    HU), and next to nothing is below gas but the one value outside the reconstruction circle. Stored values that
-    nobody rescaled lack the gas; in values rescaled twice the lungs lie below gas and the soft tissue where
-    lung should be. The rules look at about a million voxels.
+    Stored values that nobody rescaled lack the gas; in values rescaled twice the lungs lie below gas and the soft
+    tissue where lung should be. The rules look at about a million voxels.
 
     Args:
         hu: finite values taken for HU, any shape.
-        rescale: slope and intercept that the caller asked for and that are in `hu` already. Where they do the
-            damage, the message says so.
+        rescale: slope and intercept that the caller asked for and that are in `hu` already.
 
     Raises:
         ValueError: constant or nearly so, implausibly low or high, no gas, no soft tissue at its place, much
-            below gas. The message says what would make the values plausible.
+            below gas. The message says what would make the values plausible, or that `rescale` does the damage.
     """
     limits = np.array([hu.min(), hu.max()], dtype=float)
     if limits[0] == limits[1]:
@@ -51,33 +46,27 @@ def check_hu(hu: np.ndarray, rescale: tuple[float, float] | None = None) -> None
     problem = _problem(values, limits)
     if problem is None:
         return
-    if rescale is not None:
-        slope, intercept = rescale
-        stored, stored_limits = (values - intercept) / slope, (limits - intercept) / slope
-        if _problem(stored, stored_limits) is None:
-            raise ValueError(
-                f"rescaled twice: the file is in HU already (median {np.median(stored):g}; {_floor(stored):.0%} of "
-                f"the voxels at or below {MODEL_FLOOR} HU, which a model sees as -1), and value * {slope:g} + "
-                f"{intercept:g} spoils it (median {np.median(values):g}; {_floor(values):.0%}). Leave out "
-                "rescale_slope and rescale_intercept: in CT-RATE they are meant for version 1, not for version 2 "
-                "(folders ending in _fixed)"
-            )
-        values, limits = stored, stored_limits
-    fitting = [f"{i:g}" for i in _USUAL_INTERCEPTS if _problem(values + i, limits + i) is None]
-    undoing = [-i for i in _USUAL_INTERCEPTS if _problem(values - i, limits - i) is None]
+    slope, intercept = rescale
+    stored, limits = (values - intercept) / slope, (limits - intercept) / slope
+    if _problem(stored, limits) is None:
+        before, after = (f"median {np.median(a):g}; {np.mean(a <= MODEL_FLOOR):.0%}" for a in (stored, values))
+        raise ValueError(
+            f"rescaled twice: the file is in HU already ({before} of the voxels at or below {MODEL_FLOOR} HU, which a "
+            f"model sees as -1), and value * {slope:g} + {intercept:g} spoils it ({after}). Leave out "
+            "rescale_slope and rescale_intercept: in CT-RATE they are meant for version 1, not for version 2 "
+            "(folders ending in _fixed)"
+        )
+    fitting = [f"{i:g}" for i in _USUAL_INTERCEPTS if _problem(stored + i, limits + i) is None]
+    undoing = [-i for i in _USUAL_INTERCEPTS if _problem(stored - i, limits - i) is None]
     if fitting:
         problem += f". With a rescale_intercept of {' or '.join(fitting)} these values would be plausible"
         problem += "; the scan's own metadata say which it is" if len(fitting) > 1 else ""
     elif undoing:
         problem += (
             f". With {undoing[0]:g} added they would be plausible: whoever wrote this file subtracted it from values "
-            "that were in HU already; get the file from before that step"
+            "in HU; get the file from before that step"
         )
     raise ValueError(problem)
-
-
-def _floor(values: np.ndarray) -> float:
-    return float(np.mean(values <= MODEL_FLOOR))
 
 
 def _problem(values: np.ndarray, limits: np.ndarray) -> str | None:

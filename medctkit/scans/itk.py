@@ -25,19 +25,18 @@ _SKIPS = ("line skip", "lineskip", "byte skip", "byteskip", "HeaderSize")
 
 
 def read_itk(path: Path, spacing: Sequence[float] | None) -> Stored:
-    """Read an NRRD or MetaImage file, with its voxels inside or in a file beside it.
+    """Read an NRRD or MetaImage file, which need not say how large a voxel is where `spacing` (mm) does.
 
     Args:
-        path: a .nrrd, .nhdr, .mha or .mhd file.
-        spacing: where it is given, the header need not say how large a voxel is.
-
-    Raises:
-        ValueError: see the messages.
+        path: a .nrrd, .nhdr, .mha or .mhd file, with its voxels inside or in a file beside it.
+        spacing: the caller's; only whether there is one counts here.
     """
     import SimpleITK as sitk
 
     fields, end = _header(path)
-    _check_axes(fields)
+    axes, sizes = (next((fields[name] for name in names if name in fields), "") for names in _AXES)
+    if axes != "3" or not re.fullmatch(r"[+-]?\d+(\s+[+-]?\d+){2}", sizes):  # MetaIO would not survive others
+        raise ValueError(f"{axes}-D, shape ({sizes}): a CT volume has three axes; save the one to read")
     voxels, start = _voxel_file(path, fields, end)
     reader = sitk.ImageFileReader()
     reader.SetImageIO("MetaImageIO" if "DimSize" in fields else "NrrdImageIO")  # and no other that knows these bytes
@@ -49,14 +48,18 @@ def read_itk(path: Path, spacing: Sequence[float] | None) -> Stored:
     if reader.GetNumberOfComponents() != 1 or "complex" in name:
         raise ValueError(f"voxels of type {name} (colour or vectors): not a CT")
     if spacing is None:
-        _check_lengths(fields, reader.GetSpacing()[::-1])
+        given = ("spacings", "space directions", "ElementSpacing", "ElementSize")
+        check_steps(reader.GetSpacing()[::-1], blank=not any(name in fields for name in given))
+        units = set(fields.get("space units", fields.get("units", "")).replace('"', " ").split()) - _MM
+        if units:
+            raise ValueError(f"its header has lengths in {sorted(units)}, expected mm; pass spacing=(d, h, w) in mm")
     itemsize = sitk.Image(1, 1, 1, kind).GetSizeOfPixelComponent()
     _check_voxels(voxels, start, fields, math.prod(reader.GetSize()) * itemsize)
     image = decode(reader.Execute)
-    axes = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()  # columns x, y, z
+    along = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()  # columns x, y, z
     known = any(name in fields for name in ("space", "TransformMatrix", "Orientation", "Rotation"))
     hu = sitk.GetArrayViewFromImage(image).astype(np.float32)  # the array is (z, y, x) already
-    return Stored(hu, ras_affine(axes[:, ::-1], image.GetOrigin()), [] if known else [NO_ORIENTATION])
+    return Stored(hu, ras_affine(along[:, ::-1], image.GetOrigin()), [] if known else [NO_ORIENTATION])
 
 
 def _header(path: Path) -> tuple[dict[str, str], int]:
@@ -91,22 +94,6 @@ def _header(path: Path) -> tuple[dict[str, str], int]:
     if any(name in fields for name in _DATA_FILE):
         return fields, position
     raise damaged("its header has no end, or there are no voxels after it")
-
-
-def _check_axes(fields: dict[str, str]) -> None:
-    """Three axes with a size each; MetaIO would not survive others."""
-    axes, sizes = (next((fields[name] for name in names if name in fields), "") for names in _AXES)
-    if axes != "3" or not re.fullmatch(r"[+-]?\d+(\s+[+-]?\d+){2}", sizes):
-        raise ValueError(f"{axes}-D, shape ({sizes}): a CT volume has three axes; save the one to read")
-
-
-def _check_lengths(fields: dict[str, str], steps: Sequence[float]) -> None:
-    """Refuse sizes of a voxel that only a caller's spacing can mend."""
-    given = ("spacings", "space directions", "ElementSpacing", "ElementSize")
-    check_steps(steps, blank=not any(name in fields for name in given))
-    units = set(fields.get("space units", fields.get("units", "")).replace('"', " ").split()) - _MM
-    if units:
-        raise ValueError(f"lengths in its header are in {sorted(units)}, expected mm; pass spacing=(d, h, w) in mm")
 
 
 def _voxel_file(path: Path, fields: dict[str, str], end: int) -> tuple[Path, int]:

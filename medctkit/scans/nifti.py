@@ -35,20 +35,21 @@ _UNITS = {0: (1, ""), 1: (1000, "metres"), 2: (1, ""), 3: (0.001, "micrometres")
 
 
 def read_nifti(path: Path, spacing: Sequence[float] | None) -> Stored:
-    """Read a NIfTI-1 or -2 file: the array (x, y, z) becomes (d, h, w) = (z, y, x), neither flipped nor turned.
+    """Read a .nii or .nii.gz file: the array (x, y, z) becomes (d, h, w) = (z, y, x), neither flipped nor turned.
 
     Args:
-        path: a .nii or .nii.gz file.
+        path: a NIfTI-1 or -2 file.
         spacing: (d, h, w) in mm in place of the header's; None: the header's.
-
-    Raises:
-        ValueError: see the messages.
     """
     packed = path.name.lower().endswith(".gz")
     _check_packing(path, packed)
     with gzip.open(path) if packed else open(path, "rb") as file:
         header = _header(decode(lambda: file.read(540)))
-        shape, dtype = _shape(header), _dtype(header)
+        shape = tuple(map(int, header.get_data_shape()))
+        while len(shape) > 3 and shape[-1] == 1:  # (x, y, z, 1) is how some programs save a single volume
+            shape = shape[:-1]
+        check_shape(shape)
+        dtype = _dtype(header)
         claimed, offset, size = math.prod(shape) * dtype.itemsize, decode(header.get_data_offset), path.stat().st_size
         if not packed:
             check_bytes(max(size - offset, 0), claimed)
@@ -64,7 +65,11 @@ def read_nifti(path: Path, spacing: Sequence[float] | None) -> Stored:
     hu = np.frombuffer(data, dtype).reshape(shape[2::-1]).astype(np.float32)
     axes = int(header["dim"][0])
     notes = [f"{axes}-D with nothing along the axes after the third"] if axes > 3 else []
-    slope, intercept = _scale(header)
+    slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
+    if slope == 0 or math.isnan(slope):  # how NIfTI says "not scaled"
+        slope, intercept = 1, 0
+    if not (math.isfinite(slope) and math.isfinite(intercept)):
+        raise damaged(f"its header scales voxels with scl_slope {slope}, scl_inter {intercept}")
     if (slope, intercept) != (1, 0):
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused later
             hu *= slope
@@ -109,15 +114,6 @@ def _header(start: bytes) -> "Nifti1Header":
     return decode(lambda: (nib.Nifti1Header if size == 348 else nib.Nifti2Header)(start[:size], check=False))
 
 
-def _shape(header: "Nifti1Header") -> tuple[int, ...]:
-    """Voxels along x, y and z."""
-    shape = tuple(map(int, header.get_data_shape()))
-    while len(shape) > 3 and shape[-1] == 1:  # (x, y, z, 1) is how some programs save a single volume
-        shape = shape[:-1]
-    check_shape(shape)
-    return shape
-
-
 def _dtype(header: "Nifti1Header") -> np.dtype:
     try:
         dtype = header.get_data_dtype()
@@ -126,15 +122,6 @@ def _dtype(header: "Nifti1Header") -> np.dtype:
     if dtype.kind not in "iuf":
         raise ValueError(f"voxels of type {dtype} (colour or complex): not a CT")
     return dtype
-
-
-def _scale(header: "Nifti1Header") -> tuple[float, float]:
-    slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
-    if slope == 0 or math.isnan(slope):  # how NIfTI says "not scaled"
-        return 1.0, 0.0
-    if not (math.isfinite(slope) and math.isfinite(intercept)):
-        raise damaged(f"its header scales voxels with scl_slope {slope}, scl_inter {intercept}")
-    return slope, intercept
 
 
 def _affine(header: "Nifti1Header", spacing: Sequence[float] | None) -> tuple[np.ndarray, list[str]]:
@@ -155,9 +142,7 @@ def _affine(header: "Nifti1Header", spacing: Sequence[float] | None) -> tuple[np
         return straight_affine(steps, CANONICAL), [*notes, NO_ORIENTATION]
     letters = {name: nearest_orientation(form) for name, form in forms.items()}
     if len(set(letters.values())) > 1:
-        found = (
-            f"by its sform the scan lies {letters['sform']}, by its qform {letters['qform']} (slices, rows, columns)"
-        )
+        found = f"by its sform the scan lies {letters['sform']}, by its qform {letters['qform']}"
         way_out = "drop the wrong one with nibabel: image.set_sform(None, code=0) or image.set_qform(None, code=0)"
         raise ValueError(f"the header contradicts itself: {found}; {way_out}")
     affine = with_spacing(next(iter(forms.values())), spacing)

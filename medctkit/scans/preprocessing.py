@@ -1,8 +1,7 @@
 """From a CT volume to model input: the one path that training, evaluation and viewers share.
 
-The steps are those behind the released weights (repository ibrahimethemhamamci/CT-CLIP): clip to
-[-1000, 1000] HU, resample linearly to the model's spacing, divide by 1000, crop or pad to the model's shape.
-Their axes are the model's, (z, x, y): a volume's rows and columns change places.
+The steps are those behind the released weights (repository ibrahimethemhamamci/CT-CLIP): clip to [-1000, 1000] HU,
+resample linearly to the model's spacing, divide by 1000, crop or pad to its shape and axes (z, x, y).
 """
 
 from dataclasses import dataclass, replace
@@ -35,9 +34,6 @@ class PreprocessConfig:
             of coarse voxels needs it, because two of 15 fine slices show their noise, not their average.
         hu_range: HU below and above are clipped; these two become -1 and 1.
         axes: the order of the model's axes, some order of z (slices), y (rows) and x (columns).
-
-    Raises:
-        ValueError: spacing or shape that isn't three positive numbers; a range that is none; other axes.
     """
 
     spacing: tuple[float, float, float] = (1.5, 0.75, 0.75)
@@ -47,17 +43,16 @@ class PreprocessConfig:
     axes: str = "zxy"
 
     def __post_init__(self) -> None:
-        spacing = checked_spacing(self.spacing, "(z, x, y)")
         if len(self.shape) != 3 or not all(n == int(n) and n > 0 for n in self.shape):
             raise ValueError(f"shape={self.shape}: expected three positive numbers of voxels (z, x, y)")
-        object.__setattr__(self, "spacing", spacing)
-        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
         low, high = (float(end) for end in self.hu_range)
         if not low < high:
             raise ValueError(f"hu_range={self.hu_range}: expected the lower end, then the higher, in HU")
-        object.__setattr__(self, "hu_range", (low, high))
         if sorted(self.axes) != sorted("zyx"):
             raise ValueError(f"axes={self.axes!r}: expected z, y and x in some order, such as 'zxy'")
+        object.__setattr__(self, "spacing", checked_spacing(self.spacing, "(z, x, y)"))
+        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+        object.__setattr__(self, "hu_range", (low, high))
 
     @property
     def seen_as(self) -> tuple[int, int, int]:
@@ -85,11 +80,11 @@ def preprocess(volume: CTVolume, config: PreprocessConfig | None = None) -> "tor
 
     Args:
         volume: scan in HU (d, h, w).
-        config: spacing and shape the model wants; those of the released weights by default.
+        config: what the model wants; by default what the released weights saw.
 
     Returns:
-        float32 tensor (1, *config.shape) along `config.axes`, HU / 1000 clipped to [-1, 1] (`config.hu_range`
-        decides); -1 (air) where the scan covers less than the model sees.
+        float32 tensor (1, *config.shape) along `config.axes`, in [-1, 1]; -1 (air) where the scan covers less than
+        the model sees.
 
     Raises:
         TypeError: `volume` is not a `CTVolume`.
@@ -100,12 +95,11 @@ def preprocess(volume: CTVolume, config: PreprocessConfig | None = None) -> "tor
     if not isinstance(volume, CTVolume):
         raise TypeError(f"expected a CTVolume, as read_volume(path) gives it, got {type(volume).__name__}")
     config = PreprocessConfig() if config is None else config
-    axes = _plan(volume, config)
-    depth, rows, columns = axes
+    depth, rows, columns = _plan(volume, config)
     d, h, w = (config.shape[seen_as] for seen_as in config.seen_as)
     model_input, (low, high), (middle, half) = torch.full((1, d, w, h), -1.0), config.hu_range, config.scale
     filled = model_input[0, depth.filled, columns.filled, rows.filled]
-    for start in range(0, depth.kept, _SLAB):
+    for start in range(0, len(filled), _SLAB):
         slab = depth.part(slice(start, start + _SLAB))
         # only what the model will see is converted, clipped and resampled
         seen = volume.hu[slab.used, rows.used, columns.used]
@@ -120,17 +114,10 @@ def preprocess(volume: CTVolume, config: PreprocessConfig | None = None) -> "tor
 
 
 def model_affine(volume: CTVolume, config: PreprocessConfig | None = None) -> np.ndarray:
-    """Where the voxels of a model input lie in the patient.
-
-    Args:
-        volume: what `preprocess` was given.
-        config: and with which settings.
+    """Where the voxels of what `preprocess` gives, of the same arguments, lie in the patient.
 
     Returns:
         4 x 4 matrix from the model's index (z, x, y, 1) to patient coordinates in mm (RAS, as `CTVolume.affine`).
-
-    Raises:
-        ValueError: as `preprocess`.
     """
     to_scan = np.diag([0.0, 0, 0, 1])
     config = PreprocessConfig() if config is None else config
@@ -140,19 +127,11 @@ def model_affine(volume: CTVolume, config: PreprocessConfig | None = None) -> np
 
 
 def as_seen(volume: CTVolume, config: PreprocessConfig | None = None) -> CTVolume:
-    """What a model sees of a scan, as a CT volume that viewers can show beside the scan itself.
-
-    Args:
-        volume: as `preprocess` takes it.
-        config: and with which settings.
+    """What `preprocess` gives, of the same arguments, as a CT volume that viewers can show beside the scan itself.
 
     Returns:
         HU clipped to `config.hu_range`, float32, axes (d, h, w) as those of `volume`, each voxel at its place in the
         patient.
-
-    Raises:
-        TypeError: as `preprocess`.
-        ValueError: as `preprocess`.
     """
     config = PreprocessConfig() if config is None else config
     (middle, half), (low, high) = config.scale, config.hu_range
@@ -162,37 +141,20 @@ def as_seen(volume: CTVolume, config: PreprocessConfig | None = None) -> CTVolum
     return CTVolume(hu, steps_of(affine), volume.orientation, affine, provenance)
 
 
-def _plan(volume: CTVolume, config: PreprocessConfig) -> list["_Axis"]:
-    """How d, h and w are resampled."""
-    return [_Axis.plan(volume, config, axis, seen_as) for axis, seen_as in enumerate(config.seen_as)]
-
-
 @dataclass(frozen=True)
 class _Axis:
-    """Linear resampling along one axis, for the voxels that the crop keeps.
+    """Linear resampling along one axis, for the voxels that the crop keeps."""
 
-    Attributes:
-        offset: where the model's axis starts to be filled.
-        index: (taps, kept) which voxels of the scan make each new one.
-        weight: (taps, kept) and with what weights.
-        scale: voxels of the scan from one voxel of the model to the next.
-        origin: where the model's voxel 0 lies, in voxels of the scan.
-    """
-
-    offset: int
-    index: np.ndarray
-    weight: np.ndarray
-    scale: float
-    origin: float
-
-    @property
-    def kept(self) -> int:
-        """How many of the model's voxels are filled."""
-        return self.index.shape[1]
+    offset: int  # where the model's axis starts to be filled
+    index: np.ndarray  # (taps, kept) which voxels of the scan make each new one
+    weight: np.ndarray  # (taps, kept) and with what weights
+    scale: float  # voxels of the scan from one voxel of the model to the next
+    origin: float  # where the model's voxel 0 lies, in voxels of the scan
 
     @property
     def filled(self) -> slice:
-        return slice(self.offset, self.offset + self.kept)
+        """The voxels of the model that the scan fills."""
+        return slice(self.offset, self.offset + self.index.shape[1])
 
     @property
     def used(self) -> slice:
@@ -203,16 +165,29 @@ class _Axis:
         """The same for some of the new voxels, counted among those kept."""
         return replace(self, offset=self.offset + new.start, index=self.index[:, new], weight=self.weight[:, new])
 
-    @classmethod
-    def plan(cls, volume: CTVolume, config: PreprocessConfig, axis: int, seen_as: int) -> "_Axis":
-        n, step = volume.shape[axis], volume.spacing[axis]
+    def resample(self, values: "torch.Tensor", axis: int) -> "torch.Tensor":
+        """New voxels of those `used`."""
+        import torch
+
+        if self.scale == 1:
+            return values
+        indices = torch.from_numpy(self.index - self.used.start)
+        weights = torch.from_numpy(self.weight).view(-1, *np.where(np.arange(3) == axis, self.index.shape[1], 1))
+        total = values.index_select(axis, indices[0]).mul_(weights[0])
+        for index, weight in zip(indices[1:], weights[1:], strict=True):
+            total.addcmul_(values.index_select(axis, index), weight)
+        return total
+
+
+def _plan(volume: CTVolume, config: PreprocessConfig) -> list[_Axis]:
+    """How d, h and w are resampled."""
+    axes = []
+    for axis, (n, step, seen_as) in enumerate(zip(volume.shape, volume.spacing, config.seen_as, strict=True)):
         target, target_step = config.shape[seen_as], config.spacing[seen_as]
         resampled = int(n * step / target_step)
         if resampled < 1:
-            raise ValueError(
-                f"the scan covers {n * step:g} mm along axis {axis} of (d, h, w), less than one voxel of the "
-                f"model ({target_step:g} mm)"
-            )
+            found = f"the scan covers {n * step:g} mm along axis {axis} of (d, h, w)"
+            raise ValueError(f"{found}, less than one voxel of the model ({target_step:g} mm)")
         kept, offset = min(resampled, target), max(target - resampled, 0) // 2
         start = max(resampled - target, 0) // 2
         ratio = n / resampled
@@ -223,19 +198,5 @@ class _Axis:
         taps = weight.any(axis=1)  # where nothing is to be resampled the second has no weight
         index, weight = index[taps].clip(0, n - 1).astype(np.int64), weight[taps]  # the edge voxel goes on
         weight = (weight / weight.sum(axis=0)).astype(np.float32)
-        return cls(offset, index, weight, ratio, (start - offset + 0.5) * ratio - 0.5)
-
-    def resample(self, values: "torch.Tensor", axis: int) -> "torch.Tensor":
-        """New voxels of those `used`."""
-        import torch
-
-        if self.scale == 1:
-            return values
-        shape = [1, 1, 1]
-        shape[axis] = self.kept
-        indices = torch.from_numpy(self.index - self.used.start)
-        weights = torch.from_numpy(self.weight).view(-1, *shape)
-        total = values.index_select(axis, indices[0]).mul_(weights[0])
-        for index, weight in zip(indices[1:], weights[1:], strict=True):
-            total.addcmul_(values.index_select(axis, index), weight)
-        return total
+        axes.append(_Axis(offset, index, weight, ratio, (start - offset + 0.5) * ratio - 0.5))
+    return axes

@@ -1,7 +1,7 @@
-"""What a file holds, and what is said where its header can't be true.
+"""What a file holds, and what is said (in a ValueError) where its header can't be true.
 
-Files are strangers: what a header claims is compared with what the file holds before anything of that size is made in
-memory, and compressed voxels are checked by their checksum.
+What a header claims is compared with what the file holds before anything of that size is made in memory, and compressed
+voxels are checked by their checksum.
 """
 
 import math
@@ -20,19 +20,12 @@ T = TypeVar("T")
 
 
 class Stored(NamedTuple):
-    """What a reader gives.
+    """What a reader gives."""
 
-    Attributes:
-        hu: float32 (d, h, w), in memory of its own: the caller changes it in place.
-        affine: 4 x 4, from (d, h, w) to RAS mm.
-        notes: for the provenance.
-        rescaled: whether the slices brought a slope or intercept that nobody may add to.
-    """
-
-    hu: np.ndarray
-    affine: np.ndarray
-    notes: list[str]
-    rescaled: bool = False
+    hu: np.ndarray  # float32 (d, h, w), in memory of its own: the caller changes it in place
+    affine: np.ndarray  # 4 x 4, from (d, h, w) to RAS mm
+    notes: list[str]  # for the provenance
+    rescaled: bool = False  # the slices brought a slope or intercept that nobody may add to
 
 
 def damaged(reason: str, part: str = "") -> ValueError:
@@ -41,11 +34,7 @@ def damaged(reason: str, part: str = "") -> ValueError:
 
 
 def decode(read: Callable[[], T], part: str = "") -> T:
-    """Run a decoder; whatever it raises on a broken file (each has its own types), say what the user can do.
-
-    Raises:
-        ValueError: `read` failed; `part` names the file inside a folder.
-    """
+    """Run a decoder; whatever it raises on a broken file (each has its own types) becomes the error above."""
     try:
         return read()
     except Exception as error:
@@ -58,11 +47,7 @@ def is_web_page(start: bytes) -> bool:
 
 
 def check_shape(shape: Sequence[int]) -> None:
-    """Refuse a number of voxels that no CT has.
-
-    Raises:
-        ValueError: not three axes, an axis without voxels, or more than 2^30 voxels.
-    """
+    """Refuse what no CT has: not three axes, an axis without voxels, or more than 2^30 voxels."""
     if min(shape, default=0) < 1:
         raise damaged(f"its header claims {tuple(shape)} voxels")
     if len(shape) != 3:
@@ -74,21 +59,13 @@ def check_shape(shape: Sequence[int]) -> None:
 
 
 def check_bytes(found: int, claimed: int) -> None:
-    """Refuse a file that holds more or fewer bytes of voxels than its header describes.
-
-    Raises:
-        ValueError: gives both.
-    """
+    """Refuse a file that holds more or fewer bytes of voxels than its header describes."""
     if found != claimed:
         raise damaged(f"its header describes {claimed} bytes of voxels, and the file holds {found}")
 
 
 def check_steps(steps: Sequence[float], blank: bool) -> None:
-    """Refuse a header without the size of a voxel (d, h, w); only the caller's spacing mends that.
-
-    Raises:
-        ValueError: `blank`, so nobody gave a size; or a length that is no number above 0.
-    """
+    """Refuse a header without the size of a voxel (d, h, w): it is `blank`, or a length is no number above 0."""
     if blank:
         raise ValueError("blank header, so the size of a voxel is unknown; pass spacing=(d, h, w) in mm")
     if not all(math.isfinite(step) and step > 0 for step in steps):

@@ -1,8 +1,8 @@
 """CT volumes: one type for every scan, and one function that reads it from any file.
 
 Orientation, stated once. A NIfTI file is kept as it is stored, because that is what the released weights saw
-in training. DICOM, NRRD and MetaImage are turned to the canonical orientation "SPL", the radiological
-display. `formats.Reader` holds that default; `read_volume(path, orientation=...)` asks for another, and
+in training: the array (x, y, z) becomes (d, h, w) = (z, y, x). DICOM, NRRD and MetaImage are turned to the
+canonical "SPL", the radiological display. `read_volume(path, orientation=...)` asks for another, and
 `CTVolume.reoriented` turns any volume to any orientation. The provenance says what was done.
 
 Shape legend of the package: b batch, c channel, d h w depth (slices), rows, columns.
@@ -33,7 +33,7 @@ from medctkit.scans.hounsfield import check_hu
 
 @dataclass(frozen=True, eq=False)
 class CTVolume:
-    """A CT scan in Hounsfield units.
+    """A CT scan in Hounsfield units; refuses what no CT volume can have.
 
     Args:
         hu: values in HU, shape (d, h, w): slices, rows, columns.
@@ -44,9 +44,6 @@ class CTVolume:
         affine: 4 x 4 matrix from the index (d, h, w, 1) to patient coordinates in mm that grow towards right,
             front and head (RAS, as in NIfTI). Made from spacing and orientation where not given.
         provenance: short sentences: where the values came from and what was done to them.
-
-    Raises:
-        ValueError: values, spacing, orientation or affine that no CT volume can have.
     """
 
     hu: np.ndarray
@@ -62,7 +59,10 @@ class CTVolume:
         if hu.dtype.kind not in "iuf":
             raise ValueError(f"values of type {hu.dtype}: Hounsfield units are real numbers")
         if not (np.isfinite(hu.min()) and np.isfinite(hu.max())):  # both pass NaN on, and need no copy
-            raise ValueError(_where_not_finite(hu))
+            bad = ~np.isfinite(hu)
+            first = "slice {}, row {}, column {}".format(*np.unravel_index(bad.argmax(), hu.shape))
+            found = f"{bad.sum()} of {hu.size} voxels have NaN or infinite values, the first at {first}"
+            raise ValueError(f"{found}: every voxel needs a value in HU; repair or drop this scan")
         spacing = checked_spacing(self.spacing)
         orientation = checked_orientation(self.orientation)
         affine = straight_affine(spacing, orientation) if self.affine is None else np.array(self.affine, float)
@@ -81,21 +81,8 @@ class CTVolume:
         d, h, w = self.hu.shape
         return d, h, w
 
-    @property
-    def extent_mm(self) -> Lengths:
-        """Size of the scanned box along (d, h, w), mm."""
-        d, h, w = (n * step for n, step in zip(self.shape, self.spacing, strict=True))
-        return d, h, w
-
     def reoriented(self, orientation: str = CANONICAL) -> "CTVolume":
-        """The same scan with its axes swapped and flipped to another orientation; no value is changed.
-
-        Args:
-            orientation: three letters, as in the class.
-
-        Raises:
-            ValueError: `orientation` does not name one direction of each patient axis.
-        """
+        """The same scan with its axes swapped and flipped to another orientation; no value is changed."""
         target = checked_orientation(orientation)
         if target == self.orientation:
             return self
@@ -126,10 +113,7 @@ def read_volume(
     orientation: str | None = None,
     series: str | None = None,
 ) -> CTVolume:
-    """Read a CT scan in one of the formats of `formats.READERS`.
-
-    By default NIfTI keeps its stored orientation: the array (x, y, z) becomes (d, h, w) = (z, y, x), neither
-    flipped nor turned. Everything else comes out as "SPL".
+    """Read a CT scan in one of the formats of `formats.READERS`, in float32 Hounsfield units.
 
     Args:
         path: a file (.nii, .nii.gz, .nrrd, .nhdr, .mha, .mhd), or a folder or .zip with the slices of a DICOM
@@ -139,16 +123,11 @@ def read_volume(
         rescale_intercept: see `rescale_slope`.
         spacing: (d, h, w) in mm as stored, in place of a blank or wrong header (CT-RATE: ZSpacing, XYSpacing
             twice).
-        orientation: "stored", "canonical" (SPL) or three letters of RLAPSI; None: the format's default.
-        series: DICOM only: SeriesInstanceUID, SeriesNumber or SeriesDescription of the one to read, where there are
-            several.
-
-    Returns:
-        The scan in float32 Hounsfield units.
+        orientation: "stored", "canonical" (SPL) or three letters of RLAPSI; None: "stored" for NIfTI, else "canonical".
+        series: which of several DICOM series: its SeriesInstanceUID, SeriesNumber or SeriesDescription.
 
     Raises:
-        FileNotFoundError: nothing at `path`.
-        PermissionError: `path` may not be read.
+        OSError: nothing at `path`, or it may not be read.
         ValueError: the file can't be read, is not a CT, not in HU, not of the size of a chest, or has a geometry that
             can't be right. The message names the file, what was found and the way out.
     """
@@ -158,18 +137,15 @@ def read_volume(
     reader = reader_of(path)
     try:
         target = _target(reader.default_orientation if orientation is None else orientation)
-        rescale = _rescale(rescale_slope, rescale_intercept)
+        slope, intercept = _rescale(rescale_slope, rescale_intercept)
         if series is not None and not reader.folders:
             raise ValueError(f"series={series!r} chooses one of several DICOM series; a {reader.name} holds one scan")
         stored = reader.read(path, spacing, series) if reader.folders else reader.read(path, spacing)
         hu, affine = stored.hu, with_spacing(stored.affine, spacing)
         notes = [f"read from {reader.name} {path.name}", *stored.notes]
-        if rescale is not None:
+        if (rescale_slope, rescale_intercept) != (None, None):
             if stored.rescaled:
-                raise ValueError(
-                    "its headers have a slope and intercept of their own; leave out rescale_slope/intercept"
-                )
-            slope, intercept = rescale
+                raise ValueError("its headers have a slope and intercept of their own; leave out the caller's")
             with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused below
                 hu *= slope  # in place: every reader gives an array of its own
                 hu += intercept
@@ -181,7 +157,7 @@ def read_volume(
         if target in (None, lies):
             notes.append("orientation as stored" if target is None else f"lies {lies} already, nothing turned")
         volume = CTVolume(hu, steps, lies, affine, tuple(notes))
-        check_hu(hu, rescale)
+        check_hu(hu, (slope, intercept))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return volume if target is None else volume.reoriented(target)
@@ -197,9 +173,7 @@ def _target(orientation: str) -> str | None:
         raise ValueError(f"{error}, or 'stored' or 'canonical'") from None
 
 
-def _rescale(slope: float | None, intercept: float | None) -> tuple[float, float] | None:
-    if slope is None and intercept is None:
-        return None
+def _rescale(slope: float | None, intercept: float | None) -> tuple[float, float]:
     try:
         numbers = float(1 if slope is None else slope), float(0 if intercept is None else intercept)
     except (TypeError, ValueError):
@@ -208,10 +182,3 @@ def _rescale(slope: float | None, intercept: float | None) -> tuple[float, float
         found = f"rescale_slope={slope!r}, rescale_intercept={intercept!r}"
         raise ValueError(f"{found}: expected finite numbers, slope above 0")
     return numbers
-
-
-def _where_not_finite(hu: np.ndarray) -> str:
-    bad = ~np.isfinite(hu)
-    d, h, w = np.unravel_index(bad.argmax(), hu.shape)
-    found = f"{bad.sum()} of {hu.size} voxels have NaN or infinite values, the first at slice {d}, row {h}, column {w}"
-    return f"{found}: every voxel needs a value in HU; repair or drop this scan"

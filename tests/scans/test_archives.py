@@ -127,10 +127,11 @@ HAS_ONE_NAME = "have one name; pack the scan again"
         (["C:\\evil.dcm"], "has an absolute path"),
         (["c:evil.dcm"], "has an absolute path"),
         (["a/" + "x" * 201], "has a name of more than 200 bytes; shorten it"),
-        ([special("evil", stat.S_IFLNK | 0o777)], "member 'evil' is a link, not a file; pack the files themselves"),
-        ([special("evil", stat.S_IFIFO | 0o777)], "member 'evil' is a device or pipe"),
-        ([special("evil", stat.S_IFBLK | 0o777)], "member 'evil' is a device or pipe"),
-        ([special("evil", stat.S_IFSOCK | 0o777)], "member 'evil' is a device or pipe"),
+        (
+            [special("evil", stat.S_IFLNK | 0o777)],
+            "member 'evil' is a link, device or pipe, not a file; pack the files",
+        ),
+        ([special("evil", stat.S_IFIFO | 0o777)], "member 'evil' is a link, device or pipe"),
         (["a/1", "a/1"], HAS_ONE_NAME),
         (["a/1", "A/1"], HAS_ONE_NAME),
         (["a/1", "a\\1"], HAS_ONE_NAME),
@@ -177,10 +178,10 @@ def test_too_much_is_refused(tmp_path, monkeypatch):
     refused(path, "the archive has 11 members, at most 10 are unpacked; pack one scan")
     monkeypatch.setattr(archives, "RATIO_FROM", 1 << 20)
     path = write_zip(tmp_path / "bomb.zip", {"1": bytes(2 << 20)})
-    refused(path, r"unpacks to \d{3} times its \d+ bytes, scans to 2 to 10 times theirs: not the archive of a scan")
+    refused(path, r"its \d{4} bytes unpack to 2097152, those of a scan to 1048576 at most; pack one scan alone")
     monkeypatch.setattr(archives, "MOST_BYTES", 2999)
     path = write_zip(tmp_path / "large.zip", {"1": b"x" * 3000}, zipfile.ZIP_STORED)
-    refused(path, "unpacks to 3000 bytes, more than 2999; pack one scan alone")
+    refused(path, r"its \d+ bytes unpack to 3000, those of a scan to 2999 at most")
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
@@ -197,10 +198,7 @@ def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch
     [
         (b"", r"the zip archive is truncated or damaged \(0 bytes here\); get the file again"),
         (b"<!DOCTYPE html><p>log in", "a web page, not a zip archive: the download failed or needs a login"),
-        (b"\x1f\x8b\x08rest", "a gzip file, not a zip archive; unpack it and give the folder, or pack it again as"),
-        (b"7z\xbc\xaf\x27\x1crest", "a 7-Zip file"),
-        (b"Rar!\x1a\x07", "a RAR file"),
-        (b"some text", "not a zip archive in spite of its name"),
+        (b"Rar!\x1a\x07", "not a zip archive in spite of its name, it starts with .*; unpack it and give the folder"),
         (b"PK\3\4" + b"\0" * 100, r"the zip archive is truncated or damaged \(104 bytes here\); get the file again"),
     ],
 )
@@ -230,7 +228,7 @@ def test_archives_of_archives_and_of_nothing_are_refused(tmp_path):
     path = write_zip(tmp_path / "scan.zip", {"CD/a.zip": inner.getvalue(), "CD/b.TAR": b"", ".DS_Store": b""})
     refused(path, r"holds only 2 archive\(s\), such as 'CD/a.zip'; give the one inside")
     refused(write_zip(tmp_path / "empty.zip", {"CD/": b"", "CD/.DS_Store": b"x"}), "the zip archive holds no files")
-    with pytest.raises(FileNotFoundError, match="gone.zip: there is no such file"), unpacked(tmp_path / "gone.zip"):
+    with pytest.raises(FileNotFoundError, match="gone.zip"), unpacked(tmp_path / "gone.zip"):
         pass
 
 
