@@ -2,7 +2,6 @@
 
 `medctkit pretrain` runs it all: a pool of phantom studies, a WordPiece vocabulary from their reports,
 contrastive pretraining with the codebook learnt on the way, a score on a validation pool, and the model card.
-The studies are none of those in `data_manifest.csv`: their patients have names of their own.
 """
 
 import json
@@ -12,7 +11,7 @@ import shutil
 import string
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.resources import files
 from itertools import chain
 from pathlib import Path
@@ -30,6 +29,8 @@ from medctkit.phantom.report_text import write_report
 from medctkit.phantom.study import TRAINING_SHAPE, generate, named_rng
 from medctkit.training.loop import learning_rate_factor
 from medctkit.training.objectives import draw_prompts, joint_loss, report_prompts
+from medctkit.training.settings import FineTuneConfig
+from medctkit.zero_shot.classifier import ZeroShotClassifier, evaluating
 
 CHUNK = 250
 _COUNTS = ("step", "epoch", "order", "history", "seconds")  # of a run, beside its tensors
@@ -47,36 +48,41 @@ MINI_PROJECTION = 96
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
-    """Settings of the pretraining.
+class PretrainConfig(FineTuneConfig):
+    """Settings of the pretraining: those of fine-tuning, and of the pool, the codebook and the vocabulary.
 
     Args:
         studies: phantom studies to learn from.
         validation_studies: further studies to score on.
-        steps: optimiser steps.
-        batch_size: volumes per step.
-        learning_rate: its peak; warm-up over `warmup_fraction` of the steps, then a cosine.
-        warmup_fraction: share of the steps.
-        weight_decay: AdamW's.
         quantise_from: step at which the codebook is set by k-means and switched on.
         codebook_decay: of the moving averages that then follow the tokens.
-        prompt_weight: weight of the per-finding objective beside the contrastive one.
         vocabulary: WordPiece entries.
-        seed: of everything.
     """
 
     studies: int = 13_500
     validation_studies: int = 500
-    steps: int = 1600
-    batch_size: int = 64
-    learning_rate: float = 1.5e-3
-    warmup_fraction: float = 0.05
-    weight_decay: float = 0.05
     quantise_from: int = 250
     codebook_decay: float = 0.97
-    prompt_weight: float = 2.0
     vocabulary: int = 1200
-    seed: int = 0
+
+    def record(self) -> dict[str, Any]:
+        """The settings that matter here, for JSON."""
+        unused = ("prompts", "epochs", "micro_batch_size", "max_length", "patience", "mixed_precision", "workers")
+        return {name: value for name, value in vars(self).items() if name not in unused}
+
+
+# Those that made the model that is shipped.
+DEFAULT = PretrainConfig(
+    steps=1600,
+    batch_size=64,
+    learning_rate=1.5e-3,
+    warmup_fraction=0.05,
+    weight_decay=0.05,
+    prompt_weight=2.0,
+    prompts=report_prompts("source"),
+    evaluate_every=100,
+    checkpoint_every=100,
+)
 
 
 def _make_chunk(task: tuple[int, Path]) -> None:
@@ -92,7 +98,7 @@ def _make_chunk(task: tuple[int, Path]) -> None:
         )
 
 
-def make_pool(studies: int, folder: Path, workers: int | None = None) -> list[Path]:
+def make_pool(studies: int, folder: Path) -> list[Path]:
     """Generate the pool of studies, in chunks of 250; chunks that are there are kept."""
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
@@ -103,7 +109,7 @@ def make_pool(studies: int, folder: Path, workers: int | None = None) -> list[Pa
     chunks = range(-(-studies // CHUNK))
     paths = [folder / f"chunk_{i:04d}.npz" for i in chunks]
     missing = [(i, folder) for i in chunks if not paths[i].exists()]
-    workers = workers or os.cpu_count() or 1
+    workers = os.cpu_count() or 1
     if missing:
         minutes = len(missing) * CHUNK * 0.09 / workers / 60
         print(f"generating {len(missing) * CHUNK} phantom studies, about {minutes:.0f} min on {workers} cores")
@@ -212,8 +218,8 @@ class CodebookLearner:
 
     def state(self) -> dict:
         """What a checkpoint needs; the codes themselves are in the model."""
-        state = {"counts": self.counts, "sums": self.sums, "started": self.started}
-        return state | {"generator": self.generator.get_state()}
+        generator = self.generator.get_state()
+        return {"counts": self.counts, "sums": self.sums, "started": self.started, "generator": generator}
 
     def load(self, state: dict) -> None:
         """Go on from a checkpoint."""
@@ -227,23 +233,18 @@ class CodebookLearner:
 
 
 @torch.no_grad()
-def score(model: CTCLIPModel, tokenizer: Any, pool: Pool, batch_size: int = 100) -> float:
+def score(model: CTCLIPModel, tokenizer: Any, pool: Pool) -> float:
     """Mean zero-shot AUROC over the 18 findings on a pool."""
     from sklearn.metrics import roc_auc_score
 
-    from medctkit.zero_shot.classifier import ZeroShotClassifier
-
-    training = model.training
-    model.eval()
-    parts = torch.arange(len(pool)).split(batch_size)
-    embeds = torch.cat([model.encode_image(pool.pixels(part)) for part in parts])
+    with evaluating(model):
+        embeds = torch.cat([model.encode_image(pool.pixels(part)) for part in torch.arange(len(pool)).split(100)])
     probabilities = ZeroShotClassifier(model, tokenizer).scores_from_embeddings(embeds)
-    model.train(training)
-    return float(np.mean([roc_auc_score(pool.labels[:, i], probabilities[:, i]) for i in range(len(FINDINGS))]))
+    return float(roc_auc_score(pool.labels, probabilities))
 
 
 class Run:
-    """A pretraining run: everything that a checkpoint has to bring back."""
+    """A pretraining run: all that a checkpoint has to bring back."""
 
     def __init__(self, config: PretrainConfig, tokenizer: Any, train: Pool):
         torch.manual_seed(config.seed)
@@ -258,7 +259,6 @@ class Run:
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
-        self.prompts = report_prompts("source")
         self.step, self.epoch, self.seconds = 0, 0, 0.0
         self.order: list[int] = []
         self.history: list[dict[str, float]] = []
@@ -273,27 +273,23 @@ class Run:
         index, self.order = self.order[: config.batch_size], self.order[config.batch_size :]
         if self.step == config.quantise_from:
             self.codebook.start()
+        rate = config.learning_rate * learning_rate_factor(self.step - 1, config.steps or 0, config.warmup_fraction)
         for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * learning_rate_factor(
-                self.step - 1, config.steps, config.warmup_fraction
-            )
+            group["lr"] = rate
         reports = [self.train.report(i, self.epoch) for i in index]
         words = self.tokenizer(reports, padding=True, truncation=True, return_tensors="pt")
         words = {name: words[name] for name in ("input_ids", "attention_mask")}
         batch = {"report_id": report_ids(**words), "labels": self.train.labels[index]}
         self.model.train()
         wordings = random.Random(config.seed * 1_000_003 + self.step)
+        images = self.model.encode_image(shifted(self.train.pixels(index)))
+        texts = self.model.encode_text(**words)
+        prompts = self.model.encode_text(**draw_prompts(config.prompts, self.tokenizer, wordings))
         losses = joint_loss(
-            self.model.encode_image(shifted(self.train.pixels(index))),
-            self.model.encode_text(**words),
-            self.model.encode_text(**draw_prompts(self.prompts, self.tokenizer, wordings)),
-            batch,
-            self.model.temperature,
-            1.0,
-            config.prompt_weight,
+            images, texts, prompts, batch, self.model.temperature, config.contrastive_weight, config.prompt_weight
         )
         losses["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.codebook.update()
@@ -304,17 +300,15 @@ class Run:
         """Write a checkpoint, whole or not at all."""
         state = {name: getattr(self, name) for name in _COUNTS}
         state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        state |= {"codebook": self.codebook.state(), "random": torch.get_rng_state(), "config": asdict(self.config)}
+        state |= {"codebook": self.codebook.state(), "random": torch.get_rng_state(), "config": self.config.record()}
         with replacing(path) as temporary:
             torch.save(state, temporary)
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint of the same settings."""
         state = torch.load(path, weights_only=True)
-        if state["config"] != asdict(self.config):
-            raise ValueError(
-                f"{path} belongs to a run with other settings: {state['config']}. Move it away to start anew"
-            )
+        if state["config"] != self.config.record():
+            raise ValueError(f"{path} is of a run with other settings: {state['config']}. Move it away to start anew")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.codebook.load(state["codebook"])
@@ -329,13 +323,13 @@ def shifted(pixels: torch.Tensor) -> torch.Tensor:
     return torch.stack([torch.roll(p, move, dims=(-2, -1)) for p, move in zip(pixels, moves, strict=True)])
 
 
-def pretrain(output_dir: str | os.PathLike, pool_dir: str | os.PathLike, config: PretrainConfig | None = None) -> dict:
+def pretrain(output_dir: str | os.PathLike, pool_dir: str | os.PathLike, config: PretrainConfig = DEFAULT) -> dict:
     """Make the mini base model: weights, vocabulary, training record and model card in `output_dir`.
 
     Args:
         output_dir: folder for the finished model; written only when the model is complete.
         pool_dir: folder for generated studies (264 kB each) and the checkpoint that an interrupted run resumes from.
-        config: settings; the defaults made the model that is shipped.
+        config: settings.
 
     Returns:
         The training record, also written as `pretraining.json`.
@@ -343,9 +337,11 @@ def pretrain(output_dir: str | os.PathLike, pool_dir: str | os.PathLike, config:
     Raises:
         ValueError: the checkpoint in `pool_dir` was made with other settings.
     """
+    import platform
+    from importlib.metadata import version
+
     from tqdm.auto import tqdm
 
-    config = config or PretrainConfig()
     pool_dir, output_dir = Path(pool_dir), Path(output_dir)
     paths = make_pool(config.studies + config.validation_studies, pool_dir)
     split = -(-config.validation_studies // CHUNK)
@@ -356,34 +352,25 @@ def pretrain(output_dir: str | os.PathLike, pool_dir: str | os.PathLike, config:
     if checkpoint.exists():
         run.resume(checkpoint)
     bar = tqdm(initial=run.step, total=config.steps, desc="pretraining", unit="step")
-    while run.step < config.steps:
+    for step in range(run.step + 1, (config.steps or 0) + 1):
         row = run.advance()
-        if run.step % 100 == 0 or run.step == config.steps:
+        run.history.append(row)
+        if step % config.evaluate_every == 0 or step == config.steps:
             row |= {"auroc": score(run.model, run.tokenizer, valid), "seconds": run.seconds}
             bar.write(json.dumps(row))
-        run.history.append(row)
-        if "auroc" in row:
             run.save(checkpoint)
         bar.update()
         bar.set_postfix(loss=f"{row['loss']:.3f}")
     bar.close()
-    used = run.codebook.finish()
-    return _write(run, used, output_dir)
-
-
-def _write(run: Run, codes_in_use: float, output_dir: Path) -> dict:
-    """Write the finished model next to `output_dir`, then put it in place."""
-    import platform
-    from importlib.metadata import version
-
     building = output_dir.with_name(output_dir.name + ".tmp")
     shutil.rmtree(building, ignore_errors=True)
+    codes_in_use = run.codebook.finish()
     run.model.eval()
     run.model.save_pretrained(building)
     run.tokenizer.save_pretrained(building)
     record = {
         "command": "medctkit pretrain",
-        "config": asdict(run.config),
+        "config": config.record(),
         "minutes": round(run.seconds / 60, 1),
         "threads": torch.get_num_threads(),
         "device": platform.machine(),
@@ -394,7 +381,7 @@ def _write(run: Run, codes_in_use: float, output_dir: Path) -> dict:
     }
     (building / "pretraining.json").write_text(json.dumps(record, indent=1))
     template = (files("medctkit") / "assets" / "model_card.md").read_text(encoding="utf-8")
-    card = template.format(parameters=run.model.num_parameters(), **asdict(run.config), **record)
+    card = template.format(parameters=run.model.num_parameters(), **config.record(), **record)
     (building / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(output_dir, ignore_errors=True)
     os.replace(building, output_dir)

@@ -1,15 +1,16 @@
 """Pretraining of the mini base model, at a tiny size."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from medctkit.experiments import pretrain
-from medctkit.experiments.pretrain import CodebookLearner, PretrainConfig
+from medctkit.experiments.pretrain import DEFAULT, CodebookLearner
 from medctkit.model.base_model import load_mini_base
 
-TINY = PretrainConfig(studies=16, validation_studies=16, steps=6, batch_size=8, quantise_from=3, vocabulary=400)
+TINY = replace(DEFAULT, studies=16, validation_studies=16, steps=6, batch_size=8, quantise_from=3, vocabulary=400)
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +69,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(pool, tmp_path, monke
     whole, parts = (load_mini_base(tmp_path / name).model.state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     with pytest.raises(ValueError, match="other settings"):
-        pretrain.pretrain(tmp_path / "other", pool, PretrainConfig(studies=16, validation_studies=16, steps=9))
+        pretrain.pretrain(tmp_path / "other", pool, replace(TINY, steps=9))
     (pool / "checkpoint.pt").unlink()
 
 
