@@ -33,21 +33,14 @@ class CaseBrowser:
     of a single finding. A sentence of your own is scored at Enter. Every volume is embedded once, before the widget
     shows; what that costs is said first. The widget is `.widget`, the numbers behind it are `.cases`.
 
+    The other arguments are those of `Cases`.
+
     Args:
-        manifest: rows as `load_manifest` gives them, or the path of a manifest.
-        models: a name for each `CTCLIPModel`, with or without an adapter, such as {"base": ..., "adapted": ...}.
-        tokenizer: of their text encoders.
-        preprocess_config: what the models see.
-        cache_dir: folder for prepared volumes and embeddings; None: nothing is kept.
-        limit: only the first so many rows.
-        prompts: of the 18 probabilities; see `ZeroShotClassifier`.
         batch_size: volumes embedded at a time; 1 or 2 for the full-size model.
         height: of the picture, pixels.
 
     Raises:
-        TypeError: see `Cases`.
-        ValueError: see `Cases`; more than four models.
-        FileNotFoundError: see `Cases`.
+        ValueError: more than four models; for the rest see `Cases`.
     """
 
     def __init__(
@@ -76,11 +69,6 @@ class CaseBrowser:
         self.cases.embed(batch_size)
         self._build()
         self._list()
-
-    @property
-    def index(self) -> int | None:
-        """The row of the study that is shown; None where the filter lets none through."""
-        return self.study.value
 
     def _build(self) -> None:
         import ipywidgets as w
@@ -132,8 +120,8 @@ class CaseBrowser:
             self.study.value = chosen if chosen in found.index else next(iter(found.index), None)
         shown = self.sorting.value if self.sorting.value != "study" else "disagreement"
         of = "mean of the findings" if finding is None else finding
-        self.count.value = f"{len(found):,} of {len(self.cases):,} studies, with their {shown} ({of})"
-        if self.index != self._shown or not self.scan.children:
+        self.count.value = f"{len(found):,} of {len(self.cases.rows):,} studies, with their {shown} ({of})"
+        if self.study.value != self._shown or not self.scan.children:
             self._show()
 
     def _step(self, step: int) -> None:
@@ -148,20 +136,20 @@ class CaseBrowser:
         return f"{value:.3f}  {study}" if value == value else f"   ?   {study}"
 
     def _show(self) -> None:
-        index, self._shown = self.index, None  # another may be picked while this one is made
+        index, self._shown = self.study.value, None  # another may be picked while this one is made
         if index is None:
             self.scan.children, self.facts.value, self.table.value, self.scores.value = (), "", "", ""
             self.messages.say("no study passes this filter; choose another label or finding")
             return
-        self._show_scan(index)
+        self.scan.children = self._scan_of(index)
         self.facts.value = facts(self.cases.rows[index])
         probabilities = {name: values[index] for name, values in self.cases.probabilities.items()}
         self.table.value = probability_table(probabilities, self.cases.labels[index])
         self._show_scores()
         self._shown = index
 
-    def _show_scan(self, index: int) -> None:
-        """The scan, or why there is none: never that of the study before."""
+    def _scan_of(self, index: int) -> tuple:
+        """The widget with the scan; none, and the reason, where it can't be shown."""
         study = self.cases.rows[index]["study"]
         self.scan.children = ()
         if study in self.cases.failures:
@@ -170,12 +158,12 @@ class CaseBrowser:
             volume, masks = self.cases.view(index)
         except (OSError, ValueError) as error:
             self.messages.say(f"study {study} can't be shown: {error}")
-            return
+            return ()
         if self.slices is None:
             self.slices = SliceViewer(volume, masks, height=self.height)
         else:
             self.slices.set_volume(volume, masks)
-        self.scan.children = (self.slices.widget,)
+        return (self.slices.widget,)
 
     def _score(self) -> None:
         self._sentence = None
@@ -187,7 +175,7 @@ class CaseBrowser:
         self._show_scores()
 
     def _show_scores(self) -> None:
-        index, studies = self.index, [row["study"] for row in self.cases.rows]
+        index, studies = self.study.value, [row["study"] for row in self.cases.rows]
         if self._sentence is None or index is None:
             self.scores.value = ""
         else:
@@ -238,18 +226,11 @@ def probability_table(probabilities: Mapping[str, np.ndarray], labels: np.ndarra
 
 
 def sentence_table(sentence: "Sentence", index: int, studies: Sequence[str]) -> str:
-    """What each model makes of a sentence for one study, and which study it finds nearest, as an HTML table.
-
-    Args:
-        sentence: scored against all studies.
-        index: of the study.
-        studies: names of all.
-    """
+    """What each model makes of a sentence for one of the `studies`, and which it finds nearest, as an HTML table."""
     rows = {}
     for name, values in sentence.values.items():
         share, known = sentence.share_below(name, index), int((~np.isnan(values)).sum())
         others = "no other studies" if np.isnan(share) else f"{share:.0%} of the other {known - 1:,} studies"
         best = f"{studies[int(np.nanargmax(values))]} ({np.nanmax(values):.2f})" if known else "none"
         rows[name] = ("?" if np.isnan(values[index]) else f"{values[index]:.2f}", others, best)
-    what = "probability" if sentence.denying else "cosine"
-    return filled("sentence.html", what=what, rows=rows, tokens=sentence.tokens)
+    return filled("sentence.html", what=sentence.what, rows=rows, tokens=sentence.tokens)

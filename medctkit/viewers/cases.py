@@ -19,6 +19,7 @@ import torch
 from medctkit.cohort.cache import content_of, key_of
 from medctkit.cohort.dataset import CTReportDataset
 from medctkit.cohort.manifest import has_file, load_manifest, study_from_row, validate_manifest, volume_from_row
+from medctkit.common.text import counted
 from medctkit.findings import FINDINGS
 from medctkit.scans.preprocessing import PreprocessConfig
 from medctkit.scans.volumes import CTVolume
@@ -39,15 +40,12 @@ class Sentence:
     """A sentence scored against all studies.
 
     Attributes:
-        stating: the sentence.
-        denying: its negation, or "" for the sentence alone.
-        values: for each model (n,): with a negation the probability of the sentence, else the cosine of sentence and
-            volume; NaN for studies that could not be read.
+        what: "probability" of the sentence against its negation, else "cosine" of sentence and volume.
+        values: for each model (n,); NaN for studies that could not be read.
         tokens: what the text encoder reads of the sentence: a word it has not learned falls into pieces.
     """
 
-    stating: str
-    denying: str
+    what: str
     values: dict[str, np.ndarray]
     tokens: tuple[str, ...]
 
@@ -118,10 +116,10 @@ class Cases:
             name: torch.full((len(self.rows), model.config.projection_dim), torch.nan) for name, model in models.items()
         }
         self._keys = [self._key(row) for row in self.rows]
-        self._read_kept()
-
-    def __len__(self) -> int:
-        return len(self.rows)
+        for name, found in self.embeddings.items():
+            kept = self._kept(name)
+            for i, key in enumerate(self._keys):
+                found[i] = kept.get(key, found[i])
 
     # --- embedding ---
 
@@ -145,12 +143,6 @@ class Cases:
         kept = load_embeddings(self._file(name), self._made_of[name])
         return dict(zip(kept.studies.tolist(), kept.embeddings, strict=True))
 
-    def _read_kept(self) -> None:
-        for name, found in self.embeddings.items():
-            kept = self._kept(name)
-            for i, key in enumerate(self._keys):
-                found[i] = kept.get(key, found[i])
-
     def _keep(self) -> None:
         """Add to the files what they lack."""
         if self.cache_dir is None:
@@ -172,28 +164,23 @@ class Cases:
     def cost(self) -> str:
         """What `embed` will have to do, in a sentence."""
         left = self._left()
-        n, todo = len(self.rows), sorted(set().union(*left.values()))
+        n, todo = len(self.rows), set().union(*left.values())
         cache = self.dataset.cache
         unprepared = sum(cache is None or not self._keys[i] or not cache.has(self._keys[i]) for i in todo)
         return (
-            f"{n:,} {_plural('study', n)}, {len(self.models)} {_plural('model', len(self.models))} "
-            f"({', '.join(self.models)}): {sum(map(len, left.values())):,} of {n * len(self.models):,} embeddings are "
-            f"to be computed, {unprepared:,} {_plural('volume', unprepared)} to be prepared first"
+            f"{n:,} {'study' if n == 1 else 'studies'}, {counted(self.models, 'model')} ({', '.join(self.models)}): "
+            f"{sum(map(len, left.values())):,} of {n * len(self.models):,} embeddings are to be computed, "
+            f"{counted(range(unprepared), 'volume')} to be prepared first"
         )
 
-    def embed(self, batch_size: int = 8, progress: bool = True) -> None:
-        """Embed what is not embedded yet. Interrupted, the same call goes on.
-
-        Args:
-            batch_size: volumes in memory at a time; 1 or 2 for the full-size model.
-            progress: show it.
-        """
+    def embed(self, batch_size: int = 8) -> None:
+        """Embed what is left, `batch_size` volumes in memory at a time. Interrupted, the same call goes on."""
         from tqdm.auto import tqdm
 
         left = self._left()
         todo, written = sorted(set().union(*left.values())), time.monotonic()
         try:
-            with tqdm(total=len(todo), desc="studies", unit="study", disable=not progress or not todo) as bar:
+            with tqdm(total=len(todo), desc="studies", unit="study", disable=not todo) as bar:
                 for start in range(0, len(todo), batch_size):
                     self._embed_some(todo[start : start + batch_size], left)
                     bar.update(len(todo[start : start + batch_size]))
@@ -230,17 +217,13 @@ class Cases:
         """What `ordered` sorts by."""
         return ("disagreement", *(f"error of {name}" for name in self.models), "study")
 
-    def differences(self) -> np.ndarray:
-        """How far apart the models' probabilities are (n, 18): the largest minus the smallest."""
-        stacked = np.stack(list(self.probabilities.values()))
-        return stacked.max(0) - stacked.min(0)
-
     def ordered(self, by: str = "disagreement", finding: str | None = None, presence: str = "any") -> "pd.Series":
         """Studies that a filter lets through, in order.
 
         Args:
-            by: "disagreement", the mean over findings of what `differences` gives, largest first; "error of NAME", the
-                mean over known labels of |probability - label| of that model, largest first; "study", by name.
+            by: "disagreement", the mean over findings of the models' largest minus smallest probability, largest first;
+                "error of NAME", the mean over known labels of |probability - label| of that model, largest first;
+                "study", by name.
             finding: takes disagreement and error of this finding alone; None: of all.
             presence: keeps studies whose label of the finding is "present", "absent" or "unknown"; "any" keeps all.
 
@@ -253,20 +236,19 @@ class Cases:
         """
         import pandas as pd
 
-        for what, value, known in (("by", by, self.sortings), ("presence", presence, PRESENCE)):
-            if value not in known:
-                raise ValueError(f"{what}={value!r}: expected one of {', '.join(known)}")
-        if finding is not None and finding not in FINDINGS:
-            raise ValueError(f"finding={finding!r} is unknown; the 18 names are in medctkit.FINDINGS")
+        known = {"by": self.sortings, "finding": (None, *FINDINGS), "presence": PRESENCE}
+        for name, value in {"by": by, "finding": finding, "presence": presence}.items():
+            if value not in known[name]:
+                raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(str, known[name]))}")
         if finding is None and presence != "any":
             raise ValueError(f"presence={presence!r} needs a finding: present, absent or unknown is the label of one")
-        columns = range(len(FINDINGS)) if finding is None else [FINDINGS.index(finding)]
+        columns = [k for k, name in enumerate(FINDINGS) if finding in (name, None)]
         if by.startswith("error of "):
             values = np.abs(self.probabilities[by.removeprefix("error of ")] - self.labels)
         else:
-            values = self.differences()
+            values = np.ptp(np.stack(list(self.probabilities.values())), axis=0)
         # over a data frame, because a mean over no known label is NaN there, without a warning
-        found = pd.DataFrame(values)[list(columns)].mean(axis=1)
+        found = pd.DataFrame(values)[columns].mean(axis=1)
         if presence != "any":
             label = self.labels[:, columns[0]]
             found = found[{"present": label == 1, "absent": label == 0, "unknown": np.isnan(label)}[presence]]
@@ -275,11 +257,7 @@ class Cases:
         return found.sort_values(ascending=False, na_position="last", kind="stable")
 
     def score(self, stating: str, denying: str = "") -> Sentence:
-        """Score any sentence against all studies.
-
-        Args:
-            stating: the sentence.
-            denying: its negation; "": none, the cosine of the sentence alone.
+        """Score any sentence against all studies, with its negation or ("") without.
 
         Raises:
             ValueError: no sentence, or one that is longer than the text encoder takes.
@@ -296,10 +274,11 @@ class Cases:
                 values[name] = classifier.scores_from_embeddings(embeds)[:, 0]
             else:
                 values[name] = (embeds.to(classifier.device) @ classifier.text_embeds()[0, 0]).cpu().numpy()
-        return Sentence(stating, denying, values, tuple(self.tokenizer.tokenize(stating)))
+        what = "probability" if denying else "cosine"
+        return Sentence(what, values, tuple(self.tokenizer.tokenize(stating)))
 
     def view(self, index: int) -> tuple[CTVolume, dict[str, np.ndarray]]:
-        """A study to look at: a phantom, made again at `VIEW_SHAPE`, with its masks; a real scan, read, without.
+        """A study to look at: a phantom, made again at `VIEW_SHAPE`, with its masks (d, h, w); a real scan without.
 
         Raises:
             OSError: the file cannot be read.
@@ -310,7 +289,3 @@ class Cases:
             return volume_from_row(row), {}
         study = study_from_row(row, VIEW_SHAPE)
         return study.volume, study.masks
-
-
-def _plural(word: str, n: int) -> str:
-    return word if n == 1 else {"study": "studies"}.get(word, f"{word}s")

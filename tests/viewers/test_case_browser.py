@@ -61,7 +61,7 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def cases(rows, models, tokenizer, config, cache):
     found = Cases(rows, models, tokenizer, config, cache)
-    found.embed(batch_size=2, progress=False)
+    found.embed(batch_size=2)
     return found
 
 
@@ -143,10 +143,10 @@ def test_an_interrupted_run_goes_on(rows, models, tokenizer, config, tmp_path, m
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(CTReportDataset, "__getitem__", stopped)
-        cases.embed(batch_size=2, progress=False)
+        cases.embed(batch_size=2)
     again = Cases(rows, models, tokenizer, config, tmp_path)
     assert "6 of 10 embeddings are to be computed, 2 volumes" in again.cost()
-    again.embed(batch_size=2, progress=False)
+    again.embed(batch_size=2)
     assert "0 of 10" in again.cost() and not any(e.isnan().any() for e in again.embeddings.values())
 
 
@@ -166,34 +166,38 @@ def test_a_sentence_alone_has_a_cosine_and_a_place_among_the_studies(cases, mode
             text = model.encode_text(words["input_ids"], words["attention_mask"])[0]
         values = (cases.embeddings[name] @ text).numpy()
         np.testing.assert_allclose(found.values[name], values, atol=1e-6)
-    told = Sentence("a", "", {"base": np.array([0.3, -0.1, np.nan, 0.7, 0.3])}, ())
+    told = Sentence("cosine", {"base": np.array([0.3, -0.1, np.nan, 0.7, 0.3])}, ())
     shares = [told.share_below("base", i) for i in range(5)]
     assert shares == pytest.approx([1 / 3, 0, np.nan, 1, 1 / 3], nan_ok=True), "ties are not below; unknown is left out"
 
 
 def test_bad_input_is_refused(rows, models, tokenizer, config, cases):
-    def make(**changes):
-        given = dict(manifest=rows, models=models, tokenizer=tokenizer, preprocess_config=config)
-        return Cases(**given | changes)
-
-    with pytest.raises(TypeError, match=r"models: expected a dict such as \{'base': model\}, got \[\]"):
-        make(models=[])
-    with pytest.raises(ValueError, match="limit=0: expected a whole number of studies, at least 1"):
-        make(limit=0)
-    with pytest.raises(ValueError, match=r"model 'base' sees volumes of \(8, 32, 32\) voxels, .* makes \(8, 16, 16\)"):
-        make(preprocess_config=PreprocessConfig((45, 22.5, 22.5), (8, 16, 16)))
-    with pytest.raises(FileNotFoundError, match="no manifest at nowhere.csv"):
-        make(manifest="nowhere.csv")
-    with pytest.raises(ValueError, match="by='beauty': expected one of disagreement, error of base, error of adapted"):
-        cases.ordered("beauty")
-    with pytest.raises(ValueError, match="finding='Cough' is unknown"):
-        cases.ordered(finding="Cough")
-    with pytest.raises(ValueError, match="presence='present' needs a finding"):
-        cases.ordered(presence="present")
-    with pytest.raises(ValueError, match="type a sentence"):
-        cases.score("  ", "no")
-    with pytest.raises(ValueError, match="has 40 tokens, the text encoder takes 32; shorten it"):
-        cases.score("scan " * 40)
+    given = dict(manifest=rows, models=models, tokenizer=tokenizer, preprocess_config=config)
+    coarse, other_size = (
+        PreprocessConfig((45, 22.5, 22.5), (8, 16, 16)),
+        r"'base' sees volumes of \(8, 32, 32\) voxels, .* \(8, 16, 16\)",
+    )
+    for error, message, changes in (
+        (TypeError, r"models: expected a dict such as \{'base': model\}, got \[\]", {"models": []}),
+        (ValueError, "limit=0: expected a whole number of studies, at least 1", {"limit": 0}),
+        (ValueError, other_size, {"preprocess_config": coarse}),
+        (FileNotFoundError, "no manifest at nowhere.csv", {"manifest": "nowhere.csv"}),
+    ):
+        with pytest.raises(error, match=message):
+            Cases(**given | changes)
+    for message, wrong in (
+        ("by='beauty': expected one of disagreement, error of base, error of adapted", {"by": "beauty"}),
+        ("finding='Cough': expected one of None, Medical material", {"finding": "Cough"}),
+        ("presence='present' needs a finding", {"presence": "present"}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cases.ordered(**wrong)
+    for message, sentence in (
+        ("type a sentence", "  "),
+        ("has 40 tokens, the text encoder takes 32; shorten", "scan " * 40),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cases.score(sentence, "no")
 
 
 # --- the widget -------------------------------------------------------------------------------------------
@@ -222,8 +226,8 @@ def test_the_browser_says_what_it_costs_and_shows_the_study_with_the_largest_dis
     browser = CaseBrowser(mixed, models, tokenizer, config, cache, height=120)
     said = capsys.readouterr().out
     assert "8 studies, 2 models (base, adapted): 6 of 16 embeddings are to be computed, 3 volumes" in said
-    assert browser.index == browser.cases.ordered().index[0]
-    study = browser.cases.rows[browser.index]["study"]
+    assert browser.study.value == browser.cases.ordered().index[0]
+    study = browser.cases.rows[browser.study.value]["study"]
     assert study in browser.facts.value and browser.scan.children == (browser.slices.widget,)
     assert browser.study.options[0][0].endswith(study) and browser.study.options[-1][0].startswith("unread")
     assert "application/vnd.jupyter.widget-view+json" in browser._repr_mimebundle_()
@@ -232,7 +236,7 @@ def test_the_browser_says_what_it_costs_and_shows_the_study_with_the_largest_dis
 def test_picking_a_study_shows_its_scan_report_labels_and_probabilities(browser, rows):
     for row in rows.to_dict("records")[:2]:
         pick(browser, row["study"])
-        index = browser.index
+        index = browser.study.value
         assert row["report"].split(".")[0] in browser.facts.value
         shown = browser.slices.scans[0].volume
         study = study_from_row(row, shown.shape)
@@ -251,17 +255,17 @@ def test_picking_a_study_shows_its_scan_report_labels_and_probabilities(browser,
 def test_the_list_is_walked_by_buttons_and_round_its_ends(browser):
     listed = [i for _, i in browser.study.options]
     browser.next.click()
-    assert browser.index == listed[1]
+    assert browser.study.value == listed[1]
     assert browser.cases.rows[listed[1]]["study"] in browser.facts.value
     browser.previous.click()
     browser.previous.click()  # the last one cannot be read
-    assert browser.index == listed[-1] and "can't be shown" in browser.messages.text
+    assert browser.study.value == listed[-1] and "can't be shown" in browser.messages.text
     browser.next.click()
-    assert browser.index == listed[0] and not browser.messages.text
+    assert browser.study.value == listed[0] and not browser.messages.text
     browser.finding.value = "Mosaic attenuation pattern"
     browser.presence.value = "unknown"
     browser.next.click()
-    assert browser.index is None
+    assert browser.study.value is None
 
 
 def test_a_real_scan_with_unknown_labels_is_shown_and_its_text_is_escaped(browser):
@@ -287,14 +291,14 @@ def test_sorting_and_filtering_change_the_list_and_keep_the_study_where_they_can
     with monkeypatch.context() as patched:
         patched.setattr(browser.cases, "view", None)  # fails when called: the scan is there already
         browser.sorting.value = "error of base"
-    assert browser.cases.rows[browser.index]["study"] == "real"
+    assert browser.cases.rows[browser.study.value]["study"] == "real"
     assert [i for _, i in browser.study.options] == browser.cases.ordered("error of base").index.tolist()
     assert "8 of 8 studies, with their error of base (mean of the findings)" in browser.count.value
     browser.finding.value = "Lung nodule"
     browser.presence.value = "unknown"
     assert {browser.cases.rows[i]["study"] for _, i in browser.study.options} == {"real", "broken", "missing"}
     browser.finding.value = "Mosaic attenuation pattern"  # known everywhere
-    assert browser.index is None and "no study passes this filter" in browser.messages.text
+    assert browser.study.value is None and "no study passes this filter" in browser.messages.text
     assert browser.scan.children == () and not browser.table.value
     browser.finding.value = case_browser.ALL
     assert browser.presence.value == "any" and len(browser.study.options) == 8 and browser.table.value
@@ -355,7 +359,7 @@ def test_a_study_picked_while_another_is_made_is_shown_whole(browser, rows, monk
     worker.join()
     other.join()
     assert second in browser.facts.value and not browser.messages.text
-    index = browser.index
+    index = browser.study.value
     assert browser.cases.rows[index]["study"] == second
     np.testing.assert_array_equal(browser.slices.scans[0].volume.hu, view(index)[0].hu)
 

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from medctkit import viewers
 from medctkit.phantom.study import generate
 from medctkit.scans.heat_map import HeatMap
 from medctkit.scans.volumes import CTVolume
@@ -31,6 +32,11 @@ def bright(volume, plane, index):
     """Where the picture is bright, as (row, column) shares of its size."""
     grey = np.asarray(rendering.render(volume, plane, index, "bone", height=200)).astype(int)
     return np.argwhere(grey.min(axis=2) > 190).mean(axis=0) / grey.shape[:2]
+
+
+def test_the_face_of_the_wing_says_what_it_hands_on():
+    said = {name for name in viewers.__all__ if getattr(viewers, name) is not None and f"`{name}`" in viewers.__doc__}
+    assert said >= {"SliceViewer", "TrainingPlot", "training_figure", "finding_gallery", "render"}
 
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
@@ -68,26 +74,19 @@ def test_a_voxel_keeps_its_place_in_the_patient(orientation):
     np.testing.assert_allclose(scan.middle, scan.point_of((1.5, 2, 2.5)))
 
 
-def test_pixels_have_the_right_aspect_ratio(marked):
+def test_pixels_have_the_right_aspect_ratio_and_a_thin_slab_does_not_grow_without_end(marked):
     for plane, (tall, wide) in {"axial": (60, 80), "coronal": (100, 80), "sagittal": (100, 60)}.items():
         size = rendering.render(marked, plane, 5, height=300).size
         assert size[1] == 300 and abs(size[0] - 300 * wide / tall) <= 1
-
-
-def test_a_thin_slab_does_not_grow_without_end():
     slab = CTVolume(np.zeros((4, 100, 100), np.int16), (2.5, 1.0, 1.0))
     assert rendering.render(slab, "coronal", 5, height=300).size == (600, 60)
-
-
-def test_windows_map_their_ends_to_black_and_white():
-    for centre, width in rendering.WINDOWS.values():
-        grey = rendering.window([centre - width, centre - width / 2, centre, centre + width / 2, 9999], centre, width)
-        np.testing.assert_allclose(grey, [0, 0, 0.5, 1, 1])
 
 
 @given(st.floats(-2000, 3000), st.floats(-1000, 1000), st.floats(1, 4000))
 def test_a_window_is_a_ramp_between_its_ends(hu, centre, width):
     assert rendering.window(hu, centre, width) == pytest.approx(min(max((hu - centre) / width + 0.5, 0), 1), abs=2e-3)
+    ends = [centre - width, centre - width / 2, centre, centre + width / 2, 9999]
+    np.testing.assert_allclose(rendering.window(ends, centre, width), [0, 0, 0.5, 1, 1], atol=2e-3)
 
 
 def test_soft_masks_are_kept_and_outlined_at_the_border(marked):
@@ -104,9 +103,8 @@ def test_each_mask_has_a_colour_of_its_own_also_where_few_are_shown(marked):
         mask[:, :, 5 * i : 5 * i + 4] = True
     scan = Scan.of(marked, masks)
     picture = np.asarray(rendering.draw_slice(scan, "axial", 0, (400, 300), Look(masks=("1", "4"), opacity=1.0)))
-    assert (picture[150, 70] == rendering.MASK_COLOURS[1]).all() and (
-        picture[150, 220] == rendering.MASK_COLOURS[4]
-    ).all()
+    for column, i in ((70, 1), (220, 4)):
+        assert (picture[150, column] == rendering.MASK_COLOURS[i]).all()
     assert len({tuple(colour) for colour in picture.reshape(-1, 3)}) == 3
     assert len(set(scan.colours.values())) == 6
 
@@ -114,19 +112,15 @@ def test_each_mask_has_a_colour_of_its_own_also_where_few_are_shown(marked):
 def test_a_heat_map_covers_the_slice_where_it_is_high_and_leaves_it_where_it_is_low(marked):
     values = np.zeros((2, 2, 2))
     values[1, 0, 1] = 3  # head, front, left: where the block is
-    heat_map = HeatMap(
-        values, marked.affine @ np.array([[10, 0, 0, 4.5], [0, 15, 0, 7], [0, 0, 20, 9.5], [0, 0, 0, 1]])
-    )
+    halves = np.array([[10, 0, 0, 4.5], [0, 15, 0, 7], [0, 0, 20, 9.5], [0, 0, 0, 1]])
+    heat_map = HeatMap(values, marked.affine @ halves)
     for plane, index in {"axial": 16, "coronal": 5, "sagittal": 33}.items():
         plain = np.asarray(rendering.render(marked, plane, index, height=300)).astype(int)
         hot = np.asarray(rendering.render(marked, plane, index, height=300, heat_map=heat_map)).astype(int)
         changed = np.abs(hot - plain).sum(-1)
-        shares = (
-            changed[: len(changed) // 2].sum() / changed.sum(),
-            changed[:, : hot.shape[1] // 2].sum() / changed.sum(),
-        )
-        assert shares[0] > 0.7  # the upper half: front in axial slices, head in the others
-        assert shares[1] > 0.7 if plane == "sagittal" else shares[1] < 0.3  # left of the patient; front
+        upper, left = changed[: len(changed) // 2].sum(), changed[:, : hot.shape[1] // 2].sum() / changed.sum()
+        assert upper / changed.sum() > 0.7  # front in axial slices, head in the others
+        assert left > 0.7 if plane == "sagittal" else left < 0.3  # front; left of the patient
         assert (changed[-20:, -20:] if plane == "sagittal" else changed[-20:, :20]).max() == 0
     share = rendering.heat_share(heat_map, marked, "axial", 19)
     assert share.shape == (30, 40) and share.dtype == np.float32

@@ -85,13 +85,9 @@ def test_every_control_changes_the_picture(viewer):
 
 
 def test_every_control_says_what_it_is(viewer):
-    def below(widget):
-        for child in getattr(widget, "children", ()):
-            yield child
-            yield from below(child)
-
+    rows = [child for row in viewer.widget.children for child in getattr(row, "children", ())]
     kinds = ("IntSlider", "FloatSlider", "Dropdown", "Checkbox")
-    controls = [widget for widget in below(viewer.widget) if type(widget).__name__ in kinds]
+    controls = [widget for widget in rows if type(widget).__name__ in kinds]
     assert len(controls) == 13 and all(widget.description for widget in controls)
 
 
@@ -126,16 +122,13 @@ def test_choosing_a_mask_goes_to_where_it_is_and_tints_it(viewer, study):
     assert (viewer.position == at).all() and viewer.chosen_masks == ()
 
 
-def test_without_masks_and_maps_there_are_no_controls_for_them(study):
+def test_without_masks_and_maps_there_are_no_controls_for_them_and_an_empty_mask_is_chosen_without_a_jump(study):
     viewer = SliceViewer(study.volume)
     assert (viewer._mask_row.layout.display, viewer._heat_row.layout.display) == ("none", "none")
     viewer.set_volume(study.volume, study.masks)
     assert (viewer._mask_row.layout.display, viewer._heat_row.layout.display) == (None, "none")
     assert [*viewer.mask_boxes] == [*study.masks]
-
-
-def test_an_empty_mask_is_chosen_without_a_jump(study):
-    viewer = SliceViewer(study.volume, {"nothing": np.zeros(study.volume.shape, bool)})
+    viewer.set_volume(study.volume, {"nothing": np.zeros(study.volume.shape, bool)})
     before = viewer.voxel
     viewer.mask_boxes["nothing"].value = True
     assert viewer.voxel == before and viewer.messages.text == ""
@@ -173,9 +166,6 @@ def test_every_move_is_told_once(viewer):
     assert len(told) == 3 and viewer.voxel == (31, 63, 0)
     viewer.preset.value = "bone"
     assert len(told) == 3
-
-
-def test_a_point_that_is_none_is_refused(viewer):
     for point in ([1, 2], [np.nan, 0, 0]):
         with pytest.raises(ValueError, match="expected three finite patient coordinates"):
             viewer.move_to(point)
@@ -389,19 +379,24 @@ def test_an_error_under_the_mouse_is_shown_and_raised(clicked):
     assert clicked.messages.text  # a moving mouse does not wipe it away
 
 
-def test_bad_input_is_refused(study):
-    with pytest.raises(TypeError, match="expected a CTVolume"):
-        SliceViewer(study.volume.hu)
-    with pytest.raises(ValueError, match=r"mask 'x' has shape \(2, 2, 2\), the volume \(32, 64, 64\)"):
-        SliceViewer(study.volume, {"x": np.zeros((2, 2, 2))})
-    with pytest.raises(ValueError, match="unknown window 'liver'; choose one of lung, mediastinum, bone"):
-        SliceViewer(study.volume, window="liver")
-    with pytest.raises(ValueError, match="unknown canvas 'webgl'; choose one of ipympl, plain, or None"):
-        SliceViewer(study.volume, canvas="webgl")
-    with pytest.raises(ValueError, match=r"names \('one',\): expected two, one for each volume"):
-        SliceViewer(study.volume, other=study.volume, names=["one"])
-    with pytest.raises(TypeError, match="expected a CTVolume"):
-        SliceViewer(study.volume, other="scan.nii.gz")
+@pytest.mark.parametrize(
+    ("error", "message", "given"),
+    [
+        (TypeError, "expected a CTVolume", {"volume": "scan.nii.gz"}),
+        (TypeError, "expected a CTVolume", {"other": "scan.nii.gz"}),
+        (ValueError, r"mask 'x' has shape \(2, 2, 2\), the volume", {"masks": {"x": np.zeros((2, 2, 2))}}),
+        (ValueError, "unknown window 'liver'; choose one of lung, mediastinum, bone", {"window": "liver"}),
+        (ValueError, "unknown canvas 'webgl'; choose one of ipympl, plain, or None", {"canvas": "webgl"}),
+        (
+            ValueError,
+            r"names \['one'\]: expected two",
+            {"other": CTVolume(np.zeros((2, 2, 2)), (1, 1, 1)), "names": ["one"]},
+        ),
+    ],
+)
+def test_bad_input_is_refused(study, error, message, given):
+    with pytest.raises(error, match=message):
+        SliceViewer(**{"volume": study.volume} | given)
 
 
 def test_the_picture_is_saved_whole_and_lossless(viewer, tmp_path):

@@ -28,6 +28,7 @@ def test_training_figure_shows_losses_scores_and_guessing():
     assert not first.lines
 
 
+@pytest.mark.slow
 def test_training_plot_updates_one_picture_and_ends_with_the_last_row(monkeypatch):
     import IPython
 
@@ -51,10 +52,6 @@ def test_training_plot_updates_one_picture_and_ends_with_the_last_row(monkeypatc
     assert len(shown) == 31
     plot(some_rows()[10])
     assert len(shown) == 32
-
-
-def test_training_plot_outside_a_notebook_only_collects():
-    plot = training_plot.TrainingPlot()
-    for row in some_rows():
-        plot(row)
-    assert len(plot.history) == 31
+    monkeypatch.setattr(IPython, "get_ipython", lambda: None)  # outside of a notebook it only collects
+    plot(some_rows()[10])
+    assert len(shown) == 32 and len(plot.history) == 42

@@ -38,23 +38,21 @@ class LinkedScans:
         other: CTVolume | None = None,
         names: Sequence[str] | None = None,
     ):
-        called = ("first scan", "second scan") if other is not None else ("",)
-        called = called if names is None else tuple(names)
-        if other is not None and len(called) != 2:
-            raise ValueError(f"names {called}: expected two, one for each volume")
-        first, self.how = Scan.of(volume, masks, called[0]), ""
-        self.scans: tuple[Scan, ...] = (first,)
-        self.offsets = [np.zeros(3)]
-        if other is not None:
-            second, self.how = Scan.of(other, None, called[1]), "linked by patient coordinates"
-            self.scans, self.offsets = (first, second), [np.zeros(3)] * 2
-            if not (first.placed or second.placed) or not _one_within_the_other(first, second):
-                self.how = "linked by the distance from the middle of each scan"
-                self.offsets[1] = second.middle - first.middle
+        names = list(names or ("first scan", "second scan")[: 0 if other is None else 2])
+        self.scans: tuple[Scan, ...] = (Scan.of(volume, masks, *names[:1]),)
+        self.offsets, self.how = [np.zeros(3)] * 2, "linked by patient coordinates"
+        if other is None:
+            return
+        if len(names) != 2:
+            raise ValueError(f"names {names}: expected two, one for each volume")
+        first, second = self.scans = (*self.scans, Scan.of(other, None, names[1]))
+        if not (first.placed or second.placed) or not _one_within_the_other(first, second):
+            self.offsets[1] = second.middle - first.middle
+            self.how = "linked by the distance from the middle of each scan"
 
     def voxels(self, voxel: Voxel) -> list[Voxel]:
         """For each scan the voxel (d, h, w) at, or nearest to, the place of a voxel of the first."""
-        return [scan.nearest(where) for scan, where in zip(self.scans, self._in_each(voxel), strict=True)]
+        return [scan.nearest(where) for scan, where in zip(self.scans, self._in_each(voxel), strict=False)]
 
     def in_first(self, scan: int, voxel: Voxel) -> Voxel:
         """The voxel of the first scan at, or nearest to, the place of a voxel of scan 0 or 1."""
@@ -73,7 +71,7 @@ class LinkedScans:
     def _in_each(self, voxel: Voxel) -> list[np.ndarray]:
         """Where a voxel of the first scan lies in each: indices (d, h, w) with fractions."""
         point = self.scans[0].point_of(voxel)
-        return [scan.voxel_of(point + offset) for scan, offset in zip(self.scans, self.offsets, strict=True)]
+        return [scan.voxel_of(point + offset) for scan, offset in zip(self.scans, self.offsets, strict=False)]
 
 
 def _one_within_the_other(first: Scan, second: Scan) -> bool:
