@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,24 +48,15 @@ def digest_of(path: str | os.PathLike) -> str:
 
 
 def cache_key(content: str, reading: Mapping[str, Any], config: PreprocessConfig) -> str:
-    """Name of a prepared volume: 32 hexadecimal digits.
-
-    Args:
-        content: what identifies the scan's content, such as its `digest_of`.
-        reading: how it is read: rescale_slope, spacing, orientation, whatever was given.
-        config: how it is prepared.
-    """
+    """Name of a prepared volume, 32 hexadecimal digits: from the scan's digest, how it is read, how it is prepared."""
     key = repr((FORMAT, STEPS, content, sorted(reading.items()), config))
     return hashlib.sha256(key.encode()).hexdigest()[:32]
 
 
 class VolumeCache:
-    """A folder of prepared volumes.
+    """A folder of prepared volumes, made when the first is written.
 
     Any number of processes may use one folder at once: who writes second replaces a file by an equal one.
-
-    Args:
-        folder: made when the first volume is written.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -75,14 +67,7 @@ class VolumeCache:
         return self.folder / f"{key}{SUFFIX}"
 
     def save(self, key: str, volume: "torch.Tensor") -> int:
-        """Store a prepared volume, whole or not at all.
-
-        Args:
-            key: see `cache_key`.
-            volume: (1, z, x, y), values in [-1, 1].
-
-        Returns:
-            Bytes of the file.
+        """Store a prepared volume (1, z, x, y), values in [-1, 1], whole or not at all; returns the file's bytes.
 
         Raises:
             ValueError: values outside [-1, 1], or not of that shape.
@@ -97,14 +82,8 @@ class VolumeCache:
                 "values in [-1, 1], as preprocess gives it"
             )
         slabs = [_compressed(slab.mul(STEPS).round_().short().numpy()) for slab in volume[0].split(SLAB)]
-        header = json.dumps(
-            {
-                "format": FORMAT,
-                "key": key,
-                "shape": volume.shape[1:],
-                "sha256": [hashlib.sha256(slab).hexdigest() for slab in slabs],
-            }
-        )
+        digests = [hashlib.sha256(slab).hexdigest() for slab in slabs]
+        header = json.dumps({"format": FORMAT, "key": key, "shape": volume.shape[1:], "sha256": digests})
         tensors = {_name(i): np.frombuffer(slab, np.uint8) for i, slab in enumerate(slabs)}
         # one entry, as several would come in any order
         content = save(tensors, {"header": hashlib.sha256(header.encode()).hexdigest() + header})
@@ -127,12 +106,7 @@ class VolumeCache:
         return torch.from_numpy(values)[None]
 
     def slices(self, key: str, start: int, stop: int) -> "torch.Tensor":
-        """Some slices of a prepared volume, float32 (n, x, y); only their slabs are read.
-
-        Args:
-            key: see `cache_key`.
-            start: first slice.
-            stop: the one after the last.
+        """Slices `start` to `stop` - 1 of a prepared volume, float32 (n, x, y); only their slabs are read.
 
         Raises:
             FileNotFoundError: no such volume.
@@ -160,20 +134,13 @@ class VolumeCache:
     def sweep(self) -> None:
         """Remove what processes that were killed while they wrote have left."""
         for left in self.folder.glob(".*.tmp"):
-            try:
+            with suppress(FileNotFoundError):  # another process was quicker
                 if time.time() - left.stat().st_mtime > _STALE:
                     left.unlink()
-            except FileNotFoundError:
-                continue  # another process was quicker
 
 
 class _Opened:
-    """A prepared file, its header checked.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is damaged.
-    """
+    """A prepared file, its header checked; FileNotFoundError where there is none, ValueError where it is damaged."""
 
     def __init__(self, path: Path, key: str):
         self.path, self.key = path, key
@@ -261,16 +228,7 @@ def key_of(row: Mapping, content: str, config: PreprocessConfig) -> str:
 
 
 def prepare_row(row: Mapping, content: str, config: PreprocessConfig, cache: VolumeCache) -> int:
-    """Read or generate one study, pre-process and store it.
-
-    Args:
-        row: of a manifest.
-        content: see `content_of`.
-        config: what the model wants.
-        cache: where it is stored.
-
-    Returns:
-        Bytes of the prepared file.
+    """Read or generate the study of a row, whose content is known, pre-process and store it; returns the file's bytes.
 
     Raises:
         ValueError: the file can't be read as a CT, or is not the one that the manifest describes.

@@ -10,14 +10,14 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from medctkit.cohort.manifest import COLUMNS, READING, SPACING, SPLITS, validate_manifest
-from medctkit.common.csv_tables import check_columns, read_table, refuse_wrong, to_numbers
+from medctkit.common.csv_tables import read_table, refuse_wrong, to_numbers
 from medctkit.common.text import listed
 from medctkit.findings import FINDINGS
 from medctkit.scans.geometry import STEP_RANGE
@@ -58,11 +58,8 @@ class VolumeName(NamedTuple):
 def parse_volume_name(name: str) -> VolumeName:
     """Split, patient ("train_1": with the split, as numbers begin anew in each), scan and reconstruction.
 
-    Args:
-        name: with or without .nii.gz.
-
     Raises:
-        ValueError: not a name of CT-RATE.
+        ValueError: not a name of CT-RATE, with or without .nii.gz.
     """
     found = _NAME.fullmatch(str(name).removesuffix(".nii.gz"))
     if not found:
@@ -74,24 +71,14 @@ def parse_volume_name(name: str) -> VolumeName:
 
 
 def volume_path(name: str, version: int) -> str:
-    """Where a volume lies, from the folder that holds `dataset`: `dataset/train/train_1/train_1_a/train_1_a_1.nii.gz`.
-
-    Args:
-        name: with or without .nii.gz.
-        version: 1 (stored values) or 2 (HU).
-    """
+    """Where a volume lies: `dataset/train/train_1/train_1_a/train_1_a_1.nii.gz`, with `train_fixed` for version 2."""
     split, patient, scan, reconstruction = parse_volume_name(name)
     folder = VERSIONS[_checked_version(version)].format(split=split)
     return f"{folder}/{patient}/{patient}_{scan}/{patient}_{scan}_{reconstruction}.nii.gz"
 
 
 def find_volume(root: str | os.PathLike, name: str, version: int | None = None) -> Path:
-    """The file of a volume.
-
-    Args:
-        root: the folder that holds `dataset`.
-        name: with or without .nii.gz.
-        version: 1 or 2; None: the one that is there, 2 if both are.
+    """The file of a volume below the folder that holds `dataset`; version None: the one that is there, 2 if both are.
 
     Raises:
         FileNotFoundError: not there; says where it was looked for.
@@ -102,29 +89,6 @@ def find_volume(root: str | os.PathLike, name: str, version: int | None = None) 
         if file.is_file():
             return file
     raise FileNotFoundError(f"no volume {name}; looked for {' and '.join(map(str, files))}")
-
-
-def reading_arguments_of(metadata_row: Mapping, version: int, table: str = "the metadata") -> dict[str, Any]:
-    """How `read_volume` turns a file into HU and mm.
-
-    Args:
-        metadata_row: the volume's row of CT-RATE's metadata.
-        version: of the file. Version 2 needs nothing: what it needs is in the file.
-        table: the table's name, for errors.
-
-    Returns:
-        For version 1 `rescale_slope`, `rescale_intercept` and `spacing` (slices, rows, columns in mm).
-
-    Raises:
-        ValueError: a value that is missing or malformed; names row and column.
-    """
-    import pandas as pd
-
-    if _checked_version(version) == 2:
-        return {}
-    check_columns(metadata_row.keys(), _GEOMETRY, table)
-    text = {name: [str(metadata_row[name])] for name in _GEOMETRY}
-    return _arguments(pd.DataFrame(text, index=[metadata_row.get("VolumeName", "given")], dtype=str), table)
 
 
 def read_ct_rate(root: str | os.PathLike, name: str, version: int | None = None, **overrides: Any) -> CTVolume:

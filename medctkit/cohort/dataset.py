@@ -18,6 +18,7 @@ from medctkit.cohort.cache import VolumeCache, content_of, key_of, prepare_row
 from medctkit.cohort.manifest import volume_from_row
 from medctkit.cohort.prepare import prepare
 from medctkit.common.processes import accelerator_for
+from medctkit.common.text import listed
 from medctkit.findings import FINDINGS
 from medctkit.scans.preprocessing import PreprocessConfig, preprocess
 
@@ -79,11 +80,9 @@ class CTReportDataset(Dataset):
         done = prepare(self.rows, self.config, self.cache.folder, workers=workers)
         for row in self.rows:  # so that no file is hashed again
             row["checksum"] = done.contents.get(row["study"], row["checksum"])
-        failures = done.failures
-        if failures:
-            listing = "\n".join(f"  {failure['study']}: {failure['message']}" for failure in failures[:5])
-            more = f"\n  ... and {len(failures) - 5} more" if len(failures) > 5 else ""
-            raise ValueError(f"{len(failures)} of {len(self.rows)} studies could not be prepared:\n{listing}{more}")
+        if done.failures:
+            listing = listed([f"  {failure['study']}: {failure['message']}" for failure in done.failures])
+            raise ValueError(f"{len(done.failures)} of {len(self.rows)} studies could not be prepared:\n{listing}")
 
     def in_memory(self) -> "CTReportDataset":
         """Load all volumes at once and go on from memory (0.5 MB each at the mini size); returns itself."""
@@ -150,13 +149,6 @@ def load_split(
 
     Under `accelerate launch` the first process prepares them and the others wait.
 
-    Args:
-        manifest: see `medctkit.cohort.manifest`.
-        hospital: of the manifest; None: all.
-        split: "train", "valid" or "test".
-        preprocess_config: what the model wants to see.
-        cache_dir: of the prepared volumes.
-
     Raises:
         ValueError: no such studies.
     """
@@ -174,9 +166,6 @@ def load_split(
 
 
 def prepared_dir(manifest_path: str | os.PathLike, output_dir: str | os.PathLike, cache_dir=None) -> Path:
-    """Where prepared volumes are: `cache_dir`, else what `medctkit prepare` put beside the manifest, else a new folder.
-
-    The new one is `prepared` in `output_dir`.
-    """
+    """Where prepared volumes are: `cache_dir`, else beside the manifest (`medctkit prepare`), else in `output_dir`."""
     beside = Path(manifest_path).parent / "prepared"
     return Path(cache_dir) if cache_dir is not None else beside if beside.is_dir() else Path(output_dir) / "prepared"

@@ -40,23 +40,14 @@ _RECORDS = Path(".cache") / "huggingface"
 
 @dataclass(frozen=True)
 class Plan:
-    """What `download` will do; made by `plan_files`.
-
-    Args:
-        repository: where from.
-        revision: the commit.
-        destination: the folder.
-        files: what, as the hub announces it.
-        bytes_there: how much of it is in the destination already.
-        bytes_free: on its disk.
-    """
+    """What `download` will do; made by `plan_files`."""
 
     repository: HubRepository
-    revision: str
+    revision: str  # the commit
     destination: Path
-    files: tuple["RepoFile", ...]
-    bytes_there: int
-    bytes_free: int
+    files: tuple["RepoFile", ...]  # as the hub announces them
+    bytes_there: int  # how much of them is in the destination already
+    bytes_free: int  # on its disk
 
     @property
     def bytes_total(self) -> int:
@@ -78,11 +69,6 @@ class Plan:
 
 def plan_files(repository: HubRepository, names: Iterable[str], destination: str | os.PathLike) -> Plan:
     """Find out whether files can be fetched, before the first byte.
-
-    Args:
-        repository: where they are.
-        names: paths in it.
-        destination: folder for them; made if it isn't there.
 
     Raises:
         PermissionError: no token, one that is refused, or terms that aren't accepted.
@@ -133,21 +119,13 @@ def plan_files(repository: HubRepository, names: Iterable[str], destination: str
 
 @dataclass
 class Outcome:
-    """What a download did, file by file, names sorted.
-
-    Attributes:
-        fetched: files that came over the network.
-        kept: files that were there, whole.
-        untried: files that weren't begun or finished, because a failure concerned all of them.
-        failures: files that are not there, and why.
-        replaced: files that were in the way, under the names they have now.
-    """
+    """What a download did, file by file, names sorted."""
 
     fetched: list[str] = field(default_factory=list)
-    kept: list[str] = field(default_factory=list)
-    untried: list[str] = field(default_factory=list)
-    failures: dict[str, str] = field(default_factory=dict)
-    replaced: list[Path] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)  # were there, whole
+    untried: list[str] = field(default_factory=list)  # not begun or finished, as a failure concerned all
+    failures: dict[str, str] = field(default_factory=dict)  # and why
+    replaced: list[Path] = field(default_factory=list)  # were in the way; the names they have now
 
     def __str__(self) -> str:
         parts = [f"{counted(self.fetched, 'file')} fetched", f"{len(self.kept):,} already there"]
@@ -336,9 +314,6 @@ def plan_tokenizer(destination: str | os.PathLike) -> Plan:
     """Find out whether the tokenizer of the released text encoder can be fetched.
 
     The encoder's weights are part of CT-CLIP's; of its repository's Python code nothing is fetched.
-
-    Args:
-        destination: folder; the files go into one in it, with the name of their repository.
 
     Raises:
         OSError: see `plan_files`.

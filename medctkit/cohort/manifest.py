@@ -68,15 +68,7 @@ def study_from_row(row: Mapping, shape: tuple[int, int, int] = TRAINING_SHAPE) -
 
 
 def reading_arguments(row: Mapping) -> dict[str, Any]:
-    """What `read_volume` needs to know for the real scan of a row, as keyword arguments.
-
-    Args:
-        row: one with a `path`.
-
-    Returns:
-        `path`, and of `rescale_slope`, `rescale_intercept`, `spacing` (d, h, w in mm), `orientation` and
-        `series` those that the row gives.
-    """
+    """Keyword arguments of `read_volume` for a row with a `path`, as far as it gives them; spacing (d, h, w) in mm."""
     here = {name: row[name] for name in READING if name in row and not _empty(row[name])}
     arguments: dict[str, Any] = {"path": str(row["path"])}
     arguments |= {name: float(here[name]) for name in ("rescale_slope", "rescale_intercept") if name in here}
@@ -255,14 +247,7 @@ def _split_rule(table: "pd.DataFrame") -> tuple:
 
 
 def split_table(table: "pd.DataFrame") -> "pd.DataFrame":
-    """How many patients, scans and volumes each hospital has in each split.
-
-    Returns:
-        Columns hospital, split, patients, scans, volumes.
-
-    Raises:
-        ValueError: a patient is in two splits; without the error, none is.
-    """
+    """Numbers of patients, scans and volumes by hospital and split; ValueError where a patient is in two splits."""
     import pandas as pd
 
     numbered = table.set_axis(range(2, len(table) + 2))
@@ -351,12 +336,7 @@ def _rows_of_patient(task: tuple[str, str, int]) -> list[dict]:
 
 
 def build_default_manifest(patients: Mapping[tuple[str, str], int] | None = None, workers: int | None = None):
-    """Generate the default phantom cohort's manifest (DataFrame), in the order of hospital, split and patient.
-
-    Args:
-        patients: how many for each (hospital, split); `DEFAULT_PATIENTS` by default.
-        workers: processes; by default one per core.
-    """
+    """Generate a phantom cohort's manifest (DataFrame), with so many `patients` of each (hospital, split)."""
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 

@@ -146,14 +146,14 @@ def prepare(
 
 def write_failures(failures: Sequence[Mapping], path: str | os.PathLike) -> None:
     """Write the failures of a run as a table, whole or not at all; without failures, remove an earlier run's."""
+    import pandas as pd
+
     path = Path(path)
     if not failures:
         path.unlink(missing_ok=True)
         return
-    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["study", "path", "error", "message"])
-        writer.writeheader()
-        writer.writerows(failures)
+    with replacing(path) as temporary:
+        pd.DataFrame(failures, columns=["study", "path", "error", "message"]).to_csv(temporary, index=False)
 
 
 def _not_yet(
@@ -267,14 +267,11 @@ def _results(
             elif isinstance(error, OSError) and error.errno in _DISK_FULL:
                 raise error
             else:  # the worker died again and again
-                yield rows[future.key], {"error": type(error).__name__, "message": _died(error)}
+                message = f"its worker process died each time it was tried, as a rule for want of memory: {error}"
+                yield rows[future.key], {"error": type(error).__name__, "message": message}
             future.release()
     finally:
         client.cancel(futures)
-
-
-def _died(error: BaseException) -> str:
-    return f"its worker process died each time it was tried, as a rule for want of memory: {error}"
 
 
 def _task_of_a_worker(row: Mapping, config: PreprocessConfig, cache: VolumeCache) -> dict[str, Any]:

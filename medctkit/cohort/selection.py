@@ -14,17 +14,11 @@ from medctkit.common.text import counted, listed
 
 @dataclass(frozen=True)
 class Selection:
-    """Volumes to fetch.
+    """Volumes to fetch."""
 
-    Args:
-        files: their paths in the repository.
-        patients: whose volumes they are.
-        left_out: volumes that were asked for, but show no chest.
-    """
-
-    files: tuple[str, ...]
+    files: tuple[str, ...]  # paths in the repository
     patients: tuple[str, ...]
-    left_out: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()  # volumes that were asked for, but show no chest
 
     def __str__(self) -> str:
         text = f"{counted(self.patients, 'patient')}, {counted(self.files, 'volume')}"
@@ -67,7 +61,13 @@ def select(
         asked = dict.fromkeys(name.removesuffix(".nii.gz") for name in studies)
         if not asked:
             raise ValueError("the list of studies is empty")
-        _refuse_unknown([name for name in asked if name not in names], names)
+        unknown = [name for name in asked if name not in names]
+        if unknown:
+            shown = [", perhaps ".join([name, *get_close_matches(name, names, 1)]) for name in unknown[:5]]
+            raise ValueError(
+                f"{counted(unknown, 'name')} not in the data set; expected patients (valid_1), scans (valid_1_a) or "
+                f"volumes (valid_1_a_1):\n{listed(shown + unknown[5:])}"
+            )
         chosen = {volume for name in asked for volume in names[name]}
     else:
         there = list(dict.fromkeys(_patient(v) for found in names.values() for v in found if v not in no_chest))
@@ -116,13 +116,3 @@ def _patient(volume: str) -> str:
 
 def _natural(name: str) -> list:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-
-
-def _refuse_unknown(unknown: list[str], known: Iterable[str]) -> None:
-    if unknown:
-        meant = [get_close_matches(name, known, 1) for name in unknown[:5]]
-        shown = [f"{name}, perhaps {close[0]}" if close else name for name, close in zip(unknown, meant, strict=False)]
-        raise ValueError(
-            f"{counted(unknown, 'name')} not in the data set; expected patients (valid_1), scans (valid_1_a) or "
-            f"volumes (valid_1_a_1):\n{listed(shown + unknown[5:])}"
-        )

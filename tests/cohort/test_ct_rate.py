@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from medctkit.cohort.ct_rate import (
     TABLES,
+    _arguments,
     find_volume,
     manifest_from_ct_rate,
     parse_volume_name,
     read_ct_rate,
-    reading_arguments_of,
     volume_path,
 )
 from medctkit.cohort.manifest import load_manifest, split_table, validate_manifest, volume_from_row, write_manifest
@@ -68,6 +68,11 @@ def change(root, split, kind, row, **cells):
     rows = read(table_file(root, split, kind))
     rows[row - 2] |= cells
     write(table_file(root, split, kind), rows)
+
+
+def arguments(row):
+    """How `read_ct_rate` reads the volume of a row of the metadata."""
+    return _arguments(pd.DataFrame([row], index=[row["VolumeName"]]).astype(str), "the metadata")
 
 
 # --- names --------------------------------------------------------------------------------------------
@@ -149,9 +154,8 @@ def test_version_2_is_preferred_and_that_is_said(root):
 def test_metadata_applied_to_version_2_once_more_is_refused(imitation, row):
     root, _ = imitation
     metadata = read(table_file(root, "train", "metadata"))[row - 2]
-    assert reading_arguments_of(metadata, 2) == {}
     with pytest.raises(ValueError, match="rescaled twice"):
-        read_volume(find_volume(root, metadata["VolumeName"], 2), **reading_arguments_of(metadata, 1))
+        read_volume(find_volume(root, metadata["VolumeName"], 2), **arguments(metadata))
     with pytest.raises(ValueError, match="version 2 is in HU already; leave out rescale_intercept"):
         read_ct_rate(root, metadata["VolumeName"], rescale_intercept=-1024)
 
@@ -168,11 +172,11 @@ def test_an_override_replaces_the_metadata(imitation):
     assert read_ct_rate(imitation[0], "train_1_a_1", 1, spacing=(5, 1, 2)).spacing == (5.0, 1.0, 2.0)
 
 
-def test_spacing_is_slices_then_rows_then_columns(tmp_path):
-    row = {"RescaleSlope": 1, "RescaleIntercept": -1024, "ZSpacing": 1.5, "XYSpacing": "[0.7, 0.8]"}
+def test_spacing_is_slices_then_rows_then_columns():
+    row = dict(VolumeName="v", RescaleSlope=1, RescaleIntercept=-1024, ZSpacing=1.5)
     expected = dict(rescale_slope=1.0, rescale_intercept=-1024.0, spacing=(1.5, 0.7, 0.8))
-    for given_as in (row, pd.Series(row), {k: str(v) for k, v in row.items()}, row | {"XYSpacing": "['0.7','0.8']"}):
-        assert reading_arguments_of(given_as, 1) == expected
+    for spacing in ("[0.7, 0.8]", "['0.7','0.8']"):
+        assert arguments(row | {"XYSpacing": spacing}) == expected
 
 
 @pytest.mark.parametrize(
@@ -183,11 +187,7 @@ def test_spacing_is_slices_then_rows_then_columns(tmp_path):
 def test_a_malformed_spacing_is_named(value):
     row = dict(VolumeName="train_1_a_1.nii.gz", RescaleSlope=1, RescaleIntercept=0, ZSpacing=1, XYSpacing=value)
     with pytest.raises(ValueError, match=r"metadata row train_1_a_1\.nii\.gz, column 'XYSpacing': got .*two lengths"):
-        reading_arguments_of(row, 1)
-    assert reading_arguments_of(row, 2) == {}
-    del row["XYSpacing"]
-    with pytest.raises(ValueError, match=r"the metadata lacks the column\(s\) \['XYSpacing'\]"):
-        reading_arguments_of(row, 1)
+        arguments(row)
 
 
 # --- the manifest -----------------------------------------------------------------------------------------
@@ -430,19 +430,14 @@ MALFORMED = {
     "no volume name": ("labels", without("VolumeName"), r"lacks the column\(s\) \['VolumeName'\]"),
     "a label misspelt": ("labels", without("Emphysema", "Emphisema"), "'Emphisema' may be meant for 'Emphysema'"),
     "a label of 2": ("labels", cell(3, "Atelectasis", "2"), "row 3, column 'Atelectasis': got 2, expected 0 or 1"),
-    "a label left out": ("labels", cell(5, "Lung nodule", ""), "row 5, column 'Lung nodule': got .*, expected 0 or 1"),
-    "a label in words": ("labels", cell(5, "Lung nodule", "yes"), "row 5, column 'Lung nodule': got 'yes'"),
     "other labels": ("labels", row_with_the_other_label, r"row 3, column 'Emphysema': got \d, .* row 2, another rec"),
     "a volume twice": ("labels", cell(4, "VolumeName", "train_1_a_1"), "row 4, .*'train_1_a_1', .* row 2 is this one"),
     "another split": ("labels", cell(4, "VolumeName", "valid_1_a_1.nii.gz"), "row 4, .*'valid_1_a_1', .* train_1_a_1"),
     "no reconstruction": ("reports", cell(2, "VolumeName", "train_1_a"), "row 2, column 'VolumeName': got 'train_1_a'"),
-    "no name": ("metadata", cell(2, "VolumeName", ""), "row 2, column 'VolumeName': got '', expected"),
-    "no impressions": ("reports", without("Impressions_EN"), r"lacks the column\(s\) \['Impressions_EN'\]"),
     "other reports": ("reports", cell(3, "Findings_EN", "New."), r"row 3, column 'Findings_EN': got 'New\.', .* row 2"),
     "no slopes": ("metadata", without("RescaleSlope"), r"lacks the column\(s\) \['RescaleSlope'\]"),
     "a slope of 0": ("metadata", cell(2, "RescaleSlope", "0"), "row 2, column 'RescaleSlope': got '0', .*above 0"),
     "a slope left out": ("metadata", cell(2, "RescaleSlope", ""), "row 2, column 'RescaleSlope': got '', expected"),
-    "an infinite slope": ("metadata", cell(2, "RescaleSlope", "inf"), "row 2, column 'RescaleSlope': got 'inf'"),
     "an intercept in words": ("metadata", cell(3, "RescaleIntercept", "no"), "row 3, .*'no', expected a number"),
     "one or a thousand": ("metadata", cell(3, "RescaleIntercept", "-1,024"), "row 3, .*'-1,024', expected a number"),
     "slices of 0 mm": ("metadata", cell(4, "ZSpacing", "0"), "row 4, column 'ZSpacing': got '0', expected a len"),
@@ -457,22 +452,6 @@ def test_a_malformed_table_is_refused_with_table_row_and_column(root, kind, brok
     with pytest.raises(ValueError, match=message) as caught:
         manifest_from_ct_rate(root, 1)
     assert str(caught.value).startswith(str(file))
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [  # more of these in test_manifest, with the same reader of tables
-        (lambda data: data[:-20], r"row 7 has \d+ cells, the header 19"),
-        (lambda data: data.replace(b"train_2", b"train_\xfc"), r"row 5, column 'VolumeName': got b'train_\\xfc"),
-        (lambda data: b"<html>please sign in</html>", r"lacks the column\(s\) \['VolumeName'"),
-    ],
-    ids=["a table cut short", "latin-1 bytes", "a web page"],
-)
-def test_a_damaged_table_is_refused(root, damage, message):
-    file = table_file(root, "train", "labels")
-    file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(ValueError, match=rf"train_predicted_labels\.csv.*{message}"):
-        manifest_from_ct_rate(root)
 
 
 @pytest.mark.parametrize("line", ["train_3", "valid_1_a_1.nii.gz", "head ct", "train_3_a_1;train_3_a_2", "\udcff"])

@@ -177,13 +177,6 @@ def test_folders_and_zips_of_dicom_are_volumes_too(cluster, tmp_path):
     assert prepare(rows, SMALL, tmp_path / "cache", scheduler="nobody is asked").made == 0
 
 
-def test_a_run_in_which_everything_fails_is_stopped(cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr(preparing, "HOPELESS", 3)
-    rows = [real_row(f"s{i}", tmp_path / f"{i}.nii") for i in range(10)]
-    done = prepare(rows, SMALL, tmp_path / "cache", scheduler=cluster.scheduler_address)
-    assert len(done.failures) == 3 and done.left == 7 and not done.contents
-
-
 @pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_leaves_no_half_file(phantoms, cluster, tmp_path):
     from distributed import Client

@@ -105,13 +105,6 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     assert load_manifest(out / "manifest.csv")["study"].tolist() == table["study"].tolist()
 
 
-def test_a_second_run_has_nothing_to_do(ct_rate, tmp_path, cluster):
-    arguments = (ct_rate, tmp_path, "--model", "mini", "--one-reconstruction", "--scheduler", cluster.scheduler_address)
-    first, second = run(*arguments), run(*arguments)
-    assert "5 of 5 volumes are prepared, 5 of them now" in first.output
-    assert "5 of 5 volumes are prepared, 0 of them now" in second.output and "preparing" not in second.output
-
-
 def test_a_bad_volume_is_listed_and_the_exit_code_says_so(tmp_path, cluster):
     manifest = own_manifest(tmp_path, rescale_intercept=["", -1024])
     out = tmp_path / "out"
