@@ -136,7 +136,8 @@ def contrast_of_regions(dataset: CTReportDataset, regions: Regions, grid: Sequen
 
     studies, of = np.unique(regions.study, return_inverse=True)
     edges = (gaussian_gradient_magnitude(dataset[i]["pixel_values"].numpy(), 1.0, axes=(1, 2, 3)) for i in studies)
-    maps = np.concatenate([nn.functional.adaptive_avg_pool3d(torch.from_numpy(e), tuple(grid)) for e in edges])
+    t, h, w = grid
+    maps = np.concatenate([nn.functional.adaptive_avg_pool3d(torch.from_numpy(e), (t, h, w)) for e in edges])
     return (maps / maps.sum((1, 2, 3), keepdims=True))[of]
 
 
