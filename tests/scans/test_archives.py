@@ -85,14 +85,18 @@ def test_the_folder_vanishes_after_an_error_in_the_block_too(tmp_path):
 
 
 def test_a_zipped_series_is_the_series(tmp_path):
-    series = write_dicom(tmp_path / "a" / "series", chest())
+    series = write_dicom(tmp_path / "a" / "series", chest(), series="1.2.3")
+    write_dicom(tmp_path / "a" / "other", chest() - 5, series="1.2.4")
     write_dicom(tmp_path / "a" / "scout", chest()[:1], ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
     files = {f"CD/{f.parent.name}/{f.name}": f.read_bytes() for f in (tmp_path / "a").rglob("*.dcm")}
     path = write_zip(tmp_path / "scan.ZIP", files)
-    volume, expected = read_volume(path), read_volume(series)
+    volume, expected = read_volume(path, series="1.2.3"), read_volume(series)
     np.testing.assert_array_equal(volume.hu, expected.hu)
     assert volume.spacing == expected.spacing and volume.provenance[0] == "read from DICOM series scan.ZIP"
     assert "left out: localizer (1)" in volume.provenance
+    np.testing.assert_array_equal(read_volume(path, series="1.2.4").hu, chest() - 5)
+    with pytest.raises(ValueError, match="scan.ZIP: 2 series in it"):
+        read_volume(path)
 
 
 def test_errors_in_a_zipped_series_name_archive_and_member(tmp_path):

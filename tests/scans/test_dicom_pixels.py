@@ -220,10 +220,14 @@ def test_a_compressed_picture_of_another_size_is_refused(tmp_path):
         values(tmp_path)
 
 
-@pytest.mark.parametrize("syntax", [JPEGLosslessSV1, JPEGLSLossless, JPEG2000Lossless, RLELossless])
-def test_a_truncated_compressed_slice_is_named(tmp_path, syntax):
+@pytest.mark.parametrize(
+    ("syntax", "share"),
+    [(syntax, 0.7) for syntax in (JPEGLosslessSV1, JPEGLSLossless, JPEG2000Lossless, RLELossless)]
+    + [(ExplicitVRLittleEndian, share) for share in (0.0, 0.15, 0.6, 0.95)],
+)
+def test_a_truncated_slice_is_named(tmp_path, syntax, share):
     write_dicom(tmp_path, chest((3, 40, 40)), syntax=syntax)
-    truncate(tmp_path / "001.dcm", 0.7)
+    truncate(tmp_path / "001.dcm", share)
     with pytest.raises(ValueError, match="001.dcm.*(truncated|damaged)"):
         values(tmp_path)
 
@@ -268,6 +272,7 @@ def small_series(request, tmp_path_factory):
     return write_dicom(tmp_path_factory.mktemp("series"), chest((3, 16, 16)), syntax=request.param)
 
 
+@pytest.mark.slow
 @given(hits=DAMAGE, which=st.integers(0, 2), cut=st.sampled_from([None, None, None, 100, 400, 900]))
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_damaged_series_is_read_or_refused_with_a_name(small_series, hits, which, cut):

@@ -6,7 +6,7 @@ import numpy as np
 import pydicom
 import pytest
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGLosslessSV1
-from scan_files import SHAPE, SPACING, change, chest, notes, truncate, values, write_dicom
+from scan_files import SHAPE, SPACING, change, chest, notes, values, write_dicom
 
 from medctkit.scans.dicom_files import is_dicom
 from medctkit.scans.dicom_series import read_dicom
@@ -297,14 +297,6 @@ def test_dicom_without_slope_can_be_given_one(tmp_path):
     with pytest.raises(ValueError, match="not in HU: .* pass the rescale_slope"):
         read_volume(folder)
     np.testing.assert_array_equal(read_volume(folder, 1, -1024).hu, chest())
-
-
-@pytest.mark.parametrize("share", [0.0, 0.15, 0.6, 0.95])
-def test_a_truncated_slice_is_named(tmp_path, share):
-    write_dicom(tmp_path, chest((8, 40, 40)))
-    truncate(tmp_path / "003.dcm", share)
-    with pytest.raises(ValueError, match="003.dcm.*damaged"):
-        read_volume(tmp_path)
 
 
 def test_reading_warns_of_nothing(tmp_path):

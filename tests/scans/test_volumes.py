@@ -1,13 +1,11 @@
 """CTVolume and read_volume: every format, every orientation, and what they refuse."""
 
-import zipfile
-
 import nibabel as nib
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scan_files import SHAPE, SPACING, chest, truncate, write_dicom, write_itk, write_nifti
+from scan_files import SHAPE, SPACING, chest, truncate, write_itk, write_nifti
 
 from medctkit.scans.volumes import CTVolume, read_volume
 
@@ -121,19 +119,4 @@ def test_truncated_files(tmp_path, name, share):
     write = write_nifti if ".nii" in name else write_itk
     path = truncate(write(tmp_path / name, chest((20, 30, 40))), share)
     with pytest.raises(ValueError, match=f"{name}: can't be read: truncated or damaged; get the file again"):
-        read_volume(path)
-
-
-# --- zip files
-
-
-def test_one_series_of_a_zip_file_is_chosen(tmp_path):
-    write_dicom(tmp_path / "scans" / "a", chest(), series="1.2.3")
-    write_dicom(tmp_path / "scans" / "b", chest() - 5, series="1.2.4")
-    path = tmp_path / "scans.zip"
-    with zipfile.ZipFile(path, "w") as archive:
-        for file in sorted((tmp_path / "scans").rglob("*.dcm")):
-            archive.write(file, file.relative_to(tmp_path))
-    np.testing.assert_array_equal(read_volume(path, series="1.2.4").hu, chest() - 5)
-    with pytest.raises(ValueError, match="scans.zip: .*series"):
         read_volume(path)

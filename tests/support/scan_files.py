@@ -4,7 +4,6 @@ from tempfile import TemporaryDirectory
 
 import nibabel as nib
 import numpy as np
-import pydicom
 import SimpleITK as sitk
 from pydicom import dcmread, dcmwrite
 from pydicom.dataset import FileDataset, FileMetaDataset
@@ -79,11 +78,7 @@ def write_dicom(
         slice_.RescaleSlope, slice_.RescaleIntercept = slope, intercept
         stored = np.round((pixels - intercept) / slope).astype("<i2" if slice_.PixelRepresentation else "<u2")
         slice_.PixelData = stored.astype(stored.dtype if syntax.is_little_endian else ">i2").tobytes()
-        for tag, value in tags.items():
-            if value is None:
-                delattr(slice_, tag)
-            else:
-                setattr(slice_, tag, value)
+        _set_tags(slice_, tags)
         if syntax.is_compressed and syntax.is_encapsulated:
             _compress(slice_, stored, syntax)
         file = folder / (names[i] if names else f"{i:03}.dcm")
@@ -124,10 +119,14 @@ def notes(folder, series=None):
 
 def change(path, **tags):
     """Set tags of a file or, where None, remove them."""
-    header = pydicom.dcmread(path)
+    header = dcmread(path)
+    _set_tags(header, tags)
+    header.save_as(path)
+
+
+def _set_tags(header, tags):
     for tag, value in tags.items():
         if value is None:
             delattr(header, tag)
         else:
             setattr(header, tag, value)
-    header.save_as(path)
