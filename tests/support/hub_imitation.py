@@ -47,7 +47,7 @@ class HubImitation:
         self.sent = Counter()  # file name: bytes
         self.starts = defaultdict(list)  # file name: first byte of each answer
 
-    def fault(self, name, kind, value=0, times=1, says="as it was told to", **headers):
+    def fault(self, name, kind, value=0, times=1, says="as it was told to"):
         """Spoil the next answers.
 
         Args:
@@ -56,13 +56,12 @@ class HubImitation:
             value: of that kind.
             times: how many answers.
             says: the hub's message with a status.
-            headers: of an answer with a status, _ for -.
         """
-        self.faults[name] += [(kind, value, says, headers)] * times
+        self.faults[name] += [(kind, value, says)] * times
 
     def take_fault(self, name):
         with self.lock:
-            return self.faults[name].pop(0) if self.faults[name] else (None, 0, "", {})
+            return self.faults[name].pop(0) if self.faults[name] else (None, 0, "")
 
     def __enter__(self):
         self.servers = [_start(self, _Hub), _start(self, _Storage)]
@@ -136,9 +135,9 @@ class _Handler(BaseHTTPRequestHandler):
     def send_file(self, path, name, **headers):
         """The bytes of a file, from where they are asked for, with the fault whose turn it is."""
         hub = self.imitation
-        kind, value, says, extra = hub.take_fault(name)
+        kind, value, says = hub.take_fault(name)
         if kind == "status":
-            self.reply(value, {"error": says}, **extra)
+            self.reply(value, {"error": says})
             return
         data = path.read_bytes()
         if kind == "wrong bytes":
@@ -185,13 +184,13 @@ class _Hub(_Handler):
         api = re.fullmatch(r"/api/(dataset|model)s/([^/]+/[^/]+)(?:/([^/]+))?(?:/([^/]+))?", path)
         resolve = re.fullmatch(r"/(?:(dataset)s/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        kind, status, says, headers = self.imitation.take_fault("/api") if api or self.command == "HEAD" else 4 * [None]
+        kind, status, says = self.imitation.take_fault("/api") if api or self.command == "HEAD" else 3 * [None]
         repo_type, repo_id, *rest = (api or resolve).groups()
         folder, known_type, gated = self.imitation.repositories.get(repo_id, (None, None, False))
         if token and token != self.imitation.token:
             self.refuse(401, None, "Invalid credentials in Authorization header")
         elif kind:
-            self.reply(status, {"error": says}, **headers)
+            self.reply(status, {"error": says})
         elif known_type != (repo_type or "model"):
             self.refuse(404 if token else 401, "RepoNotFound", "Repository not found")
         elif api:
