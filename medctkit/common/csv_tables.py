@@ -11,7 +11,7 @@ import os
 from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from medctkit.common.text import SHOWN, listed
 
@@ -184,14 +184,8 @@ def refuse_wrong(where: str, table: "pd.DataFrame", rules: Iterable[tuple]) -> N
     if found:
         found.sort(key=lambda cell: cell[0])
         texts = [
-            f"{where} row {table.index[at]}, column {column!r}: got {_shown(table[column].iloc[at])}, "
+            f"{where} row {table.index[at]}, column {column!r}: got {table[column].astype(object).iloc[at]!r:.100}, "
             f"expected {expected if isinstance(expected, str) else expected.iloc[at]}"
             for at, column, expected in found[:SHOWN]
         ]
         raise ValueError(listed(texts, len(found)))
-
-
-def _shown(value: Any) -> str:
-    value = value.item() if hasattr(value, "item") else value
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."

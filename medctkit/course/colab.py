@@ -42,10 +42,7 @@ def installed() -> dict[str, str]:
 
 
 def needed(project: Mapping) -> dict[str, str]:
-    """What the course needs in Colab: the lowest version, by normal name.
-
-    Args:
-        project: pyproject.toml, read.
+    """What the course needs in Colab, of pyproject.toml as it is read: the lowest version, by normal name.
 
     Raises:
         ValueError: a requirement that isn't "name>=version".
@@ -90,13 +87,7 @@ def missing(lowest: Mapping[str, str], there: Mapping[str, str]) -> list[str]:
 
 
 def constraints(lacking: Iterable[str], there: Mapping[str, str], tested: Mapping[str, str]) -> list[list[str]]:
-    """Constraints for pip to try in turn: what is there stays; what is new, as tested if that fits, else what fits.
-
-    Args:
-        lacking: requirements, see `missing`.
-        there: see `installed`.
-        tested: versions the project was tested with, by normal name.
-    """
+    """Constraints for pip to try in turn: what is there stays; what is new, as tested if that fits, else what fits."""
     names = [requirement.partition(">=")[0] for requirement in lacking]
     # packages of the operating system may have versions that pip can't read
     known = {name: version for name, version in sorted(there.items()) if _VERSION.fullmatch(version)}
@@ -107,9 +98,6 @@ def constraints(lacking: Iterable[str], there: Mapping[str, str], tested: Mappin
 
 def install(root: Path = ROOT) -> None:
     """Install what is missing, then this package beside it, without a restart.
-
-    Args:
-        root: the repository.
 
     Raises:
         RuntimeError: pip could not; with the end of what it said.

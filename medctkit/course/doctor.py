@@ -34,10 +34,8 @@ def check_versions() -> list[Row]:
             found = version(name)
         except PackageNotFoundError:
             optional = extras[0] in OPTIONAL
-            way_out = (
-                f"none (optional: pip install 'medctkit[{extras[0]}]')" if optional else f"missing, needs {needed}"
-            )
-            rows.append((optional, name, way_out))
+            way_out = f"none (optional: pip install 'medctkit[{extras[0]}]')"
+            rows.append((optional, name, way_out if optional else f"missing, needs {needed}"))
             continue
         fine = needed.contains(found, prereleases=True)
         rows.append((fine, name, found if fine else f"{found}, needs {needed}"))

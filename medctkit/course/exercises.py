@@ -45,17 +45,11 @@ class NotSolved(AssertionError):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of an answer.
+    """What became of an answer."""
 
-    Attributes:
-        name: of the exercise, such as "01.1".
-        state: "right", "wrong" or "open".
-        text: praise, or what is wrong; plain text, with `code` in backticks.
-    """
-
-    name: str
-    state: str
-    text: str
+    name: str  # of the exercise, such as "01.1"
+    state: str  # "right", "wrong" or "open"
+    text: str  # praise, or what is wrong; plain text, with `code` in backticks
 
     def __repr__(self) -> str:
         return f"Exercise {self.name}: {_LOOKS[self.state][1]} {self.text}"
@@ -112,12 +106,8 @@ def judge(name: str, *answer: Any) -> Verdict:
         return Verdict(name, "wrong", str(error))
     except Exception as error:  # whatever a student hands in: the lesson goes on
         kinds = ", ".join(type(value).__name__ for value in answer)
-        return Verdict(
-            name,
-            "wrong",
-            f"The check could not work with your answer ({kinds}): {type(error).__name__}: {error}. "
-            "Is it of the kind that the exercise asks for?",
-        )
+        said = f"The check could not work with your answer ({kinds}): {type(error).__name__}: {error}."
+        return Verdict(name, "wrong", f"{said} Is it of the kind that the exercise asks for?")
 
 
 def check(name: str, *answer: Any) -> None:
@@ -154,11 +144,8 @@ def _check_of(name: str) -> Callable[..., str]:
 
 
 def _is_open(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return any(item is ... for item in value)
-    if isinstance(value, dict):
-        return any(item is ... for item in value.values())
-    return value is ... or value is None
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return value is ... or value is None or any(item is ... for item in inside)
 
 
 def _guarded(value: Any) -> Any:
@@ -180,11 +167,7 @@ def _guarded(value: Any) -> Any:
 
 
 def number(answer: Any, what: str, finite: bool = True) -> float:
-    """An answer that should be a single number.
-
-    Raises:
-        Wrong: it is none, or not a finite one; says `what` was expected.
-    """
+    """An answer that should be a single number; raises `Wrong` and says `what` was expected if it isn't one."""
     try:
         found = float(answer.item() if hasattr(answer, "item") else answer)
     except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several numbers
@@ -195,11 +178,7 @@ def number(answer: Any, what: str, finite: bool = True) -> float:
 
 
 def interval(answer: Any) -> tuple[float, float]:
-    """The answer as the two ends of an interval.
-
-    Raises:
-        Wrong: not two numbers, or the wrong way round.
-    """
+    """The answer as the two ends of an interval; raises `Wrong` if it isn't one, or is the wrong way round."""
     if isinstance(answer, str) or not hasattr(answer, "__len__") or len(answer) != 2:
         raise Wrong("Expected the two ends of an interval, (low, high).")
     low, high = (number(end, "an end of the interval") for end in answer)
@@ -216,17 +195,6 @@ def close(a: Any, b: Any, tolerance: float = 1e-4) -> bool:
 
 
 def expect(found: Any, right: Any, slips: Mapping[Any, str], otherwise: str, tolerance: float = 1e-4) -> None:
-    """Refuse an answer that isn't right.
-
-    Args:
-        found: the answer, one number or several.
-        right: what it should be.
-        slips: what usual slips give, and what is said of each.
-        otherwise: what is said of any other wrong answer.
-        tolerance: of `close`.
-
-    Raises:
-        Wrong: it isn't.
-    """
+    """Raise `Wrong` unless `found` is right: with what is said of the slip that gives the same, or `otherwise`."""
     if not close(found, right, tolerance):
         raise Wrong(next((said for slip, said in slips.items() if close(found, slip, tolerance)), otherwise))

@@ -47,23 +47,14 @@ class NotReady(FileNotFoundError):
 
 @dataclass(frozen=True)
 class World:
-    """Model, studies and settings that a notebook works with; made by `open_world`.
+    """Model, studies and settings that a notebook works with; made by `open_world`."""
 
-    Attributes:
-        name: "phantom" or "released".
-        origin: base model, its tokenizer, and the hospital of the manifest that is adapted to.
-        manifest_path: the cohort.
-        cache_dir: prepared volumes.
-        settings: of the adaptation.
-        said: for the reader, a line or two.
-    """
-
-    name: str
-    origin: Origin
+    name: str  # "phantom" or "released"
+    origin: Origin  # base model, its tokenizer, and the hospital of the manifest that is adapted to
     manifest_path: Path
-    cache_dir: Path
+    cache_dir: Path  # prepared volumes
     settings: Adaptation
-    said: str
+    said: str  # for the reader, a line or two
 
     def __str__(self) -> str:
         return self.said
@@ -98,17 +89,10 @@ class World:
         return load_split(self.manifest, self.hospital, split, self.preprocess_config, self.cache_dir)
 
     def sample(self, split: str = "test", index: int = 0) -> tuple[CTVolume, dict]:
-        """One study to look at, in Hounsfield units: a scan as it is on disk, or a phantom at a fine resolution.
-
-        Args:
-            split: "train", "valid" or "test".
-            index: which of its studies.
-
-        Returns:
-            The scan, and its row of the manifest.
+        """A study to look at, and its row of the manifest: a scan as it is on disk, or a phantom at a fine resolution.
 
         Raises:
-            ValueError: no such study.
+            ValueError: no study with this index in the split.
             FileNotFoundError: its file has been moved or deleted since it was prepared.
         """
         rows = self.manifest[self.manifest["split"] == split]
@@ -153,21 +137,18 @@ def open_world(
     if world != "released":
         raise ValueError(f"world={world!r}: expected phantom or released")
     data_dir = Path(data_dir).expanduser()
-    lacking = [what for what, path in _parts(data_dir).items() if not path.exists()]
-    if lacking:
-        raise NotReady(released_steps(data_dir, seed, lacking))
     parts = _parts(data_dir)
+    if lacking := [what for what, path in parts.items() if not path.exists()]:
+        raise NotReady(released_steps(data_dir, seed, lacking))
     weights, tokenizer, manifest = parts["weights"], parts["tokenizer"].parent, parts["manifest"]
     table = load_manifest(manifest)
-    drawn = sum(not has_file(row) for row in table.to_dict("records"))
-    if drawn:
+    if drawn := sum(not has_file(row) for row in table.to_dict("records")):
         raise ValueError(
             f"{manifest}: {drawn:,} of its {len(table):,} studies are phantoms; the released world wants scans only. "
             f"`medctkit prepare {data_dir / 'ct-rate'} {data_dir / 'prepared'}` makes it anew"
         )
-    lacking = [split for split in SPLITS if split not in set(table["split"])]
-    if lacking:
-        raise NotReady(released_steps(data_dir, seed, [f"{split} studies" for split in lacking]))
+    if lacking := [f"{split} studies" for split in SPLITS if split not in set(table["split"])]:
+        raise NotReady(released_steps(data_dir, seed, lacking))
     return World(
         world,
         Origin(str(weights), str(tokenizer), None),
@@ -182,10 +163,7 @@ def open_world(
 def released_steps(data_dir: str | os.PathLike = "../data", seed: int = 0, lacking: Sequence[str] = ()) -> str:
     """All steps to the released world as text: what to accept, where the token goes, commands, disk and time.
 
-    Args:
-        data_dir: see `open_world`.
-        seed: draws the patients.
-        lacking: what is missing, for the first line; () leaves the line out.
+    The first line says what is `lacking`, if anything is. For the rest see `open_world`.
     """
     data_dir = Path(data_dir)
     ct_rate, prepared = (shlex.quote(str(data_dir / name)) for name in ("ct-rate", "prepared"))

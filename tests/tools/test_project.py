@@ -88,26 +88,15 @@ def test_import_is_quick_and_names_load_on_use():
     assert done.returncode == 0, done.stderr
 
 
-def test_unknown_name_lists_the_known_ones():
+def test_every_public_name_exists_an_editor_is_told_of_it_and_an_unknown_one_lists_them():
     import medctkit
 
-    with pytest.raises(AttributeError, match="no attribute 'CTClip'; it has .*CTCLIPModel"):
-        _ = medctkit.CTClip
-
-
-def test_every_public_name_exists():
-    import medctkit
-
-    for name in medctkit.__all__:
-        assert getattr(medctkit, name) is not None
-
-
-def test_editors_are_told_what_the_face_shows():
-    import medctkit
-
+    assert all(getattr(medctkit, name) is not None for name in medctkit.__all__)
     stub = ast.parse((ROOT / "medctkit" / "__init__.pyi").read_text())
     told = {alias.asname for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert told | {"__version__"} == set(medctkit.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'CTClip'; it has .*CTCLIPModel"):
+        _ = medctkit.CTClip
 
 
 # --- the files that say what to install ---------------------------------------------------------------
@@ -132,11 +121,7 @@ def test_environment_yml_says_what_pyproject_says():
     assert conda["pytorch"] == known["torch"].specifier
     for requirement in map(Requirement, pip[1:-1]):
         assert requirement.specifier == known[requirement.name.lower()].specifier, requirement
-
-
-def test_environment_yml_names_what_the_lessons_are_about():
-    _, conda, pip = conda_file()
-    named = {Requirement(entry).name for entry in [*conda, *pip[1:-1]]}
+    named = {*conda, *(Requirement(entry).name for entry in pip[1:-1])}
     assert named >= set("pytorch peft transformers monai matplotlib ipywidgets pandas scikit-learn jupyterlab".split())
 
 
@@ -177,16 +162,13 @@ def test_package_ships_its_assets():
 # --- make setup ------------------------------------------------------------------------------------------
 
 
-def test_linux_without_gpu_never_starts_with_the_cuda_build():
+def test_linux_without_gpu_never_starts_with_the_cuda_build_and_others_get_the_plain_one():
     first, second, third, last = setup_env.torch_sources("Linux", has_gpu=False)
     assert first == ["torch==2.13.0+cpu"]
     assert second == third == ["torch==2.13.0+cpu", "--extra-index-url", setup_env.CPU_INDEX]
     assert last == ["torch==2.13.0"]
-
-
-@pytest.mark.parametrize(("system", "has_gpu"), [("Linux", True), ("Darwin", False), ("Windows", False)])
-def test_gpu_machines_and_other_systems_get_the_plain_build(system, has_gpu):
-    assert setup_env.torch_sources(system, has_gpu) == [["torch==2.13.0"]]
+    for system, has_gpu in (("Linux", True), ("Darwin", False), ("Windows", False)):
+        assert setup_env.torch_sources(system, has_gpu) == [["torch==2.13.0"]]
 
 
 def test_setup_agrees_with_pyproject():
@@ -214,12 +196,7 @@ def test_a_gpu_counts_only_if_nvidia_smi_works(tmp_path, monkeypatch, script, an
 
 @pytest.mark.parametrize(
     ("script", "expected"),
-    [
-        ("echo 2.9.1+cu128", "2.9.1+cu128"),
-        ("echo 2.13.0a0+git1", "2.13.0a0+git1"),
-        ("echo 2.1.0", None),
-        ("exit 1", None),
-    ],
+    [(f"echo {kept}", kept) for kept in ("2.9.1+cu128", "2.13.0a0+git1")] + [("echo 2.1.0", None), ("exit 1", None)],
 )
 def test_a_torch_that_is_there_and_new_enough_is_kept(tmp_path, script, expected):
     assert setup_env.installed_torch(fake(tmp_path / "python", script)) == expected
@@ -261,7 +238,7 @@ def test_setup_falls_back_installs_the_rest_and_runs_only_once(environment, monk
     assert log.exists(), "a changed requirement was not noticed"
 
 
-def test_setup_without_any_torch_says_what_it_tried(environment):
+def test_setup_says_what_it_tried_of_torch_and_which_python_it_needs(environment):
     fake(
         environment / "bin" / "python",
         'case "$*" in *version_info*) echo 3 12;; *--version*) ;; *) exit 1;; esac',
@@ -269,9 +246,6 @@ def test_setup_without_any_torch_says_what_it_tried(environment):
     with pytest.raises(SystemExit, match=r"Tried:\n  pip install torch==2.13.0\+cpu\n.*\n.*\n  pip install torch==2"):
         setup_env.main(environment)
     assert not (environment / ".medctkit-setup").exists()
-
-
-def test_setup_refuses_an_old_python(environment):
     fake(environment / "bin" / "python", "echo 3 9")
     with pytest.raises(SystemExit, match=r"needs Python >= 3\.11, but .* is 3\.9\. .* make setup PYTHON="):
         setup_env.main(environment)
@@ -390,10 +364,6 @@ def test_pyproject_says_what_is_tested():
 # --- notebooks -------------------------------------------------------------------------------------------
 
 
-def test_the_lessons_of_the_demo_are_there():
-    assert {path.name for path in NOTEBOOKS} >= set(demo.NOTEBOOKS)
-
-
 def read(path):
     notebook = nbformat.read(path, as_version=nbformat.NO_CONVERT)
     assert notebook.nbformat == 4
@@ -441,5 +411,6 @@ def test_outputs_are_committed_as_make_render_leaves_them(path):
             assert output.get("name") != "stderr" and not any("widget" in mime for mime in output.get("data", ()))
 
 
-def test_every_solution_belongs_to_a_notebook():
+def test_every_solution_belongs_to_a_notebook_and_the_lessons_of_the_demo_are_there():
+    assert {path.name for path in NOTEBOOKS} >= set(demo.NOTEBOOKS)
     assert {path.stem for path in (ROOT / "notebooks" / "solutions").glob("*.py")} <= {path.stem for path in NOTEBOOKS}
