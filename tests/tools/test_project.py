@@ -61,6 +61,7 @@ def test_the_picture_of_the_house_is_the_contract():
     assert [{name.strip() for name in cells.split("│")} for _, cells in drawn] == rows
 
 
+@pytest.mark.slow
 def test_an_import_from_a_row_below_is_reported(tmp_path):
     shutil.copytree(ROOT / "medctkit", tmp_path / "medctkit", ignore=shutil.ignore_patterns("assets", "__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
