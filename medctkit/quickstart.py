@@ -1,8 +1,7 @@
 """One call from nothing to a result: a chest CT in, 18 scores and a picture out.
 
-`classify()` makes a phantom, loads the mini CT-CLIP that comes with the package, asks it about all 18 findings and
-keeps the answer as a table and a picture. It downloads nothing and takes seconds on a CPU. The same call takes
-a scan of your own, with a model that knows patients.
+`classify()` asks the mini CT-CLIP that comes with the package about all 18 findings of a phantom. It downloads nothing
+and takes seconds on a CPU. The same call takes a scan of your own, with a model that knows patients.
 """
 
 import io
@@ -146,9 +145,6 @@ def classify(
     table = pd.DataFrame({"finding": FINDINGS, "score": scores.astype(float)})
     table["truth"] = [TRUTH.get(known.get(name, -1), "unknown") for name in FINDINGS]
     table["usual"] = [PREVALENCE[name] for name in FINDINGS]
-    return Classified(volume, table, _title(volume, base), masks)
-
-
-def _title(volume: CTVolume, base: BaseModel) -> str:
-    what = volume.provenance[0] if volume.provenance else "a scan"
-    return f"{what}; CT-CLIP of {sum(p.numel() for p in base.model.parameters()) / 1e6:,.1f} M parameters in use"
+    what, parameters = ", ".join(volume.provenance[:1]) or "a scan", sum(p.numel() for p in base.model.parameters())
+    title = f"{what}; CT-CLIP of {parameters / 1e6:,.1f} M parameters in use"
+    return Classified(volume, table, title, masks)

@@ -6,6 +6,7 @@ when a map first needs it, and kept until `close`: a viewer that shows nothing c
 
 import html
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -85,30 +86,26 @@ class AttentionViewer:
 
         wide = {"width": "420px"}
         self.model = w.ToggleButtons(options=list(self.models), style={"button_width": "auto"})
-        self.shown = w.Dropdown(options=list(SHOWN), value=show, description="show", layout={"width": "330px"})
+        self.shown = w.Dropdown(options=list(SHOWN), value=show, description="show", layout=wide)
         self.layer = w.IntSlider(min=0, max=0, description="layer", tooltip="layers count from 0", layout=wide)
         self.head = w.Dropdown(description="head", options=[MEAN])
         marked = next((name for name in self.prompts if name in self.masks), next(iter(self.prompts), OWN))
-        self.prompt = w.Dropdown(
-            options=[*self.prompts, OWN], value=marked, description="prompt", layout={"width": "330px"}
-        )
+        self.prompt = w.Dropdown(options=[*self.prompts, OWN], value=marked, description="prompt", layout=wide)
         first = self.prompts.get(marked, ("", ""))
         text = {"continuous_update": False, "layout": wide}  # Enter, or leaving the field
         self.stating = w.Text(first[0], description="states", placeholder="a sentence", **text)
         self.denying = w.Text(first[1], description="denies", placeholder="its negation, or nothing", **text)
         self.caption, self.messages = w.HTML(), Messages()
-        for control in (self.model, self.shown, self.layer, self.head):
-            self.messages.observe(control, self._draw)
-        self.messages.observe(self.prompt, self._chose_prompt)
-        for control in (self.stating, self.denying):
-            self.messages.observe(control, self._typed)
+        for react, controls in (
+            (self._draw, (self.model, self.shown, self.layer, self.head)),
+            (self._chose_prompt, (self.prompt,)),
+            (self._typed, (self.stating, self.denying)),
+        ):
+            for control in controls:
+                self.messages.observe(control, react)
         self.slices.on_move(self._moved)
-        rows = (
-            [w.Label("model"), self.model, self.shown],
-            [self.layer, self.head],
-            [self.prompt],
-            [self.stating, self.denying],
-        )
+        first_row = [w.Label("model"), self.model, self.shown]
+        rows = first_row, [self.layer, self.head], [self.prompt], [self.stating, self.denying]
         lines = [w.HBox(row, layout={"flex_flow": "row wrap"}) for row in rows]
         self.widget = w.VBox([*lines, self.messages.widget, self.caption, self.slices.widget])
 
@@ -164,8 +161,7 @@ class AttentionViewer:
         """The map that the controls ask for; None: nothing.
 
         Raises:
-            ValueError: a model of another input size, a crosshair outside of what the model sees, no sentence, or a
-                sentence too long.
+            ValueError: a model of another input size, a crosshair outside of what it sees, no sentence or one too long.
         """
         from medctkit.attention.maps import attend, patch_map, relevance
         from medctkit.scans.preprocessing import preprocess
@@ -209,6 +205,8 @@ class AttentionViewer:
 
     def _described(self, heat_map: "HeatMap") -> str:
         """The caption: which map, its range, and how much of it lies in each mask."""
+        from medctkit.attention.localisation import patch_shares
+
         shown, values = self.shown.value, heat_map.values
         what = f"{self.model.value}: {shown}"
         if "layer" in SHOWN[shown]:
@@ -222,18 +220,13 @@ class AttentionViewer:
             what += f": {self.stating.value.strip()!r}{against}"
         low, high = map(_percent, heat_map.limits)
         lines = [what, f"{low} to {high} of the map in a patch; {_percent(1 / values.size)} if all were alike"]
-        for name, filled in self._filled(values.shape).items():
+        for name, mask in self.masks.items():
+            made = partial(patch_shares, mask, self.volume, self.config, values.shape)
+            filled = self._once((patch_shares, name, values.shape), made)  # of each patch
             share = (values * filled).sum() / values.sum()
             size = _percent(filled.mean())
             lines.append(f"{_percent(share)} of the map lies in {name}, which is {size} of what the model sees")
         return f'<div style="line-height:1.4">{"<br>".join(map(html.escape, lines))}</div>'
-
-    def _filled(self, grid: tuple[int, int, int]) -> dict[str, np.ndarray]:
-        """For each mask the share of every patch (t, h, w) that it fills."""
-        from medctkit.attention.localisation import patch_shares
-
-        shares = ((name, patch_shares(mask, self.volume, self.config, grid)) for name, mask in self.masks.items())
-        return self._once(grid, lambda: dict(shares))
 
     def close(self) -> None:
         """Free what was captured, and the widget."""

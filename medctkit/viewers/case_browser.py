@@ -97,10 +97,12 @@ class CaseBrowser:
             self.typing.observe(control, self._score)
         steps = w.HBox([self.previous, self.next])
         controls = [self.sorting, self.finding, self.presence, self.study, steps, self.count]
-        left = w.VBox(controls, layout={"width": "300px"})
-        right = w.VBox([self.messages.widget, self.scan], layout=_beside(560))
         asked = [w.HTML("<b>Score any sentence</b>"), self.stating, self.denying, self.typing.widget, self.scores]
-        told = w.VBox([self.facts, *asked], layout=_beside(380))
+        left = w.VBox(controls, layout={"width": "300px"})
+        right = w.VBox([self.messages.widget, self.scan])
+        told = w.VBox([self.facts, *asked])
+        for column, width in ((right, 560), (told, 380)):  # takes the room that is left, or goes below
+            column.layout.flex, column.layout.min_width = f"1 1 {width}px", "0"
         rows = ([left, right], [self.table, told])
         self.widget = w.VBox([w.HBox(row, layout={"flex_flow": "row wrap", "grid_gap": "16px"}) for row in rows])
 
@@ -114,8 +116,7 @@ class CaseBrowser:
             self.presence.disabled = finding is None
             if finding is None:
                 self.presence.value = "any"
-            presence = "any" if finding is None else self.presence.value
-            found = self.cases.ordered(self.sorting.value, finding, presence)
+            found = self.cases.ordered(self.sorting.value, finding, self.presence.value)
             self.study.options = [(self._line(i, value), i) for i, value in found.items()]
             self.study.value = chosen if chosen in found.index else next(iter(found.index), None)
         shown = self.sorting.value if self.sorting.value != "study" else "disagreement"
@@ -176,10 +177,8 @@ class CaseBrowser:
 
     def _show_scores(self) -> None:
         index, studies = self.study.value, [row["study"] for row in self.cases.rows]
-        if self._sentence is None or index is None:
-            self.scores.value = ""
-        else:
-            self.scores.value = sentence_table(self._sentence, index, studies)
+        told = None if index is None else self._sentence
+        self.scores.value = "" if told is None else sentence_table(told, index, studies)
 
     def close(self) -> None:
         """Free the widgets."""
@@ -189,11 +188,6 @@ class CaseBrowser:
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         return self.widget._repr_mimebundle_(**kwargs)
-
-
-def _beside(width: int) -> dict[str, str]:
-    """A column that takes the room that is left, and goes below where that is less than `width` pixels."""
-    return {"flex": f"1 1 {width}px", "min_width": "0"}
 
 
 def facts(row: Mapping[str, Any]) -> str:

@@ -77,9 +77,7 @@ class SliceViewer:
         canvas: str | None = None,
     ):
         if canvas not in (None, *KINDS):
-            raise ValueError(
-                f"unknown canvas {canvas!r}; choose one of {', '.join(KINDS)}, or None for what works here"
-            )
+            raise ValueError(f"unknown canvas {canvas!r}; choose one of {', '.join(KINDS)}, or None for what works")
         centre, width = window_of(window)
         linked, heat_maps = LinkedScans(volume, masks, other, names), _heat_maps(heat_maps)
         self.height, self.messages = height, Messages()
@@ -95,11 +93,10 @@ class SliceViewer:
         self._show_scans(linked, heat_maps)
 
     def _build(self, preset: str, centre: int, width: int) -> None:
-        """Make the controls."""
         import ipywidgets as w
 
-        def slider(kind: Any, description: str, tooltip: str, wide: str = "280px", **values: Any) -> Any:
-            return kind(description=description, tooltip=tooltip, layout={"width": wide}, **values)
+        def slider(kind: Any, description: str, tooltip: str, **values: Any) -> Any:
+            return kind(description=description, tooltip=tooltip, layout={"width": "280px"}, **values)
 
         self.view = w.ToggleButtons(
             options=[ALL_PLANES, *PLANES], tooltips=["side by side", *(f"{plane} only, larger" for plane in PLANES)],
@@ -110,11 +107,10 @@ class SliceViewer:
             options=[*WINDOWS, "free"], value=preset, description="window", tooltip="which HU are black and white",
             layout={"width": "210px"},
         )  # fmt: skip
-        # the sliders reach as far as what was asked for
-        ends: dict[str, Any] = {"value": centre, "min": min(-1000, centre), "max": max(1000, centre), "step": 10}
-        self.centre = slider(w.IntSlider, "centre HU", "HU that are shown as middle grey", **ends)
-        ends = {"value": width, "min": min(10, width), "max": max(4000, width), "step": 10}
-        self.width = slider(w.IntSlider, "width HU", "HU from black to white", **ends)
+        self.centre = slider(w.IntSlider, "centre HU", "HU that are shown as middle grey", min=-1000, max=1000, step=10)
+        self.width = slider(w.IntSlider, "width HU", "HU from black to white", min=10, max=4000, step=10)
+        for control, value in ((self.centre, centre), (self.width, width)):  # they reach as far as what was asked for
+            control.min, control.max, control.value = min(control.min, value), max(control.max, value), value
         self.crosshair = w.Checkbox(value=True, description="crosshair", indent=False, layout={"width": "110px"})
         self.mask_boxes: dict[str, w.Checkbox] = {}
         share: dict[str, Any] = {"min": 0, "max": 1, "step": 0.05}
@@ -123,26 +119,22 @@ class SliceViewer:
         self.heat_opacity = slider(w.FloatSlider, "map tint", "opacity where the map is highest", value=0.6, **share)
         self.colour_map = w.Dropdown(options=COLOUR_MAPS, description="colours", layout={"width": "210px"})
         self.readout, self.hover = w.HTML(), w.HTML(_HELP if isinstance(self.canvas, MouseCanvas) else "")
-        for plane in PLANES:
-            self.messages.observe(self.sliders[plane], self._moved)
-        self.messages.observe(self.view, self._arrange)
-        self.messages.observe(self.preset, self._change_preset)
-        for control in (self.centre, self.width):
-            self.messages.observe(control, self._change_window)
-        for control in (self.crosshair, self.opacity, self.heat_map, self.heat_opacity, self.colour_map):
-            self.messages.observe(control, self._draw)
+        for react, controls in (
+            (self._moved, self.sliders.values()), (self._arrange, [self.view]), (self._change_preset, [self.preset]),
+            (self._change_window, [self.centre, self.width]),
+            (self._draw, [self.crosshair, self.opacity, self.heat_map, self.heat_opacity, self.colour_map]),
+        ):  # fmt: skip
+            for control in controls:
+                self.messages.observe(control, react)
 
         wrapping = {"flex_flow": "row wrap", "align_items": "center"}
-        self._mask_row, self._heat_row = w.HBox(layout=wrapping), w.HBox(layout=wrapping)
-        self._heat_row.children = [self.heat_map, self.heat_opacity, self.colour_map]
-        self.widget = w.VBox(
-            [
-                w.HBox([self.view, self.crosshair], layout=wrapping),
-                w.HBox([*self.sliders.values()], layout=wrapping),
-                w.HBox([self.preset, self.centre, self.width], layout=wrapping),
-                self._mask_row, self._heat_row, self.canvas.widget, self.readout, self.hover, self.messages.widget,
-            ]
+        rows: tuple[list[Any], ...] = (
+            [self.view, self.crosshair], [*self.sliders.values()], [self.preset, self.centre, self.width], [],
+            [self.heat_map, self.heat_opacity, self.colour_map],
         )  # fmt: skip
+        boxes = [w.HBox(row, layout=wrapping) for row in rows]
+        self._mask_row, self._heat_row = boxes[-2:]
+        self.widget = w.VBox([*boxes, self.canvas.widget, self.readout, self.hover, self.messages.widget])
 
     # --- what is shown ------------------------------------------------------------------------------------
 
@@ -156,11 +148,7 @@ class SliceViewer:
     ) -> None:
         """Show another study; window, view and opacities stay, the crosshair goes to the middle of the scan.
 
-        Callbacks of `on_move` are not called. Where the input is refused, the old study stays.
-
-        Raises:
-            TypeError: as the class.
-            ValueError: as the class.
+        Callbacks of `on_move` are not called. Input is refused as by the class; then the old study stays.
         """
         self._show_scans(LinkedScans(volume, masks, other, names), _heat_maps(heat_maps))
 
@@ -189,11 +177,8 @@ class SliceViewer:
         }
         for name, box in self.mask_boxes.items():
             self.messages.observe(box, lambda name=name: self._choose_mask(name))
-        self._mask_row.children = [
-            w.Label("masks", layout={"margin": "0 1em 0 0"}),
-            *self.mask_boxes.values(),
-            self.opacity,
-        ]
+        label = w.Label("masks", layout={"margin": "0 1em 0 0"})
+        self._mask_row.children = [label, *self.mask_boxes.values(), self.opacity]
         self._mask_row.layout.display = None if self.mask_boxes else "none"
         self._hidden = ()
         self._take_heat_maps(heat_maps)
@@ -214,10 +199,9 @@ class SliceViewer:
     @property
     def look(self) -> Look:
         """How the slices are drawn now."""
-        return Look(
-            (self.centre.value, self.width.value), self.chosen_masks, self.opacity.value,
-            self.heat_maps.get(self.heat_map.value), self.heat_opacity.value, self.colour_map.value,
-        )  # fmt: skip
+        window, heat_map = (self.centre.value, self.width.value), self.heat_maps.get(self.heat_map.value)
+        tints = self.opacity.value, heat_map, self.heat_opacity.value
+        return Look(window, self.chosen_masks, *tints, self.colour_map.value)
 
     def picture(self) -> "Image":
         """The picture now shown (PIL image, RGB)."""
@@ -344,8 +328,8 @@ class SliceViewer:
         first = self.scans[0]
         slices = ", ".join(f"{plane} {slider.value} of 0 to {slider.max}" for plane, slider in self.sliders.items())
         said = [f"{slices} · {first.described(self.voxel)}"]
-        inside = [name for name in self.chosen_masks if first.masks[name][self.voxel]]
-        said += [f"inside of {', '.join(inside)}"] if inside else []
+        if inside := [name for name in self.chosen_masks if first.masks[name][self.voxel]]:
+            said.append(f"inside of {', '.join(inside)}")
         if (heat_map := self.look.heat_map) is not None:
             value = float(heat_map.at(self.position[None])[0])
             said.append(f"{heat_map.name}: {'does not reach this place' if np.isnan(value) else f'{value:.3g}'}")
@@ -367,13 +351,8 @@ class SliceViewer:
     def to_html(self, path: str | os.PathLike, plane: str = "axial", title: str | None = None) -> Path:
         """Save a plane's whole stack as one HTML file that works without a kernel: see `write_stack_page`.
 
-        It has the window, masks and heat map that are shown now, and a second window to switch to. Of two volumes it
-        has the first.
-
-        Args:
-            path: the file.
-            plane: "axial", "coronal" or "sagittal".
-            title: heading of the page; the volume's name if not given.
+        It has the window, masks and heat map that are shown now, and a second window to switch to; of two volumes it
+        has the first. Its heading is the title, or the volume's name.
 
         Raises:
             ValueError: unknown plane.

@@ -43,9 +43,6 @@ class TrainingPlot:
     """Losses and validation AUROC, drawn anew in a notebook while a model trains: the `callback` of `finetune`.
 
     Outside a notebook it only collects the rows; `training_figure(plot.history)` draws them.
-
-    Args:
-        batch_size: see `training_figure`.
     """
 
     def __init__(self, batch_size: int | None = None):

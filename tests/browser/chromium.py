@@ -10,14 +10,8 @@ import sys
 from pathlib import Path
 
 VARIABLE = "MEDCTKIT_CHROMIUM"
-NAMES = (
-    "chromium",
-    "chromium-browser",
-    "google-chrome",
-    "google-chrome-stable",
-    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
-    "/Applications/Chromium.app/Contents/MacOS/Chromium",
-)
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+NAMES += tuple(f"/Applications/{name}.app/Contents/MacOS/{name}" for name in ("Google Chrome", "Chromium"))
 
 
 def works(program: str | Path) -> bool:
@@ -74,14 +68,8 @@ def install() -> str:
         for command in commands:
             print("Installing Chromium:", *command, flush=True)
             quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-            done = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                env=quiet,
-            )
+            out = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            done = subprocess.run(command, env=quiet, **out)
             if done.returncode:
                 tried.append(f"{' '.join(command)}\n{done.stdout[-2000:]}")
                 break

@@ -198,8 +198,7 @@ def test_two_volumes_move_together(visit):
     assert page.text_appears("target hospital: ") != told
     page.screenshot("slider")
     before = slices(page)
-    assert does(page, canvas, lambda: mouse_on(page).click(position=in_panel(canvas, 0.12, 0.8))), (
-        "a click in the lower row"
-    )
+    lower_row = in_panel(canvas, 0.12, 0.8)
+    assert does(page, canvas, lambda: mouse_on(page).click(position=lower_row))
     assert slices(page) != before
     page.screenshot("click in the second volume")

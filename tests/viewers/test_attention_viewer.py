@@ -2,12 +2,10 @@
 
 import numpy as np
 import pytest
-import torch
-from tiny import tiny_model, tiny_tokenizer
+from tiny import tiny_ct_clip, tiny_model, tiny_tokenizer
 
 from medctkit.attention import maps as attention
 from medctkit.attention.localisation import patch_shares
-from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel
 from medctkit.phantom.study import generate
 from medctkit.scans.preprocessing import PreprocessConfig, preprocess
 from medctkit.viewers.attention_viewer import MEAN, OWN, SHOWN, AttentionViewer
@@ -17,13 +15,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 PATCH = (1, 1, 0)
 
 
-def plain_model(**changes):
-    """The tiny model without an adapter, changed in its vision tower."""
-    config = tiny_model().config
-    torch.manual_seed(2)
-    return CTCLIPModel(CTCLIPConfig(config.vision_config | changes, config.text_config, 16)).eval()
-
-
 @pytest.fixture(scope="module")
 def study():
     return generate(4, findings=["Pleural effusion"], shape=(24, 40, 40))
@@ -31,11 +22,8 @@ def study():
 
 @pytest.fixture(scope="module")
 def models():
-    return {
-        "base": tiny_model().eval(),
-        "deep": plain_model(spatial_depth=3, heads=2),
-        "small": plain_model(image_size=16),
-    }
+    deep, small = tiny_ct_clip({"spatial_depth": 3, "heads": 2}), tiny_ct_clip({"image_size": 16})
+    return {"base": tiny_model().eval(), "deep": deep.eval(), "small": small.eval()}
 
 
 @pytest.fixture(scope="module")
@@ -200,10 +188,8 @@ def test_the_caption_says_how_much_of_the_map_lies_in_each_mask(study, models, c
     share = (shown(viewer).values * filled).sum()
     assert 0 < share < 1 and share != pytest.approx(filled.mean(), rel=1e-3)
     said = viewer.caption.value
-    assert (
-        f"{100 * share:.3g} % of the map lies in effusion, which is {100 * filled.mean():.3g} % of what the model"
-        in said
-    )
+    part, size = 100 * share, 100 * filled.mean()
+    assert f"{part:.3g} % of the map lies in effusion, which is {size:.3g} % of what the model" in said
     assert "100 % of the map lies in everything, which is 100 % of" in said
     assert "0 % of the map lies in nothing, which is 0 % of" in said
     assert "12.5 % if all were alike" in said

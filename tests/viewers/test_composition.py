@@ -9,7 +9,7 @@ from medctkit.scans.heat_map import HeatMap
 from medctkit.scans.volumes import CTVolume
 from medctkit.viewers.drawing import composition
 from medctkit.viewers.drawing.composition import CROSSHAIR, Composition, Panel
-from medctkit.viewers.drawing.rendering import PLANES, Look, Scan, colour_table
+from medctkit.viewers.drawing.rendering import PLANES, Look, Scan, colour_table, render
 
 
 def scan(shape=(20, 30, 40), spacing=(5.0, 2.0, 2.0), seed=0):
@@ -115,20 +115,14 @@ def test_the_legend_names_masks_and_the_map_in_their_colours():
     masks = {name: volume.hu > 0 for name in ("nodule", "effusion", "a mask with a very long name " * 3)}
     shown = Scan.of(volume, masks)
     whole = Composition([shown], height=300)
-    voxel, look = (
-        [(10, 15, 20)],
-        Look(masks=("nodule", "effusion"), heat_map=HeatMap(np.eye(2)[None], np.eye(4), "relevance")),
-    )
+    heat_map = HeatMap(np.eye(2)[None], np.eye(4), "relevance")
+    voxel, look = [(10, 15, 20)], Look(masks=("nodule", "effusion"), heat_map=heat_map)
     assert whole.picture(voxel, Look()).size == whole.size
     picture = np.asarray(whole.picture(voxel, look))
     legend = picture[whole.size[1] :]
     assert len(legend) == 22
     colours = {tuple(c) for c in legend.reshape(-1, 3)}
-    assert {
-        (230, 159, 0),
-        (86, 180, 233),
-        tuple(colour_table("inferno")[-1]),
-    } <= colours  # two masks, the upper end of inferno
+    assert {(230, 159, 0), (86, 180, 233), tuple(colour_table("inferno")[-1])} <= colours  # two masks, the map's end
     assert (213, 94, 0) not in colours
     wrapped = whole.picture(voxel, Look(masks=tuple(masks), heat_map=look.heat_map))
     assert wrapped.size[1] == whole.size[1] + 44
@@ -146,8 +140,6 @@ def test_masks_and_maps_belong_to_the_first_scan():
 
 @pytest.mark.parametrize("plane", PLANES)
 def test_the_picture_of_a_panel_is_the_slice_alone(plane):
-    from medctkit.viewers.drawing.rendering import render
-
     one = scan()
     whole = Composition([one], [plane], height=100)
     picture = whole.picture([(3, 4, 5)], Look(), crosshair=False)
