@@ -32,12 +32,7 @@ class CTReportDataset(Dataset):
     """Volumes, reports and labels of the rows of a manifest.
 
     An item is a dict: `study` and `patient` (str), `pixel_values` float32 (1, D, H, W) in [-1, 1], `report`
-    (str) and `labels` float32 (18,).
-
-    Args:
-        manifest: rows as `load_manifest` gives them.
-        preprocess_config: spacing and shape that the model wants.
-        cache_dir: folder for prepared volumes; None: prepare anew at every access.
+    (str) and `labels` float32 (18,). Without a `cache_dir` for prepared volumes, each access prepares anew.
 
     Raises:
         ValueError: no rows.
@@ -67,9 +62,6 @@ class CTReportDataset(Dataset):
 
     def prepare(self, workers: int | None = None) -> None:
         """Prepare what is not in the cache yet, in parallel; stop and start again as you like.
-
-        Args:
-            workers: processes; by default one for each core.
 
         Raises:
             ValueError: no `cache_dir`, or studies that could not be prepared: which, and why. The others are.

@@ -139,15 +139,8 @@ def download(plan: Plan, *, workers: int = 4, verify: bool = False) -> Outcome:
     """Fetch what is missing, several files at a time, and verify each by the digest that the hub announces.
 
     A file gets its name once it is whole. Files that were verified before, and not changed since, are taken as they
-    are. A file that is not what the hub has is kept under another name.
-
-    Args:
-        plan: from `plan_files`.
-        workers: files at a time.
-        verify: read and verify the files that are there again.
-
-    Returns:
-        What was done; the failure of one file doesn't keep the others from being fetched.
+    are, unless `verify` is set. A file that is not what the hub has is kept under another name. The failure of one file
+    doesn't keep the others from being fetched.
 
     Raises:
         OSError: another download is writing into the same folder.

@@ -295,8 +295,7 @@ def load_manifest(path: str | os.PathLike) -> "pd.DataFrame":
 def write_manifest(table: "pd.DataFrame", path: str | os.PathLike) -> Path:
     """Check a manifest and write it, whole or not at all.
 
-    A `path` inside the manifest's folder is written relative to it, so that both can move together; other
-    paths are written whole.
+    A `path` inside the manifest's folder is written relative to it, so that both can move together.
     """
     path = Path(path)
     validate_manifest(table)
