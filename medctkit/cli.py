@@ -5,13 +5,10 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from inspect import Parameter, Signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from typer.core import TyperCommand
-
-if TYPE_CHECKING:
-    from medctkit.scans.preprocessing import PreprocessConfig
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="LoRA on 3D chest CT, from data to evaluation.")
 
@@ -98,7 +95,10 @@ Seed = Annotated[int, typer.Option(help="Of the adapter's start, batches and wor
 Cache = Annotated[
     Path | None, typer.Option(help="Prepared volumes; if not given, `prepared` beside the manifest or in OUTPUT_DIR.")
 ]
-DEFAULT_MANIFEST = Path("data_manifest.csv")
+Model = Annotated[str, typer.Option(help="mini, a model's folder, or a file such as CT-CLIP_v2.pt.")]
+Tokenizer = Annotated[Path | None, typer.Option(help="Its folder, for a file of weights.")]
+AtATime = Annotated[int, typer.Option(help="Volumes at a time; 1 or 2 at full size.", min=1)]
+DEFAULT_MANIFEST, POOL = Path("data_manifest.csv"), Path("runs/pretraining")
 
 
 @app.command(cls=_TakesSettings)
@@ -108,8 +108,8 @@ def finetune(
     manifest: Manifest = DEFAULT_MANIFEST,
     seed: Seed = 0,
     cache_dir: Cache = None,
-    model: Annotated[str, typer.Option(help="mini, a model's folder, or a file such as CT-CLIP_v2.pt.")] = "mini",
-    tokenizer: Annotated[Path | None, typer.Option(help="Its folder, for a file of weights.")] = None,
+    model: Model = "mini",
+    tokenizer: Tokenizer = None,
     hospital: Annotated[str | None, typer.Option(help="Of the manifest; by default target for mini, else all.")] = None,
 ) -> None:
     """Adapt a base model to a hospital, as notebook 03 does. Stop it and start it again as you like.
@@ -144,7 +144,7 @@ def evaluate(
     manifest: Manifest = DEFAULT_MANIFEST,
     seed: Seed = 0,
     cache_dir: Cache = None,
-    batch_size: Annotated[int, typer.Option(help="Volumes at a time; 1 or 2 at full size.", min=1)] = 32,
+    batch_size: AtATime = 32,
     audit_volumes: Annotated[
         int | None, typer.Option(help="Scans for the audit; by default 30 phantoms, no real ones.", min=0)
     ] = None,
@@ -177,9 +177,7 @@ def localise(
     from medctkit.experiments.localise import measure_localisation
 
     with told():
-        found = measure_localisation(manifest, output_dir, seed, cache_dir, studies)
-        means = found.table[found.table["finding"] == "mean"].drop(columns="finding")
-        for table in (means, found.differences, found.sanity):
+        for table in measure_localisation(manifest, output_dir, seed, cache_dir, studies).values():
             typer.echo(f"{table.round(3).to_string(index=False)}\n")
 
 
@@ -188,12 +186,12 @@ def embed(
     out: Annotated[Path, typer.Argument(help="The .safetensors file to write, or to go on with.", dir_okay=False)],
     manifest: Manifest = DEFAULT_MANIFEST,
     cache_dir: Cache = None,
-    model: Annotated[str, typer.Option(help="mini, a model's folder, or a file such as CT-CLIP_v2.pt.")] = "mini",
-    tokenizer: Annotated[Path | None, typer.Option(help="Its folder, for a file of weights.")] = None,
+    model: Model = "mini",
+    tokenizer: Tokenizer = None,
     adapter: Annotated[Path | None, typer.Option(help="Folder of an adapter; by default the base model alone.")] = None,
     split: Annotated[str, typer.Option(help="Of the manifest: train, valid or test.")] = "test",
     hospital: Annotated[str | None, typer.Option(help="Of the manifest; by default all.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Volumes at a time; 1 or 2 at full size.", min=1)] = 32,
+    batch_size: AtATime = 32,
     workers: Annotated[int, typer.Option(help="Processes that load volumes ahead.", min=0)] = 0,
 ) -> None:
     """Encode every volume once and keep the embeddings in a file. Stop it and start it again as you like."""
@@ -218,7 +216,7 @@ def embed(
 
 
 @app.command("compare")
-def compare_methods(
+def compare(
     output_dir: Annotated[Path, typer.Argument(help="Gets a file for each run, the tables and the figures.")],
     manifest: Manifest = DEFAULT_MANIFEST,
     cache_dir: Cache = None,
@@ -228,16 +226,15 @@ def compare_methods(
     jobs: Annotated[int, typer.Option(help="Runs side by side, each with its share of the cores.", min=1)] = 1,
 ) -> None:
     """Compare ways to fine-tune, ranks and numbers of studies (phantom). Stop it and start it again as you like."""
-    from medctkit.experiments.compare import results as comparison_results
-    from medctkit.experiments.compare import run_all as comparison
+    from medctkit.experiments.compare.results import load_results, method_table, show, write_figures
+    from medctkit.experiments.compare.run_all import GROUPS, SETTINGS, compare_methods
 
     with told():
-        groups = comparison.GROUPS if only is None else [name.strip() for name in only.split(",")]
-        settings = replace(comparison.SETTINGS, steps=steps)
-        comparison.compare_methods(manifest, output_dir, groups, seeds, settings, jobs, cache_dir)
-        results = comparison_results.load_results(output_dir)
-        written = comparison_results.write_figures(results, output_dir)
-    typer.echo(comparison_results.show(comparison_results.method_table(results)))
+        groups = GROUPS if only is None else [name.strip() for name in only.split(",")]
+        compare_methods(manifest, output_dir, groups, seeds, replace(SETTINGS, steps=steps), jobs, cache_dir)
+        results = load_results(output_dir)
+        written = write_figures(results, output_dir)
+    typer.echo(show(method_table(results)))
     typer.echo(f"tables: {output_dir / 'comparison.csv'}, costs.csv; figures: {', '.join(p.name for p in written)}")
 
 
@@ -253,12 +250,8 @@ def write_default_manifest(
 
 @app.command()
 def pretrain(
-    output_dir: Annotated[
-        Path, typer.Argument(help="Folder for the model; the shipped one is in medctkit/assets/mini.")
-    ],
-    pool_dir: Annotated[Path, typer.Option(help="Phantom studies (4 GB) and the checkpoint to resume from.")] = Path(
-        "runs/pretraining"
-    ),
+    output_dir: Annotated[Path, typer.Argument(help="For the model; the shipped one is in medctkit/assets/mini.")],
+    pool_dir: Annotated[Path, typer.Option(help="Phantom studies (4 GB) and the checkpoint.")] = POOL,
 ) -> None:
     """Make the mini base model anew: on two cores about 15 minutes of phantoms and 45 of training."""
     from medctkit.experiments.pretrain import pretrain as run
@@ -297,14 +290,9 @@ def prepare_data(
             table = schema.load_manifest(source)
         typer.echo(f"no patient is in two splits:\n{schema.split_table(table).to_string()}\n")
         rows = table.to_dict("records")
-        done = prepare(
-            rows,
-            _model_input(model, real=any(map(schema.has_file, rows))),
-            output_dir / "prepared",
-            scheduler=scheduler,
-            workers=workers,
-            verify=verify,
-        )
+        wanted = _model_input(model, real=any(map(schema.has_file, rows)))
+        where = {"scheduler": scheduler, "workers": workers}
+        done = prepare(rows, wanted, output_dir / "prepared", verify=verify, **where)
         write_failures(done.failures, output_dir / "failures.csv")
         if done.contents:
             schema.write_manifest(done.prepared_rows(table), output_dir / "manifest.csv")
@@ -313,18 +301,15 @@ def prepare_data(
         f"({done.bytes / 1e6:,.0f} MB in {done.seconds:,.0f} s). Manifest: {output_dir / 'manifest.csv'}"
     )
     if done.failures:
-        first = done.failures[0]
-        typer.echo(
-            f"{len(done.failures):,} failed, listed in {output_dir / 'failures.csv'}; the first, {first['study']}: "
-            f"{first['message']}",
-            err=True,
-        )
+        said = "{study}: {message}".format(**done.failures[0])
+        listed = output_dir / "failures.csv"
+        typer.echo(f"{len(done.failures):,} failed, listed in {listed}; the first, {said}", err=True)
         if done.left:
             typer.echo(f"As nothing else came through, {done.left:,} were not tried.", err=True)
         raise typer.Exit(1)
 
 
-def _model_input(model: str | None, real: bool) -> "PreprocessConfig":
+def _model_input(model: str | None, real: bool) -> Any:
     """What the model of that name or folder wants to see."""
     from medctkit.model.base_model import preprocess_config_of
 

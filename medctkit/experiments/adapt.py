@@ -1,7 +1,6 @@
 """The experiment: adapt a base model to a hospital; by default the mini model, to phantoms of the target hospital.
 
-Notebook 03 walks through the same steps one by one; here they are in one call, for the command
-line, for several seeds, and for the checks of the shipped base model.
+Notebook 03 walks through the same steps one by one.
 """
 
 import json
@@ -62,13 +61,7 @@ FULL_SIZE = replace(
 
 @dataclass(frozen=True)
 class Origin:
-    """What is adapted, and to which studies; written beside the adapter, so that it is measured on the same.
-
-    Args:
-        model: see `medctkit.model.base_model.load_base`.
-        tokenizer: see `medctkit.model.base_model.load_base`.
-        hospital: of the manifest; None: all of its studies.
-    """
+    """What is adapted (see `load_base`), and to which studies (None: all); written beside the adapter to measure on."""
 
     model: str = "mini"
     tokenizer: str | None = None
@@ -93,13 +86,13 @@ def adapt(
     cache_dir: str | os.PathLike | None = None,
     origin: Origin = Origin(),
 ) -> FineTuneResult:
-    """Adapt a base model to the training studies of a hospital; by default the mini model, to the target hospital.
+    """Adapt a base model to the training studies of a hospital.
 
     Validation studies choose the best step; test studies are not read. Interrupted, the same call goes on.
 
     Args:
         manifest_path: usually `data_manifest.csv`.
-        output_dir: see `medctkit.training.loop.finetune`; also gets `origin.json`.
+        output_dir: see `finetune`; also gets `origin.json`.
         seed: of the adapter's start, batches and wordings.
         settings: of the adaptation.
         cache_dir: see `prepared_dir`.

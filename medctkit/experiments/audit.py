@@ -1,7 +1,6 @@
 """The known defects of the public CT-CLIP evaluation: each done both ways, and what that does to the numbers.
 
-Every function does one step of an evaluation the public way and the right way, on the same data, and says why they
-differ. `audit` needs scores only, `prompt_mismatch` a model, `audit_scans` a model and scans. What the public
+`audit` needs scores only, `prompt_mismatch` a model, `audit_scans` a model and scans. What the public
 evaluation does was read off the repository ibrahimethemhamamci/CT-CLIP and is done here in our own words; nothing else
 in the package works like this.
 """
@@ -10,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.resources import files
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,11 +44,7 @@ DEFECTS: dict[str, dict[str, str]] = json.loads((files("medctkit") / "assets" / 
 class Defect:
     """One number of an evaluation, the public way and the right way.
 
-    Attributes:
-        name: of the defect, a key of `DEFECTS`; one defect may show in several numbers.
-        quantity: what `public` and `right` are, in `unit`.
-        public_way: what the public evaluation does; `right_way`: what to do instead; `why` it matters.
-        source: where it is known from.
+    `name` is a key of `DEFECTS`; one defect may show in several numbers. `quantity` says what `public` and `right` are.
     """
 
     name: str
@@ -62,57 +58,56 @@ class Defect:
     source: str
 
 
+@dataclass(frozen=True)
+class Answers:
+    """What a model said of n studies: labels (n, k), scores (n, k), patients (n,), and the k findings."""
+
+    labels: ArrayLike
+    scores: ArrayLike
+    patients: ArrayLike
+    findings: Sequence[str] = FINDINGS
+
+    def mean(self, resamples: int = 20, **options: Any) -> "pd.Series":
+        """The mean over findings as `evaluate` gives it; few resamples where nobody looks at the interval.
+
+        Raises:
+            ValueError: no finding has both classes; those of `metrics.evaluate`.
+        """
+        table = evaluate(**vars(self), resamples=resamples, **options)
+        if np.isnan(table.loc["mean", "auroc"]):
+            raise ValueError("no finding has both positive and negative studies, so nothing can be scored; give more")
+        return table.loc["mean"]
+
+
 # --- defects that scores alone show ----------------------------------------------------------------------
 
 
-def unused_bootstrap(
-    labels: ArrayLike,
-    scores: ArrayLike,
-    patients: ArrayLike,
-    findings: Sequence[str] = FINDINGS,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> list[Defect]:
-    """Resamples that are drawn and never used, against a bootstrap over patients.
-
-    Args and errors are those of `metrics.evaluate`; the public way, whose resamples are all the same, gets 20
-    at most.
-    """
-    right = _mean(labels, scores, patients, findings, resamples=resamples, seed=seed)
-    rng, n, values = np.random.default_rng(seed), len(np.asarray(labels)), []
+def unused_bootstrap(test: Answers, resamples: int = 1000, seed: int = 0) -> list[Defect]:
+    """Resamples that are drawn and never used (20 are enough to show that), against a bootstrap over patients."""
+    right = test.mean(resamples=resamples, seed=seed)
+    rng, n, values = np.random.default_rng(seed), len(np.asarray(test.labels)), []
     for _ in range(min(resamples, 20)):
         _rows = rng.integers(0, n, n)  # drawn, and left lying there
-        values.append(_mean(labels, scores, patients, findings)["auroc"])
+        values.append(test.mean()["auroc"])
     width = right["auroc_high"] - right["auroc_low"]
     return _defects("unused bootstrap", (*WIDTH, np.ptp(np.percentile(values, LEVEL)), width))
 
 
-def thresholds_on_test(
-    labels: ArrayLike,
-    scores: ArrayLike,
-    patients: ArrayLike,
-    valid_labels: ArrayLike,
-    valid_scores: ArrayLike,
-    findings: Sequence[str] = FINDINGS,
-) -> list[Defect]:
-    """Thresholds chosen on the test labels, against thresholds from validation studies.
-
-    Means are over the findings that have both classes in validation (m, k) and in test (n, k). Args and errors are
-    those of `metrics.evaluate`.
-    """
-    _mean(labels, scores, patients, findings)
+def thresholds_on_test(test: Answers, valid: Answers) -> list[Defect]:
+    """Thresholds chosen on the test labels, against those from validation; over findings with both classes in both."""
+    test.mean()
     try:
-        honest = thresholds_from_validation(valid_labels, valid_scores, findings)
+        honest = thresholds_from_validation(valid.labels, valid.scores, valid.findings)
     except ValueError as error:
         raise ValueError(f"validation studies: {error}") from error
-    both = _both_classes(labels) & _both_classes(valid_labels)
+    both = _both_classes(test.labels) & _both_classes(valid.labels)
     if not both.any():
         raise ValueError("no finding has positive and negative studies in both validation and test; give more studies")
-    labels, scores = np.asarray(labels, float)[:, both], np.asarray(scores, float)[:, both]
-    names = [name for name, used in zip(findings, both, strict=True) if used]
+    labels, scores = np.asarray(test.labels, float)[:, both], np.asarray(test.scores, float)[:, both]
+    judged = Answers(labels, scores, test.patients, list(compress(test.findings, both)))
     found = []
-    for limits in (thresholds_from_validation(labels, scores, names), honest[both]):
-        mean = _mean(labels, scores, patients, names, thresholds=limits)
+    for limits in (thresholds_from_validation(labels, scores, judged.findings), honest[both]):
+        mean = judged.mean(thresholds=limits)
         found.append((_balanced_accuracy(labels, scores, limits), mean["accuracy"], mean["f1"]))
     shown = ("balanced accuracy", "accuracy", "F1 of the positive class"), ("accuracy", "accuracy", "F1")
     return _defects("thresholds chosen on the test labels", *zip(*shown, *found, strict=True))
@@ -138,26 +133,19 @@ def thresholds_on_noise(studies: int = 100, prevalence: float = 0.1, repeats: in
     return _defects("thresholds chosen on the test labels", (quantity, "accuracy", public, right), source=source)
 
 
-def f1_weighted_by_class(
-    labels: ArrayLike,
-    scores: ArrayLike,
-    patients: ArrayLike,
-    thresholds: ArrayLike = 0.5,
-    findings: Sequence[str] = FINDINGS,
-) -> list[Defect]:
+def f1_weighted_by_class(test: Answers, thresholds: ArrayLike = 0.5) -> list[Defect]:
     """Weighted F1 against the F1 of the positive class, of the same answers; and of a model that always says no.
 
-    Weighted F1 is the mean of the F1 of "absent" and of "present", each weighted by how many studies it has. Args and
-    errors are those of `metrics.evaluate`.
+    Weighted F1 is the mean of the F1 of "absent" and of "present", each weighted by how many studies it has.
     """
     from sklearn.metrics import f1_score
 
-    labels, numbers = np.asarray(labels, float), []
+    labels, numbers = np.asarray(test.labels, float), []
     for quantity, given, limits in (
-        ("mean F1 of these answers", np.asarray(scores, float), thresholds),
+        ("mean F1 of these answers", np.asarray(test.scores, float), thresholds),
         ("mean F1 of a model that always says no", np.zeros(labels.shape), 0.5),
     ):
-        right = _mean(labels, given, patients, findings, thresholds=limits)["f1"]
+        right = replace(test, scores=given).mean(thresholds=limits)["f1"]
         said, known, weighted = given >= np.asarray(limits), ~np.isnan(labels), []
         for k in np.flatnonzero(_both_classes(labels)):
             label, answer = labels[known[:, k], k], said[known[:, k], k]
@@ -166,51 +154,33 @@ def f1_weighted_by_class(
     return _defects("weighted F1", *numbers)
 
 
-def counted_by_volume(
-    labels: ArrayLike,
-    scores: ArrayLike,
-    patients: ArrayLike,
-    reconstructions: int = 2,
-    findings: Sequence[str] = FINDINGS,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> list[Defect]:
+def counted_by_volume(test: Answers, reconstructions: int = 2, resamples: int = 1000, seed: int = 0) -> list[Defect]:
     """Volumes counted as if each were another patient, against patients.
 
     Each row is repeated `reconstructions` times, as the reconstructions of a scan repeat its labels and very nearly its
-    scores (CT-RATE has about two for each scan); 1: the rows are volumes already. Other args and errors are those of
-    `metrics.evaluate`.
+    scores (CT-RATE has about two for each scan); 1: the rows are volumes already.
     """
     if reconstructions < 1:
         raise ValueError(f"reconstructions={reconstructions}: expected at least 1, the scan itself")
-    rows = [np.repeat(np.asarray(a), reconstructions, axis=0) for a in (labels, scores, patients)]
-    counted = [(np.arange(len(rows[0])), len(rows[0])), (rows[2], len(np.unique(rows[2])))]
-    means = [_mean(rows[0], rows[1], each, findings, resamples=resamples, seed=seed) for each, _ in counted]
+    given = (test.labels, test.scores, test.patients)
+    labels, scores, patients = (np.repeat(np.asarray(a), reconstructions, axis=0) for a in given)
+    counted = [Answers(labels, scores, cases, test.findings) for cases in (np.arange(len(labels)), patients)]
+    means = [each.mean(resamples=resamples, seed=seed) for each in counted]
     widths = (mean["auroc_high"] - mean["auroc_low"] for mean in means)
-    cases = ("independent cases", "cases", *(n for _, n in counted))
+    cases = ("independent cases", "cases", *(len(np.unique(each.patients)) for each in counted))
     return _defects("volumes counted as patients", cases, (*WIDTH, *widths))
 
 
-def audit(
-    labels: ArrayLike,
-    scores: ArrayLike,
-    patients: ArrayLike,
-    valid_labels: ArrayLike,
-    valid_scores: ArrayLike,
-    findings: Sequence[str] = FINDINGS,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> list[Defect]:
-    """All defects that scores alone show; arguments and errors are those of the functions for single defects."""
-    drawn: dict[str, Any] = dict(findings=findings, resamples=resamples, seed=seed)
-    on_test = thresholds_on_test(labels, scores, patients, valid_labels, valid_scores, findings)
-    limits = thresholds_from_validation(valid_labels, valid_scores, findings)
+def audit(test: Answers, valid: Answers, resamples: int = 1000, seed: int = 0) -> list[Defect]:
+    """All defects that scores alone show."""
+    on_test = thresholds_on_test(test, valid)
+    limits = thresholds_from_validation(valid.labels, valid.scores, valid.findings)
     return [
-        *unused_bootstrap(labels, scores, patients, **drawn),
+        *unused_bootstrap(test, resamples, seed),
         *on_test,
         *thresholds_on_noise(seed=seed),
-        *f1_weighted_by_class(labels, scores, patients, limits, findings),
-        *counted_by_volume(labels, scores, patients, **drawn),
+        *f1_weighted_by_class(test, limits),
+        *counted_by_volume(test, resamples=resamples, seed=seed),
     ]
 
 
@@ -232,10 +202,10 @@ def prompt_mismatch(
     return _defects("prompts other than in training", *numbers)
 
 
-def rescaled_again(volume: CTVolume, intercept: float, slope: float = 1.0) -> CTVolume:
-    """A scan in HU with slope and intercept applied once more, on purpose: `read_volume` refuses to do it."""
-    hu = volume.hu.astype(np.float32) * np.float32(slope) + np.float32(intercept)
-    note = f"spoiled for the audit: value * {slope:g} + {intercept:g} on values in HU"
+def rescaled_again(volume: CTVolume, intercept: float) -> CTVolume:
+    """A scan in HU with slope 1 and intercept applied once more, on purpose: `read_volume` refuses to do it."""
+    hu = volume.hu.astype(np.float32) + np.float32(intercept)
+    note = f"spoiled for the audit: value * 1 + {intercept:g} on values in HU"
     return replace(volume, hu=hu, provenance=(*volume.provenance, note))
 
 
@@ -244,11 +214,8 @@ def double_rescale(base: BaseModel, volumes: Sequence[CTVolume], labels: ArrayLi
 
     The public way checks nothing, so all spoiled scans reach the model; the right way those that `check_hu` lets pass.
 
-    Args:
-        base: model, tokenizer and what the model wants to see.
-        volumes: n scans in HU; a sequence that reads them one by one will do.
-        labels: (n, 18) of 0 and 1; NaN where unknown.
-        seed: draws which scans have which intercept.
+    `volumes` are n scans in HU, or a sequence that reads them one by one; `labels` (n, 18), NaN where unknown; `seed`
+    draws which scans have which intercept.
 
     Raises:
         ValueError: not as many labels as scans; see `metrics.evaluate`.
@@ -293,8 +260,7 @@ def clipped_after_resizing(volume: CTVolume, config: PreprocessConfig) -> torch.
 def clip_order(base: BaseModel, volumes: Sequence[CTVolume], labels: ArrayLike) -> list[Defect]:
     """HU clipped after resampling in training and before it in evaluation, against one way for both.
 
-    The right way's difference of 0 is no measurement: there is one path, so nothing to differ. Args and errors are
-    those of `double_rescale`.
+    The right way's difference of 0 is no measurement: there is one path, so nothing to differ.
     """
     _check_volumes(volumes, labels)
     classifier = ZeroShotClassifier(base.model, base.tokenizer)
@@ -328,10 +294,7 @@ def encoder_per_finding(base: BaseModel, volume: CTVolume) -> list[Defect]:
 
 
 def audit_scans(base: BaseModel, volumes: Sequence[CTVolume], labels: ArrayLike, seed: int = 0) -> list[Defect]:
-    """All defects that take scans, on the first of the test studies; arguments and errors are `double_rescale`'s.
-
-    The volumes are gone through twice; there may be fewer of them than labels.
-    """
+    """All defects that take scans, as `double_rescale` takes them; there may be fewer volumes than labels."""
     labels = np.asarray(labels)[: len(volumes)]
     return [
         *double_rescale(base, volumes, labels, seed),
@@ -387,18 +350,8 @@ def _defects(name: str, *numbers: tuple, source: str = REPOSITORY) -> list[Defec
     return [Defect(name, what, unit, float(a), float(b), **texts) for what, unit, a, b in numbers]
 
 
-def _mean(
-    labels: Any, scores: Any, patients: Any, findings: Sequence[str], resamples: int = 20, **options: Any
-) -> "pd.Series":
-    """The mean over findings as `evaluate` gives it; few resamples where nobody looks at the interval."""
-    mean = evaluate(labels, scores, patients, findings=findings, resamples=resamples, **options).loc["mean"]
-    if np.isnan(mean["auroc"]):
-        raise ValueError("no finding has both positive and negative studies, so nothing can be scored; give more")
-    return mean
-
-
 def _auroc(labels: Any, scores: Any) -> float:
-    return _mean(labels, scores, np.arange(len(labels)), FINDINGS)["auroc"]
+    return Answers(labels, scores, np.arange(len(labels))).mean()["auroc"]
 
 
 def _both_classes(labels: Any) -> np.ndarray:

@@ -1,7 +1,6 @@
 """Base and adapted model on a hospital's test phantoms: do their maps lie on the findings, and mean anything?"""
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,33 +31,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-@dataclass(frozen=True)
-class Localisation:
-    """What `measure_localisation` found.
-
-    Attributes:
-        table: see `localisation_table`.
-        differences: see `paired_difference`: rows for adapted minus base, and for each model its own prompt minus
-            another finding's; column "difference" says which.
-        sanity: see `sanity_check`, with a column "model".
-        made_with: see `medctkit.common.provenance.made_with`, and the command.
-    """
-
-    table: "pd.DataFrame"
-    differences: "pd.DataFrame"
-    sanity: "pd.DataFrame"
-    made_with: dict
-
-
 def measure_localisation(
     manifest_path: str | os.PathLike,
     output_dir: str | os.PathLike,
     seed: int = 0,
     cache_dir: str | os.PathLike | None = None,
     studies: int | None = None,
-    sanity_regions: int = 200,
-    progress: bool = True,
-) -> Localisation:
+) -> "dict[str, pd.DataFrame]":
     """Base and adapted model on the test phantoms of a hospital: do their maps lie on the findings?
 
     Writes `localisation.csv`, `localisation.json` and `localisation.png` into `output_dir`.
@@ -69,8 +48,10 @@ def measure_localisation(
         seed: of the bootstrap, and of the shuffling.
         cache_dir: see `prepared_dir`.
         studies: how many test studies; None: all.
-        sanity_regions: findings in the sanity check.
-        progress: show it.
+
+    Returns:
+        `means`: rows of `localisation_table` over all findings; `differences`: see `paired_difference`, adapted minus
+        base, and for each model its own prompt minus another finding's; `sanity`: see `sanity_check`.
 
     Raises:
         FileNotFoundError: no adapter in `output_dir`.
@@ -84,13 +65,11 @@ def measure_localisation(
     manifest = load_manifest(manifest_path)
     grid, config = base.model.config.grid, base.preprocess_config
     dataset = load_split(manifest, origin.hospital, "test", config, prepared_dir(manifest_path, output_dir, cache_dir))
-    regions = find_regions(dataset.rows[:studies], config, grid, progress)
+    regions = find_regions(dataset.rows[:studies], config, grid)
     maps = {}
     for name, model in models.items():
         for kind, shift in (("relevance", 0), ("another prompt", len(FINDINGS) // 2)):
-            maps[f"{name}, {kind}"] = relevance_of_regions(
-                model, base.tokenizer, dataset, regions, shift=shift, progress=progress
-            )
+            maps[f"{name}, {kind}"] = relevance_of_regions(model, base.tokenizer, dataset, regions, shift=shift)
         maps[f"{name}, rollout"] = rollout_of_regions(model, dataset, regions)
     maps[CONTRAST] = contrast_of_regions(dataset, regions, grid)
     compared = [("adapted minus base", "base, relevance", "adapted, relevance")]
@@ -100,34 +79,27 @@ def measure_localisation(
     differences = [
         paired_difference(regions, maps[a], maps[b], seed=seed).assign(difference=said) for said, a, b in compared
     ]
-    few = Regions(*(part[:sanity_regions] for part in vars(regions).values()))
+    few = Regions(*(part[:200] for part in vars(regions).values()))
     checks = [
-        sanity_check(model, base.tokenizer, dataset, few, seed, progress).assign(model=name)
+        sanity_check(model, base.tokenizer, dataset, few, seed).assign(model=name)
         for name, model in (("base", base.model), ("adapted", merge_lora(models["adapted"])))
     ]
     command = f"medctkit localise {output_dir} --manifest {manifest_path} --seed {seed}"
     command += "" if studies is None else f" --studies {studies}"
-    measured = Localisation(
-        localisation_table(regions, maps, seed=seed),
-        pd.concat(differences, ignore_index=True),
-        pd.concat(checks).reset_index(),
-        made_with(seed) | {"command": command, "studies": len(np.unique(regions.study)), "regions": len(regions.study)},
-    )
+    table = localisation_table(regions, maps, seed=seed)
     with replacing(output_dir / "localisation.csv") as temporary:
-        measured.table.to_csv(temporary, index=False)
+        table.to_csv(temporary, index=False)
     with replacing(output_dir / "localisation.png") as temporary:
-        localisation_figure(measured.table).savefig(temporary, format="png", dpi=110)
-    means = measured.table[measured.table["finding"] == "mean"]
-    write_json(
-        {
-            "means": means.drop(columns="finding").to_dict("records"),
-            "differences": measured.differences.to_dict("records"),
-            "sanity": measured.sanity.to_dict("records"),
-            "made_with": measured.made_with,
-        },
-        output_dir / "localisation.json",
-    )
-    return measured
+        localisation_figure(table).savefig(temporary, format="png", dpi=110)
+    found = {
+        "means": table[table["finding"] == "mean"].drop(columns="finding"),
+        "differences": pd.concat(differences, ignore_index=True),
+        "sanity": pd.concat(checks).reset_index(),
+    }
+    made = {"command": command, "studies": len(np.unique(regions.study)), "regions": len(regions.study)}
+    records = {name: part.to_dict("records") for name, part in found.items()}
+    write_json(records | {"made_with": made_with(seed) | made}, output_dir / "localisation.json")
+    return found
 
 
 def localisation_figure(table: "pd.DataFrame") -> "Figure":

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import nn
 
 from medctkit.cohort import ct_rate as ctrate
 from medctkit.cohort.dataset import load_split, prepared_dir
@@ -18,7 +17,7 @@ from medctkit.cohort.manifest import has_file, load_manifest, volume_from_row
 from medctkit.common.processes import accelerator_for
 from medctkit.common.provenance import made_with, write_json
 from medctkit.experiments.adapt import Origin
-from medctkit.experiments.audit import Defect, audit, audit_scans, prompt_mismatch
+from medctkit.experiments.audit import Answers, Defect, audit, audit_scans, prompt_mismatch
 from medctkit.lora.adapter import load_adapter
 from medctkit.lora.methods import trained_bytes
 from medctkit.metrics.scores import compare, evaluate, summary, thresholds_from_validation
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Base and adapted model on the test studies of a hospital: what the reproduction report is made from.
+    """What the reproduction report is made from.
 
     Attributes:
         labels: (n, 18) of the test studies.
@@ -42,12 +41,11 @@ class Measurement:
         scores: (n, 18) probabilities for "base" and "adapted".
         tables: see `medctkit.metrics.scores.evaluate`, for both; thresholds are from validation studies.
         difference: see `medctkit.metrics.scores.compare`, adapted minus base.
-        prompts: mean AUROC of both models with every set of prompts: set, model, auroc, auroc_low, auroc_high.
-        retrieval: see `zero_shot.retrieval`, both models: search, model, value, low, high, chance; empty where there
-            are fewer than 20 studies, or one without a report.
+        prompts: mean AUROC of both models with every set of prompts.
+        retrieval: see `zero_shot.retrieval`; empty where there are fewer than 20 studies, or one without a report.
         adapter: `vision` and `text`, adapted layers in each encoder; `trainable` and `bytes` of the adapter;
             `base_parameters`.
-        defects: what the public evaluation would have made of the base model here; see `medctkit.experiments.audit`.
+        defects: what the public evaluation would have made of the base model here.
         origin: base model and hospital.
         made_with: see `made_with`, and the command.
     """
@@ -66,7 +64,7 @@ class Measurement:
 
     @property
     def summary(self) -> dict:
-        """What is in metrics.json: see `medctkit.metrics.scores.summary`, and `made_with`."""
+        """What is in metrics.json."""
         means = summary(self.tables["base"], self.tables["adapted"], self.difference)
         return means | {"made_with": self.made_with}
 
@@ -88,9 +86,8 @@ def measure(
         output_dir: where `adapt` wrote.
         seed: of the bootstrap.
         cache_dir: see `prepared_dir`.
-        batch_size: volumes at a time; 1 or 2 for the full-size model on a small GPU.
-        audit_volumes: test volumes on which the audit shows defects that take scans, each read and encoded several
-            times; by default 30 phantoms, and none of real CT.
+        batch_size: volumes at a time.
+        audit_volumes: for defects that take scans, each read several times; by default 30 phantoms, and no real CT.
 
     Raises:
         FileNotFoundError: no adapter in `output_dir`.
@@ -117,9 +114,8 @@ def measure(
         tables[name] = evaluate(test.labels, scores[name], test.patients, limits[name], seed=seed)
         retrieved += _retrieval(name, model, base.tokenizer, data["test"].rows, test, seed)
         if name == "base":
-            defects = audit(
-                test.labels, found["test"], test.patients, seen["valid"].labels, found["valid"], seed=seed
-            ) + prompt_mismatch(base, test)
+            answers = {split: Answers(e.labels, found[split], e.patients) for split, e in seen.items()}
+            defects = audit(answers["test"], answers["valid"], seed=seed) + prompt_mismatch(base, test)
             if audit_volumes and accelerator.is_main_process:
                 defects += audit_scans(base, _Volumes(data["test"].rows[:audit_volumes]), test.labels, seed)
         for kind in PROMPTS:
@@ -130,9 +126,8 @@ def measure(
     difference = compare(
         test.labels, scores["base"], scores["adapted"], test.patients, limits["base"], limits["adapted"], seed=seed
     )
-    world = "real CT" if real else "phantom"
-    if {row["hospital"] for row in data["test"].rows} == {ctrate.HOSPITAL}:
-        world = ctrate.HOSPITAL
+    only_ct_rate = {row["hospital"] for row in data["test"].rows} == {ctrate.HOSPITAL}
+    world = ctrate.HOSPITAL if only_ct_rate else "real CT" if real else "phantom"
     command = f"medctkit evaluate {output_dir} --manifest {manifest_path} --seed {seed}"
     measured = Measurement(
         labels=test.labels,
@@ -183,14 +178,9 @@ class _Volumes(Sequence):
 
 def _adapter_facts(model: Model, folder: Path) -> dict[str, int]:
     """Layers of each encoder that carry the adapter, its parameters, and its bytes on disk."""
-    names = model.active_adapters
-    return {
-        "vision": _adapted_layers(model.vision_encoder),
-        "text": _adapted_layers(model.text_encoder),
+    names, encoders = model.active_adapters, {"vision": model.vision_encoder, "text": model.text_encoder}
+    layers = {side: sum(hasattr(m, "adapter_layer_names") for m in tower.modules()) for side, tower in encoders.items()}
+    return layers | {
         "trainable": sum(p.numel() for key, p in model.named_parameters() if set(names) & set(key.split("."))),
         "bytes": trained_bytes(folder),
     }
-
-
-def _adapted_layers(encoder: nn.Module) -> int:
-    return sum(hasattr(module, "adapter_layer_names") for module in encoder.modules())

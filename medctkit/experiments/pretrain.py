@@ -66,7 +66,7 @@ class PretrainConfig(FineTuneConfig):
     vocabulary: int = 1200
 
     def record(self) -> dict[str, Any]:
-        """The settings that matter here, for JSON."""
+        """The settings that matter here."""
         unused = ("prompts", "epochs", "micro_batch_size", "max_length", "patience", "mixed_precision", "workers")
         return {name: value for name, value in vars(self).items() if name not in unused}
 
@@ -163,7 +163,7 @@ def train_tokenizer(reports: Iterable[str], size: int, folder: Path) -> Any:
 
 
 class CodebookLearner:
-    """Learns the codebook while the model trains; afterwards it is frozen for good.
+    """Learns the codebook while the model trains.
 
     Until `start` the quantiser is bypassed. Then k-means on the tokens of one batch sets the codes, and
     moving averages follow the tokens assigned to each code; a code that no token chooses is moved onto a
@@ -216,15 +216,14 @@ class CodebookLearner:
             self.sums[unused], self.counts[unused] = self.tokens[pick], 1.0
         self.codes[0] = F.normalize(self.sums, dim=-1)
 
-    def state(self) -> dict:
+    def state(self) -> tuple:
         """What a checkpoint needs; the codes themselves are in the model."""
-        generator = self.generator.get_state()
-        return {"counts": self.counts, "sums": self.sums, "started": self.started, "generator": generator}
+        return self.counts, self.sums, self.started, self.generator.get_state()
 
-    def load(self, state: dict) -> None:
+    def load(self, state: tuple) -> None:
         """Go on from a checkpoint."""
-        self.counts, self.sums, self.started = state["counts"], state["sums"], state["started"]
-        self.generator.set_state(state["generator"])
+        self.counts, self.sums, self.started, generator = state
+        self.generator.set_state(generator)
 
     def finish(self) -> float:
         """Give the quantiser back as it was; returns the share of codes in use."""
@@ -253,12 +252,9 @@ class Run:
         self.model = CTCLIPModel(CTCLIPConfig(MINI_VISION, text, MINI_PROJECTION))
         torch.nn.init.constant_(self.model.temperature, 2.3)  # cosines times 10: CLIP starts at 14
         self.codebook = CodebookLearner(self.model, config.codebook_decay, config.seed)
-        parameters = list(self.model.parameters())
-        groups = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
+        matrices = {"params": [p for p in self.model.parameters() if p.ndim > 1], "weight_decay": config.weight_decay}
+        vectors = {"params": [p for p in self.model.parameters() if p.ndim <= 1], "weight_decay": 0.0}
+        self.optimizer = torch.optim.AdamW([matrices, vectors], lr=config.learning_rate, betas=(0.9, 0.98))
         self.step, self.epoch, self.seconds = 0, 0, 0.0
         self.order: list[int] = []
         self.history: list[dict[str, float]] = []
@@ -318,7 +314,7 @@ class Run:
 
 
 def shifted(pixels: torch.Tensor) -> torch.Tensor:
-    """Move each volume (b, 1, d, h, w) by up to two pixels, as patients lie on the table: augmentation."""
+    """Move each volume (b, 1, d, h, w) by up to two pixels, as patients lie on the table."""
     moves = torch.randint(-2, 3, (len(pixels), 2)).tolist()
     return torch.stack([torch.roll(p, move, dims=(-2, -1)) for p, move in zip(pixels, moves, strict=True)])
 
@@ -326,13 +322,8 @@ def shifted(pixels: torch.Tensor) -> torch.Tensor:
 def pretrain(output_dir: str | os.PathLike, pool_dir: str | os.PathLike, config: PretrainConfig = DEFAULT) -> dict:
     """Make the mini base model: weights, vocabulary, training record and model card in `output_dir`.
 
-    Args:
-        output_dir: folder for the finished model; written only when the model is complete.
-        pool_dir: folder for generated studies (264 kB each) and the checkpoint that an interrupted run resumes from.
-        config: settings.
-
-    Returns:
-        The training record, also written as `pretraining.json`.
+    `output_dir` is written only when the model is complete; `pool_dir` is for generated studies (264 kB each) and the
+    checkpoint that an interrupted run resumes from. Returns the training record, also written as `pretraining.json`.
 
     Raises:
         ValueError: the checkpoint in `pool_dir` was made with other settings.

@@ -14,16 +14,8 @@ from medctkit.training.settings import FineTuneConfig
 class StepBatches(Sampler):
     """Indices of one process's small batches, step after step: each epoch a new order, drawn from seed and epoch.
 
-    Args:
-        studies: how many there are.
-        config: batch sizes and seed.
-        steps: numbers of the optimiser steps, from 1.
-        process: which of the processes.
-        processes: how many share each batch.
-
-    Attributes:
-        parts: small batches of a step in this process.
-        rounds: how often `EmbeddedBatch` reads each of them.
+    `steps` are numbered from 1. A step has `parts` small batches in this process, and `EmbeddedBatch` reads each of
+    them `rounds` times.
 
     Raises:
         ValueError: fewer studies than one batch, or a batch that the processes cannot share equally.

@@ -34,20 +34,8 @@ _AVERAGES = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
 class Run:
     """Where a run stands: what `restore` brings back and `save` writes down. Files are the main process's business.
 
-    Args:
-        model: with what is trained.
-        optimizer: of what is trained.
-        accelerator: with the loss scale of fp16, and the other processes.
-        output_dir: gets the checkpoint, and `adapter`: the best parameters so far.
-        made_of: see `made_of`.
-
-    Attributes:
-        trainable: parameters by name, in the order in which the optimiser got them.
-        step: optimiser steps done.
-        history: a row for each of them, and one for step 0.
-        best_step: with the best validation score.
-        best_score: that score.
-        best: the trained parameters then, by name.
+    `output_dir` gets the checkpoint, and `adapter`: the best parameters so far. `history` has a row for each of the
+    `step` optimiser steps done, and one for step 0; `best` holds the trained parameters of the best validation score.
     """
 
     def __init__(
@@ -86,7 +74,11 @@ class Run:
 
         found: Any = None
         if self.accelerator.is_main_process:
-            _remove_half_written(self.file.parent)
+            # what a run that was killed while it wrote has left under temporary names
+            for half in (*self.file.parent.glob(f".{NAME}.*.tmp"), *self.adapter_dir.glob(".*.tmp")):
+                half.unlink()
+            for folder in self.adapter_dir.glob(".saving-*"):
+                shutil.rmtree(folder)
             try:
                 found = read(self.file, self.made_of) if self.file.is_file() else None
             except ValueError as error:
@@ -149,11 +141,7 @@ class Run:
 
 
 def read(path: Path, made_of: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Read a checkpoint of the same run: what is written down about it, and its tensors.
-
-    Raises:
-        ValueError: damaged, or of a run with another model, other data or settings; says which.
-    """
+    """Read a checkpoint of the same run, what is written down about it, and its tensors; refuse any other."""
     from safetensors import SafetensorError, safe_open
 
     way_out = f"Delete {path} to start over, or give another output_dir"
@@ -201,11 +189,3 @@ def made_of(model: Model, dataset: Any, config: FineTuneConfig) -> dict[str, Any
         "training studies": f"{len(dataset)}, {hashlib.sha256(studies.encode()).hexdigest()}",
     }
     return config.values("prompts", "workers", "checkpoint_every") | {key: text[:22] for key, text in digests.items()}
-
-
-def _remove_half_written(output_dir: Path) -> None:
-    """What a run that was killed while it wrote has left under temporary names."""
-    for file in (*output_dir.glob(f".{NAME}.*.tmp"), *output_dir.glob("adapter/.*.tmp")):
-        file.unlink()
-    for folder in output_dir.glob("adapter/.saving-*"):
-        shutil.rmtree(folder)

@@ -47,16 +47,13 @@ class EmbeddedBatch:
         small_batches: gives this process's share of the batch in `parts` small batches of equal size, as
             `dataset.collate` makes them, and, if there are several, all of them once more in the same order.
         parts: small batches per process; 1: the whole share at once, embedded only once.
-        config: weights of the losses, to leave out what has none, and the seed of dropout.
+        config: weights of the losses, and the seed of dropout.
         accelerator: device, precision and the other processes.
-        prompts: tokens (36, n) as `objectives.draw_prompts` gives them; needed with a prompt weight.
+        prompts: tokens (36, n) from `objectives.draw_prompts`; needed with a prompt weight.
         step: number of the optimiser step.
 
-    Attributes:
-        images: (b, p), L2-normalised, of the joint batch of all processes.
-        texts: (b, p), its reports; None without a contrastive weight.
-        prompts: (36, p); None without a prompt weight.
-        known: `report_id` (b,) and `labels` (b, 18) of the joint batch.
+    Of the joint batch of all processes it has `images` and `texts` (b, p) and `prompts` (36, p), L2-normalised, and as
+    `known` its `report_id` (b,) and `labels` (b, 18). Texts and prompts are None where they have no weight.
     """
 
     def __init__(
@@ -134,9 +131,10 @@ class EmbeddedBatch:
 
 def _backward(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
     """Send gradients back from those outputs that anything trainable had a part in."""
-    pairs = [(output, gradient.to(output.dtype)) for output, gradient in pairs if output.requires_grad]
-    if pairs:
-        torch.autograd.backward([output for output, _ in pairs], [gradient for _, gradient in pairs])
+    trained = [pair for pair in pairs if pair[0].requires_grad]
+    if trained:
+        outputs, given = zip(*trained, strict=True)
+        torch.autograd.backward(outputs, given)
 
 
 def _average(gradients: list[torch.Tensor], accelerator: Accelerator) -> None:
@@ -149,14 +147,8 @@ def _average(gradients: list[torch.Tensor], accelerator: Accelerator) -> None:
 def refuse_non_finite(what: str, value: torch.Tensor, step: int, studies: Callable[[], list[str]]) -> None:
     """Stop on a number that is not finite.
 
-    Args:
-        what: its name.
-        value: a scalar tensor.
-        step: of the optimiser.
-        studies: names those to look at; called only then.
-
     Raises:
-        FloatingPointError: with the step and the studies.
+        FloatingPointError: `value`, a scalar, is not finite; tells the step and the `studies` to look at.
     """
     if not torch.isfinite(value).all():
         raise FloatingPointError(

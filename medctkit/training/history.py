@@ -16,12 +16,7 @@ if TYPE_CHECKING:
 class History:
     """Adds rows to a run's history, and tells them. Rows of before an interruption are told first.
 
-    TensorBoard gets them where it is installed (`pip install 'medctkit[tensorboard]'`); nothing else needs it.
-
-    Args:
-        run: restored, if there was something to restore.
-        steps: of the whole run.
-        callback: called with each row.
+    TensorBoard gets them where it is installed. `run` is restored already, if there was something to restore.
     """
 
     def __init__(self, run: Run, steps: int, callback: Callable[[dict[str, float]], None] | None = None):

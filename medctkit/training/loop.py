@@ -44,9 +44,8 @@ def learning_rate_factor(step: int, steps: int, warmup_fraction: float) -> float
 class FineTuneResult:
     """What `finetune` found.
 
-    `history` has one row per optimiser step (step 0: before training) with losses, learning rate, gradient
-    norm before clipping, seconds since the start, and `score` where validated. The best parameters are in
-    `adapter_dir` and on the model.
+    `history` has one row per optimiser step (step 0: before training); `grad_norm` is before clipping. The best
+    parameters are in `adapter_dir` and on the model.
     """
 
     history: pd.DataFrame = field(repr=False)
@@ -80,8 +79,7 @@ def finetune(
             (where it is installed), and, while the run is not finished, its checkpoint.
         score_fn: called with the model in evaluation mode and without gradients, in every process; returns the number
             to maximise, such as the mean zero-shot AUROC of the validation split. Never show it a test study.
-        callback: called with each row of the history as it is made, for live plots; rows of before an interruption
-            come first.
+        callback: called with each row of the history, for live plots; rows of before an interruption come first.
 
     Raises:
         ValueError: nothing to train, fewer studies than one batch, a batch that the processes cannot share equally,

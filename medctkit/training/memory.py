@@ -1,7 +1,7 @@
 """Memory of a training step: how much it takes, and frozen weights in half precision to take less.
 
-Both measures also work on tensors without data (`torch._subclasses.fake_tensor.FakeTensorMode`), so that a step of
-the full-size model can be measured in seconds on a machine that could never run it.
+Both measures also work on tensors without data (FakeTensorMode), for a full-size step on a machine that could never
+run it.
 """
 
 from __future__ import annotations
@@ -26,22 +26,12 @@ def _storages(tree: Any) -> dict[int, torch.UntypedStorage]:
 class PeakMemory(TorchDispatchMode):
     """Bytes of all tensors that are alive in a block, now and at their highest.
 
-    Used as::
-
-        with PeakMemory(alive=model.parameters()) as memory:
-            loss_of(model).backward()
-        print(memory.peak_bytes)
-
     Counted are the storages given as `alive`, and each one that an operation in the block makes, until nothing refers
     to it any more: activations that wait for the backward pass, gradients, optimiser state. A storage counts once,
     however many views there are of it. Not counted: what an operation takes for itself while it runs, and what an
     allocator keeps in reserve or loses to rounding.
 
-    Tensors without data count as if they had some; enter their FakeTensorMode first, `with FakeTensorMode(),
-    PeakMemory() as memory`.
-
-    Args:
-        alive: tensors that are there already, such as weights, inputs and optimiser state.
+    Tensors without data count as if they had some; enter their FakeTensorMode first.
 
     Attributes:
         now_bytes: of what is alive now.
@@ -77,19 +67,8 @@ class PeakMemory(TorchDispatchMode):
 class SavedActivations(torch.autograd.graph.saved_tensors_hooks):
     """Bytes that the forward passes in a block keep for the backward pass.
 
-    Used as::
-
-        with SavedActivations(apart_from=[*model.parameters(), volumes]) as saved:
-            loss = loss_of(model)
-        print(saved.bytes)
-
-    A storage counts once. Of a checkpointed layer only its inputs are kept.
-
-    Args:
-        apart_from: tensors that are not counted, such as weights and inputs, which are there anyway.
-
-    Attributes:
-        bytes: kept so far.
+    A storage counts once; those of `apart_from`, such as weights and inputs, which are there anyway, do not. `bytes` is
+    what has been kept so far.
     """
 
     def __init__(self, apart_from: Iterable[torch.Tensor] = ()):
@@ -125,15 +104,11 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> int:
     With float16 weights end at 65,504. Its small gradients vanish unless the loss is scaled, as accelerate does;
     bfloat16 has the range of float32 and needs neither care.
 
-    Args:
-        model: any module, frozen where it shall stay as it is.
-        dtype: torch.bfloat16 or torch.float16.
-
     Returns:
         Bytes saved.
 
     Raises:
-        ValueError: another dtype; a weight that float16 cannot hold. Nothing is cast then.
+        ValueError: a dtype other than these two; a weight that float16 cannot hold. Nothing is cast then.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"frozen weights can be kept in torch.bfloat16 or torch.float16, got {dtype}")

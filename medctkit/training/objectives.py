@@ -5,8 +5,7 @@
   et al. 2024, arXiv 2403.17834);
 * per-finding prompts, `finding_prompt_loss`: for each of the 18 findings the volume has to be nearer to a
   sentence that states the finding than to one that denies it, or the reverse (the idea of CT-CLIP's
-  VocabFine, arXiv 2403.17834). The sentences are report wordings; the prompts of the zero-shot evaluation are
-  refused here, so that evaluation stays zero-shot.
+  VocabFine, arXiv 2403.17834). The prompts of the zero-shot evaluation are refused, so that it stays zero-shot.
 """
 
 from __future__ import annotations
@@ -59,8 +58,6 @@ def finding_prompt_loss(
 ) -> torch.Tensor:
     """Cross-entropy of the softmax over each finding's two similarities, averaged over known labels.
 
-    The softmax of two numbers is the sigmoid of their difference, hence the binary form.
-
     Args:
         image_embeds: (b, p), L2-normalised.
         positive_embeds: (18, p), sentences that state each finding, L2-normalised.
@@ -81,11 +78,7 @@ def report_prompts(hospital: str = "target") -> dict[str, tuple[tuple[str, ...],
 
 
 def check_prompts(prompts: Prompts) -> None:
-    """Refuse prompts that lack a finding, or that the zero-shot evaluation will ask.
-
-    Raises:
-        ValueError: says which.
-    """
+    """Refuse prompts that lack a finding, or that the zero-shot evaluation will ask: a ValueError says which."""
     missing = [f for f in FINDINGS if f not in prompts or not all(prompts[f])]
     if missing:
         raise ValueError(
@@ -126,7 +119,7 @@ def joint_loss(
         texts: (b, p), reports in the same order; needed with a contrastive weight.
         prompts: (36, p), 18 sentences that state the findings, then 18 that deny them; needed with a prompt weight.
         batch: `report_id` (b,), equal for equal reports, and `labels` (b, 18).
-        temperature: as CT-CLIP stores it, the logarithm of the factor on the cosines.
+        temperature: the logarithm of the factor on the cosines.
         contrastive_weight: of `contrastive`.
         prompt_weight: of `prompts`.
     """

@@ -18,9 +18,8 @@ class FineTuneConfig:
     """Settings of `finetune`, checked on construction.
 
     LoRA stands, and needs, a learning rate about ten times that of full fine-tuning (Biderman et al. 2024, "LoRA
-    Learns Less and Forgets Less", arXiv 2405.09673): start between 1e-4 and 1e-3 and halve it where the loss jumps. The
-    update is multiplied by alpha / r: with alpha = 2 r the rate can stay as it is when r changes. B starts at zero
-    and learns first. What was best for each method here is in the table of `medctkit compare`.
+    Learns Less and Forgets Less", arXiv 2405.09673): start between 1e-4 and 1e-3 and halve it where the loss jumps.
+    What was best for each method here is in the table of `medctkit compare`.
 
     Args:
         steps: optimiser steps; give this or `epochs`.
@@ -75,12 +74,8 @@ class FineTuneConfig:
         require(self.epochs is None or self.epochs > 0, "epochs", "above 0")
         for name in ("batch_size", "max_length", "evaluate_every", "checkpoint_every"):
             require(getattr(self, name) >= 1, name, "at least 1")
-        micro = self.micro_batch_size
-        require(
-            micro is None or (micro >= 1 and self.batch_size % micro == 0),
-            "micro_batch_size",
-            f"None or a divisor of batch_size {self.batch_size}",
-        )
+        micro, divisor = self.micro_batch_size, f"None or a divisor of batch_size {self.batch_size}"
+        require(micro is None or (micro >= 1 and self.batch_size % micro == 0), "micro_batch_size", divisor)
         require(self.workers >= 0, "workers", "at least 0")
         require(self.patience is None or self.patience >= 1, "patience", "at least 1, or None")
         for name in ("learning_rate", "max_grad_norm"):

@@ -156,6 +156,7 @@ def test_options_are_those_of_the_declaration():
     }
 
 
+@pytest.mark.slow
 def test_two_processes_by_accelerate_launch(few, tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"]
     launch += ["--num_machines", "1", "--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no"]

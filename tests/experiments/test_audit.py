@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from medctkit.cohort.manifest import load_manifest, volume_from_row
 from medctkit.experiments import audit
-from medctkit.experiments.audit import Defect
+from medctkit.experiments.audit import Answers, Defect
 from medctkit.findings import FINDINGS
 from medctkit.metrics.scores import evaluate
 from medctkit.model.base_model import load_mini_base
@@ -25,12 +25,16 @@ NAMES = ["a", "b", "c"]
 
 
 def simulate(seed, n=80, effect=1.0, prevalence=0.3):
-    """Labels (n, 3), scores and patients of one study each."""
+    """Labels (n, 3) and scores of patients of one study each."""
     rng = np.random.default_rng(seed)
     labels = (rng.random((n, 3)) < prevalence).astype(float)
     labels[0], labels[1] = 0, 1
     scores = 1 / (1 + np.exp(-rng.normal(size=(n, 3)) - effect * (labels - 0.5)))
-    return labels, scores, np.arange(n)
+    return Answers(labels, scores, np.arange(n), NAMES)
+
+
+def of_one_finding(labels, scores):
+    return Answers(np.array(labels)[:, None], np.array(scores)[:, None], np.arange(len(labels)), ["a"])
 
 
 def numbers(defects):
@@ -43,21 +47,19 @@ def numbers(defects):
 @given(st.integers(0, 10**6))
 @settings(max_examples=5, deadline=None)
 def test_a_bootstrap_that_is_not_used_has_no_width_and_the_right_one_is_that_of_evaluate(seed):
-    labels, scores, patients = simulate(seed)
-    (found,) = audit.unused_bootstrap(labels, scores, patients, NAMES, resamples=50, seed=seed)
-    mean = evaluate(labels, scores, patients, findings=NAMES, resamples=50, seed=seed).loc["mean"]
+    test = simulate(seed)
+    (found,) = audit.unused_bootstrap(test, resamples=50, seed=seed)
+    mean = evaluate(**vars(test), resamples=50, seed=seed).loc["mean"]
     assert found.public == 0
     assert found.right == mean["auroc_high"] - mean["auroc_low"] > 0
-    (perfect,) = audit.unused_bootstrap(labels, labels, patients, NAMES, resamples=50)
+    (perfect,) = audit.unused_bootstrap(replace(test, scores=test.labels), resamples=50)
     assert (perfect.public, perfect.right) == (0, 0)
 
 
 def test_thresholds_that_saw_the_test_labels_do_better_by_what_can_be_counted():
     # One finding. In validation 0.8 tells the classes apart; in test the scores sit lower, and 0.3 does.
-    valid_labels, valid_scores = np.array([[0], [0], [1], [1]]), np.array([[0.1], [0.2], [0.8], [0.9]])
-    labels, scores = np.array([[0], [0], [1], [1]]), np.array([[0.1], [0.2], [0.3], [0.85]])
-    found = numbers(audit.thresholds_on_test(labels, scores, np.arange(4), valid_labels, valid_scores, ["a"]))
-    assert found == {
+    test, valid = (of_one_finding([0, 0, 1, 1], scores) for scores in ([0.1, 0.2, 0.3, 0.85], [0.1, 0.2, 0.8, 0.9]))
+    assert numbers(audit.thresholds_on_test(test, valid)) == {
         "balanced accuracy": (1.0, 0.75),
         "accuracy": (1.0, 0.75),
         "F1 of the positive class": (1.0, pytest.approx(2 / 3)),
@@ -67,28 +69,26 @@ def test_thresholds_that_saw_the_test_labels_do_better_by_what_can_be_counted():
 @pytest.mark.parametrize(
     "defect",
     [
-        lambda labels, scores, patients: audit.thresholds_on_test(labels, scores, patients, labels, scores, NAMES),
-        lambda labels, scores, patients: audit.counted_by_volume(labels, scores, patients, 1, NAMES),
+        lambda answers: audit.thresholds_on_test(answers, answers),
+        lambda answers: audit.counted_by_volume(answers, 1),
     ],
     ids=["thresholds from studies like those of the test", "one volume of each patient"],
 )
 def test_where_nothing_is_wrong_both_ways_give_the_same(defect):
-    assert all(public == right for public, right in numbers(defect(*simulate(1))).values())
+    assert all(public == right for public, right in numbers(defect(simulate(1))).values())
 
 
 def test_findings_without_both_classes_in_validation_are_left_out():
-    labels, scores, patients = simulate(2)
-    valid_labels, valid_scores, _ = simulate(3)
-    valid_labels[:, 1] = 0
-    found = audit.thresholds_on_test(labels, scores, patients, valid_labels, valid_scores, NAMES)
+    test, valid = simulate(2), simulate(3)
+    valid.labels[:, 1] = 0
     keep = [0, 2]
-    only = (labels[:, keep], scores[:, keep], patients, valid_labels[:, keep], valid_scores[:, keep])
-    assert found == audit.thresholds_on_test(*only, ["a", "c"])
+    only = (Answers(x.labels[:, keep], x.scores[:, keep], x.patients, ["a", "c"]) for x in (test, valid))
+    assert audit.thresholds_on_test(test, valid) == audit.thresholds_on_test(*only)
     with pytest.raises(ValueError, match="no finding has positive and negative studies in both validation and test"):
-        audit.thresholds_on_test(labels, scores, patients, np.zeros((5, 3)), valid_scores[:5], NAMES)
+        audit.thresholds_on_test(test, replace(valid, labels=np.zeros((80, 3))))
     with pytest.raises(ValueError, match=r"validation studies: .*study 4, finding 'b' is 7.0; expected 0, 1 or NaN"):
-        valid_labels[4, 1] = 7
-        audit.thresholds_on_test(labels, scores, patients, valid_labels, valid_scores, NAMES)
+        valid.labels[4, 1] = 7
+        audit.thresholds_on_test(test, valid)
 
 
 @given(st.integers(0, 10**6), st.sampled_from([0.05, 0.1, 0.3]))
@@ -111,41 +111,41 @@ def test_a_simulation_of_nothing_is_refused(wrong):
 
 
 def test_weighted_f1_counted_by_hand():
-    labels, said = np.array([[1, 1, 0, 0, 0, 0, 0, 0], [1, 0, 1, 0, 0, 0, 0, 0]])[:, :, None]
-    found = numbers(audit.f1_weighted_by_class(labels, said, np.arange(8), 0.5, ["a"]))
+    test = of_one_finding([1, 1, 0, 0, 0, 0, 0, 0], [1, 0, 1, 0, 0, 0, 0, 0])
+    found = numbers(audit.f1_weighted_by_class(test))
     present, absent = 2 * 1 / (2 + 2), 2 * 5 / (6 + 6)
     assert found["mean F1 of these answers"] == (pytest.approx((2 * present + 6 * absent) / 8), pytest.approx(present))
     # a model that always says no: six right, two patients missed
     always_no = "mean F1 of a model that always says no"
     assert found[always_no] == (pytest.approx(6 / 8 * 2 * 6 / (2 * 6 + 2)), 0)
-    same = numbers(audit.f1_weighted_by_class(labels, np.full((8, 1), 0.2), np.arange(8), 0.5, ["a"]))
+    same = numbers(audit.f1_weighted_by_class(replace(test, scores=np.full((8, 1), 0.2))))
     assert same["mean F1 of these answers"] == same[always_no] == found[always_no]
 
 
 def test_perfect_answers_have_the_same_f1_however_it_is_weighted_and_unknown_labels_do_not_count():
-    labels, _, patients = simulate(4)
-    said = labels.copy()
-    labels[5:9, 0] = np.nan  # whatever the model says there
-    assert numbers(audit.f1_weighted_by_class(labels, said, patients, 0.5, NAMES))["mean F1 of these answers"] == (1, 1)
+    test = simulate(4)
+    test = replace(test, scores=test.labels.copy())
+    test.labels[5:9, 0] = np.nan  # whatever the model says there
+    assert numbers(audit.f1_weighted_by_class(test))["mean F1 of these answers"] == (1, 1)
 
 
 def test_copies_of_volumes_narrow_the_interval_when_they_are_counted_as_patients():
-    labels, scores, patients = simulate(5, n=120)
-    count, width = audit.counted_by_volume(labels, scores, patients // 2, reconstructions=4, findings=NAMES)
+    test = simulate(5, n=120)
+    count, width = audit.counted_by_volume(replace(test, patients=test.patients // 2), reconstructions=4)
     assert (count.public, count.right) == (480, 60)
     # four times as many rows halve the standard error, and so the width
     assert 0.4 < width.public / width.right < 0.6
 
 
 def test_bad_input_is_named():
-    labels, scores, patients = simulate(7)
+    test = simulate(7)
     with pytest.raises(ValueError, match="reconstructions=0: expected at least 1, the scan itself"):
-        audit.counted_by_volume(labels, scores, patients, 0, NAMES)
-    scores[3, 2] = 2
-    with pytest.raises(ValueError, match=r"scores: study 3, finding 'c' is 2.0; expected probabilities from 0 to 1"):
-        audit.audit(labels, scores, patients, labels, scores, NAMES)
+        audit.counted_by_volume(test, 0)
     with pytest.raises(ValueError, match="no finding has both positive and negative studies, so nothing can be scored"):
-        audit.f1_weighted_by_class(np.zeros((80, 3)), scores / 2, patients, 0.5, NAMES)
+        audit.f1_weighted_by_class(replace(test, labels=np.zeros((80, 3))))
+    with pytest.raises(ValueError, match=r"scores: study 3, finding 'c' is 2.0; expected probabilities from 0 to 1"):
+        test.scores[3, 2] = 2
+        audit.audit(test, test)
 
 
 # --- with a model, or scans ------------------------------------------------------------------------------
@@ -272,8 +272,11 @@ def test_every_defect_is_shown_in_a_table(base, few):
     part = lambda rows: Embedded(seen.embeddings[rows], seen.labels[rows], seen.patients[rows], seen.studies[rows])  # noqa: E731
     test, valid = part(first), part([i - 1 for i in first])
     classifier = ZeroShotClassifier(base.model, base.tokenizer)
-    scores, valid_scores = (classifier.scores_from_embeddings(part.embeddings) for part in (test, valid))
-    found = audit.audit(test.labels, scores, test.patients, valid.labels, valid_scores, resamples=20)
+    answers = [
+        Answers(part.labels, classifier.scores_from_embeddings(part.embeddings), part.patients)
+        for part in (test, valid)
+    ]
+    found = audit.audit(*answers, resamples=20)
     found += audit.prompt_mismatch(base, test)
     found += audit.audit_scans(base, [volumes[i] for i in first[:5]], test.labels)
     assert list(dict.fromkeys(defect.name for defect in found)) == list(audit.DEFECTS)

@@ -32,6 +32,7 @@ def pool(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_result_loads_and_says_how_it_was_made(pool, tmp_path):
     record = pretrain.pretrain(tmp_path / "mini", pool, TINY)
     (pool / "checkpoint.pt").unlink()
@@ -45,6 +46,7 @@ def test_the_result_loads_and_says_how_it_was_made(pool, tmp_path):
     assert mini.model.encode_image(volumes).shape == (2, pretrain.MINI_PROJECTION)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_like_an_uninterrupted_one(pool, tmp_path, monkeypatch):
     torch.set_num_threads(1)
     pretrain.pretrain(tmp_path / "whole", pool, TINY)

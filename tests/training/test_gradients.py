@@ -206,6 +206,7 @@ def several(tmp_path_factory):
     return [torch.load(folder / f"{name}.pt", weights_only=True) for name in names]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [1, 2])
 def test_two_processes_give_the_gradient_of_one_on_the_joint_batch(several, parts):
     one, first, second = (found[f"parts {parts}"] for found in several)
@@ -214,6 +215,7 @@ def test_two_processes_give_the_gradient_of_one_on_the_joint_batch(several, part
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_an_evaluation_shared_by_two_processes_is_that_of_one(several):
     one, first, second = (found["evaluation"] for found in several)
     torch.testing.assert_close(first["embeddings"], one["embeddings"], rtol=0, atol=1e-6)
@@ -223,6 +225,7 @@ def test_an_evaluation_shared_by_two_processes_is_that_of_one(several):
     assert one["studies"].tolist() == list(range(7))
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_is_that_of_one_dropout_included(several):
     one, first, second = several
     torch.testing.assert_close(first["history"]["losses"], one["history"]["losses"], rtol=1e-4, atol=1e-5)

@@ -205,6 +205,7 @@ def test_precision_may_change_from_run_to_run(tokenizer, tmp_path):
     np.testing.assert_allclose(losses["bf16"], losses["no"], rtol=0.05)
 
 
+@pytest.mark.slow
 def test_volumes_may_be_loaded_by_other_processes(tokenizer, tmp_path):
     _, alone = run(tokenizer, tmp_path / "alone", micro_batch_size=2)
     _, helped = run(tokenizer, tmp_path / "helped", micro_batch_size=2, workers=2)
@@ -256,6 +257,7 @@ def processes():
 LONG = {"steps": 120, "evaluate_every": 10, "checkpoint_every": 7}  # long after the last kill, however slow the machine
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"micro_batch_size": 2, "mixed_precision": "bf16"}])
 def test_kill_9_at_any_moment_and_the_same_run_comes_out(processes, tmp_path, more):
     def start(folder):

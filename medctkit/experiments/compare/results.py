@@ -52,13 +52,10 @@ MARKS = {  # colours of Okabe and Ito, which the colour-blind can tell apart; wh
 
 @dataclass(frozen=True)
 class Results:
-    """What `medctkit compare` wrote.
+    """What `medctkit compare` wrote: a row for each job, and seconds and memory of a step of each method, if measured.
 
-    Attributes:
-        runs: a row for each job: comparison.csv.
-        draws: for each run's name its mean AUROC on the test studies, then on each bootstrap resample of their
-            patients; resample i is the same in all runs.
-        costs: seconds and memory of a step of each method; no rows if they were not measured.
+    `draws` has for each run's name its mean AUROC on the test studies, then on each bootstrap resample of their
+    patients; resample i is the same in all runs.
     """
 
     runs: pd.DataFrame
@@ -67,11 +64,7 @@ class Results:
 
 
 def load_results(folder: str | os.PathLike = SAVED) -> Results:
-    """Read the results in a folder; those that come with the package by default.
-
-    Raises:
-        FileNotFoundError: no results there.
-    """
+    """Read the results in a folder; those that come with the package by default."""
     import pandas as pd
 
     folder = Path(folder)
@@ -120,19 +113,14 @@ def pooled(results: Results, group: str) -> pd.DataFrame:
 
 
 def method_table(results: Results) -> pd.DataFrame:
-    """A row for each method, the base model first: what it trains, what it scores on test studies, what it costs.
-
-    Columns: those of `pooled`, `label`, `trains`, `paper`, `zero_shot`, `trainable_share` (of full fine-tuning), and
-    those of `Results.costs`.
-    """
+    """A row for each method, the base model first: what it trains, what it scores on test studies, what it costs."""
     table = pooled(results, "methods").merge(results.costs, on="method", how="left")
     for i, column in enumerate(("label", "trains", "paper")):
         table[column] = [TEXTS[name][i] for name in table["method"]]
     table["zero_shot"] = table["method"] != PROBE
     full = table.loc[table["method"] == "full", "trainable"]
     table["trainable_share"] = table["trainable"] / (full.iloc[0] if len(full) else np.nan)
-    order = {name: i for i, name in enumerate([BASE, PROBE, *METHODS])}
-    return table.sort_values("method", key=lambda names: names.map(order), ignore_index=True)
+    return table.sort_values("method", key=lambda names: names.map(list(TEXTS).index), ignore_index=True)
 
 
 def show(table: pd.DataFrame) -> str:
@@ -201,9 +189,8 @@ def figure_methods(results: Results) -> Figure:
         axes.errorbar(x, row.auroc, ends, color=colour, capsize=2, linewidth=1.2, zorder=3, marker=marker, label=label)
     axes.margins(x=0.08, y=0.12)
     axes.set_xlabel("trainable parameters (moved aside a little where they coincide)")
-    axes.legend(
-        loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9, title="mean AUROC, 95 % interval"
-    )
+    aside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+    axes.legend(frameon=False, fontsize=9, title="mean AUROC, 95 % interval", **aside)
     return figure
 
 

@@ -11,7 +11,6 @@ import io
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import statistics
@@ -77,8 +76,7 @@ def _start_worker(manifest_path: str | os.PathLike, cache_dir: Path, threads: in
 
 
 def _end_with(parent: Any) -> None:
-    """A worker ends when the command does, however that ended."""
-    parent.join()
+    parent.join()  # a worker ends when the command does, however that ended
     os._exit(1)
 
 
@@ -103,11 +101,7 @@ def result_file(output_dir: Path, job: Job) -> Path:
 
 
 def read_result(output_dir: Path, job: Job, made_of: Mapping | None = None) -> dict[str, Any] | None:
-    """The result of a job, or None if there is none yet.
-
-    Raises:
-        ValueError: damaged, or of other settings than `made_of`; says what differs.
-    """
+    """The result of a job, None if there is none yet; one that is damaged or of other settings is a ValueError."""
     path = result_file(output_dir, job)
     if not path.is_file():
         return None
@@ -133,30 +127,28 @@ def compare_methods(
     workers: int = 1,
     cache_dir: str | os.PathLike | None = None,
 ) -> Path:
-    """Do all runs that are not there yet, measure seconds and memory, and write the tables.
+    """Do all runs that are not there yet, measure seconds and memory, and write the tables; returns `output_dir`.
 
     Args:
         manifest_path: usually `data_manifest.csv`.
-        output_dir: gets `runs` (a file for each run), `comparison.csv`, `draws.npz` and `costs.csv`; see
-            `medctkit.experiments.compare.results.load_results`.
+        output_dir: gets `runs` (a file for each run), and what `results.load_results` reads.
         groups: some of `GROUPS`; learning rates that they need are chosen in any case.
         seeds: runs of each.
         settings: of all runs.
         workers: processes side by side, each with its share of the cores, and about 2 GB.
-        cache_dir: prepared volumes; by default see `cohort.dataset.prepared_dir`.
-
-    Returns:
-        `output_dir`.
+        cache_dir: see `prepared_dir`.
 
     Raises:
         ValueError: unknown group; results of other settings in `output_dir`.
         OSError: a worker process died.
     """
+    from tqdm.auto import tqdm
+
     if unknown := [group for group in groups if group not in GROUPS]:
         raise ValueError(f"unknown group {unknown[0]!r}; choose from {', '.join(GROUPS)}")
     if seeds < 1 or workers < 1:
         raise ValueError(f"seeds and workers must be at least 1, got {seeds} and {workers}")
-    output_dir, settings, inputs = Path(output_dir), settings, inputs_of(manifest_path)
+    output_dir, inputs = Path(output_dir), inputs_of(manifest_path)
     cache_dir = prepared_dir(manifest_path, output_dir, cache_dir)
     table = load_manifest(manifest_path)
     here = table[table["hospital"] == "target"]
@@ -182,7 +174,14 @@ def compare_methods(
     try:
         while todo := missing(_rates(output_dir, needed)):  # twice: learning rates are chosen in between
             CTReportDataset(here, load_mini_base().preprocess_config, cache_dir).prepare()
-            _run_all(pool, [(job, settings, made_of, output_dir) for job, made_of in todo])
+            futures = [pool.submit(_work, job, settings, made_of, output_dir) for job, made_of in todo]
+            for future in tqdm(as_completed(futures), total=len(futures), desc="comparing", unit="run"):
+                future.result()  # the first that fails ends it
+    except BrokenProcessPool:
+        raise OSError(
+            "a worker process died, most often for want of memory. Runs that were finished are kept: the same "
+            "command goes on from here, if need be with fewer --jobs"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
     shutil.rmtree(output_dir / "work", ignore_errors=True)
@@ -191,21 +190,6 @@ def compare_methods(
         train = CTReportDataset(here[here["split"] == "train"], load_mini_base().preprocess_config, cache_dir)
         _write_csv(measure_costs(train, settings), output_dir / "costs.csv")
     return output_dir
-
-
-def _run_all(pool: ProcessPoolExecutor, arguments: list[tuple]) -> None:
-    """All runs; the first that fails ends it."""
-    from tqdm.auto import tqdm
-
-    try:
-        futures = [pool.submit(_work, *each) for each in arguments]
-        for future in tqdm(as_completed(futures), total=len(futures), desc="comparing", unit="run"):
-            future.result()
-    except BrokenProcessPool:
-        raise OSError(
-            "a worker process died, most often for want of memory. Runs that were finished are kept: the same "
-            "command goes on from here, if need be with fewer --jobs"
-        ) from None
 
 
 def _rates(output_dir: Path, methods: Iterable[str]) -> dict[str, float]:
@@ -227,17 +211,11 @@ def _rates(output_dir: Path, methods: Iterable[str]) -> dict[str, float]:
 
 
 def collect(output_dir: Path, test_rows: Sequence[Mapping], seeds: int) -> None:
-    """Write `comparison.csv`, a row for each job that has a result, and `draws.npz`, their `mean_draws`.
-
-    Args:
-        output_dir: with `runs`.
-        test_rows: the test studies, rows of the manifest.
-        seeds: as of `jobs`; more, if there are results of more.
-    """
+    """Write `comparison.csv`, a row for each job with a result, also of more than `seeds`, and their `mean_draws`."""
     import pandas as pd
 
-    names = " ".join(path.stem for path in output_dir.glob("runs/*.json"))
-    seeds = max([seeds, *(1 + int(number) for number in re.findall(r"-seed(\d+)", names))])
+    while any(output_dir.glob(f"runs/*-seed{seeds}.json")):
+        seeds += 1
     labels, patients = truth(test_rows)
     rows, draws = [], {}
     for job in [*tuning_jobs(METHODS), *jobs(GROUPS, seeds, _rates(output_dir, METHODS))]:
@@ -248,9 +226,8 @@ def collect(output_dir: Path, test_rows: Sequence[Mapping], seeds: int) -> None:
             scores = np.frombuffer(base64.b64decode(found["scores"]), dtype="<f4").reshape(labels.shape)
             draws[job.name] = mean_draws(labels, scores, patients).astype(np.float32)
         mean, made = found["auroc"]["mean"], found["made_with"]
-        row = {"group": job.group, "name": job.name}
         keys = ("method", "rank", "studies", "learning_rate", "seed", "best_step", "validation_auroc")
-        row |= {key: found[key] for key in keys}
+        row = {"group": job.group, "name": job.name} | {key: found[key] for key in keys}
         row |= {"test_auroc": mean["value"], "test_auroc_low": mean["low"], "test_auroc_high": mean["high"]}
         row |= {key: found[key] for key in ("trainable", "adapter_bytes", "seconds")}
         row |= {"one_class": ", ".join(found["one_class"]), "steps": found["settings"].get("steps")}
@@ -268,11 +245,6 @@ def _write_csv(table: pd.DataFrame, path: Path) -> None:
 
 def measure_costs(train: Dataset, settings: FineTuneConfig, repeats: int = 5) -> pd.DataFrame:
     """Seconds and memory of an optimiser step of each method, alone on the machine, one after the other.
-
-    Args:
-        train: at least one batch of studies.
-        settings: for the batch size.
-        repeats: timed steps, after two that warm up.
 
     Returns:
         A row for each of `METHODS`: `seconds_per_step` (median), `peak_bytes` (of one step: weights, inputs,
