@@ -15,9 +15,10 @@ the model must be another map (Adebayo et al. 2018, arXiv 1810.03292).
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 
@@ -32,9 +33,6 @@ from medctkit.scans.volumes import CTVolume
 from medctkit.zero_shot.classifier import ZeroShotClassifier
 from medctkit.zero_shot.prompts import Prompts
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 SCORES = ("pointing game", "AUPRC", "in-mask mass")
 CONTRAST = "smoothed contrast"
 PART_OF_A_PATCH = 0.01  # the least share of a patch that counts as holding a finding; or the largest share, if less
@@ -43,19 +41,12 @@ AT_A_TIME = 32  # volumes of the mini model in one backward pass
 
 @dataclass(frozen=True)
 class Regions:
-    """Where findings are: one entry for each finding of each study.
+    """Where findings are: one entry for each finding of each study."""
 
-    Attributes:
-        study: (m,) index of the study in the data set.
-        finding: (m,) index into FINDINGS.
-        patients: (m,) names.
-        shares: (m, t, h, w) how much of each patch the mask fills, 0 to 1.
-    """
-
-    study: np.ndarray
-    finding: np.ndarray
-    patients: np.ndarray
-    shares: np.ndarray
+    study: np.ndarray  # (m,) index of the study in the data set
+    finding: np.ndarray  # (m,) index into FINDINGS
+    patients: np.ndarray  # (m,) names
+    shares: np.ndarray  # (m, t, h, w) how much of each patch the mask fills, 0 to 1
 
 
 def patch_shares(
@@ -173,7 +164,7 @@ def score_maps(maps: np.ndarray, shares: np.ndarray) -> dict[str, np.ndarray]:
 
 def localisation_table(
     regions: Regions, maps: Mapping[str, np.ndarray], resamples: int = 1000, seed: int = 0
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """Scores of maps (m, t, h, w) for each finding and their mean, with 95 % intervals from a bootstrap over patients.
 
     Columns: finding (or "mean"), method (the name of the map), score, value, low, high, chance, regions (how many). For
@@ -182,8 +173,6 @@ def localisation_table(
     Raises:
         ValueError: see `score_maps`.
     """
-    import pandas as pd
-
     weights, rows = patient_weights(regions.patients, resamples, seed), []
     counts = [*np.bincount(regions.finding, minlength=len(FINDINGS)), len(regions.finding)]
     for name, of_map in maps.items():
@@ -200,10 +189,8 @@ def localisation_table(
 
 def paired_difference(
     regions: Regions, first: np.ndarray, second: np.ndarray, resamples: int = 1000, seed: int = 0
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """Second minus first maps (m, t, h, w) on the same regions, mean of findings: score, value, low, high (95 %)."""
-    import pandas as pd
-
     weights, rows = patient_weights(regions.patients, resamples, seed), []
     before, after = score_maps(first, regions.shares), score_maps(second, regions.shares)
     for score in SCORES:
@@ -232,7 +219,7 @@ def shuffled(model: nn.Module, prefixes: Sequence[str], seed: int = 0) -> nn.Mod
 
 def sanity_check(
     model: Model, tokenizer: Any, dataset: CTReportDataset, regions: Regions, seed: int = 0, progress: bool = True
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """How much of a map is left as weights are shuffled from the output down.
 
     A row for each more part that is shuffled; columns relevance and rollout: the mean rank correlation (Spearman) with
@@ -240,7 +227,6 @@ def sanity_check(
     is a plain one (of an adapted one, what `merge_lora` gives) with its `tokenizer`, the `dataset` holds the studies of
     `regions`, `seed` is of the shuffling, and `progress` shows it.
     """
-    import pandas as pd
     from scipy.stats import rankdata
 
     def ranks(maps: np.ndarray) -> np.ndarray:

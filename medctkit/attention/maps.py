@@ -32,17 +32,11 @@ PARTS = ("spatial", "temporal")
 
 @dataclass(frozen=True)
 class Attention:
-    """The attention of one volume, in every layer and head of the vision tower.
+    """The attention of one volume, in every layer and head of the vision tower; each row is a probability."""
 
-    Attributes:
-        spatial: for each layer (t, heads, n queries, n keys), each row a probability.
-        temporal: for each layer (n, heads, t queries, t keys), each row a probability.
-        grid: (t, h, w).
-    """
-
-    spatial: list[torch.Tensor]
-    temporal: list[torch.Tensor]
-    grid: tuple[int, int, int]
+    spatial: list[torch.Tensor]  # for each layer (t, heads, n queries, n keys)
+    temporal: list[torch.Tensor]  # for each layer (n, heads, t queries, t keys)
+    grid: tuple[int, int, int]  # (t, h, w)
 
     @property
     def heads(self) -> int:
@@ -131,12 +125,8 @@ def relevance(
     output token starts with what it adds to the score, $(\nabla_{\!z}\, y \cdot z)^+$. The quantiser is passed straight
     through, as in training. The full-size model needs 8 GB for it, and on a CPU the time of four or five encodings.
 
-    Args:
-        model: a `CTCLIPModel`, with or without an adapter.
-        tokenizer: of its text encoder.
-        pixels: (1, D, H, W) or (1, 1, D, H, W), as `preprocess` gives it.
-        stating: the sentence, for instance "Pleural effusion is present."
-        denying: its denial; None: the sentence alone.
+    `model` and `pixels` are those of `attend`; `stating` is for instance "Pleural effusion is present."; without
+    `denying` the sentence counts alone.
 
     Raises:
         ValueError: an empty sentence, or one longer than the text encoder's positions; volumes of another shape.

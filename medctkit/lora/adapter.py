@@ -31,14 +31,10 @@ def add_lora(model: Model, preset: str = "paper", **overrides: Any) -> PeftModel
 
     The random A matrices come from torch's generator: call `torch.manual_seed` before for a repeatable start.
 
-    Args:
-        model: a plain `VisionLanguageModel`, such as a `CTCLIPModel`.
-        preset: one of the model's own, see `lora_config`.
-        **overrides: see `lora_config`.
+    For `preset`, one of the model's own, and `overrides` see `lora_config`.
 
     Raises:
-        ValueError: as `lora_config`; a projection that no layer of this model has; a model that has adapters
-            already.
+        ValueError: as `lora_config`; a projection that no layer of this model has; a model that has adapters already.
     """
     from peft import PeftModel
 
@@ -140,13 +136,8 @@ def load_adapter(
     """Put a saved adapter on `model` and make it the active one.
 
     peft alone passes over tensors that are missing or left over with a warning, and the adapter then silently
-    does half its work; here the file has to fit the model exactly.
-
-    Args:
-        model: a plain model, or one that already carries other adapters.
-        directory: where `save_adapter` or peft's `save_pretrained` wrote.
-        name: the name to swap by, `model.set_adapter(name)`.
-        trainable: whether to train on.
+    does half its work; here the file has to fit the model exactly. The `model` may carry other adapters already;
+    `model.set_adapter(name)` swaps them.
 
     Raises:
         FileNotFoundError: no adapter in `directory`.

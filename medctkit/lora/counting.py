@@ -6,17 +6,14 @@ import math
 import re
 from collections.abc import Iterable, Iterator
 from itertools import chain, combinations, product
-from typing import TYPE_CHECKING
 
+import pandas as pd
 import torch
 from torch import nn
 
 from medctkit.lora.placement import PRESETS
 from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel, released_layout
 from medctkit.model.protocol import Model
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 PAPER_TRAINABLE = (1_665_000, 1_675_000)  # what "1.67 M" can stand for
 
@@ -35,8 +32,6 @@ def parameter_table(model: Model) -> pd.DataFrame:
     of that count plus the adapter's own (0.0038 for preset "paper", as the paper counts); `adapter bytes`,
     the active adapter in float32. The last row is the sum. Works on the meta device.
     """
-    import pandas as pd
-
     adapted = hasattr(model, "peft_config")
     base, active = (model.get_base_model(), set(model.active_adapters)) if adapted else (model, set())
     named = {name.replace(".base_layer.", "."): p for name, p in base.named_parameters()}
@@ -66,8 +61,6 @@ def search_placements(
     (out, in) projection has r (in + out) parameters. Columns: `r`, `vision`, `text`, `trainable`, `percent of total`
     (released total plus adapter), `fits the paper` (1.665-1.675 M), `exactly q, k, v`.
     """
-    import pandas as pd
-
     config = config or CTCLIPConfig()
     with torch.device("meta"):
         linear = {name: m for name, m in CTCLIPModel(config).named_modules() if isinstance(m, nn.Linear)}

@@ -29,23 +29,14 @@ TRAINED_FILE = "trained.safetensors"
 
 @dataclass(frozen=True)
 class Method:
-    """A way to fine-tune.
+    """A way to fine-tune."""
 
-    Attributes:
-        label: its name in tables and figures.
-        trains: what it trains, in a sentence.
-        paper: where it comes from.
-        apply: freezes what has to be frozen; takes a plain model, returns the model to train.
-        learning_rates: peak rates worth a try, lowest first.
-        rank: r if none is given; None: it has no rank.
-    """
-
-    label: str
-    trains: str
-    paper: str
-    apply: Callable[..., nn.Module]
-    learning_rates: tuple[float, ...]
-    rank: int | None = None
+    label: str  # in tables and figures
+    trains: str  # a sentence
+    paper: str  # where it comes from
+    apply: Callable[..., nn.Module]  # freezes what has to be frozen: a plain model in, the model to train out
+    learning_rates: tuple[float, ...]  # peak rates worth a try, lowest first
+    rank: int | None = None  # r if none is given; None: it has no rank
 
 
 def _bitfit(model: nn.Module) -> nn.Module:

@@ -15,12 +15,7 @@ FOLDER = Path(str(files("medctkit") / "assets" / "mini"))
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A model with what belongs to it.
-
-    Attributes:
-        model: in evaluation mode; a `CTCLIPModel`, or anything else that keeps `VisionLanguageModel`.
-        tokenizer: of its text encoder.
-    """
+    """A model in evaluation mode that keeps `VisionLanguageModel`, and the tokenizer of its text encoder."""
 
     model: Any
     tokenizer: Any
@@ -34,11 +29,8 @@ class BaseModel:
 def load_mini_base(folder: str | Path = FOLDER) -> BaseModel:
     """Load the mini base model, fresh each time: a small CT-CLIP that knows phantoms, and nothing else.
 
-    It was pretrained on phantoms of the source hospital (`medctkit pretrain`; see the model card beside the
-    weights). What it says about a real CT means nothing.
-
-    Args:
-        folder: where `medctkit pretrain` wrote; the model in the package by default.
+    It was pretrained on phantoms of the source hospital (by `medctkit pretrain`, whose `folder` may be another than the
+    package's; see the model card there). What it says about a real CT means nothing.
 
     Raises:
         FileNotFoundError: no model in `folder`.
@@ -77,7 +69,8 @@ def load_base(model: str | Path = "mini", tokenizer: str | Path | None = None) -
             raise ValueError(f"the {model} model has a tokenizer of its own; leave {tokenizer} out")
         base = BASES[str(model)]()
         if not isinstance(base.model, VisionLanguageModel):
-            lacking = [name for name in _MEMBERS if not hasattr(base.model, name)]
+            members = sorted([*VisionLanguageModel.__annotations__, "encode_image", "encode_text"])
+            lacking = [name for name in members if not hasattr(base.model, name)]
             raise TypeError(f"{type(base.model).__name__} lacks {', '.join(lacking)}; see VisionLanguageModel")
         return base
     path = Path(model)
@@ -92,9 +85,6 @@ def load_base(model: str | Path = "mini", tokenizer: str | Path | None = None) -
             "fetches the released one"
         )
     return _with_tokenizer(CTCLIPModel.from_released_checkpoint(path), Path(tokenizer))
-
-
-_MEMBERS = sorted({"temperature", "parts", *(name for name in vars(VisionLanguageModel) if not name.startswith("_"))})
 
 
 def preprocess_config_of(model: str | Path) -> PreprocessConfig:

@@ -136,21 +136,13 @@ class CTCLIPConfig(PretrainedConfig):
 
 @dataclass
 class CTCLIPOutput(ModelOutput):
-    """What `CTCLIPModel` returns.
+    """What `CTCLIPModel` returns."""
 
-    Attributes:
-        loss: contrastive loss, with `return_loss=True`.
-        logits_per_image: cosine * exp(temperature), (images, texts).
-        logits_per_text: its transpose.
-        image_embeds: (images, projection_dim), L2-normalised.
-        text_embeds: (texts, projection_dim), L2-normalised.
-    """
-
-    loss: torch.Tensor | None = None
-    logits_per_image: torch.Tensor | None = None
-    logits_per_text: torch.Tensor | None = None
-    image_embeds: torch.Tensor | None = None
-    text_embeds: torch.Tensor | None = None
+    loss: torch.Tensor | None = None  # contrastive, with `return_loss=True`
+    logits_per_image: torch.Tensor | None = None  # (images, texts): cosine * exp(temperature)
+    logits_per_text: torch.Tensor | None = None  # its transpose
+    image_embeds: torch.Tensor | None = None  # (images, projection_dim), L2-normalised
+    text_embeds: torch.Tensor | None = None  # (texts, projection_dim), L2-normalised
 
 
 class CTCLIPModel(PreTrainedModel):
@@ -250,11 +242,9 @@ class CTCLIPModel(PreTrainedModel):
         return F.normalize(self.to_visual_latent(tokens.mean(1).flatten(1)), dim=-1)
 
     def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Embed tokenised texts: (b, projection_dim), L2-normalised, from BERT's last hidden state of token 0.
+        """Embed token ids (b, n): (b, projection_dim), L2-normalised, from BERT's last hidden state of token 0.
 
-        Args:
-            input_ids: (b, n) token ids.
-            attention_mask: (b, n), one for tokens and zero for padding; ones if left out.
+        The mask (b, n) is one for tokens and zero for padding; ones if left out.
 
         Raises:
             ValueError: not two axes, longer than the text encoder's positions, or a mask of another shape.
@@ -282,13 +272,8 @@ class CTCLIPModel(PreTrainedModel):
     ) -> CTCLIPOutput:
         """Similarity of every volume with every text; with `return_loss`, row i of each belong together.
 
-        The loss is the mean of InfoNCE over texts per image and over images per text (CLIP, arXiv 2103.00020).
-
-        Args:
-            pixel_values: (b, 1, d, h, w); see `encode_image`.
-            input_ids: (b, n); see `encode_text`.
-            attention_mask: (b, n); see `encode_text`.
-            return_loss: also compute the loss.
+        The loss is the mean of InfoNCE over texts per image and over images per text (CLIP, arXiv 2103.00020). For
+        `pixel_values` (b, 1, d, h, w) see `encode_image`, for the texts (b, n) `encode_text`.
 
         Raises:
             ValueError: as `encode_image` and `encode_text`; `return_loss` with unequal numbers of each.

@@ -20,23 +20,16 @@ Model = Any
 
 @dataclass(frozen=True)
 class Parts:
-    """Where things are in a model, by name: regular expressions, each for the whole name of a module.
+    """Where things are in a model, by name: regular expressions, each for the whole name of a module."""
 
-    Attributes:
-        vision: projections of the attention in the vision encoder, in all of its layers.
-        text: the same in the text encoder.
-        presets: name -> (names out of `vision`, names out of `text`): what `add_lora` takes by that name. "paper", q, k
-            and v of both encoders, is its default.
-        keys_values: which of all these hold keys or values; (IA)^3 scales them.
-        narrowing: layers that narrow a feed-forward; (IA)^3 scales what enters them.
-        stages: name -> prefixes of module names, from the output down: what a sanity check of maps shuffles.
-    """
-
-    vision: Mapping[str, str]
-    text: Mapping[str, str]
+    vision: Mapping[str, str]  # projections of the attention in the vision encoder, in all of its layers
+    text: Mapping[str, str]  # the same in the text encoder
+    # Name -> (names out of `vision`, names out of `text`): what `add_lora` takes by that name. "paper", q, k and v of
+    # both encoders, is its default.
     presets: Mapping[str, tuple[Sequence[str], Sequence[str]]]
-    keys_values: Sequence[str] = ()
-    narrowing: Sequence[str] = ()
+    keys_values: Sequence[str] = ()  # which of all these hold keys or values; (IA)^3 scales them
+    narrowing: Sequence[str] = ()  # layers that narrow a feed-forward; (IA)^3 scales what enters them
+    # Name -> prefixes of module names, from the output down: what a sanity check of maps shuffles.
     stages: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
@@ -47,36 +40,17 @@ class Parts:
 
 @runtime_checkable
 class VisionLanguageModel(Protocol):
-    """A `torch.nn.Module` that puts CT volumes and texts into one embedding space.
+    """A `torch.nn.Module` that puts CT volumes and texts into one embedding space."""
 
-    Attributes:
-        temperature: a number; similarity is cosine * exp(temperature).
-        preprocess_config: the volumes it wants: shape, spacing, HU range and axes, see `PreprocessConfig`.
-        longest_text: tokens that its text encoder takes at most.
-        vision_encoder: the module that `encode_image` runs.
-        text_encoder: the module that `encode_text` runs.
-        parts: where adapters go.
-    """
-
-    temperature: torch.Tensor
-    parts: Parts
-
-    @property
-    def preprocess_config(self) -> PreprocessConfig: ...  # noqa: D102
-
-    @property
-    def longest_text(self) -> int: ...  # noqa: D102
-
-    @property
-    def vision_encoder(self) -> nn.Module: ...  # noqa: D102
-
-    @property
-    def text_encoder(self) -> nn.Module: ...  # noqa: D102
+    temperature: torch.Tensor  # similarity is cosine * exp(temperature)
+    preprocess_config: PreprocessConfig  # the volumes it wants
+    longest_text: int  # tokens that its text encoder takes at most
+    vision_encoder: nn.Module  # what `encode_image` runs
+    text_encoder: nn.Module  # what `encode_text` runs
+    parts: Parts  # where adapters go
 
     def encode_image(self, volumes: torch.Tensor) -> torch.Tensor:
         """Embed volumes (b, 1, d, h, w): (b, p), L2-normalised."""
-        ...
 
     def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Embed token ids (b, n): (b, p), L2-normalised."""
-        ...

@@ -34,19 +34,12 @@ AT_A_TIME = 128  # sentences in the text encoder
 
 @dataclass(frozen=True)
 class Embedded:
-    """A data set seen through a model, in the order of the data set.
+    """A data set seen through a model, in the order of the data set."""
 
-    Attributes:
-        embeddings: (n, projection_dim) float32, L2-normalised.
-        labels: (n, 18); NaN where unknown.
-        patients: (n,) names.
-        studies: (n,) names.
-    """
-
-    embeddings: torch.Tensor
-    labels: np.ndarray
-    patients: np.ndarray
-    studies: np.ndarray
+    embeddings: torch.Tensor  # (n, projection_dim) float32, L2-normalised
+    labels: np.ndarray  # (n, 18); NaN where unknown
+    patients: np.ndarray  # (n,) names
+    studies: np.ndarray  # (n,) names
 
 
 class ZeroShotClassifier:

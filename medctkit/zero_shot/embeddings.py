@@ -14,7 +14,7 @@ from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,20 +23,18 @@ from torch import nn
 from torch.utils.data import Subset
 
 from medctkit.cohort.cache import content_of, key_of
+from medctkit.cohort.dataset import CTReportDataset
 from medctkit.common.atomic import replacing
 from medctkit.common.processes import process_and_processes
 from medctkit.findings import FINDINGS
 from medctkit.model.fingerprint import add_tensor, digests
+from medctkit.scans.preprocessing import PreprocessConfig
 from medctkit.zero_shot.classifier import Embedded, ZeroShotClassifier
-
-if TYPE_CHECKING:
-    from medctkit.cohort.dataset import CTReportDataset
-    from medctkit.scans.preprocessing import PreprocessConfig
 
 BLOCK = 32  # volumes of a process between two writes: what an interruption costs at most
 
 
-def describe(model: nn.Module, preprocess_config: "PreprocessConfig") -> dict[str, Any]:
+def describe(model: nn.Module, preprocess_config: PreprocessConfig) -> dict[str, Any]:
     """What embeddings of a model are made from; `precision`: the types of the weights, and of autocast if it is on."""
     base, adapter = digests(model)
     kinds = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})
@@ -169,7 +167,7 @@ def refuse_other_order(
 
 def embed_manifest(
     classifier: ZeroShotClassifier,
-    dataset: "CTReportDataset",
+    dataset: CTReportDataset,
     path: str | os.PathLike,
     batch_size: int = 32,
     workers: int = 0,
@@ -182,14 +180,8 @@ def embed_manifest(
     end. Under `accelerate launch` the processes share the work. Labels and patients are those of the data set at hand,
     so a corrected label costs no new embedding.
 
-    Args:
-        classifier: with the model.
-        dataset: of a manifest.
-        path: the file.
-        batch_size: volumes at a time; 1 or 2 for the full-size model on a small GPU.
-        workers: processes that load volumes ahead; 0: none, right for data in memory.
-        progress: show it, and say how many are left.
-        block: volumes of a process between two writes.
+    Of `classifier` the model is used; for `dataset`, `batch_size`, `workers` and `progress` see its `embed`. `path` is
+    written after each `block` of volumes of a process.
 
     Raises:
         ValueError: a file of other studies, or of the same in another order; see `load_embeddings`; a study twice.

@@ -17,9 +17,10 @@ who ask; who can be found stays the same.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from medctkit.findings import FINDINGS
@@ -28,28 +29,18 @@ from medctkit.model.protocol import Model
 from medctkit.zero_shot.classifier import Embedded, evaluating
 from medctkit.zero_shot.embeddings import refuse_other_order
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 AT_A_TIME = 4_000_000  # similarities in memory
 OFF_UNIT = 0.02  # how far from 1 bfloat16 leaves the length of a normalised embedding
 
 
 @dataclass(frozen=True)
 class EmbeddedReports:
-    """Reports seen through a text encoder.
+    """Reports seen through a text encoder."""
 
-    Attributes:
-        embeddings: (n, projection_dim) float32, L2-normalised.
-        reports: n texts.
-        studies: (n,) names.
-        cut: how many of the reports were longer than the text encoder's positions and lost their end.
-    """
-
-    embeddings: torch.Tensor
+    embeddings: torch.Tensor  # (n, projection_dim) float32, L2-normalised
     reports: tuple[str, ...]
-    studies: np.ndarray
-    cut: int
+    studies: np.ndarray  # (n,) names
+    cut: int  # how many reports were longer than the text encoder's positions and lost their end
 
 
 def embed_reports(
@@ -113,7 +104,7 @@ def report_to_volume(
     ks: Sequence[int] = (5, 10, 50, 100),
     resamples: int = 1000,
     seed: int = 0,
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """Recall of each report's own volume among the first k: a row for each k, recall, low, high, chance, reports.
 
     The `volumes` are of the same studies as the `reports` in the same order. Those of the `ks` above their number are
@@ -122,8 +113,6 @@ def report_to_volume(
     Raises:
         ValueError: see `report_ranks`; no k is left; fewer than two patients.
     """
-    import pandas as pd
-
     ranks, n = report_ranks(reports, volumes), len(volumes.studies)
     ks, gaps = _fitting(ks, n)
     of = _of_equal_reports(reports)
@@ -141,7 +130,7 @@ def report_to_volume(
 
 def volume_to_volume(
     volumes: Embedded, ks: Sequence[int] = (5, 10, 50), resamples: int = 1000, seed: int = 0
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """Mean average precision of finding volumes with the same finding.
 
     AP@k = sum over places i up to k of precision@i where place i is relevant, divided by min(k, relevant volumes); at
@@ -157,8 +146,6 @@ def volume_to_volume(
         ValueError: labels of another shape, or other than 0, 1 and NaN; embeddings that are not finite or not
             normalised; no k is left; fewer than two patients.
     """
-    import pandas as pd
-
     _check(volumes.embeddings, volumes.studies, "volume")
     labels, n = np.asarray(volumes.labels, dtype=float), len(volumes.studies)
     if labels.shape != (n, len(FINDINGS)):
@@ -200,8 +187,6 @@ def volume_to_volume(
 
 def _of_equal_reports(reports: EmbeddedReports) -> np.ndarray:
     """A number (n,) for each report, the same for equal ones."""
-    import pandas as pd
-
     return pd.factorize(np.array(reports.reports, dtype=object))[0]
 
 
