@@ -124,9 +124,9 @@ class Lab:
 
     @property
     def gflop(self):
-        """GFLOP that embedding a volume needs, counted by torch."""
+        """GFLOP that embedding a volume needs, counted by torch in float32: what half precision adds is not needed."""
         if self._gflop is None:
-            with FlopCounterMode(display=False) as counter, torch.inference_mode(), self.autocast("bf16"):
+            with FlopCounterMode(display=False) as counter, torch.inference_mode():
                 self.fresh().encode_image(self.volumes(1))
             self._gflop = counter.get_total_flops() / 1e9
         return self._gflop

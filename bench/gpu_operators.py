@@ -49,16 +49,10 @@ def measured(lab, function, inputs, gflop, moved, dtype="bf16", backward=True):
 def conv(lab, way, dtype="bf16"):
     """The position convolution: depthwise, so memory is all that it should cost."""
     layer, x = tower(lab).enc_spatial_transformer.layers[0]["0"], lab.tokens(BATCH)
-    weight, bias = layer.dsconv.weight, layer.dsconv.bias
-
-    def channels_first(x):
-        y = F.conv3d(x.permute(0, 4, 1, 2, 3).contiguous(), weight, bias, padding=(2, 1, 1), groups=len(weight))
-        return y[:, :, : x.shape[1]].permute(0, 2, 3, 4, 1)
-
     ways = {
         "as it is": layer,
         "grouped by cuDNN": partial(PositionConv.forward, layer),
-        "channels first": channels_first,
+        "channels first": layer._channels_first,
         "by planes": layer._by_planes,
         "by shifts, compiled": lab.compile(layer._by_shifts),
     }

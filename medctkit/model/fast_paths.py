@@ -90,7 +90,14 @@ class QuickPositionConv(PositionConv):
         half = _half(x)
         if half is None or not _plain(self.dsconv, nn.Conv3d):
             return super().forward(x)
-        return self._by_shifts(x) if torch.compiler.is_compiling() else self._by_planes(x.to(half))
+        if torch.compiler.is_compiling():
+            return self._by_shifts(x)
+        return self._channels_first(x.to(half)) if torch.is_grad_enabled() else self._by_planes(x.to(half))
+
+    def _channels_first(self, x: torch.Tensor) -> torch.Tensor:
+        """A copy that cuDNN is quicker with: 1.7 ms, and with the backward pass 3.3 ms, by planes 7.7."""
+        y = self.dsconv(x.permute(0, 4, 1, 2, 3).contiguous())
+        return y[:, :, : x.shape[1]].permute(0, 2, 3, 4, 1)
 
     def _by_planes(self, x: torch.Tensor) -> torch.Tensor:
         """A flat convolution for each plane of the kernel, for which cuDNN has quick ones: 1.3 ms."""

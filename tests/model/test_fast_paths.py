@@ -66,7 +66,7 @@ def test_a_quick_tower_gives_the_numbers_of_the_plain_one(volumes, training, pre
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5])
-@pytest.mark.parametrize("way", ["_by_planes", "_by_shifts"])
+@pytest.mark.parametrize("way", ["_by_planes", "_by_shifts", "_channels_first"])
 def test_the_position_convolution_of_a_gpu_gives_the_same_numbers_and_gradients(way, depth):
     plain, x, found = PositionConv(8), torch.randn(2, depth, 4, 3, 8, requires_grad=True), []
     quick = quicken(copy.deepcopy(plain))
