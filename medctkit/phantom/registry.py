@@ -6,18 +6,18 @@ prevalences and groups are `assets/findings.csv`, wordings `assets/wordings.json
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
 from medctkit.findings import FINDINGS, GROUPS, PREVALENCE
-from medctkit.phantom import lesions, lung_lesions
-from medctkit.phantom.chest import Chest
+from medctkit.phantom import body_findings, lesions, lung_findings, lung_lesions
 from medctkit.phantom.lung_lesions import Painted
 
-Painter = Callable[[Chest, np.random.Generator], Painted]
+Painter = Callable[[Any, np.random.Generator], Painted]  # of a `Chest` (first drawing) or a `Body` (second)
 Wordings = Mapping[str, Mapping[str, list[str]]]
 
 
@@ -47,6 +47,9 @@ class Finding:
 
 _TEXTS = json.loads((files("medctkit") / "assets" / "wordings.json").read_text(encoding="utf-8"))
 DISTRACTORS: Mapping[str, list[str]] = _TEXTS["distractors"]  # sentences about what is no finding
+OF_ONE, OF_SEVERAL = frozenset(_TEXTS["of_one"]), frozenset(_TEXTS["of_several"])  # wordings that say a number
+UNTRUE_WITH: Mapping[str, list[str]] = _TEXTS["untrue_with"]  # denials that other findings make untrue
+WITH_CONTRAST = frozenset(_TEXTS["with_contrast"])  # sentences that need contrast medium
 
 # In the order in which reports speak of them within a group.
 _PAINTED: tuple[tuple[str, int, Painter], ...] = (
@@ -75,6 +78,30 @@ REGISTRY: Mapping[str, Finding] = MappingProxyType(
         for name, layer, paint in _PAINTED
     }
 )
+_REDRAWN: dict[str, Painter] = {
+    "Peribronchial thickening": lung_findings.peribronchial,
+    "Bronchiectasis": lung_findings.bronchiectasis,
+    "Emphysema": lung_findings.emphysema,
+    "Mosaic attenuation pattern": lung_findings.mosaic,
+    "Interlobular septal thickening": lung_findings.septal_thickening,
+    "Lung opacity": lung_findings.opacity,
+    "Consolidation": lung_findings.consolidation,
+    "Atelectasis": lung_findings.atelectasis,
+    "Lung nodule": lung_findings.nodule,
+    "Pulmonary fibrotic sequela": lung_findings.fibrosis,
+    "Pleural effusion": lung_findings.pleural_effusion,
+    "Cardiomegaly": body_findings.cardiomegaly,
+    "Pericardial effusion": body_findings.pericardial_effusion,
+    "Coronary artery wall calcification": body_findings.coronary_calcification,
+    "Arterial wall calcification": body_findings.arterial_calcification,
+    "Lymphadenopathy": body_findings.lymphadenopathy,
+    "Hiatal hernia": body_findings.hiatal_hernia,
+    "Medical material": body_findings.medical_material,
+}
+REGISTRIES: Mapping[int, Mapping[str, Finding]] = {  # by drawing
+    1: REGISTRY,
+    2: MappingProxyType({name: replace(finding, paint=_REDRAWN[name]) for name, finding in REGISTRY.items()}),
+}
 
 
 def label_order(registry: Mapping[str, Finding]) -> list[str]:

@@ -10,7 +10,16 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from medctkit.phantom.registry import DISTRACTORS, REGISTRY, Finding, label_order
+from medctkit.phantom.registry import (
+    DISTRACTORS,
+    OF_ONE,
+    OF_SEVERAL,
+    REGISTRY,
+    UNTRUE_WITH,
+    WITH_CONTRAST,
+    Finding,
+    label_order,
+)
 
 MENTIONED = {"source": 0.97, "target": 0.93}  # how often a finding that is there gets into the report
 ABSENCES = {"source": (3, 6), "target": (1, 4)}
@@ -79,6 +88,14 @@ class _Slots(dict):
         super().__init__(words)
 
 
+def _true(wording: str, found: Mapping, labels: Mapping[str, int]) -> bool:
+    """Whether a wording fits the number of things found, and is no denial that another finding makes untrue."""
+    several = found.get("count", 0) > 1
+    if "count" in found and wording in (OF_ONE if several else OF_SEVERAL):
+        return False
+    return not any(labels.get(name) for name in UNTRUE_WITH.get(wording, ()))
+
+
 def _fill(wording: str, details: Mapping, told: bool, hospital: str) -> str:
     text = wording.format_map(_Slots(details, told, hospital == "source"))
     return text[:1].upper() + text[1:]
@@ -108,6 +125,7 @@ def write_report(
     hospital: str,
     rng: np.random.Generator,
     registry: Mapping[str, Finding] = REGISTRY,
+    contrast: bool | None = None,
 ) -> str:
     """Write the findings section of a report.
 
@@ -117,6 +135,8 @@ def write_report(
         hospital: "source" or "target".
         rng: chooses wordings, details and which absences are named.
         registry: the findings; by default the 18.
+        contrast: whether the scan has contrast medium. None writes the reports of the first drawing, which do not mind
+            that, nor how many nodules there are, nor what else a denial would deny.
 
     Returns:
         One paragraph. A finding that is present is left out now and then, as in life; nothing absent is stated.
@@ -142,9 +162,14 @@ def write_report(
             choices, told = wordings["absent"], False
         else:
             continue
-        wording = choices[int(rng.integers(len(choices)))]
-        sentences.append(_fill(wording, details.get(name, {}), told, hospital))
-    extra = DISTRACTORS[hospital]
+        found = details.get(name, {}) if labels[name] else {}
+        if contrast is not None:
+            choices = [wording for wording in choices if _true(wording, found, labels)]
+            if not told:  # the number is known even where no detail is told
+                found, told = {key: found[key] for key in ("count",) if key in found}, True
+        if choices:
+            sentences.append(_fill(choices[int(rng.integers(len(choices)))], found, told, hospital))
+    extra = [s for s in DISTRACTORS[hospital] if contrast is not False or s not in WITH_CONTRAST]
     for i in rng.choice(len(extra), size=int(rng.integers(*ASIDES[hospital])), replace=False):
         sentences.insert(int(rng.integers(len(sentences) + 1)), extra[int(i)])
     return " ".join(sentences)

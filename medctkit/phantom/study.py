@@ -9,14 +9,18 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
 from medctkit.findings import FINDINGS
 from medctkit.phantom.anatomy import Anatomy, Canvas
-from medctkit.phantom.chest import Chest, Tissue
-from medctkit.phantom.registry import REGISTRY, Finding, label_order
+from medctkit.phantom.chest import Chest
+from medctkit.phantom.patient import Patient
+from medctkit.phantom.registry import REGISTRIES, REGISTRY, Finding, label_order
 from medctkit.phantom.report_text import write_report
+from medctkit.phantom.scan import draw, expose
+from medctkit.phantom.tissue import Tissue
 from medctkit.scans.geometry import CANONICAL, straight_affine
 from medctkit.scans.volumes import CTVolume
 
@@ -55,6 +59,13 @@ HOSPITALS = {
     "source": Hospital(360.0, 0.04, 1.0, 0.15, 22.0, 0.55, 2.0, "curved", (0.0, 8.0, 0.0)),
     "target": Hospital(430.0, 0.92, 2.0, 0.85, 34.0, 0.30, 6.0, "flat", (40.0, 28.0, 0.0)),
 }
+SCANNERS = {  # by drawing
+    1: HOSPITALS,
+    2: {
+        "source": Hospital(360.0, 0.04, 1.0, 0.15, 17.0, 0.80, 2.0, "curved", (40.0, 4.0, 0.0)),
+        "target": Hospital(420.0, 0.92, 2.0, 0.70, 26.0, 0.65, 6.0, "flat", (46.0, 20.0, 0.0)),
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,11 @@ class PhantomStudy:
         hospital: "source" or "target".
         seed: seed of the scan.
         patient: seed material of the patient.
+        drawing: which of the drawings it is, 1 or 2.
+        sex: "F" or "M"; "" in the first drawing.
+        age: years; 0 in the first drawing.
+        changed: in the second drawing a boolean array (d, h, w): what the findings changed, masks and what they press
+            aside; outside it the scan is that of the same patient without findings, voxel for voxel.
     """
 
     volume: CTVolume
@@ -80,6 +96,10 @@ class PhantomStudy:
     hospital: str = "source"
     seed: int = 0
     patient: str = ""
+    drawing: int = 1
+    sex: str = ""
+    age: int = 0
+    changed: np.ndarray | None = None
 
 
 def named_rng(*key) -> np.random.Generator:
@@ -128,7 +148,8 @@ def generate(
     *,
     patient: str | None = None,
     reconstruction: int = 0,
-    registry: Mapping[str, Finding] = REGISTRY,
+    registry: Mapping[str, Finding] | None = None,
+    drawing: int = 1,
 ) -> PhantomStudy:
     """Make one phantom study.
 
@@ -140,44 +161,82 @@ def generate(
         patient: names the patient, whose anatomy and lasting findings all scans share; None: the seed does.
         reconstruction: 0, 1, ...: the same scan with another kernel and other noise.
         registry: the findings that can be drawn; by default the 18.
+        drawing: 1, that of the shipped model and manifest, or 2, drawn from the outlines of real chests, which covers
+            320 mm. There the same seed with other `findings` is the same patient, scan and noise.
 
     Returns:
         The study; the same arguments give the same bytes.
 
     Raises:
-        ValueError: unknown hospital or finding, negative seed, a shape below 8 voxels.
+        ValueError: unknown hospital, finding or drawing, negative seed, a shape below 8 voxels.
     """
+    if drawing not in REGISTRIES:
+        raise ValueError(f"drawing={drawing!r} is unknown; choose one of {sorted(REGISTRIES)}")
+    registry = REGISTRIES[drawing] if registry is None else registry
     if findings is not None and not isinstance(findings, str):
         findings = set(findings)
     _check(seed, hospital, findings, shape, registry)
     patient = str(seed) if patient is None else str(patient)
-    scanner = HOSPITALS[hospital]
+    scanner = SCANNERS[drawing][hospital]
     labels = draw_labels(seed, patient, registry)
     if findings is not None:
         labels = {name: int(name in findings) for name in labels}
-    anatomy = Anatomy.sample(named_rng("anatomy", patient))
     scan = named_rng("scan", patient, seed, hospital)
     z, y, x = (c + scan.normal(0, spread) for c, spread in zip(scanner.centre, (5, 5, 6), strict=True))
-    tissue = Tissue.sample(scan, scan.random() < scanner.contrast)
+    contrast = bool(scan.random() < scanner.contrast)
+    tissue = Tissue.sample(scan, contrast)
+    noise = named_rng("noise", patient, seed, hospital, reconstruction)
+    extra: dict[str, Any] = {}
+    if drawing == 1:
+        chest = _first(patient, seed, labels, shape, scanner, (z, y, x), tissue)
+        spacing = FIELD_OF_VIEW / shape[0], scanner.field_of_view / shape[1], scanner.field_of_view / shape[2]
+        masks, details = _painted(chest, labels, registry, patient, seed)
+        hu = _scan(chest, scanner, scan, noise, reconstruction)
+    else:
+        person = Patient.sample(named_rng("person", patient))
+        body, masks, details, changed = draw(
+            person,
+            tissue,
+            registry,
+            labels,
+            (int(shape[0]), int(shape[1]), int(shape[2])),
+            scanner,
+            (z, y, x),
+            lambda name: named_rng(name, patient, seed),
+        )
+        spacing = body.spacing
+        hu = expose(body, scanner, scan, noise, reconstruction)
+        extra = dict(drawing=drawing, sex=person.sex, age=person.age, changed=changed)
+    words = named_rng("report", patient, seed, hospital)
+    report = write_report(labels, details, hospital, words, registry, contrast if drawing > 1 else None)
+    provenance = (
+        f"phantom, seed {seed}, patient {patient}, {hospital} hospital, reconstruction {reconstruction}"
+        + (f", drawing {drawing}" if drawing > 1 else ""),
+    )
+    affine = straight_affine(spacing, CANONICAL)
+    affine[:3, 3] = -affine[:3, :3] @ ((np.array(shape) - 1) / 2)  # the origin is the middle, as a scanner's isocentre
+    volume = CTVolume(hu, spacing, CANONICAL, affine, provenance)
+    return PhantomStudy(volume, labels, masks, report, details, hospital, int(seed), patient, **extra)
+
+
+def _first(patient, seed, labels, shape, scanner, offset, tissue) -> Chest:
+    """The chest of the first drawing, without findings but for what they change of it."""
     enlarged = named_rng("Cardiomegaly", patient, seed).uniform(1.2, 1.45) if labels.get("Cardiomegaly") else 1.0
     low = named_rng("low", patient, seed).uniform(4, 16) if labels.get("Emphysema") else 0.0
     width = scanner.field_of_view
-    spacing = (FIELD_OF_VIEW / shape[0], width / shape[1], width / shape[2])
-    canvas = Canvas(shape, spacing, (z, y, x))
-    chest = Chest(canvas, anatomy, tissue, heart_scale=enlarged, low=low)
+    canvas = Canvas(tuple(shape), (FIELD_OF_VIEW / shape[0], width / shape[1], width / shape[2]), offset)
+    return Chest(canvas, Anatomy.sample(named_rng("anatomy", patient)), tissue, heart_scale=enlarged, low=low)
+
+
+def _painted(chest: Chest, labels, registry, patient, seed) -> tuple[dict, dict]:
+    """Masks and details of the findings, painted into a chest of the first drawing."""
     masks, details = {}, {}
     for name, finding in sorted(registry.items(), key=lambda item: item[1].layer):
         if labels[name]:
             share, details[name] = finding.paint(chest, named_rng(name, patient, seed))
             # what is thinner than a voxel still gets a mask: its strongest voxels
             masks[name] = share > min(0.5, 0.5 * float(share.max()))
-    hu = _scan(chest, scanner, scan, named_rng("noise", patient, seed, hospital, reconstruction), reconstruction)
-    report = write_report(labels, details, hospital, named_rng("report", patient, seed, hospital), registry)
-    provenance = (f"phantom, seed {seed}, patient {patient}, {hospital} hospital, reconstruction {reconstruction}",)
-    affine = straight_affine(spacing, CANONICAL)
-    affine[:3, 3] = -affine[:3, :3] @ ((np.array(shape) - 1) / 2)  # the origin is the middle, as a scanner's isocentre
-    volume = CTVolume(hu, spacing, CANONICAL, affine, provenance)
-    return PhantomStudy(volume, labels, masks, report, details, hospital, int(seed), patient)
+    return masks, details
 
 
 def _table(chest: Chest, shape: str) -> None:

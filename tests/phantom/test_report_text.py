@@ -1,11 +1,15 @@
 """Reports: true to the labels, varied, and never the prompts of the evaluation."""
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medctkit.findings import FINDINGS
+from medctkit.phantom.lung_findings import told
+from medctkit.phantom.registry import UNTRUE_WITH
 from medctkit.phantom.report_text import finding_sentences, write_report
 from medctkit.phantom.study import draw_labels, generate
 
@@ -78,6 +82,47 @@ def test_hospitals_share_a_language_but_not_a_habit():
     shared = len(words["source"] & words["target"]) / len(words["source"] | words["target"])
     assert 0.25 < shared < 0.8
     assert lengths["target"] < 0.7 * lengths["source"]
+
+
+def drawn_details(labels, rng):
+    """What the painters of the second drawing tell, without drawing."""
+    details = {}
+    for name in (n for n, present in labels.items() if present):
+        count = int(rng.integers(1, 5))
+        lobes = [int(lobe) for lobe in rng.integers(1, 6, count)]
+        details[name] = dict(told(lobes), count=count, size_mm=int(rng.integers(5, 30)))
+    return details
+
+
+@pytest.mark.parametrize("hospital", HOSPITALS)
+def test_a_thousand_reports_agree_with_what_was_drawn_and_with_themselves(hospital):
+    """One is not called two, nothing is bilateral that is not, nothing is denied that another sentence states."""
+    for seed in range(1000):
+        rng = np.random.default_rng(seed)
+        labels = draw_labels(seed, str(seed))
+        details, contrast = drawn_details(labels, rng), bool(rng.random() < 0.5)
+        report = write_report(labels, details, hospital, rng, contrast=contrast)
+        said = report.rstrip(".").split(". ")
+        found = {name: detail["count"] for name, detail in details.items()}
+        words = report.lower()
+        if found.get("Lung nodule") == 1:
+            assert not re.search(r"(two|three|four|several) pulmonary nodules|nodules (are|x)", words), report
+        elif "Lung nodule" in found:
+            number = re.search(r"(two|three|four) pulmonary nodules|nodules x(\d)", words)
+            if number:
+                assert (number[1] or number[2]) in (
+                    str(found["Lung nodule"]),
+                    {2: "two", 3: "three", 4: "four"}[found["Lung nodule"]],
+                )
+            assert not re.search(r"\b(an? (lung )?nodule|a solid nodule|spn)\b", words), report
+        assert not re.search(r"(both|bilateral) (lingula|middle lobe)", words), report
+        if labels["Coronary artery wall calcification"] or labels["Arterial wall calcification"]:
+            assert "vessels free of calcium" not in words
+        for sentence, others in UNTRUE_WITH.items():
+            assert sentence.rstrip(".") not in said or not any(labels[name] for name in others), report
+        assert contrast or "contrast opacification" not in words
+        for name in FINDINGS:
+            assert not {s + "." for s in said} & set(finding_sentences(name, not labels[name], hospital)), name
 
 
 def test_bad_input_is_refused():

@@ -1,0 +1,221 @@
+"""Findings of heart, mediastinum, arteries and devices, drawn into a body; see `lung_findings` for what they return."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from medctkit.phantom import raster
+from medctkit.phantom.body import HEART, Body, Drawn, curve, in_chest
+from medctkit.phantom.lung_findings import SIDES, fill, lung_share, severity
+
+
+def heart_depth(body: Body, scale: float = 1.0) -> np.ndarray:
+    """Signed distance (d, h, w) in mm from the surface of the heart, positive inside; `scale` makes it larger."""
+    centre: Sequence[float] = HEART[0]
+    radii = HEART[1]
+    if scale > 1:  # it grows to the left and down
+        centre = (centre[0] - 26 * (scale - 1), centre[1] + 6 * (scale - 1), centre[2] + 46 * (scale - 1))
+    return np.minimum(body.ellipsoid(centre, radii, scale), 30)
+
+
+@in_chest
+def cardiomegaly(body: Body, rng: np.random.Generator) -> Drawn:
+    """A large heart: what it grows into, lung and fat, becomes heart."""
+    scale = body.patient.heart * rng.uniform(0.97, 1.08)
+    depth = heart_depth(body, scale)
+    above = np.maximum(
+        np.clip((body.z[:, None, None] - body.floor[None] + 2) / body.edge, 0, 1), body.lung > -body.edge
+    )
+    inside = np.clip(depth / body.edge + 0.5, 0, 1) * np.where(body.lung > -7, 1, body.hu > -150)
+    room = (body.lung > -12) | (body.soft > -6)
+    share = inside * np.maximum(above, body.soft > 0) * room
+    grown = np.where((body.hu < 15) & ((body.soft < 0) | (depth > 0)), share, 0).astype(np.float32)
+    fat = np.clip((depth + 4) / body.edge + 0.5, 0, 1) * (1 - inside) * lung_share(body) * above
+    raster.paint(body.hu, fat.astype(np.float32), body.tissue.fat)
+    fill(body, grown, body.tissue.myocardium)
+    cavity = body.everything
+    centre = body.patient.place(np.array([[-32 - 20 * (scale - 1), -44, 46 + 40 * (scale - 1)]]))
+    body.balls(cavity, centre, np.array([[24, 24, 21]]) * scale * body.patient.scale)
+    raster.paint(body.hu, cavity * (share > 0.5), body.tissue.blood)
+    return share.astype(np.float32), dict(severity=severity((scale - 1.13) / 0.3))
+
+
+@in_chest
+def pericardial_effusion(body: Body, rng: np.random.Generator) -> Drawn:
+    """Fluid around the heart, thicker below and behind; it takes the lung's room."""
+    thickness = rng.uniform(6, 15)
+    z, y = body.z[:, None, None] / body.patient.scale[0], body.y[None, :, None] / body.patient.scale[1]
+    uneven = thickness * (0.7 + 0.4 * np.clip((y + 50) / 45, -0.6, 1) + 0.3 * np.clip((-z - 25) / 35, -1, 1))
+    outer = np.clip(
+        (np.minimum(heart_depth(body) + uneven + 3, body.soft + np.minimum(uneven, 15.5))) / body.edge + 0.5, 0, 1
+    )
+    outer *= np.clip((16 - z) / 12, 0, 1) * np.clip((body.z[:, None, None] - body.floor[None] + 2) / body.edge, 0, 1)
+    share = np.where((body.hu < -20) & (body.lung > -14), outer, 0).astype(np.float32)
+    raster.paint(body.hu, share, rng.uniform(6, 20))
+    return share, dict(size_mm=round(thickness), severity=severity((thickness - 6) / 9))
+
+
+@in_chest
+def hiatal_hernia(body: Body, rng: np.random.Generator) -> Drawn:
+    """Stomach that has slipped up behind the heart: a wall, what is in it, and often a level of air."""
+    radius = rng.uniform(17, 36)
+    centre = body.patient.place(np.array([[-66 + 0.45 * radius, -14, 10 + rng.uniform(-4, 8)]]))
+    wall, inner = body.everything, body.everything
+    radii = np.array([[radius * 1.1, radius * 0.75, radius]])
+    bump = rng.normal(0, 0.13, (4, 3)) * radii
+    lumps = np.concatenate([centre, centre + bump])
+    sizes = np.concatenate([radii, np.repeat(radii * 0.8, 4, 0)])
+    body.balls(wall, lumps, sizes)
+    body.balls(inner, lumps, np.maximum(sizes - 4.0, 3))
+    aorta = body.everything
+    body.line(aorta, *body.course("aorta"))
+    room = (body.hu < 150) & (aorta < 0.3) & (heart_depth(body) < -2)
+    wall, inner = (np.where(room, part, 0).astype(np.float32) for part in (wall, inner))
+    raster.paint(body.hu, wall, 42.0)
+    raster.paint(body.hu, inner, float(rng.choice([-70.0, 20.0])))
+    if rng.random() < 0.75:
+        level = centre[0, 1] + rng.uniform(-6, 4)
+        raster.paint(
+            body.hu, inner * np.clip((level - body.y) / body.edge + 0.5, 0, 1)[None, :, None].astype(np.float32), -960.0
+        )
+    return wall, dict(size_mm=round(2 * radius), severity=severity((radius - 17) / 19))
+
+
+STATIONS = {  # places in the atlas, (z, y, x) mm
+    "paratracheal": ((62, -20, -20), (48, -14, -20), (74, -26, -17)),
+    "prevascular": ((46, -62, 4), (34, -66, 10), (56, -56, 8)),
+    "aortopulmonary": ((40, -10, 34), (34, -14, 36)),
+    "subcarinal": ((12, 2, 2), (4, 0, 2)),
+    "hilar": ((10, 6, -50), (20, -14, -44), (8, 12, 50), (20, 4, 50)),
+    "axillary": ((64, -14, 148), (76, -6, -148), (52, -18, 150), (60, -20, -148)),
+}
+
+
+def lymphadenopathy(body: Body, rng: np.random.Generator) -> Drawn:
+    """Enlarged nodes, 11 to 28 mm in short axis, in chains at the stations where they are looked for."""
+    names = list(STATIONS)
+    chosen = rng.choice(len(names), size=int(rng.integers(2, 5)), replace=False, p=[0.28, 0.2, 0.14, 0.22, 0.1, 0.06])
+    share, largest, count = body.everything, 0.0, 0
+    value = rng.uniform(32, 52) + 0.15 * max(body.tissue.blood - 45, 0)
+    for name in (names[i] for i in chosen):
+        for place in STATIONS[name]:
+            if count and rng.random() < 0.25:
+                continue
+            short = rng.uniform(11, 24)
+            centre = body.patient.place(np.array([place], float) + rng.normal(0, 2, 3))
+            radii = np.array([[short * rng.uniform(0.6, 0.8), short / 2, short * rng.uniform(0.5, 0.65)]])
+            own = body.everything
+            lobules = centre + rng.normal(0, 0.3, (3, 3)) * radii
+            body.balls(own, np.concatenate([centre, lobules]), np.concatenate([radii, np.repeat(radii * 0.75, 3, 0)]))
+            own = np.where((body.hu < 25) & (body.airway < 0.2), own, 0).astype(np.float32)
+            raster.paint(body.hu, own, value)
+            np.maximum(share, own, out=share)
+            largest, count = max(largest, short), count + 1
+    return share, dict(location=names[chosen[0]], size_mm=round(largest), count=count)
+
+
+# ---- calcium and devices ----
+
+
+def mark(share: np.ndarray, own: np.ndarray) -> None:
+    """Add one thing to a share (d, h, w); what is thinner than a voxel counts by its strongest voxels."""
+    np.maximum(share, own / max(float(own.max()), 1e-6), out=share)
+
+
+@in_chest
+def arterial_calcification(body: Body, rng: np.random.Generator) -> Drawn:
+    """Plaques that lie along the wall of the aorta, the arch first."""
+    points, radii = body.course("aorta")
+    share, count = body.everything, int(rng.integers(6, 20))
+    ahead = np.gradient(points, axis=0)
+    ahead /= np.linalg.norm(ahead, axis=1, keepdims=True)
+    last = int(np.argmax(points[:, 0] < body.patient.scale[0] * -80)) or len(points) - 4
+    for _ in range(count):
+        i = int(np.clip(rng.normal(0.42 * last, 0.25 * last), 12, last - 1))
+        side = np.cross(ahead[i], rng.normal(size=3))
+        side /= np.linalg.norm(side)
+        other = np.cross(ahead[i], side)
+        angle = np.linspace(0, rng.uniform(4, 22) / radii[i], 5)[:, None]
+        along = np.linspace(0, rng.normal(0, 5), 5)[:, None]
+        path = points[i] + (radii[i] - 0.6) * (np.cos(angle) * side + np.sin(angle) * other) + along * ahead[i]
+        own = body.everything
+        body.line(own, path, rng.uniform(0.8, 2.2))
+        raster.paint(body.hu, own, rng.uniform(650, 1300))
+        mark(share, own)
+    return share, dict(location="aortic arch", severity=severity((count - 6) / 14))
+
+
+CORONARIES = {  # on the surface of the heart, (z, y, x) in the atlas, mm
+    "left anterior descending artery": [(2, -46, 22), (-4, -66, 33), (-16, -80, 42), (-32, -84, 50), (-48, -78, 56)],
+    "left circumflex artery": [(2, -44, 24), (-2, -30, 38), (-12, -20, 48), (-26, -16, 52), (-40, -20, 48)],
+    "right coronary artery": [(0, -60, -4), (-8, -70, -12), (-24, -74, -16), (-40, -66, -18), (-50, -48, -12)],
+}
+
+
+@in_chest
+def coronary_calcification(body: Body, rng: np.random.Generator) -> Drawn:
+    """Calcium in short rails and beads along the coronary arteries, the left anterior descending first."""
+    names = list(CORONARIES)
+    vessels = names[: int(rng.choice([1, 2, 3], p=[0.4, 0.3, 0.3]))]
+    share = body.everything
+    for name in vessels:
+        path, _ = curve(body.patient.place(np.array(CORONARIES[name], float)), np.zeros(len(CORONARIES[name])), 6)
+        for _ in range(int(rng.integers(2, 6))):
+            i = int(rng.integers(1, len(path) - 6))
+            own = body.everything
+            body.line(own, path[i : i + int(rng.integers(2, 5))], rng.uniform(0.9, 2.0))
+            raster.paint(body.hu, own, rng.uniform(550, 1200))
+            mark(share, own)
+    return share, dict(location=vessels[0], count=len(vessels), severity=severity((len(vessels) - 1) / 2.1))
+
+
+def medical_material(body: Body, rng: np.random.Generator) -> Drawn:
+    """Metal and plastic: pacemaker, port or venous catheter, sternal wires."""
+    p, share = body.patient, body.everything
+    kind = str(rng.choice(["pacemaker", "port catheter", "central venous catheter", "sternotomy wires"]))
+    side = int(rng.choice([1, -1]))
+    cava = [(76, -40, -16), (40, -34, -18), (14, -36, -20)]
+
+    def pocket(x: float, z: float) -> np.ndarray:
+        """A place (1, 3) in the fat in front of the ribs, mm."""
+        at = p.place(np.array([[z, -70.0, x]]))[0]
+        column = body.hu[int(np.argmin(np.abs(body.z - at[0]))), :, int(np.argmin(np.abs(body.x - at[2])))]
+        front = body.y[int(np.argmax(column > -300))]
+        return np.array([[at[0], front + 9, at[2]]])
+
+    lines: list[tuple[np.ndarray, float, float]] = []
+    if kind == "pacemaker":
+        case = pocket(side * 78, 66)
+        own = body.everything
+        body.balls(own, case + np.array([[0, 0, 0.0]]), np.array([[21, 4.5, 18]]))
+        raster.paint(body.hu, own, 2900.0)
+        mark(share, own)
+        vein = [(84, -52, side * 52), (90, -46, side * 28)] if side > 0 else [(88, -50, -48), (90, -42, -24)]
+        heart = [(-10, -44, -16), (-30, -56, -4), (-46, -70, 20), (-50, -74, 36)]
+        lines = [(np.concatenate([case, p.place(np.array(vein + cava + heart, float))]), 1.3, 2600.0)]
+    elif kind == "port catheter":
+        case = pocket(-66, 62)
+        own = body.everything
+        body.balls(own, case, np.array([[11, 6, 11]]))
+        raster.paint(body.hu, own, 1900.0)
+        mark(share, own)
+        lines = [
+            (np.concatenate([case, p.place(np.array([(92, -48, -44), (92, -42, -24), *cava], float))]), 1.4, 900.0)
+        ]
+    elif kind == "central venous catheter":
+        neck = [(150, -50, side * 26), (112, -44, side * 26), (92, -44, side * 18)]
+        lines = [(p.place(np.array(neck + cava, float)), 1.5, 1000.0)]
+    else:
+        for z in np.arange(-30, 76, 17.0):
+            front = pocket(2, z)[0] + np.array([0, 6, 0])
+            angle = np.linspace(0, 2 * np.pi, 13)
+            ring = np.stack(
+                [front[0] + 1.5 * np.sin(3 * angle), front[1] + 8 * np.cos(angle), front[2] + 13 * np.sin(angle)], 1
+            )
+            lines.append((ring, 0.8, 2900.0))
+    for points, radius, value in lines:
+        own = body.everything
+        body.line(own, curve(points, np.zeros(len(points)))[0], radius)
+        raster.paint(body.hu, own, value)
+        mark(share, own)
+    return share, dict(kind=kind, side=SIDES[side] if kind == "pacemaker" else "right")

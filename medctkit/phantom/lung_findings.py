@@ -1,0 +1,494 @@
+"""Findings of the lungs and the pleura, drawn into a body.
+
+Each function takes the body and a source of randomness, changes the Hounsfield units, and returns (share, details):
+how much of every voxel the finding fills, and what a report may say about it. Where nothing is filled nothing
+changes, but for what a finding pushes aside, which its docstring then says. Sizes, places and numbers are drawn within
+what a radiologist would report; none is fitted to a data set.
+"""
+
+import numpy as np
+
+from medctkit.phantom import raster
+from medctkit.phantom.body import Body, Drawn, bent, in_chest
+from medctkit.phantom.patient import LOBES, atlas, beside
+
+SIDES = {1: "left", -1: "right"}
+OF_SIDE = {-1: (1, 2, 3), 1: (4, 5)}
+
+
+def severity(value: float, cuts: tuple[float, float] = (0.33, 0.7)) -> str:
+    """A word for a number between 0 and 1."""
+    return ("mild", "moderate", "severe")[int(np.searchsorted(cuts, value))]
+
+
+def told(lobes: list[int]) -> dict[str, str]:
+    """Side and lobe in the words of a report, from the lobes (1 to 5) that have a finding."""
+    sides = sorted({1 if lobe > 3 else -1 for lobe in lobes})
+    names = {LOBES[lobe].removeprefix("right ").removeprefix("left ") for lobe in lobes}
+    side = "bilateral" if len(sides) == 2 else SIDES[sides[0]]
+    return dict(side=side, location=names.pop()) if len(names) == 1 else dict(side=side)
+
+
+def lung_share(body: Body, grow: float = 0.0) -> np.ndarray:
+    """How much of each voxel (d, h, w) lies in a lung, grown by mm."""
+    return np.clip((body.lung + grow) / body.edge + 0.5, 0, 1)
+
+
+def fill(body: Body, share: np.ndarray, value: float, below: float = 30.0) -> None:
+    """Paint what is solid and may touch the pleura: a voxel that is half wall and half finding holds no air.
+
+    Args:
+        body: the chest.
+        share: (d, h, w) of the finding, cut off at the surface of the lungs.
+        value: HU.
+        below: HU; what is denser stays.
+    """
+    rim = np.clip(body.lung / body.edge + 0.5, 0.15, 1)
+    raster.paint(body.hu, np.where(body.hu < below, np.minimum(share / rim, 1), 0).astype(np.float32), value)
+
+
+def spots(
+    body: Body,
+    rng: np.random.Generator,
+    count: int,
+    lobes: tuple[int, ...] = (1, 2, 3, 4, 5),
+    depth: tuple[float, float] = (4, 60),
+    zone: tuple[float, float] = (-200, 200),
+    back: tuple[float, float] = (-200, 200),
+) -> tuple[np.ndarray, np.ndarray]:
+    """Places in the lungs: (count, 3) in mm, and their lobes (count,).
+
+    Args:
+        body: the chest.
+        rng: source of randomness.
+        count: how many.
+        lobes: those that are asked for.
+        depth: distance from the surface, mm.
+        zone: height in the atlas, mm.
+        back: from front to back in the atlas, mm.
+    """
+    table, p = atlas(), body.patient
+    for slack in (0, 6, 15, 40, 200):  # what no place satisfies is asked for less strictly
+        at = table["places"][rng.integers(len(table["places"]), size=4000)]
+        deep = table["lung"][0][tuple(at.T)] * 0.25
+        places = at * 3.0 + np.array([-126.0, -105.0, -147.0]) + rng.uniform(-1.5, 1.5, at.shape)
+        own = p.lobes_at(places)
+        fits = np.isin(own, lobes) & (deep > depth[0] - slack / 4) & (deep < depth[1] + slack)
+        fits &= (places[:, 0] > zone[0] - slack) & (places[:, 0] < zone[1] + slack)
+        fits &= (places[:, 1] > back[0] - slack) & (places[:, 1] < back[1] + slack)
+        if fits.sum() >= count:
+            break
+    chosen = np.flatnonzero(fits)[:count]
+    return p.place(places[chosen]), own[chosen]
+
+
+def cells(body: Body, rng: np.random.Generator, inside: np.ndarray, smallest: float = 0.0) -> tuple[np.ndarray, ...]:
+    """Secondary lobules: for each voxel of `inside` (d, h, w) the branch that feeds it, and the distance to the septum.
+
+    Args:
+        body: the chest.
+        rng: of the shape of the septa.
+        inside: (d, h, w) voxels to look at.
+        smallest: mm; lobules whose middles lie closer are one.
+
+    Returns:
+        which (d, h, w) and its neighbour (d, h, w), -1 elsewhere; wall (d, h, w) in mm; branch (n,) of the tree that
+        each lobule belongs to.
+    """
+    tree = body.arteries
+    leaf = np.ones(len(tree.parent), bool)
+    leaf[tree.parent[tree.parent >= 0]] = False
+    branch = np.flatnonzero(leaf)
+    seeds = tree.end[branch]
+    if smallest:
+        key = np.floor(seeds / smallest).astype(int)
+        _, first = np.unique(key, axis=0, return_index=True)
+        branch, seeds = branch[np.sort(first)], seeds[np.sort(first)]
+    step = max(11.0, smallest * 1.2)
+    low = seeds.min(0) - step
+    place = np.floor((seeds - low) / step).astype(int)
+    heads = np.full(place.max(0) + 2, -1, dtype=np.int32)
+    following = np.full(len(seeds), -1, dtype=np.int32)
+    for i, (a, b, c) in enumerate(place):
+        following[i], heads[a, b, c] = heads[a, b, c], i
+    which, beyond = np.empty(body.shape, dtype=np.int32), np.empty(body.shape, dtype=np.int32)
+    wall = np.empty(body.shape, dtype=np.float32)
+    wobble = rng.normal(0, 3.2, (3, 16, 16, 16))
+    raster.nearest_cells(
+        which, beyond, wall, inside, body.low, body.step, seeds, low, step, heads, following, wobble, 9.0
+    )
+    return which, beyond, wall, branch
+
+
+def below(body: Body, branch: np.ndarray, top: int) -> np.ndarray:
+    """Whether branches (n,) hang on the branch `top`."""
+    at, found = branch.copy(), branch == top
+    for _ in range(40):
+        at = np.where(at >= 0, body.arteries.parent[at], -1)
+        found |= at == top
+    return found
+
+
+def territory(
+    body: Body, rng: np.random.Generator, lobes: tuple[int, ...], share: tuple[float, float]
+) -> tuple[int, int]:
+    """A branch that feeds a share of one of the lobes, and its lobe."""
+    tree = body.arteries
+    fits = np.flatnonzero(np.isin(tree.lobe, lobes) & (tree.fed >= share[0]) & (tree.fed <= share[1]))
+    if not len(fits):
+        own = np.flatnonzero(np.isin(tree.lobe, lobes))
+        fits = own[np.argsort(np.abs(tree.fed[own] - share[0]))[:3]]
+    top = int(rng.choice(fits))
+    return top, int(tree.lobe[top])
+
+
+def airways_of(body: Body, tops: list[int], least: float = 0.0) -> np.ndarray:
+    """The branches (n,) that hang on any of `tops` and whose bronchi are wider than `least` mm."""
+    tree = body.arteries
+    found = np.zeros(len(tree.parent), bool)
+    found[tops] = True
+    for i in range(len(tree.parent)):  # parents come before their children
+        if tree.parent[i] >= 0 and found[tree.parent[i]]:
+            found[i] = True
+    return found & (body.lumens > least)
+
+
+# ---- lungs ----
+
+
+@in_chest
+def emphysema(body: Body, rng: np.random.Generator) -> Drawn:
+    """Holes of air without walls in the middle of lobules, mostly above; or larger ones in a row under the pleura."""
+    paraseptal = rng.random() < 0.3
+    burden = rng.uniform(0.3, 1.0)
+    n = int((220 if paraseptal else 2600) * burden)
+    lobes, depth = (1, 2, 3, 4, 5), (2.0, 7.0) if paraseptal else (3.0, 60.0)
+    centre, _ = spots(body, rng, 6 * n if n < 600 else 3500, lobes, depth)
+    height = centre[:, 0] / body.patient.scale[0]
+    keep = rng.random(len(centre)) < np.clip((height + 70) / 130, 0.04, 1) ** 1.3
+    clump = np.sin(centre @ rng.normal(0, 0.035, 3) + rng.uniform(0, 6)) + np.sin(centre @ rng.normal(0, 0.05, 3))
+    keep &= clump > -0.7
+    centre = centre[keep][:n]
+    radius = rng.gamma(5, 1.3, len(centre)) + 2.0 if paraseptal else rng.gamma(3, 0.75, len(centre)) + 0.9
+    radius *= 0.7 + 0.5 * burden
+    share, edge = body.everything, body.edge
+    body.edge = max(edge, 1.2 if paraseptal else 2.6)
+    body.balls(share, centre, radius[:, None] * rng.uniform(0.75, 1.25, (len(centre), 3)))
+    body.edge = edge
+    share *= np.clip((body.lung - (1.0 if paraseptal else 0.5)) / body.edge + 0.5, 0, 1)
+    share *= body.hu < -600
+    raster.paint(body.hu, share * 0.92, -985.0)
+    return share, dict(kind="paraseptal" if paraseptal else "centrilobular", severity=severity((burden - 0.3) / 0.7),
+                       side="bilateral", location="upper lobe")  # fmt: skip
+
+
+@in_chest
+def mosaic(body: Body, rng: np.random.Generator) -> Drawn:
+    """Lobules side by side that are denser and that keep their air, with sharp, angular borders."""
+    which, _, wall, branch = cells(body, rng, body.lung > -body.edge, smallest=rng.uniform(11, 19))
+    middle = body.arteries.end[branch]
+    patch = sum(np.sin(middle @ rng.normal(0, 0.04, 3) + rng.uniform(0, 6)) for _ in range(3)) / 1.5
+    bright = patch + rng.normal(0, 0.55, len(branch)) > rng.uniform(-0.1, 0.4)
+    degree = rng.random()
+    share = bright[which] * (which >= 0) * lung_share(body)
+    share = share.astype(np.float32) * np.clip(0.55 + np.clip(wall, 0, 3) / 4, 0, 1)
+    body.hu += share * (85 + 75 * degree) * np.clip(-(body.hu + 350) / 400, 0, 1)
+    return share, dict(side="bilateral", severity=severity(degree))
+
+
+@in_chest
+def septal_thickening(body: Body, rng: np.random.Generator) -> Drawn:
+    """Thick septa between lobules: lines that reach the pleura and arcades around lobules, at the bases first."""
+    which, beyond, wall, branch = cells(body, rng, body.lung > -body.edge, smallest=rng.uniform(10, 14))
+    thickness, degree = rng.uniform(0.9, 1.6), rng.random()
+    middle = body.arteries.end[branch]
+    patch = sum(np.sin(middle @ rng.normal(0, 0.03, 3) + rng.uniform(0, 6)) for _ in range(2)) * 0.35
+    base = np.clip((20 + 50 * degree - middle[:, 0] / body.patient.scale[0]) / 60, 0, 1)
+    strong = np.clip(0.1 + 0.9 * base + patch, 0, 1)[which] * (which >= 0)
+    strong *= np.clip(1.2 - body.lung / (20 + 22 * degree), 0, 1)
+    # not each wall between two lobules is thick
+    pair = (np.minimum(which, beyond).astype(np.int64) * 7919 + np.maximum(which, beyond) * 104729) % 1009 / 1009
+    strong = np.where(pair < (0.2 + 0.38 * degree) * (0.4 + strong), strong, 0)
+    wide = max(thickness, 0.9 * body.edge)
+    share = np.clip((wide / 2 - wall) / body.edge + 0.5, 0, 1) * (thickness / wide) * strong.astype(np.float32)
+    share *= lung_share(body)
+    share = np.where(share > min(0.06, 0.3 * float(share.max())), share, 0).astype(np.float32)
+    raster.paint(body.hu, np.where(body.hu < -200, np.minimum(share * 1.15, 1), 0).astype(np.float32), -90.0)
+    return share, dict(side="bilateral", location="lower lobe", severity=severity(degree))
+
+
+@in_chest
+def opacity(body: Body, rng: np.random.Generator) -> Drawn:
+    """Ground glass: hazy patches with soft edges through which vessels and bronchi still show."""
+    count = int(rng.integers(1, 6))
+    centre, lobes = spots(body, rng, count, depth=(3, 30), back=(-70, 80))
+    share, delta = body.everything, rng.uniform(210, 330)
+    for c in centre:
+        radii = rng.uniform(15, 36, 3)
+        lumps = c + rng.normal(0, 0.5, (7, 3)) * radii
+        blob = body.everything
+        body_edge, body.edge = body.edge, max(body.edge, 9.0)
+        body.balls(blob, np.concatenate([[c], lumps]), np.concatenate([[radii], radii * rng.uniform(0.4, 0.8, (7, 1))]))
+        body.edge = body_edge
+        np.maximum(share, blob, out=share)
+    uneven = 0.78 + 0.16 * body.noise(7.0, int(rng.integers(2**31))) + 0.12 * body.noise(2.6, int(rng.integers(2**31)))
+    share = np.clip(share * 1.25 * uneven, 0, 1) * lung_share(body)
+    share = np.where(share > 0.06, share, 0).astype(np.float32)
+    body.hu += share * delta * np.clip(-(body.hu + 60) / 650, 0, 1)
+    return share, dict(told(list(lobes)), count=count, kind="ground-glass")
+
+
+@in_chest
+def consolidation(body: Body, rng: np.random.Generator) -> Drawn:
+    """Air spaces of a segment filled up, sharp at the fissure and ragged elsewhere, with air in its bronchi."""
+    count = int(rng.choice([1, 2, 3], p=[0.5, 0.3, 0.2]))
+    side = int(rng.choice([1, -1]))
+    tops, lobes = [], []
+    for _ in range(count):
+        own = side if rng.random() < 0.65 else -side
+        top, lobe = territory(body, rng, OF_SIDE[own], (0.1, 0.42))
+        tops.append(top)
+        lobes.append(lobe)
+    which, _, _, branch = cells(body, rng, np.isin(body.lobes, lobes))
+    full = np.zeros(len(branch), bool)
+    for top in tops:
+        full |= below(body, branch, top)
+    rest = rng.random(len(branch)) < 0.03  # lobules that are spared
+    inside = ((full & ~rest)[which] & (which >= 0) & np.isin(body.lobes, lobes)).astype(np.float32)
+    sigma = 3.6 / np.array(body.spacing)
+    soft = blurred(inside, sigma) / np.maximum(blurred(np.isin(body.lobes, lobes).astype(np.float32), sigma), 0.05)
+    share = np.clip((soft - 0.36 + 0.06 * body.noise(4.0, int(rng.integers(2**31)))) * 4 + 0.5, 0, 1)
+    share *= np.isin(body.lobes, lobes) * lung_share(body)
+    haze = np.clip((soft - 0.06) * 1.6, 0, 0.5) * np.isin(body.lobes, lobes) * lung_share(body)
+    body.hu += haze * (1 - share) * 420 * np.clip(-(body.hu + 200) / 600, 0, 1)
+    fill(body, share, rng.uniform(28, 48) + 0.12 * max(body.tissue.blood - 45, 0))
+    air, shown = body.everything, airways_of(body, tops, 0.85)
+    lumen = body.lumens
+    start, end = beside(body.arteries, lumen)
+    body.tubes(air, *bent(start, end, body.arteries.parent, lumen, lumen * 0.9, shown))
+    raster.paint(body.hu, air * (share > 0.3), -880.0)
+    return np.maximum(share, np.where(haze > 0.2, haze, 0)).astype(np.float32), dict(told(lobes), count=count)
+
+
+@in_chest
+def nodule(body: Body, rng: np.random.Generator) -> Drawn:
+    """One to four nodules of 5 to 28 mm: round, lobulated or with spicules, small ones sometimes calcified."""
+    count = int(rng.choice([1, 2, 3, 4], p=[0.55, 0.22, 0.13, 0.1]))
+    centre, lobes = spots(body, rng, count, depth=(5, 45))
+    radius = 0.5 * np.exp(rng.uniform(np.log(5.5), np.log(28), count))
+    share = body.everything
+    for c, r in zip(centre, radius, strict=True):
+        own = body.everything
+        lobules = int(rng.integers(3, 8))
+        bumps = rng.normal(size=(lobules, 3))
+        bumps *= (r * rng.uniform(0.3, 0.55) / np.linalg.norm(bumps, axis=1))[:, None]
+        body.balls(
+            own,
+            np.concatenate([[c], c + bumps]),
+            np.concatenate([np.full((1, 3), r * 0.9), np.full((lobules, 3), r * 0.62)]),
+        )
+        if r > 6 and rng.random() < 0.4:  # spicules
+            way = rng.normal(size=(14, 3))
+            way /= np.linalg.norm(way, axis=1, keepdims=True)
+            reach = r * rng.uniform(1.3, 1.9, (14, 1))
+            body.tubes(own, c + way * r * 0.7, c + way * reach, np.full(14, 1.2), np.full(14, 0.3))
+        own *= lung_share(body)
+        raster.paint(
+            body.hu,
+            np.where(body.hu < 200, own, 0).astype(np.float32),
+            420.0 if r < 5 and rng.random() < 0.25 else rng.uniform(20, 55),
+        )
+        np.maximum(share, own, out=share)
+    return share, dict(told(list(lobes)), size_mm=round(2 * float(radius.max())), count=count)
+
+
+@in_chest
+def atelectasis(body: Body, rng: np.random.Generator) -> Drawn:
+    """Collapse at the bases: plates, or a wedge against the pleura at the back.
+
+    Lung and what it holds move up by some mm towards the lost volume, and the diaphragm with them: that part of the
+    side changes outside the mask.
+    """
+    both = rng.random() < 0.45
+    sides = [1, -1] if both else [int(rng.choice([1, -1]))]
+    wedge = rng.random() < 0.5
+    share, p = body.everything, body.patient
+    inside = lung_share(body)
+    for s in sides:
+        rise = rng.uniform(7, 14) if wedge else rng.uniform(3, 7)
+        z, y, x = body.z / p.scale[0], body.y / p.scale[1], body.x / p.scale[2]
+        low = np.clip((-5 - z) / 45, 0, 1) * np.clip((z + 128) / 30, 0, 1)
+        mid = np.clip((s * x - 18) / 22, 0, 1) * np.clip((124 - s * x) / 16, 0, 1)
+        deep = np.clip((y + 96) / 30, 0, 1) * np.clip((72 - y) / 24, 0, 1)
+        amount = (rise * low[:, None, None] * deep[None, :, None] * mid[None, None, :]).astype(np.float32)
+        for field in (body.hu, body.lung, body.soft):
+            raster.lift(field.copy(), field, amount, float(body.spacing[0]))
+        inside = lung_share(body)
+        if wedge:
+            centre, _ = spots(body, rng, 1, (5,) if s > 0 else (3,), (3, 14), (-90, -40), (45, 95))
+            base = body.noise(9.0, int(rng.integers(2**31)))
+            a = (body.z - centre[0, 0]) / rng.uniform(40, 54)
+            b = (body.x - centre[0, 2]) / rng.uniform(44, 58)
+            far = np.sqrt(a[:, None, None] ** 2 + b[None, None, :] ** 2)
+            front = centre[0, 1] + 10 - rng.uniform(34, 48) * np.clip(1 - far, 0, 1) ** 1.3
+            wedge_depth = body.y[None, :, None] - front - 1.1 * base
+            found = np.clip(wedge_depth / max(body.edge, 2.0) + 0.5, 0, 1) * inside * (body.x * s > 0)[None, None, :]
+            found *= np.clip((1.0 - far) * 6, 0, 1)
+            np.maximum(share, found.astype(np.float32), out=share)
+        for _ in range(0 if wedge else int(rng.integers(2, 5))):
+            centre, _ = spots(body, rng, 1, OF_SIDE[s], (6, 26), (-80, -15))
+            tilt, half = rng.normal(0, 0.28, 2), rng.uniform(22, 44)
+            dz, dy, dx = (axis - c for axis, c in zip((body.z, body.y, body.x), centre[0], strict=True))
+            wave = 2.2 * np.sin(dx / 13 + rng.uniform(0, 6))
+            sheet = dz[:, None, None] + tilt[0] * dy[None, :, None] + (tilt[1] * dx + wave)[None, None, :]
+            thick = rng.uniform(2.5, 5.5) * np.clip(1.15 - (dy[:, None] ** 2 + dx[None, :] ** 2) / half**2, 0, 1)
+            wide = np.maximum(thick, body.edge)[None]
+            found = np.clip((wide / 2 - np.abs(sheet)) / body.edge + 0.5, 0, 1) * (thick[None] / wide) * inside
+            np.maximum(share, np.where(found > 0.05, found, 0).astype(np.float32), out=share)
+    fill(body, share, 32.0 + 0.2 * max(body.tissue.blood - 45, 0))
+    side = "bilateral" if both else SIDES[sides[0]]
+    return share, dict(side=side, location="lower lobe", kind="subsegmental" if wedge else "linear")
+
+
+@in_chest
+def fibrosis(body: Body, rng: np.random.Generator) -> Drawn:
+    """Old scars: bands that run from a thick pleura towards the hilum, with distorted lung and calcium between them."""
+    both = rng.random() < 0.4
+    sides = [1, -1] if both else [int(rng.choice([1, -1]))]
+    apical = rng.random() < 0.65
+    share, calcium, haze = body.everything, body.everything, body.everything
+    inside = lung_share(body)
+    for s in sides:
+        lobes = ((1,) if s < 0 else (4,)) if apical else ((3,) if s < 0 else (5,))
+        zone = (62, 105) if apical else (-85, -45)
+        centre, _ = spots(body, rng, 1, lobes, (3, 9), zone, (-60, 70))
+        c = centre[0]
+        reach = rng.uniform(26, 40)
+        hub = np.array([c[0] - (34 if apical else -38), 0.35 * c[1], 0.5 * c[2]])
+        n = int(rng.integers(14, 24))
+        start = c + rng.normal(0, 0.45 * reach, (n, 3))
+        way = hub - start
+        way = way / np.linalg.norm(way, axis=1, keepdims=True) + rng.normal(0, 0.33, (n, 3))
+        length = rng.uniform(0.6, 1.7, (n, 1)) * reach
+        middle = start + way * length * 0.5 + rng.normal(0, 3, (n, 3))
+        end = start + way * length
+        radius = rng.uniform(1.0, 2.9, n)
+        back = start - way * reach * 0.5
+        own = body.everything
+        for a, b, first, last in ((back, start, 1.0, 1.2), (start, middle, 1.2, 1.0), (middle, end, 1.0, 0.4)):
+            body.tubes(own, a, b, first * radius, last * radius)
+        lumps = c + rng.normal(0, 0.4 * reach, (9, 3))
+        body.balls(own, lumps, rng.uniform(2.5, 8.5, (9, 3)))
+        d2 = (((body.z - c[0]) / reach)[:, None, None] ** 2 + ((body.y - c[1]) / reach)[None, :, None] ** 2
+              + ((body.x - c[2]) / reach)[None, None, :] ** 2)  # fmt: skip
+        near = np.clip(1.3 - d2, 0, 1).astype(np.float32)
+        cap = rng.uniform(4, 9) * (0.7 + 0.5 * body.noise(8.0, int(rng.integers(2**31))))
+        own = np.maximum(own, np.clip((cap - body.lung) / max(body.edge, 1.5) + 0.5, 0, 1) * near)
+        np.maximum(share, own * inside, out=share)
+        np.maximum(haze, near * inside * np.clip(0.6 + 0.4 * body.noise(5.0, int(rng.integers(2**31))), 0, 1), out=haze)
+        body.balls(calcium, lumps[:4], rng.uniform(0.8, 2.0, (4, 3)))
+    share = np.where(share > 0.05, share, 0).astype(np.float32)
+    haze = np.where((haze > 0.1) & (body.hu < -300), haze, 0)
+    body.hu += haze * 150
+    fill(body, share, 35.0)
+    raster.paint(body.hu, calcium * inside, 450.0)
+    side = "bilateral" if both else SIDES[sides[0]]
+    share = np.maximum(share, np.maximum(calcium * inside, np.where(haze > 0.35, haze, 0)))
+    return share.astype(np.float32), dict(side=side, location="apical" if apical else "basal")
+
+
+@in_chest
+def peribronchial(body: Body, rng: np.random.Generator) -> Drawn:
+    """Thick walls of the bronchi of both lungs, central and far out, with a cuff around the artery beside."""
+    degree = rng.random()
+    chosen = (body.lumens > 0.95) & (body.arteries.depth > 0)
+    lumen = np.maximum(body.lumens * 0.95, 0.8)
+    wall = 0.9 + 0.9 * degree + 0.22 * lumen
+    outer, inner = body.everything, body.everything
+    start, end = beside(body.arteries, body.lumens)
+    parent = body.arteries.parent
+    come = np.where(parent >= 0, np.minimum(lumen[parent], lumen * 1.2), lumen)
+    a, b, r, q = bent(start, end, parent, come, lumen, chosen)
+    thick = np.tile(wall[chosen], 3)
+    body.tubes(outer, a, b, r + thick, q + thick)
+    body.tubes(inner, a, b, r, q)
+    outer = outer * (lung_share(body) > 0.5) * (body.airway < 0.3)
+    inner = np.minimum(inner, outer)
+    raster.paint(body.hu, np.where((body.hu < 10), outer, 0).astype(np.float32), 12.0)
+    raster.paint(body.hu, inner.astype(np.float32), -930.0)
+    return outer.astype(np.float32), dict(side="bilateral", severity=severity(degree), location="central")
+
+
+@in_chest
+def bronchiectasis(body: Body, rng: np.random.Generator) -> Drawn:
+    """Bronchi wider than the artery beside them, which do not taper and reach the outer lung, with thick walls."""
+    both = rng.random() < 0.45
+    sides = [1, -1] if both else [int(rng.choice([1, -1]))]
+    upper = rng.random() < 0.3
+    kind = str(rng.choice(["cylindrical", "varicose", "cystic"], p=[0.65, 0.2, 0.15]))
+    tree, share = body.arteries, body.everything
+    lobes = [(1 if s < 0 else 4) if upper else (3 if s < 0 else 5) for s in sides]
+    for lobe in lobes:
+        tops = [territory(body, rng, (lobe,), (0.09, 0.3))[0] for _ in range(int(rng.integers(2, 4)))]
+        chosen = airways_of(body, tops, 0.5) & (tree.fed > 0.006)
+        factor = rng.uniform(2.0, 2.9)
+        lumen = np.clip(body.lumens * factor, 1.8, 4.6)
+        parent = tree.parent
+        come = np.where((parent >= 0) & chosen[parent], np.minimum(lumen[parent], lumen * 1.15), lumen)
+        start, end = beside(tree, lumen, 0.2)
+        a, b, r, q = bent(start, end, parent, come, lumen, chosen)
+        if kind == "varicose":
+            r, q = r * rng.uniform(0.7, 1.35, len(r)), q * rng.uniform(0.7, 1.35, len(q))
+        wall = rng.uniform(0.8, 1.4)
+        outer, inner = body.everything, body.everything
+        body.tubes(outer, a, b, r + wall, q + wall)
+        body.tubes(inner, a, b, r, q)
+        if kind == "cystic":
+            ends = np.flatnonzero(chosen & (tree.fed < 0.03))
+            ends = ends[rng.permutation(len(ends))[:14]]
+            size = rng.uniform(4, 9, (len(ends), 1)) * np.ones(3)
+            body.balls(outer, end[ends], size + wall)
+            body.balls(inner, end[ends], size)
+        outer *= (lung_share(body) > 0.5) * (body.lobes == lobe)
+        inner = np.minimum(inner, outer)
+        raster.paint(body.hu, outer, 15.0)
+        raster.paint(body.hu, inner, -965.0)
+        np.maximum(share, outer, out=share)
+    side = "bilateral" if both else SIDES[sides[0]]
+    return share, dict(side=side, location="upper lobe" if upper else "lower lobe", kind=kind)
+
+
+# ---- pleura ----
+
+
+@in_chest
+def pleural_effusion(body: Body, rng: np.random.Generator) -> Drawn:
+    """Fluid that settles behind the lung, rises at the outer wall, and takes the lung's room on its side."""
+    both = rng.random() < 0.5
+    sides = [1, -1] if both else [int(rng.choice([1, -1]))]
+    amount = rng.uniform(0.1, 0.6)
+    share, squeezed, p = body.everything, body.everything, body.patient
+    left = body.lobes > 3
+    for s in sides:
+        own = amount * rng.uniform(0.75, 1.0) if len(sides) == 2 else amount
+        z, x = body.z / p.scale[0], np.abs(body.x) / p.scale[2]
+        level = 78 - 125 * own + np.maximum(z + 60, 0) * (0.55 - 0.35 * own)  # mm in the atlas, lower is more
+        meniscus = 16 * np.clip((x - 78) / 46, 0, 1) ** 2
+        surface = (level[:, None] - meniscus[None, :]) * p.scale[1]
+        depth = body.y[None, :, None] - surface[:, None, :] + 0.4 * body.noise(28.0, int(rng.integers(2**31)))
+        on_side = left if s > 0 else (body.lobes > 0) & ~left
+        room = lung_share(body) * on_side
+        np.maximum(share, np.clip(depth / body.edge + 0.5, 0, 1) * room, out=share)
+        np.maximum(squeezed, np.clip((depth + 9) / 9, 0, 1) * room, out=squeezed)
+    squeezed *= 1 - share
+    body.hu += squeezed * 330 * np.clip(-(body.hu + 100) / 650, 0, 1)  # lung that the fluid presses together
+    fill(body, share, rng.uniform(4, 18), 300.0)
+    side = "bilateral" if both else SIDES[sides[0]]
+    return share, dict(side=side, severity=severity(amount, (0.25, 0.42)), size_mm=round(115 * amount))
+
+
+def blurred(values: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+    """Gaussian mean of values (d, h, w), sigma (3,) in voxels."""
+    from scipy.ndimage import gaussian_filter
+
+    return gaussian_filter(values, sigma, mode="nearest", truncate=2.5)
