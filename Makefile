@@ -57,6 +57,7 @@ bench: setup  ## measure speed and memory, check the bars, write bench/*.json: a
 	$(PY) bench/memory.py
 	$(PY) bench/gpu.py
 	$(PY) bench/viewers.py
+	$(PY) bench/phantoms.py
 
 style: setup  ## check lint, formatting, which wing imports which, and types
 	$(PY) -m ruff check

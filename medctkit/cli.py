@@ -316,6 +316,20 @@ def _model_input(model: str | None, real: bool) -> Any:
     return preprocess_config_of(model or ("released" if real else "mini"))
 
 
+@app.command()
+def gallery(
+    folder: Annotated[Path, typer.Argument(help="Where the pages are written.", file_okay=False)],
+    real: Annotated[Path | None, typer.Option(help="A real scan: one page more, beside a phantom.")] = None,
+    drawing: Annotated[int, typer.Option(help="Of the phantoms, 1 or 2.")] = 2,
+) -> None:
+    """Draw pages to judge phantoms by: each finding in three planes, beside the same patient without it."""
+    from medctkit.viewers.gallery import draw_beside_real, draw_twins
+
+    pages = draw_twins(folder, drawing)
+    for page in [*pages, *([draw_beside_real(folder / "beside_real.png", real, drawing)] if real else [])]:
+        typer.echo(f"wrote {page}")
+
+
 WHAT_TO_DOWNLOAD = """Choose what to fetch; all of CT-RATE is 50,188 volumes of 12 to 162 MB:
   --patients N        whole patients of --split (valid, if none is given)
   --studies NAMES     patients, scans or volumes: valid_1,valid_2_a, or a file with one name a line
