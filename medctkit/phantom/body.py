@@ -105,7 +105,11 @@ class Body:
         lungs._lung_trees()
         self.hu[self.chest] = lungs.hu
         self.arteries = lungs.arteries
-        self._great_vessels()
+        del lungs  # at full size a copy is 200 MB
+        column = (slice(None), *self.chest[1:])  # what lies between the lungs, and above and below
+        middle = self.part(column)
+        middle._great_vessels()
+        self.hu[column], self.airway[column] = middle.hu, middle.airway
 
     # ---- what painters use ----
 
@@ -278,7 +282,8 @@ class Body:
         )
         share = self.everything
         self.line(share, curve(path, np.zeros(len(path)))[0], 6.0)  # oesophagus
-        raster.paint(self.hu, share * (self.hu < 20) * (self.hu > -300), 34.0)
+        share[(self.hu >= 20) | (self.hu <= -300)] = 0
+        raster.paint(self.hu, share, 34.0)
 
 
 def in_chest(paint: Callable[[Body, np.random.Generator], Drawn]) -> Callable[[Body, np.random.Generator], Drawn]:

@@ -104,13 +104,11 @@ def lymphadenopathy(body: Body, rng: np.random.Generator) -> Drawn:
             short = rng.uniform(11, 24)
             centre = body.patient.place(np.array([place], float) + rng.normal(0, 2, 3))
             radii = np.array([[short * rng.uniform(0.6, 0.8), short / 2, short * rng.uniform(0.5, 0.65)]])
-            own = body.everything
             lobules = centre + rng.normal(0, 0.3, (3, 3)) * radii
-            body.balls(own, np.concatenate([centre, lobules]), np.concatenate([radii, np.repeat(radii * 0.75, 3, 0)]))
-            own = np.where((body.hu < 25) & (body.airway < 0.2), own, 0).astype(np.float32)
-            raster.paint(body.hu, own, value)
-            np.maximum(share, own, out=share)
+            body.balls(share, np.concatenate([centre, lobules]), np.concatenate([radii, np.repeat(radii * 0.75, 3, 0)]))
             largest, count = max(largest, short), count + 1
+    share[(body.hu >= 25) | (body.airway >= 0.2)] = 0
+    raster.paint(body.hu, share, value)
     return share, dict(location=names[chosen[0]], size_mm=round(largest), count=count)
 
 
