@@ -8,7 +8,7 @@ from medctkit.common.atomic import replacing
 from medctkit.findings import FINDINGS
 from medctkit.phantom.study import generate
 from medctkit.scans.volumes import CTVolume, read_volume
-from medctkit.viewers.drawing.rendering import PLANES, largest_slice, render
+from medctkit.viewers.drawing.rendering import PLANES, render
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -55,7 +55,8 @@ def draw_twins(folder: Path, drawing: int = 2, seed: int = 30) -> list[Path]:
     written = []
     for i, name in enumerate(FINDINGS):
         sick, twin = (generate(seed + i, findings=f, shape=SHAPE, drawing=drawing) for f in ([name], []))
-        place = [largest_slice(sick.masks[name], plane) for plane in PLANES]
+        mask = sick.masks[name]
+        place = [int(mask.sum(axis=tuple({0, 1, 2} - {axis})).argmax()) for axis in PLANES.values()]
         written.append(folder / f"{name.lower().replace(' ', '_')}.png")
         with replacing(written[-1]) as temporary:
             page([sick.volume, twin.volume], [place, place]).save(temporary, format="png")
