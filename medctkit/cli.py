@@ -291,8 +291,7 @@ def prepare_data(
         typer.echo(f"no patient is in two splits:\n{schema.split_table(table).to_string()}\n")
         rows = table.to_dict("records")
         wanted = _model_input(model, real=any(map(schema.has_file, rows)))
-        where = {"scheduler": scheduler, "workers": workers}
-        done = prepare(rows, wanted, output_dir / "prepared", verify=verify, **where)
+        done = prepare(rows, wanted, output_dir / "prepared", scheduler=scheduler, workers=workers, verify=verify)
         write_failures(done.failures, output_dir / "failures.csv")
         if done.contents:
             schema.write_manifest(done.prepared_rows(table), output_dir / "manifest.csv")
