@@ -14,7 +14,7 @@ class Messages:
 
     What the user can put right (a sentence that is too long, a study that can't be read) is said in words and has
     the CSS class `medctkit-message`. An exception that nobody expected has the class `medctkit-error`, and is raised
-    again, so that logs and tests see it too. The line is `.widget`, what it says `.text`, "" for nothing.
+    again, so that logs and tests see it too. The line is `.widget`, what it says ``.text``, "" for nothing.
     """
 
     def __init__(self) -> None:
