@@ -140,6 +140,12 @@ def test_the_pages_say_what_was_measured_on_a_gpu(bench):
         row = encoder[f"{name}, bf16, batch 8"]
         share, ms = f"{row['share_of_bf16_rate']:.0%}".replace("%", " %"), f"({row['ms']:.0f} ms"
         assert share in pages["docs/released.md"] and ms in pages["docs/released.md"], (name, share, ms)
+    ms, step = (
+        encoder["eager, bf16, batch 8"]["ms"],
+        next(row for row in found["rows"] if row["name"] == "batch 8, 8 at a time, with checkpointing"),
+    )
+    readme = f"8 scans in {ms:.0f} ms, and a LoRA step with batch 8 takes {step['ms'] / 1e3:.2f} s and "
+    assert f"{readme}{step['peak_bytes'] / 1e9:.1f} GB" in (BENCH.parent / "README.md").read_text()
     step = next(row for row in found["rows"] if row["name"] == "batch 32, 2 at a time, with checkpointing")
     notebook = (BENCH.parent / "notebooks" / "03_finetuning.ipynb").read_text()
     assert f"{step['ms'] / 1e3:.1f} s on {found['made_with']['device']}" in notebook
