@@ -4,6 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# A busy machine is no fault of the code: how long an example takes is measured by the benchmarks.
+settings.register_profile("kit", deadline=None)
+settings.load_profile("kit")
 
 REAL_SCANS = {
     "dicom": "cip_ct64/dicom",

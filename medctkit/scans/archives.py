@@ -91,7 +91,7 @@ def _checked_members(archive: zipfile.ZipFile, packed_bytes: int) -> dict[str, z
     size = sum(info.file_size for info in members.values())
     most = min(MOST_BYTES, max(RATIO_FROM, MOST_RATIO * packed_bytes))
     if size > most:
-        found = f"its {packed_bytes} bytes unpack to {size}, those of a scan to {most} at most"
+        found = f"the archive's {packed_bytes} bytes unpack to {size}, those of a scan to {most} at most"
         raise ValueError(f"{found}; pack one scan alone, or give its folder")
     return members
 

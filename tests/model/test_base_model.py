@@ -26,6 +26,7 @@ MANIFEST = Path(__file__).resolve().parents[2] / "data_manifest.csv"
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # a minute on an idle core; other tests may share it
 def test_it_knows_its_own_hospital_and_is_clearly_worse_in_another(tmp_path):
     mini, manifest, found = load_mini_base(), load_manifest(MANIFEST), []
     classifier = ZeroShotClassifier(mini.model, mini.tokenizer)

@@ -182,10 +182,12 @@ def test_too_much_is_refused(tmp_path, monkeypatch):
     refused(path, "the archive has 11 members, at most 10 are unpacked; pack one scan")
     monkeypatch.setattr(archives, "RATIO_FROM", 1 << 20)
     path = write_zip(tmp_path / "bomb.zip", {"1": bytes(2 << 20)})
-    refused(path, r"its \d{4} bytes unpack to 2097152, those of a scan to 1048576 at most; pack one scan alone")
+    refused(
+        path, r"the archive's \d{4} bytes unpack to 2097152, those of a scan to 1048576 at most; pack one scan alone"
+    )
     monkeypatch.setattr(archives, "MOST_BYTES", 2999)
     path = write_zip(tmp_path / "large.zip", {"1": b"x" * 3000}, zipfile.ZIP_STORED)
-    refused(path, r"its \d+ bytes unpack to 3000, those of a scan to 2999 at most")
+    refused(path, r"the archive's \d+ bytes unpack to 3000, those of a scan to 2999 at most")
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch):

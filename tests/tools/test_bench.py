@@ -33,6 +33,7 @@ def bench(monkeypatch):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.slow
 def test_memory_is_measured_without_a_gpu(tmp_path):
     done = run("memory.py", "--tiny", "--output", tmp_path / "memory.json")
     assert done.returncode == 0, done.stderr
@@ -88,6 +89,7 @@ def test_what_the_repository_says_about_memory_is_within_the_bar_and_of_the_full
 ABSENT = "monai nibabel SimpleITK pydicom blosc2 dask distributed bokeh ipywidgets typer tensorboard".split()
 
 
+@pytest.mark.slow
 def test_the_program_for_gpus_runs_on_a_cpu_at_toy_size_with_torch_transformers_and_peft_alone(tmp_path):
     output = tmp_path / "gpu.json"
     program = f"import runpy, sys; sys.modules.update(dict.fromkeys({ABSENT})); sys.path.insert(0, {str(BENCH)!r}); "
@@ -189,6 +191,7 @@ def test_a_row_that_takes_too_long_is_stopped(bench):
         time.sleep(5)
 
 
+@pytest.mark.slow
 def test_steps_of_the_slice_viewer_are_measured_with_both_canvases(tmp_path):
     done = run("viewers.py", "--tiny", "--output", tmp_path / "viewers.json")
     assert "memory grows by" in done.stdout, done.stderr
