@@ -22,7 +22,7 @@ LISTED = (ROOT / "tests" / "colab_2026_01.txt").read_text().splitlines()
 COLAB = {
     colab.normal(name): version for name, _, version in (line.partition("==") for line in LISTED if line[0] != "#")
 }
-LACKING = ["distributed", "monai", "pydicom", "simpleitk"]
+LACKING = ["distributed", "monai", "numba", "pydicom", "simpleitk"]
 CELL = course.COLAB_CELL.read_text()
 EXTRAS = ("cluster", "tensorboard", "notebooks")
 SLOW = "MEDCTKIT_TEST_COLAB"
@@ -112,7 +112,15 @@ def test_where_tested_versions_do_not_fit_others_are_taken(pip, monkeypatch, cap
     assert (
         first
         == second
-        == ["install", "distributed>=2025.1", "monai>=1.5", "pydicom>=3.0", "simpleitk>=2.4", "--constraint"]
+        == [
+            "install",
+            "distributed>=2025.1",
+            "monai>=1.5",
+            "numba>=0.61",
+            "pydicom>=3.0",
+            "simpleitk>=2.4",
+            "--constraint",
+        ]
     )
     assert "monai==1.6.1" in with_pins and set(without) < set(with_pins)
     assert {"torch==2.9.0+cpu", "numpy==2.0.2", "ipywidgets==7.7.1", "dask==2025.12.0"} <= set(without)
