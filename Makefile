@@ -11,7 +11,7 @@ PY := "$(ENV)/bin/python"
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -rs --durations=10 -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-browser test-colab notebooks render docs docs-links bench style clean
+.PHONY: help setup demo test test-all coverage test-browser test-colab notebooks render docs docs-links bench style clean
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  ##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,6 +27,9 @@ test: setup  ## run the tests that are not slow
 
 test-all: setup  ## run all tests, those that kill processes or wait as well
 	$(PYTEST)
+
+coverage: setup  ## which lines the tests reach, in per cent of each file
+	$(PYTEST) -m "not slow" --cov=medctkit --cov-report=term
 
 test-browser: setup  ## test the viewers in JupyterLab and voila; installs Chromium if there is none
 	@rm -rf runs/browser
