@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
+from medctkit.scans.limits import most_unpacked
 from medctkit.scans.stored import is_web_page
 
 MOST_MEMBERS = 100_000
 MOST_BYTES = 8 << 30
-MOST_RATIO, RATIO_FROM = 200, 100 << 20  # CT slices shrink two- to tenfold; a few small files may shrink more
 _SPARE = 64 << 20  # bytes left free on the disk
 _LONGEST_NAME = 200
 _ARCHIVES = (".zip", ".7z", ".rar", ".tar", ".gz", ".tgz", ".bz2", ".xz")
@@ -89,7 +89,7 @@ def _checked_members(archive: zipfile.ZipFile, packed_bytes: int) -> dict[str, z
     if all(name.lower().endswith(_ARCHIVES) for name in members):
         raise ValueError(f"holds only {len(members)} archive(s), such as {next(iter(members))!r}; give the one inside")
     size = sum(info.file_size for info in members.values())
-    most = min(MOST_BYTES, max(RATIO_FROM, MOST_RATIO * packed_bytes))
+    most = min(MOST_BYTES, most_unpacked(packed_bytes))
     if size > most:
         found = f"the archive's {packed_bytes} bytes unpack to {size}, those of a scan to {most} at most"
         raise ValueError(f"{found}; pack one scan alone, or give its folder")

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scan_files import chest, truncate, write_dicom
 
-from medctkit.scans import archives
+from medctkit.scans import archives, limits
 from medctkit.scans.archives import unpacked
 from medctkit.scans.volumes import read_volume
 
@@ -175,12 +175,12 @@ def test_members_that_are_not_what_they_say_are_refused(tmp_path, at, code, valu
 
 
 def test_too_much_is_refused(tmp_path, monkeypatch):
-    assert archives.RATIO_FROM == 100 << 20 and archives.MOST_RATIO == 200
+    assert limits.RATIO_FROM == 100 << 20 and limits.MOST_RATIO == 100
     assert archives.MOST_BYTES == 8 << 30 and archives.MOST_MEMBERS == 100_000
     monkeypatch.setattr(archives, "MOST_MEMBERS", 10)
     path = write_zip(tmp_path / "many.zip", {str(n): b"" for n in range(11)})
     refused(path, "the archive has 11 members, at most 10 are unpacked; pack one scan")
-    monkeypatch.setattr(archives, "RATIO_FROM", 1 << 20)
+    monkeypatch.setattr(limits, "RATIO_FROM", 1 << 20)
     path = write_zip(tmp_path / "bomb.zip", {"1": bytes(2 << 20)})
     refused(
         path, r"the archive's \d{4} bytes unpack to 2097152, those of a scan to 1048576 at most; pack one scan alone"
