@@ -241,6 +241,7 @@ class VectorQuantiser(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Quantise tokens (..., c)."""
         codes = self._codebook.embed[0][self.nearest(x)].to(x.dtype)
+        codes = torch.where(x.isfinite(), codes, x.detach())
         return x + (codes - x).detach() if self.training else codes
 
 

@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from medctkit.common.processes import process_and_processes
+from medctkit.common.text import listed
 from medctkit.findings import FINDINGS
 from medctkit.model.protocol import Model
 from medctkit.zero_shot.prompts import Prompts, prompt_sentences
@@ -89,6 +90,7 @@ class ZeroShotClassifier:
 
         Raises:
             ValueError: embeddings of another shape.
+            FloatingPointError: an embedding, of a volume or a prompt, that is not finite.
         """
         stating, denying = self.text_embeds()
         image_embeds = torch.as_tensor(image_embeds, dtype=torch.float32, device=stating.device)
@@ -97,6 +99,8 @@ class ZeroShotClassifier:
                 f"image embeddings have shape {tuple(image_embeds.shape)}; this model's are (volumes, "
                 f"{stating.shape[1]}): embed the volumes with this model"
             )
+        refuse_non_finite(image_embeds, [f"volume {i}" for i in range(len(image_embeds))])
+        refuse_non_finite(torch.cat([stating, denying], 1), [f"the prompts of {name}" for name in self.findings])
         with torch.autocast(stating.device.type, enabled=False):  # bfloat16 would round scores to ties
             # the softmax of two similarities is the sigmoid of their difference
             return torch.sigmoid(self._scale * image_embeds @ (stating - denying).T).cpu().numpy()
@@ -119,6 +123,7 @@ class ZeroShotClassifier:
 
         Raises:
             ValueError: an empty data set.
+            FloatingPointError: an embedding that is not finite; says of which study.
         """
         from tqdm.auto import tqdm
 
@@ -131,10 +136,11 @@ class ZeroShotClassifier:
         with evaluating(self.model):
             for batch in tqdm(loader, desc="embedding", disable=not progress or process > 0):
                 volumes = torch.stack([item["pixel_values"] for item in batch])
-                embeds = self.model.encode_image(volumes.to(self.device)).float().cpu().numpy()
+                embeds = self.model.encode_image(volumes.to(self.device)).float().cpu()
+                refuse_non_finite(embeds, [f"study {item['study']}" for item in batch])
                 found += [
                     (embed, item["labels"].numpy(), item["patient"], item["study"])
-                    for embed, item in zip(embeds, batch, strict=True)
+                    for embed, item in zip(embeds.numpy(), batch, strict=True)
                 ]
         if processes > 1:
             shares: list[Any] = [None] * processes
@@ -142,6 +148,21 @@ class ZeroShotClassifier:
             found = [shares[i % processes][i // processes] for i in range(len(dataset))]
         embeddings, labels, patients, studies = (np.array(part) for part in zip(*found, strict=True))
         return Embedded(torch.from_numpy(embeddings), labels, patients, studies)
+
+
+def refuse_non_finite(embeds: torch.Tensor, names: Sequence[str]) -> None:
+    """Stop at an embedding (n, p) of which no score can be made; `names` say of what each is.
+
+    Raises:
+        FloatingPointError: the first few of them.
+    """
+    broken = [name for name, fine in zip(names, embeds.isfinite().all(-1).tolist(), strict=True) if not fine]
+    if broken:
+        raise FloatingPointError(
+            f"{len(broken)} of {len(names)} embeddings are not finite:\n{listed(broken)}\nA voxel is NaN or infinite (look "
+            "at the volume), a weight is (load the model or its adapter anew), or float16 overflowed (compute in float32 "
+            "or bfloat16)"
+        )
 
 
 def words_of(model: Model, tokenizer: Any, sentences: Sequence[str]) -> Any:
