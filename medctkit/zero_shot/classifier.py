@@ -159,9 +159,9 @@ def refuse_non_finite(embeds: torch.Tensor, names: Sequence[str]) -> None:
     broken = [name for name, fine in zip(names, embeds.isfinite().all(-1).tolist(), strict=True) if not fine]
     if broken:
         raise FloatingPointError(
-            f"{len(broken)} of {len(names)} embeddings are not finite:\n{listed(broken)}\nA voxel is NaN or infinite (look "
-            "at the volume), a weight is (load the model or its adapter anew), or float16 overflowed (compute in float32 "
-            "or bfloat16)"
+            f"{len(broken)} of {len(names)} embeddings are not finite:\n{listed(broken)}\nA voxel is NaN or infinite "
+            "(look at the volume), a weight is (load the model or its adapter anew), or float16 overflowed (compute in "
+            "float32 or bfloat16)"
         )
 
 

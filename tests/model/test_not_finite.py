@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from golden import BATCH, small_model
-from tiny import tiny_data, tiny_ct_clip, tiny_tokenizer
+from tiny import tiny_ct_clip, tiny_data, tiny_tokenizer
 from torch import nn
 
 from medctkit.lora.adapter import add_lora
