@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from medctkit.scans.stored import check_shape
 
 # CT shrinks two- to fourfold without loss, with loss or a blank background thirtyfold; small files may shrink more
-MOST_RATIO, RATIO_FROM = 100, 100 << 20
+MOST_RATIO, RATIO_FROM = 100, 256 << 20
 
 
 def most_unpacked(packed_bytes: int) -> int:

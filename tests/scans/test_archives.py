@@ -175,7 +175,7 @@ def test_members_that_are_not_what_they_say_are_refused(tmp_path, at, code, valu
 
 
 def test_too_much_is_refused(tmp_path, monkeypatch):
-    assert limits.RATIO_FROM == 100 << 20 and limits.MOST_RATIO == 100
+    assert limits.RATIO_FROM == 256 << 20 and limits.MOST_RATIO == 100
     assert archives.MOST_BYTES == 8 << 30 and archives.MOST_MEMBERS == 100_000
     monkeypatch.setattr(archives, "MOST_MEMBERS", 10)
     path = write_zip(tmp_path / "many.zip", {str(n): b"" for n in range(11)})
