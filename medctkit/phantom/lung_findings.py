@@ -10,6 +10,7 @@ import numpy as np
 
 from medctkit.phantom import raster
 from medctkit.phantom.body import Body, Drawn, bent, in_chest
+from medctkit.phantom.lung_raster import drawn_in
 from medctkit.phantom.patient import LOBES, atlas, beside
 
 SIDES = {1: "left", -1: "right"}
@@ -43,7 +44,7 @@ def fill(body: Body, share: np.ndarray, value: float, below: float = 30.0) -> No
         value: HU.
         below: HU; what is denser stays.
     """
-    rim = np.clip(body.lung / body.edge + 0.5, 0.15, 1)
+    rim = np.clip(body.lung / body.edge + 0.5, 0.02, 1)
     raster.paint(body.hu, np.where(body.hu < below, np.minimum(share / rim, 1), 0).astype(np.float32), value)
 
 
@@ -82,7 +83,14 @@ def spots(
     return p.place(places[chosen]), own[chosen]
 
 
-def cells(body: Body, rng: np.random.Generator, inside: np.ndarray, smallest: float = 0.0) -> tuple[np.ndarray, ...]:
+def cells(
+    body: Body,
+    rng: np.random.Generator,
+    inside: np.ndarray,
+    smallest: float = 0.0,
+    seeds: np.ndarray | None = None,
+    wobble: float = 3.2,
+) -> tuple[np.ndarray, ...]:
     """Secondary lobules: for each voxel of `inside` (d, h, w) the branch that feeds it, and the distance to the septum.
 
     Args:
@@ -90,16 +98,21 @@ def cells(body: Body, rng: np.random.Generator, inside: np.ndarray, smallest: fl
         rng: of the shape of the septa.
         inside: (d, h, w) voxels to look at.
         smallest: mm; lobules whose middles lie closer are one.
+        seeds: (n, 3) mm, middles of lobules; None for those of the arteries' last branches.
+        wobble: mm by which septa are uneven.
 
     Returns:
         which (d, h, w) and its neighbour (d, h, w), -1 elsewhere; wall (d, h, w) in mm; branch (n,) of the tree that
-        each lobule belongs to.
+        each lobule belongs to, or its number among the seeds.
     """
     tree = body.arteries
-    leaf = np.ones(len(tree.parent), bool)
-    leaf[tree.parent[tree.parent >= 0]] = False
-    branch = np.flatnonzero(leaf)
-    seeds = tree.end[branch]
+    if seeds is None:
+        leaf = np.ones(len(tree.parent), bool)
+        leaf[tree.parent[tree.parent >= 0]] = False
+        branch = np.flatnonzero(leaf)
+        seeds = tree.end[branch]
+    else:
+        branch = np.arange(len(seeds))
     if smallest:
         key = np.floor(seeds / smallest).astype(int)
         _, first = np.unique(key, axis=0, return_index=True)
@@ -113,9 +126,9 @@ def cells(body: Body, rng: np.random.Generator, inside: np.ndarray, smallest: fl
         following[i], heads[a, b, c] = heads[a, b, c], i
     which, beyond = np.empty(body.shape, dtype=np.int32), np.empty(body.shape, dtype=np.int32)
     wall = np.empty(body.shape, dtype=np.float32)
-    wobble = rng.normal(0, 3.2, (3, 16, 16, 16))
+    shake = rng.normal(0, wobble, (3, 16, 16, 16))
     raster.nearest_cells(
-        which, beyond, wall, inside, body.low, body.step, seeds, low, step, heads, following, wobble, 9.0
+        which, beyond, wall, inside, body.low, body.step, seeds, low, step, heads, following, shake, 9.0
     )
     return which, beyond, wall, branch
 
@@ -198,23 +211,48 @@ def mosaic(body: Body, rng: np.random.Generator) -> Drawn:
 
 @in_chest
 def septal_thickening(body: Body, rng: np.random.Generator) -> Drawn:
-    """Thick septa between lobules: lines that reach the pleura and arcades around lobules, at the bases first."""
-    which, beyond, wall, branch = cells(body, rng, body.lung > -body.edge, smallest=rng.uniform(10, 14))
-    thickness, degree = rng.uniform(0.9, 1.6), rng.random()
-    middle = body.arteries.end[branch]
-    patch = sum(np.sin(middle @ rng.normal(0, 0.03, 3) + rng.uniform(0, 6)) for _ in range(2)) * 0.35
-    base = np.clip((20 + 50 * degree - middle[:, 0] / body.patient.scale[0]) / 60, 0, 1)
-    strong = np.clip(0.1 + 0.9 * base + patch, 0, 1)[which] * (which >= 0)
-    strong *= np.clip(1.2 - body.lung / (20 + 22 * degree), 0, 1)
-    # not each wall between two lobules is thick
-    pair = (np.minimum(which, beyond).astype(np.int64) * 7919 + np.maximum(which, beyond) * 104729) % 1009 / 1009
-    strong = np.where(pair < (0.2 + 0.38 * degree) * (0.4 + strong), strong, 0)
+    """Thick septa: short lines that stand on the pleura and closed arcades of 1 to 2 cm behind it, at the bases first."""
+    thickness, degree = rng.uniform(1.2, 2.0), rng.random()
+    size, reach = rng.uniform(13, 17), 16 + 14 * degree
+    # lobules stand in two layers under the pleura, so that the septa between those of a layer are square to it
+    seeds, height = [], 15 + 60 * degree
+    for layer in (7.0, 7.0 + 1.25 * size, 7.0 + 2.6 * size):
+        places, _ = spots(body, rng, 2600, depth=(layer - 1.5, layer + 1.5))
+        seeds.append(apart(places, size))
+    middle = np.concatenate(seeds)
+    top = body.patient.scale[0] * (height + 25)
+    inside = (body.lung > -body.edge) & (body.lung < reach + 14) & (body.z < top)[:, None, None]
+    which, beyond, wall, _ = cells(body, rng, inside, seeds=middle, wobble=1.3)
+    base = np.clip((height - middle[:, 0] / body.patient.scale[0]) / 50, 0, 1)
+    patch = sum(np.sin(middle @ rng.normal(0, 0.025, 3) + rng.uniform(0, 6)) for _ in range(2)) * 0.22
+    ill = rng.random(len(middle)) < np.clip(base * (0.5 + 0.45 * degree) + patch * (base > 0), 0, 0.92)
+    # all septa of an ill lobule are thick: arcades, not loose ends
+    strong = (ill[which] | ill[beyond]) & (which >= 0) & (beyond >= 0)
+    strong = strong * np.clip((reach - body.lung) / 8, 0, 1)
     wide = max(thickness, 0.9 * body.edge)
     share = np.clip((wide / 2 - wall) / body.edge + 0.5, 0, 1) * (thickness / wide) * strong.astype(np.float32)
     share *= lung_share(body)
     share = np.where(share > min(0.06, 0.3 * float(share.max())), share, 0).astype(np.float32)
-    raster.paint(body.hu, np.where(body.hu < -200, np.minimum(share * 1.15, 1), 0).astype(np.float32), -90.0)
+    raster.paint(body.hu, np.where(body.hu < -200, np.minimum(share * 1.15, 1), 0).astype(np.float32), -40.0)
     return share, dict(side="bilateral", location="lower lobe", severity=severity(degree))
+
+
+def apart(places: np.ndarray, least: float) -> np.ndarray:
+    """Those of places (n, 3) mm that lie at least `least` mm from one another; earlier ones win."""
+    from scipy.spatial import cKDTree
+
+    pairs = cKDTree(places).query_pairs(least, output_type="ndarray")
+    first, second = pairs.min(axis=1), pairs.max(axis=1)
+    kept, open_ = np.zeros(len(places), bool), np.ones(len(places), bool)
+    while open_.any():
+        live = open_[first] & open_[second]
+        first, second = first[live], second[live]
+        best = open_.copy()
+        best[second] = False  # an earlier neighbour is still open
+        kept |= best
+        open_ &= ~best
+        open_[second[best[first]]] = False
+    return places[kept]
 
 
 @in_chest
@@ -304,44 +342,50 @@ def nodule(body: Body, rng: np.random.Generator) -> Drawn:
 
 @in_chest
 def atelectasis(body: Body, rng: np.random.Generator) -> Drawn:
-    """Collapse at the bases: plates, or a wedge against the pleura at the back.
+    """Collapse at the bases: plates that reach the pleura, or a wedge beside the spine behind a displaced fissure.
 
-    Lung and what it holds move up by some mm towards the lost volume, and the diaphragm with them: that part of the
-    side changes outside the mask.
+    Lung, vessels and fissures are drawn towards the lost volume, and the diaphragm moves up: that part of the side
+    changes outside the mask.
     """
-    both = rng.random() < 0.45
+    both = rng.random() < 0.5
     sides = [1, -1] if both else [int(rng.choice([1, -1]))]
-    wedge = rng.random() < 0.5
+    wedge = rng.random() < 0.35
     share, p = body.everything, body.patient
-    inside = lung_share(body)
+    z, y, x = body.z / p.scale[0], body.y / p.scale[1], body.x / p.scale[2]
     for s in sides:
-        rise = rng.uniform(7, 14) if wedge else rng.uniform(3, 7)
-        z, y, x = body.z / p.scale[0], body.y / p.scale[1], body.x / p.scale[2]
+        rise = rng.uniform(6, 11) if wedge else rng.uniform(3, 7)
         low = np.clip((-5 - z) / 45, 0, 1) * np.clip((z + 128) / 30, 0, 1)
         mid = np.clip((s * x - 18) / 22, 0, 1) * np.clip((124 - s * x) / 16, 0, 1)
         deep = np.clip((y + 96) / 30, 0, 1) * np.clip((72 - y) / 24, 0, 1)
         amount = (rise * low[:, None, None] * deep[None, :, None] * mid[None, None, :]).astype(np.float32)
         for field in (body.hu, body.lung, body.soft):
             raster.lift(field.copy(), field, amount, float(body.spacing[0]))
-        inside = lung_share(body)
+        inside = np.maximum(lung_share(body), lung_share(body, body.edge) * (body.hu < -250))  # moved air at the rim too
         if wedge:
-            centre, _ = spots(body, rng, 1, (5,) if s > 0 else (3,), (3, 14), (-90, -40), (45, 95))
-            base = body.noise(9.0, int(rng.integers(2**31)))
-            a = (body.z - centre[0, 0]) / rng.uniform(40, 54)
-            b = (body.x - centre[0, 2]) / rng.uniform(44, 58)
-            far = np.sqrt(a[:, None, None] ** 2 + b[None, None, :] ** 2)
-            front = centre[0, 1] + 10 - rng.uniform(34, 48) * np.clip(1 - far, 0, 1) ** 1.3
-            wedge_depth = body.y[None, :, None] - front - 1.1 * base
-            found = np.clip(wedge_depth / max(body.edge, 2.0) + 0.5, 0, 1) * inside * (body.x * s > 0)[None, None, :]
-            found *= np.clip((1.0 - far) * 6, 0, 1)
+            # lung slides back and towards the spine; at the pleura it stays
+            near = np.clip(1 - ((z + 40) / 75) ** 2, 0, 1)[:, None, None] * np.clip((s * x - 12) / 20, 0, 1)
+            near = near * np.clip((y + 75) / 70, 0, 1)[None, :, None] * np.clip((body.lung - 2) / 16, 0, 1)
+            pull = rng.uniform(10, 16) * near
+            drawn_in(body.hu.copy(), body.hu, pull.astype(np.float32), body.step, np.array([-0.35, 0.8, -0.45 * s]))
+            lean, reach = rng.uniform(0.5, 0.75), rng.uniform(17, 27)
+            turn = rng.uniform(0.45, 0.95)
+            front = np.array([-lean, np.cos(turn), -s * np.sin(turn)]) / np.hypot(1, lean)
+            corner = p.place(np.array([[-62.0, 70.0, s * 38.0]]))[0] - front * reach
+            dz, dy, dx = (axis - c for axis, c in zip((body.z, body.y, body.x), corner, strict=True))
+            sheet = front[0] * dz[:, None, None] + front[1] * dy[None, :, None] + (front[2] * dx)[None, None, :]
+            across = (np.sin(turn) * dy[:, None] + s * np.cos(turn) * dx[None, :]) / 40
+            sheet = sheet + 2.5 * (across**2)[None] - 0.8 * body.noise(14.0, int(rng.integers(2**31)))
+            sheet = sheet - 0.5 * np.maximum(z + 25, 0)[:, None, None]  # its tip is below the hilum
+            found = np.clip(sheet / body.edge + 0.5, 0, 1) * inside * (s * x > 0)
             np.maximum(share, found.astype(np.float32), out=share)
-        for _ in range(0 if wedge else int(rng.integers(2, 5))):
-            centre, _ = spots(body, rng, 1, OF_SIDE[s], (6, 26), (-80, -15))
-            tilt, half = rng.normal(0, 0.28, 2), rng.uniform(22, 44)
+        for _ in range(int(rng.integers(0, 2)) if wedge else int(rng.integers(2, 5))):
+            centre, _ = spots(body, rng, 1, OF_SIDE[s], (2, 16), (-80, -15))
+            tilt, half = rng.normal(0, 0.25, 2), rng.uniform(26, 48)
             dz, dy, dx = (axis - c for axis, c in zip((body.z, body.y, body.x), centre[0], strict=True))
-            wave = 2.2 * np.sin(dx / 13 + rng.uniform(0, 6))
+            wave = 1.6 * np.sin(dx / 13 + rng.uniform(0, 6))
             sheet = dz[:, None, None] + tilt[0] * dy[None, :, None] + (tilt[1] * dx + wave)[None, None, :]
-            thick = rng.uniform(2.5, 5.5) * np.clip(1.15 - (dy[:, None] ** 2 + dx[None, :] ** 2) / half**2, 0, 1)
+            far = 1.25 - (dy[:, None] ** 2 + (dx[None, :] * rng.uniform(0.6, 1.0)) ** 2) / half**2
+            thick = rng.uniform(3.0, 6.5) * np.clip(far * 1.6, 0, 1)
             wide = np.maximum(thick, body.edge)[None]
             found = np.clip((wide / 2 - np.abs(sheet)) / body.edge + 0.5, 0, 1) * (thick[None] / wide) * inside
             np.maximum(share, np.where(found > 0.05, found, 0).astype(np.float32), out=share)
@@ -421,41 +465,87 @@ def peribronchial(body: Body, rng: np.random.Generator) -> Drawn:
 
 @in_chest
 def bronchiectasis(body: Body, rng: np.random.Generator) -> Drawn:
-    """Bronchi wider than the artery beside them, which do not taper and reach the outer lung, with thick walls."""
-    both = rng.random() < 0.45
+    """Bronchi wider than the artery beside them that keep their width to within 1 cm of the pleura, in some segments.
+
+    Cylindrical ones are rings across and tram tracks along; varicose ones are beaded, cystic ones end in clusters.
+    """
+    both = rng.random() < 0.55
     sides = [1, -1] if both else [int(rng.choice([1, -1]))]
-    upper = rng.random() < 0.3
+    upper = rng.random() < 0.25
     kind = str(rng.choice(["cylindrical", "varicose", "cystic"], p=[0.65, 0.2, 0.15]))
-    tree, share = body.arteries, body.everything
-    lobes = [(1 if s < 0 else 4) if upper else (3 if s < 0 else 5) for s in sides]
-    for lobe in lobes:
-        tops = [territory(body, rng, (lobe,), (0.09, 0.3))[0] for _ in range(int(rng.integers(2, 4)))]
-        chosen = airways_of(body, tops, 0.5) & (tree.fed > 0.006)
-        factor = rng.uniform(2.0, 2.9)
-        lumen = np.clip(body.lumens * factor, 1.8, 4.6)
-        parent = tree.parent
-        come = np.where((parent >= 0) & chosen[parent], np.minimum(lumen[parent], lumen * 1.15), lumen)
-        start, end = beside(tree, lumen, 0.2)
-        a, b, r, q = bent(start, end, parent, come, lumen, chosen)
+    share, paths, lumens = body.everything, [], []
+    outer, inner, vessel = body.everything, body.everything, body.everything
+    for side in sides:
+        lobe = (1 if side < 0 else 4) if upper else (3 if side < 0 else 5)
+        paths += courses(body, rng, lobe, int(rng.integers(10, 17)))
+        lumens += [rng.uniform(2.1, 2.9)] * (len(paths) - len(lumens))
+    wall = rng.uniform(0.6, 0.95)
+    for path, lumen in zip(paths, np.array(lumens) * rng.uniform(0.8, 1.25, len(paths)), strict=True):
+        t = np.linspace(0, 1, len(path))
+        radius = lumen * np.interp(t, [0, 0.2, 0.9, 1], [0.75, 1, 0.9, 0.6])
         if kind == "varicose":
-            r, q = r * rng.uniform(0.7, 1.35, len(r)), q * rng.uniform(0.7, 1.35, len(q))
-        wall = rng.uniform(0.8, 1.4)
-        outer, inner = body.everything, body.everything
-        body.tubes(outer, a, b, r + wall, q + wall)
-        body.tubes(inner, a, b, r, q)
+            radius = radius * (1.05 + 0.4 * np.sin(len(path) * t * rng.uniform(0.9, 1.3) + rng.uniform(0, 6)))
+        way = np.gradient(path, axis=0)
+        aside = np.cross(way, np.cross(np.array([0.25, 0.5, 0.8]), way))
+        aside /= np.maximum(np.linalg.norm(aside, axis=1, keepdims=True), 1e-6)
+        artery = lumen * rng.uniform(0.55, 0.75) * np.interp(t, [0, 1], [1, 0.6])
+        body.line(vessel, path + aside * (radius + wall + 0.8 * artery)[:, None], artery)
+        body.line(outer, path, radius + wall)
+        body.line(inner, path, radius)
         if kind == "cystic":
-            ends = np.flatnonzero(chosen & (tree.fed < 0.03))
-            ends = ends[rng.permutation(len(ends))[:14]]
-            size = rng.uniform(4, 9, (len(ends), 1)) * np.ones(3)
-            body.balls(outer, end[ends], size + wall)
-            body.balls(inner, end[ends], size)
-        outer *= (lung_share(body) > 0.5) * (body.lobes == lobe)
-        inner = np.minimum(inner, outer)
-        raster.paint(body.hu, outer, 15.0)
-        raster.paint(body.hu, inner, -965.0)
-        np.maximum(share, outer, out=share)
+            place = path[-1] + rng.normal(0, 4.5, (7, 3))
+            size = rng.uniform(2.8, 6.0, (7, 1)) * np.ones(3)
+            body.balls(outer, place, size + wall)
+            body.balls(inner, place, size)
+    within = lung_share(body) > 0.5
+    for part in (outer, vessel):
+        part *= within
+    inner = np.minimum(inner, outer)
+    raster.paint(body.hu, np.where(body.hu < 0, vessel, 0).astype(np.float32), 0.85 * body.tissue.blood + 5)
+    raster.paint(body.hu, outer, 10.0)
+    raster.paint(body.hu, inner, -970.0)
+    np.maximum(outer, vessel, out=share)
     side = "bilateral" if both else SIDES[sides[0]]
     return share, dict(side=side, location="upper lobe" if upper else "lower lobe", kind=kind)
+
+
+def courses(body: Body, rng: np.random.Generator, lobe: int, count: int, ends: float = 11.0) -> list[np.ndarray]:
+    """Smooth courses of bronchi (n, 3) mm, one point every 3 mm, from where a lobe's segments fork towards the pleura.
+
+    Args:
+        body: the chest.
+        rng: source of randomness.
+        lobe: 1 to 5.
+        count: how many, spread over the lobe.
+        ends: mm from the pleura where they end at most.
+    """
+    tree = body.arteries
+    leaf = np.ones(len(tree.parent), bool)
+    leaf[tree.parent[tree.parent >= 0]] = False
+    leaf = np.flatnonzero(leaf & (tree.lobe == lobe))
+    at = np.clip(np.rint((tree.end[leaf] - body.low) / body.step).astype(int), 0, np.array(body.shape) - 1)
+    depth = body.lung[tuple(at.T)]
+    leaf = rng.permutation(leaf[(depth > 3) & (depth < ends + body.edge)])
+    found: list[tuple[float, np.ndarray]] = []
+    for i in leaf[: 12 * count]:
+        nodes, j = [tree.end[i]], int(i)
+        while j >= 0 and tree.fed[j] < 0.35:
+            nodes.append(tree.start[j])
+            j = int(tree.parent[j])
+        rough = np.array(nodes[::-1])
+        far = np.r_[0, np.cumsum(np.linalg.norm(np.diff(rough, axis=0), axis=1))]
+        n = int(far[-1] / 3) + 1
+        if n < 10:
+            continue
+        path = np.stack([np.interp(np.linspace(0, far[-1], n), far, axis) for axis in rough.T], 1)
+        for _ in range(12):
+            path[1:-1] = 0.25 * path[:-2] + 0.5 * path[1:-1] + 0.25 * path[2:]
+        found.append((float(np.linalg.norm(path[-1] - path[0]) / far[-1]), path))
+    chosen: list[np.ndarray] = []
+    for _, path in sorted(found, key=lambda item: -item[0]):  # the straightest, apart from one another
+        if len(chosen) < count and all(np.linalg.norm(path[-1] - other[-1]) > 13 for other in chosen):
+            chosen.append(path)
+    return chosen
 
 
 # ---- pleura ----
