@@ -16,8 +16,16 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medctkit.common.atomic import replacing
-from medctkit.common.csv_tables import check_columns, given, read_table, refuse_wrong, to_numbers
+from medctkit.common.csv_tables import (
+    check_columns,
+    first_row,
+    given,
+    read_table,
+    refuse_wrong,
+    to_numbers,
+    write_table,
+)
+from medctkit.common.text import folded
 from medctkit.findings import FINDINGS
 from medctkit.phantom.study import HOSPITALS, TRAINING_SHAPE, PhantomStudy, generate, named_rng
 from medctkit.scans.geometry import STEP_RANGE
@@ -218,39 +226,92 @@ def _reading_rules(table: "pd.DataFrame", real: "pd.Series") -> Iterator[tuple]:
 
 def _scan_rules(table: "pd.DataFrame") -> Iterator[tuple]:
     """The same for what rows have wrong against each other; every cell alone is right already."""
-    import pandas as pd
-
-    row = pd.Series(table.index.astype(str), index=table.index)
+    row = table.index.astype(str)
     scan = table.groupby(["patient", "scan"], sort=False).ngroup()
-    first = row.groupby(scan).transform("first")
+    first = first_row(table, scan)
     for name in ("hospital", "report", *FINDINGS):
         # an unknown label differs from a known one
         values = table[name].fillna(-1) if name in FINDINGS else table[name]
         differs = values.groupby(scan).transform("first") != values
         yield name, differs, "that of row " + first + ", another reconstruction of the same scan"
-    earlier = row.groupby([scan, table["reconstruction"].astype(float)]).transform("first")
+    earlier = first_row(table, [scan, table["reconstruction"].astype(float)])
     yield "reconstruction", earlier != row, "another number: row " + earlier + " is this reconstruction of this scan"
     if "path" in table:
-        file = table.loc[given(table["path"]), "path"].astype(str).map(os.path.normpath)
-        series = table["series"].fillna("").astype(str) if "series" in table else pd.Series("", index=table.index)
-        earlier = row[file.index].groupby([file, series[file.index]]).transform("first").reindex(table.index)
+        file = table["path"].where(given(table["path"])).map(_file_at, na_action="ignore")
+        earlier = first_row(table, [file, _series(table)])
         yield "path", earlier.notna() & (earlier != row), "another file: row " + earlier + " is this scan already"
-    known = table.loc[given(table["checksum"]), ["study", "split", "checksum"]]
-    first = known.groupby("checksum")[["study", "split"]].transform("first").reindex(table.index)
-    leaked = first["split"].notna() & (first["split"] != table["split"])
-    twin = first["study"] + " in the split " + first["split"]
-    yield "checksum", leaked, "another scan: study " + table["study"].astype(str) + " is the same as " + twin
+    twins = _twins(table)
+    last = twins.groupby("twins")[["study", "split"]].transform("last").reindex(table.index)
+    expected = "another scan: study " + table["study"].astype(str) + " is the same as " + last["study"]
+    yield (
+        "checksum",
+        last["split"].notna() & (last["split"] != table["split"]),
+        expected + " in the split " + last["split"],
+    )
+
+
+def _series(table: "pd.DataFrame") -> "pd.Series":
+    """Of one file or folder, two series are two scans."""
+    import pandas as pd
+
+    return table["series"].fillna("").astype(str) if "series" in table else pd.Series("", index=table.index)
+
+
+def _file_at(path: str) -> str:
+    """What a path leads to, the same for all links to one file."""
+    try:
+        found = os.stat(os.path.expanduser(str(path)))
+    except OSError:
+        return os.path.normpath(str(path))
+    return f"{found.st_dev} {found.st_ino}"
+
+
+def _twins(table: "pd.DataFrame") -> "pd.DataFrame":
+    """Rows whose volumes are equal, and equal in more than one split, with their number in `twins`; test comes last."""
+    known = table[given(table["checksum"])]
+    known = known.assign(twins=known.groupby(["checksum", _series(known)]).ngroup())
+    known = known[known.groupby("twins")["split"].transform("nunique") > 1]
+    return known.sort_values("split", key=lambda split: split.map(SPLITS.index), kind="stable")
+
+
+def without_leaks(table: "pd.DataFrame") -> tuple["pd.DataFrame", list[dict]]:
+    """A prepared manifest without patients of whom a volume is, under another name, in a later split too.
+
+    Returns:
+        What is left, and study, path, error and message of each row that was left out.
+    """
+    twins = _twins(table)
+    last = twins.groupby("twins")[["study", "patient", "split"]].transform("last")
+    why: dict[str, str] = {}
+    for row, kept in zip(twins.to_dict("records"), last.to_dict("records"), strict=True):
+        if row["split"] != kept["split"]:
+            why[row["patient"]] = (
+                f"patient {row['patient']} has a volume ({row['study']}) equal to {kept['study']} of patient "
+                f"{kept['patient']} in the split {kept['split']}: all of this patient is left out, or the test would "
+                "measure memory. Give both the same patient, or get the right file"
+            )
+    left = table["patient"].isin(why)
+    return table[~left], [
+        {"study": row["study"], "path": row.get("path", ""), "error": "Leak", "message": why[row["patient"]]}
+        for row in table[left].to_dict("records")
+    ]
 
 
 def _split_rule(table: "pd.DataFrame") -> tuple:
-    import pandas as pd
-
-    patient = table["patient"]
-    row = pd.Series(table.index.astype(str), index=table.index).groupby(patient).transform("first")
+    patient = table["patient"].map({name: folded(name) for name in table["patient"].unique()})
+    row = first_row(table, patient)
     first = table["split"].groupby(patient).transform("first")
+    other = table["patient"].groupby(patient).transform("first")
+    there = row + (", there " + other.map(ascii)).where(other != table["patient"], "")
     expected = (
-        first + ": patient " + patient.astype(str) + " is in two splits (see row " + row + "); all scans of a patient "
-        "belong into one, or the test measures memory"
+        first
+        + ": patient "
+        + table["patient"].map(ascii)
+        + " is in two splits (see row "
+        + there
+        + "); all scans of a "
+        "patient belong into one, or the test measures memory. If they are two people, give them names that differ in "
+        "more than case, accents, blanks, leading zeros or letters that look alike"
     )
     return "split", first != table["split"], expected
 
@@ -282,7 +343,7 @@ def load_manifest(path: str | os.PathLike) -> "pd.DataFrame":
         FileNotFoundError: no such file.
         ValueError: not a table (see `read_table`), or see `validate_manifest`.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no manifest at {path}; `medctkit manifest` writes the default one")
     table = read_table(path, COLUMNS)
@@ -306,16 +367,13 @@ def write_manifest(table: "pd.DataFrame", path: str | os.PathLike) -> Path:
 
     A `path` inside the manifest's folder is written relative to it, so that both can move together.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     validate_manifest(table)
-    # a lone carriage return would end the row for some readers
-    table = table.replace(r"\r\n?", "\n", regex=True)
     if "path" in table:
         folder = Path(os.path.abspath(path.parent))
         table["path"] = ["" if _empty(file) else _from_folder(str(file), folder) for file in table["path"]]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        table.to_csv(temporary, index=False, lineterminator="\n")
+    write_table(table, path)
     return path
 
 

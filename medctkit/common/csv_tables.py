@@ -2,18 +2,21 @@
 
 Spreadsheets leave their marks: a byte order mark, semicolons, decimal commas, empty rows and columns. What
 has one meaning is read; what has none or two is refused. Rows are counted as a spreadsheet shows them: the
-header is row 1, and a text with line breaks in it stays one row.
+header is row 1, and a text with line breaks in it stays one row. A text that a spreadsheet would run as a formula is
+written with an apostrophe before it, which is taken off again when it is read.
 """
 
 import csv
 import io
 import os
+import re
 from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medctkit.common.text import SHOWN, listed
+from medctkit.common.atomic import replacing
+from medctkit.common.text import listed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,10 +25,27 @@ _DELIMITERS = ",;\t"
 _HEADER = 100_000  # characters that the header is looked for in
 _DECIMAL_COMMA = r"([+-]?\d+),(\d+)"
 _THOUSANDS = r"[+-]?[1-9]\d{0,2},\d{3}"  # 1,250 is 1250 to some and 1.25 to others
+_FORMULA = re.compile(r"(?!'*[+-]?[\d.,]+(e[+-]?\d+)?$)'*\s*[=+@＝＋－＠\t\r-]", re.I)
+
+
+def write_table(table: "pd.DataFrame", path: str | os.PathLike) -> None:
+    """Write a CSV table, whole or not at all; `read_table` gives its texts back as they were."""
+
+    def escaped(cell: object) -> object:
+        return f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) else cell
+
+    # a lone carriage return would end the row for some readers
+    table = table.replace(r"\r\n?", "\n", regex=True).rename(columns=escaped)
+    texts = table.select_dtypes(exclude="number").map(escaped)
+    with replacing(path) as temporary:
+        table.assign(**texts).to_csv(temporary, index=False, lineterminator="\n")
 
 
 def read_table(
-    path: str | os.PathLike, required: Collection[str], optional: Collection[str] | None = None
+    path: str | os.PathLike,
+    required: Collection[str],
+    optional: Collection[str] | None = None,
+    wrong: dict[int, str] | None = None,
 ) -> "pd.DataFrame":
     """Read a CSV table, separated by commas, semicolons or tabs, in UTF-8 (or UTF-16 with its mark).
 
@@ -33,6 +53,7 @@ def read_table(
         path: the file.
         required: columns it must have.
         optional: further columns to keep where it has them; None: all.
+        wrong: gets rows that can't be read, by their number, with what is wrong; they are left out then.
 
     Returns:
         Every cell as text, "" where empty; the index is the row in the file.
@@ -44,28 +65,36 @@ def read_table(
     """
     import pandas as pd
 
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such table")
     text, broken = _decode(path)
     delimiter = max(_DELIMITERS, key=lambda mark: len(set(_header(text, mark)) & set(required)))
-    rows, numbers = _rows(path, text, delimiter)
+    rows = _rows(path, text, delimiter)
     if not rows:
         raise ValueError(f"{path}: the table is empty; expected a header with the columns {list(required)}")
-    if broken:
-        _refuse_broken_text(path, rows, numbers)
-    unequal = [
-        f"row {number} has {len(row)} cells, the header {len(rows[0])}"
-        for number, row in zip(numbers, rows, strict=True)
-        if len(row) != len(rows[0])
-    ]
-    if unequal:
-        raise ValueError(f"{path}: {listed(unequal)}. A text with a {delimiter!r} in it needs quotes around it")
-    header, rows = [name.strip() for name in rows[0]], rows[1:]
+    number, header = next(iter(rows.items()))
+    found = {
+        number: f"row {number} has {len(row)} cells, the header {len(header)}. A text with a {delimiter!r} in it needs "
+        "quotes around it"
+        for number, row in rows.items()
+        if len(row) != len(header)
+    } | (_broken_text(rows, header) if broken else {})
+    if found and (wrong is None or number in found):
+        raise ValueError(f"{path}: {found.get(number) or listed(found.values())}")
+    if wrong is not None:
+        wrong |= found
+    del rows[number]
+    header = [name.strip() for name in header]
     check_columns(header, required, str(path))
     kept = [i for i, name in enumerate(header) if optional is None or name in required or name in optional]
-    cells = rows if len(kept) == len(header) else [[row[i] for i in kept] for row in rows]
-    return pd.DataFrame(cells, index=numbers[1:], columns=[header[i] for i in kept], dtype=str)
+    cells = [[_unescaped(row[i]) for i in kept] for n, row in rows.items() if n not in found]
+    columns = [_unescaped(header[i]) for i in kept]
+    return pd.DataFrame(cells, index=[n for n in rows if n not in found], columns=columns, dtype=str)
+
+
+def _unescaped(cell: str) -> str:
+    return cell[1:] if cell[:1] == "'" and _FORMULA.match(cell[1:]) else cell
 
 
 def _decode(path: Path) -> tuple[str, bool]:
@@ -88,39 +117,39 @@ def _header(text: str, delimiter: str) -> list[str]:
         return []
 
 
-def _rows(path: Path, text: str, delimiter: str) -> tuple[list[list[str]], list[int]]:
-    """All rows that aren't empty, without the empty cells that a spreadsheet appends, and their numbers."""
+def _rows(path: Path, text: str, delimiter: str) -> dict[int, list[str]]:
+    """By their numbers all rows that aren't empty, without the empty cells that a spreadsheet appends."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows: list[list[str]] = []
-    numbers, number = [], 0
+    rows: dict[int, list[str]] = {}
+    width = number = 0
     try:
         for number, row in enumerate(reader, 1):
             if not any(row):
                 continue
-            if not rows:
-                row = row[: max(i for i, name in enumerate(row) if name) + 1]
-            elif not any(row[len(rows[0]) :]):
-                row = row[: len(rows[0])]
-            rows.append(row)
-            numbers.append(number)
+            width = width or max(i for i, name in enumerate(row) if name) + 1
+            rows[number] = row if any(row[width:]) else row[:width]
     except csv.Error as error:
         raise ValueError(
             f"{path} row {number + 1}: a quotation mark is never closed, or text follows after it ({error}); "
             "save the table as CSV again"
         ) from None
-    return rows, numbers
+    return rows
 
 
-def _refuse_broken_text(path: Path, rows: list[list[str]], numbers: list[int]) -> None:
-    for number, row in zip(numbers, rows, strict=True):
+def _broken_text(rows: dict[int, list[str]], header: list[str]) -> dict[int, str]:
+    """By its number what is wrong with each row that has a cell of other bytes than text in UTF-8."""
+    wrong = {}
+    for number, row in rows.items():
         for i, cell in enumerate(row):
             found = cell.encode("utf-8", errors="surrogateescape")
             if "\0" in cell or found.decode("utf-8", errors="replace") != cell:
-                column = rows[0][i] if number > numbers[0] and i < len(rows[0]) else f"number {i + 1}"
-                raise ValueError(
-                    f"{path} row {number}, column {column!r}: got {found[:80]!r}, which is not text in UTF-8; "
-                    "save the table as 'CSV UTF-8', so that no letter has to be guessed"
+                column = header[i] if row is not header and i < len(header) else f"number {i + 1}"
+                wrong.setdefault(
+                    number,
+                    f"row {number}, column {column!r}: got {found[:80]!r}, which is not text in UTF-8; "
+                    "save the table as 'CSV UTF-8', so that no letter has to be guessed",
                 )
+    return wrong
 
 
 def check_columns(found: Iterable[str], required: Collection[str], where: str) -> None:
@@ -166,26 +195,40 @@ def given(column: "pd.Series") -> "pd.Series":
     return column.notna() & (column.astype(str).str.strip() != "")
 
 
-def refuse_wrong(where: str, table: "pd.DataFrame", rules: Iterable[tuple]) -> None:
-    """Refuse a table if a rule finds wrong cells.
+def first_row(table: "pd.DataFrame", keys: object) -> "pd.Series":
+    """For each row the row (text) in which its group begins: the first with the same keys, as `groupby` takes them."""
+    import pandas as pd
+
+    return pd.Series(table.index.astype(str), index=table.index).groupby(keys).transform("first")
+
+
+def wrong_cells(where: str, table: "pd.DataFrame", rules: Iterable[tuple]) -> list[tuple[int, str]]:
+    """The cells that a rule finds wrong, in the order of the rows.
 
     Args:
-        where: the table's name in the message.
+        where: the table's name in the texts.
         table: its index holds the rows in the file.
         rules: (column, wrong, expected): which rows are wrong (bool), and what was expected: one text, or a
             series with a text for each row.
 
-    Raises:
-        ValueError: lists the first wrong rows, each with its column, its value and what was expected.
+    Returns:
+        Place of the row in `table`, and a text with row, column, value and what was expected.
     """
     found = []
     for column, wrong, expected in rules:
-        found += [(int(at), column, expected) for at in wrong.to_numpy(dtype=bool).nonzero()[0]]
-    if found:
-        found.sort(key=lambda cell: cell[0])
-        texts = [
-            f"{where} row {table.index[at]}, column {column!r}: got {table[column].astype(object).iloc[at]!r:.100}, "
-            f"expected {expected if isinstance(expected, str) else expected.iloc[at]}"
-            for at, column, expected in found[:SHOWN]
-        ]
-        raise ValueError(listed(texts, len(found)))
+        cells = table[column].astype(object).to_numpy()
+        for at in map(int, wrong.to_numpy(dtype=bool).nonzero()[0]):
+            wanted = expected if isinstance(expected, str) else expected.iloc[at]
+            text = f"{where} row {table.index[at]}, column {column!r}: got {cells[at]!r:.100}, expected {wanted}"
+            found.append((at, text))
+    return sorted(found, key=lambda cell: cell[0])
+
+
+def refuse_wrong(where: str, table: "pd.DataFrame", rules: Iterable[tuple]) -> None:
+    """Refuse a table with wrong cells; see `wrong_cells`.
+
+    Raises:
+        ValueError: lists the first wrong rows, each with its column, its value and what was expected.
+    """
+    if found := wrong_cells(where, table, rules):
+        raise ValueError(listed([text for _, text in found]))

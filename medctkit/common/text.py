@@ -1,8 +1,13 @@
-"""Words for messages: lists that stay short, counted things, sizes."""
+"""Words for messages: lists that stay short, counted things, sizes; texts of others, made harmless where they go."""
 
+import re
+import unicodedata
 from collections.abc import Collection, Iterable
 
 SHOWN = 5  # texts of a list that a message gives
+_UNSEEN = re.compile("COMBINING|VARIATION SELECTOR|FILLER|JOINER|BLANK")  # in Unicode's names of characters
+# Cyrillic and Greek letters that look like Latin ones, in small or in capitals
+_ALIKE = str.maketrans("авекмнорстухіјѕαβεζηικμνορτυχ", "abekmhopctyxijsabezhikmnoptyx")
 
 
 def counted(things: Collection, noun: str) -> str:
@@ -24,3 +29,35 @@ def listed(texts: Iterable[str], total: int | None = None) -> str:
     total = len(texts) if total is None else total
     more = [f"... and {total - SHOWN} more"] if total > SHOWN else []
     return "\n".join(texts[:SHOWN] + more)
+
+
+def folded(name: object) -> str:
+    """What two spellings of one name have in common: "Ｐ-007\u200b", "p\u20117" and "P-7" give the same.
+
+    Set aside are case, Unicode form, accents, letters that look alike, marks that nobody sees, kinds of digits, dashes
+    and blanks, zeros before a number, and the ".0" that a spreadsheet puts behind one.
+    """
+
+    def plain(c: str) -> str:
+        kind = unicodedata.category(c)
+        if kind in ("Pd", "Zs", "Nd") or c == "\u2212":
+            return {"Z": " ", "N": str(unicodedata.digit(c, ""))}.get(kind[0], "-")
+        return "" if kind[0] == "C" or _UNSEEN.search(unicodedata.name(c, "")) else c
+
+    text = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", str(name)).casefold()).translate(_ALIKE)
+    text = " ".join("".join(map(plain, text)).split())
+    return re.sub(r"(?<![\d.])0+(?=\d)", "", re.sub(r"^(\d+)\.0+$", r"\1", text))
+
+
+def printable(text: object) -> str:
+    """A text for a terminal: what would steer it (escape codes, letters that turn the line) is spelt out."""
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else c.encode("unicode_escape").decode()
+        for c in str(text)
+    )
+
+
+def markdown(text: object) -> str:
+    """A text for one line or cell of a Markdown page: no HTML, links, pictures or further cells; code stays code."""
+    line = " ".join(str(text).split())
+    return re.sub(r"[|\\]|(?<=\])[(\[:]", r"\\\g<0>", line).replace("&", "&amp;").replace("<", "&lt;")

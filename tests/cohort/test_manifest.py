@@ -22,8 +22,10 @@ from medctkit.cohort.manifest import (
     validate_manifest,
     verify_row,
     volume_from_row,
+    without_leaks,
     write_manifest,
 )
+from medctkit.common.text import folded
 from medctkit.findings import FINDINGS, PREVALENCE
 
 SHIPPED = Path(__file__).resolve().parents[2] / "data_manifest.csv"
@@ -242,7 +244,7 @@ def test_a_wrong_value_is_named_with_row_and_column(table, column, value):
         (1, "report", "Another report.", r"that of row 2, another reconstruction of the same scan"),
         (1, "Emphysema", "1", r"that of row 2, another reconstruction of the same scan"),
         (3, "path", "./x/../01.nii.gz", r"another file: row 2 is this scan already"),
-        (2, "split", "valid", r"train: patient 007 is in two splits \(see row 2\)"),
+        (2, "split", "valid", r"train: patient '007' is in two splits \(see row 2\)"),
         (4, "hospital", "St Mary's", r"one of \['source', 'target'\] for a phantom; a real scan needs a path"),
         (4, "rescale_slope", "1", "nothing: a phantom"),
         (4, "series", "1.2", "nothing: a phantom"),
@@ -272,15 +274,68 @@ def test_one_file_may_not_be_in_two_splits(tmp_path):
     rows[0]["checksum"] = rows[1]["checksum"] = "a" * 64
     assert len(loaded(tmp_path, as_csv(rows))) == 5, "twice in one split: odd, but no leak"
     rows[3]["checksum"] = "a" * 64
-    with pytest.raises(ValueError, match="row 5, column 'checksum': .* study 04 is the same as 01 in the split train"):
+    with pytest.raises(ValueError, match="row 2, column 'checksum': .* study 01 is the same as 04 in the split test"):
         loaded(tmp_path, as_csv(rows))
 
 
 def test_two_series_of_one_folder_are_two_scans(tmp_path):
     rows = real_rows()
-    rows[0] |= dict(path="dicom", series="1.2.3")
-    rows[1] |= dict(path="dicom/", series="1.2.4")
-    assert loaded(tmp_path, as_csv(rows))["series"].tolist()[:2] == ["1.2.3", "1.2.4"]
+    rows[0] |= dict(path="dicom", series="1.2.3", checksum="a" * 64)
+    rows[3] |= dict(path="dicom/", series="1.2.4", checksum="a" * 64)
+    assert loaded(tmp_path, as_csv(rows))["series"].tolist()[:4] == ["1.2.3", "", "", "1.2.4"]
+
+
+@pytest.mark.parametrize(
+    "other",
+    ["7", "7.0", "007 ", "\u200b007", "00\N{SOFT HYPHEN}7", "\uff10\uff10\uff17", "00\u0667", "007\ufe0f", "\u2060007"],
+)
+def test_two_spellings_of_one_patient_are_one_patient(tmp_path, other):
+    rows = real_rows()
+    rows[3]["patient"] = other
+    with pytest.raises(ValueError, match=r"row 5, column 'split': .* is in two splits \(see row 2") as caught:
+        loaded(tmp_path, as_csv(rows))
+    assert other == "007 " or "there '007'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Jos\xe9", "Jose\u0301"),
+        ("M\xfcller", "MULLER"),
+        ("P-7", "p\u20117"),
+        ("P-7", "\u0420-007"),  # Cyrillic
+        ("DOE^JOHN", "doe^john"),
+        ("a b", "a\xa0 b"),
+        ("stra\xdfe", "STRASSE"),
+    ],
+)
+def test_names_that_look_alike(one, other):
+    assert folded(one) == folded(other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("p1", "p10"), ("1-11", "11-1"), ("1.2.840.0", "1.2.840"), ("1.05", "1.5"), ("\u0e01\u0e48", "\u0e01\u0e49")],
+)
+def test_names_that_differ(one, other):
+    assert folded(one) != folded(other)
+
+
+@pytest.mark.parametrize("link", ["symlink_to", "hardlink_to"])
+def test_links_to_one_file_are_one_scan(tmp_path, link):
+    rows = real_rows(tmp_path)
+    (tmp_path / "01.nii.gz").write_bytes(b"scan")
+    getattr(tmp_path / "04.nii.gz", link)(tmp_path / "01.nii.gz")
+    with pytest.raises(ValueError, match="row 5, column 'path': .* row 2 is this scan already"):
+        loaded(tmp_path, as_csv(rows))
+
+
+def test_a_patient_who_shares_a_volume_with_a_later_split_is_left_out(tmp_path):
+    table = pd.DataFrame(real_rows()[:4]).assign(checksum=["a" * 64, "b" * 64, "c" * 64, "a" * 64])
+    left, failures = without_leaks(table)
+    assert left["study"].tolist() == ["04"] and [failure["study"] for failure in failures] == ["01", "02", "03"]
+    assert "patient 007 has a volume (01) equal to 04 of patient 008 in the split test" in failures[0]["message"]
+    assert without_leaks(left)[0].equals(left)
 
 
 def test_an_error_lists_the_first_five_wrong_rows(table):
@@ -317,7 +372,7 @@ def test_other_defects_are_refused(table, tmp_path):
         validate_manifest(twice)
     elsewhere = table.loc[table["split"] != table["split"].iloc[4], "patient"].iloc[0]
     crossed = change(table, "patient", elsewhere)
-    with pytest.raises(ValueError, match=rf"column 'split': .* patient {elsewhere} is in two splits \(see row 6\)"):
+    with pytest.raises(ValueError, match=rf"column 'split': .* patient '{elsewhere}' is in two splits \(see row 6\)"):
         validate_manifest(crossed)
     with pytest.raises(FileNotFoundError, match="no manifest at"):
         load_manifest(tmp_path / "none.csv")
