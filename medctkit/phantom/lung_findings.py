@@ -179,18 +179,23 @@ def emphysema(body: Body, rng: np.random.Generator) -> Drawn:
     centre, _ = spots(body, rng, 6 * n if n < 600 else 3500, lobes, depth)
     height = centre[:, 0] / body.patient.scale[0]
     keep = rng.random(len(centre)) < np.clip((height + 70) / 130, 0.04, 1) ** 1.3
-    clump = np.sin(centre @ rng.normal(0, 0.035, 3) + rng.uniform(0, 6)) + np.sin(centre @ rng.normal(0, 0.05, 3))
-    keep &= clump > -0.7
+    clump = np.sin(centre @ rng.normal(0, 0.045, 3) + rng.uniform(0, 6)) + np.sin(centre @ rng.normal(0, 0.08, 3))
+    keep &= clump + 0.5 * rng.normal(size=len(centre)) > -0.4
     centre = centre[keep][:n]
-    radius = rng.gamma(5, 1.3, len(centre)) + 2.0 if paraseptal else rng.gamma(3, 0.75, len(centre)) + 0.9
-    radius *= 0.7 + 0.5 * burden
+    radius = rng.gamma(5, 1.3, len(centre)) + 2.0 if paraseptal else np.minimum(rng.gamma(3, 0.6, len(centre)) + 1.4, 4.5)
+    radius *= 0.75 + 0.45 * burden
     share, edge = body.everything, body.edge
-    body.edge = max(edge, 1.2 if paraseptal else 2.6)
+    if not paraseptal:  # holes run together: each is a few
+        centre = np.concatenate([centre, *(centre + rng.normal(0, 0.75, centre.shape) * radius[:, None] for _ in "ab")])
+        radius = np.concatenate([radius, 0.8 * radius, 0.7 * radius])
+    body.edge = max(edge, 1.2 if paraseptal else 3.4)
     body.balls(share, centre, radius[:, None] * rng.uniform(0.75, 1.25, (len(centre), 3)))
     body.edge = edge
+    if not paraseptal:  # without an edge, and none like another
+        share = np.clip(share * (1.15 + 0.3 * body.noise(2.4, int(rng.integers(2**31)))) - 0.05, 0, 1)
     share *= np.clip((body.lung - (1.0 if paraseptal else 0.5)) / body.edge + 0.5, 0, 1)
     share *= body.hu < -600
-    raster.paint(body.hu, share * 0.92, -985.0)
+    raster.paint(body.hu, share, -992.0)
     return share, dict(kind="paraseptal" if paraseptal else "centrilobular", severity=severity((burden - 0.3) / 0.7),
                        side="bilateral", location="upper lobe")  # fmt: skip
 
@@ -212,28 +217,30 @@ def mosaic(body: Body, rng: np.random.Generator) -> Drawn:
 @in_chest
 def septal_thickening(body: Body, rng: np.random.Generator) -> Drawn:
     """Thick septa: short lines that stand on the pleura and closed arcades of 1 to 2 cm behind it, at the bases first."""
-    thickness, degree = rng.uniform(1.2, 2.0), rng.random()
-    size, reach = rng.uniform(13, 17), 16 + 14 * degree
+    thickness, degree = rng.uniform(1.2, 1.8), rng.random()
+    size, reach = rng.uniform(12, 16), 13 + 9 * degree
     # lobules stand in two layers under the pleura, so that the septa between those of a layer are square to it
-    seeds, height = [], 15 + 60 * degree
-    for layer in (7.0, 7.0 + 1.25 * size, 7.0 + 2.6 * size):
-        places, _ = spots(body, rng, 2600, depth=(layer - 1.5, layer + 1.5))
+    seeds, height = [], -5 + 60 * degree
+    for layer in (7.0, 7.0 + 1.3 * size):
+        places, _ = spots(body, rng, 1500, depth=(layer - 2, layer + 2), zone=(-120, height + 30))
         seeds.append(apart(places, size))
     middle = np.concatenate(seeds)
-    top = body.patient.scale[0] * (height + 25)
-    inside = (body.lung > -body.edge) & (body.lung < reach + 14) & (body.z < top)[:, None, None]
-    which, beyond, wall, _ = cells(body, rng, inside, seeds=middle, wobble=1.3)
-    base = np.clip((height - middle[:, 0] / body.patient.scale[0]) / 50, 0, 1)
-    patch = sum(np.sin(middle @ rng.normal(0, 0.025, 3) + rng.uniform(0, 6)) for _ in range(2)) * 0.22
-    ill = rng.random(len(middle)) < np.clip(base * (0.5 + 0.45 * degree) + patch * (base > 0), 0, 0.92)
-    # all septa of an ill lobule are thick: arcades, not loose ends
-    strong = (ill[which] | ill[beyond]) & (which >= 0) & (beyond >= 0)
-    strong = strong * np.clip((reach - body.lung) / 8, 0, 1)
+    z, y, x = (axis / scale for axis, scale in zip((body.z, body.y, body.x), body.patient.scale, strict=True))
+    inside = (body.lung > -body.edge) & (body.lung < reach) & (z < height + 25)[:, None, None]
+    inside &= (np.abs(x)[None, :] > 66 - np.abs(y + 5)[:, None])[None] | (z < -45)[:, None, None]  # not at the hila
+    which, beyond, wall, _ = cells(body, rng, inside, seeds=middle, wobble=1.9)
+    base = np.clip((height - middle[:, 0] / body.patient.scale[0]) / 60, 0, 1)
+    patch = sum(np.sin(middle @ rng.normal(0, 0.04, 3) + rng.uniform(0, 6)) for _ in range(2))
+    ill = rng.random(len(middle)) < np.clip(base * (0.6 + 0.25 * degree + 0.35 * patch), 0, 0.85)
+    # most septa of an ill lobule are thick: arcades, with gaps
+    pair = (np.minimum(which, beyond).astype(np.int64) * 7919 + np.maximum(which, beyond) * 104729) % 1009 / 1009
+    strong = (ill[which] | ill[beyond]) & (which >= 0) & (beyond >= 0) & (pair < 0.72)
+    strong = strong * np.clip((reach - body.lung) / 5, 0, 1) * (0.6 + 0.55 * pair)
     wide = max(thickness, 0.9 * body.edge)
     share = np.clip((wide / 2 - wall) / body.edge + 0.5, 0, 1) * (thickness / wide) * strong.astype(np.float32)
     share *= lung_share(body)
     share = np.where(share > min(0.06, 0.3 * float(share.max())), share, 0).astype(np.float32)
-    raster.paint(body.hu, np.where(body.hu < -200, np.minimum(share * 1.15, 1), 0).astype(np.float32), -40.0)
+    raster.paint(body.hu, np.where(body.hu < -200, np.minimum(share * 1.15, 1), 0).astype(np.float32), -20.0)
     return share, dict(side="bilateral", location="lower lobe", severity=severity(degree))
 
 
@@ -293,15 +300,20 @@ def consolidation(body: Body, rng: np.random.Generator) -> Drawn:
         full |= below(body, branch, top)
     rest = rng.random(len(branch)) < 0.03  # lobules that are spared
     inside = ((full & ~rest)[which] & (which >= 0) & np.isin(body.lobes, lobes)).astype(np.float32)
-    sigma = 3.6 / np.array(body.spacing)
-    soft = blurred(inside, sigma) / np.maximum(blurred(np.isin(body.lobes, lobes).astype(np.float32), sigma), 0.05)
-    share = np.clip((soft - 0.36 + 0.06 * body.noise(4.0, int(rng.integers(2**31)))) * 4 + 0.5, 0, 1)
-    share *= np.isin(body.lobes, lobes) * lung_share(body)
-    haze = np.clip((soft - 0.06) * 1.6, 0, 0.5) * np.isin(body.lobes, lobes) * lung_share(body)
+    own = np.isin(body.lobes, lobes).astype(np.float32)
+    sigma = 5.0 / np.array(body.spacing)
+    soft = blurred(inside, sigma) / np.maximum(blurred(own, sigma), 0.05)
+    uneven = 0.16 * body.noise(7.0, int(rng.integers(2**31))) + 0.1 * body.noise(2.8, int(rng.integers(2**31)))
+    # a fissure is no stair: the border between two lobes is as smooth as the voxels allow
+    fine = np.full(3, 0.8)
+    own = blurred(own, fine) / np.maximum(blurred((body.lobes > 0).astype(np.float32), fine), 0.05)
+    own = np.clip(2 * own - 0.5, 0, 1) * lung_share(body)
+    share = np.clip((soft - 0.42 + uneven) * 3 + 0.5, 0, 1) * own
+    haze = np.clip((soft - 0.05 + 0.8 * uneven) * 1.7, 0, 0.6) * own
     body.hu += haze * (1 - share) * 420 * np.clip(-(body.hu + 200) / 600, 0, 1)
     fill(body, share, rng.uniform(28, 48) + 0.12 * max(body.tissue.blood - 45, 0))
-    air, shown = body.everything, airways_of(body, tops, 0.85)
-    lumen = body.lumens
+    air, shown = body.everything, airways_of(body, tops, 0.75)
+    lumen = 1.35 * body.lumens
     start, end = beside(body.arteries, lumen)
     body.tubes(air, *bent(start, end, body.arteries.parent, lumen, lumen * 0.9, shown))
     raster.paint(body.hu, air * (share > 0.3), -880.0)
@@ -396,49 +408,46 @@ def atelectasis(body: Body, rng: np.random.Generator) -> Drawn:
 
 @in_chest
 def fibrosis(body: Body, rng: np.random.Generator) -> Drawn:
-    """Old scars: bands that run from a thick pleura towards the hilum, with distorted lung and calcium between them."""
-    both = rng.random() < 0.4
+    """Old scars: a ragged cap on the pleura, bands from it towards the hilum, wide bronchi and some calcium in it."""
+    both = rng.random() < 0.45
     sides = [1, -1] if both else [int(rng.choice([1, -1]))]
-    apical = rng.random() < 0.65
-    share, calcium, haze = body.everything, body.everything, body.everything
+    apical = rng.random() < 0.7
+    share, calcium, air = body.everything, body.everything, body.everything
     inside = lung_share(body)
+    coarse, fine = body.noise(6.0, int(rng.integers(2**31))), body.noise(2.6, int(rng.integers(2**31)))
     for s in sides:
         lobes = ((1,) if s < 0 else (4,)) if apical else ((3,) if s < 0 else (5,))
-        zone = (62, 105) if apical else (-85, -45)
-        centre, _ = spots(body, rng, 1, lobes, (3, 9), zone, (-60, 70))
-        c = centre[0]
-        reach = rng.uniform(26, 40)
-        hub = np.array([c[0] - (34 if apical else -38), 0.35 * c[1], 0.5 * c[2]])
-        n = int(rng.integers(14, 24))
-        start = c + rng.normal(0, 0.45 * reach, (n, 3))
-        way = hub - start
-        way = way / np.linalg.norm(way, axis=1, keepdims=True) + rng.normal(0, 0.33, (n, 3))
-        length = rng.uniform(0.6, 1.7, (n, 1)) * reach
-        middle = start + way * length * 0.5 + rng.normal(0, 3, (n, 3))
-        end = start + way * length
-        radius = rng.uniform(1.0, 2.9, n)
-        back = start - way * reach * 0.5
-        own = body.everything
-        for a, b, first, last in ((back, start, 1.0, 1.2), (start, middle, 1.2, 1.0), (middle, end, 1.0, 0.4)):
-            body.tubes(own, a, b, first * radius, last * radius)
-        lumps = c + rng.normal(0, 0.4 * reach, (9, 3))
-        body.balls(own, lumps, rng.uniform(2.5, 8.5, (9, 3)))
-        d2 = (((body.z - c[0]) / reach)[:, None, None] ** 2 + ((body.y - c[1]) / reach)[None, :, None] ** 2
+        places, _ = spots(body, rng, 12, lobes, (2, 8), (55, 100) if apical else (-85, -45), (-20, 80))
+        c = places[np.argmax(s * places[:, 2] + rng.normal(0, 8, 12))]
+        reach = rng.uniform(24, 36)
+        d2 = (((body.z - c[0]) / (0.8 * reach))[:, None, None] ** 2 + ((body.y - c[1]) / reach)[None, :, None] ** 2
               + ((body.x - c[2]) / reach)[None, None, :] ** 2)  # fmt: skip
-        near = np.clip(1.3 - d2, 0, 1).astype(np.float32)
-        cap = rng.uniform(4, 9) * (0.7 + 0.5 * body.noise(8.0, int(rng.integers(2**31))))
-        own = np.maximum(own, np.clip((cap - body.lung) / max(body.edge, 1.5) + 0.5, 0, 1) * near)
+        near = np.clip(1.25 - d2, 0, 1).astype(np.float32)
+        # dense where the pleura is near, and in strands where it is not
+        cap = near * (1.1 - np.maximum(body.lung, 0) / rng.uniform(11, 17)) + 0.3 * coarse + 0.16 * fine
+        own = np.clip((cap - 0.52) * 3.2 + 0.5, 0, 1) * np.minimum(near * 5, 1)
+        hub = np.array([c[0] - 42 if apical else c[0] + 40, 0.3 * c[1], 0.55 * c[2]])
+        n = int(rng.integers(9, 15))
+        start = c + rng.normal(0, 0.38 * reach, (n, 3)) * (1, 1, 0.6)
+        for a in start:
+            t = np.linspace(0, rng.uniform(0.5, 1.05), 9)[:, None]
+            band = a + (hub - a) * (t - 0.3) + np.cumsum(rng.normal(0, 1.0, (9, 3)), 0)
+            for offset in rng.normal(0, 1.3, (2, 3)):  # a band is flat and frayed
+                body.line(own, band + offset, rng.uniform(0.7, 1.5) * np.linspace(1.3, 0.5, 9))
         np.maximum(share, own * inside, out=share)
-        np.maximum(haze, near * inside * np.clip(0.6 + 0.4 * body.noise(5.0, int(rng.integers(2**31))), 0, 1), out=haze)
-        body.balls(calcium, lumps[:4], rng.uniform(0.8, 2.0, (4, 3)))
+        for a in c + rng.normal(0, 0.3 * reach, (5, 3)):  # bronchi pulled open
+            way = (hub - a) / np.linalg.norm(hub - a) * rng.uniform(9, 18)
+            bend = rng.normal(0, 2.0, 3)
+            body.line(air, np.stack([a, a + 0.5 * way + bend, a + way]), np.array([1.7, 1.9, 1.4]))
+        body.balls(calcium, c + rng.normal(0, 0.3 * reach, (5, 3)), rng.uniform(1.0, 2.6, (5, 1)) * np.ones(3))
     share = np.where(share > 0.05, share, 0).astype(np.float32)
-    haze = np.where((haze > 0.1) & (body.hu < -300), haze, 0)
-    body.hu += haze * 150
     fill(body, share, 35.0)
-    raster.paint(body.hu, calcium * inside, 450.0)
+    air *= inside * (share > 0.3)
+    raster.paint(body.hu, air, -930.0)
+    calcium *= inside * (share > 0.2)
+    raster.paint(body.hu, calcium, 480.0)
     side = "bilateral" if both else SIDES[sides[0]]
-    share = np.maximum(share, np.maximum(calcium * inside, np.where(haze > 0.35, haze, 0)))
-    return share.astype(np.float32), dict(side=side, location="apical" if apical else "basal")
+    return np.maximum(share, calcium), dict(side=side, location="apical" if apical else "basal")
 
 
 @in_chest
@@ -526,25 +535,26 @@ def courses(body: Body, rng: np.random.Generator, lobe: int, count: int, ends: f
     at = np.clip(np.rint((tree.end[leaf] - body.low) / body.step).astype(int), 0, np.array(body.shape) - 1)
     depth = body.lung[tuple(at.T)]
     leaf = rng.permutation(leaf[(depth > 3) & (depth < ends + body.edge)])
-    found: list[tuple[float, np.ndarray]] = []
-    for i in leaf[: 12 * count]:
+    found: list[tuple[float, np.ndarray, np.ndarray]] = []
+    for i in leaf[: 6 * count]:
         nodes, j = [tree.end[i]], int(i)
         while j >= 0 and tree.fed[j] < 0.35:
             nodes.append(tree.start[j])
             j = int(tree.parent[j])
         rough = np.array(nodes[::-1])
-        far = np.r_[0, np.cumsum(np.linalg.norm(np.diff(rough, axis=0), axis=1))]
-        n = int(far[-1] / 3) + 1
-        if n < 10:
+        far = np.r_[0, np.cumsum(np.sqrt((np.diff(rough, axis=0) ** 2).sum(1)))]
+        if far[-1] > 30:
+            found.append((float(((rough[-1] - rough[0]) ** 2).sum() / far[-1] ** 2), rough, far))
+    chosen: list[np.ndarray] = []
+    for _, rough, far in sorted(found, key=lambda item: -item[0]):  # the straightest, apart from one another
+        ended = np.array([path[-1] for path in chosen] or [[np.inf] * 3])
+        if len(chosen) == count or ((ended - rough[-1]) ** 2).sum(1).min() < 13**2:
             continue
-        path = np.stack([np.interp(np.linspace(0, far[-1], n), far, axis) for axis in rough.T], 1)
+        at_mm = np.linspace(0, far[-1], int(far[-1] / 3) + 1)
+        path = np.stack([np.interp(at_mm, far, axis) for axis in rough.T], 1)
         for _ in range(12):
             path[1:-1] = 0.25 * path[:-2] + 0.5 * path[1:-1] + 0.25 * path[2:]
-        found.append((float(np.linalg.norm(path[-1] - path[0]) / far[-1]), path))
-    chosen: list[np.ndarray] = []
-    for _, path in sorted(found, key=lambda item: -item[0]):  # the straightest, apart from one another
-        if len(chosen) < count and all(np.linalg.norm(path[-1] - other[-1]) > 13 for other in chosen):
-            chosen.append(path)
+        chosen.append(path)
     return chosen
 
 
