@@ -11,6 +11,7 @@ from functools import cached_property, wraps
 from typing import Any
 
 import numpy as np
+from scipy.ndimage import map_coordinates
 
 from medctkit.phantom import raster
 from medctkit.phantom.patient import (
@@ -179,9 +180,9 @@ class Body:
         """Height of the diaphragm (h, w), mm."""
         p, table = self.patient, atlas()["floor"].astype(float)
         y, x = np.meshgrid(self.y / p.scale[1], self.x / p.scale[2], indexing="ij")
-        row = np.clip(np.rint((y - LUNG_LOW[1]) / LUNG_STEP).astype(int), 0, table.shape[0] - 1)
-        column = np.clip(np.rint((x - LUNG_LOW[2]) / LUNG_STEP).astype(int), 0, table.shape[1] - 1)
-        return p.place(np.stack([table[row, column], y, x], -1).reshape(-1, 3))[:, 0].reshape(y.shape)
+        at = [(y - LUNG_LOW[1]) / LUNG_STEP, (x - LUNG_LOW[2]) / LUNG_STEP]
+        height = map_coordinates(table, at, order=1, mode="nearest")
+        return p.place(np.stack([height, y, x], -1).reshape(-1, 3))[:, 0].reshape(y.shape)
 
     @cached_property
     def lumens(self) -> np.ndarray:
@@ -197,6 +198,11 @@ class Body:
             margin = int(np.ceil(26 / step))
             box.append(slice(max(found[0] - margin, 0), found[-1] + margin + 1) if len(found) else slice(None))
         return tuple(box)
+
+    @cached_property
+    def inner(self) -> "Body":
+        """The part around the lungs that findings of the chest are painted in; its distances are up to date."""
+        return self.part(self.chest)
 
     def part(self, box: tuple[slice, ...]) -> "Body":
         """A body of its own with a copy of what is in a box of the grid."""
@@ -275,11 +281,7 @@ class Body:
             self.line(self.airway, course, width)
         raster.paint(self.hu, wall, 25.0)
         raster.paint(self.hu, self.airway, -990.0)
-        path = p.place(
-            np.array(
-                [(150, -22, 4), (100, -10, 5), (60, -2, 5), (30, 8, 4), (0, 4, 6), (-40, -4, 8), (-66, -16, 12)], float
-            )
-        )
+        path = p.place(np.array(OESOPHAGUS, float))
         share = self.everything
         self.line(share, curve(path, np.zeros(len(path)))[0], 6.0)  # oesophagus
         share[(self.hu >= 20) | (self.hu <= -300)] = 0
@@ -291,9 +293,11 @@ def in_chest(paint: Callable[[Body, np.random.Generator], Drawn]) -> Callable[[B
 
     @wraps(paint)
     def painted(body: Body, rng: np.random.Generator) -> Drawn:
-        part, share = body.part(body.chest), body.everything
+        part, share = body.inner, body.everything
+        part.hu[:] = body.hu[body.chest]
         share[body.chest], details = paint(part, rng)
-        body.hu[body.chest], body.lung[body.chest], body.soft[body.chest] = part.hu, part.lung, part.soft
+        body.hu[body.chest] = part.hu
+        part.__dict__.pop("lobes", None)  # the finding may have pressed the lung aside
         return share, details
 
     return painted
@@ -315,11 +319,10 @@ def bent(
     Returns:
         start and end (m, 3), first and last (m,), of the pieces.
     """
-    come = np.where(parent[:, None] >= 0, end[parent] - start[parent], end - start)
+    a, c, r, s, above = start[chosen], end[chosen], first[chosen], last[chosen], parent[chosen]
+    come = np.where(above[:, None] >= 0, end[above] - start[above], c - a)
     come = come / np.maximum(np.linalg.norm(come, axis=1, keepdims=True), 1e-6)
-    length = np.linalg.norm(end - start, axis=1, keepdims=True)
-    a, c, b = start[chosen], end[chosen], (0.5 * (start + end) * 0.5 + 0.5 * (start + 0.4 * length * come))[chosen]
-    r, s = first[chosen], last[chosen]
+    b = 0.25 * (a + c) + 0.5 * (a + 0.4 * np.linalg.norm(c - a, axis=1, keepdims=True) * come)
     t = np.linspace(0, 1, 4)[:, None, None]
     points = (1 - t) ** 2 * a + 2 * t * (1 - t) * b + t**2 * c
     radii = (1 - t[:, :, 0]) * r + t[:, :, 0] * s

@@ -5,17 +5,38 @@ from collections.abc import Sequence
 import numpy as np
 
 from medctkit.phantom import raster
-from medctkit.phantom.body import HEART, Body, Drawn, curve, in_chest
+from medctkit.phantom.body import HEART, OESOPHAGUS, Body, Drawn, curve, in_chest
 from medctkit.phantom.lung_findings import SIDES, fill, lung_share, severity
 
 
+def joined(a: np.ndarray, b: np.ndarray, soft: float = 14.0) -> np.ndarray:
+    """Signed distance (d, h, w) from two bodies in one skin, mm: the larger of theirs, with no crease between."""
+    return 0.5 * (a + b + np.sqrt((a - b) ** 2 + soft**2) - soft)
+
+
+def prolate(body: Body, centre: Sequence[float], axis: Sequence[float], long: float, short: float) -> np.ndarray:
+    """Approximate signed distance (d, h, w) from a lemon of the atlas along an axis (3,), mm, positive inside."""
+    middle = body.patient.place(np.array([centre], float))[0]
+    way = np.array(axis) / np.linalg.norm(axis)
+    size = float(np.cbrt(body.patient.scale.prod()))
+    z, y, x = body.z[:, None, None] - middle[0], body.y[None, :, None] - middle[1], body.x[None, None, :] - middle[2]
+    along = (z * way[0] + y * way[1] + x * way[2]).astype(np.float32)
+    across = (z**2 + y**2 + x**2).astype(np.float32) - along**2
+    return (1 - np.sqrt(along**2 / (long * size) ** 2 + np.maximum(across, 0) / (short * size) ** 2)) * short * size
+
+
 def heart_depth(body: Body, scale: float = 1.0) -> np.ndarray:
-    """Signed distance (d, h, w) in mm from the surface of the heart, positive inside; `scale` makes it larger."""
-    centre: Sequence[float] = HEART[0]
-    radii = HEART[1]
-    if scale > 1:  # it grows to the left and down
-        centre = (centre[0] - 26 * (scale - 1), centre[1] + 6 * (scale - 1), centre[2] + 46 * (scale - 1))
-    return np.minimum(body.ellipsoid(centre, radii, scale), 30)
+    """Signed distance (d, h, w) in mm from the surface of the heart, positive inside; `scale` makes it larger.
+
+    A large heart reaches farther left and down with its apex, where the left ventricle is, and somewhat to the right.
+    """
+    depth = body.ellipsoid(*HEART)
+    if scale > 1:
+        more = scale - 1
+        left = prolate(body, (-30 - 14 * more, -50, 36 + 40 * more), (-0.42, -0.4, 0.8), 53 + 80 * more, 40 + 30 * more)
+        right = prolate(body, (-22, -44, -10 - 20 * more), (1, 0.1, -0.1), 40 + 20 * more, 29 + 22 * more)
+        depth = joined(joined(depth, left), right)
+    return np.minimum(depth, 30)
 
 
 @in_chest
@@ -27,58 +48,72 @@ def cardiomegaly(body: Body, rng: np.random.Generator) -> Drawn:
         np.clip((body.z[:, None, None] - body.floor[None] + 2) / body.edge, 0, 1), body.lung > -body.edge
     )
     inside = np.clip(depth / body.edge + 0.5, 0, 1) * np.where(body.lung > -7, 1, body.hu > -150)
-    room = (body.lung > -12) | (body.soft > -6)
+    room = (body.lung > -20) | (body.soft > -9)
     share = inside * np.maximum(above, body.soft > 0) * room
     grown = np.where((body.hu < 15) & ((body.soft < 0) | (depth > 0)), share, 0).astype(np.float32)
     fat = np.clip((depth + 4) / body.edge + 0.5, 0, 1) * (1 - inside) * lung_share(body) * above
     raster.paint(body.hu, fat.astype(np.float32), body.tissue.fat)
     fill(body, grown, body.tissue.myocardium)
-    cavity = body.everything
-    centre = body.patient.place(np.array([[-32 - 20 * (scale - 1), -44, 46 + 40 * (scale - 1)]]))
-    body.balls(cavity, centre, np.array([[24, 24, 21]]) * scale * body.patient.scale)
-    raster.paint(body.hu, cavity * (share > 0.5), body.tissue.blood)
+    more = scale - 1
+    cavity = prolate(body, (-32 - 14 * more, -48, 38 + 34 * more), (-0.42, -0.4, 0.8), 36 + 74 * more, 22 + 30 * more)
+    cavity = np.clip(cavity / body.edge + 0.5, 0, 1) * (share > 0.5)
+    raster.paint(body.hu, cavity.astype(np.float32), body.tissue.blood)
     return share.astype(np.float32), dict(severity=severity((scale - 1.13) / 0.3))
 
 
 @in_chest
 def pericardial_effusion(body: Body, rng: np.random.Generator) -> Drawn:
-    """Fluid around the heart, thicker below and behind; it takes the lung's room."""
-    thickness = rng.uniform(6, 15)
+    """Fluid between two layers of fat around the heart, thicker below and behind; it takes the lung's room."""
+    thickness = rng.uniform(8, 18)
     z, y = body.z[:, None, None] / body.patient.scale[0], body.y[None, :, None] / body.patient.scale[1]
-    uneven = thickness * (0.7 + 0.4 * np.clip((y + 50) / 45, -0.6, 1) + 0.3 * np.clip((-z - 25) / 35, -1, 1))
-    outer = np.clip(
-        (np.minimum(heart_depth(body) + uneven + 3, body.soft + np.minimum(uneven, 15.5))) / body.edge + 0.5, 0, 1
-    )
-    outer *= np.clip((16 - z) / 12, 0, 1) * np.clip((body.z[:, None, None] - body.floor[None] + 2) / body.edge, 0, 1)
-    share = np.where((body.hu < -20) & (body.lung > -14), outer, 0).astype(np.float32)
-    raster.paint(body.hu, share, rng.uniform(6, 20))
-    return share, dict(size_mm=round(thickness), severity=severity((thickness - 6) / 9))
+    uneven = thickness * (0.75 + 0.35 * np.clip((y + 50) / 45, -0.6, 1) + 0.3 * np.clip((-z - 25) / 35, -1, 1))
+    uneven = (uneven + 4) * np.clip((24 - z) / 26, 0, 1) - 4  # none above the roots of the great vessels
+    sac, own = heart_depth(body) + uneven + 4, body.soft + np.minimum(uneven, 15.5)
+    sac = (np.minimum(sac, own) - joined(-sac, -own, 10.0)) / 2  # no crease where the two meet
+    above = np.clip((body.z[:, None, None] - body.floor[None] + 3) / body.edge, 0, 1)
+    room = (body.hu < -20) & (body.lung > -16) & (sac > -12)
+    outer, layer = (np.clip(part / body.edge + 0.5, 0, 1) * above * room for part in (sac, sac + 2.5))
+    raster.paint(body.hu, layer.astype(np.float32), body.tissue.fat)
+    share = (outer * np.clip((-1.5 - body.soft) / body.edge + 0.5, 0, 1)).astype(np.float32)
+    raster.paint(body.hu, share, rng.uniform(2, 20))
+    return share, dict(size_mm=round(thickness), severity=severity((thickness - 8) / 10))
 
 
 @in_chest
 def hiatal_hernia(body: Body, rng: np.random.Generator) -> Drawn:
-    """Stomach that has slipped up behind the heart: a wall, what is in it, and often a level of air."""
-    radius = rng.uniform(17, 36)
-    centre = body.patient.place(np.array([[-66 + 0.45 * radius, -14, 10 + rng.uniform(-4, 8)]]))
-    wall, inner = body.everything, body.everything
-    radii = np.array([[radius * 1.1, radius * 0.75, radius]])
-    bump = rng.normal(0, 0.13, (4, 3)) * radii
-    lumps = np.concatenate([centre, centre + bump])
-    sizes = np.concatenate([radii, np.repeat(radii * 0.8, 4, 0)])
-    body.balls(wall, lumps, sizes)
-    body.balls(inner, lumps, np.maximum(sizes - 4.0, 3))
+    """Stomach that has slipped up behind the heart beside fat: a wall, food and fluid, often a level of air above."""
+    radius = rng.uniform(20, 36)
+    place = body.patient.place
+    centre = place(np.array([[-68 + 0.5 * radius, -10, 10 + rng.uniform(-3, 8)]]))
+    radii = np.array([[radius * 1.05, radius * 0.8, radius]])
+    lumps = np.concatenate([centre, centre + rng.normal(0, 0.16, (4, 3)) * radii])
+    sizes = np.concatenate([radii, np.repeat(radii * 0.78, 4, 0)])
+    neck = np.concatenate(
+        [place(np.array([OESOPHAGUS[5]])), centre, place(np.array([[-84, -26, 18], [-100, -40, 40]]))]
+    )
+    width = np.array([7.0, 0.5 * radius, 0.5 * radius, 14.0])
+    thick = rng.uniform(4, 6)
+    layers = []
+    for grow in (4.0, 0.0, -thick):  # fat, wall, what is inside
+        share = body.everything
+        body.balls(share, lumps, np.maximum(sizes + grow, 3))
+        pouch = share.copy()
+        body.line(share, neck, np.maximum(width + grow, 2))
+        layers.append(share)
     aorta = body.everything
-    body.line(aorta, *body.course("aorta"))
-    room = (body.hu < 150) & (aorta < 0.3) & (heart_depth(body) < -2)
-    wall, inner = (np.where(room, part, 0).astype(np.float32) for part in (wall, inner))
-    raster.paint(body.hu, wall, 42.0)
-    raster.paint(body.hu, inner, float(rng.choice([-70.0, 20.0])))
-    if rng.random() < 0.75:
-        level = centre[0, 1] + rng.uniform(-6, 4)
-        raster.paint(
-            body.hu, inner * np.clip((level - body.y) / body.edge + 0.5, 0, 1)[None, :, None].astype(np.float32), -960.0
-        )
-    return wall, dict(size_mm=round(2 * radius), severity=severity((radius - 17) / 19))
+    points, wide = body.course("aorta")
+    body.line(aorta, points, wide + 1)
+    room = np.clip((-2 - heart_depth(body)) / body.edge + 0.5, 0, 1) * (1 - aorta) * (body.hu < 150)
+    low = np.clip((body.z[:, None, None] - body.floor[None] + 22) / 6, 0, 1)  # below lies the stomach itself
+    fat, wall, inner = ((part * room * low).astype(np.float32) for part in layers)
+    raster.paint(body.hu, fat * (body.hu < -110), body.tissue.fat)
+    raster.paint(body.hu, wall, body.tissue.muscle)
+    raster.paint(body.hu, inner, float(rng.uniform(8, 38)))
+    if rng.random() < 0.7:
+        level = centre[0, 1] - rng.uniform(0.05, 0.5) * radii[0, 1]
+        air = np.clip((level - body.y) / body.edge + 0.5, 0, 1)[None, :, None] * pouch
+        raster.paint(body.hu, (inner * air).astype(np.float32), -960.0)
+    return wall, dict(size_mm=round(2 * radius), severity=severity((radius - 20) / 16))
 
 
 STATIONS = {  # places in the atlas, (z, y, x) mm
@@ -124,7 +159,7 @@ def mark(share: np.ndarray, own: np.ndarray) -> None:
 def arterial_calcification(body: Body, rng: np.random.Generator) -> Drawn:
     """Plaques that lie along the wall of the aorta, the arch first."""
     points, radii = body.course("aorta")
-    share, count = body.everything, int(rng.integers(6, 20))
+    share, count = body.everything, int(rng.integers(9, 24))
     ahead = np.gradient(points, axis=0)
     ahead /= np.linalg.norm(ahead, axis=1, keepdims=True)
     last = int(np.argmax(points[:, 0] < body.patient.scale[0] * -80)) or len(points) - 4
@@ -137,10 +172,10 @@ def arterial_calcification(body: Body, rng: np.random.Generator) -> Drawn:
         along = np.linspace(0, rng.normal(0, 5), 5)[:, None]
         path = points[i] + (radii[i] - 0.6) * (np.cos(angle) * side + np.sin(angle) * other) + along * ahead[i]
         own = body.everything
-        body.line(own, path, rng.uniform(0.8, 2.2))
-        raster.paint(body.hu, own, rng.uniform(650, 1300))
+        body.line(own, path, rng.uniform(1.2, 2.6))
+        raster.paint(body.hu, own, rng.uniform(800, 1400))
         mark(share, own)
-    return share, dict(location="aortic arch", severity=severity((count - 6) / 14))
+    return share, dict(location="aortic arch", severity=severity((count - 9) / 15))
 
 
 CORONARIES = {  # on the surface of the heart, (z, y, x) in the atlas, mm
@@ -154,15 +189,15 @@ CORONARIES = {  # on the surface of the heart, (z, y, x) in the atlas, mm
 def coronary_calcification(body: Body, rng: np.random.Generator) -> Drawn:
     """Calcium in short rails and beads along the coronary arteries, the left anterior descending first."""
     names = list(CORONARIES)
-    vessels = names[: int(rng.choice([1, 2, 3], p=[0.4, 0.3, 0.3]))]
+    vessels = names[: int(rng.choice([1, 2, 3], p=[0.25, 0.3, 0.45]))]
     share = body.everything
     for name in vessels:
         path, _ = curve(body.patient.place(np.array(CORONARIES[name], float)), np.zeros(len(CORONARIES[name])), 6)
-        for _ in range(int(rng.integers(2, 6))):
+        for _ in range(int(rng.integers(4, 8))):
             i = int(rng.integers(1, len(path) - 6))
             own = body.everything
-            body.line(own, path[i : i + int(rng.integers(2, 5))], rng.uniform(0.9, 2.0))
-            raster.paint(body.hu, own, rng.uniform(550, 1200))
+            body.line(own, path[i : i + int(rng.integers(2, 6))], rng.uniform(1.3, 2.4))
+            raster.paint(body.hu, own, rng.uniform(800, 1400))
             mark(share, own)
     return share, dict(location=vessels[0], count=len(vessels), severity=severity((len(vessels) - 1) / 2.1))
 

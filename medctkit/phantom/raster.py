@@ -7,7 +7,7 @@ no sum is reordered, so the same input gives the same bytes on any number of cor
 import numba
 import numpy as np
 
-compiled = numba.njit(cache=True, nogil=True, error_model="numpy")
+compiled = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"arcp", "nsz", "nnan", "ninf"})
 
 
 ONE = np.uint64(1)  # unsigned places need no look whether they are negative
@@ -403,6 +403,24 @@ def lift(hu, out, amount, spacing):
 
 
 @compiled
+def blur(values, weights, wrap):
+    """Convolve values (a, n, b) along the middle with weights (an odd number), in place; the edges repeat or wrap."""
+    a, n, b = values.shape
+    reach = len(weights) // 2
+    wide = np.empty((n + 2 * reach) * b, dtype=values.dtype)
+    for i in range(a):
+        for j in range(-reach, n + reach):
+            at = j % n if wrap else min(max(j, 0), n - 1)
+            wide[(j + reach) * b : (j + reach + 1) * b] = values[i, at]
+        own = values[i].reshape(n * b)
+        own[:] = 0
+        for t in range(len(weights)):
+            weight = weights[t]
+            for k in range(n * b):
+                own[k] += weight * wide[k + t * b]
+
+
+@compiled
 def paint(hu, share, value):
     """Blend a value (HU) into hu (d, h, w), by share of the voxel."""
     d, h, w = hu.shape
@@ -439,24 +457,20 @@ def paint_tissues(hu, fields, z, y, x, scale, edge, tile, fissures, middle, midd
         qz = z[i] / scale[0]
         for j in range(len(y)):
             qy = y[j] / scale[1]
+            row, flat = 9.0, 0.0
+            if breast > 0:
+                row = ((z[i] + 22) / 62) ** 2 + ((y[j] + 84 * scale[1]) / (breast + 26)) ** 2
+            elif qy < -55:
+                flat = 5 * min((-55 - qy) / 25, 1.0) * max(0.0, 1 - ((qz + 10) / 70) ** 2)
             for k in range(len(x)):
                 skin = fields[3, i, j, k]
                 qx = x[k] / scale[2]
-                grown = more
-                if breast > 0:
-                    for side in (-1, 1):
-                        a, b, c = (
-                            (z[i] + 22) / 62,
-                            (y[j] + 84 * scale[1]) / (breast + 26),
-                            (x[k] - side * 78 * scale[2]) / 62,
-                        )
-                        bump = (1 - np.sqrt(a * a + b * b + c * c)) * (breast + 12)
-                        if bump > -14:
-                            grown = max(
-                                grown, 0.5 * (grown + bump - skin + np.sqrt((grown - bump + skin) ** 2 + 60)) - 3
-                            )
-                elif qy < -55:
-                    grown -= 5 * min((-55 - qy) / 25, 1.0) * max(0.0, 1 - ((qz + 10) / 70) ** 2)
+                grown = more - flat
+                if row < 4:
+                    c = (abs(x[k]) - 78 * scale[2]) / 62
+                    bump = (1 - np.sqrt(row + c * c)) * (breast + 12)
+                    if bump > -14:
+                        grown = max(grown, 0.5 * (grown + bump - skin + np.sqrt((grown - bump + skin) ** 2 + 60)) - 3)
                 skin += grown
                 fields[3, i, j, k] = skin
                 if skin < -0.5 * edge:
@@ -469,15 +483,10 @@ def paint_tissues(hu, fields, z, y, x, scale, edge, tile, fissures, middle, midd
                 part = min(max((skin - 2.0) / edge + 0.5, 0.0), 1.0)
                 value += part * (fat + 5 * broad + 4 * fine * speck - value)
                 if breast > 0 and skin > 6 and soft < 0:  # glandular tissue, in strands
-                    for side in (-1, 1):
-                        a, b, c = (
-                            (z[i] + 24) / 36,
-                            (y[j] + 92 * scale[1]) / (breast * 0.5 + 8),
-                            (x[k] - side * 76 * scale[2]) / 38,
-                        )
-                        deep = 1 - a * a - b * b - c * c + 0.55 * broad
-                        if deep > 0:
-                            value += min(deep * 2, 0.75) * (28 - value)
+                    a, b, c = (z[i] + 24) / 36, (y[j] + 92 * scale[1]) / (breast * 0.5 + 8), abs(x[k]) - 76 * scale[2]
+                    deep = 1 - a * a - b * b - (c / 38) ** 2 + 0.55 * broad
+                    if deep > 0:
+                        value += min(deep * 2, 0.75) * (28 - value)
                 if soft > -edge:
                     ring = (qx / 124) ** 2 + ((qy + 20) / 87) ** 2
                     inner = min(max((1 - ring) * 8 + 0.5 * broad, 0.0), 1.0)
@@ -518,6 +527,8 @@ def paint_tissues(hu, fields, z, y, x, scale, edge, tile, fissures, middle, midd
                                 continue
                             c = fissures[f]
                             gap = qz - (c[0] + c[1] * v + c[2] * u + c[3] * v * v + c[4] * u * v + c[5] * u * u)
+                            if abs(gap) > 3 * edge + 3:
+                                continue
                             gap /= np.sqrt(1 + ((c[1] + 2 * c[3] * v + c[4] * u) / 100) ** 2)
                             if f == 1:  # the horizontal fissure ends at the oblique one
                                 o = fissures[0]

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from scipy.ndimage import gaussian_filter1d
 
+from medctkit.phantom import raster
 from medctkit.phantom.body import Body
 from medctkit.phantom.patient import Patient
 from medctkit.phantom.registry import Finding
@@ -35,13 +35,36 @@ def table(body: Body, shape: str) -> None:
             part += np.where(part < -900, share[rows[0] : rows[-1] + 1][None] * (value - part), 0).astype(np.float32)
 
 
-def smoothed(values: np.ndarray, widths: tuple[float, float], mode: str) -> np.ndarray:
-    """Noise (n, h, w), blurred along rows and columns by `widths` voxels, the edges as `mode` says; of unit spread."""
+def blurred(values: np.ndarray, axis: int, width: float, reach: int, wrap: bool = False) -> np.ndarray:
+    """Blur values (d, h, w), float32, along an axis in place.
+
+    Args:
+        values: C-contiguous.
+        axis: 0 to 2.
+        width: standard deviation, voxels.
+        reach: where the Gauss curve is cut off, voxels.
+        wrap: the ends meet; otherwise they are repeated.
+
+    Returns:
+        The values.
+    """
+    raster.blur(values.reshape(int(np.prod(values.shape[:axis])), values.shape[axis], -1), curve(width, reach), wrap)
+    return values
+
+
+def curve(width: float, reach: int) -> np.ndarray:
+    """Weights (2 * reach + 1,) of a Gauss curve, float32."""
+    weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
+    return (weights / weights.sum()).astype(np.float32)
+
+
+def smoothed(values: np.ndarray, widths: tuple[float, float], wrap: bool) -> np.ndarray:
+    """Noise (n, h, w) blurred in place along rows and columns by `widths` voxels, of unit spread."""
     for axis, width in zip((1, 2), widths, strict=True):
         if width > 0.25:
-            values = gaussian_filter1d(values, width, axis=axis, mode=mode, truncate=3)
-            weights = np.exp(-0.5 * (np.arange(-int(3 * width + 0.5), int(3 * width + 0.5) + 1) / width) ** 2)
-            values *= weights.sum() / np.sqrt((weights**2).sum())
+            reach = int(3 * width + 0.5)
+            blurred(values, axis, width, reach, wrap)
+            values /= np.sqrt((curve(width, reach) ** 2).sum())
     return values
 
 
@@ -63,14 +86,11 @@ def expose(
     """
     sharpness = scanner.sharpness + (0.0, -0.7, 0.5)[reconstruction % 3]
     dose, drift = rng.lognormal(0, 0.15), rng.normal(0, scanner.drift)
-    hu = body.hu
-    if scanner.thickness > 1:
-        hu = gaussian_filter1d(hu, 0.42 * scanner.thickness, axis=0, mode="nearest", radius=BLUR)
-    soft = gaussian_filter1d(hu, 0.8, axis=1, mode="nearest", radius=BLUR)
-    soft = gaussian_filter1d(soft, 0.8, axis=2, mode="nearest", radius=BLUR, output=soft)
+    hu = body.hu if scanner.thickness <= 1 else blurred(body.hu.copy(), 0, 0.42 * scanner.thickness, BLUR)
+    soft = blurred(blurred(hu.copy(), 1, 0.8, BLUR), 2, 0.8, BLUR)
     gain = min(sharpness, 1.0)
     soft *= -gain
-    soft += (1 + gain) * hu if hu is body.hu else np.multiply(hu, 1 + gain, out=hu)
+    soft += (1 + gain) * hu
     ratio = float(np.prod(body.spacing)) / (1.5 * 0.7 * 0.7)
     sigma = scanner.noise * dose * (1 + 0.4 * sharpness) * max(0.3, ratio**-0.25)
     width = scanner.grain * float(np.clip(0.9 / body.spacing[2], 0.55, 1.0))  # voxels
@@ -83,12 +103,12 @@ def expose(
     for start in range(0, body.shape[0], some):  # some slices at a time: small memory
         part = soft[start : start + some]
         shoulders = np.clip((body.z[start : start + some] - top + 25) / 35, 0, 1).astype(np.float32)[:, None, None]
-        grain = smoothed(noise_rng.standard_normal(part.shape, dtype=np.float32), (width, width), "wrap")
+        grain = smoothed(noise_rng.standard_normal(part.shape, dtype=np.float32), (width, width), True)
         if shoulders.any():
             first = int(np.argmax(shoulders[:, 0, 0] > 0))
             lines = streaks.standard_normal(part[first:].shape, dtype=np.float32)
             grain[first:] *= 1 + 0.25 * shoulders[first:]
-            grain[first:] += 0.9 * shoulders[first:] * smoothed(lines, (0.6, 14), "nearest")
+            grain[first:] += 0.9 * shoulders[first:] * smoothed(lines, (0.6, 14), False)
         part += (sigma * across) * grain
     soft += drift
     np.rint(soft, out=soft)
