@@ -22,18 +22,18 @@ class Reader:
     Args:
         name: as messages and provenance call it, such as "NIfTI file".
         suffixes: how the names of its files end, in small letters.
-        read: function of the path and of the caller's spacing or None; with `folders` also of the caller's `series`
-            or None, which of several scans to read. HU, size and orientation are checked afterwards. A ValueError
-            says what was found and the way out; the path is added.
-        default_orientation: what `read_volume(orientation=None)` means: "stored", "canonical" or three letters.
+        read: function of the path, of the caller's spacing or None, and of those `choices` that the caller made. HU,
+            size and orientation are checked afterwards. A ValueError says what was found and the way out; the path is
+            added.
         folders: whether it reads folders too.
+        choices: arguments of `read_volume` that it takes, by name, such as which of several scans to read.
     """
 
     name: str
     suffixes: tuple[str, ...]
     read: Callable[..., Stored]
-    default_orientation: str = "canonical"
     folders: bool = False
+    choices: tuple[str, ...] = ()
 
 
 READERS: dict[str, Reader] = {}
@@ -45,10 +45,9 @@ def register_reader(reader: Reader) -> None:
     READERS[reader.name] = reader
 
 
-register_reader(Reader("DICOM series", (".zip",), read_dicom, folders=True))
+register_reader(Reader("DICOM series", (".zip",), read_dicom, True, ("series", "acquisition", "resample")))
 register_reader(Reader("NRRD or MetaImage file", (".nrrd", ".nhdr", ".mha", ".mhd"), read_itk))
-# as stored: so the released weights saw them in training
-register_reader(Reader("NIfTI file", (".nii", ".nii.gz"), read_nifti, "stored"))
+register_reader(Reader("NIfTI file", (".nii", ".nii.gz"), read_nifti, choices=("stored_as",)))
 
 
 def reader_of(path: Path) -> Reader:
@@ -72,7 +71,7 @@ def reader_of(path: Path) -> Reader:
         pair = "half of an Analyze or NIfTI pair (.hdr with .img); save a NIfTI pair as one .nii.gz"
         raise ValueError(f"{path}: {pair}. {NOT_ANALYZE}")
     if is_dicom(path):
-        raise ValueError(f"{path}: one DICOM file is one slice; give the folder that holds the whole series")
+        return READERS["DICOM series"]
     known = (
         ", ".join(("a folder",) * reader.folders + reader.suffixes) + f" ({reader.name})" for reader in latest_first
     )

@@ -17,9 +17,9 @@ CANONICAL = "SPL"  # slices from feet to head, rows from front to back, columns 
 LETTERS = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
 STEP_RANGE = (0.05, 20.0)  # mm between voxels
 # Millimetres that a scan covers along an axis. One turn of a 64-row scanner covers 40: less is no chest, or has the
-# wrong spacing. 700 is the widest reconstruction circle of large-bore scanners; a scan longer than that goes far
-# beyond the chest, and the model's 360 mm would be cut from its middle, the belly.
-_EXTENT_RANGE = (40.0, 700.0)
+# wrong spacing. 850 is the widest extended field of large-bore scanners. A scan longer than 700 goes far beyond the
+# chest, and the model's 360 mm would be cut from its middle, the belly.
+_EXTENT_RANGE, _LONGEST = (40.0, 850.0), 700.0
 _FARTHEST = 1e6  # mm from the scanner's middle
 _MOST_SHEAR = 1.0  # degrees that two axes may be away from a right angle
 
@@ -86,20 +86,37 @@ def nearest_orientation(affine: np.ndarray) -> str:
     return "".join(aff2axcodes(affine))
 
 
-def check_size(spacing: Sequence[float], shape: Sequence[int], notes: Sequence[str] = ()) -> None:
-    """Refuse voxels (d, h, w) that can't be the scan of a chest; `notes` say what was done to their spacing, in mm."""
+def check_size(
+    spacing: Sequence[float],
+    shape: Sequence[int],
+    notes: Sequence[str] = (),
+    body: int = 0,
+    largest_gap: float = STEP_RANGE[1],
+) -> None:
+    """Refuse voxels (d, h, w) that can't be the scan of a chest.
+
+    Args:
+        spacing: mm.
+        shape: voxels.
+        notes: what was done to the spacing.
+        body: the axis along the body.
+        largest_gap: mm that a step along it may have.
+    """
     said = f" ({'; '.join(notes)})" if notes else ""
     low, high = STEP_RANGE
-    if not all(low <= step <= high for step in spacing):
+    if not all(low <= step <= (largest_gap if axis == body else high) for axis, step in enumerate(spacing)):
         found = f"spacing {tuple(spacing)} mm (slices, rows, columns) is none of a CT, which has {low} to {high} mm"
-        raise ValueError(f"{found}; pass the right one as spacing=(d, h, w){said}")
+        sparse = f", or largest_gap={spacing[body]:g} if it is a sparse HRCT" if high < spacing[body] <= 100 else ""
+        raise ValueError(f"{found}; pass the right one as spacing=(d, h, w){sparse}{said}")
     low, high = _EXTENT_RANGE
     extent = [n * step for n, step in zip(shape, spacing, strict=True)]
-    if not all(low <= length <= high for length in extent):
+    if not all(low <= length <= (_LONGEST if axis == body else high) for axis, length in enumerate(extent)):
         covered = " x ".join(f"{length:.4g}" for length in extent)
+        cut = ', or crop="chest" to cut the chest out' if extent[body] > _LONGEST else ""
         raise ValueError(
             f"{' x '.join(map(str, shape))} voxels of {tuple(spacing)} mm (slices, rows, columns) cover {covered} mm, "
-            f"a chest {low:g} to {high:g} mm along each; pass the right spacing=(d, h, w), or cut the chest out{said}"
+            f"a chest {low:g} to {_LONGEST:g} mm along the body, {high:g} across; pass the right spacing=(d, h, w)"
+            f"{cut}{said}"
         )
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from medctkit.scans.geometry import ras_affine
+from medctkit.scans.limits import check_claim
 from medctkit.scans.stored import NO_ORIENTATION, Stored, check_bytes, check_shape, check_steps, damaged, decode
 
 _MOST_HEADER = 2**20  # bytes
@@ -29,7 +30,7 @@ def read_itk(path: Path, spacing: Sequence[float] | None) -> Stored:
 
     Args:
         path: a .nrrd, .nhdr, .mha or .mhd file, with its voxels inside or in a file beside it.
-        spacing: the caller's; only whether there is one counts here.
+        spacing: the caller's (d, h, w), in place of the header's.
     """
     import SimpleITK as sitk
 
@@ -54,12 +55,13 @@ def read_itk(path: Path, spacing: Sequence[float] | None) -> Stored:
         if units:
             raise ValueError(f"its header has lengths in {sorted(units)}, expected mm; pass spacing=(d, h, w) in mm")
     itemsize = sitk.Image(1, 1, 1, kind).GetSizeOfPixelComponent()
-    _check_voxels(voxels, start, fields, math.prod(reader.GetSize()) * itemsize)
+    notes = _check_voxels(voxels, start, fields, reader.GetSize(), itemsize)
     image = decode(reader.Execute)
-    along = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()  # columns x, y, z
+    along = np.reshape(image.GetDirection(), (3, 3)) * (image.GetSpacing() if spacing is None else spacing[::-1])
     known = any(name in fields for name in ("space", "TransformMatrix", "Orientation", "Rotation"))
     hu = sitk.GetArrayViewFromImage(image).astype(np.float32)  # the array is (z, y, x) already
-    return Stored(hu, ras_affine(along[:, ::-1], image.GetOrigin()), [] if known else [NO_ORIENTATION])
+    notes += [] if known else [NO_ORIENTATION]
+    return Stored(hu, ras_affine(along[:, ::-1], image.GetOrigin()), notes)  # the columns of along are x, y, z
 
 
 def _header(path: Path) -> tuple[dict[str, str], int]:
@@ -112,8 +114,8 @@ def _voxel_file(path: Path, fields: dict[str, str], end: int) -> tuple[Path, int
     return voxels, 0
 
 
-def _check_voxels(voxels: Path, start: int, fields: dict[str, str], claimed: int) -> None:
-    """Compare the bytes that the header describes with those that the file holds."""
+def _check_voxels(voxels: Path, start: int, fields: dict[str, str], shape: Sequence[int], itemsize: int) -> list[str]:
+    """Compare the bytes that the header describes with those that the file holds; returns notes."""
     if "DimSize" not in fields:
         encoding = fields.get("encoding", "none").lower()
     elif fields.get("BinaryData", "True")[:1].upper() == "F":
@@ -122,9 +124,13 @@ def _check_voxels(voxels: Path, start: int, fields: dict[str, str], claimed: int
         encoding = "gzip" if fields.get("CompressedData", "")[:1].upper() == "T" else "raw"
     if encoding not in ("raw", "gzip", "gz"):
         raise ValueError(f"its voxels have the encoding {encoding!r}; save them as raw or gzip")
-    found = max(voxels.stat().st_size - start, 0) if encoding == "raw" else _unpacked_size(voxels, start, claimed)
-    if found < claimed or all(fields.get(name, "0") == "0" for name in _SKIPS):  # else something else comes first
-        check_bytes(found, claimed)
+    size, claimed = max(voxels.stat().st_size - start, 0), math.prod(shape) * itemsize
+    if encoding != "raw":
+        check_claim(shape, itemsize, size)
+        size = _unpacked_size(voxels, start, claimed)
+    if size < claimed or all(fields.get(name, "0") == "0" for name in _SKIPS):  # else something else comes first
+        return check_bytes(size, claimed, shape)
+    return []
 
 
 def _unpacked_size(path: Path, start: int, claimed: int) -> int:

@@ -4,7 +4,7 @@ import gzip
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from medctkit.scans.geometry import (
     straight_affine,
     with_spacing,
 )
+from medctkit.scans.limits import check_claim
 from medctkit.scans.stored import (
     NO_ORIENTATION,
     NOT_ANALYZE,
@@ -30,16 +31,16 @@ from medctkit.scans.stored import (
 if TYPE_CHECKING:
     from nibabel import Nifti1Header
 
-_GZIP_RATIO = 1032  # gzip can't make data smaller than this
 _UNITS = {0: (1, ""), 1: (1000, "metres"), 2: (1, ""), 3: (0.001, "micrometres")}  # NIfTI code: mm, name
 
 
-def read_nifti(path: Path, spacing: Sequence[float] | None) -> Stored:
+def read_nifti(path: Path, spacing: Sequence[float] | None, stored_as: str | None = None) -> Stored:
     """Read a .nii or .nii.gz file: the array (x, y, z) becomes (d, h, w) = (z, y, x), neither flipped nor turned.
 
     Args:
         path: a NIfTI-1 or -2 file.
         spacing: (d, h, w) in mm in place of the header's; None: the header's.
+        stored_as: how (d, h, w) lie, in place of the header's orientation; None: the header's.
     """
     packed = path.name.lower().endswith(".gz")
     _check_packing(path, packed)
@@ -48,23 +49,21 @@ def read_nifti(path: Path, spacing: Sequence[float] | None) -> Stored:
         shape = tuple(map(int, header.get_data_shape()))
         while len(shape) > 3 and shape[-1] == 1:  # (x, y, z, 1) is how some programs save a single volume
             shape = shape[:-1]
+        dtype, size = _dtype(header), path.stat().st_size
         check_shape(shape)
-        dtype = _dtype(header)
-        claimed, offset, size = math.prod(shape) * dtype.itemsize, decode(header.get_data_offset), path.stat().st_size
-        if not packed:
-            check_bytes(max(size - offset, 0), claimed)
-        elif claimed > size * _GZIP_RATIO:
-            raise damaged(f"its header describes {claimed} bytes of voxels, too many for {size} compressed bytes")
+        claimed, offset = math.prod(shape) * dtype.itemsize, decode(header.get_data_offset)
+        if packed:
+            check_claim(shape, dtype.itemsize, size)
+        else:
+            check_bytes(max(size - offset, 0), claimed, shape)
         decode(lambda: file.seek(offset))
-        # one byte more than there should be: gzip compares its checksum at the end of the file
-        data = decode(lambda: file.read(claimed + 1))
-    if len(data) > claimed:
-        raise damaged(f"it goes on after the {claimed} bytes of voxels that its header describes")
-    check_bytes(len(data), claimed)
+        data = decode(lambda: file.read(claimed))
+        more = decode(lambda: _after_voxels(file, claimed // shape[-1]))
+    notes = check_bytes(len(data) + more, claimed, shape)
     # (x, y, z) -> d h w: the file runs along x first, so this is its own order
     hu = np.frombuffer(data, dtype).reshape(shape[2::-1]).astype(np.float32)
     axes = int(header["dim"][0])
-    notes = [f"{axes}-D with nothing along the axes after the third"] if axes > 3 else []
+    notes += [f"{axes}-D with nothing along the axes after the third"] if axes > 3 else []
     slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
     if slope == 0 or math.isnan(slope):  # how NIfTI says "not scaled"
         slope, intercept = 1, 0
@@ -75,8 +74,18 @@ def read_nifti(path: Path, spacing: Sequence[float] | None) -> Stored:
             hu *= slope
             hu += intercept
         notes.append(f"value * {slope:g} + {intercept:g} of the NIfTI header applied")
-    affine, about_affine = _affine(header, spacing)
+    affine, about_affine = _affine(header, spacing, stored_as)
     return Stored(hu, affine, notes + about_affine)
+
+
+def _after_voxels(file: BinaryIO, most: int) -> int:
+    """How many bytes follow, up to `most`; to know it, gzip compares its checksum at the end of its stream."""
+    try:
+        return len(file.read(most))
+    except gzip.BadGzipFile as error:
+        if "Not a gzipped file" in str(error):  # what follows is no stream of its own, as the checksum was right
+            return 1
+        raise
 
 
 def _check_packing(path: Path, packed: bool) -> None:
@@ -124,9 +133,11 @@ def _dtype(header: "Nifti1Header") -> np.dtype:
     return dtype
 
 
-def _affine(header: "Nifti1Header", spacing: Sequence[float] | None) -> tuple[np.ndarray, list[str]]:
+def _affine(
+    header: "Nifti1Header", spacing: Sequence[float] | None, stored_as: str | None
+) -> tuple[np.ndarray, list[str]]:
     """Affine from (d, h, w) to RAS mm, and notes."""
-    code = int(header["xyzt_units"]) & 7
+    code = int(header["xyzt_units"]) & 7 if spacing is None else 2
     if code not in _UNITS:
         raise damaged(f"its header has the unit of length {code}, which does not exist")
     to_mm, units = _UNITS[code]
@@ -136,15 +147,25 @@ def _affine(header: "Nifti1Header", spacing: Sequence[float] | None) -> tuple[np
     pixdim = header["pixdim"][3:0:-1].astype(float).tolist()
     check_steps(pixdim, blank=False)
     steps = tuple(round(step * to_mm, 6) for step in pixdim)
-    forms = {name: _form(header, name, to_mm) for name in ("sform", "qform") if header[f"{name}_code"] > 0}
-    if not forms:
+    given = [name for name in ("sform", "qform") if header[f"{name}_code"] > 0 and stored_as is None]
+    if not given:
         check_steps(steps, blank=spacing is None and steps == (1, 1, 1))
-        return straight_affine(steps, CANONICAL), [*notes, NO_ORIENTATION]
+        if stored_as is None:
+            notes.append(NO_ORIENTATION)
+        return straight_affine(steps, stored_as or CANONICAL), notes
+    forms, unusable = {}, []
+    for name in given:
+        try:
+            forms[name] = _form(header, name, to_mm)
+        except ValueError as error:
+            unusable.append(f"{name}: {error}")
+    if not forms:
+        raise ValueError("; ".join(unusable))
+    notes += [f"passed over the {found}" for found in unusable]
     letters = {name: nearest_orientation(form) for name, form in forms.items()}
     if len(set(letters.values())) > 1:
         found = f"by its sform the scan lies {letters['sform']}, by its qform {letters['qform']}"
-        way_out = "drop the wrong one with nibabel: image.set_sform(None, code=0) or image.set_qform(None, code=0)"
-        raise ValueError(f"the header contradicts itself: {found}; {way_out}")
+        raise ValueError(f"the header contradicts itself: {found}; pass the right one as stored_as=")
     affine = with_spacing(next(iter(forms.values())), spacing)
     if not np.allclose(steps_of(affine), steps, rtol=1e-2):
         found = f"pixdim {steps} mm, affine {steps_of(affine)} mm (slices, rows, columns)"
@@ -153,10 +174,14 @@ def _affine(header: "Nifti1Header", spacing: Sequence[float] | None) -> tuple[np
 
 
 def _form(header: "Nifti1Header", name: str, to_mm: float) -> np.ndarray:
-    """The sform or qform of a header, from (d, h, w) to mm."""
+    """The sform or qform of a header, from (d, h, w) to mm; refuses one that spans no box."""
     try:
+        if header["pixdim"][0] == 0:  # which NIfTI takes for 1
+            header["pixdim"][0] = 1
         with np.errstate(invalid="ignore", over="ignore"):
             form = header.get_sform() if name == "sform" else header.get_qform()
     except Exception as error:  # numpy's and nibabel's, for quaternions that are none
         raise ValueError(f"the {name} in the header is unusable: {error}") from error
-    return np.diag([to_mm, to_mm, to_mm, 1]) @ form[:, [2, 1, 0, 3]].astype(float)
+    form = np.diag([to_mm, to_mm, to_mm, 1]) @ form[:, [2, 1, 0, 3]].astype(float)
+    with_spacing(form, (1, 1, 1))
+    return form

@@ -1,16 +1,19 @@
 """From a CT volume to model input: the one path that training, evaluation and viewers share.
 
 The steps are those behind the released weights (repository ibrahimethemhamamci/CT-CLIP): clip to [-1000, 1000] HU,
-resample linearly to the model's spacing, divide by 1000, crop or pad to its shape and axes (z, x, y).
+resample linearly to the model's spacing, divide by 1000, crop or pad to its shape and axes (z, x, y), which run towards
+head, left and back.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from medctkit.scans.geometry import checked_spacing, steps_of
-from medctkit.scans.volumes import CTVolume
+from medctkit.scans.geometry import CANONICAL, Lengths, checked_spacing, steps_of
+from medctkit.scans.hounsfield import check_hu
+from medctkit.scans.volumes import CTVolume, turned
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +36,7 @@ class PreprocessConfig:
             model by more than a factor 1.5. The released pipeline does not, and its factors are near 1; a model
             of coarse voxels needs it, because two of 15 fine slices show their noise, not their average.
         hu_range: HU below and above are clipped; these two become -1 and 1.
-        axes: the order of the model's axes, some order of z (slices), y (rows) and x (columns).
+        axes: the order of the model's axes, some order of z (towards the head), y (the back) and x (the left).
     """
 
     spacing: tuple[float, float, float] = (1.5, 0.75, 0.75)
@@ -56,7 +59,7 @@ class PreprocessConfig:
 
     @property
     def seen_as(self) -> tuple[int, int, int]:
-        """Which of the model's axes d, h and w of a scan are."""
+        """Which of the model's axes d, h and w of a canonical scan are."""
         return self.axes.index("z"), self.axes.index("y"), self.axes.index("x")
 
     @property
@@ -72,15 +75,13 @@ class PreprocessConfig:
         return cls((z, x, y), shape, antialias=max(z, x, y) > ANTIALIAS_TARGET)
 
 
-def preprocess(volume: CTVolume, config: PreprocessConfig | None = None) -> "torch.Tensor":
-    """Turn a CT volume into model input.
-
-    Orientation is taken as it comes: the released weights saw NIfTI files as stored, which is what
-    `read_volume` gives; pass `volume.reoriented()` to show a model the canonical orientation of the phantoms.
+def preprocess(volume: CTVolume, config: PreprocessConfig | None = None, *, check: bool = True) -> "torch.Tensor":
+    """Turn a CT volume, which may lie in any orientation, into model input.
 
     Args:
-        volume: scan in HU (d, h, w).
+        volume: scan in HU.
         config: what the model wants; by default what the released weights saw.
+        check: refuse values that can't be the HU of a chest; False only for what is no scan, such as a mask.
 
     Returns:
         float32 tensor (1, *config.shape) along `config.axes`, in [-1, 1]; -1 (air) where the scan covers less than
@@ -88,28 +89,32 @@ def preprocess(volume: CTVolume, config: PreprocessConfig | None = None) -> "tor
 
     Raises:
         TypeError: `volume` is not a `CTVolume`.
-        ValueError: less than one voxel of the model along some axis.
+        ValueError: values that can't be the HU of a chest; less than one voxel of the model along some axis.
     """
     import torch
 
     if not isinstance(volume, CTVolume):
         raise TypeError(f"expected a CTVolume, as read_volume(path) gives it, got {type(volume).__name__}")
     config = PreprocessConfig() if config is None else config
-    depth, rows, columns = _plan(volume, config)
+    if check:
+        check_hu(volume.hu)
+    hu, spacing, _ = turned(volume)
+    depth, rows, columns = _plan(hu.shape, spacing, config)
     d, h, w = (config.shape[seen_as] for seen_as in config.seen_as)
     model_input, (low, high), (middle, half) = torch.full((1, d, w, h), -1.0), config.hu_range, config.scale
     filled = model_input[0, depth.filled, columns.filled, rows.filled]
     for start in range(0, len(filled), _SLAB):
         slab = depth.part(slice(start, start + _SLAB))
         # only what the model will see is converted, clipped and resampled
-        seen = volume.hu[slab.used, rows.used, columns.used]
+        seen = hu[slab.used, rows.used, columns.used]
         values = torch.from_numpy(np.clip(seen, low, high, dtype=np.float32, order="C"))
         if middle:
             values -= middle
         values /= half
         values = rows.resample(slab.resample(values, 0), 1)
         # d h w -> d w h = z x y. Now, because whole rows are quicker to gather than single voxels
-        filled[start : start + _SLAB] = columns.resample(values.transpose(1, 2).contiguous(), 1)
+        values = columns.resample(values.transpose(1, 2).contiguous(), 1)
+        filled[start : start + _SLAB] = values.clamp_(-1, 1)  # weights add up to 1 but for the last digit
     return model_input.permute(0, *("zxy".index(axis) + 1 for axis in config.axes)).contiguous()
 
 
@@ -121,24 +126,24 @@ def model_affine(volume: CTVolume, config: PreprocessConfig | None = None) -> np
     """
     to_scan = np.diag([0.0, 0, 0, 1])
     config = PreprocessConfig() if config is None else config
-    for axis, seen_as, plan in zip(range(3), config.seen_as, _plan(volume, config), strict=True):
+    hu, spacing, affine = turned(volume)
+    for axis, seen_as, plan in zip(range(3), config.seen_as, _plan(hu.shape, spacing, config), strict=True):
         to_scan[axis, seen_as], to_scan[axis, 3] = plan.scale, plan.origin
-    return volume.affine @ to_scan
+    return affine @ to_scan
 
 
 def as_seen(volume: CTVolume, config: PreprocessConfig | None = None) -> CTVolume:
     """What `preprocess` gives, of the same arguments, as a CT volume that viewers can show beside the scan itself.
 
     Returns:
-        HU clipped to `config.hu_range`, float32, axes (d, h, w) as those of `volume`, each voxel at its place in the
-        patient.
+        HU clipped to `config.hu_range`, float32, canonical, each voxel at its place in the patient.
     """
     config = PreprocessConfig() if config is None else config
     (middle, half), (low, high) = config.scale, config.hu_range
-    hu = preprocess(volume, config)[0].mul_(half).add_(middle).permute(config.seen_as).contiguous().numpy()
+    hu = preprocess(volume, config, check=False)[0].mul_(half).add_(middle).permute(config.seen_as).contiguous().numpy()
     affine = model_affine(volume, config)[:, [*config.seen_as, 3]]
     provenance = (*volume.provenance, f"resampled to what a model sees: {hu.shape} voxels, {low:g} to {high:g} HU")
-    return CTVolume(hu, steps_of(affine), volume.orientation, affine, provenance)
+    return CTVolume(hu, steps_of(affine), CANONICAL, affine, provenance)
 
 
 @dataclass(frozen=True)
@@ -179,10 +184,10 @@ class _Axis:
         return total
 
 
-def _plan(volume: CTVolume, config: PreprocessConfig) -> list[_Axis]:
-    """How d, h and w are resampled."""
+def _plan(shape: Sequence[int], spacing: Lengths, config: PreprocessConfig) -> list[_Axis]:
+    """How d, h and w of a canonical scan are resampled."""
     axes = []
-    for axis, (n, step, seen_as) in enumerate(zip(volume.shape, volume.spacing, config.seen_as, strict=True)):
+    for axis, (n, step, seen_as) in enumerate(zip(shape, spacing, config.seen_as, strict=True)):
         target, target_step = config.shape[seen_as], config.spacing[seen_as]
         resampled = int(n * step / target_step)
         if resampled < 1:

@@ -5,6 +5,7 @@ voxels are checked by their checksum.
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -16,6 +17,10 @@ MOST_VOXELS = 2**30  # 4 GiB as float32: 1024 slices of 1024 x 1024 pixels
 NO_ORIENTATION = f"the header does not say how the scan lies, {CANONICAL} assumed as in DICOM slices"
 NOT_ANALYZE = "Analyze does not say which side is left: let dcm2niix make a NIfTI from the DICOM slices"
 
+_NO_MEMORY = re.compile(
+    r"(?i)bad.?alloc|(out of|insufficient|not enough) memory|(allocat|reserv).*memory|memory.*allocat"
+)
+
 T = TypeVar("T")
 
 
@@ -25,7 +30,9 @@ class Stored(NamedTuple):
     hu: np.ndarray  # float32 (d, h, w), in memory of its own: the caller changes it in place
     affine: np.ndarray  # 4 x 4, from (d, h, w) to RAS mm
     notes: list[str]  # for the provenance
-    rescaled: bool = False  # the slices brought a slope or intercept that nobody may add to
+    rescaled: bool | None = (
+        False  # its headers brought a slope or intercept; None: they should have, so the caller must
+    )
 
 
 def damaged(reason: str, part: str = "") -> ValueError:
@@ -34,10 +41,19 @@ def damaged(reason: str, part: str = "") -> ValueError:
 
 
 def decode(read: Callable[[], T], part: str = "") -> T:
-    """Run a decoder; whatever it raises on a broken file (each has its own types) becomes the error above."""
+    """Run a decoder; whatever it raises on a broken file (each has its own types) becomes the error above.
+
+    Raises:
+        MemoryError: too little memory, which is no fault of the file.
+        OSError: of this machine, such as a full disk, likewise.
+    """
     try:
         return read()
     except Exception as error:
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
+            raise
+        if _NO_MEMORY.search(str(error)):  # of libraries in C and C++
+            raise MemoryError(str(error).strip().splitlines()[-1]) from error
         raise damaged((str(error).strip().splitlines() or [type(error).__name__])[-1], part) from error
 
 
@@ -58,10 +74,11 @@ def check_shape(shape: Sequence[int]) -> None:
         raise ValueError(f"{found}; get the file again, or cut the scan or make it coarser first")
 
 
-def check_bytes(found: int, claimed: int) -> None:
-    """Refuse a file that holds more or fewer bytes of voxels than its header describes."""
-    if found != claimed:
+def check_bytes(found: int, claimed: int, shape: Sequence[int]) -> list[str]:
+    """Refuse a file with fewer bytes of voxels than its header describes, or a slice (x, y, z) more; returns notes."""
+    if not claimed <= found < claimed + claimed // shape[-1]:
         raise damaged(f"its header describes {claimed} bytes of voxels, and the file holds {found}")
+    return [f"{found - claimed} bytes after the voxels passed over"] if found > claimed else []
 
 
 def check_steps(steps: Sequence[float], blank: bool) -> None:

@@ -1,9 +1,8 @@
 """CT volumes: one type for every scan, and one function that reads it from any file.
 
-Orientation, stated once. A NIfTI file is kept as it is stored, because that is what the released weights saw
-in training: the array (x, y, z) becomes (d, h, w) = (z, y, x). DICOM, NRRD and MetaImage are turned to the
-canonical "SPL", the radiological display. `read_volume(path, orientation=...)` asks for another, and
-`CTVolume.reoriented` turns any volume to any orientation. The provenance says what was done.
+Orientation, stated once. A scan of any format comes out canonical, "SPL": slices from the feet to the head, rows from
+front to back, columns from the patient's right to the left. `preprocess` turns any volume to it, and so a patient
+reaches the model in one way, however he was stored. It is how the released weights saw CT-RATE (`docs/data.md`).
 
 Shape legend of the package: b batch, c channel, d h w depth (slices), rows, columns.
 """
@@ -12,13 +11,16 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from medctkit.scans.chest import chest_range
 from medctkit.scans.formats import reader_of
 from medctkit.scans.geometry import (
     CANONICAL,
     LETTERS,
+    STEP_RANGE,
     Lengths,
     check_size,
     checked_orientation,
@@ -28,7 +30,10 @@ from medctkit.scans.geometry import (
     straight_affine,
     with_spacing,
 )
-from medctkit.scans.hounsfield import check_hu
+from medctkit.scans.hounsfield import check_hu, fill_outside
+from medctkit.scans.stored import Stored
+
+_LEAST_COSINE = 0.1  # between an axis and its letter; an oblique scan has 0.6 and more
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +75,10 @@ class CTVolume:
             raise ValueError(f"affine {affine.tolist()}: expected 4 x 4 finite numbers")
         if not np.allclose(steps_of(affine), spacing, rtol=1e-2):
             raise ValueError(f"spacing {spacing} mm, but the affine has steps of {steps_of(affine)} mm")
+        lies = nearest_orientation(affine)  # refuses axes that span no box
+        along = straight_affine((1, 1, 1), orientation)[:3, :3]
+        if (np.einsum("ij,ij->j", affine[:3, :3] / spacing, along) < _LEAST_COSINE).any():
+            raise ValueError(f"orientation {orientation!r}, but by its affine the volume lies {lies}: correct one")
         affine.flags.writeable = False
         checked = dict(hu=hu, spacing=spacing, orientation=orientation, affine=affine)
         for name, value in {**checked, "provenance": tuple(self.provenance)}.items():
@@ -86,22 +95,27 @@ class CTVolume:
         target = checked_orientation(orientation)
         if target == self.orientation:
             return self
-        patient_axes = [LETTERS[letter][0] for letter in self.orientation]
-        order = [patient_axes.index(LETTERS[letter][0]) for letter in target]
-        flipped = tuple(new for new, old in enumerate(order) if target[new] != self.orientation[old])
-        to_old_index = np.diag([0.0, 0, 0, 1])
-        to_old_index[order, range(3)] = 1
-        for new in flipped:
-            to_old_index[order[new], [new, 3]] = -1, self.shape[order[new]] - 1
-        hu = np.ascontiguousarray(np.flip(self.hu.transpose(order), flipped))
-        d, h, w = (self.spacing[old] for old in order)
+        hu, spacing, affine = turned(self, target)
         provenance = (*self.provenance, f"turned from {self.orientation} to {target}")
-        return CTVolume(hu, (d, h, w), target, self.affine @ to_old_index, provenance)
+        return CTVolume(np.ascontiguousarray(hu), spacing, target, affine, provenance)
 
     def __repr__(self) -> str:
         shape, steps = " x ".join(map(str, self.shape)), " x ".join(f"{step:.4g}" for step in self.spacing)
         values = f"{self.hu.min():.0f} to {self.hu.max():.0f} HU"
         return f"CTVolume({shape} voxels of {steps} mm, {self.orientation}, {values}, {self.hu.dtype})"
+
+
+def turned(volume: CTVolume, orientation: str = CANONICAL) -> tuple[np.ndarray, Lengths, np.ndarray]:
+    """Values (a view), spacing and affine of a volume in another orientation; see `CTVolume.reoriented`."""
+    patient_axes = [LETTERS[letter][0] for letter in volume.orientation]
+    order = [patient_axes.index(LETTERS[letter][0]) for letter in orientation]
+    flipped = tuple(new for new, old in enumerate(order) if orientation[new] != volume.orientation[old])
+    to_old_index = np.diag([0.0, 0, 0, 1])
+    to_old_index[order, range(3)] = 1
+    for new in flipped:
+        to_old_index[order[new], [new, 3]] = -1, volume.shape[order[new]] - 1
+    d, h, w = (volume.spacing[old] for old in order)
+    return np.flip(volume.hu.transpose(order), flipped), (d, h, w), volume.affine @ to_old_index
 
 
 def read_volume(
@@ -110,8 +124,11 @@ def read_volume(
     rescale_intercept: float | None = None,
     spacing: Sequence[float] | None = None,
     *,
-    orientation: str | None = None,
-    series: str | None = None,
+    orientation: str = "canonical",
+    stored_as: str | None = None,
+    crop: str | None = None,
+    largest_gap: float = STEP_RANGE[1],
+    **choices: Any,
 ) -> CTVolume:
     """Read a CT scan in one of the formats of `formats.READERS`, in float32 Hounsfield units.
 
@@ -123,11 +140,18 @@ def read_volume(
         rescale_intercept: see `rescale_slope`.
         spacing: (d, h, w) in mm as stored, in place of a blank or wrong header (CT-RATE: ZSpacing, XYSpacing
             twice).
-        orientation: "stored", "canonical" (SPL) or three letters of RLAPSI; None: "stored" for NIfTI, else "canonical".
-        series: which of several DICOM series: its SeriesInstanceUID, SeriesNumber or SeriesDescription.
+        orientation: "canonical" (SPL), "stored" or three letters of RLAPSI.
+        stored_as: how the array (d, h, w) of the file lies, three letters, in place of a blank or wrong header
+            (CT-RATE version 1: "SPL").
+        crop: "chest" cuts a longer scan along the body to the lungs and 3 cm on either side.
+        largest_gap: mm from slice to slice that are still read as one volume; more than 20 for sparse HRCT, where the
+            model sees between two slices something in between.
+        choices: which of several scans a DICOM folder holds: `series`, its SeriesInstanceUID, SeriesNumber or
+            SeriesDescription, and what else `dicom_series.read_dicom` takes.
 
     Raises:
         OSError: nothing at `path`, or it may not be read.
+        MemoryError: too little memory for this scan.
         ValueError: the file can't be read, is not a CT, not in HU, not of the size of a chest, or has a geometry that
             can't be right. The message names the file, what was found and the way out.
     """
@@ -136,31 +160,64 @@ def read_volume(
     path = Path(os.path.expanduser(path))
     reader = reader_of(path)
     try:
-        target = _target(reader.default_orientation if orientation is None else orientation)
-        slope, intercept = _rescale(rescale_slope, rescale_intercept)
-        if series is not None and not reader.folders:
-            raise ValueError(f"series={series!r} chooses one of several DICOM series; a {reader.name} holds one scan")
-        stored = reader.read(path, spacing, series) if reader.folders else reader.read(path, spacing)
-        hu, affine = stored.hu, with_spacing(stored.affine, spacing)
-        notes = [f"read from {reader.name} {path.name}", *stored.notes]
-        if (rescale_slope, rescale_intercept) != (None, None):
-            if stored.rescaled:
-                raise ValueError("its headers have a slope and intercept of their own; leave out the caller's")
-            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused below
-                hu *= slope  # in place: every reader gives an array of its own
-                hu += intercept
-            notes.append(f"HU = value * {slope:g} + {intercept:g}, as asked for")
+        target = _target(orientation)
+        rescale = _rescale(rescale_slope, rescale_intercept)
+        if crop not in (None, "chest"):
+            raise ValueError(f"crop={crop!r}: expected 'chest', or None for the whole scan")
+        choices = {name: value for name, value in choices.items() if value is not None}
+        for name in choices.keys() - set(reader.choices):
+            raise ValueError(f"{name}={choices[name]!r} chooses nothing: a {reader.name} holds one scan")
+        if stored_as is not None:
+            stored_as = checked_orientation(stored_as)
+            choices |= {"stored_as": stored_as} if "stored_as" in reader.choices else {}
+        stored = reader.read(path, spacing, **choices)
+        hu, notes = stored.hu, [f"read from {reader.name} {path.name}", *stored.notes]
+        notes += _to_hu(stored, rescale, (rescale_slope, rescale_intercept) != (None, None))
+        affine = with_spacing(stored.affine, spacing)
+        if stored_as is not None:
+            affine = straight_affine(steps_of(affine), stored_as)
+            notes.append(f"taken to lie {stored_as}, as asked for")
         if spacing is not None:
             notes.append(f"spacing {tuple(spacing)} mm, as asked for")
         lies, steps = nearest_orientation(affine), steps_of(affine)
-        check_size(steps, hu.shape, stored.notes)
+        body = next(axis for axis, letter in enumerate(lies) if letter in "SI")
+        if crop:
+            hu, affine, kept = _cut_chest(hu, affine, body)
+            notes.append(kept)
+        check_size(steps, hu.shape, stored.notes, body, largest_gap)
         if target in (None, lies):
             notes.append("orientation as stored" if target is None else f"lies {lies} already, nothing turned")
         volume = CTVolume(hu, steps, lies, affine, tuple(notes))
-        check_hu(hu, (slope, intercept))
+        check_hu(hu, rescale)
+        return volume if target is None else volume.reoriented(target)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return volume if target is None else volume.reoriented(target)
+    except MemoryError as error:
+        raise MemoryError(f"{path}: too little memory to read it; close other programs ({error})") from error
+
+
+def _to_hu(stored: Stored, rescale: tuple[float, float], asked: bool) -> list[str]:
+    """Rescale in place, as every reader gives an array of its own, and put air where nothing was scanned; notes."""
+    if not asked and stored.rescaled is None:
+        raise ValueError("its headers lack slope and intercept; pass rescale_slope and rescale_intercept")
+    if asked and stored.rescaled:
+        raise ValueError("its headers have a slope and intercept of their own; leave out the caller's")
+    if not asked:
+        return fill_outside(stored.hu)
+    slope, intercept = rescale
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused later
+        np.add(np.multiply(stored.hu, slope, out=stored.hu), intercept, out=stored.hu)
+    return [f"HU = value * {slope:g} + {intercept:g}, as asked for", *fill_outside(stored.hu)]
+
+
+def _cut_chest(hu: np.ndarray, affine: np.ndarray, body: int) -> tuple[np.ndarray, np.ndarray, str]:
+    """The part of a scan along its axis `body` that holds the lungs, its affine and a note."""
+    order = [body, *({0, 1, 2} - {body})]
+    first, last = chest_range(hu.transpose(order), np.array(steps_of(affine))[order])
+    moved = affine.copy()
+    moved[:3, 3] += affine[:3, body] * first
+    note = f"the chest cut out: slices {first} to {last} of {hu.shape[body]}"
+    return np.ascontiguousarray(hu[(slice(None),) * body + (slice(first, last + 1),)]), moved, note
 
 
 def _target(orientation: str) -> str | None:

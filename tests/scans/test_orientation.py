@@ -3,11 +3,11 @@
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
-from scan_files import chest, write_dicom, write_itk, write_nifti
+from scan_files import LPS, SPACING, chest, write_dicom, write_itk, write_nifti
 
 from medctkit.phantom.study import generate
-from medctkit.scans.formats import READERS
 from medctkit.scans.preprocessing import PreprocessConfig, preprocess
 from medctkit.scans.volumes import CANONICAL, CTVolume, read_volume
 
@@ -116,12 +116,40 @@ def test_a_scan_keeps_its_place_in_the_patient(tmp_path, ill, name):
     np.testing.assert_allclose(volume.affine, ill.affine, atol=1e-3)
 
 
+@pytest.mark.parametrize("write", HONEST.values(), ids=HONEST)
+def test_a_patient_reaches_the_model_in_one_way_whatever_the_format(tmp_path, ill, write):
+    """As DICOM, as the NIfTI that dcm2niix makes of it (LAS), read by default or as stored."""
+    config = PreprocessConfig.for_shape((24, 40, 40))
+    expected, path = preprocess(ill, config), write(tmp_path, ill)
+    for orientation in ("canonical", "stored", "IAR"):
+        assert torch.equal(preprocess(read_volume(path, orientation=orientation), config), expected)
+
+
 @pytest.mark.parametrize("axes", NIFTI_AXES)
-def test_nifti_comes_as_stored_by_default(tmp_path, ill, axes):
+def test_nifti_comes_as_stored_when_asked(tmp_path, ill, axes):
     path = nifti(axes)(tmp_path, ill)
-    for volume in (read_volume(path), read_volume(path, orientation="stored")):
-        np.testing.assert_array_equal(volume.hu, np.asarray(nib.load(path).dataobj).transpose(2, 1, 0))
-        assert volume.orientation == axes[::-1] and volume.provenance[-1] == "orientation as stored"
+    volume = read_volume(path, orientation="stored")
+    np.testing.assert_array_equal(volume.hu, np.asarray(nib.load(path).dataobj).transpose(2, 1, 0))
+    assert volume.orientation == axes[::-1] and volume.provenance[-1] == "orientation as stored"
+
+
+@pytest.mark.parametrize("sform", [np.eye(4), np.full((4, 4), np.nan), np.diag([7.7, 8, 12.5, 1])])
+def test_a_header_that_does_not_know_how_the_scan_lies_is_overruled(tmp_path, sform):
+    path = write_nifti(tmp_path / "v1.nii", chest())
+    data = bytearray(path.read_bytes())
+    header = np.frombuffer(data, nib.nifti1.header_dtype, count=1)
+    header["srow_x"], header["srow_y"], header["srow_z"] = sform[:3]
+    path.write_bytes(data)
+    volume = read_volume(path, spacing=SPACING, stored_as="SPL")
+    np.testing.assert_array_equal(volume.hu, chest())
+    assert (
+        volume.orientation == "SPL"
+        and volume.spacing == SPACING
+        and "taken to lie SPL, as asked for" in volume.provenance
+    )
+    np.testing.assert_array_equal(read_volume(path, spacing=SPACING, stored_as="sar").hu, chest()[:, ::-1, ::-1])
+    with pytest.raises(ValueError, match="v1.nii: orientation 'SPX'"):
+        read_volume(path, stored_as="SPX")
 
 
 @pytest.mark.parametrize("flip", FLIPS)
@@ -142,16 +170,8 @@ def test_the_model_sees_the_effusion_where_its_axes_say(tmp_path, healthy, ill, 
 # --- the setting
 
 
-def test_the_default_is_stated_once():
-    assert {name: reader.default_orientation for name, reader in READERS.items()}.items() >= {
-        "NIfTI file": "stored",
-        "NRRD or MetaImage file": "canonical",
-        "DICOM series": "canonical",
-    }.items()
-
-
 def test_any_three_letters_may_be_asked_for(tmp_path):
-    path = write_nifti(tmp_path / "scan.nii", chest())  # x, y, z to the right, front and head
+    path = write_nifti(tmp_path / "scan.nii", chest(), np.abs(LPS))  # x, y, z to the right, front and head
     volume = read_volume(path, orientation="irp")
     assert volume.orientation == "IRP"
     np.testing.assert_array_equal(volume.hu, chest().transpose(0, 2, 1)[::-1, :, ::-1])

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scan_files import SHAPE, SPACING, chest, truncate, write_itk, write_nifti
+from scan_files import LPS, SHAPE, SPACING, chest, truncate, write_itk, write_nifti
 
 from medctkit.scans.volumes import CTVolume, read_volume
 
@@ -68,14 +68,14 @@ def test_turning_keeps_every_voxel_at_its_place_in_the_patient(first, second):
 # --- NIfTI
 
 
-def test_nifti_is_read_as_it_is_stored(tmp_path):
+def test_nifti(tmp_path):
     hu = chest()
     volume = read_volume(write_nifti(tmp_path / "scan.nii.gz", hu))
     np.testing.assert_array_equal(volume.hu, hu)
     assert volume.hu.dtype == np.float32
     assert volume.spacing == SPACING  # float32 in the header, yet 7.7 and not 7.69999981
-    assert volume.orientation == "SAR"
-    assert volume.provenance == ("read from NIfTI file scan.nii.gz", "orientation as stored")
+    assert volume.orientation == "SPL"
+    assert volume.provenance == ("read from NIfTI file scan.nii.gz", "lies SPL already, nothing turned")
 
 
 def test_nifti_scaling_and_the_callers_rescaling(tmp_path):
@@ -84,7 +84,7 @@ def test_nifti_scaling_and_the_callers_rescaling(tmp_path):
     volume = read_volume(str(path), rescale_intercept=-1024)
     np.testing.assert_array_equal(volume.hu, chest())
     assert "HU = value * 1 + -1024, as asked for" in volume.provenance
-    image = nib.Nifti1Image((2 * chest() + 1024).transpose(2, 1, 0), np.diag([*SPACING[::-1], 1]))
+    image = nib.Nifti1Image((2 * chest() + 1024).transpose(2, 1, 0), LPS)
     image.header.set_slope_inter(0.5, -512)
     nib.save(image, path)
     expected = nib.load(path).get_fdata().transpose(2, 1, 0)
