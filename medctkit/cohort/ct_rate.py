@@ -40,6 +40,7 @@ TABLES = {
 REPORT_SECTIONS = ("ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN")
 FALLBACK = "Impressions_EN"
 KEPT = ("Manufacturer", "ConvolutionKernel", "PatientSex", "PatientAge")  # of the metadata, where it has them
+_VERSION_1_LIES = "SPL"  # its headers say nothing true; its arrays are rows and columns of the slices, from the feet
 _GEOMETRY = ("RescaleSlope", "RescaleIntercept", "XYSpacing", "ZSpacing")
 _NAME = re.compile(r"(?P<patient>(?P<split>train|valid)_[1-9][0-9]*)_(?P<scan>[a-z]+)_(?P<reconstruction>[1-9][0-9]*)")
 _PLACEHOLDER = r"(?i:\s*(?:not given\.?)?\s*)"
@@ -280,8 +281,9 @@ def _joined(
         joined(reading, metadata.loc[stored, "VolumeName"]),
         joined(extra, metadata["VolumeName"]),
     ]
-    table = pd.concat(parts, axis=1).assign(checksum="")
-    return table[[*COLUMNS, "path", *READING[:5], "ct_rate_version", *extra.columns]]
+    stored_as = volumes["ct_rate_version"].map({1: _VERSION_1_LIES})
+    table = pd.concat(parts, axis=1).assign(checksum="", stored_as=stored_as)
+    return table[[*COLUMNS, "path", *READING[:5], "stored_as", "ct_rate_version", *extra.columns]]
 
 
 def _extra_columns(metadata: "pd.DataFrame") -> "pd.DataFrame":
@@ -389,4 +391,4 @@ def _reading_columns(metadata: "pd.DataFrame", table: str) -> "pd.DataFrame":
 def _arguments(metadata_row: "pd.DataFrame", table: str) -> dict[str, Any]:
     (found,) = _reading_columns(metadata_row, table).to_dict("records")
     spacing = tuple(found.pop(name) for name in SPACING)
-    return found | {"spacing": spacing}
+    return found | {"spacing": spacing, "stored_as": _VERSION_1_LIES}

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 COLUMNS = ("study", "patient", "split", "hospital", "seed", "scan", "reconstruction", *FINDINGS, "report", "checksum")
 SPACING = ("spacing_d", "spacing_h", "spacing_w")  # mm, in place of a blank or wrong header
-READING = ("rescale_slope", "rescale_intercept", *SPACING, "orientation", "series")
+_CHOICES = ("orientation", "series", "stored_as", "crop", "acquisition")
+READING = ("rescale_slope", "rescale_intercept", *SPACING, *_CHOICES, "largest_gap")
 SPLITS = ("train", "valid", "test")
 # Patients of the default cohort. The base model never sees the target hospital before notebook 03, and what
 # it was pretrained on is not listed here: `medctkit.experiments.pretrain` draws those studies from seeds of its own.
@@ -46,8 +47,8 @@ DEFAULT_PATIENTS = {
     ("target", "valid"): 150,
     ("target", "test"): 300,
 }
-_NAMES = ("study", "patient", "split", "hospital", "scan", "checksum", "path", "orientation", "series")
-_NUMBERS = ("seed", "reconstruction", *FINDINGS, *READING[:5])
+_NAMES = ("study", "patient", "split", "hospital", "scan", "checksum", "path", *_CHOICES)
+_NUMBERS = ("seed", "reconstruction", *FINDINGS, *READING[:5], "largest_gap")
 _ORIENTATIONS = {
     "stored",
     "canonical",
@@ -88,10 +89,11 @@ def reading_arguments(row: Mapping) -> dict[str, Any]:
     """Keyword arguments of `read_volume` for a row with a `path`, as far as it gives them; spacing (d, h, w) in mm."""
     here = {name: row[name] for name in READING if name in row and not _empty(row[name])}
     arguments: dict[str, Any] = {"path": str(row["path"])}
-    arguments |= {name: float(here[name]) for name in ("rescale_slope", "rescale_intercept") if name in here}
+    numbers = ("rescale_slope", "rescale_intercept", "largest_gap")
+    arguments |= {name: float(here[name]) for name in numbers if name in here}
     if SPACING[0] in here:
         arguments["spacing"] = tuple(float(here[name]) for name in SPACING)
-    return arguments | {name: str(here[name]) for name in ("orientation", "series") if name in here}
+    return arguments | {name: str(here[name]) for name in _CHOICES if name in here}
 
 
 def volume_from_row(row: Mapping) -> CTVolume:
