@@ -5,7 +5,7 @@ Platform (licence beside it): outlines, domes, gutters, bones and fissures of a 
 fissures vary over 100 people. Places are (z, y, x) in mm: up, back, left; "atlas" means before the warp.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 
@@ -54,6 +54,12 @@ def atlas() -> dict[str, np.ndarray]:
     tile = np.random.default_rng(20261).normal(size=(64, 64, 64)).astype(np.float32)
     table["tile"] = tile * 1.9  # what is left of it between the knots has a standard deviation of about 1
     return table
+
+
+def _below() -> np.ndarray:
+    """How far down in the chest the knots of a bend lie (k, 1, 1): 0 above the hila, 1 at the domes and below."""
+    below = np.clip((10 - (BEND_LOW[0] + BEND_STEP * np.arange(BEND_KNOTS))) / 80, 0, 1)[:, None, None]
+    return below**2 * (3 - 2 * below)
 
 
 @dataclass(frozen=True)
@@ -118,11 +124,11 @@ class Patient:
     seed: int
 
     @classmethod
-    def sample(cls, rng: np.random.Generator) -> "Patient":
-        """Draw a patient; sex and age shape bones, vessels and fat."""
+    def sample(cls, rng: np.random.Generator, age: float = 58) -> "Patient":
+        """Draw a patient of a mean age; sex and age shape bones, vessels and fat."""
         table = atlas()
         sex = "F" if rng.random() < 0.47 else "M"
-        age = int(np.clip(rng.normal(58, 15), 20, 92))
+        age = int(np.clip(rng.normal(age, 15), 20, 92))
         size = rng.multivariate_normal(np.zeros(3), table["size_cov"], method="cholesky") * 0.5
         size = (
             np.clip(size, -0.16, 0.16)
@@ -132,10 +138,9 @@ class Patient:
         knots = rng.normal(0, 1, (3, 9, 9, 9)) * np.array([8.0, 7.0, 6.0])[:, None, None, None]
         bend = np.einsum("az,by,cx,izyx->iabc", *([table["spline"]] * 3), knots, optimize=True)
         at = BEND_LOW[0] + BEND_STEP * np.arange(BEND_KNOTS)
-        below = np.clip((10 - at) / 80, 0, 1)[:, None, None]  # the domes, each with a height of its own
         left = 1 / (1 + np.exp(-at / 15))[None, None, :]
         right_dome, left_dome = rng.normal(2, 8), rng.normal(0, 7)
-        bend[0] -= below**2 * (3 - 2 * below) * (left * left_dome + (1 - left) * right_dome)
+        bend[0] -= _below() * (left * left_dome + (1 - left) * right_dome)  # each dome has a height of its own
         for axis, centre, widths, spread, aging in MIDDLE:
             z, y, x = (np.exp(-0.5 * ((at - c) / w) ** 2) for c, w in zip(centre, widths, strict=True))
             move = np.clip(rng.normal(0, spread), -2 * spread, 2 * spread) + aging * (age - 58)
@@ -159,6 +164,12 @@ class Patient:
             bone=float(np.clip(rng.normal(185 - 1.7 * (age - 50), 28), 70, 270)),
             seed=int(rng.integers(2**31)),
         )
+
+    def breathing(self, raised: float) -> "Patient":
+        """The same patient with both halves of the diaphragm higher by `raised` mm, as after a smaller breath."""
+        bend = self.bend.copy()
+        bend[0] -= raised * _below()
+        return replace(self, bend=bend)
 
     def place(self, points: np.ndarray) -> np.ndarray:
         """Where places of the atlas (n, 3) lie in the patient (n, 3), mm."""

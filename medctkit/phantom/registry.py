@@ -100,7 +100,12 @@ _REDRAWN: dict[str, Painter] = {
 }
 REGISTRIES: Mapping[int, Mapping[str, Finding]] = {  # by drawing
     1: REGISTRY,
-    2: MappingProxyType({name: replace(finding, paint=_REDRAWN[name]) for name, finding in REGISTRY.items()}),
+    2: MappingProxyType(
+        {  # a collapsed lobe moves its neighbours: after what lies in them
+            name: replace(finding, paint=_REDRAWN[name], layer=4 if name == "Atelectasis" else finding.layer)
+            for name, finding in REGISTRY.items()
+        }
+    ),
 }
 
 

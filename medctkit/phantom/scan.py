@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from scipy.ndimage import gaussian_filter1d
 
 from medctkit.phantom import raster
 from medctkit.phantom.body import Body
@@ -12,6 +13,7 @@ from medctkit.phantom.registry import Finding
 from medctkit.phantom.tissue import Tissue
 
 DEPTH = 320.0  # mm from the neck to the upper abdomen
+DISEASE = 3  # layers up to this one change the density of lungs and airways; later ones press aside or replace
 BLUR = 2  # voxels over which a scan spreads what is drawn, at most
 
 
@@ -48,6 +50,9 @@ def blurred(values: np.ndarray, axis: int, width: float, reach: int, wrap: bool 
     Returns:
         The values.
     """
+    if axis == 2:  # rows are too short for the compiled loop
+        mode = "wrap" if wrap else "nearest"
+        return gaussian_filter1d(values, width, axis=2, mode=mode, radius=reach, output=values)
     raster.blur(values.reshape(int(np.prod(values.shape[:axis])), values.shape[axis], -1), curve(width, reach), wrap)
     return values
 
@@ -123,6 +128,7 @@ def draw(
     shape: tuple[int, int, int],
     scanner: Any,
     offset: tuple[float, float, float],
+    density: float,
     randomness: Callable[[str], np.random.Generator],
 ) -> tuple[Body, dict[str, np.ndarray], dict[str, dict], np.ndarray]:
     """Draw a patient with the findings that labels name.
@@ -135,6 +141,7 @@ def draw(
         shape: voxels (d, h, w).
         scanner: a `Hospital`.
         offset: (z, y, x) mm of the patient from the middle of the scan.
+        density: share of its density that disease of lungs and airways reaches.
         randomness: a source for each finding's name.
 
     Returns:
@@ -147,10 +154,15 @@ def draw(
     present = [f for f in sorted(registry.values(), key=lambda f: f.layer) if labels[f.name]]
     healthy = body.hu.copy() if present else body.hu
     masks, details = {}, {}
-    for finding in present:
-        share, details[finding.name] = finding.paint(body, randomness(finding.name))
-        # what is thinner than a voxel still gets a mask: its strongest voxels
-        masks[finding.name] = share > min(0.5, 0.35 * float(share.max()))
+    for disease in (True, False):
+        for finding in present:
+            if (finding.layer <= DISEASE) is disease:
+                share, details[finding.name] = finding.paint(body, randomness(finding.name))
+                # what is thinner than a voxel still gets a mask: its strongest voxels
+                masks[finding.name] = share > min(0.5, 0.35 * float(share.max()))
+        if disease and masks:
+            for sick, well in zip(body.hu, healthy, strict=True):
+                sick += np.float32(density - 1) * (sick - well)
     changed = body.hu != healthy
     if present:
         for axis in range(3):  # what the blur reaches

@@ -7,7 +7,7 @@ differently, as hospitals do; the difference is what LoRA learns to bridge in th
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import NormalDist
 from typing import Any
 
@@ -42,6 +42,11 @@ class Hospital:
         drift: standard deviation of the calibration offset, HU.
         table: shape of the table under the patient, "curved" or "flat".
         centre: (z, y, x) in mm of the patient's thorax from the middle of the scan, on average.
+        spread: (z, y, x) standard deviation of that place over scans, mm.
+        raised: height of the diaphragm above that of a full breath, mean and standard deviation over scans, mm.
+        density: smallest and largest share of its density that disease of lungs and airways reaches; below 1, milder.
+        case_mix: factors on the prevalence of findings; what is not named has 1.
+        age: of its patients, mean, years.
     """
 
     field_of_view: float
@@ -53,6 +58,11 @@ class Hospital:
     drift: float
     table: str
     centre: tuple[float, float, float]
+    spread: tuple[float, float, float] = (5.0, 5.0, 6.0)
+    raised: tuple[float, float] = (0.0, 0.0)
+    density: tuple[float, float] = (1.0, 1.0)
+    case_mix: Mapping[str, float] = field(default_factory=dict)
+    age: float = 58.0
 
 
 HOSPITALS = {
@@ -62,8 +72,45 @@ HOSPITALS = {
 SCANNERS = {  # by drawing
     1: HOSPITALS,
     2: {
-        "source": Hospital(360.0, 0.04, 1.0, 0.15, 17.0, 0.80, 2.0, "curved", (40.0, 4.0, 0.0)),
-        "target": Hospital(420.0, 0.92, 2.0, 0.70, 26.0, 0.65, 6.0, "flat", (46.0, 20.0, 0.0)),
+        "source": Hospital(
+            360.0,
+            0.04,
+            1.0,
+            0.15,
+            17.0,
+            0.80,
+            2.0,
+            "curved",
+            (40.0, 4.0, 0.0),
+            (12.0, 6.0, 7.0),
+            (0.0, 6.0),
+            (0.8, 1.1),
+        ),
+        "target": Hospital(
+            400.0,
+            0.92,
+            2.0,
+            0.70,
+            26.0,
+            0.65,
+            6.0,
+            "flat",
+            (36.0, 10.0, 0.0),
+            (12.0, 6.0, 7.0),
+            (16.0, 7.0),
+            (0.5, 0.9),
+            case_mix={
+                "Pleural effusion": 1.6,
+                "Consolidation": 1.4,
+                "Medical material": 1.5,
+                "Cardiomegaly": 1.4,
+                "Pericardial effusion": 1.3,
+                "Lung nodule": 0.75,
+                "Emphysema": 0.75,
+                "Mosaic attenuation pattern": 0.8,
+            },
+            age=64.0,
+        ),
     },
 }
 
@@ -108,8 +155,10 @@ def named_rng(*key) -> np.random.Generator:
     return np.random.default_rng(np.frombuffer(digest[:16], dtype=np.uint32))
 
 
-def draw_labels(seed: int, patient: str, registry: Mapping[str, Finding] = REGISTRY) -> dict[str, int]:
-    """Draw the labels of a scan with the prevalences of the registry; by default the 18 of CT-RATE.
+def draw_labels(
+    seed: int, patient: str, registry: Mapping[str, Finding] = REGISTRY, case_mix: Mapping[str, float] | None = None
+) -> dict[str, int]:
+    """Draw the labels of a scan with the prevalences of the registry, by default the 18 of CT-RATE, times `case_mix`.
 
     Half of what decides a finding belongs to the patient, so that scans of one patient resemble each other,
     and a little is shared by all findings of a scan: some patients are simply sicker. What is added to the
@@ -123,7 +172,8 @@ def draw_labels(seed: int, patient: str, registry: Mapping[str, Finding] = REGIS
         if name not in own:
             own[name] = named_rng("labels", patient, name).normal(), named_rng("labels", patient, seed, name).normal()
     score = {n: np.sqrt(0.1) * sickness + np.sqrt(0.5) * own[n][0] + np.sqrt(0.4) * own[n][1] for n in names}
-    return {name: int(score[name] < NormalDist().inv_cdf(registry[name].prevalence)) for name in names}
+    share = {name: registry[name].prevalence * (case_mix or {}).get(name, 1.0) for name in names}
+    return {name: int(score[name] < NormalDist().inv_cdf(share[name])) for name in names}
 
 
 def _check(seed, hospital, findings, shape, registry) -> None:
@@ -178,11 +228,11 @@ def generate(
     _check(seed, hospital, findings, shape, registry)
     patient = str(seed) if patient is None else str(patient)
     scanner = SCANNERS[drawing][hospital]
-    labels = draw_labels(seed, patient, registry)
+    labels = draw_labels(seed, patient, registry, scanner.case_mix)
     if findings is not None:
         labels = {name: int(name in findings) for name in labels}
     scan = named_rng("scan", patient, seed, hospital)
-    z, y, x = (c + scan.normal(0, spread) for c, spread in zip(scanner.centre, (5, 5, 6), strict=True))
+    z, y, x = (c + scan.normal(0, spread) for c, spread in zip(scanner.centre, scanner.spread, strict=True))
     contrast = bool(scan.random() < scanner.contrast)
     tissue = Tissue.sample(scan, contrast)
     noise = named_rng("noise", patient, seed, hospital, reconstruction)
@@ -193,7 +243,10 @@ def generate(
         masks, details = _painted(chest, labels, registry, patient, seed)
         hu = _scan(chest, scanner, scan, noise, reconstruction)
     else:
-        person = Patient.sample(named_rng("person", patient))
+        breath = named_rng("breath", patient, seed, hospital)
+        raised, density = breath.normal(*scanner.raised), breath.uniform(*scanner.density)
+        person = Patient.sample(named_rng("person", patient), scanner.age).breathing(raised)
+        tissue = replace(tissue, lung=tissue.lung + 0.8 * raised)  # less air, the same tissue
         body, masks, details, changed = draw(
             person,
             tissue,
@@ -202,6 +255,7 @@ def generate(
             (int(shape[0]), int(shape[1]), int(shape[2])),
             scanner,
             (z, y, x),
+            density,
             lambda name: named_rng(name, patient, seed),
         )
         spacing = body.spacing
