@@ -178,11 +178,13 @@ def emphysema(body: Body, rng: np.random.Generator) -> Drawn:
     lobes, depth = (1, 2, 3, 4, 5), (2.0, 7.0) if paraseptal else (3.0, 60.0)
     centre, _ = spots(body, rng, 6 * n if n < 600 else 3500, lobes, depth)
     height = centre[:, 0] / body.patient.scale[0]
-    keep = rng.random(len(centre)) < np.clip((height + 70) / 130, 0.04, 1) ** 1.3
+    keep = rng.random(len(centre)) < np.clip((height + 45) / 115, 0.03, 1) ** 1.5
     clump = np.sin(centre @ rng.normal(0, 0.045, 3) + rng.uniform(0, 6)) + np.sin(centre @ rng.normal(0, 0.08, 3))
     keep &= clump + 0.5 * rng.normal(size=len(centre)) > -0.4
     centre = centre[keep][:n]
-    radius = rng.gamma(5, 1.3, len(centre)) + 2.0 if paraseptal else np.minimum(rng.gamma(3, 0.6, len(centre)) + 1.4, 4.5)
+    radius = (
+        rng.gamma(5, 1.3, len(centre)) + 2.0 if paraseptal else np.minimum(rng.gamma(3, 0.6, len(centre)) + 1.4, 4.5)
+    )
     radius *= 0.75 + 0.45 * burden
     share, edge = body.everything, body.edge
     if not paraseptal:  # holes run together: each is a few
@@ -192,7 +194,7 @@ def emphysema(body: Body, rng: np.random.Generator) -> Drawn:
     body.balls(share, centre, radius[:, None] * rng.uniform(0.75, 1.25, (len(centre), 3)))
     body.edge = edge
     if not paraseptal:  # without an edge, and none like another
-        share = np.clip(share * (1.15 + 0.3 * body.noise(2.4, int(rng.integers(2**31)))) - 0.05, 0, 1)
+        share = np.clip(share * np.maximum(1.1 + 0.3 * body.noise(2.4, int(rng.integers(2**31))), 0.1), 0, 1)
     share *= np.clip((body.lung - (1.0 if paraseptal else 0.5)) / body.edge + 0.5, 0, 1)
     share *= body.hu < -600
     raster.paint(body.hu, share, -992.0)
@@ -216,7 +218,7 @@ def mosaic(body: Body, rng: np.random.Generator) -> Drawn:
 
 @in_chest
 def septal_thickening(body: Body, rng: np.random.Generator) -> Drawn:
-    """Thick septa: short lines that stand on the pleura and closed arcades of 1 to 2 cm behind it, at the bases first."""
+    """Thick septa: lines that stand on the pleura and arcades of 1 to 2 cm behind it, at the bases first."""
     thickness, degree = rng.uniform(1.2, 1.8), rng.random()
     size, reach = rng.uniform(12, 16), 13 + 9 * degree
     # lobules stand in two layers under the pleura, so that the septa between those of a layer are square to it
@@ -322,10 +324,10 @@ def consolidation(body: Body, rng: np.random.Generator) -> Drawn:
 
 @in_chest
 def nodule(body: Body, rng: np.random.Generator) -> Drawn:
-    """One to four nodules of 5 to 28 mm: round, lobulated or with spicules, small ones sometimes calcified."""
+    """One to four nodules of 7 to 27 mm: round, lobulated or with spicules, small ones sometimes calcified."""
     count = int(rng.choice([1, 2, 3, 4], p=[0.55, 0.22, 0.13, 0.1]))
     centre, lobes = spots(body, rng, count, depth=(5, 45))
-    radius = 0.5 * np.exp(rng.uniform(np.log(5.5), np.log(28), count))
+    radius = 0.5 * np.exp(rng.uniform(np.log(7), np.log(27), count))
     share = body.everything
     for c, r in zip(centre, radius, strict=True):
         own = body.everything
@@ -372,7 +374,9 @@ def atelectasis(body: Body, rng: np.random.Generator) -> Drawn:
         amount = (rise * low[:, None, None] * deep[None, :, None] * mid[None, None, :]).astype(np.float32)
         for field in (body.hu, body.lung, body.soft):
             raster.lift(field.copy(), field, amount, float(body.spacing[0]))
-        inside = np.maximum(lung_share(body), lung_share(body, body.edge) * (body.hu < -250))  # moved air at the rim too
+        inside = np.maximum(
+            lung_share(body), lung_share(body, body.edge) * (body.hu < -250)
+        )  # moved air at the rim too
         if wedge:
             # lung slides back and towards the spine; at the pleura it stays
             near = np.clip(1 - ((z + 40) / 75) ** 2, 0, 1)[:, None, None] * np.clip((s * x - 12) / 20, 0, 1)
@@ -417,25 +421,29 @@ def fibrosis(body: Body, rng: np.random.Generator) -> Drawn:
     coarse, fine = body.noise(6.0, int(rng.integers(2**31))), body.noise(2.6, int(rng.integers(2**31)))
     for s in sides:
         lobes = ((1,) if s < 0 else (4,)) if apical else ((3,) if s < 0 else (5,))
-        places, _ = spots(body, rng, 12, lobes, (2, 8), (55, 100) if apical else (-85, -45), (-20, 80))
-        c = places[np.argmax(s * places[:, 2] + rng.normal(0, 8, 12))]
+        places, _ = spots(body, rng, 12, lobes, (3, 9), (68, 104) if apical else (-85, -45), (-20, 80))
+        c = places[np.argmax((1.0 if apical else -0.5) * places[:, 0] + 0.4 * s * places[:, 2] + rng.normal(0, 6, 12))]
         reach = rng.uniform(24, 36)
         d2 = (((body.z - c[0]) / (0.8 * reach))[:, None, None] ** 2 + ((body.y - c[1]) / reach)[None, :, None] ** 2
               + ((body.x - c[2]) / reach)[None, None, :] ** 2)  # fmt: skip
         near = np.clip(1.25 - d2, 0, 1).astype(np.float32)
         # dense where the pleura is near, and in strands where it is not
-        cap = near * (1.1 - np.maximum(body.lung, 0) / rng.uniform(11, 17)) + 0.3 * coarse + 0.16 * fine
+        cap = (
+            near * (1.1 - np.maximum(body.lung, 0) / rng.uniform(9, 14))
+            + 0.24 * min(1, 3 / body.edge) * coarse
+            + 0.08 * min(1, 1.2 / body.edge) * fine
+        )
         own = np.clip((cap - 0.52) * 3.2 + 0.5, 0, 1) * np.minimum(near * 5, 1)
-        hub = np.array([c[0] - 42 if apical else c[0] + 40, 0.3 * c[1], 0.55 * c[2]])
-        n = int(rng.integers(9, 15))
+        hub = np.array([c[0] - 58 if apical else c[0] + 50, 0.3 * c[1], 0.6 * c[2]])
+        n = int(rng.integers(8, 13))
         start = c + rng.normal(0, 0.38 * reach, (n, 3)) * (1, 1, 0.6)
         for a in start:
-            t = np.linspace(0, rng.uniform(0.5, 1.05), 9)[:, None]
-            band = a + (hub - a) * (t - 0.3) + np.cumsum(rng.normal(0, 1.0, (9, 3)), 0)
-            for offset in rng.normal(0, 1.3, (2, 3)):  # a band is flat and frayed
-                body.line(own, band + offset, rng.uniform(0.7, 1.5) * np.linspace(1.3, 0.5, 9))
+            t = np.linspace(0, rng.uniform(0.5, 1.1), 9)[:, None]
+            band = a + (hub - a) * (t - 0.25) + np.cumsum(rng.normal(0, 1.0, (9, 3)), 0)
+            for offset in rng.normal(0, 1.2, (2, 3)):  # a band is flat and frayed
+                body.line(own, band + offset, rng.uniform(0.9, 1.7) * np.linspace(1.3, 0.5, 9))
         np.maximum(share, own * inside, out=share)
-        for a in c + rng.normal(0, 0.3 * reach, (5, 3)):  # bronchi pulled open
+        for a in c + rng.normal(0, 0.3 * reach, (3, 3)):  # bronchi pulled open
             way = (hub - a) / np.linalg.norm(hub - a) * rng.uniform(9, 18)
             bend = rng.normal(0, 2.0, 3)
             body.line(air, np.stack([a, a + 0.5 * way + bend, a + way]), np.array([1.7, 1.9, 1.4]))
@@ -452,24 +460,54 @@ def fibrosis(body: Body, rng: np.random.Generator) -> Drawn:
 
 @in_chest
 def peribronchial(body: Body, rng: np.random.Generator) -> Drawn:
-    """Thick walls of the bronchi of both lungs, central and far out, with a cuff around the artery beside."""
+    """Thick walls of the bronchi of all lobes, thickest near the hila, beside arteries as wide as their lumens."""
     degree = rng.random()
-    chosen = (body.lumens > 0.95) & (body.arteries.depth > 0)
-    lumen = np.maximum(body.lumens * 0.95, 0.8)
-    wall = 0.9 + 0.9 * degree + 0.22 * lumen
-    outer, inner = body.everything, body.everything
-    start, end = beside(body.arteries, body.lumens)
-    parent = body.arteries.parent
-    come = np.where(parent >= 0, np.minimum(lumen[parent], lumen * 1.2), lumen)
-    a, b, r, q = bent(start, end, parent, come, lumen, chosen)
-    thick = np.tile(wall[chosen], 3)
-    body.tubes(outer, a, b, r + thick, q + thick)
-    body.tubes(inner, a, b, r, q)
-    outer = outer * (lung_share(body) > 0.5) * (body.airway < 0.3)
-    inner = np.minimum(inner, outer)
-    raster.paint(body.hu, np.where((body.hu < 10), outer, 0).astype(np.float32), 12.0)
-    raster.paint(body.hu, inner.astype(np.float32), -930.0)
-    return outer.astype(np.float32), dict(side="bilateral", severity=severity(degree), location="central")
+    outer, inner, vessel = body.everything, body.everything, body.everything
+    for lobe in range(1, 6):
+        for path in courses(body, rng, lobe, int(rng.integers(5, 8) + 3 * degree), 30.0):
+            part = path[: max(int(len(path) * rng.uniform(0.55, 0.85)), 4)]
+            radius = rng.uniform(1.3, 2.0) * np.linspace(1, 0.6, len(part))
+            wall = (1.0 + 0.9 * degree) * rng.uniform(0.85, 1.15) * np.linspace(1.1, 0.75, len(part))
+            bronchus(body, (outer, inner, vessel), part, radius, wall, 0.95 * radius)
+    share = np.minimum(2.5 * walled(body, outer, inner, vessel), 1)  # most walls are thinner than a voxel
+    return share, dict(side="bilateral", severity=severity(degree), location="central")
+
+
+def bronchus(
+    body: Body,
+    into: tuple[np.ndarray, ...],
+    path: np.ndarray,
+    radius: np.ndarray,
+    wall: float | np.ndarray,
+    artery: np.ndarray,
+) -> None:
+    """Draw a bronchus and the artery beside it into the shares (d, h, w) of walls with lumens, lumens, and vessels.
+
+    Args:
+        body: the chest.
+        into: the three shares.
+        path: (n, 3) mm.
+        radius: (n,) of the lumen, mm.
+        wall: thickness, mm.
+        artery: (n,) radius, mm.
+    """
+    outer, inner, vessel = into
+    way = np.gradient(path, axis=0)
+    aside = np.cross(way, np.cross(np.array([0.25, 0.5, 0.8]), way))
+    aside /= np.maximum(np.linalg.norm(aside, axis=1, keepdims=True), 1e-6)
+    body.line(vessel, path + aside * (radius + wall + 0.8 * artery)[:, None], artery)
+    body.line(outer, path, radius + wall)
+    body.line(inner, path, radius)
+
+
+def walled(body: Body, outer: np.ndarray, inner: np.ndarray, vessel: np.ndarray) -> np.ndarray:
+    """Paint what `bronchus` drew as far as it lies in the lungs; returns the share (d, h, w) of all of it."""
+    within = (lung_share(body) > 0.5) & (body.airway < 0.3)
+    outer, vessel = outer * within, vessel * within
+    raster.paint(body.hu, np.where(body.hu < 0, vessel, 0).astype(np.float32), 0.85 * body.tissue.blood + 5)
+    raster.paint(body.hu, outer, 10.0)
+    raster.paint(body.hu, np.minimum(inner, outer), -970.0)
+    return np.maximum(outer, vessel)
 
 
 @in_chest
@@ -482,7 +520,8 @@ def bronchiectasis(body: Body, rng: np.random.Generator) -> Drawn:
     sides = [1, -1] if both else [int(rng.choice([1, -1]))]
     upper = rng.random() < 0.25
     kind = str(rng.choice(["cylindrical", "varicose", "cystic"], p=[0.65, 0.2, 0.15]))
-    share, paths, lumens = body.everything, [], []
+    paths: list[np.ndarray] = []
+    lumens: list[float] = []
     outer, inner, vessel = body.everything, body.everything, body.everything
     for side in sides:
         lobe = (1 if side < 0 else 4) if upper else (3 if side < 0 else 5)
@@ -494,26 +533,14 @@ def bronchiectasis(body: Body, rng: np.random.Generator) -> Drawn:
         radius = lumen * np.interp(t, [0, 0.2, 0.9, 1], [0.75, 1, 0.9, 0.6])
         if kind == "varicose":
             radius = radius * (1.05 + 0.4 * np.sin(len(path) * t * rng.uniform(0.9, 1.3) + rng.uniform(0, 6)))
-        way = np.gradient(path, axis=0)
-        aside = np.cross(way, np.cross(np.array([0.25, 0.5, 0.8]), way))
-        aside /= np.maximum(np.linalg.norm(aside, axis=1, keepdims=True), 1e-6)
         artery = lumen * rng.uniform(0.55, 0.75) * np.interp(t, [0, 1], [1, 0.6])
-        body.line(vessel, path + aside * (radius + wall + 0.8 * artery)[:, None], artery)
-        body.line(outer, path, radius + wall)
-        body.line(inner, path, radius)
+        bronchus(body, (outer, inner, vessel), path, radius, wall, artery)
         if kind == "cystic":
             place = path[-1] + rng.normal(0, 4.5, (7, 3))
             size = rng.uniform(2.8, 6.0, (7, 1)) * np.ones(3)
             body.balls(outer, place, size + wall)
             body.balls(inner, place, size)
-    within = lung_share(body) > 0.5
-    for part in (outer, vessel):
-        part *= within
-    inner = np.minimum(inner, outer)
-    raster.paint(body.hu, np.where(body.hu < 0, vessel, 0).astype(np.float32), 0.85 * body.tissue.blood + 5)
-    raster.paint(body.hu, outer, 10.0)
-    raster.paint(body.hu, inner, -970.0)
-    np.maximum(outer, vessel, out=share)
+    share = walled(body, outer, inner, vessel)
     side = "bilateral" if both else SIDES[sides[0]]
     return share, dict(side=side, location="upper lobe" if upper else "lower lobe", kind=kind)
 

@@ -1,7 +1,5 @@
 """Loops over voxels that findings of the lungs need, compiled by numba."""
 
-import numpy as np
-
 from medctkit.phantom.raster import compiled
 
 
