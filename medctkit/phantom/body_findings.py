@@ -47,7 +47,7 @@ def cardiomegaly(body: Body, rng: np.random.Generator) -> Drawn:
     above = np.maximum(
         np.clip((body.z[:, None, None] - body.floor[None] + 2) / body.edge, 0, 1), body.lung > -body.edge
     )
-    inside = np.clip(depth / body.edge + 0.5, 0, 1) * np.where(body.lung > -7, 1, body.hu > -150)
+    inside = np.clip(depth / body.edge + 0.5, 0, 1) * ((body.lung > -20) | (body.hu > -150))
     room = (body.lung > -20) | (body.soft > -9)
     share = inside * np.maximum(above, body.soft > 0) * room
     grown = np.where((body.hu < 15) & ((body.soft < 0) | (depth > 0)), share, 0).astype(np.float32)

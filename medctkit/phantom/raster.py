@@ -415,9 +415,9 @@ def blur(values, weights, wrap):
         own = values[i].reshape(n * b)
         own[:] = 0
         for t in range(len(weights)):
-            weight = weights[t]
+            weight, shifted = weights[t], wide[t * b : t * b + n * b]
             for k in range(n * b):
-                own[k] += weight * wide[k + t * b]
+                own[k] += weight * shifted[k]
 
 
 @compiled
