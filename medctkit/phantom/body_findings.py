@@ -54,6 +54,7 @@ def cardiomegaly(body: Body, rng: np.random.Generator) -> Drawn:
     fat = np.clip((depth + 4) / body.edge + 0.5, 0, 1) * (1 - inside) * lung_share(body) * above
     raster.paint(body.hu, fat.astype(np.float32), body.tissue.fat)
     fill(body, grown, body.tissue.myocardium)
+    raster.paint(body.hu, grown * (body.lung < 0), body.tissue.myocardium)  # the fat that the heart lay in
     more = scale - 1
     cavity = prolate(body, (-32 - 14 * more, -48, 38 + 34 * more), (-0.42, -0.4, 0.8), 36 + 74 * more, 22 + 30 * more)
     cavity = np.clip(cavity / body.edge + 0.5, 0, 1) * (share > 0.5)
