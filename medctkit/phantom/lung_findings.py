@@ -430,10 +430,10 @@ def fibrosis(body: Body, rng: np.random.Generator) -> Drawn:
         # dense where the pleura is near, and in strands where it is not
         cap = (
             near * (1.1 - np.maximum(body.lung, 0) / rng.uniform(9, 14))
-            + 0.24 * min(1, 3 / body.edge) * coarse
+            + 0.24 * min(1, 1.6 / body.edge) * coarse
             + 0.08 * min(1, 1.2 / body.edge) * fine
         )
-        own = np.clip((cap - 0.52) * 3.2 + 0.5, 0, 1) * np.minimum(near * 5, 1)
+        own = np.clip((cap - 0.52) * 3.2 * min(1, 2.4 / body.edge) + 0.5, 0, 1) * np.minimum(near * 5, 1)
         hub = np.array([c[0] - 58 if apical else c[0] + 50, 0.3 * c[1], 0.6 * c[2]])
         n = int(rng.integers(8, 13))
         start = c + rng.normal(0, 0.38 * reach, (n, 3)) * (1, 1, 0.6)
@@ -448,7 +448,7 @@ def fibrosis(body: Body, rng: np.random.Generator) -> Drawn:
             bend = rng.normal(0, 2.0, 3)
             body.line(air, np.stack([a, a + 0.5 * way + bend, a + way]), np.array([1.7, 1.9, 1.4]))
         body.balls(calcium, c + rng.normal(0, 0.3 * reach, (5, 3)), rng.uniform(1.0, 2.6, (5, 1)) * np.ones(3))
-    share = np.where(share > 0.05, share, 0).astype(np.float32)
+    share = np.where(share > min(0.05, 0.3 * float(share.max())), share, 0).astype(np.float32)
     fill(body, share, 35.0)
     air *= inside * (share > 0.3)
     raster.paint(body.hu, air, -930.0)
