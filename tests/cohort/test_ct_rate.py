@@ -140,6 +140,16 @@ def test_both_versions_give_the_same_hu_and_spacing(imitation, name):
     assert stored.provenance[-1] == "CT-RATE version 1" and corrected.provenance[-1] == "CT-RATE version 2"
 
 
+def test_version_1_lies_as_version_2_does_whatever_its_header_says(root):
+    path, expected = find_volume(root, "train_1_a_1", 1), read_ct_rate(root, "train_1_a_1", 2)
+    for axes in ((1, 1, 1), (-1, 1, 1), (1, -1, -1)):  # of nibabel's and SimpleITK's making, towards none of the truth
+        nib.save(nib.Nifti1Image(nib.load(path).get_fdata().astype(np.int16), np.diag([*axes, 1])), path)
+        found = read_ct_rate(root, "train_1_a_1", 1)
+        assert np.array_equal(found.hu, expected.hu) and found.orientation == expected.orientation
+    row = manifest_from_ct_rate(root, 1)[0].set_index("study").loc["train_1_a_1"]
+    assert np.array_equal(volume_from_row(row).hu, expected.hu)
+
+
 def test_version_2_is_preferred_and_that_is_said(root):
     assert read_ct_rate(root, "valid_1_a_1").provenance[-1] == (
         "CT-RATE version 2; version 1 is there too and was not read"
@@ -174,7 +184,7 @@ def test_an_override_replaces_the_metadata(imitation):
 
 def test_spacing_is_slices_then_rows_then_columns():
     row = dict(VolumeName="v", RescaleSlope=1, RescaleIntercept=-1024, ZSpacing=1.5)
-    expected = dict(rescale_slope=1.0, rescale_intercept=-1024.0, spacing=(1.5, 0.7, 0.8))
+    expected = dict(rescale_slope=1.0, rescale_intercept=-1024.0, spacing=(1.5, 0.7, 0.8), stored_as="SPL")
     for spacing in ("[0.7, 0.8]", "['0.7','0.8']"):
         assert arguments(row | {"XYSpacing": spacing}) == expected
 

@@ -36,6 +36,9 @@ def table():
     return load_manifest(SHIPPED)
 
 
+CHOICES = dict.fromkeys(("stored_as", "crop", "acquisition", "largest_gap"), "")
+
+
 def real_rows(folder="."):
     """Two patients with files and one phantom: patient 007 has two scans, one of them in two reconstructions."""
     rows = []
@@ -48,7 +51,7 @@ def real_rows(folder="."):
         row = dict(study=study, patient=patient, split=split, hospital="St Mary's", seed="", scan=scan)
         row |= dict(reconstruction=reconstruction, **dict.fromkeys(FINDINGS, 0), report=f"Report of {patient} {scan}.")
         row |= dict(checksum="", path=f"{folder}/{study}.nii.gz", rescale_slope="", rescale_intercept="")
-        rows.append(row | dict(spacing_d="", spacing_h="", spacing_w="", orientation="", series="", age="60"))
+        rows.append(row | dict(spacing_d="", spacing_h="", spacing_w="", orientation="", series="", age="60", **CHOICES))
     phantom = pd.read_csv(SHIPPED, dtype=str, nrows=1).to_dict("records")[0]
     return [*rows, dict.fromkeys(rows[0], "") | phantom]
 
@@ -161,6 +164,7 @@ def test_a_table_may_mix_real_scans_and_phantoms(tmp_path):
     rows = real_rows()
     write_nifti(tmp_path / "01.nii.gz", chest() + np.int16(1024), affine=np.diag([1, 1, 1, 1]))
     rows[0] |= dict(rescale_slope="1", rescale_intercept="-1024", spacing_d="12.5", spacing_h="8", spacing_w="7.5")
+    rows[0]["stored_as"] = "SPL"  # not as its header says
     found = loaded(tmp_path, as_csv(rows))
     volume = volume_from_row(found.iloc[0])
     assert np.array_equal(volume.hu, chest()) and volume.spacing == (12.5, 8.0, 7.5)
@@ -175,13 +179,13 @@ def test_a_table_may_mix_real_scans_and_phantoms(tmp_path):
 def test_reading_arguments_are_those_that_the_row_gives(tmp_path, as_row):
     rows = real_rows(tmp_path)
     rows[1] |= dict(rescale_intercept="-8192", orientation="canonical")
-    rows[2] |= dict(spacing_d="1,5", spacing_h="0,703", spacing_w="0.7", series="1.2.840")
+    rows[2] |= dict(spacing_d="1,5", spacing_h="0,703", spacing_w="0.7", series="1.2.840", largest_gap="30")
     rows = [as_row(row) for row in loaded(tmp_path, as_csv(rows)).to_dict("records")]
     assert reading_arguments(rows[0]) == {"path": f"{tmp_path}/01.nii.gz"}
     path = f"{tmp_path}/02.nii.gz"
     assert reading_arguments(rows[1]) == {"path": path, "rescale_intercept": -8192.0, "orientation": "canonical"}
     path = f"{tmp_path}/03.nii.gz"
-    assert reading_arguments(rows[2]) == {"path": path, "spacing": (1.5, 0.703, 0.7), "series": "1.2.840"}
+    assert reading_arguments(rows[2]) == {"path": path, "spacing": (1.5, 0.703, 0.7), "series": "1.2.840", "largest_gap": 30}
 
 
 def test_a_folder_can_be_moved_with_its_manifest(tmp_path):
