@@ -7,6 +7,7 @@ once, and are read from the cache from then on.
 import math
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,7 +102,7 @@ class CTReportDataset(Dataset):
 
 
 def collate(tokenizer: Any, max_length: int = 128) -> Callable[[Sequence[dict]], dict[str, Any]]:
-    """A collate function: items to a batch with tokenised reports.
+    """A collate function: items to a batch with tokenised reports. Processes that load volumes take it along.
 
     Args:
         tokenizer: of the model's text encoder.
@@ -111,21 +112,21 @@ def collate(tokenizer: Any, max_length: int = 128) -> Callable[[Sequence[dict]],
         A function from b items to a dict: `study` and `patient` (lists), `pixel_values` (b, 1, D, H, W),
         `input_ids` and `attention_mask` (b, n), `report_id` (b,) equal for equal reports, `labels` (b, 18).
     """
+    return partial(_to_batch, tokenizer, max_length)
 
-    def to_batch(items: Sequence[dict]) -> dict[str, Any]:
-        reports = [item["report"] for item in items]
-        words = tokenizer(reports, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
-        return {
-            "study": [item["study"] for item in items],
-            "patient": [item["patient"] for item in items],
-            "pixel_values": torch.stack([item["pixel_values"] for item in items]),
-            "input_ids": words["input_ids"],
-            "attention_mask": words["attention_mask"],
-            "report_id": report_ids(words["input_ids"], words["attention_mask"]),
-            "labels": torch.stack([item["labels"] for item in items]),
-        }
 
-    return to_batch
+def _to_batch(tokenizer: Any, max_length: int, items: Sequence[dict]) -> dict[str, Any]:
+    reports = [item["report"] for item in items]
+    words = tokenizer(reports, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+    return {
+        "study": [item["study"] for item in items],
+        "patient": [item["patient"] for item in items],
+        "pixel_values": torch.stack([item["pixel_values"] for item in items]),
+        "input_ids": words["input_ids"],
+        "attention_mask": words["attention_mask"],
+        "report_id": report_ids(words["input_ids"], words["attention_mask"]),
+        "labels": torch.stack([item["labels"] for item in items]),
+    }
 
 
 def report_ids(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -159,5 +160,6 @@ def load_split(
 
 def prepared_dir(manifest_path: str | os.PathLike, output_dir: str | os.PathLike, cache_dir=None) -> Path:
     """Where prepared volumes are: `cache_dir`, else beside the manifest (`medctkit prepare`), else in `output_dir`."""
-    beside = Path(manifest_path).parent / "prepared"
-    return Path(cache_dir) if cache_dir is not None else beside if beside.is_dir() else Path(output_dir) / "prepared"
+    beside = Path(manifest_path).expanduser().parent / "prepared"
+    chosen = cache_dir if cache_dir is not None else beside if beside.is_dir() else Path(output_dir) / "prepared"
+    return Path(chosen).expanduser()

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from medctkit.lora.placement import lora_config, parts_of, placement_of
-from medctkit.model.fingerprint import different_shapes, digests
+from medctkit.model.fingerprint import digests
 from medctkit.model.protocol import Model
+from medctkit.model.weights import read_weights, refuse_bad_numbers, refuse_other_shapes
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -45,9 +46,11 @@ def add_lora(model: Model, preset: str = "paper", **overrides: Any) -> PeftModel
         )
     parts = parts_of(model)
     config = lora_config(preset, parts, **overrides)
-    match overrides.get("target_modules"):  # peft: one pattern, or a list of last parts of names
+    match overrides.get("target_modules"):  # peft: one pattern, a list of last parts of names, or a word
         case None:
             patterns = placement_of(preset, dict(overrides), parts).patterns
+        case "all-linear":
+            patterns = {}
         case str(pattern):
             patterns = {pattern: pattern}
         case names:
@@ -120,7 +123,7 @@ def save_adapter(model: PeftModel, directory: str | os.PathLike, name: str = "de
     """Write adapter `name` in peft's format; a crash midway leaves the previous files whole."""
     if name not in model.peft_config:
         raise ValueError(f"no adapter {name!r} on this model; it has {', '.join(model.peft_config)}")
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as scratch:
         model.save_pretrained(scratch, selected_adapters=[name], save_embedding_layers=False)
@@ -141,45 +144,58 @@ def load_adapter(
 
     Raises:
         FileNotFoundError: no adapter in `directory`.
-        ValueError: the adapter was made for another architecture or base model; names taken twice.
+        ValueError: the adapter was made for another architecture or base model; names taken twice; see `read_weights`,
+            `read_config` and `refuse_bad_numbers`.
     """
-    from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-    from safetensors.torch import load_file
+    from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
+    from medctkit.lora.adapter_config import read_config, with_names
+
+    directory = Path(directory).expanduser()
     for file in (ADAPTER_FILE, ADAPTER_CONFIG):
-        if not (Path(directory) / file).is_file():
+        if not (directory / file).is_file():
             raise FileNotFoundError(f"{directory} has no {file}; expected a folder written by save_adapter")
     wrapped = isinstance(model, PeftModel)
     if wrapped and name in model.peft_config:
         raise ValueError(f"an adapter named {name!r} is already on this model; pass another name")
 
-    config = PeftConfig.from_pretrained(str(directory))
+    saved = read_config(directory / ADAPTER_CONFIG)
+    config = saved.config
     with torch.device("meta"), _quiet():  # shapes only: what this adapter would look like on this architecture
         shapes = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
         shapes |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
         twin = copy.deepcopy(model, shapes)
         twin = twin.unload() if wrapped else twin
-        if isinstance(config.target_modules, str):
-            _refuse_unmatched(twin, {f"of {directory}": config.target_modules})
-        plain = copy.deepcopy(config)
-        plain.base_model_name_or_path = None
-        expected = get_peft_model_state_dict(get_peft_model(twin, plain), save_embedding_layers=False)
-    found = load_file(Path(directory) / ADAPTER_FILE)
-    there, here = ({name: tuple(tensor.shape) for name, tensor in of.items()} for of in (found, expected))
-    if wrong := different_shapes(there, here):
+        patterns = {field: getattr(config, field) for field in with_names(saved, ())}
+        for field, names in with_names(saved, [name for name, _ in twin.named_modules()]).items():
+            if not names:
+                _refuse_unmatched(twin, {f"of {directory}": re.escape(patterns[field])})
+            setattr(config, field, names)
+        try:
+            expected = get_peft_model_state_dict(
+                get_peft_model(twin, copy.deepcopy(config)), save_embedding_layers=False
+            )
+        except Exception as error:  # peft raises many
+            raise ValueError(f"{saved.file}: peft cannot make this adapter for this model: {error}") from error
+    found = read_weights(directory / ADAPTER_FILE)
+    refuse_other_shapes(
+        found,
+        {name: tuple(tensor.shape) for name, tensor in expected.items()},
+        f"the adapter in {directory} was made for another architecture; load the base model it was trained on",
+    )
+    refuse_bad_numbers(found, directory / ADAPTER_FILE)
+    if saved.made_on.startswith(_DIGEST) and _has_exact_weights(model) and saved.made_on != (ours := _digest(model)):
         raise ValueError(
-            f"the adapter in {directory} was made for another architecture; "
-            f"load the base model it was trained on. Tensors that differ:\n{wrong}"
-        )
-    made_on = config.base_model_name_or_path or ""
-    if made_on.startswith(_DIGEST) and _has_exact_weights(model) and made_on != (ours := _digest(model)):
-        raise ValueError(
-            f"the adapter in {directory} was trained on a base model with other weights ({made_on}; this one is "
+            f"the adapter in {directory} was trained on a base model with other weights ({saved.made_on}; this one is "
             f"{ours}): load that one"
         )
-    if not wrapped:
-        with _quiet():
-            return PeftModel.from_pretrained(model, str(directory), adapter_name=name, is_trainable=trainable)
-    model.load_adapter(str(directory), name, is_trainable=trainable)
+    config.inference_mode = not trainable
+    with _quiet():
+        if wrapped:
+            model.add_adapter(name, config)
+        else:
+            model = get_peft_model(model, config, name)
+    set_peft_model_state_dict(model, found, name)
     model.set_adapter(name)
-    return model if trainable else model.requires_grad_(False)
+    vars(model.peft_config[name]).update(patterns, base_model_name_or_path=saved.made_on or None)
+    return model if trainable else model.requires_grad_(False).eval()

@@ -21,8 +21,8 @@ from medctkit.common.atomic import replacing
 from medctkit.common.text import listed
 from medctkit.lora.adapter import ADAPTER_FILE, add_adapter, add_lora, load_adapter, save_adapter
 from medctkit.lora.placement import parts_of, presets_of
-from medctkit.model.fingerprint import different_shapes
 from medctkit.model.protocol import Model
+from medctkit.model.weights import read_weights, refuse_bad_numbers, refuse_other_shapes
 
 TRAINED_FILE = "trained.safetensors"
 
@@ -169,7 +169,7 @@ def save_trained(model: Model, directory: str | os.PathLike) -> Path:
         ValueError: nothing is trainable; trainable tensors that the adapter's file would not hold; the folder
             holds weights of the other kind.
     """
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
         raise ValueError("nothing on this model is trainable, so there is nothing to save; see apply_method")
@@ -201,33 +201,50 @@ def load_trained(model: Model, directory: str | os.PathLike) -> Model:
 
     Raises:
         FileNotFoundError: nothing saved there.
-        ValueError: made for another architecture; `model` carries an adapter.
+        ValueError: made for another architecture; `model` carries an adapter; see `load_adapter`.
     """
     file = _weights_file(Path(directory))
     if hasattr(model, "peft_config"):
         raise ValueError("this model carries an adapter; load_trained expects the plain base model")
     if file.name == ADAPTER_FILE:
         return load_adapter(model, directory).eval()
-    with safetensors.safe_open(str(file), "pt") as opened:
-        found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        made_for = (opened.metadata() or {}).get("architecture")
-    here = dict(model.named_parameters())
-    wrong = different_shapes(
-        {name: tuple(tensor.shape) for name, tensor in found.items()},
-        {name: tuple(here[name].shape) for name in found if name in here},
-    )
-    if wrong or made_for != _architecture(model):
-        raise ValueError(
-            f"{file} was made for another architecture; load the base model it was trained on. Tensors that differ:\n"
-            f"{wrong or '  none that were saved; but some of the model would be left untrained'}"
-        )
-    with torch.no_grad():
-        for name, tensor in found.items():
-            here[name].copy_(tensor)
+    restore_trained(model, directory)
     return model.requires_grad_(False).eval()
 
 
+def restore_trained(model: Model, directory: str | os.PathLike) -> None:
+    """Put what `save_trained` wrote back on a model that is ready for the same method, in place.
+
+    Raises:
+        FileNotFoundError: nothing saved there.
+        ValueError: made for another architecture, or otherwise no such weights.
+    """
+    file = _weights_file(Path(directory))
+    found, refusal = (
+        read_weights(file),
+        f"{file} was made for another architecture; load the base model it was trained on",
+    )
+    if file.name == ADAPTER_FILE:
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+        here = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
+    else:
+        here = {name: p for name, p in model.named_parameters() if name in found}
+    refuse_other_shapes(found, {name: tuple(tensor.shape) for name, tensor in here.items()}, refusal)
+    refuse_bad_numbers(found, file)
+    if file.name == ADAPTER_FILE:
+        set_peft_model_state_dict(model, found, model.active_adapter)
+        return
+    with safetensors.safe_open(str(file), "pt") as opened:
+        if (opened.metadata() or {}).get("architecture") != _architecture(model):
+            raise ValueError(f"{refusal}. What was saved fits, but some of the model would be left untrained")
+    with torch.no_grad():
+        for name, tensor in found.items():
+            here[name].copy_(tensor)
+
+
 def _weights_file(directory: Path) -> Path:
+    directory = directory.expanduser()
     present = [directory / name for name in (ADAPTER_FILE, TRAINED_FILE) if (directory / name).is_file()]
     if not present:
         raise FileNotFoundError(

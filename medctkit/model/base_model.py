@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel
+from medctkit.model.fingerprint import vocabulary_of
 from medctkit.model.protocol import VisionLanguageModel
 from medctkit.scans.preprocessing import PreprocessConfig
 
 FOLDER = Path(str(files("medctkit") / "assets" / "mini"))
+_PADDING = 128  # an embedding may be filled up to a multiple of it
 
 
 @dataclass(frozen=True)
@@ -34,17 +36,12 @@ def load_mini_base(folder: str | Path = FOLDER) -> BaseModel:
 
     Raises:
         FileNotFoundError: no model in `folder`.
+        ValueError: as `load_base`.
     """
-    from transformers.utils import logging
-
-    if not (Path(folder) / "model.safetensors").is_file():
+    folder = Path(folder).expanduser()
+    if not (folder / "model.safetensors").is_file():
         raise FileNotFoundError(f"{folder} has no model.safetensors; `medctkit pretrain` makes the mini base model")
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # 6 MB need none
-    mini = _with_tokenizer(CTCLIPModel.from_pretrained(folder), Path(folder))
-    if shown:
-        logging.enable_progress_bar()
-    return mini
+    return _with_tokenizer(CTCLIPModel.from_pretrained(folder), folder)
 
 
 BASES: dict[str, Callable[[], BaseModel]] = {"mini": load_mini_base}  # what `load_base` knows by name; add your own
@@ -61,7 +58,7 @@ def load_base(model: str | Path = "mini", tokenizer: str | Path | None = None) -
 
     Raises:
         FileNotFoundError: no such model, or no tokenizer.
-        ValueError: see `CTCLIPModel.from_released_checkpoint`; a tokenizer with more words than the model.
+        ValueError: see `CTCLIPModel.from_released_checkpoint`; a tokenizer of another model.
         TypeError: a model of `BASES` that does not keep the protocol.
     """
     if str(model) in BASES:
@@ -73,7 +70,7 @@ def load_base(model: str | Path = "mini", tokenizer: str | Path | None = None) -
             lacking = [name for name in members if not hasattr(base.model, name)]
             raise TypeError(f"{type(base.model).__name__} lacks {', '.join(lacking)}; see VisionLanguageModel")
         return base
-    path = Path(model)
+    path = Path(model).expanduser()
     if (path / "config.json").is_file():
         return _with_tokenizer(CTCLIPModel.from_pretrained(path), Path(tokenizer or path))
     if not path.is_file():
@@ -95,7 +92,7 @@ def preprocess_config_of(model: str | Path) -> PreprocessConfig:
     """
     if str(model) == "released":
         return PreprocessConfig()
-    folder = FOLDER if str(model) == "mini" else Path(model)
+    folder = FOLDER if str(model) == "mini" else Path(model).expanduser()
     if (folder / "config.json").is_file():
         return CTCLIPConfig.from_pretrained(folder).preprocess_config
     if str(model) in BASES:
@@ -104,15 +101,22 @@ def preprocess_config_of(model: str | Path) -> PreprocessConfig:
 
 
 def _with_tokenizer(model: CTCLIPModel, folder: Path) -> BaseModel:
-    """A CT-CLIP and the WordPiece tokenizer in a folder."""
+    """A CT-CLIP and the WordPiece tokenizer in a folder; the model keeps its digest, and knows it when it is saved."""
     from transformers import BertTokenizerFast  # type: ignore[attr-defined]
 
+    folder = folder.expanduser()
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
         raise FileNotFoundError(f"{folder} has no tokenizer: expected a tokenizer.json or vocab.txt there")
-    tokenizer, words = BertTokenizerFast.from_pretrained(folder), model.config.text_config["vocab_size"]
-    if len(tokenizer) > words:
-        raise ValueError(
-            f"the tokenizer in {folder} has {len(tokenizer):,} words, the model knows {words:,}; it is the tokenizer "
-            "of another model"
+    try:
+        tokenizer = BertTokenizerFast.from_pretrained(folder)
+        found = vocabulary_of(tokenizer)
+    except Exception as error:  # tokenizers raises nothing more special
+        raise ValueError(f"the tokenizer in {folder} cannot be read: {error}. Download it again") from error
+    words, known = model.config.text_config["vocab_size"], model.config.vocabulary
+    if not words - _PADDING < len(tokenizer) <= words or known not in (None, found):
+        has = f"has {len(tokenizer):,} words, the model knows {words:,}" + (
+            "" if known is None else f"; their digest is {found}, of the model's own it is {known}"
         )
+        raise ValueError(f"the tokenizer in {folder} {has}; it is the tokenizer of another model")
+    model.config.vocabulary = found
     return BaseModel(model.eval(), tokenizer)

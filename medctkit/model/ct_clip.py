@@ -13,20 +13,22 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertModel, PretrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, cached_file, logging
 
 from medctkit.model.ct_clip_parts import COMPONENTS, PARTS
 from medctkit.model.fast_paths import quicken
 from medctkit.model.released_checkpoint import ReleasedTensor, never_used, released_state_dict
 from medctkit.model.vision_tower import Attention, Codebook, ScaleNorm, VisionTransformer
+from medctkit.model.weights import write_sum
 from medctkit.scans.preprocessing import PreprocessConfig
 
 RELEASED_VISION: dict[str, Any] = {
@@ -50,6 +52,8 @@ RELEASED_TEXT: dict[str, Any] = {  # BERT-base
     "max_position_embeddings": 512,
     "type_vocab_size": 2,
 }
+# arguments of `from_pretrained` that say where the files are
+_PLACE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 class CTCLIPConfig(PretrainedConfig):
@@ -61,6 +65,8 @@ class CTCLIPConfig(PretrainedConfig):
             `temporal_patch_size` (voxels), `spatial_depth` and `temporal_depth` (layers), `dim_head`, `heads`.
         text_config: any fields of `transformers.BertConfig`.
         projection_dim: width of the shared embedding space.
+        vocabulary: digest of the words that the text encoder learnt with (`fingerprint.vocabulary_of`), if known.
+        spacing: of the volumes' voxels, mm along their axes (z, x, y); None: the released field of view, 360 mm.
 
     Raises:
         ValueError: an unknown key, a size that is not a positive whole number, an image that does not divide
@@ -70,14 +76,20 @@ class CTCLIPConfig(PretrainedConfig):
     model_type = "ct-clip"
 
     def __init__(
-        self, vision_config: dict | None = None, text_config: dict | None = None, projection_dim: int = 512, **kwargs
+        self,
+        vision_config: dict | None = None,
+        text_config: dict | None = None,
+        projection_dim: int = 512,
+        vocabulary: str | None = None,
+        spacing: Sequence[float] | None = None,
+        **kwargs,
     ):
         for name, given in (("vision_config", vision_config), ("text_config", text_config)):
             if not isinstance(given, Mapping | None):
                 raise ValueError(f"{name} must be a dict, got {type(given).__name__}")
         self.vision_config = RELEASED_VISION | dict(vision_config or {})
         self.text_config = RELEASED_TEXT | dict(text_config or {})
-        self.projection_dim = projection_dim
+        self.projection_dim, self.vocabulary, self.spacing = projection_dim, vocabulary, spacing
         self._validate()
         super().__init__(**kwargs)
 
@@ -127,7 +139,7 @@ class CTCLIPConfig(PretrainedConfig):
     @property
     def preprocess_config(self) -> PreprocessConfig:
         """The volumes that the model wants."""
-        return PreprocessConfig.for_shape(self.volume_shape)
+        return PreprocessConfig.for_shape(self.volume_shape, self.spacing)
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> BertConfig:
         """BERT's configuration, which transformers asks for by this name."""
@@ -308,25 +320,51 @@ class CTCLIPModel(PreTrainedModel):
         and evaluation mode, with its own copy of the weights.
 
         Args:
-            path_or_state_dict: a .pt file (read with `weights_only=True`), a .safetensors file, or a state dict.
+            path_or_state_dict: a file, see `read_weights`, or a state dict.
             config: sizes of the model; the released ones by default.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: a file that cannot be read or holds something else; tensors missing, left over or misshapen.
+            ValueError: see `released_state_dict`: a file that cannot be read or holds something else; tensors missing,
+                left over, misshapen, or not of finite numbers.
         """
         config = config or CTCLIPConfig()
-        state = released_state_dict(path_or_state_dict, released_layout(config))
-        with torch.device("meta"):
-            model = cls(config)
-        live = {name: state[name].to(torch.float32, copy=True) for name in model.state_dict()}
-        model.load_state_dict(live, assign=True)
-        embeddings = model.text_transformer.embeddings
-        # BERT's own index buffers are in no checkpoint and still on the meta device
-        positions = torch.arange(model.longest_text, device=model.temperature.device)[None]
-        embeddings.register_buffer("position_ids", positions, persistent=False)
-        embeddings.register_buffer("token_type_ids", torch.zeros_like(positions), persistent=False)
-        return model.eval()
+        live = released_state_dict(path_or_state_dict, released_layout(config))
+        live = {name: tensor.to(torch.float32, copy=True) for name, tensor in live.items()}
+        return cls._with_weights(live, config=config, dtype=torch.float32)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, config: Any = None, **kwargs: Any
+    ) -> CTCLIPModel:
+        """Load what `save_pretrained` wrote, as transformers does, but never with random numbers for what is missing.
+
+        Raises:
+            OSError: no such folder or repository, or no weights in it.
+            ValueError: as `from_released_checkpoint`; another SHA-256 than was written beside the weights.
+        """
+        name = Path(pretrained_model_name_or_path).expanduser()
+        place = {key: kwargs.pop(key) for key in _PLACE if key in kwargs}
+        config = config or cls.config_class.from_pretrained(name, **place)
+        live = released_state_dict(cached_file(name, "model.safetensors", **place), released_layout(config))
+        return cls._with_weights(live, *args, config=config, **kwargs)
+
+    @classmethod
+    def _with_weights(cls, live: Mapping[str, torch.Tensor], *args: Any, **kwargs: Any) -> CTCLIPModel:
+        shown = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()  # what is in memory already needs none
+        try:
+            return super().from_pretrained(None, *args, state_dict=live, **kwargs)
+        finally:
+            if shown:
+                logging.enable_progress_bar()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Write configuration and weights as transformers does, and the SHA-256 of the weights beside them."""
+        folder = Path(save_directory).expanduser()
+        super().save_pretrained(folder, *args, **kwargs)
+        if (weights := folder / "model.safetensors").is_file():
+            write_sum(weights)
 
 
 def released_layout(config: CTCLIPConfig | None = None) -> dict[str, ReleasedTensor]:

@@ -1,12 +1,11 @@
-"""Which weights these are: digests over every value, so that they differ if any weight does; and whether they fit."""
+"""Which weights and words these are: digests over every value, so that they differ if any does."""
 
 import hashlib
-from collections.abc import Mapping
+import json
 from typing import Any
 
 import torch
 
-from medctkit.common.text import listed
 from medctkit.model.protocol import Model
 
 
@@ -42,7 +41,8 @@ def add_tensor(digest: Any, name: str, tensor: torch.Tensor) -> None:
     digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
-def different_shapes(found: Mapping[str, tuple], expected: Mapping[str, tuple]) -> str:
-    """The first few tensors, by name, that are missing, left over or of another shape, a line each; "": all fit."""
-    wrong = [name for name in {**found, **expected} if found.get(name) != expected.get(name)]
-    return listed(f"  {name}: saved {found.get(name, 'none')}, model {expected.get(name, 'none')}" for name in wrong)
+def vocabulary_of(tokenizer: Any) -> str:
+    """Digest of a tokenizer: its words by number, and what it makes of capitals, accents, figures and marks."""
+    words = sorted(tokenizer.get_vocab().items()) if hasattr(tokenizer, "get_vocab") else []
+    made = tokenizer(["No Pleural effusion; naïve, 3.5 cm (RLL)?"])["input_ids"]
+    return hashlib.sha256(json.dumps([words, [list(map(int, ids)) for ids in made]]).encode()).hexdigest()[:32]

@@ -1,17 +1,17 @@
-"""The released CT-CLIP checkpoint: reading it, what it holds beyond the model, and refusing what is something else."""
+"""The released CT-CLIP checkpoint: what it holds beyond the model, and what others wrap around it."""
 
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Mapping
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 
-from medctkit.model.fingerprint import different_shapes
+from medctkit.common.text import listed
+from medctkit.model.weights import read_weights, refuse_bad_numbers, refuse_other_shapes
+
+_ANCHOR = "to_visual_latent.weight"  # every state dict of a CT-CLIP has it
 
 
 class ReleasedTensor(NamedTuple):
@@ -67,45 +67,55 @@ def never_used(v: Mapping, text: Mapping, live: Mapping[str, ReleasedTensor]) ->
 
 def released_state_dict(
     source: str | os.PathLike | Mapping[str, torch.Tensor], layout: Mapping[str, ReleasedTensor]
-) -> Mapping[str, torch.Tensor]:
-    """A state dict, or what a file holds, if it fits `layout`; tensors that are never used may be missing.
+) -> dict[str, torch.Tensor]:
+    """The live tensors of a state dict, or of what a file holds, if it fits `layout`.
+
+    Tensors that are never used may be missing. What trainers wrap around a state dict is taken off: a dict in a dict,
+    and a prefix of all names, such as "module.".
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a damaged file, or one with pickled code; not tensors by name; other tensors than those of `layout`.
+        ValueError: see `read_weights`; not tensors by name; other tensors than those of `layout`; see
+            `refuse_bad_numbers`.
     """
-    state = source if isinstance(source, Mapping) else _read(Path(source))
+    state: Any = source if isinstance(source, Mapping) else read_weights(source)
     name = "the state dict" if state is source else str(source)
+    state = _unwrapped(state, name)
     if not isinstance(state, Mapping) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         keys = f" with keys {', '.join(map(repr, list(state)[:5]))}" if isinstance(state, Mapping) else ""
         raise ValueError(
             f"{name} holds a {type(state).__name__}{keys}; expected a state dict, tensors by name, as of CT-CLIP_v2.pt"
         )
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    wrong = different_shapes(found, {name: e.shape for name, e in layout.items() if e.live or name in found})
-    if wrong:
-        raise ValueError(
-            f"{name} is not a CT-CLIP checkpoint of these sizes; pass the config it was made with, or the released "
-            f"CT-CLIP_v2.pt. Tensors that differ:\n{wrong}"
-        )
-    return state
+    refuse_other_shapes(
+        state,
+        {key: entry.shape for key, entry in layout.items() if entry.live or key in state},
+        f"{name} is not a CT-CLIP checkpoint of these sizes; pass the config it was made with, or the released "
+        "CT-CLIP_v2.pt",
+    )
+    live = {key: state[key] for key, entry in layout.items() if entry.live}
+    refuse_bad_numbers(live, name)
+    return live
 
 
-def _read(path: Path) -> object:
-    """What a .safetensors file holds, or one that `torch.save` wrote; no code in it is run."""
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no checkpoint at {path}; expected a .pt or .safetensors file (`medctkit download --weights` fetches it)"
-        )
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises pickle, zip, EOF and runtime errors alike
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        if isinstance(error, pickle.UnpicklingError):  # whose text advises to run the code
-            reason = "it holds pickled Python code, or is no checkpoint at all"
+def _unwrapped(state: Any, name: str) -> Any:
+    """The state dict in what a trainer saved, under the names of the released one."""
+
+    def prefixes(of: Any) -> list[str]:
+        keys = [str(key) for key in of] if isinstance(of, Mapping) else []
+        return [key.removesuffix(_ANCHOR) for key in keys if key == _ANCHOR or key.endswith(f".{_ANCHOR}")]
+
+    if isinstance(state, Mapping) and not prefixes(state):
+        inside = {key: value for key, value in state.items() if prefixes(value)}
+        if len(inside) > 1:
+            raise ValueError(f"{name} holds several models: {', '.join(map(repr, inside))}; pass the one you mean")
+        state = next(iter(inside.values()), state)
+    found = prefixes(state)
+    if not found or "" in found:
+        return state
+    beside = [key for key in state if not str(key).startswith(found[0])]
+    if beside:
         raise ValueError(
-            f"{path} cannot be read as a checkpoint: {reason}. Only tensors are read, never code. If it should be "
-            "one, it is damaged: download it again"
-        ) from error
+            f"{name} holds a CT-CLIP under {found[0]!r}, and beside it what there is no place for:\n{listed(beside)}\n"
+            f"To use the CT-CLIP alone, pass {{name.removeprefix({found[0]!r}): tensor}} of the tensors under it"
+        )
+    return {key.removeprefix(found[0]): tensor for key, tensor in state.items()}

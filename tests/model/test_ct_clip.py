@@ -255,10 +255,6 @@ def test_impossible_configurations_are_refused(vision, text, message):
 # --- the released layout and its loader ---------------------------------------------------------
 
 
-def meta_state(layout):
-    return {name: torch.empty(entry.shape, device="meta") for name, entry in layout.items()}
-
-
 def test_layout_equals_the_state_dict_of_the_public_implementation():
     layout = released_layout(small_config())
     # empty, or from older checkpoints only
@@ -280,19 +276,8 @@ def test_layout_at_full_size_counts_what_the_released_checkpoint_holds():
     assert count("parameter", [False], "visual_transformer.to_pixels") == 2_052_000 + 205_200
     assert count("parameter", [False], "visual_transformer.to_patch_emb_first_frame.") == 207_136
     assert count("buffer", prefix="visual_transformer.vq.") == 4_202_497
-
-
-@pytest.mark.parametrize("position_ids", [True, False])
-def test_full_size_model_takes_the_released_layout_name_by_name(position_ids):
-    state = meta_state(released_layout())
-    if not position_ids:
-        del state["text_transformer.embeddings.position_ids"]
-    model = CTCLIPModel.from_released_checkpoint(state)
-    live = {name: entry.shape for name, entry in released_layout().items() if entry.live}
-    assert {name: tuple(t.shape) for name, t in model.state_dict().items()} == live
-    assert sum(p.numel() for p in model.parameters()) == 438_148_761 - 154_447_184
-    assert live["visual_transformer.enc_spatial_transformer.layers.3.3.1.weight"] == (2730, 512)
-    assert live["to_visual_latent.weight"] == (512, 294912)
+    assert layout["visual_transformer.enc_spatial_transformer.layers.3.3.1.weight"].shape == (2730, 512)
+    assert layout["to_visual_latent.weight"].shape == (512, 294912)
 
 
 def test_checkpoint_loads_from_file_or_state_dict_alike(model, tmp_path):
@@ -369,7 +354,7 @@ def test_damaged_files_are_refused(suffix, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"model": STATE, "epoch": 3}, "holds a dict with keys 'model', 'epoch'; expected a state dict"),
+        ({"model": [1], "epoch": 3}, "holds a dict with keys 'model', 'epoch'; expected a state dict"),
         (torch.zeros(3), "holds a Tensor; expected a state dict"),
         ({"state": Payload()}, "cannot be read as a checkpoint: it holds pickled Python code"),
     ],

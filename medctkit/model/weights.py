@@ -1,0 +1,120 @@
+"""Weights out of files: read without running code, checked against what was written, and refused unless they fit.
+
+There is one strictness for all of them, base model, adapter or checkpoint of a run: every name and shape, numbers with
+a point, all finite.
+"""
+
+import hashlib
+import math
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from medctkit.common.atomic import replacing
+from medctkit.common.text import listed
+
+SUMS = "SHA256SUMS"  # as `sha256sum` writes and checks it
+_NOT_WEIGHTS = {  # how a file begins that a server or git gave in place of the one that was asked for
+    b"version https://git-lfs": "a Git LFS pointer, a few lines that stand for the file; fetch that with git lfs pull",
+    b"<": "a web page, as a server sends where a login is needed; download it with your access token",
+    b"{": "text (JSON), not weights; look into it for what the server had to say",
+}
+
+
+def read_weights(path: str | os.PathLike) -> Any:
+    """What a file of weights holds, whatever it is called: safetensors, or what `torch.save` wrote, old or new.
+
+    No code in it is run. Archives are checked against their own checksums, and any file against `SHA256SUMS` beside it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no file of weights, a damaged one, or one with pickled code.
+        MemoryError: no room for it.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no checkpoint at {path}; expected a .pt or .safetensors file (`medctkit download --weights` fetches it)"
+        )
+    with path.open("rb") as file:
+        start = file.read(64)
+    for begin, what in _NOT_WEIGHTS.items():
+        if start.lstrip().lower().startswith(begin) and start[8:9] != b"{":
+            raise ValueError(f"{path} is {what}")
+    try:
+        _refuse_other_sum(path)
+        if start[8:9] == b"{":  # after the length of its header
+            return load_file(path)
+        archive = zipfile.is_zipfile(path)
+        if archive and (part := zipfile.ZipFile(path).testzip()):  # torch compares no checksum
+            raise ValueError(f"{part} in it is not what was written")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # torch raises pickle, zip, EOF and runtime errors alike
+        if "allocate memory" in str(error):
+            raise MemoryError(f"{path}: {error}") from error
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        if isinstance(error, pickle.UnpicklingError):  # whose text advises to run the code
+            reason = "it holds pickled Python code, or is no checkpoint at all"
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint: {reason}. Only tensors are read, never code. If it should be "
+            "one, it is damaged: download it again"
+        ) from error
+
+
+def write_sum(path: Path) -> None:
+    """Write the SHA-256 of a file of weights beside it, for `read_weights` to find."""
+    with path.open("rb") as file, replacing(path.with_name(SUMS)) as temporary:
+        temporary.write_text(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n", encoding="utf-8")
+
+
+def _refuse_other_sum(path: Path) -> None:
+    sums = path.with_name(SUMS)
+    lines = sums.read_text(encoding="utf-8", errors="replace").splitlines() if sums.is_file() else []
+    known = {name.lstrip(" *"): digest for digest, _, name in (line.partition(" ") for line in lines)}
+    if path.name in known:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != known[path.name].lower():
+            raise ValueError(f"its SHA-256 is {found}, by {sums} it should be {known[path.name]}")
+
+
+def refuse_other_shapes(found: Mapping[str, torch.Tensor], expected: Mapping[str, tuple], message: str) -> None:
+    """Refuse tensors unless names and shapes are those expected.
+
+    Raises:
+        ValueError: `message`, and the first few that are missing, left over or of another shape.
+    """
+    there = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    wrong = [name for name in {**there, **expected} if there.get(name) != expected.get(name)]
+    if wrong:
+        lines = (f"  {n}: saved {there.get(n, 'none')}, model {expected.get(n, 'none')}" for n in wrong)
+        raise ValueError(f"{message}. Tensors that differ:\n{listed(lines, len(wrong))}")
+
+
+def refuse_bad_numbers(tensors: Mapping[str, torch.Tensor], source: Any) -> None:
+    """Refuse tensors that hold anything but finite numbers with a point, as float32 has them.
+
+    Raises:
+        ValueError: names the first such tensor, and `source`.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
+            kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}".replace("torch.", "")
+            raise ValueError(
+                f"{source}: {name} is {kind}; weights are plain tensors of floating point. Save the model anew as it "
+                "was trained, not quantised or converted"
+            )
+        low, high = map(float, tensor.detach().float().aminmax()) if tensor.numel() else (0.0, 0.0)
+        if not (math.isfinite(low) and math.isfinite(high)):  # NaN is neither
+            raise ValueError(
+                f"{source}: {name} has values that are not finite; the training that made it diverged, or the file is "
+                "damaged. Take an earlier one, or download it again"
+            )
