@@ -1,19 +1,19 @@
 """Makes the mini base model that the kit ships: a small CT-CLIP, pretrained on source-hospital phantoms.
 
-`medctkit pretrain` runs it all: a pool of phantom studies, a WordPiece vocabulary from their reports,
-contrastive pretraining with the codebook learnt on the way, a score on a validation pool, and the model card.
+`medctkit pretrain` runs it all: a pool of phantom studies, a vocabulary from their reports, contrastive pretraining
+with the codebook learnt on the way, a score on a validation pool, and the model card. As CT-CLIP it learns from
+volumes and their reports alone: no loss sees a label, and no report holds a prompt of the evaluation.
 """
 
 import json
 import os
-import random
 import shutil
 import string
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +21,29 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from medctkit.cohort.dataset import report_ids
 from medctkit.common.atomic import replacing
+from medctkit.common.processes import worker_pool
 from medctkit.findings import FINDINGS
 from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel
+from medctkit.phantom.registry import REGISTRIES
 from medctkit.phantom.report_text import write_report
-from medctkit.phantom.study import TRAINING_SHAPE, generate, named_rng
+from medctkit.phantom.study import generate, named_rng
+from medctkit.scans.preprocessing import preprocess
+from medctkit.training.gradients import seed_from
 from medctkit.training.loop import learning_rate_factor
-from medctkit.training.objectives import draw_prompts, joint_loss, report_prompts
-from medctkit.training.settings import FineTuneConfig
+from medctkit.training.objectives import contrastive_loss, sentence_loss
+from medctkit.training.report_sentences import contrary, sentences_of
 from medctkit.zero_shot.classifier import ZeroShotClassifier, evaluating
 
 CHUNK = 250
-_COUNTS = ("step", "epoch", "order", "history", "seconds")  # of a run, beside its tensors
+SECONDS_A_STUDY = 0.2  # to draw it, on one core
+_COUNTS = ("step", "history", "seconds")  # of a run, beside its tensors
 FIRST_SEED = 1_000_000  # seeds of the pool; the patients are named by them
+SHAPE = (64, 96, 96)  # of the phantoms and of the model's input
+SHIFT = (8, 3, 3)  # voxels by which a volume is moved at most: 40 mm along the body, 11 mm across
 
 MINI_VISION = dict(
-    dim=96, codebook_size=512, image_size=TRAINING_SHAPE[1], num_frames=TRAINING_SHAPE[0], patch_size=8,
+    dim=96, codebook_size=512, image_size=96, num_frames=64, patch_size=8,
     temporal_patch_size=8, spatial_depth=2, temporal_depth=2, dim_head=24, heads=4,
 )  # fmt: skip
 MINI_TEXT = dict(
@@ -45,119 +51,136 @@ MINI_TEXT = dict(
     max_position_embeddings=192, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1,
 )  # fmt: skip
 MINI_PROJECTION = 96
+MINI_SPACING = (5.0, 3.75, 3.75)  # mm
 
 
 @dataclass(frozen=True)
-class PretrainConfig(FineTuneConfig):
-    """Settings of the pretraining: those of fine-tuning, and of the pool, the codebook and the vocabulary.
+class PretrainConfig:
+    """Settings of the pretraining; the defaults made the model that is shipped.
 
     Args:
         studies: phantom studies to learn from.
-        validation_studies: further studies to score on.
+        validation_studies: further studies to score on; they choose nothing.
+        steps: optimiser steps.
+        batch_size: volumes per step.
+        learning_rate: its peak, after warm-up; falls to zero along a cosine.
+        warmup_fraction: share of all steps in which the rate rises.
+        weight_decay: AdamW's, of matrices.
+        max_grad_norm: longer gradients are scaled down to this norm.
+        report_weight: of the contrast between volumes and whole reports.
+        sentence_weight: of the contrast between volumes and single sentences, see `sentence_loss`.
         quantise_from: step at which the codebook is set by k-means and switched on.
         codebook_decay: of the moving averages that then follow the tokens.
-        vocabulary: WordPiece entries.
+        vocabulary: words, at most.
+        evaluate_every: steps between scores, and between checkpoints from which an interrupted run goes on.
+        seed: of weights, batches and wordings.
     """
 
-    studies: int = 13_500
+    studies: int = 8_000
     validation_studies: int = 500
-    quantise_from: int = 250
+    steps: int = 2_400
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    warmup_fraction: float = 0.04
+    weight_decay: float = 0.05
+    max_grad_norm: float = 1.0
+    report_weight: float = 1.0
+    sentence_weight: float = 2.0
+    quantise_from: int = 600
     codebook_decay: float = 0.97
     vocabulary: int = 1200
-
-    def record(self) -> dict[str, Any]:
-        """The settings that matter here."""
-        unused = ("prompts", "epochs", "micro_batch_size", "max_length", "patience", "mixed_precision", "workers")
-        return {name: value for name, value in vars(self).items() if name not in unused}
+    evaluate_every: int = 100
+    seed: int = 0
 
 
-# Those that made the model that is shipped.
-DEFAULT = PretrainConfig(
-    steps=1600,
-    batch_size=64,
-    learning_rate=1.5e-3,
-    warmup_fraction=0.05,
-    weight_decay=0.05,
-    prompt_weight=2.0,
-    prompts=report_prompts("source"),
-    evaluate_every=100,
-    checkpoint_every=100,
-)
+DEFAULT = PretrainConfig()
 
 
 def _make_chunk(task: tuple[int, Path]) -> None:
-    """Write one chunk of the pool; volumes int16 HU, labels, and the details reports are worded from."""
+    """Draw one chunk of the pool: volumes as model input times 1,000, int16, and beside them what reports need."""
     index, folder = task
-    studies = [generate(FIRST_SEED + index * CHUNK + i, "source") for i in range(CHUNK)]
-    with replacing(folder / f"chunk_{index:04d}.npz") as temporary, temporary.open("wb") as file:
-        np.savez(
-            file,
-            volumes=np.stack([s.volume.hu for s in studies]),
-            labels=np.array([[s.labels[f] for f in FINDINGS] for s in studies], np.uint8),
-            details=np.array([json.dumps(s.details) for s in studies]),
-        )
+    seeds = range(FIRST_SEED + index * CHUNK, FIRST_SEED + (index + 1) * CHUNK)
+    config = CTCLIPConfig(MINI_VISION, spacing=MINI_SPACING).preprocess_config
+    volumes, facts = np.empty((CHUNK, 1, *SHAPE), np.int16), []
+    for i, seed in enumerate(seeds):
+        study = generate(seed, "source", shape=SHAPE, drawing=2)
+        volumes[i] = (preprocess(study.volume, config) * 1000).round().numpy()
+        facts.append({"labels": study.labels, "details": study.details, "contrast": study.contrast})
+    with replacing(folder / f"chunk_{index:04d}.json") as temporary:
+        temporary.write_text(json.dumps(facts))
+    with replacing(folder / f"chunk_{index:04d}.npy") as temporary, temporary.open("wb") as file:
+        np.save(file, volumes)
 
 
 def make_pool(studies: int, folder: Path) -> list[Path]:
-    """Generate the pool of studies, in chunks of 250; chunks that are there are kept."""
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
+    """Draw the pool of studies, in chunks of 250; chunks that are there are kept."""
     from tqdm.auto import tqdm
 
     folder.mkdir(parents=True, exist_ok=True)
-    chunks = range(-(-studies // CHUNK))
-    paths = [folder / f"chunk_{i:04d}.npz" for i in chunks]
-    missing = [(i, folder) for i in chunks if not paths[i].exists()]
+    paths = [folder / f"chunk_{i:04d}.npy" for i in range(-(-studies // CHUNK))]
+    missing = [(i, folder) for i, path in enumerate(paths) if not path.exists()]
     workers = os.cpu_count() or 1
     if missing:
-        minutes = len(missing) * CHUNK * 0.09 / workers / 60
-        print(f"generating {len(missing) * CHUNK} phantom studies, about {minutes:.0f} min on {workers} cores")
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        minutes = len(missing) * CHUNK * SECONDS_A_STUDY / workers / 60
+        gigabytes = len(missing) * CHUNK * np.prod(SHAPE) * 2e-9
+        print(
+            f"drawing {len(missing) * CHUNK:,} phantom studies, about {minutes:.0f} min on {workers} cores, "
+            f"{gigabytes:.1f} GB in {folder}",
+            flush=True,
+        )
+        with worker_pool(workers) as pool:
             for _ in tqdm(pool.map(_make_chunk, missing), total=len(missing), desc="phantoms", unit="chunk"):
                 pass
     return paths
 
 
 class Pool:
-    """The studies in memory: volumes (n, 1, d, h, w) int16 HU, labels (n, 18), details for the reports."""
+    """Studies of the pool: their volumes on disk, and what their reports are worded from."""
 
     def __init__(self, paths: list[Path]):
-        parts = [np.load(path) for path in paths]
-        self.volumes = torch.from_numpy(np.concatenate([p["volumes"] for p in parts]))[:, None]
-        self.labels = torch.from_numpy(np.concatenate([p["labels"] for p in parts])).float()
-        self.details = [json.loads(d) for p in parts for d in p["details"]]
+        self.parts = [np.load(path, mmap_mode="r") for path in paths]
+        self.facts = [fact for path in paths for fact in json.loads(path.with_suffix(".json").read_text())]
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.facts)
 
-    def pixels(self, index: Any) -> torch.Tensor:
-        """Model input (b, 1, d, h, w); at this spacing pre-processing is clip, scale and axis order only."""
-        return self.volumes[index].float().clamp(-1000, 1000).div_(1000).transpose(-1, -2).contiguous()
+    @property
+    def labels(self) -> np.ndarray:
+        """(n, 18), 0 or 1; for scores, never for a loss."""
+        return np.array([[fact["labels"][f] for f in FINDINGS] for fact in self.facts])
+
+    def pixels(self, index: Iterable[int]) -> torch.Tensor:
+        """Model input (b, 1, d, h, w)."""
+        read = [self.parts[i // CHUNK][i % CHUNK] for i in index]
+        return torch.from_numpy(np.stack(read)).float().div_(1000)
 
     def report(self, index: int, wording: int) -> str:
         """A report of study `index`; each `wording` words it anew."""
-        labels = {f: int(v) for f, v in zip(FINDINGS, self.labels[index], strict=True)}
-        return write_report(labels, self.details[index], "source", named_rng("pool report", index, wording))
+        fact, rng = self.facts[index], named_rng("pool report", index, wording)
+        return write_report(fact["labels"], fact["details"], "source", rng, REGISTRIES[2], fact["contrast"])
 
 
-def train_tokenizer(reports: Iterable[str], size: int, folder: Path) -> Any:
-    """Train a WordPiece vocabulary on reports and save it as a BERT tokenizer in `folder`."""
-    from tokenizers import BertWordPieceTokenizer
+def make_tokenizer(reports: Iterable[str], size: int, folder: Path) -> Any:
+    """Make a vocabulary of the commonest words of reports and save it as a BERT tokenizer in `folder`.
+
+    A word that it lacks is spelt: all ASCII characters are in it, at the start of a word and inside.
+    """
+    from tokenizers.normalizers import BertNormalizer
+    from tokenizers.pre_tokenizers import BertPreTokenizer
     from transformers import BertTokenizerFast  # type: ignore[attr-defined]
 
-    trainer = BertWordPieceTokenizer(lowercase=True)
-    # the alphabet is given whole, at the start of words and inside them, so that no ASCII text becomes [UNK]
-    alphabet = [chr(c) for c in range(33, 127)]
-    inside = [f"a{c}" for c in string.ascii_lowercase + string.digits] * 2
-    trainer.train_from_iterator(
-        chain(inside, reports), vocab_size=size, min_frequency=2, initial_alphabet=alphabet, show_progress=False
-    )
+    normalise, cut = BertNormalizer(lowercase=True), BertPreTokenizer()
+    counts = Counter(w for r in reports for w, _ in cut.pre_tokenize_str(normalise.normalize_str(r)))
+    characters = [chr(c) for c in range(33, 127) if not chr(c).isupper()]
+    start = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters]
+    start += [f"##{c}" for c in string.ascii_lowercase + string.digits]
+    words = sorted((w for w, n in counts.items() if n > 1 and len(w) > 1), key=lambda w: (-counts[w], w))
     folder.mkdir(parents=True, exist_ok=True)
-    trainer.save_model(str(folder))
-    settings = {"do_lower_case": True, "model_max_length": MINI_TEXT["max_position_embeddings"]}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    tokenizer = BertTokenizerFast.from_pretrained(folder)
+    with replacing(folder / "vocab.txt") as temporary:
+        temporary.write_text("\n".join([*start, *words[: size - len(start)]]) + "\n")
+    tokenizer = BertTokenizerFast(
+        vocab=str(folder / "vocab.txt"), do_lower_case=True, model_max_length=MINI_TEXT["max_position_embeddings"]
+    )
     tokenizer.save_pretrained(folder)
     return tokenizer
 
@@ -237,53 +260,106 @@ def score(model: CTCLIPModel, tokenizer: Any, pool: Pool) -> float:
     from sklearn.metrics import roc_auc_score
 
     with evaluating(model):
-        embeds = torch.cat([model.encode_image(pool.pixels(part)) for part in torch.arange(len(pool)).split(100)])
+        parts = torch.arange(len(pool)).split(25)
+        embeds = torch.cat([model.encode_image(pool.pixels(part.tolist())) for part in parts])
     probabilities = ZeroShotClassifier(model, tokenizer).scores_from_embeddings(embeds)
     return float(roc_auc_score(pool.labels, probabilities))
 
 
+def moved(volumes: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Move each volume (b, 1, d, h, w) by up to `SHIFT` voxels; what comes in is air."""
+    out = torch.full_like(volumes, -1.0)
+    for volume, to in zip(volumes, out, strict=True):
+        source, target = [slice(None)], [slice(None)]
+        for n, most in zip(volume.shape[1:], SHIFT, strict=True):
+            move = int(torch.randint(-most, most + 1, (), generator=generator))
+            source.append(slice(max(0, -move), n - max(0, move)))
+            target.append(slice(max(0, move), n - max(0, -move)))
+        to[tuple(target)] = volume[tuple(source)]
+    return out
+
+
 class Run:
-    """A pretraining run: all that a checkpoint has to bring back."""
+    """A pretraining run: all that a checkpoint has to bring back. What a step sees follows from seed and step."""
 
     def __init__(self, config: PretrainConfig, tokenizer: Any, train: Pool):
         torch.manual_seed(config.seed)
         text = MINI_TEXT | {"vocab_size": len(tokenizer)}
         self.config, self.tokenizer, self.train = config, tokenizer, train
-        self.model = CTCLIPModel(CTCLIPConfig(MINI_VISION, text, MINI_PROJECTION))
+        self.model = CTCLIPModel(CTCLIPConfig(MINI_VISION, text, MINI_PROJECTION, spacing=MINI_SPACING))
         torch.nn.init.constant_(self.model.temperature, 2.3)  # cosines times 10: CLIP starts at 14
         self.codebook = CodebookLearner(self.model, config.codebook_decay, config.seed)
         matrices = {"params": [p for p in self.model.parameters() if p.ndim > 1], "weight_decay": config.weight_decay}
         vectors = {"params": [p for p in self.model.parameters() if p.ndim <= 1], "weight_decay": 0.0}
         self.optimizer = torch.optim.AdamW([matrices, vectors], lr=config.learning_rate, betas=(0.9, 0.98))
-        self.step, self.epoch, self.seconds = 0, 0, 0.0
-        self.order: list[int] = []
+        self.step, self.seconds = 0, 0.0
         self.history: list[dict[str, float]] = []
+
+    def spread(self) -> None:
+        """Take the mean out of what a fresh model embeds, so that its cosines tell one study from another.
+
+        A fresh BERT gives all sentences nearly one embedding (mean cosine 0.9999), and contrast finds nothing to pull
+        at for hundreds of steps.
+        """
+        index = range(min(len(self.train), 64))
+        texts = [sentence for i in index for sentence in sentences_of(self.train.report(i, 0))]
+        for projection, run in (
+            (self.model.to_visual_latent, lambda: self.model.encode_image(self.train.pixels(index))),
+            (self.model.to_text_latent, lambda: self.embed(texts)),
+        ):
+            seen: list[torch.Tensor] = []
+            hook = projection.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0]))
+            with torch.no_grad(), evaluating(self.model):
+                run()
+            hook.remove()
+            mean = F.normalize(torch.cat(seen).mean(0), dim=0)
+            with torch.no_grad():
+                projection.weight -= torch.outer(projection.weight @ mean, mean)
+
+    def embed(self, texts: list[str]) -> torch.Tensor:
+        """Embeddings (n, p) of texts."""
+        words = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        return self.model.encode_text(words["input_ids"], words["attention_mask"])
+
+    def batch(self, step: int) -> tuple[list[int], int]:
+        """The studies of a step, and the epoch, which words their reports."""
+        epoch, place = divmod(step - 1, len(self.train) // self.config.batch_size)
+        order = torch.randperm(len(self.train), generator=self._generator("epoch", epoch))
+        return order[place * self.config.batch_size :][: self.config.batch_size].tolist(), epoch
+
+    def _generator(self, *key: Any) -> torch.Generator:
+        return torch.Generator().manual_seed(seed_from(self.config.seed, *key))
+
+    def losses(self, index: list[int], wording: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """The contrast of a batch, with whole reports and with their sentences."""
+        reports = [self.train.report(i, wording) for i in index]
+        found = [sentences_of(report) for report in reports]
+        sentences = sorted({sentence for each in found for sentence in each})
+        said = torch.tensor([[float(sentence in each) for sentence in sentences] for each in found])
+        images = self.model.encode_image(moved(self.train.pixels(index), generator))
+        stated, denied = self.embed([*sentences, *map(contrary, sentences)]).chunk(2)
+        losses = {
+            "reports": contrastive_loss(images, self.embed(reports), self.model.temperature),
+            "sentences": sentence_loss(images, stated, denied, said, self.model.temperature),
+        }
+        loss = self.config.report_weight * losses["reports"] + self.config.sentence_weight * losses["sentences"]
+        return losses | {"loss": loss}
 
     def advance(self) -> dict[str, float]:
         """One optimiser step; returns its losses."""
         config, started = self.config, time.perf_counter()
+        if self.step == 0:
+            self.spread()
         self.step += 1
-        if len(self.order) < config.batch_size:
-            self.epoch += 1
-            self.order = torch.randperm(len(self.train)).tolist()
-        index, self.order = self.order[: config.batch_size], self.order[config.batch_size :]
+        torch.manual_seed(seed_from(config.seed, "dropout", self.step))
         if self.step == config.quantise_from:
             self.codebook.start()
-        rate = config.learning_rate * learning_rate_factor(self.step - 1, config.steps or 0, config.warmup_fraction)
+        rate = config.learning_rate * learning_rate_factor(self.step - 1, config.steps, config.warmup_fraction)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        reports = [self.train.report(i, self.epoch) for i in index]
-        words = self.tokenizer(reports, padding=True, truncation=True, return_tensors="pt")
-        words = {name: words[name] for name in ("input_ids", "attention_mask")}
-        batch = {"report_id": report_ids(**words), "labels": self.train.labels[index]}
         self.model.train()
-        wordings = random.Random(config.seed * 1_000_003 + self.step)
-        images = self.model.encode_image(shifted(self.train.pixels(index)))
-        texts = self.model.encode_text(**words)
-        prompts = self.model.encode_text(**draw_prompts(config.prompts, self.tokenizer, wordings))
-        losses = joint_loss(
-            images, texts, prompts, batch, self.model.temperature, config.contrastive_weight, config.prompt_weight
-        )
+        index, epoch = self.batch(self.step)
+        losses = self.losses(index, epoch, self._generator("moves", self.step))
         losses["loss"].backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
         self.optimizer.step()
@@ -296,33 +372,26 @@ class Run:
         """Write a checkpoint, whole or not at all."""
         state = {name: getattr(self, name) for name in _COUNTS}
         state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        state |= {"codebook": self.codebook.state(), "random": torch.get_rng_state(), "config": self.config.record()}
+        state |= {"codebook": self.codebook.state(), "config": vars(self.config)}
         with replacing(path) as temporary:
             torch.save(state, temporary)
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint of the same settings."""
         state = torch.load(path, weights_only=True)
-        if state["config"] != self.config.record():
+        if state["config"] != vars(self.config):
             raise ValueError(f"{path} is of a run with other settings: {state['config']}. Move it away to start anew")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.codebook.load(state["codebook"])
-        torch.set_rng_state(state["random"])
         for name in _COUNTS:
             setattr(self, name, state[name])
-
-
-def shifted(pixels: torch.Tensor) -> torch.Tensor:
-    """Move each volume (b, 1, d, h, w) by up to two pixels, as patients lie on the table."""
-    moves = torch.randint(-2, 3, (len(pixels), 2)).tolist()
-    return torch.stack([torch.roll(p, move, dims=(-2, -1)) for p, move in zip(pixels, moves, strict=True)])
 
 
 def pretrain(output_dir: str | os.PathLike, pool_dir: str | os.PathLike, config: PretrainConfig = DEFAULT) -> dict:
     """Make the mini base model: weights, vocabulary, training record and model card in `output_dir`.
 
-    `output_dir` is written only when the model is complete; `pool_dir` is for generated studies (264 kB each) and the
+    `output_dir` is written only when the model is complete; `pool_dir` is for generated studies (1.2 MB each) and the
     checkpoint that an interrupted run resumes from. Returns the training record, also written as `pretraining.json`.
 
     Raises:
@@ -337,13 +406,13 @@ def pretrain(output_dir: str | os.PathLike, pool_dir: str | os.PathLike, config:
     paths = make_pool(config.studies + config.validation_studies, pool_dir)
     split = -(-config.validation_studies // CHUNK)
     train, valid = Pool(paths[:-split]), Pool(paths[-split:])
-    reports = (train.report(i, 0) for i in range(min(len(train), 6000)))
-    run = Run(config, train_tokenizer(reports, config.vocabulary, pool_dir / "tokenizer"), train)
+    reports = (train.report(i, 0) for i in range(len(train)))
+    run = Run(config, make_tokenizer(reports, config.vocabulary, pool_dir / "tokenizer"), train)
     checkpoint = pool_dir / "checkpoint.pt"
     if checkpoint.exists():
         run.resume(checkpoint)
     bar = tqdm(initial=run.step, total=config.steps, desc="pretraining", unit="step")
-    for step in range(run.step + 1, (config.steps or 0) + 1):
+    for step in range(run.step + 1, config.steps + 1):
         row = run.advance()
         run.history.append(row)
         if step % config.evaluate_every == 0 or step == config.steps:
@@ -361,7 +430,7 @@ def pretrain(output_dir: str | os.PathLike, pool_dir: str | os.PathLike, config:
     run.tokenizer.save_pretrained(building)
     record = {
         "command": "medctkit pretrain",
-        "config": config.record(),
+        "config": vars(config),
         "minutes": round(run.seconds / 60, 1),
         "threads": torch.get_num_threads(),
         "device": platform.machine(),
@@ -372,7 +441,7 @@ def pretrain(output_dir: str | os.PathLike, pool_dir: str | os.PathLike, config:
     }
     (building / "pretraining.json").write_text(json.dumps(record, indent=1))
     template = (files("medctkit") / "assets" / "model_card.md").read_text(encoding="utf-8")
-    card = template.format(parameters=run.model.num_parameters(), **config.record(), **record)
+    card = template.format(parameters=run.model.num_parameters(), **vars(config), **record)
     (building / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(output_dir, ignore_errors=True)
     os.replace(building, output_dir)

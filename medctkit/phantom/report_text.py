@@ -89,7 +89,9 @@ class _Slots(dict):
 
 
 def _true(wording: str, found: Mapping, labels: Mapping[str, int]) -> bool:
-    """Whether a wording fits the number of things found, and is no denial that another finding makes untrue."""
+    """Whether a wording is no prompt, fits the number of things found, and denies nothing that another finding is."""
+    if "present" in wording:  # so do the prompts of the evaluation: no report may hold one of them
+        return False
     several = found.get("count", 0) > 1
     if "count" in found and wording in (OF_ONE if several else OF_SEVERAL):
         return False
@@ -170,6 +172,7 @@ def write_report(
         if choices:
             sentences.append(_fill(choices[int(rng.integers(len(choices)))], found, told, hospital))
     extra = [s for s in DISTRACTORS[hospital] if contrast is not False or s not in WITH_CONTRAST]
+    extra = [s for s in extra if contrast is not None or "present" not in s]
     for i in rng.choice(len(extra), size=int(rng.integers(*ASIDES[hospital])), replace=False):
         sentences.insert(int(rng.integers(len(sentences) + 1)), extra[int(i)])
     return " ".join(sentences)

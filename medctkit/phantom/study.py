@@ -131,6 +131,7 @@ class PhantomStudy:
         drawing: which of the drawings it is, 1 or 2.
         sex: "F" or "M"; "" in the first drawing.
         age: years; 0 in the first drawing.
+        contrast: whether the scan has contrast medium.
         changed: in the second drawing a boolean array (d, h, w): what the findings changed, masks and what they press
             aside; outside it the scan is that of the same patient without findings, voxel for voxel.
     """
@@ -146,6 +147,7 @@ class PhantomStudy:
     drawing: int = 1
     sex: str = ""
     age: int = 0
+    contrast: bool = False
     changed: np.ndarray | None = None
 
 
@@ -236,7 +238,7 @@ def generate(
     contrast = bool(scan.random() < scanner.contrast)
     tissue = Tissue.sample(scan, contrast)
     noise = named_rng("noise", patient, seed, hospital, reconstruction)
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = {"contrast": contrast}
     if drawing == 1:
         chest = _first(patient, seed, labels, shape, scanner, (z, y, x), tissue)
         spacing = FIELD_OF_VIEW / shape[0], scanner.field_of_view / shape[1], scanner.field_of_view / shape[2]
@@ -260,7 +262,7 @@ def generate(
         )
         spacing = body.spacing
         hu = expose(body, scanner, scan, noise, reconstruction)
-        extra = dict(drawing=drawing, sex=person.sex, age=person.age, changed=changed)
+        extra |= dict(drawing=drawing, sex=person.sex, age=person.age, changed=changed)
     words = named_rng("report", patient, seed, hospital)
     report = write_report(labels, details, hospital, words, registry, contrast if drawing > 1 else None)
     provenance = (

@@ -49,6 +49,31 @@ def contrastive_loss(
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
 
+def sentence_loss(
+    image_embeds: torch.Tensor,
+    sentence_embeds: torch.Tensor,
+    contrary_embeds: torch.Tensor,
+    said: torch.Tensor,
+    temperature: torch.Tensor | float,
+) -> torch.Tensor:
+    """Each sentence has to find the volumes whose reports hold it: alone, and against its contrary.
+
+    The softmax runs over volumes, never over sentences: which sentence is the likelier one whatever the scan shows
+    cancels out, and only the volume can lower the loss.
+
+    Args:
+        image_embeds: (b, p), L2-normalised.
+        sentence_embeds: (s, p), the sentences of the batch's reports, L2-normalised.
+        contrary_embeds: (s, p), their contraries.
+        said: (b, s), 1 where a volume's report holds the sentence, else 0; each sentence is said at least once.
+        temperature: the logarithm of the factor on the cosines.
+    """
+    scale, share = torch.as_tensor(temperature).exp(), said / said.sum()
+    alone = scale * image_embeds @ sentence_embeds.T  # (b, p) (p, s) -> (b, s)
+    against = alone - scale * image_embeds @ contrary_embeds.T
+    return -sum((logits.log_softmax(dim=0) * share).sum() for logits in (alone, against)) / 2
+
+
 def finding_prompt_loss(
     image_embeds: torch.Tensor,
     positive_embeds: torch.Tensor,

@@ -5,20 +5,25 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from medctkit.experiments import pretrain
-from medctkit.experiments.pretrain import DEFAULT, CodebookLearner
+from medctkit.experiments.pretrain import CodebookLearner, PretrainConfig
 from medctkit.model.base_model import load_mini_base
+from medctkit.training.report_sentences import sentences_of
 
-TINY = replace(DEFAULT, studies=16, validation_studies=16, steps=6, batch_size=8, quantise_from=3, vocabulary=400)
+TINY = PretrainConfig(16, 16, steps=6, batch_size=8, quantise_from=3, vocabulary=400)
+SHAPE = (16, 32, 32)
+VISION = pretrain.MINI_VISION | dict(image_size=32, num_frames=16)
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    vision = pretrain.MINI_VISION | dict(dim=16, dim_head=8, heads=2, codebook_size=16)
+    vision = VISION | dict(dim=16, dim_head=8, heads=2, codebook_size=16)
     monkeypatch.setattr(pretrain, "CHUNK", 8)
     monkeypatch.setattr(pretrain, "MINI_VISION", vision)
-    monkeypatch.setattr(pretrain, "make_pool", lambda n, at: [at / f"chunk_{i:04d}.npz" for i in range(-(-n // 8))])
+    monkeypatch.setattr(pretrain, "make_pool", lambda n, at: [at / f"chunk_{i:04d}.npy" for i in range(-(-n // 8))])
     monkeypatch.setattr(pretrain, "score", lambda *_: 0.5)
 
 
@@ -27,6 +32,9 @@ def pool(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pool")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrain, "CHUNK", 8)
+        patch.setattr(pretrain, "SHAPE", SHAPE)
+        patch.setattr(pretrain, "MINI_SPACING", (20.0, 11.25, 11.25))
+        patch.setattr(pretrain, "MINI_VISION", VISION)
         for i in range(4):
             pretrain._make_chunk((i, folder))
     return folder
@@ -37,12 +45,13 @@ def test_the_result_loads_and_says_how_it_was_made(pool, tmp_path):
     record = pretrain.pretrain(tmp_path / "mini", pool, TINY)
     (pool / "checkpoint.pt").unlink()
     mini = load_mini_base(tmp_path / "mini")
-    assert mini.preprocess_config.shape == (32, 64, 64)
+    assert mini.preprocess_config.shape == SHAPE
+    assert mini.preprocess_config.spacing == pretrain.MINI_SPACING
     assert json.loads((tmp_path / "mini" / "pretraining.json").read_text()) == json.loads(json.dumps(record))
     assert record["config"]["steps"] == 6
     words = mini.tokenizer("Kerley lines, GGO; a major zebra-like quiz: XYZ 42 mm")
     assert mini.tokenizer.unk_token_id not in words["input_ids"]
-    volumes = torch.zeros(2, 1, 32, 64, 64)
+    volumes = torch.zeros(2, 1, *SHAPE)
     assert mini.model.encode_image(volumes).shape == (2, pretrain.MINI_PROJECTION)
 
 
@@ -59,6 +68,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(pool, tmp_path, monke
         if run.step == 4:
             run.history.append(row)
             run.save(pool / "checkpoint.pt")
+            torch.manual_seed(99)
             raise KeyboardInterrupt
         return row
 
@@ -82,7 +92,7 @@ def test_the_codebook_follows_the_tokens_and_is_then_left_alone():
     text = pretrain.MINI_TEXT | {"vocab_size": 50}
     model = CTCLIPModel(CTCLIPConfig(pretrain.MINI_VISION, text, 8))
     learner = CodebookLearner(model, decay=0.5, seed=0)
-    model.train().encode_image(torch.randn(2, 1, 32, 64, 64))
+    model.train().encode_image(torch.randn(2, 1, *SHAPE))
     before = learner.codes.clone()
     learner.update()
     assert torch.equal(before, learner.codes)  # bypassed until it starts
@@ -95,5 +105,40 @@ def test_the_codebook_follows_the_tokens_and_is_then_left_alone():
     assert best > random + 0.05
     assert 0 < learner.finish() <= 1
     after = learner.codes.clone()
-    model.encode_image(torch.randn(2, 1, 32, 64, 64)).sum().backward()
+    model.encode_image(torch.randn(2, 1, *SHAPE)).sum().backward()
     assert torch.equal(after, model.visual_transformer.vq._codebook.embed)
+
+
+def test_the_vocabulary_is_the_same_each_time_and_spells_what_it_lacks(tmp_path):
+    reports = ["A nodule is seen.", "No nodule is seen.", "Zebra."]
+    vocabularies = [pretrain.make_tokenizer(order, 200, tmp_path).get_vocab() for order in (reports, reports[::-1])]
+    assert vocabularies[0] == vocabularies[1] and "nodule" in vocabularies[0] and "zebra" not in vocabularies[0]
+
+
+@given(st.integers(0, 2**32))
+def test_a_volume_is_moved_whole_and_air_comes_in(seed):
+    volumes = torch.arange(2 * 20 * 10 * 10).reshape(2, 1, 20, 10, 10).float()
+    out = pretrain.moved(volumes, torch.Generator().manual_seed(seed))
+    for after in out:
+        kept = after[after >= 0].long()
+        assert kept.unique().numel() == kept.numel() >= 12 * 7 * 7 and (after[after < 0] == -1).all()
+        came_from = torch.stack(torch.unravel_index(kept % 2000, (20, 10, 10)), dim=1)
+        moves = (after >= 0).nonzero()[:, 1:] - came_from
+        assert (moves == moves[0]).all() and (moves[0].abs() <= torch.tensor(pretrain.SHIFT)).all()
+
+
+def test_what_a_fresh_model_embeds_is_spread(pool):
+    train = pretrain.Pool([pool / "chunk_0000.npy"])
+    run = pretrain.Run(TINY, pretrain.make_tokenizer([train.report(0, 0)], 200, pool / "words"), train)
+    run.model.eval()
+    texts = [sentence for i in range(8) for sentence in sentences_of(train.report(i, 0))]
+    before = run.embed(texts)
+    run.spread()
+    after = run.embed(texts)
+    assert (before @ before.T).mean() > 0.99 > 0.5 > (after @ after.T).mean()
+
+
+def test_no_report_holds_a_prompt_of_the_evaluation(pool):
+    train = pretrain.Pool([pool / "chunk_0000.npy", pool / "chunk_0001.npy"])
+    reports = [train.report(i, wording) for i in range(16) for wording in range(20)]
+    assert not any("is present" in report or "not present" in report for report in reports)
