@@ -27,7 +27,11 @@ def commit() -> str | None:
 
     def git(*arguments: str) -> str:
         return subprocess.run(
-            ["git", "-C", str(package), *arguments], capture_output=True, text=True, check=True, timeout=10
+            ["git", "--no-optional-locks", "-C", str(package), *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
         ).stdout.strip()
 
     try:

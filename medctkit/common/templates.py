@@ -1,13 +1,15 @@
 """Pages from templates: the files in `medctkit/assets/pages`, filled by Jinja. What is filled into HTML is escaped.
 
 Templates know two filters: `code`, which escapes a text and makes `...` in backticks code, and `cell`, which keeps a
-value on its place in a Markdown table.
+value on its line of Markdown, or in its cell of a table.
 """
 
 import html
 import re
 from functools import cache
 from typing import TYPE_CHECKING, Any
+
+from medctkit.common.text import markdown
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -36,5 +38,5 @@ def _environment() -> "Environment":
     )
     safe = environment.filters["safe"]
     environment.filters["code"] = lambda text: safe(re.sub(r"`([^`\n]+)`", r"<code>\1</code>", html.escape(text)))
-    environment.filters["cell"] = lambda value: str(value).replace("|", "\\|").replace("\n", " ")
+    environment.filters["cell"] = markdown
     return environment
