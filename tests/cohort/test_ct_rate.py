@@ -4,6 +4,7 @@ import csv
 import os
 import shutil
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
@@ -142,7 +143,7 @@ def test_both_versions_give_the_same_hu_and_spacing(imitation, name):
 
 def test_version_1_lies_as_version_2_does_whatever_its_header_says(root):
     path, expected = find_volume(root, "train_1_a_1", 1), read_ct_rate(root, "train_1_a_1", 2)
-    for axes in ((1, 1, 1), (-1, 1, 1), (1, -1, -1)):  # of nibabel's and SimpleITK's making, towards none of the truth
+    for axes in ((1, 1, 1), (-1, 1, 1), (1, -1, -1)):  # what programs write that know no better
         nib.save(nib.Nifti1Image(nib.load(path).get_fdata().astype(np.int16), np.diag([*axes, 1])), path)
         found = read_ct_rate(root, "train_1_a_1", 1)
         assert np.array_equal(found.hu, expected.hu) and found.orientation == expected.orientation

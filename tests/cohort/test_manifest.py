@@ -36,7 +36,7 @@ def table():
     return load_manifest(SHIPPED)
 
 
-CHOICES = dict.fromkeys(("stored_as", "crop", "acquisition", "largest_gap"), "")
+CHOICES = dict.fromkeys(("orientation", "series", "stored_as", "crop", "acquisition", "largest_gap"), "")
 
 
 def real_rows(folder="."):
@@ -51,7 +51,7 @@ def real_rows(folder="."):
         row = dict(study=study, patient=patient, split=split, hospital="St Mary's", seed="", scan=scan)
         row |= dict(reconstruction=reconstruction, **dict.fromkeys(FINDINGS, 0), report=f"Report of {patient} {scan}.")
         row |= dict(checksum="", path=f"{folder}/{study}.nii.gz", rescale_slope="", rescale_intercept="")
-        rows.append(row | dict(spacing_d="", spacing_h="", spacing_w="", orientation="", series="", age="60", **CHOICES))
+        rows.append(row | CHOICES | dict(spacing_d="", spacing_h="", spacing_w="", age="60"))
     phantom = pd.read_csv(SHIPPED, dtype=str, nrows=1).to_dict("records")[0]
     return [*rows, dict.fromkeys(rows[0], "") | phantom]
 
@@ -184,8 +184,8 @@ def test_reading_arguments_are_those_that_the_row_gives(tmp_path, as_row):
     assert reading_arguments(rows[0]) == {"path": f"{tmp_path}/01.nii.gz"}
     path = f"{tmp_path}/02.nii.gz"
     assert reading_arguments(rows[1]) == {"path": path, "rescale_intercept": -8192.0, "orientation": "canonical"}
-    path = f"{tmp_path}/03.nii.gz"
-    assert reading_arguments(rows[2]) == {"path": path, "spacing": (1.5, 0.703, 0.7), "series": "1.2.840", "largest_gap": 30}
+    expected = {"path": f"{tmp_path}/03.nii.gz", "spacing": (1.5, 0.703, 0.7), "series": "1.2.840", "largest_gap": 30}
+    assert reading_arguments(rows[2]) == expected
 
 
 def test_a_folder_can_be_moved_with_its_manifest(tmp_path):
