@@ -30,7 +30,6 @@ from medctkit.phantom.report_text import write_report
 from medctkit.phantom.study import generate, named_rng
 from medctkit.scans.preprocessing import preprocess
 from medctkit.training.gradients import seed_from
-from medctkit.training.loop import learning_rate_factor
 from medctkit.training.objectives import contrastive_loss, sentence_loss
 from medctkit.training.report_sentences import contrary, sentences_of
 from medctkit.zero_shot.classifier import ZeroShotClassifier, evaluating
@@ -63,8 +62,10 @@ class PretrainConfig:
         validation_studies: further studies to score on; they choose nothing.
         steps: optimiser steps.
         batch_size: volumes per step.
-        learning_rate: its peak, after warm-up; falls to zero along a cosine.
-        warmup_fraction: share of all steps in which the rate rises.
+        learning_rate: that of most steps.
+        warmup_steps: in which it rises.
+        decay_fraction: share of all steps, the last ones, in which it falls to zero. Until then a run does not depend
+            on `steps`, and can be made longer.
         weight_decay: AdamW's, of matrices.
         max_grad_norm: longer gradients are scaled down to this norm.
         report_weight: of the contrast between volumes and whole reports.
@@ -76,17 +77,18 @@ class PretrainConfig:
         seed: of weights, batches and wordings.
     """
 
-    studies: int = 8_000
+    studies: int = 7_500
     validation_studies: int = 500
     steps: int = 2_400
     batch_size: int = 32
     learning_rate: float = 1e-3
-    warmup_fraction: float = 0.04
+    warmup_steps: int = 100
+    decay_fraction: float = 0.25
     weight_decay: float = 0.05
     max_grad_norm: float = 1.0
     report_weight: float = 1.0
     sentence_weight: float = 2.0
-    quantise_from: int = 600
+    quantise_from: int = 400
     codebook_decay: float = 0.97
     vocabulary: int = 1200
     evaluate_every: int = 100
@@ -354,9 +356,9 @@ class Run:
         torch.manual_seed(seed_from(config.seed, "dropout", self.step))
         if self.step == config.quantise_from:
             self.codebook.start()
-        rate = config.learning_rate * learning_rate_factor(self.step - 1, config.steps, config.warmup_fraction)
+        left = (config.steps - self.step + 1) / (config.decay_fraction * config.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = config.learning_rate * min(1.0, self.step / config.warmup_steps, left)
         self.model.train()
         index, epoch = self.batch(self.step)
         losses = self.losses(index, epoch, self._generator("moves", self.step))
@@ -377,9 +379,11 @@ class Run:
             torch.save(state, temporary)
 
     def resume(self, path: Path) -> None:
-        """Go on from a checkpoint of the same settings."""
+        """Go on from a checkpoint of the same settings; before the rate falls, `steps` may be others."""
         state = torch.load(path, weights_only=True)
-        if state["config"] != vars(self.config):
+        steady = (1 - self.config.decay_fraction) * min(self.config.steps, state["config"]["steps"])
+        free = {"steps": self.config.steps} if state["step"] <= steady else {}
+        if state["config"] | free != vars(self.config):
             raise ValueError(f"{path} is of a run with other settings: {state['config']}. Move it away to start anew")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

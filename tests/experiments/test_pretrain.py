@@ -81,8 +81,29 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(pool, tmp_path, monke
     whole, parts = (load_mini_base(tmp_path / name).model.state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     with pytest.raises(ValueError, match="other settings"):
-        pretrain.pretrain(tmp_path / "other", pool, replace(TINY, steps=9))
+        pretrain.pretrain(tmp_path / "other", pool, replace(TINY, seed=9))
     (pool / "checkpoint.pt").unlink()
+
+
+@pytest.mark.slow
+def test_a_run_may_be_made_longer_before_its_rate_falls(pool, tmp_path, monkeypatch):
+    torch.set_num_threads(1)
+    train = pretrain.Pool([pool / "chunk_0000.npy"])
+    tokenizer = pretrain.make_tokenizer([train.report(0, 0)], 200, tmp_path / "words")
+    short, long = (pretrain.Run(replace(TINY, steps=steps), tokenizer, train) for steps in (8, 12))
+    for _ in range(5):
+        short.advance()
+        if short.step == 4:
+            short.save(tmp_path / "checkpoint.pt")
+        rows = [long.advance() for _ in range(1)]
+    again = pretrain.Run(replace(TINY, steps=12), tokenizer, train)
+    again.resume(tmp_path / "checkpoint.pt")
+    assert again.advance() == rows[-1]
+    short.advance()
+    short.advance()
+    short.save(tmp_path / "checkpoint.pt")  # in its last quarter
+    with pytest.raises(ValueError, match="other settings"):
+        again.resume(tmp_path / "checkpoint.pt")
 
 
 def test_the_codebook_follows_the_tokens_and_is_then_left_alone():
