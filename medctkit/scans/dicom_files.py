@@ -3,49 +3,64 @@
 A file counts as DICOM by its contents, not by its name, and what is left out is counted.
 """
 
+import io
 import os
 import re
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from medctkit.scans.limits import most_unpacked
 from medctkit.scans.stored import damaged, decode, is_web_page
 
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-_MOST_BYTES = 64 << 20  # of a file; one slice of 4096 x 4096 has 32 MiB
 # where a file without preamble starts: first element, with a type in letters or (implicit) a short length
 _BARE = re.compile(rb"[\x02\x08]\x00[\x00-\x2f]\x00(?:UL|UI|OB|CS|SH|LO|DA|TM|UN|.\x00\x00\x00)", re.DOTALL)
-_USED = """SOPClassUID Modality ImageType SamplesPerPixel PhotometricInterpretation Rows Columns BitsAllocated
-    BitsStored HighBit PixelRepresentation LossyImageCompression LossyImageCompressionRatio PixelData""".split()
 _NAMES = ("SeriesInstanceUID", "SeriesNumber", "SeriesDescription")
-_PIXELS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+# what tells the slices of one scan from those of another under the same SeriesInstanceUID
+MARKS = """PatientID StudyInstanceUID FrameOfReferenceUID SOPClassUID SeriesNumber AcquisitionNumber StackID
+    TemporalPositionIdentifier TemporalPositionIndex NominalPercentageOfCardiacPhase KVP ConvolutionKernel""".split()
+_FRAMES = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
+_IN_FRAMES = {"FrameType": "ImageType", "FrameAcquisitionNumber": "AcquisitionNumber"}  # as a slice would call it
+_OF_SLICES = """Modality ImageType SamplesPerPixel PhotometricInterpretation Rows Columns
+    BitsAllocated BitsStored HighBit PixelRepresentation LossyImageCompression LossyImageCompressionRatio NumberOfFrames
+    ImagePositionPatient ImageOrientationPatient PixelSpacing RescaleSlope RescaleIntercept RescaleType
+    ModalityLUTSequence PixelPaddingValue PixelPaddingRangeLimit DirectoryRecordSequence""".split()
+_KEPT = [*_NAMES, *MARKS, *_IN_FRAMES, *_OF_SLICES]
 _SUFFIXES = (".dcm", ".dicom", ".ima")
 _DEFLATED, _EXPLICIT = b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.2.1\0\0\0"
 _CT_IMAGE, _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.7"
+_CT_IMAGES = (_CT_IMAGE, _CT_IMAGE + ".1", _CT_IMAGE + ".2")  # slices, enhanced, enhanced made of slices
 _PAGES = {"SCREEN SAVE", "DOSE_INFO", "CSA REPORT"}  # in ImageType: text as a picture, by GE and Siemens
+_NO_PLACE, _LOCALIZER, _PAGE = "picture without a place in the patient", "localizer", "page of text (dose report)"
+_NO_SLICES = (_NO_PLACE, _LOCALIZER, _PAGE)
+_MOST_FRAMES = 2**14
+_PIXEL_GROUP = (b"\xe0\x7f", b"\x7f\xe0")
+_MOST_ODD = 20  # of that many slices of a series one may be a picture of something else
 
 
 @dataclass(frozen=True)
 class Slice:
-    """A file and its header, without the pixels."""
+    """A slice, which is a file or one of its frames, and its header without the pixels."""
 
     path: Path
     name: str  # path inside the folder
     header: "Dataset"
+    frame: int = 0
 
     def text(self, tag: str) -> str:
         """A tag as text, several values with / between them; empty where the header has none."""
         value = decode(lambda: self.header.get(tag), self.name)
         values = value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value]
-        return "/".join("" if value is None else str(value).strip() for value in values)
+        texts = (f"{value:g}" if isinstance(value, float) else str(value or "").strip() for value in values)
+        return "/".join(texts)
 
     def numbers(self, tag: str, count: int = 1) -> np.ndarray | None:
         """Finite numbers of a tag, shape (count,); None where the header has none."""
@@ -60,12 +75,34 @@ class Slice:
             raise damaged(f"{tag} is {value!r}, expected {count} number(s)", self.name)
         return numbers
 
-    def required(self, tag: str, count: int = 1) -> np.ndarray:
+    def required(self, tag: str, count: int = 1, way_out: str = "") -> np.ndarray:
         """The same, shape (count,), of a tag that every slice of a scan has."""
         numbers = self.numbers(tag, count)
         if numbers is None:
-            raise damaged(f"it has no {tag}", self.name)
+            raise damaged(f"it has no {tag}{way_out}", self.name)
         return numbers
+
+    @property
+    def modality(self) -> str:
+        """Modality, or what the class of the file says where that is missing."""
+        return self.text("Modality") or ("CT" if self.text("SOPClassUID") in _CT_IMAGES else "")
+
+    @property
+    def series(self) -> tuple:
+        """What the slices of a series have in common."""
+        uid, *names = (self.text(tag) for tag in _NAMES)
+        return (uid,) if uid else (self.path.parent, *names)
+
+
+class _File(io.BufferedReader):
+    """A file of which no more bytes are asked for than it has, whatever a damaged header says."""
+
+    def __init__(self, path: Path):
+        super().__init__(io.FileIO(path))
+        self._size = path.stat().st_size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return super().read(self._size if size is None or size < 0 else min(size, self._size))
 
 
 def is_dicom(path: Path) -> bool:
@@ -75,94 +112,159 @@ def is_dicom(path: Path) -> bool:
     return head[128:132] == b"DICM" or head.startswith(b"DICM") or _BARE.match(head) is not None
 
 
-def load(path: Path, name: str) -> "Dataset | None":
-    """A whole DICOM file (of more than 64 MiB: its start), or None where it is none; `name` is for errors."""
+def load(path: Path, name: str, pixels: bool = True) -> "Dataset | None":
+    """A DICOM file, or None where it is none; without `pixels` only what a `Slice` needs. `name` is for errors."""
     if not is_dicom(path):
         return None
-    with open(path, "rb") as file:
-        # pydicom would ask for as many bytes as a damaged header says; of bytes in memory there are no more
-        data = file.read(min(path.stat().st_size, _MOST_BYTES))
-    return decode(lambda: _parse(data), name)
+    with _File(path) as file:
+        return decode(lambda: _parse(file, path.stat().st_size, pixels), name)
 
 
-def _parse(data: bytes) -> "Dataset | None":
+def _parse(file: _File, size: int, pixels: bool) -> "Dataset | None":
     import pydicom
 
-    bare = data[128:132] != b"DICM"
-    if data.startswith(b"DICM"):
-        data = bytes(128) + data
-    elif bare and data.startswith(b"\x02\x00"):
-        data = bytes(128) + b"DICM" + data
-    end_of_meta = 144 + int.from_bytes(data[140:144], "little")
-    if _DEFLATED in data[132:end_of_meta]:
+    head = file.read(4096)
+    bare = head[128:132] != b"DICM"
+    missing = (128 if head.startswith(b"DICM") else 132 if head.startswith(b"\x02\0") else 0) * bare
+    head = (bytes(128) + b"DICM")[:missing] + head
+    end_of_meta = 144 + int.from_bytes(head[140:144], "little")
+    file.seek(0)
+    source: io.BufferedIOBase = file
+    if _DEFLATED in head[132:end_of_meta]:
         # inflated here, with a limit; the header then is that of the inflated file
-        whole = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data[end_of_meta:], _MOST_BYTES)
-        data = data[:end_of_meta].replace(_DEFLATED, _EXPLICIT) + whole
-    dataset = pydicom.dcmread(BytesIO(data), force=True)
+        file.seek(end_of_meta - missing)
+        whole = zlib.decompressobj(-zlib.MAX_WBITS).decompress(file.read(), most_unpacked(size))
+        source = io.BytesIO(head[:end_of_meta].replace(_DEFLATED, _EXPLICIT) + whole)
+    elif missing:
+        source = io.BytesIO(head[:missing] + file.read())
+    wanted = None if pixels else [*_KEPT, *_FRAMES]
+    dataset = pydicom.dcmread(source, stop_before_pixels=not pixels, force=True, specific_tags=wanted)
     dataset.buffer = None  # or each header would keep the bytes of its whole file
     if not dataset.file_meta.get("TransferSyntaxUID"):
         dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian  # DICOM's default
-    for tag in _USED:
+    kind = dataset.file_meta.get("MediaStorageSOPClassUID")
+    if kind and not dataset.get("SOPClassUID"):
+        dataset.SOPClassUID = kind
+    for tag in [*_KEPT, *_FRAMES]:
         dataset.get(tag)  # pydicom decodes a value when it is asked for: let it fail here, not later
-    dataset.file_meta.get("MediaStorageSOPClassUID")
+    if not pixels and source.read(2) in _PIXEL_GROUP:
+        dataset.PixelData = b""  # there are some, read when they are needed
     return None if bare and not ("SOPClassUID" in dataset or "Modality" in dataset) else dataset
 
 
-def chosen_series(folder: Path, wanted: str | None = None) -> tuple[list[Slice], list[str]]:
-    """The slices of the one series below a folder, in the order of their names, and notes on what was left out.
+def _slices(path: Path, name: str) -> list[Slice]:
+    """The slice of a file or the frames of an enhanced one, each with the header of a slice; empty: not DICOM."""
+    whole = load(path, name, pixels=False)
+    if whole is None:
+        return []
+    shared, frames = (list(whole.pop(tag).value or []) if tag in whole else [] for tag in _FRAMES)
+    if not frames:
+        return [Slice(path, name, whole)]
+    count = Slice(path, name, whole).required("NumberOfFrames")[0]
+    if not len(frames) == count <= _MOST_FRAMES:
+        raise damaged(f"NumberOfFrames is {count:.0f}, and {len(frames)} are described", name)
+    del whole.NumberOfFrames
+    return decode(
+        lambda: [
+            Slice(path, f"{name} (frame {i + 1})", _header_of_frame(whole, [*shared[:1], frame]), i)
+            for i, frame in enumerate(frames)
+        ],
+        name,
+    )
+
+
+def _header_of_frame(whole: "Dataset", groups: "list[Dataset]") -> "Dataset":
+    """The header that a slice would have: what is said of all frames, and of one in `groups`, flat."""
+    from pydicom import Dataset
+
+    header = Dataset()
+    header.update(whole)
+    header.file_meta = whole.file_meta
+    macros = (element.value[0] for group in groups for element in group if element.VR == "SQ" and element.value)
+    for element in (element for macro in macros for element in macro):
+        if element.keyword in _KEPT:
+            header.add_new(_IN_FRAMES.get(element.keyword, element.keyword), element.VR, element.value)
+    return header
+
+
+def chosen_series(path: Path, wanted: str | None = None) -> tuple[list[Slice], list[str]]:
+    """The slices of the one series in a file or below a folder, in the order of their names, and what was left out.
 
     Raises:
-        ValueError: no series, several and none or more than one `wanted` (its UID, number or description), not a CT,
-            or a damaged file.
+        ValueError: no series, several of CT and none or more than one `wanted` (its UID, number or description), not
+            a CT, or a damaged file.
     """
-    found, left_out = _sorted_out(folder)
+    found, left_out = _sorted_out(path)
     listing = "".join(f"\n  {_described(slices)}" for slices in found)
-    others = ", ".join(f"{kind} ({n})" for kind, n in sorted(left_out.items()))
+    counts = sorted(Counter(kind for kind, *_ in left_out).items())
+    others = ", ".join(f"{kind} ({n})" for kind, n in counts)
     if not found:
-        raise ValueError(f"no slice of a scan among its {left_out.total()} files: {others}; give the series' folder")
+        such = f"{others}, such as {left_out[0][1]}"
+        raise ValueError(f"no slice of a scan among its {len(left_out)} files: {such}; give the scan itself")
     name = str(wanted).strip()
-    matches = [slices for slices in found if wanted is None or name in {slices[0].text(tag) for tag in _NAMES} - {""}]
+    if wanted is None:
+        matches = [slices for slices in found if any(item.modality == "CT" for item in slices)] or found
+        many = f"{len(found)} series in it"
+    else:
+        matches = [slices for slices in found if name in {slices[0].text(tag) for tag in _NAMES} - {""}]
+        many = f"{len(matches) or 'no'} series in it called {name!r}"
     if len(matches) != 1:
-        many = f"{len(matches) or 'no'} series in it" + ("" if wanted is None else f" called {name!r}")
         raise ValueError(f"{many}; choose one by series='its UID, number or description':{listing}")
-    for item in matches[0]:
-        if (modality := item.text("Modality")) != "CT":
-            raise ValueError(f"{item.name} is of modality {modality or 'unknown'}, not a CT; choose or get a CT series")
-    chosen = [f"series {_described(matches[0])}, chosen from {len(found)}"] if len(found) > 1 else []
-    return matches[0], chosen + ([f"left out: {others}"] if others else [])
+    slices = matches[0]
+    for item in slices:
+        if item.modality != "CT":
+            what = f"of modality {item.modality or 'unknown'}, not a CT"
+            raise ValueError(f"{item.name} is {what}; choose or get a CT series")
+    _check_left_out(slices, left_out)
+    chosen = [f"series {_described(slices)}, chosen from {len(found)}"] if len(found) > 1 else []
+    return slices, chosen + ([f"left out: {others}"] if others else [])
 
 
-def _sorted_out(folder: Path) -> tuple[list[list[Slice]], Counter]:
-    """Series of pictures (slices in the order of their names), and how many files of each other kind."""
-    series, left_out, others = defaultdict[tuple, list[Slice]](list), Counter[str](), []
-    for file in _files(folder):
-        name = file.relative_to(folder).as_posix()
-        header = load(file, name)
-        if header is None:
+_LeftOut = list[tuple[str, str, Slice | None]]  # kind, name, and header where it has one
+
+
+def _sorted_out(path: Path) -> tuple[list[list[Slice]], _LeftOut]:
+    """Series of pictures (slices in the order of their names), and the files of other kinds."""
+    series, left_out, others = defaultdict[tuple, list[Slice]](list), _LeftOut(), []
+    for file in _files(path):
+        name = file.relative_to(path).as_posix() if file != path else file.name
+        slices = _slices(file, name)
+        if not slices:
             others.append((file, name))
-            continue
-        item = Slice(file, name, header)
-        if kind := _kind_left_out(item):
-            left_out[kind] += 1
-        else:
-            uid, *names = (item.text(tag) for tag in _NAMES)
-            series[(uid,) if uid else (file.parent, *names)].append(item)
-        for tag in _PIXELS:
-            header.pop(tag, None)
+        for item in slices:
+            if kind := _kind_left_out(item):
+                left_out.append((kind, name, item))
+            else:
+                series[item.series].append(item)
     alike = {(item.path.parent, item.path.suffix) for slices in series.values() for item in slices}
     for file, name in others:
         _check_no_slice(file, name, (file.parent, file.suffix) in alike)
-        left_out["file that is not DICOM"] += 1
+        left_out.append(("file that is not DICOM", name, None))
     return list(series.values()), left_out
 
 
-def _files(folder: Path) -> list[Path]:
-    """All files below a folder; a subfolder that may not be read is an error, which os.walk would pass over."""
+def _check_left_out(slices: list[Slice], left_out: _LeftOut) -> None:
+    """Refuse a series of which something was left out that may be a slice with a broken header."""
+    odd = [(kind, item) for kind, _, item in left_out if item and item.series == slices[0].series]
+    for kind, item in odd:
+        if kind not in _NO_SLICES and item.text("ImagePositionPatient"):
+            found = f"{item.name} lies among the slices, and is a {kind} by its SOPClassUID {item.text('SOPClassUID')}"
+            raise ValueError(f"{found}: a damaged header? Get the file again, or take it away if it is no slice")
+    lost = [item.name for kind, item in odd if kind == _NO_PLACE]
+    if len(lost) > max(1, len(slices) // _MOST_ODD):
+        found = f"{len(lost)} of {len(slices) + len(lost)} slices have no ImagePositionPatient, such as {lost[0]}"
+        raise ValueError(f"{found}; get them again, or take them away if they are no slices")
+
+
+def _files(path: Path) -> list[Path]:
+    """The file, or all files below a folder; a subfolder that may not be read is an error."""
 
     def refuse(error: OSError) -> None:
         raise error
 
-    files = sorted(Path(root, name) for root, _, names in os.walk(folder, onerror=refuse) for name in names)
+    if path.is_file():
+        return [path]
+    files = sorted(Path(root, name) for root, _, names in os.walk(path, onerror=refuse) for name in names)
     for file in files:
         if file.is_symlink() and not file.exists():
             raise ValueError(f"{file.name} is a link that leads nowhere; get the file itself, or take the link away")
@@ -175,20 +277,20 @@ def _kind_left_out(item: Slice) -> str:
     """What a DICOM file is that is no slice of a scan; empty for one that may be."""
     from pydicom.uid import UID
 
-    header = item.header
-    kind = item.text("SOPClassUID") or str(header.file_meta.get("MediaStorageSOPClassUID") or "")
-    image_type = set(item.text("ImageType").split("/"))
-    if "DirectoryRecordSequence" in header:
+    kind, image_type = item.text("SOPClassUID"), set(item.text("ImageType").split("/"))
+    if "DirectoryRecordSequence" in item.header:
         return "DICOMDIR"
     if (kind + ".").startswith(_SECONDARY_CAPTURE + "."):
         return "secondary capture"
-    if not any(tag in header for tag in _PIXELS):
-        if kind in ("", _CT_IMAGE):
+    if "PixelData" not in item.header:
+        if kind in ("", *_CT_IMAGES):
             raise damaged("it has no pixels", item.name)
         return UID(kind).name
     if "LOCALIZER" in image_type:
-        return "localizer"
-    return "page of text (dose report)" if image_type & _PAGES else ""
+        return _LOCALIZER
+    if image_type & _PAGES:
+        return _PAGE
+    return "" if item.text("ImagePositionPatient") or item.text("ImageOrientationPatient") else _NO_PLACE
 
 
 def _check_no_slice(path: Path, name: str, like_slices: bool) -> None:
@@ -207,5 +309,5 @@ def _described(slices: list[Slice]) -> str:
     first = slices[0]
     tags = {"number": "SeriesNumber", "kernel": "ConvolutionKernel", "UID": "SeriesInstanceUID"}
     rest = "".join(f", {what} {first.text(tag) or 'not given'}" for what, tag in tags.items())
-    modality, description = first.text("Modality") or "unknown modality", first.text("SeriesDescription")
+    modality, description = first.modality or "unknown modality", first.text("SeriesDescription")
     return f"{modality} {description!r}, {len(slices)} slices{rest}, such as {first.name}"

@@ -1,7 +1,8 @@
 """Stored values of one DICOM slice, compressed or not.
 
-Compressed pixels are decoded by GDCM (SimpleITK) in a process of its own, which gets nothing but the checked header and
-the compressed picture: on a damaged one it may crash or ask for gigabytes, and a notebook has to survive that.
+Compressed pixels are decoded by GDCM (SimpleITK) or OpenJPEG (pylibjpeg) in a process of its own, which gets just
+the checked header and the compressed picture: on a damaged one it may crash or ask for gigabytes, and a notebook has to
+survive that.
 """
 
 import os
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from medctkit.scans.dicom_files import Slice
+from medctkit.scans.dicom_files import Slice, load
 from medctkit.scans.stored import damaged, decode
 
 if TYPE_CHECKING:
@@ -27,8 +28,10 @@ MOST_ROWS = 4096  # and columns; CT slices have 256 to 2048
 _UNCOMPRESSED = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
 _JPEG = "1.2.840.10008.1.2.4."
 _LOSSY = (_JPEG + "50", _JPEG + "51")
-_MAYBE_LOSSY = (_JPEG + "81", _JPEG + "91")
-_COMPRESSED = (*_LOSSY, *_MAYBE_LOSSY, *(_JPEG + n for n in ("57", "70", "80", "90")), "1.2.840.10008.1.2.5")
+_MAYBE_LOSSY = (_JPEG + "81", _JPEG + "91", _JPEG + "203")
+_HTJ2K = (_JPEG + "201", _JPEG + "202", _JPEG + "203")
+_LOSSLESS = ("1.2.840.10008.1.2.5", *(_JPEG + n for n in ("57", "70", "80", "90")))
+_COMPRESSED = {*_LOSSY, *_MAYBE_LOSSY, *_LOSSLESS, *_HTJ2K}
 _BITS = ("BitsAllocated", "BitsStored", "PixelRepresentation")
 _SLICE = "slice.dcm"  # what the decoding process decodes
 _DONE = "done"  # answer of the decoding process; else what went wrong
@@ -40,7 +43,7 @@ def check_pixels(dataset: "Dataset") -> None:
     if "PixelData" not in dataset:
         raise damaged("it has no pixels")
     syntax = _syntax(dataset)
-    if syntax not in _UNCOMPRESSED + _COMPRESSED:
+    if syntax not in _COMPRESSED.union(_UNCOMPRESSED):
         name = syntax.name if syntax.name != syntax else "an unknown transfer syntax"
         found = f"is compressed as {name} ({syntax}), which can't be read here"
         raise ValueError(f"{found}; export it again uncompressed or as JPEG Lossless, or try `gdcmconv --raw`")
@@ -48,7 +51,7 @@ def check_pixels(dataset: "Dataset") -> None:
     if packed != (syntax in _COMPRESSED):
         raise damaged(f"its header says {syntax.name}, its pixels are {'' if packed else 'not '}compressed")
     samples, photometric = _number(dataset, "SamplesPerPixel", 1), str(dataset.get("PhotometricInterpretation"))
-    if samples != 1 or photometric != "MONOCHROME2":
+    if samples != 1 or photometric not in ("MONOCHROME1", "MONOCHROME2"):  # how it is to be shown: HU are the same
         found = f"{photometric} with {samples} value(s) in a pixel"
         raise ValueError(f"holds {found}, a CT MONOCHROME2 with 1: a picture of a CT? Get the original slices")
     rows, columns = _number(dataset, "Rows"), _number(dataset, "Columns")
@@ -59,9 +62,11 @@ def check_pixels(dataset: "Dataset") -> None:
     if allocated not in (8, 16, 32) or not 0 < stored <= allocated or highest != stored - 1 or signed not in (0, 1):
         found = f"BitsAllocated {allocated}, BitsStored {stored}, HighBit {highest}, PixelRepresentation {signed}"
         raise ValueError(f"is damaged, or no CT: {found}; a CT has 12 to 16 of 16 bits, signed (1) or not (0)")
-    expected = rows * columns * allocated // 8
+    frames = _number(dataset, "NumberOfFrames", 1)
+    expected = frames * rows * columns * allocated // 8
     if not packed and (size := len(dataset.PixelData)) < expected:
-        raise damaged(f"{size} bytes of pixels, its header says {expected} ({rows} x {columns})")
+        times = f"{frames} x " * (frames > 1)
+        raise damaged(f"{size} bytes of pixels, its header says {expected} ({times}{rows} x {columns})")
 
 
 def loss(item: Slice) -> str:
@@ -75,36 +80,63 @@ def loss(item: Slice) -> str:
 
 
 class PixelReader:
-    """Reads slices that `check_pixels` has passed; a context manager, for the process that decompresses."""
+    """Reads the pixels of slices; a context manager, for the process that decompresses."""
 
     def __enter__(self) -> "PixelReader":
         self._decoder: subprocess.Popen[str] | None = None
+        self._file: tuple[Path, Dataset] | None = None  # of several frames, the latest
         self._folder = tempfile.TemporaryDirectory(prefix="medctkit-")  # here: a process that crashes leaves its own
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._decoder is not None:
-            self._decoder.kill()
-            self._decoder.communicate()
+        self._stop()
         self._folder.cleanup()
 
-    def read(self, dataset: "Dataset") -> np.ndarray:
-        """Stored integers of a slice, shape (rows, columns); after an error no further slice is to be read."""
-        if _syntax(dataset) in _UNCOMPRESSED:
-            return decode(lambda: dataset.pixel_array)
+    def read(self, item: Slice) -> np.ndarray:
+        """Stored integers of a slice, shape (rows, columns)."""
+        try:
+            dataset = self._loaded(item)
+            packed = _syntax(dataset) in _COMPRESSED
+            return self._decompressed(dataset, item.frame) if packed else _uncompressed(dataset, item.frame)
+        except ValueError as error:
+            raise ValueError(f"{item.name} {error}") from error
+
+    def _loaded(self, item: Slice) -> "Dataset":
+        """The whole file of a slice: again, as the pixels of all slices need not be in memory at one time."""
+        if self._file and self._file[0] == item.path:
+            return self._file[1]
+        self._file = None
+        dataset = load(item.path, "")
+        if dataset is None:
+            raise damaged("it changed meanwhile")
+        check_pixels(dataset)
+        self._file = item.path, dataset
+        return dataset
+
+    def _decompressed(self, dataset: "Dataset", frame: int) -> np.ndarray:
         file = Path(self._folder.name, _SLICE)
-        file.write_bytes(decode(lambda: _bare_copy(dataset)))
+        file.write_bytes(decode(lambda: _bare_copy(dataset, frame)))
         decoder = self._decoder = self._decoder or self._started()
         assert decoder.stdin and decoder.stdout
         with suppress(BrokenPipeError):  # then there is no answer
-            print(file=decoder.stdin, flush=True)
+            print("pydicom" if _syntax(dataset) in _HTJ2K else "GDCM", file=decoder.stdin, flush=True)
         answer = decoder.stdout.readline().strip()
+        if answer.isdecimal():
+            raise OSError(int(answer), os.strerror(int(answer)), self._folder.name)
+        if not answer and decoder.wait() == -9:  # killed, most often for want of memory
+            raise MemoryError("the process that decompresses slices was stopped")
         if answer != _DONE:
             raise damaged(answer or "the decoder broke down")
-        pixels, shape = np.load(file.with_suffix(".npy"), allow_pickle=False), (1, dataset.Rows, dataset.Columns)
+        pixels, shape = np.load(file.with_suffix(".npy"), allow_pickle=False), (dataset.Rows, dataset.Columns)
         if pixels.shape != shape:
             raise damaged(f"the compressed picture has shape {pixels.shape}, its header says {shape}")
-        return pixels[0]
+        return pixels
+
+    def _stop(self) -> None:
+        if self._decoder is not None:
+            self._decoder.kill()
+            self._decoder.communicate()
+            self._decoder = None
 
     def _started(self) -> "subprocess.Popen[str]":
         # -P and the path of this process: import what this process would, not what lies in the current folder
@@ -126,6 +158,12 @@ def _syntax(dataset: "Dataset") -> "UID":
     return UID(str(dataset.file_meta.TransferSyntaxUID))
 
 
+def _uncompressed(dataset: "Dataset", frame: int) -> np.ndarray:
+    from pydicom.pixels import pixel_array
+
+    return decode(lambda: pixel_array(dataset, index=frame))
+
+
 def _number(dataset: "Dataset", tag: str, default: int | None = None) -> int:
     value = dataset.get(tag)
     value = default if value in (None, "") else value
@@ -134,7 +172,7 @@ def _number(dataset: "Dataset", tag: str, default: int | None = None) -> int:
     return value
 
 
-def _bare_copy(dataset: "Dataset") -> bytes:
+def _bare_copy(dataset: "Dataset", frame: int) -> bytes:
     """A DICOM file of what the decoder needs of a compressed slice: stored values, so no slope or intercept."""
     from pydicom.dataset import FileDataset, FileMetaDataset
     from pydicom.encaps import encapsulate, get_frame
@@ -149,7 +187,8 @@ def _bare_copy(dataset: "Dataset") -> bytes:
     for tag in ("Rows", "Columns", *_BITS):
         setattr(bare, tag, dataset[tag].value)
     bare.HighBit = bare.BitsStored - 1
-    bare.PixelData = encapsulate([get_frame(dataset.PixelData, 0, number_of_frames=1)], has_bot=False)
+    picture = get_frame(dataset.PixelData, frame, number_of_frames=int(dataset.get("NumberOfFrames") or 1))
+    bare.PixelData = encapsulate([picture], has_bot=False)
     bare["PixelData"].VR = "OB"
     file = BytesIO()
     bare.save_as(file, enforce_file_format=True)
@@ -158,21 +197,30 @@ def _bare_copy(dataset: "Dataset") -> bytes:
 
 def _serve(folder: str) -> None:
     """Decode the file in `folder` for each line on standard input, until that ends."""
-    import SimpleITK as sitk
-
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the decoders print must not get between the answers
     file = Path(folder, _SLICE)
     _limit("RLIMIT_AS", _MEMORY)
-    for _ in sys.stdin:
+    for line in sys.stdin:
         _limit("RLIMIT_CPU", int(time.process_time()) + _SECONDS)
         try:
-            image = sitk.ReadImage(str(file), imageIO="GDCMImageIO")
-            np.save(file.with_suffix(".npy"), sitk.GetArrayViewFromImage(image))
+            np.save(file.with_suffix(".npy"), _decoded(file, line.strip()))
             answer = _DONE
-        except (RuntimeError, MemoryError, OSError) as error:  # SimpleITK's, and a full disk
-            answer = (str(error).strip().splitlines() or ["out of memory"])[-1]
+        except Exception as error:  # each decoder has its own types
+            number = error.errno if isinstance(error, OSError) else None  # of a full disk
+            answer = str(number) if number else (str(error).strip().splitlines() or ["out of memory"])[-1]
         print(answer, file=answers, flush=True)
+
+
+def _decoded(file: Path, decoder: str) -> np.ndarray:
+    """The picture, shape (rows, columns)."""
+    if decoder == "pydicom":
+        from pydicom.pixels import pixel_array
+
+        return pixel_array(file)
+    import SimpleITK as sitk
+
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(file), imageIO="GDCMImageIO"))[0]
 
 
 def _limit(what: str, most: int) -> None:

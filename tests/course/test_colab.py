@@ -22,7 +22,7 @@ LISTED = (ROOT / "tests" / "colab_2026_01.txt").read_text().splitlines()
 COLAB = {
     colab.normal(name): version for name, _, version in (line.partition("==") for line in LISTED if line[0] != "#")
 }
-LACKING = ["distributed", "monai", "numba", "pydicom", "simpleitk"]
+LACKING = ["distributed", "monai", "numba", "pydicom", "pylibjpeg", "pylibjpeg-openjpeg", "simpleitk"]
 CELL = course.COLAB_CELL.read_text()
 EXTRAS = ("cluster", "tensorboard", "notebooks")
 SLOW = "MEDCTKIT_TEST_COLAB"
@@ -118,6 +118,8 @@ def test_where_tested_versions_do_not_fit_others_are_taken(pip, monkeypatch, cap
             "monai>=1.5",
             "numba>=0.61",
             "pydicom>=3.0",
+            "pylibjpeg>=2.0",
+            "pylibjpeg-openjpeg>=2.0",
             "simpleitk>=2.4",
             "--constraint",
         ]

@@ -113,22 +113,12 @@ def test_lossy_compression_is_read_and_said(tmp_path):
 
 def test_lossy_compression_in_the_past_is_said(tmp_path):
     write_dicom(tmp_path / "a", chest(), LossyImageCompression="01", LossyImageCompressionRatio=[10, 2])
-    assert "lossy compression, ratio 10.0/2.0 (before it was stored), in 8 of 8 slices" in notes(tmp_path / "a")
+    assert "lossy compression, ratio 10/2 (before it was stored), in 8 of 8 slices" in notes(tmp_path / "a")
     for file in write_dicom(
         tmp_path / "b", chest(), LossyImageCompression="01", LossyImageCompressionRatio="9.1"
     ).iterdir():
         file.write_bytes(file.read_bytes().replace(b"9.1 ", b"10:1"))  # no number, and no reason to refuse
     assert "lossy compression, ratio 10:1" in notes(tmp_path / "b")
-
-
-def test_each_slice_has_its_own_slope_and_intercept(tmp_path):
-    hu = chest()
-    write_dicom(tmp_path, hu, slope=0.5, intercept=-1000)
-    stored = pydicom.dcmread(tmp_path / "002.dcm").pixel_array
-    change(tmp_path / "002.dcm", RescaleSlope=2, RescaleIntercept=-2048)
-    expected = hu.astype(np.float32)
-    expected[2] = stored * 2.0 - 2048
-    np.testing.assert_array_equal(values(tmp_path), expected)
 
 
 def test_values_are_those_of_simpleitk(tmp_path):
@@ -184,7 +174,7 @@ def test_padding_ranges_and_padding_that_looks_like_tissue(tmp_path):
 @pytest.mark.parametrize(
     ("uid", "name"),
     [
-        ("1.2.840.10008.1.2.4.201", "High-Throughput JPEG 2000"),
+        ("1.2.840.10008.1.2.4.110", "JPEG XL Lossless"),
         ("1.2.840.10008.1.2.4.100", "MPEG2 Main Profile"),
         ("1.2.840.113619.5.2", "an unknown transfer syntax|GE Private"),
     ],
@@ -245,13 +235,6 @@ def test_pictures_that_crash_the_decoder_are_errors_and_leave_nothing(tmp_path, 
     ):
         values(tmp_path / "a")
     assert not list((tmp_path / "temporary").iterdir())
-
-
-def test_a_deflated_header_does_not_inflate_without_limit(tmp_path, monkeypatch):
-    write_dicom(tmp_path, np.full((2, 400, 400), 40), syntax=DeflatedExplicitVRLittleEndian)
-    monkeypatch.setattr("medctkit.scans.dicom_files._MOST_BYTES", 100_000)
-    with pytest.raises(ValueError, match="000.dcm can't be read: .* bytes of pixels, its header says 320000"):
-        values(tmp_path)
 
 
 # --- fuzz ------------------------------------------------------------------------------------------------

@@ -53,13 +53,6 @@ def test_oblique_slices_are_no_tilt(tmp_path, sign):
     assert stored.rescaled
 
 
-def test_rounded_positions_are_even(tmp_path):
-    write_dicom(tmp_path, chest((79, 4, 4)), step=(0, 0, 1))
-    for i, file in enumerate(sorted(tmp_path.iterdir())):
-        change(file, ImagePositionPatient=[0, 0, round(i * 3.98734, 3)])
-    assert read_dicom(tmp_path).affine[2, 0] == pytest.approx(3.98734, abs=1e-4)
-
-
 # --- which files -----------------------------------------------------------------------------------------
 
 
@@ -198,29 +191,28 @@ def test_links_that_lead_nowhere_are_named(tmp_path):
     ("tags", "message"),
     [
         (dict(Modality="MR"), "000.dcm is of modality MR, not a CT"),
-        (dict(Modality=None), "modality unknown, not a CT"),
+        (dict(Modality=None, SOPClassUID="1.2.3"), "modality unknown, not a CT"),
         (
             dict(ImagePositionPatient=None),
             "000.dcm can't be read: .* damaged; get the file again .it has no ImagePositionPatient",
         ),
         (dict(ImagePositionPatient=[1, 2]), r"ImagePositionPatient is \[1.0, 2.0\], expected 3 number"),
         (dict(PixelSpacing=None), "has no PixelSpacing"),
-        (dict(PixelSpacing=[0, 0.7]), "PixelSpacing 0.0/0.7; expected .* lengths above 0 mm"),
+        (dict(PixelSpacing=[0, 0.7]), "PixelSpacing 0/0.7; expected .* lengths above 0 mm"),
         (dict(ImageOrientationPatient=[1, 0, 0, 1, 0, 0]), "expected two directions at a right angle"),
-        (dict(NumberOfFrames=5), "holds 5 frames; turn it into NIfTI with dcm2niix"),
+        (dict(NumberOfFrames=5), "holds 5 frames and not where each lies; get the slices"),
         (dict(ImagePositionPatient=[0, 0, 0]), "000.dcm and 001.dcm both lie at 0.00 mm, 7 of 8 slices"),
         (dict(step=(0, 1.0, 2.5)), "tilted by 21.8 degrees .*000.dcm to 007.dcm, 17.50 mm.*dcm2niix .*_Tilt"),
         (dict(PixelData=None), "000.dcm can't be read: truncated or damaged; get the file again .it has no pixels"),
-        (dict(PhotometricInterpretation="MONOCHROME1"), r"holds MONOCHROME1 with 1 value\(s\) in a pixel"),
         (dict(SamplesPerPixel=3, PhotometricInterpretation="RGB"), "holds RGB with 3 .* Get the original slices"),
-        (dict(Rows=65535, Columns=65535), "says 65535 Rows and 65535 Columns, a CT slice has up to 4096"),
+        (dict(Rows=65535, Columns=65535), r"its header claims \(8, 65535, 65535\) voxels, 128 GiB: more than any CT"),
         (dict(Rows=600), r"000.dcm can't be read: truncated .*240 bytes of pixels, its header says 12000 \(600 x 10\)"),
         (dict(Rows=None), "000.dcm can't be read: .*it has no Rows"),
         (dict(BitsAllocated=12), "000.dcm is damaged, or no CT: BitsAllocated 12, BitsStored 16"),
         (dict(HighBit=11), "HighBit 11, PixelRepresentation 1; a CT has 12 to 16 of 16 bits"),
         (dict(BitsStored=None), "BitsStored is None, expected a whole number"),
-        (dict(RescaleIntercept=None), "000.dcm has RescaleSlope 1.0 and RescaleIntercept None, expected both"),
-        (dict(RescaleSlope=0), "000.dcm has RescaleSlope 0.0 and .* the slope above 0"),
+        (dict(RescaleIntercept=None), "headers lack slope and intercept; pass rescale_slope"),
+        (dict(RescaleSlope=0), "000.dcm has RescaleSlope 0, expected one above 0"),
         (dict(RescaleType="Z_EFF"), "000.dcm is not in HU: its RescaleType is Z_EFF"),
         (dict(ModalityLUTSequence=[]), "000.dcm turns stored values into HU by a table"),
     ],
@@ -233,8 +225,7 @@ def test_series_that_are_no_ct_volume_are_refused(tmp_path, tags, message):
 @pytest.mark.parametrize(
     ("tags", "message"),
     [
-        (dict(ConvolutionKernel="B70f"), "ConvolutionKernel .*: B30f in 000.dcm, B70f in 005.* Put each into a folder"),
-        (dict(RescaleSlope=None, RescaleIntercept=None), "1 of 8 slices have no RescaleSlope and .*, such as 005.dcm"),
+        (dict(ConvolutionKernel="B70f"), r"ConvolutionKernel B30f \(7, such as 000.dcm\), B70f \(1, such as 005.dcm"),
         (dict(ImagePositionPatient=[30, 0, 5 * SPACING[0]]), "005.dcm lies 30.00 mm beside the line from 000.dcm to"),
     ],
 )
@@ -253,13 +244,16 @@ def test_unspecified_rescale_types_are_taken_for_hu_and_said(tmp_path):
     ("zs", "message"),
     [
         ([0, 2, 4, 8, 10], "missing slices: 4.00 mm from 002.dcm to 003.dcm, other slices 2.00 mm; 1 missing in 1"),
-        ([0, 2, 4, 8, 10, 12, 18, 20], r"4.00 mm from .* 3 missing in 2 place\(s\); get the whole series"),
+        (
+            [0, 2, 4, 8, 10, 12, 18, 20],
+            r"4.00 mm from .* 3 missing in 2 .* or pass resample=True",
+        ),
         ([0, 2, 4, 4, 6, 8], "duplicate slices: 002.dcm and 003.dcm both lie at 4.00 mm, 1 of 6 .* leave one slice in"),
         ([0, 0, 2, 2, 4, 4], "duplicate slices: 000.dcm and 001.dcm both lie at 0.00 mm, 3 of 6 slices"),
         (
             [0, 2, 4, 7, 9, 10.4],
             "uneven gaps between slices: 1.40 mm from 004.dcm to 005.dcm, 3.00 mm from 002.dcm to 003.dcm, "
-            "median 2.00 mm; get a reconstruction with even steps, or let dcm2niix make one and read its .*_Eq",
+            "median 2.00 mm; get a reconstruction with even steps, or pass resample=True to interpolate",
         ),
         ([i * 2 for i in range(20)] + [38 + i * 2.15 for i in range(1, 20)], "uneven gaps between slices: 2.00 mm"),
     ],
@@ -281,9 +275,7 @@ def test_slices_of_two_sizes_are_refused(tmp_path):
 
 def test_a_single_slice_is_refused(tmp_path):
     write_dicom(tmp_path, chest()[:1])
-    with pytest.raises(ValueError, match="000.dcm is the only slice"):
-        read_volume(tmp_path)
-    with pytest.raises(ValueError, match="one DICOM file is one slice; give the folder"):
+    with pytest.raises(ValueError, match="000.dcm is the only slice; .* give its folder"):
         read_volume(tmp_path / "000.dcm")
 
 

@@ -6,9 +6,11 @@ import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
 from pydicom import dcmread, dcmwrite
-from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.encaps import encapsulate, get_frame
 from pydicom.uid import (
     CTImageStorage,
+    EnhancedCTImageStorage,
     ExplicitVRLittleEndian,
     JPEG2000Lossless,
     JPEGLosslessSV1,
@@ -20,6 +22,7 @@ from pydicom.uid import (
 from medctkit.scans.dicom_series import read_dicom
 
 SHAPE, SPACING = (8, 12, 10), (12.5, 8.0, 7.7)  # few voxels, but 100 x 96 x 77 mm of a patient
+LPS = np.diag([-SPACING[2], -SPACING[1], SPACING[0], 1])  # affine of a NIfTI that lies as slices of DICOM do
 
 
 def chest(shape=SHAPE):
@@ -31,7 +34,7 @@ def chest(shape=SHAPE):
 
 
 def write_nifti(path, hu, affine=None, **header):
-    image = nib.Nifti1Image(hu.transpose(2, 1, 0), np.diag([*SPACING[::-1], 1]) if affine is None else affine)
+    image = nib.Nifti1Image(hu.transpose(2, 1, 0), LPS if affine is None else affine)
     for name, value in header.items():
         image.header[name] = value
     nib.save(image, path)
@@ -53,6 +56,7 @@ def write_dicom(
     slope=1,
     intercept=-1024,
     step=(0, 0, SPACING[0]),
+    origin=(0, 0, 0),
     series=None,
     syntax=ExplicitVRLittleEndian,
     **tags,
@@ -68,7 +72,7 @@ def write_dicom(
         slice_.SOPClassUID, slice_.SOPInstanceUID = CTImageStorage, meta.MediaStorageSOPInstanceUID
         slice_.Modality, slice_.SeriesInstanceUID, slice_.SeriesDescription = "CT", series, "chest"
         slice_.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
-        slice_.ImagePositionPatient = [float(s * i) for s in step]
+        slice_.ImagePositionPatient = [float(o + s * i) for o, s in zip(origin, step, strict=True)]
         slice_.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
         slice_.PixelSpacing = list(SPACING[1:])
         slice_.Rows, slice_.Columns = pixels.shape
@@ -109,12 +113,46 @@ def truncate(path, share=0.5):
     return path
 
 
-def values(folder, series=None):
-    return read_dicom(folder, None, series).hu
+def enhanced(files, path):
+    """One enhanced CT file at `path` of the slices in `files`, which are taken away; each slice is a frame of it."""
+    slices = [dcmread(file) for file in files]
+    whole, shared = dcmread(files[0]), Dataset()
+    for file in files:
+        file.unlink()
+
+    def move(sources, target, sequence, *tags, **renamed):
+        group = Dataset()
+        for tag in [*tags, *renamed]:
+            if tag in sources:
+                setattr(group, renamed.get(tag, tag), sources[tag].value)
+            whole.pop(tag, None)
+        setattr(target, sequence, [group])
+
+    frames = [Dataset() for _ in slices]
+    for one, frame in zip(slices, frames, strict=True):
+        move(one, frame, "PlanePositionSequence", "ImagePositionPatient")
+        move(one, frame, "PixelValueTransformationSequence", "RescaleSlope", "RescaleIntercept", "RescaleType")
+        move(one, frame, "FrameContentSequence", AcquisitionNumber="FrameAcquisitionNumber")
+    move(slices[0], shared, "PlaneOrientationSequence", "ImageOrientationPatient")
+    move(slices[0], shared, "PixelMeasuresSequence", "PixelSpacing")
+    move(slices[0], shared, "CTReconstructionSequence", "ConvolutionKernel")
+    whole.SOPClassUID = whole.file_meta.MediaStorageSOPClassUID = EnhancedCTImageStorage
+    whole.SharedFunctionalGroupsSequence, whole.PerFrameFunctionalGroupsSequence = [shared], frames
+    whole.NumberOfFrames = len(frames)
+    pixels = [one.PixelData for one in slices]
+    if whole.file_meta.TransferSyntaxUID.is_encapsulated:
+        pixels = [encapsulate([get_frame(data, 0, number_of_frames=1) for data in pixels])]
+    whole.PixelData = b"".join(pixels)
+    whole.save_as(path)
+    return path
 
 
-def notes(folder, series=None):
-    return "; ".join(read_dicom(folder, None, series).notes)
+def values(folder, series=None, spacing=None, **choices):
+    return read_dicom(folder, spacing, series, **choices).hu
+
+
+def notes(folder, series=None, **choices):
+    return "; ".join(read_dicom(folder, None, series, **choices).notes)
 
 
 def change(path, **tags):
