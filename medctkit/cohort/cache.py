@@ -24,7 +24,7 @@ from medctkit.scans.preprocessing import PreprocessConfig, preprocess
 if TYPE_CHECKING:
     import torch
 
-FORMAT = 2  # raised when the content of prepared files changes
+FORMAT = 3  # raised when the content of prepared files changes
 STEPS = 8192  # prepared values are stored as whole numbers of 1/8192: at most 6.1e-5 off, 0.06 HU
 SLAB = 8  # slices compressed together
 SUFFIX = ".safetensors"
