@@ -1,6 +1,9 @@
-"""Where a run of fine-tuning stands, in one file that is written whole or not at all.
+"""Where a run of fine-tuning stands, and whose its folder is.
 
-What the file holds is all that the next step depends on: the trained parameters, the best ones so far, the
+While a run works, all that it writes lies in `unfinished`; the result takes its place when the run ends, and `run.json`
+says what it was made of. A folder has one run: another is refused, and so is a second at the same time.
+
+What the checkpoint holds is all that the next step depends on: the trained parameters, the best ones so far, the
 optimiser's averages, the loss scale of fp16, the history. Batches, prompt wordings and dropout are drawn from the seed
 and the number of the step, so there is no other state. At full size with preset "paper" that is 27 MB.
 """
@@ -10,32 +13,41 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from filelock import FileLock, Timeout
+from torch.utils.data import Subset
 
+from medctkit.cohort.cache import content_of, key_of
 from medctkit.common.atomic import replacing
-from medctkit.lora.methods import save_trained
+from medctkit.common.provenance import write_json
+from medctkit.findings import FINDINGS
+from medctkit.lora.methods import restore_trained, save_trained
+from medctkit.model.fingerprint import add_tensor, digests, vocabulary_of
 from medctkit.model.protocol import Model
 from medctkit.training.settings import FineTuneConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-NAME = "checkpoint.safetensors"
+NAME, WORK, RECORD = "checkpoint.safetensors", "unfinished", "run.json"
 _COUNTS = ("step", "history", "best_step", "best_score", "seconds")  # written as JSON
 _AVERAGES = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
 
 
 class Run:
-    """Where a run stands: what `restore` brings back and `save` writes down. Files are the main process's business.
+    """Where a run stands: what `taken_up` brings back and `save` writes down. Files are the main process's business.
 
-    `output_dir` gets the checkpoint, and `adapter`: the best parameters so far. `history` has a row for each of the
-    `step` optimiser steps done, and one for step 0; `best` holds the trained parameters of the best validation score.
+    `output_dir` gets, in the end, `adapter`, the best parameters, and `run.json`; until then `unfinished` has the best
+    ones so far, and the checkpoint. `history` has a row for each of the `step` optimiser steps done, and one for step
+    0; `best` holds the trained parameters of the best validation score.
     """
 
     def __init__(
@@ -47,12 +59,14 @@ class Run:
         made_of: Mapping[str, Any],
     ):
         self.model, self.optimizer, self.accelerator, self.made_of = model, optimizer, accelerator, made_of
-        self.file, self.adapter_dir = output_dir / NAME, output_dir / "adapter"
+        self.output_dir, self.work = output_dir, output_dir / WORK
+        self.file, self.adapter_dir = self.work / NAME, output_dir / "adapter"
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.step, self.best_step, self.best_score = 0, -1, -math.inf
+        self.step, self.best_step, self.best_score, self.finished = 0, -1, -math.inf, False
         self.history: list[dict[str, float]] = []
         self.best: dict[str, torch.Tensor] = {}
         self._started = time.perf_counter()
+        self._lock = FileLock(output_dir / ".lock")
 
     @property
     def seconds(self) -> float:
@@ -64,34 +78,73 @@ class Run:
         """Validations since the best one."""
         return sum("score" in row and row["step"] > self.best_step for row in self.history)
 
-    def restore(self) -> None:
-        """Go on where an interrupted run stood, if there was one: bit for bit what `save` saw.
+    @contextmanager
+    def taken_up(self) -> Iterator[None]:
+        """Hold the folder, and go on where an interrupted run stood: bit for bit what `save` saw.
+
+        A run that is `finished` brings its history back, and the best parameters.
 
         Raises:
-            ValueError: a damaged checkpoint, or one of another run; in all processes.
+            ValueError: a run is at work there; a damaged checkpoint; another run's folder; in all processes.
         """
         from accelerate.utils import broadcast_object_list
 
         found: Any = None
-        if self.accelerator.is_main_process:
-            # what a run that was killed while it wrote has left under temporary names
-            for half in (*self.file.parent.glob(f".{NAME}.*.tmp"), *self.adapter_dir.glob(".*.tmp")):
-                half.unlink()
-            for folder in self.adapter_dir.glob(".saving-*"):
-                shutil.rmtree(folder)
-            try:
-                found = read(self.file, self.made_of) if self.file.is_file() else None
-            except ValueError as error:
-                found = error
-        (found,) = broadcast_object_list([found])
-        if isinstance(found, ValueError):
-            raise found
-        if found is None:
-            return
-        counts, tensors = found
+        try:
+            if self.accelerator.is_main_process:
+                try:
+                    found = self._found()
+                except (OSError, ValueError) as error:
+                    found = error
+            (found,) = broadcast_object_list([found])
+            if isinstance(found, OSError | ValueError):
+                raise found
+            if found is not None:
+                self._restore(*found)
+            yield
+        finally:
+            if self._lock.is_locked:
+                if self.finished:
+                    shutil.rmtree(self.work, ignore_errors=True)
+                Path(self._lock.lock_file).unlink(missing_ok=True)
+                self._lock.release()
+
+    def _found(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
+        """What is in the folder of this run: counts and tensors, no tensors where it is finished; None: nothing."""
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(
+                f"another run is at work in {self.output_dir}; wait for its end, or give another output_dir"
+            ) from None
+        if (self.output_dir / RECORD).is_file():
+            record = finished_run(self.output_dir)
+            refuse_other_run(self.output_dir, "is finished", record["made_of"], self.made_of)
+            restore_trained(self.model, self.adapter_dir)
+            return record, {}
+        if self.file.is_file():
+            return read(self.file, self.made_of)
+        if self.adapter_dir.exists():
+            raise ValueError(
+                f"{self.adapter_dir} is there, and no {RECORD} that says of which run. Give another output_dir, or "
+                "move it away"
+            )
+        shutil.rmtree(self.work, ignore_errors=True)  # of a run that ended before its first checkpoint
+        return None
+
+    def _restore(self, counts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        from accelerate.utils import broadcast
+
         self._started -= counts["seconds"]
         for name in set(_COUNTS) - {"seconds"}:
             setattr(self, name, counts[name])
+        self.finished = not tensors
+        if self.finished:
+            for parameter in self.trainable.values():
+                broadcast(parameter.data)
+            self.model.eval()
+            return
         with torch.no_grad():
             for name, parameter in self.trainable.items():
                 parameter.copy_(tensors[f"now.{name}"])
@@ -109,7 +162,7 @@ class Run:
             self.best_step, self.best_score = step, score
             self.best = {name: p.detach().clone() for name, p in self.trainable.items()}
             if self.accelerator.is_main_process:
-                save_trained(self.model, self.adapter_dir)
+                save_trained(self.model, self.work / "adapter")
 
     def save(self) -> None:
         """Write the checkpoint."""
@@ -126,18 +179,72 @@ class Run:
         counts = {name: getattr(self, name) for name in _COUNTS}
         counts |= {"made_of": dict(self.made_of), "scaler": None if scaler is None else scaler.state_dict()}
         self.file.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(counts)
         with replacing(self.file) as temporary:
-            save_file(tensors, temporary, metadata={"medctkit": json.dumps(counts)})
+            save_file(tensors, temporary, metadata={"medctkit": text, "sha256": _digest_of(text, tensors)})
 
     def finish(self) -> None:
-        """The best parameters onto the model and into `adapter`; a finished run needs no checkpoint."""
+        """The best parameters onto the model and into `adapter`, and `run.json`."""
         with torch.no_grad():
             for name, parameter in self.trainable.items():
                 parameter.copy_(self.best[name])
         self.model.eval()
+        self.finished = True
         if self.accelerator.is_main_process:
-            save_trained(self.model, self.adapter_dir)  # what an interrupted run left there may be of a later step
-            self.file.unlink(missing_ok=True)
+            best = save_trained(self.model, self.work / "adapter")  # what is there may be of a later step
+            shutil.rmtree(self.adapter_dir, ignore_errors=True)  # of this run, killed when it was about to end
+            os.replace(best, self.adapter_dir)
+            files = [path for path in (*self.adapter_dir.iterdir(), self.output_dir / "history.csv") if path.is_file()]
+            sums = {path.relative_to(self.output_dir).as_posix(): _sum_of(path) for path in files}
+            counts = {name: getattr(self, name) for name in _COUNTS}
+            record = {"state": "finished", "made_of": dict(self.made_of), "files": sums} | counts
+            write_json(record, self.output_dir / RECORD)
+
+
+def _digest_of(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        add_tensor(digest, name, tensors[name])
+    return digest.hexdigest()
+
+
+def _sum_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def finished_run(output_dir: str | os.PathLike) -> dict[str, Any]:
+    """What `run.json` says of the finished run of a folder, whose files are the ones that it wrote.
+
+    Raises:
+        FileNotFoundError: no finished run there.
+        ValueError: a file of it was changed since, or is gone.
+    """
+    output_dir = Path(output_dir).expanduser()
+    file = output_dir / RECORD
+    if not file.is_file():
+        unfinished = (output_dir / WORK).exists()
+        raise FileNotFoundError(
+            f"{output_dir} has no {RECORD}, so no run of `medctkit finetune` was finished there"
+            + ("; one was begun: the same command again goes on with it" if unfinished else "")
+        )
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        changed = [name for name, told in record["files"].items() if _sum_of(output_dir / name) != told]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged, or a file that it names is gone: {error}. Do the run again") from None
+    if changed:
+        raise ValueError(f"{output_dir / changed[0]} is not the one that its run wrote. Do the run again")
+    return record
+
+
+def refuse_other_run(place: Path, state: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Refuse a place that belongs to a run which was made of something else."""
+    if different := differences(there, here):
+        raise ValueError(
+            f"{place} is of a run that {state}, and not this one. Delete {place} to start over, or give another "
+            f"output_dir. {'; '.join(different)}"
+        )
 
 
 def read(path: Path, made_of: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -147,15 +254,14 @@ def read(path: Path, made_of: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
     way_out = f"Delete {path} to start over, or give another output_dir"
     try:
         with safe_open(str(path), "pt") as file:
-            rest = json.loads(file.metadata()["medctkit"])
+            text = file.metadata()["medctkit"]
+            rest, told = json.loads(text), file.metadata()["sha256"]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if told != _digest_of(text, tensors):
+            raise ValueError("it is not what was written")
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged, or no checkpoint of medctkit: {error}. {way_out}") from None
-    different = differences(rest["made_of"], made_of)
-    if different:
-        raise ValueError(
-            f"{path} is of a run that was not finished, and not this one. {way_out}. {'; '.join(different)}"
-        )
+    refuse_other_run(path, "was not finished", rest["made_of"], made_of)
     return rest, tensors
 
 
@@ -169,23 +275,38 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def made_of(model: Model, dataset: Any, config: FineTuneConfig) -> dict[str, Any]:
-    """What a run is made of, so that a checkpoint is taken up by the same run only.
+def made_of(model: Model, dataset: Any, config: FineTuneConfig, tokenizer: Any, score_fn: Any) -> dict[str, Any]:
+    """What a run is made of, so that a folder is taken up by the same run only.
 
-    Settings one by one, without those that change nothing; digests of the prompts, of the frozen weights (a few of each
-    tensor), of the shapes of what is trained, and of the studies in their order.
+    Settings one by one, without those that change nothing; digests of the prompts, the base model's weights, the
+    tokenizer, the names and shapes of what is trained (not of its random start, which a checkpoint has left behind),
+    and of the training and validation studies: volumes, reports and labels, in their order.
     """
     trainable = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad]
-    frozen = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        if name not in dict(trainable):
-            frozen.update(f"{name} {tuple(tensor.shape)}".encode())
-            frozen.update(tensor.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    studies = repr([(row["study"], row.get("checksum")) for row in getattr(dataset, "rows", ())])
-    digests = {
+    found = {
         "prompts": hashlib.sha256(repr(config.prompts).encode()).hexdigest(),
-        "base model": frozen.hexdigest(),
+        "base model": digests(model)[0],
+        "tokenizer": vocabulary_of(tokenizer),
         "trained parameters": hashlib.sha256(repr(trainable).encode()).hexdigest(),
-        "training studies": f"{len(dataset)}, {hashlib.sha256(studies.encode()).hexdigest()}",
+        "training studies": _digest_of_studies(dataset),
+        "validation studies": _digest_of_studies(getattr(score_fn, "dataset", ())),
     }
-    return config.values("prompts", "workers", "checkpoint_every") | {key: text[:22] for key, text in digests.items()}
+    return config.values("prompts", "workers", "checkpoint_every") | {key: text[:22] for key, text in found.items()}
+
+
+def _digest_of_studies(dataset: Any) -> str:
+    """How many studies, and a digest of what is in each; of a data set that has no rows and is no list, the number."""
+    n, digest, chosen = len(dataset), hashlib.sha256(), range(len(dataset))
+    if isinstance(dataset, Subset):
+        chosen, dataset = dataset.indices, dataset.dataset
+    rows = getattr(dataset, "rows", ())
+    if rows and "report" in rows[0]:
+        for row in (rows[i] for i in chosen):
+            labels = [float(row[name]) for name in FINDINGS]
+            key = key_of(row, content_of(row), dataset.config)
+            digest.update(repr((row["study"], key, row["report"], labels)).encode())
+    elif isinstance(dataset, Sequence):
+        for item in (dataset[i] for i in chosen):
+            digest.update(repr((item["study"], item["report"], item["labels"].tolist())).encode())
+            add_tensor(digest, "pixels", item["pixel_values"])
+    return f"{n}, {digest.hexdigest()}"

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from medctkit.common.atomic import replacing
+from medctkit.common.csv_tables import write_table
 from medctkit.training.checkpoints import Run
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 class History:
@@ -43,15 +39,12 @@ class History:
             self._bar.update()
             self._bar.set_postfix(loss=f"{row['loss']:.3f}", best=f"{run.best_score:.3f} at step {run.best_step}")
 
-    def close(self, path: Path) -> pd.DataFrame:
-        """All rows as a table, which the main process writes to `path`."""
+    def close(self, path: Path) -> None:
+        """The main process writes all rows to `path`."""
         import pandas as pd
 
         self._bar.close()
-        table = pd.DataFrame(self._run.history)
         if self._run.accelerator.is_main_process:
-            with replacing(path) as temporary:
-                table.to_csv(temporary, index=False)
+            write_table(pd.DataFrame(self._run.history), path)
         for tracker in self._run.accelerator.trackers:
             tracker.finish()
-        return table

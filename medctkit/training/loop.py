@@ -54,6 +54,16 @@ class FineTuneResult:
     adapter_dir: Path
     seconds: float
 
+    @classmethod
+    def of(cls, run: Run, callback: Callable[[dict[str, float]], None] | None = None) -> FineTuneResult:
+        """The result of a finished run; `callback` is told its rows."""
+        import pandas as pd
+
+        for row in run.history if callback else ():
+            callback(row)
+        table = pd.DataFrame(run.history)
+        return cls(table, run.best_step, run.best_score, run.adapter_dir, table["seconds"].iloc[-1])
+
 
 def finetune(
     model: Model,
@@ -68,22 +78,24 @@ def finetune(
 
     Only parameters that require gradients change; all else stays as it is, bit for bit, the codebook included. Stopped
     in the middle, by whatever, the same call goes on from the last checkpoint: on a CPU to the same bits, as if
-    nothing had happened. Under `accelerate launch` several processes share each batch.
+    nothing had happened. Once it has ended, the same call gives its result again. Under `accelerate launch` several
+    processes share each batch.
 
     Args:
         model: CT-CLIP with an adapter, from `add_lora`, or made ready by `methods.apply_method`.
         train_dataset: items as `CTReportDataset` gives them.
         tokenizer: of the text encoder.
         config: settings.
-        output_dir: gets `adapter` (the best parameters so far), `history.csv`, TensorBoard's files in `tensorboard`
-            (where it is installed), and, while the run is not finished, its checkpoint.
+        output_dir: gets, when the run ends, `adapter` (the best parameters), `history.csv` and `run.json` (what it was
+            made of); until then `unfinished`, with the best so far and the checkpoint. TensorBoard's files are in
+            `tensorboard`, where it is installed.
         score_fn: called with the model in evaluation mode and without gradients, in every process; returns the number
             to maximise, such as the mean zero-shot AUROC of the validation split. Never show it a test study.
         callback: called with each row of the history, for live plots; rows of before an interruption come first.
 
     Raises:
         ValueError: nothing to train, fewer studies than one batch, a batch that the processes cannot share equally,
-            a score that is not a number, a checkpoint of another run.
+            a score that is not a number; a folder of another run, or one where a run is at work.
         RuntimeError: no gradient reaches the vision encoder's trainable parameters.
         FloatingPointError: a loss or gradient that is not finite, with step and study ids.
     """
@@ -92,68 +104,71 @@ def finetune(
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         raise ValueError("the model has no trainable adapter; make one with add_lora(model, 'paper')")
-    config, output_dir, studies = config.for_this_device(), Path(output_dir), len(train_dataset)
+    config, output_dir, studies = config.for_this_device(), Path(output_dir).expanduser(), len(train_dataset)
     accelerator = accelerator_for(config.mixed_precision, output_dir)
     model.to(accelerator.device)
     for parameter in trainable.values():
         broadcast(parameter.data)  # all processes start from the first one's
     adamw = torch.optim.AdamW(trainable.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
     optimizer = accelerator.prepare_optimizer(adamw)  # for fp16's loss scale
-    run = Run(model, optimizer, accelerator, output_dir, made_of(model, train_dataset, config))
-    run.restore()
-
+    run = Run(model, optimizer, accelerator, output_dir, made_of(model, train_dataset, config, tokenizer, score_fn))
     steps = config.steps_for(studies)
-    left = range(run.step + 1, steps + 1)
-    batches = StepBatches(studies, config, left, accelerator.process_index, accelerator.num_processes)
-    loader = DataLoader(
-        train_dataset,
-        batch_sampler=batches,
-        collate_fn=collate(tokenizer, config.max_length),
-        num_workers=config.workers,
-    )
-    history = History(run, steps, callback)
-    if not run.history:
-        score = validate(model, score_fn, accelerator, 0)
-        run.keep_if_best(0, score)
-        history.add({"step": 0, "score": score})
-    model.train()
-    small_batches = iter(loader)
+    with run.taken_up():
+        if run.finished:
+            return FineTuneResult.of(run, callback)
+        left = range(run.step + 1, steps + 1)
+        batches = StepBatches(studies, config, left, accelerator.process_index, accelerator.num_processes)
+        loader = DataLoader(
+            train_dataset,
+            batch_sampler=batches,
+            collate_fn=collate(tokenizer, config.max_length),
+            num_workers=config.workers,
+        )
+        history = History(run, steps, callback)
+        if not run.history:
+            score = validate(model, score_fn, accelerator, 0)
+            run.keep_if_best(0, score)
+            history.add({"step": 0, "score": score})
+        model.train()
+        small_batches = iter(loader)
 
-    for step in left:
-        if config.patience is not None and run.validations_without_best >= config.patience:
-            break
-        # forward and backward
-        prompts = None
-        if config.prompt_weight:
-            prompts = draw_prompts(config.prompts, tokenizer, random.Random(seed_from(config.seed, step, "wordings")))
-        losses = step_gradients(model, small_batches, batches.parts, config, accelerator, prompts, step)
-        if step == 1:
-            refuse_silent_vision(model)
-        # clip, and move along the gradient
-        norm = accelerator.clip_grad_norm_(list(trainable.values()), config.max_grad_norm)
-        if config.mixed_precision != "fp16":  # fp16 skips infinities, to find its scale
-            whole_batch = lambda step=step: [train_dataset[i]["study"] for i in batches.batch(step)]  # noqa: E731
-            refuse_non_finite("gradient norm", norm, step, whole_batch)
-        rate = config.learning_rate * learning_rate_factor(step - 1, steps, config.warmup_fraction)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad()
-        # validate, and write down where the run stands
-        row = {"step": step} | {name: value.item() for name, value in losses.items()}
-        row |= {"learning_rate": rate, "grad_norm": norm.item()}
-        if step % config.evaluate_every == 0 or step == steps:
-            row["score"] = validate(model, score_fn, accelerator, step)
-            run.keep_if_best(step, row["score"])
-        history.add(row)
-        run.step = step
-        if step % config.checkpoint_every == 0 or step == steps:
-            run.save()
+        for step in left:
+            if config.patience is not None and run.validations_without_best >= config.patience:
+                break
+            # forward and backward
+            prompts = None
+            if config.prompt_weight:
+                prompts = draw_prompts(
+                    config.prompts, tokenizer, random.Random(seed_from(config.seed, step, "wordings"))
+                )
+            losses = step_gradients(model, small_batches, batches.parts, config, accelerator, prompts, step)
+            if step == 1:
+                refuse_silent_vision(model)
+            # clip, and move along the gradient
+            norm = accelerator.clip_grad_norm_(list(trainable.values()), config.max_grad_norm)
+            if config.mixed_precision != "fp16":  # fp16 skips infinities, to find its scale
+                whole_batch = lambda step=step: [train_dataset[i]["study"] for i in batches.batch(step)]  # noqa: E731
+                refuse_non_finite("gradient norm", norm, step, whole_batch)
+            rate = config.learning_rate * learning_rate_factor(step - 1, steps, config.warmup_fraction)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
+            # validate, and write down where the run stands
+            row = {"step": step} | {name: value.item() for name, value in losses.items()}
+            row |= {"learning_rate": rate, "grad_norm": norm.item()}
+            if step % config.evaluate_every == 0 or step == steps:
+                row["score"] = validate(model, score_fn, accelerator, step)
+                run.keep_if_best(step, row["score"])
+            history.add(row)
+            run.step = step
+            if step % config.checkpoint_every == 0 or step == steps:
+                run.save()
 
-    table = history.close(output_dir / "history.csv")
-    run.finish()
+        history.close(output_dir / "history.csv")
+        run.finish()
     accelerator.wait_for_everyone()
-    return FineTuneResult(table, run.best_step, run.best_score, run.adapter_dir, run.seconds)
+    return FineTuneResult.of(run)
 
 
 def step_gradients(

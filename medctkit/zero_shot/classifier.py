@@ -218,4 +218,5 @@ def validation_score(
             raise ValueError("no finding has both positive and negative studies in the validation data")
         return float(np.mean(aurocs))
 
+    score.dataset = dataset  # type: ignore[attr-defined]  # part of what a run is made of
     return score

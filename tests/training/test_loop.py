@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 import torch
 from tiny import PROMPTS, tiny_data, tiny_model, tiny_tokenizer
 
-from medctkit.lora.adapter import load_adapter
+from medctkit.lora.adapter import ADAPTER_FILE, load_adapter
 from medctkit.training import checkpoints
 from medctkit.training.loop import finetune, learning_rate_factor
 from medctkit.training.settings import FineTuneConfig
@@ -206,9 +207,13 @@ def test_precision_may_change_from_run_to_run(tokenizer, tmp_path):
 
 
 @pytest.mark.slow
-def test_volumes_may_be_loaded_by_other_processes(tokenizer, tmp_path):
+@pytest.mark.parametrize("method", ["fork", "spawn"])  # spawn: macOS, Windows, and Linux from Python 3.14
+def test_volumes_may_be_loaded_by_other_processes(tokenizer, tmp_path, monkeypatch, method):
     _, alone = run(tokenizer, tmp_path / "alone", micro_batch_size=2)
-    _, helped = run(tokenizer, tmp_path / "helped", micro_batch_size=2, workers=2)
+    monkeypatch.setattr(
+        multiprocessing.context._default_context, "_actual_context", multiprocessing.get_context(method)
+    )
+    _, helped = run(tokenizer, tmp_path / "helped", micro_batch_size=2, workers=1)
     assert alone.history["loss"].equals(helped.history["loss"])
 
 
@@ -288,7 +293,7 @@ def test_kill_9_at_any_moment_and_the_same_run_comes_out(processes, tmp_path, mo
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (whole / "adapter" / name).read_bytes() == (parts / "adapter" / name).read_bytes(), kills
     for folder in (whole, parts):
-        assert sorted(path.name for path in folder.iterdir()) == ["adapter", "history.csv", "tensorboard"]
+        assert sorted(path.name for path in folder.iterdir()) == ["adapter", "history.csv", "run.json", "tensorboard"]
         assert len(list((folder / "adapter").iterdir())) == 2
 
 
@@ -301,7 +306,7 @@ def stopped(tokenizer, path, at=3, model=None, **changes):
 
     with pytest.raises(KeyboardInterrupt):
         run(tokenizer, path, model, callback=stop, **({"checkpoint_every": 1} | changes))
-    return path / checkpoints.NAME
+    return path / checkpoints.WORK / checkpoints.NAME
 
 
 def another_base():
@@ -316,7 +321,7 @@ def test_a_stopped_run_goes_on_and_tells_what_was_before(tokenizer, tmp_path):
     assert stopped(tokenizer, tmp_path).is_file()
     _, result = run(tokenizer, tmp_path, callback=seen.append, checkpoint_every=2, workers=1)  # which change nothing
     assert [row["step"] for row in seen] == [0, 1, 2, 3, 4] == result.history["step"].tolist()
-    assert not (tmp_path / checkpoints.NAME).exists()
+    assert not (tmp_path / checkpoints.WORK).exists()
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
@@ -328,27 +333,121 @@ def test_early_stopping_counts_validations_before_an_interruption_too(tokenizer,
     assert result.history["step"].iloc[-1] == 3 and result.best_step == 0
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"learning_rate": 1e-2}, "learning_rate: 0.0005 there, 0.01 here"),
-        ({"steps": 9}, "steps: 4 there, 9 here"),
-        ({"seed": 1}, "seed: 0 there, 1 here"),
-        ({"prompts": {f: (("seen",), ("none",)) for f in PROMPTS}}, "prompts: "),
-        ({"data": tiny_data(9)}, "training studies: '8, .* there, '9, .* here"),
-        ({"model": tiny_model("vision")}, "trained parameters: "),
-        ({"model": another_base()}, r"base model: '\w+' there, '\w+' here"),
-    ],
-)
+def told_otherwise(name, value):
+    data = tiny_data()
+    data[3][name] = value(data[3][name])
+    return data
+
+
+def scored_on(data):
+    def score(model):
+        return 0.5
+
+    score.dataset = data
+    return score
+
+
+OTHERS = [
+    ({"learning_rate": 1e-2}, "learning_rate: 0.0005 there, 0.01 here"),
+    ({"steps": 9}, "steps: 4 there, 9 here"),
+    ({"seed": 1}, "seed: 0 there, 1 here"),
+    ({"prompts": {f: (("seen",), ("none",)) for f in PROMPTS}}, "prompts: "),
+    ({"data": tiny_data(9)}, "training studies: '8, .* there, '9, .* here"),
+    ({"data": told_otherwise("labels", lambda labels: 1 - labels)}, "training studies: '8, .* there, '8, .* here"),
+    ({"data": told_otherwise("report", lambda report: "scan 7")}, "training studies: "),
+    ({"data": told_otherwise("pixel_values", lambda pixels: pixels / 2)}, "training studies: "),
+    ({"data": torch.utils.data.Subset(tiny_data(), [1, 0, *range(2, 8)])}, "training studies: "),
+    ({"score_fn": scored_on(tiny_data(2))}, "validation studies: '0, .* there, '2, .* here"),
+    ({"model": tiny_model("vision")}, "trained parameters: "),
+    ({"model": another_base()}, r"base model: '\w+' there, '\w+' here"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), OTHERS)
 def test_a_checkpoint_of_another_run_is_refused_and_kept(tokenizer, tmp_path, changes, message):
     file = stopped(tokenizer, tmp_path)
-    before = file.read_bytes()
+    before = contents(tmp_path)
     with pytest.raises(ValueError, match=rf"of a run that was not finished, and not this one\. Delete .*{message}"):
         run(tokenizer, tmp_path, **changes)
-    assert file.read_bytes() == before
+    assert file.is_file() and contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-9], lambda b: b"", lambda b: b"\xff" * len(b)])
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and "tensorboard" not in path.parts}
+
+
+@pytest.fixture(scope="module")
+def ended(tokenizer, tmp_path_factory):
+    """A finished run in whose adapter something was learnt."""
+    folder = tmp_path_factory.mktemp("ended")
+    scores = iter([0.1, 0.2, 0.3])
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    return run(tokenizer, folder, score_fn=lambda model: next(scores))
+
+
+def test_a_finished_run_gives_its_result_again_and_nothing_is_written(tokenizer, ended):
+    model, result = ended
+    folder, seen = result.adapter_dir.parent, []
+    before = contents(folder)
+    assert {path.name for path in before} == {"adapter_config.json", ADAPTER_FILE, "history.csv", "run.json"}
+
+    def stop(row):
+        seen.append(row)
+        if row["step"] == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tokenizer, folder, callback=stop)
+    again, found = run(tokenizer, folder, score_fn=lambda model: pytest.fail("it is finished"), callback=seen.append)
+    assert contents(folder) == before and len(seen) == 2 + 5
+    pd.testing.assert_frame_equal(found.history, result.history, check_exact=True)
+    assert (found.best_step, found.best_score, found.seconds) == (4, 0.3, result.seconds)
+    states = again.state_dict(), model.state_dict()
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items()) and not again.training
+
+
+@pytest.mark.parametrize(("changes", "message"), OTHERS[:6:3])
+def test_another_run_does_not_take_the_place_of_a_finished_one(tokenizer, ended, changes, message):
+    folder = ended[1].adapter_dir.parent
+    before = contents(folder)
+    with pytest.raises(ValueError, match=rf"of a run that is finished, and not this one\. .* output_dir\. {message}"):
+        run(tokenizer, folder, **changes)
+    assert contents(folder) == before
+
+
+def test_a_finished_run_is_known_by_its_files(tokenizer, ended, tmp_path):
+    folder = Path(shutil.copytree(ended[1].adapter_dir.parent, tmp_path / "run"))
+    assert checkpoints.finished_run(folder)["best_step"] == 4
+    with pytest.raises(FileNotFoundError, match="has no run.json, so no run .* was finished there$"):
+        checkpoints.finished_run(tmp_path)
+    stopped(tokenizer, tmp_path / "begun")
+    with pytest.raises(FileNotFoundError, match="one was begun: the same command again goes on"):
+        checkpoints.finished_run(tmp_path / "begun")
+    shutil.copy(tmp_path / "begun" / checkpoints.WORK / "adapter" / ADAPTER_FILE, folder / "adapter")
+    for look in (lambda: checkpoints.finished_run(folder), lambda: run(tokenizer, folder)):
+        with pytest.raises(ValueError, match=f"{ADAPTER_FILE} is not the one that its run wrote"):
+            look()
+    (folder / "run.json").unlink()
+    with pytest.raises(ValueError, match="adapter is there, and no run.json that says of which run"):
+        run(tokenizer, folder)
+
+
+def test_two_runs_do_not_work_in_one_folder(tokenizer, tmp_path):
+    refused = []
+
+    def meanwhile(row):
+        if row["step"] == 1:
+            with pytest.raises(ValueError, match="another run is at work in .*; wait for its end") as caught:
+                run(tokenizer, tmp_path)
+            refused.append(caught)
+
+    _, result = run(tokenizer, tmp_path, callback=meanwhile)
+    assert refused and len(result.history) == 5 and not (tmp_path / ".lock").exists()
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:-9], lambda b: b"", lambda b: b"\xff" * len(b), lambda b: b[:-1] + bytes([b[-1] ^ 1])]
+)
 def test_a_damaged_checkpoint_is_told(tokenizer, tmp_path, damage):
     file = stopped(tokenizer, tmp_path)
     file.write_bytes(damage(file.read_bytes()))
