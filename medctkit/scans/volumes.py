@@ -146,8 +146,9 @@ def read_volume(
         crop: "chest" cuts a longer scan along the body to the lungs and 3 cm on either side.
         largest_gap: mm from slice to slice that are still read as one volume; more than 20 for sparse HRCT, where the
             model sees between two slices something in between.
-        choices: which of several scans a DICOM folder holds: `series`, its SeriesInstanceUID, SeriesNumber or
-            SeriesDescription, and what else `dicom_series.read_dicom` takes.
+        choices: of DICOM: `series`, which of several: its SeriesInstanceUID, SeriesNumber or SeriesDescription;
+            `acquisition`, which of several scans in one series; `resample=True` shears tilted slices straight and
+            interpolates between uneven ones (see `dicom_series.read_dicom`).
 
     Raises:
         OSError: nothing at `path`, or it may not be read.

@@ -10,17 +10,15 @@ import re
 import subprocess
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from headers import dim, itk, mha, mhd, nhdr, nifti, nrrd, pixdim, saved
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from nibabel import nifti1
-from scan_files import LPS, SHAPE, SPACING, chest, truncate, write_itk, write_nifti
+from scan_files import SHAPE, chest, truncate, write_itk, write_nifti
 
 from medctkit.scans.volumes import CTVolume, read_volume
 
@@ -28,39 +26,8 @@ DAMAGED = "can't be read: truncated or damaged; get the file again"
 BYTES = 2 * int(np.prod(SHAPE))
 
 
-def nifti(name="scan.nii", **fields):
-    """A writer of the good scan with some fields of its header replaced byte for byte."""
-
-    def write(folder):
-        path = write_nifti(folder / name, chest())
-        data = bytearray(gzip.decompress(path.read_bytes()) if name.endswith("gz") else path.read_bytes())
-        header = np.frombuffer(data, nifti1.header_dtype, count=1)
-        for field, value in fields.items():
-            header[field] = value
-        path.write_bytes(gzip.compress(data) if name.endswith("gz") else data)
-        return path
-
-    return write
-
-
-def dim(*sizes):
-    return [len(sizes), *sizes, *[1] * (7 - len(sizes))]
-
-
-def pixdim(*steps):
-    return [1, *steps, 0, 0, 0, 0]
-
-
 def voxels(values):
     return lambda folder: write_nifti(folder / "scan.nii.gz", values)
-
-
-def saved(array, affine=None, name="scan.nii"):
-    def write(folder):
-        nib.save(nib.Nifti1Image(array, LPS if affine is None else affine), folder / name)
-        return folder / name
-
-    return write
 
 
 def raw(name, data):
@@ -69,22 +36,6 @@ def raw(name, data):
         return folder / name
 
     return write
-
-
-def itk(name, old="", new="", compressed=False):
-    """A writer of the good scan with a piece of its text header replaced."""
-
-    def write(folder):
-        write_itk(folder / name, chest(), compressed=compressed)
-        data = (folder / name).read_bytes()
-        assert data.count(old.encode()) == 1 or not old, f"{old!r} is not in the header once"
-        (folder / name).write_bytes(data.replace(old.encode(), new.encode()) if old else data)
-        return folder / name
-
-    return write
-
-
-nrrd, nhdr, mha, mhd = (partial(itk, f"scan.{suffix}") for suffix in ("nrrd", "nhdr", "mha", "mhd"))
 
 
 def flipped(write, back):
@@ -363,83 +314,6 @@ def test_impossible_slopes_and_intercepts(tmp_path, arguments):
 def test_impossible_spacings(tmp_path, spacing):
     with pytest.raises(ValueError, match="scan.nii: spacing .*: expected three positive lengths in mm"):
         read_volume(write_nifti(tmp_path / "scan.nii", chest()), spacing=spacing)
-
-
-# --- unusual, but right: must be read
-
-
-@pytest.mark.parametrize("extra", [(1,), (1, 1), (1, 1, 1)])
-def test_axes_of_one_after_the_third_are_left_out(tmp_path, extra):
-    volume = read_volume(saved(chest().transpose(2, 1, 0).reshape(10, 12, 8, *extra))(tmp_path))
-    np.testing.assert_array_equal(volume.hu, chest())
-    assert f"{3 + len(extra)}-D with nothing along the axes after the third" in volume.provenance
-
-
-@pytest.mark.parametrize("kind", ["<i2", ">i2", "<i4", ">i4", "<f4", ">f4", "<f8", ">f8", "<i8"])
-@pytest.mark.parametrize("name", ["scan.nii", "scan.nii.gz"])
-def test_types_and_byte_orders(tmp_path, kind, name):
-    header = nib.Nifti1Header(endianness=kind[0])
-    header.set_data_dtype(kind)
-    nib.save(nib.Nifti1Image(chest().transpose(2, 1, 0).astype(kind), LPS, header), tmp_path / name)
-    volume = read_volume(tmp_path / name)
-    np.testing.assert_array_equal(volume.hu, chest())
-    assert volume.hu.dtype == np.float32 and volume.hu.flags.c_contiguous and type(volume.hu) is np.ndarray
-
-
-def test_unsigned_voxels_and_nifti_2(tmp_path):
-    stored = (chest() + 1024).astype(np.uint16).transpose(2, 1, 0)
-    nib.save(nib.Nifti2Image(stored, LPS), tmp_path / "scan.nii.gz")
-    np.testing.assert_array_equal(read_volume(tmp_path / "scan.nii.gz", rescale_intercept=-1024).hu, chest())
-
-
-@pytest.mark.parametrize("slope", [0, NAN])
-def test_a_scale_of_0_or_nan_means_not_scaled(tmp_path, slope):
-    np.testing.assert_array_equal(read_volume(nifti(scl_slope=slope, scl_inter=7)(tmp_path)).hu, chest())
-
-
-@pytest.mark.parametrize(("code", "name", "mm"), [(1, "metres", 1000), (3, "micrometres", 0.001)])
-def test_lengths_in_other_units_become_mm(tmp_path, code, name, mm):
-    image = nib.Nifti1Image(chest().transpose(2, 1, 0), np.diag([*(step / mm for step in SPACING[::-1]), 1]))
-    image.header["xyzt_units"] = code
-    nib.save(image, tmp_path / "scan.nii")
-    volume = read_volume(tmp_path / "scan.nii")
-    assert volume.spacing == pytest.approx(SPACING)
-    assert f"lengths in the header are {name}, turned into mm" in volume.provenance
-    assert read_volume(tmp_path / "scan.nii", spacing=(10, 6, 9)).spacing == (10, 6, 9)
-
-
-def test_spacing_mends_a_header_without_sizes(tmp_path):
-    for i, write in enumerate(
-        [
-            nifti(pixdim=pixdim(0, 0, 0)),
-            nifti(pixdim=pixdim(1, 8, 12.5)),  # against the affine
-            nifti(pixdim=pixdim(1, 1, 1), sform_code=0, qform_code=0),
-            nifti(pixdim=pixdim(NAN, -1, 0), sform_code=0, qform_code=1),
-            mha("ElementSpacing", "Comment"),
-            nrrd("kinds:", 'space units: "um" "um" "um"\nkinds:'),
-        ]
-    ):
-        (tmp_path / str(i)).mkdir()
-        assert read_volume(write(tmp_path / str(i)), spacing=SPACING).spacing == SPACING
-
-
-@pytest.mark.parametrize(
-    "write",
-    [mha("TransformMatrix = 1 0 0 0 1 0 0 0 1\n", ""), nifti(sform_code=0, qform_code=0)],
-    ids=["MetaImage", "NIfTI"],
-)
-def test_a_header_that_says_no_orientation_gets_the_documented_one(tmp_path, write):
-    volume = read_volume(write(tmp_path))
-    assert volume.orientation == "SPL" and volume.spacing == SPACING
-    assert "the header does not say how the scan lies, SPL assumed as in DICOM slices" in volume.provenance
-
-
-@pytest.mark.parametrize("name", ["Thoráx 肺.nii.gz", "Thoráx 肺.nii", "Thoráx 肺.nrrd", "Thoráx 肺.mhd"])
-def test_names_in_any_script(tmp_path, name):
-    folder = tmp_path / "Müller, Ö. – день"
-    folder.mkdir()
-    path = (write_nifti if ".nii" in name else write_itk)(folder / name, chest())
-    np.testing.assert_array_equal(read_volume(path).hu, chest())
 
 
 # --- fuzz

@@ -9,7 +9,7 @@ from medctkit.scans.preprocessing import PreprocessConfig, model_affine, preproc
 from medctkit.scans.volumes import read_volume
 
 monai = pytest.importorskip("monai")
-from monai.data import PersistentDataset  # noqa: E402
+from monai.data import PersistentDataset, list_data_collate  # noqa: E402
 from monai.transforms import Compose, RandFlipd  # noqa: E402
 
 from medctkit.scans.monai_transforms import Preprocessd, ReadVolumed  # noqa: E402
@@ -57,7 +57,12 @@ def test_monais_persistent_dataset_keeps_what_is_deterministic(item, tmp_path, m
         return read_volume(path)
 
     monkeypatch.setattr("medctkit.scans.monai_transforms.read_volume", counted)
-    steps = [ReadVolumed("image"), Preprocessd("image", SMALL), RandFlipd("image", prob=0.5)]
-    dataset = PersistentDataset([item], steps, cache_dir=tmp_path / "monai")
-    assert dataset[0]["image"].shape == dataset[0]["image"].shape == (1, *SMALL.shape)
-    assert len(calls) == 1
+    steps = [ReadVolumed("image"), Preprocessd("image", SMALL)]
+    for keep in ({}, {"track_meta": True, "weights_only": False}):
+        data = PersistentDataset([item], steps, cache_dir=tmp_path / str(len(keep)), **keep)
+        new, kept = data[0]["image"], data[0]["image"]
+        assert torch.equal(torch.as_tensor(new), torch.as_tensor(kept)) and new.shape == (1, *SMALL.shape)
+        if keep:  # as the module says
+            assert torch.equal(kept.affine, new.affine) and kept.meta["provenance"] == new.meta["provenance"]
+            assert list_data_collate([{"image": new}, {"image": kept}])["image"].shape == (2, *new.shape)
+    assert len(calls) == 2

@@ -196,6 +196,24 @@ def test_impossible_configurations_are_refused(arguments, message):
         PreprocessConfig(**arguments)
 
 
+@pytest.mark.parametrize("shift", [1024, -1024, np.nan])
+def test_what_is_not_hu_never_reaches_a_model(shift):
+    volume = generate(3, shape=MINI.shape).volume
+    hu = volume.hu.astype(np.float32)
+    arrays = CTVolume(hu, volume.spacing)
+    assert torch.equal(preprocess(arrays, MINI), preprocess(volume, MINI))
+    hu += shift  # also where the array was changed afterwards
+    with pytest.raises(ValueError, match="not in HU|NaN or infinite"):
+        preprocess(arrays, MINI)
+
+
+def test_model_input_is_never_below_air():
+    for n in range(100, 200, 7):
+        hu = np.where(np.arange(n)[:, None, None] > n // 2, -1000, 40) * np.ones((1, 20, 20), np.float32)
+        seen = preprocess(CTVolume(hu, (2.0, 12, 12)), MINI)
+        assert -1 <= seen.min() and seen.max() <= 1
+
+
 def test_a_bare_array_is_refused():
     with pytest.raises(TypeError, match=r"expected a CTVolume, as read_volume\(path\) gives it, got ndarray"):
         preprocess(np.zeros((4, 4, 4)))

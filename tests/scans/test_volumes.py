@@ -37,6 +37,9 @@ def test_a_volume_knows_its_geometry():
         (dict(orientation="SP"), "orientation 'SP'"),
         (dict(affine=np.eye(3)), "expected 4 x 4 finite numbers"),
         (dict(affine=np.diag([1, 1, 9, 1])), r"the affine has steps of \(1.0, 1.0, 9.0\) mm"),
+        (dict(affine=np.eye(4)), "orientation 'SPL', but by its affine the volume lies RAS: correct one"),
+        (dict(affine=np.diag([-1, -1, 1, 1])[:, [2, 1, 0, 3]] * [1, 1, -1, 1]), "'SPL', but .* lies SPR"),
+        (dict(affine=np.ones((4, 4)) / np.sqrt(3)), "unusable, as it does not span a box"),
     ],
 )
 def test_impossible_volumes_are_refused(arguments, message):
