@@ -1,8 +1,8 @@
 """The pre-processing as MONAI transforms of dictionaries, to be composed with MONAI's own and used with its data sets.
 
-They are deterministic, so `monai.data.CacheDataset` and `PersistentDataset` keep what they give. The latter's default
-writes tensors without affine and provenance; `PersistentDataset(..., track_meta=True, weights_only=False)` keeps both, in a
-folder that only you write to. The transforms replace what is under `keys`, and may pass over keys that an item lacks.
+They are deterministic, so `monai.data.CacheDataset` and `PersistentDataset` keep what they give. By default the latter
+loses affine and provenance; `PersistentDataset(..., track_meta=True, weights_only=False)` keeps both, in a folder that
+only you write to. The transforms replace what is under `keys`, and may pass over keys that an item lacks.
 """
 
 from collections.abc import Hashable, Mapping
