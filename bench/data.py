@@ -130,14 +130,12 @@ def bench_cache():
     cache = VolumeCache(WORK / "cache")
     saving, size = best_of(lambda: cache.save("bench", exact), 3)
     loading, found = best_of(lambda: cache.load("bench"))
-    one_slice, _ = best_of(lambda: cache.slices("bench", 120, 121))
     return {
         "read_and_preprocess_seconds": again,
         "save_seconds": saving,
         "load_seconds": loading,
         "times_faster": again / loading,
         "load_megavoxels_per_second": exact.numel() / loading / 1e6,
-        "one_slice_milliseconds": 1e3 * one_slice,
         "megabytes": size / 1e6,
         "share_of_float32": size / (4 * exact.numel()),
         "bytes_per_voxel": size / exact.numel(),

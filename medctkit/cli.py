@@ -1,5 +1,10 @@
 """The `medctkit` command: what a cluster or a terminal needs, thin over the package."""
 
+import io
+import os
+import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -8,22 +13,58 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="LoRA on 3D chest CT, from data to evaluation.")
+from medctkit.common.text import printable
+
+
+def say(text: object, err: bool = False) -> None:
+    """A line for the terminal, of which no name of a file or a study takes hold."""
+    typer.echo(printable(text), err=err)
 
 
 @contextmanager
-def told(*more: type[Exception]) -> Iterator[None]:
-    """What goes wrong is told without a traceback, and in the exit code; `more` kinds of errors too."""
+def told() -> Iterator[None]:
+    """What goes wrong is told without a traceback, and in the exit code; a mistake of ours keeps its traceback."""
     try:
         yield
-    except (FloatingPointError, ImportError, OSError, ValueError, *more) as error:  # type: ignore[misc]
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
+    except (typer.Exit, typer.Abort):  # RuntimeErrors too
+        raise
     except KeyboardInterrupt:
-        typer.echo("stopped; the same command goes on from here", err=True)
+        say("stopped; the same command goes on from here", err=True)
         raise typer.Exit(130) from None
+    except (FloatingPointError, ImportError, OSError, ValueError) as error:
+        say(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    except Exception as error:
+        # torch's RuntimeErrors are about memory and disks among others; safetensors has a kind of its own
+        if not isinstance(error, MemoryError | RuntimeError) and type(error).__name__ != "SafetensorError":
+            raise
+        say(f"error: {type(error).__name__}: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+class _Commands(TyperGroup):
+    """What all commands have in common: `~` is the home folder in every argument, and errors are `told`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        split = [arg.partition("=") if arg.startswith("--") else (arg, "", "") for arg in args]
+        home = os.path.expanduser
+        return super().parse_args(ctx, [home(name) + equals + home(value) for name, equals, value in split])
+
+    def invoke(self, ctx: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # where a terminal lacks a letter
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that nothing is left behind
+        with told():
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    cls=_Commands, no_args_is_help=True, add_completion=False, help="LoRA on 3D chest CT, from data to evaluation."
+)
 
 
 def _options_of_settings() -> list[Any]:
@@ -82,15 +123,15 @@ def doctor() -> None:
 
     rows = check_all()
     for fine, name, found in rows:
-        typer.echo(f"{'ok ' if fine else 'BAD'} {name:16} {found}")
+        say(f"{'ok ' if fine else 'BAD'} {name:16} {found}")
     if not all(fine for fine, _, _ in rows):
-        typer.echo("\nMend the lines marked BAD; for packages: make setup")
+        say("\nMend the lines marked BAD; for packages: make setup")
         raise typer.Exit(1)
-    typer.echo("\nAll fine.")
+    say("\nAll fine.")
 
 
 Adapted = Annotated[Path, typer.Argument(help="Folder of the adaptation: adapter, history, metrics.")]
-Manifest = Annotated[Path, typer.Option(help="The cohort.", exists=True, dir_okay=False)]
+Manifest = Annotated[Path, typer.Option(help="The cohort.")]
 Seed = Annotated[int, typer.Option(help="Of the adapter's start, batches and wordings, and of the bootstrap.")]
 Cache = Annotated[
     Path | None, typer.Option(help="Prepared volumes; if not given, `prepared` beside the manifest or in OUTPUT_DIR.")
@@ -122,20 +163,19 @@ def finetune(
     from medctkit.common.processes import accelerator_for
     from medctkit.experiments.adapt import DEFAULT, FULL_SIZE, Origin, adapt
 
-    with told():
-        mini = model == "mini"
-        given = {"steps": None} | ctx.obj if "epochs" in ctx.obj else ctx.obj
-        settings = replace(DEFAULT if mini else FULL_SIZE, **given)
-        hospital = hospital or ("target" if mini else None)
-        origin = Origin(model, None if tokenizer is None else str(tokenizer), hospital)
-        first = accelerator_for().is_main_process
-        if first:
-            there = is_tensorboard_available()
-            to_watch = f"tensorboard --logdir {output_dir}" if there else "pip install 'medctkit[tensorboard]'"
-            typer.echo(f"{settings}\nTo watch: {to_watch}")
-        result = adapt(manifest, output_dir, seed, settings, cache_dir, origin)
+    mini = model == "mini"
+    given = {"steps": None} | ctx.obj if "epochs" in ctx.obj else ctx.obj
+    settings = replace(DEFAULT if mini else FULL_SIZE, **given)
+    hospital = hospital or ("target" if mini else None)
+    origin = Origin(model, None if tokenizer is None else str(tokenizer), hospital)
+    first = accelerator_for().is_main_process
     if first:
-        typer.echo(f"best validation AUROC {result.best_score:.3f} at step {result.best_step}: {result.adapter_dir}")
+        there = is_tensorboard_available()
+        to_watch = f"tensorboard --logdir {output_dir}" if there else "pip install 'medctkit[tensorboard]'"
+        say(f"{settings}\nTo watch: {to_watch}")
+    result = adapt(manifest, output_dir, seed, settings, cache_dir, origin)
+    if first:
+        say(f"best validation AUROC {result.best_score:.3f} at step {result.best_step}: {result.adapter_dir}")
 
 
 @app.command()
@@ -155,11 +195,10 @@ def evaluate(
     from medctkit.experiments.report.claims import write_report
     from medctkit.metrics.scores import result_table
 
-    with told():
-        measured = measure(manifest, output_dir, seed, cache_dir, batch_size, audit_volumes)
-        if accelerator_for().is_main_process:
-            typer.echo(result_table(measured.summary))
-            typer.echo(f"report: {write_report(measured, output_dir)}")
+    measured = measure(manifest, output_dir, seed, cache_dir, batch_size, audit_volumes)
+    if accelerator_for().is_main_process:
+        say(result_table(measured.summary))
+        say(f"report: {write_report(measured, output_dir)}")
 
 
 @app.command()
@@ -176,9 +215,8 @@ def localise(
     """
     from medctkit.experiments.localise import measure_localisation
 
-    with told():
-        for table in measure_localisation(manifest, output_dir, seed, cache_dir, studies).values():
-            typer.echo(f"{table.round(3).to_string(index=False)}\n")
+    for table in measure_localisation(manifest, output_dir, seed, cache_dir, studies).values():
+        say(f"{table.round(3).to_string(index=False)}\n")
 
 
 @app.command()
@@ -203,16 +241,15 @@ def embed(
     from medctkit.zero_shot.classifier import ZeroShotClassifier
     from medctkit.zero_shot.embeddings import embed_manifest
 
-    with told():
-        base = load_base(model, tokenizer)
-        loaded = base.model if adapter is None else load_adapter(base.model, adapter)
-        prepared = prepared_dir(manifest, out.parent, cache_dir)
-        dataset = load_split(load_manifest(manifest), hospital, split, base.preprocess_config, prepared)
-        classifier = ZeroShotClassifier(loaded.to(accelerator_for().device), base.tokenizer)
-        embedded = embed_manifest(classifier, dataset, out, batch_size, workers)
+    base = load_base(model, tokenizer)
+    loaded = base.model if adapter is None else load_adapter(base.model, adapter)
+    prepared = prepared_dir(manifest, out.parent, cache_dir)
+    dataset = load_split(load_manifest(manifest), hospital, split, base.preprocess_config, prepared)
+    classifier = ZeroShotClassifier(loaded.to(accelerator_for().device), base.tokenizer)
+    embedded = embed_manifest(classifier, dataset, out, batch_size, workers)
     if accelerator_for().is_main_process:
         n, width = embedded.embeddings.shape
-        typer.echo(f"{n:,} volumes, {width} numbers each ({out.stat().st_size / 1e6:,.1f} MB): {out}")
+        say(f"{n:,} volumes, {width} numbers each ({out.stat().st_size / 1e6:,.1f} MB): {out}")
 
 
 @app.command("compare")
@@ -229,13 +266,12 @@ def compare(
     from medctkit.experiments.compare.results import load_results, method_table, show, write_figures
     from medctkit.experiments.compare.run_all import GROUPS, SETTINGS, compare_methods
 
-    with told():
-        groups = GROUPS if only is None else [name.strip() for name in only.split(",")]
-        compare_methods(manifest, output_dir, groups, seeds, replace(SETTINGS, steps=steps), jobs, cache_dir)
-        results = load_results(output_dir)
-        written = write_figures(results, output_dir)
-    typer.echo(show(method_table(results)))
-    typer.echo(f"tables: {output_dir / 'comparison.csv'}, costs.csv; figures: {', '.join(p.name for p in written)}")
+    groups = GROUPS if only is None else [name.strip() for name in only.split(",")]
+    compare_methods(manifest, output_dir, groups, seeds, replace(SETTINGS, steps=steps), jobs, cache_dir)
+    results = load_results(output_dir)
+    written = write_figures(results, output_dir)
+    say(show(method_table(results)))
+    say(f"tables: {output_dir / 'comparison.csv'}, costs.csv; figures: {', '.join(p.name for p in written)}")
 
 
 @app.command("manifest")
@@ -245,7 +281,7 @@ def write_default_manifest(
     """Write the default phantom cohort's manifest: about two minutes on two cores."""
     from medctkit.cohort.manifest import build_default_manifest, write_manifest
 
-    typer.echo(f"wrote {write_manifest(build_default_manifest(), path)}")
+    say(f"wrote {write_manifest(build_default_manifest(), path)}")
 
 
 @app.command()
@@ -257,7 +293,7 @@ def pretrain(
     from medctkit.experiments.pretrain import pretrain as run
 
     record = run(output_dir, pool_dir)
-    typer.echo(f"validation AUROC {record['validation_auroc']:.3f} after {record['minutes']} min: {output_dir}")
+    say(f"validation AUROC {record['validation_auroc']:.3f} after {record['minutes']} min: {output_dir}")
 
 
 @app.command("prepare")
@@ -280,31 +316,34 @@ def prepare_data(
     from medctkit.cohort.ct_rate import manifest_from_ct_rate
     from medctkit.cohort.prepare import prepare, write_failures
 
-    with told():
-        if source.is_dir():
-            table, counts = manifest_from_ct_rate(source, version, valid_share, seed, one_reconstruction)
-            typer.echo("\n".join(f"{n:>8,} {what}" for what, n in counts.items()))
-        else:
-            if version or one_reconstruction:
-                raise ValueError("--version and --one-reconstruction are for CT-RATE's folder; a manifest says it all")
-            table = schema.load_manifest(source)
-        typer.echo(f"no patient is in two splits:\n{schema.split_table(table).to_string()}\n")
-        rows = table.to_dict("records")
-        wanted = _model_input(model, real=any(map(schema.has_file, rows)))
-        done = prepare(rows, wanted, output_dir / "prepared", scheduler=scheduler, workers=workers, verify=verify)
-        write_failures(done.failures, output_dir / "failures.csv")
-        if done.contents:
-            schema.write_manifest(done.prepared_rows(table), output_dir / "manifest.csv")
-    typer.echo(
+    failures: list[dict] = []
+    if source.is_dir():
+        chosen: dict[str, Any] = dict(one_reconstruction=one_reconstruction, failures=failures)
+        table, counts = manifest_from_ct_rate(source, version, valid_share, seed, **chosen)
+        say("\n".join(f"{n:>8,} {what}" for what, n in counts.items()))
+    else:
+        if version or one_reconstruction:
+            raise ValueError("--version and --one-reconstruction are for CT-RATE's folder; a manifest says it all")
+        table = schema.load_manifest(source)
+    say(f"no patient is in two splits:\n{schema.split_table(table).to_string()}\n")
+    rows = table.to_dict("records")
+    wanted = _model_input(model, real=any(map(schema.has_file, rows)))
+    done = prepare(rows, wanted, output_dir / "prepared", scheduler=scheduler, workers=workers, verify=verify)
+    prepared, leaks = schema.without_leaks(done.prepared_rows(table))
+    failures += [*done.failures, *leaks]
+    write_failures(failures, output_dir / "failures.csv")
+    if len(prepared):
+        schema.write_manifest(prepared, output_dir / "manifest.csv")
+    say(
         f"{len(done.contents):,} of {len(table):,} volumes are prepared, {done.made:,} of them now "
         f"({done.bytes / 1e6:,.0f} MB in {done.seconds:,.0f} s). Manifest: {output_dir / 'manifest.csv'}"
     )
-    if done.failures:
-        said = "{study}: {message}".format(**done.failures[0])
+    if failures:
+        said = "{study}: {message}".format(**failures[0])
         listed = output_dir / "failures.csv"
-        typer.echo(f"{len(done.failures):,} failed, listed in {listed}; the first, {said}", err=True)
+        say(f"{len(failures):,} failed or were left out, listed in {listed}; the first, {said}", err=True)
         if done.left:
-            typer.echo(f"As nothing else came through, {done.left:,} were not tried.", err=True)
+            say(f"As nothing else came through, {done.left:,} were not tried.", err=True)
         raise typer.Exit(1)
 
 
@@ -326,7 +365,7 @@ def gallery(
 
     pages = draw_twins(folder, drawing)
     for page in [*pages, *([draw_beside_real(folder / "beside_real.png", real, drawing)] if real else [])]:
-        typer.echo(f"wrote {page}")
+        say(f"wrote {page}")
 
 
 WHAT_TO_DOWNLOAD = """Choose what to fetch; all of CT-RATE is 50,188 volumes of 12 to 162 MB:
@@ -360,28 +399,27 @@ def download(
 
     subset = patients is not None or bool(studies) or split is not None
     if not (subset or weights or tokenizer):
-        typer.echo(WHAT_TO_DOWNLOAD, err=True)
+        say(WHAT_TO_DOWNLOAD, err=True)
         raise typer.Exit(2)
-    with told():
-        plans = []
-        if subset or weights:
-            names = study_names(studies) if studies else None
-            checkpoints = ["CT-CLIP_v2.pt"] if weights else []
-            chosen: dict[str, Any] = dict(patients=patients, studies=names, split=split, version=version, seed=seed)
-            plan, selection = hub.plan_ct_rate(destination, weights=checkpoints, keep_no_chest=keep_no_chest, **chosen)
-            plans.append(plan)
-            if selection:
-                how = "drawn by the seed" if seed is not None else "the first by number" if patients else "as asked for"
-                typer.echo(f"{selection} ({how})")
-        if tokenizer:
-            plans.append(hub.plan_tokenizer(destination))
-        for plan in plans:
-            typer.echo(str(plan))
-        outcomes = [hub.download(plan, workers=workers, verify=verify) for plan in plans if not dry_run]
+    plans = []
+    if subset or weights:
+        names = study_names(studies) if studies else None
+        checkpoints = ["CT-CLIP_v2.pt"] if weights else []
+        chosen: dict[str, Any] = dict(patients=patients, studies=names, split=split, version=version, seed=seed)
+        plan, selection = hub.plan_ct_rate(destination, weights=checkpoints, keep_no_chest=keep_no_chest, **chosen)
+        plans.append(plan)
+        if selection:
+            how = "drawn by the seed" if seed is not None else "the first by number" if patients else "as asked for"
+            say(f"{selection} ({how})")
+    if tokenizer:
+        plans.append(hub.plan_tokenizer(destination))
+    for plan in plans:
+        say(str(plan))
+    outcomes = [hub.download(plan, workers=workers, verify=verify) for plan in plans if not dry_run]
     for outcome in outcomes:
-        typer.echo(str(outcome))
+        say(str(outcome))
     if any(outcome.failures for outcome in outcomes):
-        typer.echo("Not all was fetched; the same command goes on from here.", err=True)
+        say("Not all was fetched; the same command goes on from here.", err=True)
         raise typer.Exit(1)
 
 

@@ -205,7 +205,7 @@ def execute(source: Path, executed: Path, parameters: Mapping | None = None, fol
         page = export_html(executed)
         raise RuntimeError(
             f"{source.name} failed in cell {error.cell_index + 1} (In [{error.exec_count}]):\n"
-            + "\n".join(error.traceback)
+            + re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))
             + f"\nThe notebook so far: {page}"
         ) from None
     except DeadKernelError as error:
@@ -348,7 +348,7 @@ def exercises_command(names: Names = None, notebooks_dir: Folder = ROOT / "noteb
     """Write exercises and the cell for Colab into the notebooks, without running them."""
     import nbformat
 
-    with told(RuntimeError):
+    with told():
         for path in _chosen(notebooks_dir, names):
             notebook = assembled(nbformat.read(path, as_version=4), _solutions_of(path))
             with replacing(path) as temporary:
@@ -358,7 +358,7 @@ def exercises_command(names: Names = None, notebooks_dir: Folder = ROOT / "noteb
 @app.command("render")
 def render_command(names: Names = None, keep: Keep = None, notebooks_dir: Folder = ROOT / "notebooks") -> None:
     """Run the notebooks from nothing and write them back with their outputs."""
-    with told(RuntimeError):
+    with told():
         render(_chosen(notebooks_dir, names), keep)
 
 
@@ -370,7 +370,7 @@ def check_command(
     notebooks_dir: Folder = ROOT / "notebooks",
 ) -> None:
     """Run the notebooks with their exercises solved; fail where outputs differ in structure from the committed ones."""
-    with told(RuntimeError):
+    with told():
         found = check(_chosen(notebooks_dir, names), output_dir, keep)
     if found:
         typer.echo("\n".join(["", *found, "", "If that is meant: make render, look at the figures, commit."]), err=True)

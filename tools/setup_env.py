@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PYTHON_MINIMUM = (3, 11)
 TORCH = "torch==2.13.0"
 TORCH_MINIMUM = (2, 8)
+EXTRAS = "cluster,tensorboard,notebooks,test"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
@@ -47,12 +48,8 @@ def gpu_answers() -> bool:
 
 def installed_torch(python: str) -> str | None:
     """The version of the torch that `python` imports; None where there is none or it is too old."""
-    code = "import torch; print(torch.__version__)"
-    found = subprocess.run([python, "-c", code], capture_output=True, text=True)
-    version = found.stdout.strip()
-    if found.returncode or tuple(int(part) for part in version.split(".")[:2]) < TORCH_MINIMUM:
-        return None
-    return version
+    version = output_of(python, "import torch; print(torch.__version__)")
+    return version if version and tuple(map(int, version.split(".")[:2])) >= TORCH_MINIMUM else None
 
 
 def install_torch(python: str) -> None:
@@ -80,34 +77,63 @@ def install_torch(python: str) -> None:
     )
 
 
-def check_python(python: str, environment: Path) -> None:
+def output_of(python: str | Path, code: str) -> str | None:
+    """What `python` prints when it runs `code`; None where it fails or can't be started."""
+    try:
+        found = subprocess.run([str(python), "-c", code], capture_output=True, text=True)
+    except OSError:
+        return None
+    return None if found.returncode else found.stdout.strip()
+
+
+def version_of(python: str | Path) -> tuple[int, ...]:
+    """Of a Python; () where it does not run."""
+    return tuple(map(int, (output_of(python, "import sys; print(*sys.version_info[:2])") or "").split()))
+
+
+def check_python(python: str | Path, environment: Path) -> None:
     """Raises SystemExit where `python` is older than the package allows."""
-    code = "import sys; print(*sys.version_info[:2])"
-    version = tuple(map(int, subprocess.check_output([python, "-c", code], text=True).split()))
+    version = version_of(python)
     if version < PYTHON_MINIMUM:
         raise SystemExit(
             f"medctkit needs Python >= {PYTHON_MINIMUM[0]}.{PYTHON_MINIMUM[1]}, but {python} is "
-            f"{version[0]}.{version[1]}. Name a newer one, for example: make setup PYTHON=python3.12 "
+            f"{'.'.join(map(str, version)) or 'none'}. Name a newer one, for example: make setup PYTHON=python3.12 "
             f"(if {environment} was made with the old one, delete it first)."
         )
 
 
 def environment_python(environment: Path) -> str:
-    """The interpreter of `environment`, which is created with the running Python if it is not there.
+    """The interpreter of `environment`, which is created with the running Python if it is not there, or runs no more.
 
     Raises:
         SystemExit: Python is too old, or has no venv module.
     """
     python = environment / "bin" / "python"
-    if python.exists():
-        check_python(str(python), environment)
+    if version_of(python):
+        check_python(python, environment)
         return str(python)
+    there = environment.exists() and any(environment.iterdir())
+    if there and not (environment / "pyvenv.cfg").exists():
+        raise SystemExit(f"{python} does not run; activate another environment, or mend this one, and try again.")
     check_python(sys.executable, environment)
-    print(f"Creating {environment}", flush=True)
-    if subprocess.run([sys.executable, "-m", "venv", str(environment)]).returncode:
+    print(f"Creating {environment}{', whose Python runs no more, anew' if there else ''}", flush=True)
+    if subprocess.run([sys.executable, "-m", "venv", "--clear", str(environment)]).returncode:
         shutil.rmtree(environment, ignore_errors=True)
         raise SystemExit(f"{sys.executable} could not create {environment}; the lines above say why.")
     return str(python)
+
+
+def is_whole(python: Path) -> bool:
+    """Whether a Python runs, and has what medctkit asks for by name."""
+    code = f"""
+import re
+from importlib.metadata import distribution, requires
+for wanted in requires("medctkit"):
+    extra = re.search("extra == .([a-z]+)", wanted)
+    if extra is None or extra[1] in {EXTRAS!r}:
+        distribution(re.match("[A-Za-z0-9._-]+", wanted)[0])
+"""
+    return output_of(python, code) is not None
 
 
 def fingerprint() -> str:
@@ -120,14 +146,14 @@ def fingerprint() -> str:
 def main(environment: Path) -> None:
     """Bring `environment` up to date; quick where it already is."""
     stamp = environment / ".medctkit-setup"
-    if stamp.exists() and stamp.read_text() == fingerprint():
+    if stamp.exists() and stamp.read_text() == fingerprint() and is_whole(environment / "bin" / "python"):
         return
     python = environment_python(environment)
     pip = [python, "-m", "pip"]
     if subprocess.run([*pip, "--version"], capture_output=True).returncode:  # environments made by uv
         subprocess.run([python, "-m", "ensurepip"], check=True)
     install_torch(python)
-    everything = ["-c", "constraints.txt", "-e", ".[cluster,tensorboard,notebooks,test]"]
+    everything = ["-c", "constraints.txt", "-e", f".[{EXTRAS}]"]
     print("Installing medctkit and what it needs", flush=True)
     code = subprocess.run([*pip, "install", "--quiet", *everything], cwd=ROOT).returncode
     if code:

@@ -2,16 +2,16 @@
 
 A file is named by a hash of what is in it: the content of the scan and every setting on the way to the model.
 So a changed setting never reads an old file, and moving a data set loses nothing. Inside, a safetensors file
-holds slabs of a few slices, each compressed with Blosc2, so that single slices can be read; a SHA-256 of every
-slab and of the header shows damage. Files appear under their name when they are whole, never before.
+holds slabs of a few slices, each compressed with Blosc2; a SHA-256 of every slab and of the header shows damage.
+Files appear under their name when they are whole, never before.
 """
 
 import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,7 @@ def digest_of(path: str | os.PathLike) -> str:
     Raises:
         FileNotFoundError: nothing at `path`.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file or folder")
     if not path.is_dir():
@@ -60,7 +60,7 @@ class VolumeCache:
     """
 
     def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(folder)
+        self.folder = Path(folder).expanduser()
 
     def path(self, key: str) -> Path:
         """Where the volume of `key` lies, or would lie."""
@@ -94,42 +94,47 @@ class VolumeCache:
 
     def load(self, key: str) -> "torch.Tensor | None":
         """A prepared volume, float32 (1, z, x, y); None where there is none or its file is damaged."""
+        import blosc2
         import torch
 
         try:
-            with _Opened(self.path(key), key) as file:
-                values = np.empty(file.shape, np.float32)
-                for i in range(file.slabs):
-                    np.divide(file.slab(i), np.float32(STEPS), out=values[i * SLAB : (i + 1) * SLAB])
-        except (FileNotFoundError, ValueError):
+            with self._opened(key) as (file, header):
+                values = np.empty(header["shape"], np.float32)
+                for i, digest in enumerate(header["sha256"]):
+                    slab = file.get_tensor(_name(i)).tobytes()
+                    if hashlib.sha256(slab).hexdigest() != digest:
+                        return None
+                    part = values[i * SLAB : (i + 1) * SLAB]
+                    blosc2.decompress2(slab, dst=(steps := np.empty(part.shape, np.int16)), nthreads=1)
+                    np.divide(steps, np.float32(STEPS), out=part)
+        except (OSError, ValueError):
             return None
         return torch.from_numpy(values)[None]
-
-    def slices(self, key: str, start: int, stop: int) -> "torch.Tensor":
-        """Slices `start` to `stop` - 1 of a prepared volume, float32 (n, x, y); only their slabs are read.
-
-        Raises:
-            FileNotFoundError: no such volume.
-            IndexError: no such slices.
-            ValueError: the file is damaged.
-        """
-        import torch
-
-        with _Opened(self.path(key), key) as file:
-            if not 0 <= start < stop <= file.shape[0]:
-                raise IndexError(f"slices {start} to {stop - 1}: the volume has slices 0 to {file.shape[0] - 1}")
-            first = start // SLAB
-            values = np.concatenate([file.slab(i) for i in range(first, -(-stop // SLAB))])
-        values = values[start - first * SLAB : stop - first * SLAB]
-        return torch.from_numpy(values.astype(np.float32) / np.float32(STEPS))
 
     def has(self, key: str) -> bool:
         """Whether a volume is there with its whole length; `load` finds damage inside too."""
         try:
-            with _Opened(self.path(key), key):
+            with self._opened(key):
                 return True
-        except (FileNotFoundError, ValueError):
+        except (OSError, ValueError):
             return False
+
+    @contextmanager
+    def _opened(self, key: str) -> Iterator[tuple[Any, dict]]:
+        """The file of `key` and its header; OSError where there is none, ValueError where it is damaged."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.path(key), framework="numpy") as file:
+                stored = (file.metadata() or {}).get("header", "")
+                if hashlib.sha256(stored[64:].encode()).hexdigest() != stored[:64]:
+                    raise ValueError("its header is not what was written")
+                header = json.loads(stored[64:])
+                if header["key"] != key:
+                    raise ValueError(f"it belongs to key {header['key']}")
+                yield file, header
+        except SafetensorError as error:
+            raise ValueError(str(error)) from error
 
     def sweep(self) -> None:
         """Remove what processes that were killed while they wrote have left."""
@@ -137,53 +142,6 @@ class VolumeCache:
             with suppress(FileNotFoundError):  # another process was quicker
                 if time.time() - left.stat().st_mtime > _STALE:
                     left.unlink()
-
-
-class _Opened:
-    """A prepared file, its header checked; FileNotFoundError where there is none, ValueError where it is damaged."""
-
-    def __init__(self, path: Path, key: str):
-        self.path, self.key = path, key
-
-    def __enter__(self) -> "_Opened":
-        from safetensors import SafetensorError, safe_open
-
-        if not self.path.is_file():
-            raise FileNotFoundError(f"no prepared volume at {self.path}; `medctkit prepare` makes it")
-        try:
-            self._file = safe_open(self.path, framework="numpy").__enter__()
-        except (SafetensorError, OSError, ValueError) as error:
-            raise self._damaged(str(error)) from error
-        stored = (self._file.metadata() or {}).get("header", "")
-        digest, header = stored[:64], stored[64:]
-        if hashlib.sha256(header.encode()).hexdigest() != digest:
-            raise self._damaged("its header is not what was written")
-        self._header = json.loads(header)
-        if self._header["key"] != self.key:
-            raise self._damaged(f"it belongs to key {self._header['key']}")
-        self.shape, self.slabs = tuple(self._header["shape"]), len(self._header["sha256"])
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._file.__exit__(*error)
-
-    def slab(self, i: int) -> np.ndarray:
-        """Slab `i` as int16 (up to SLAB, x, y)."""
-        import blosc2
-        from safetensors import SafetensorError
-
-        try:
-            stored = self._file.get_tensor(_name(i)).tobytes()
-        except SafetensorError as error:
-            raise self._damaged(str(error)) from error
-        if hashlib.sha256(stored).hexdigest() != self._header["sha256"][i]:
-            raise self._damaged(f"slab {i} is not what was written")
-        values = np.empty((min(SLAB, self.shape[0] - i * SLAB), *self.shape[1:]), np.int16)
-        blosc2.decompress2(stored, dst=values, nthreads=1)
-        return values
-
-    def _damaged(self, reason: str) -> ValueError:
-        return ValueError(f"{self.path} is damaged ({reason}); delete it and prepare the study again")
 
 
 def _name(slab: int) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from medctkit.cohort.manifest import COLUMNS, READING, SPACING, SPLITS, validate_manifest
-from medctkit.common.csv_tables import read_table, refuse_wrong, to_numbers
+from medctkit.common.csv_tables import first_row, read_table, refuse_wrong, to_numbers, wrong_cells
 from medctkit.common.text import listed
 from medctkit.findings import FINDINGS
 from medctkit.scans.geometry import STEP_RANGE
@@ -109,13 +109,14 @@ def read_ct_rate(root: str | os.PathLike, name: str, version: int | None = None,
     found = 2 if path == Path(root).expanduser() / volume_path(name, 2) else 1
     if found == 2 and (rescaling := [key for key in overrides if key.startswith("rescale_")]):
         raise ValueError(f"{path}: version 2 is in HU already; leave out {' and '.join(rescaling)}")
-    note, arguments = f"CT-RATE version {found}", {}
+    note, arguments, wrong = f"CT-RATE version {found}", {}, list[dict]()
     if found == 1:
         split, stem = parse_volume_name(name).split, path.name.removesuffix(".nii.gz")
-        table, metadata = _table_path(root, split, "metadata"), _read_table(root, split, "metadata", _GEOMETRY)
+        table, metadata = _table_path(root, split, "metadata"), _read_table(root, split, "metadata", wrong, _GEOMETRY)
         row = metadata[metadata["VolumeName"] == stem]
         if not len(row):
-            raise ValueError(f"{table} has no row for {stem}, so its HU and spacing are unknown")
+            why = listed(row["message"] for row in wrong if row["study"] in (stem, ""))
+            raise ValueError(f"{table} has no row for {stem}, so its HU and spacing are unknown. {why}".rstrip(". "))
         arguments = _arguments(row, str(table))
     elif version is None and (Path(root).expanduser() / volume_path(name, 1)).is_file():
         note += "; version 1 is there too and was not read"
@@ -130,8 +131,12 @@ def manifest_from_ct_rate(
     seed: int = 0,
     one_reconstruction: bool = False,
     report_sections: Sequence[str] = ("Findings_EN",),
+    failures: list[dict] | None = None,
 ) -> tuple["pd.DataFrame", dict[str, int]]:
     """Make a manifest of the volumes of CT-RATE that are on disk, chests with a report and labels.
+
+    Rows of the tables that are wrong are left out, and with them their volumes; rows that are there twice, the same,
+    count once.
 
     CT-RATE's validation patients become the split "test"; a share of its training patients becomes "valid".
     Whether a patient does depends on the seed and the patient's name alone, so that no patient ever moves when
@@ -145,13 +150,14 @@ def manifest_from_ct_rate(
         one_reconstruction: keep of each scan only the reconstruction with the lowest number.
         report_sections: columns of the report table that are joined; `Impressions_EN` where they hold only
             "Not given.".
+        failures: gets study, path (of the table), error and message of each row that is wrong.
 
     Returns:
         The manifest, and counts of what was found, dropped (by reason) and kept.
 
     Raises:
         FileNotFoundError: no volumes, or a table is missing.
-        ValueError: malformed tables (names table, row and column), or nothing left.
+        ValueError: tables without the columns they need, or nothing left (names table, row and column).
     """
     import pandas as pd
 
@@ -162,13 +168,15 @@ def manifest_from_ct_rate(
         raise ValueError(f"report_sections={report_sections!r}: expected some of {list(REPORT_SECTIONS)}")
     root = Path(root).expanduser()
     counts: Counter[str] = Counter()
+    wrong = [] if failures is None else failures
     volumes = _volumes_on_disk(root, version, counts)
-    parts = [_joined(root, split, part, report_sections, counts) for split, part in volumes.groupby("split")]
+    parts = [_joined(root, split, part, report_sections, counts, wrong) for split, part in volumes.groupby("split")]
     table = pd.concat(parts, ignore_index=True)
     if one_reconstruction:
         table = _without(table, table.duplicated(["patient", "scan"]), "another reconstruction is kept", counts)
     if not len(table):
-        raise ValueError(f"{root}: none of its volumes can be used: {dict(counts)}")
+        why = listed(row["message"] for row in wrong)
+        raise ValueError(f"{root}: none of its volumes can be used: {dict(counts)}\n{why}".rstrip())
     training = table["split"] == "train"
     drawn = {name for name in table.loc[training, "patient"].unique() if _draw(seed, name) < valid_share}
     table["split"] = table["split"].map({"train": "train", "valid": "test"}).mask(table["patient"].isin(drawn), "valid")
@@ -242,18 +250,30 @@ def _volumes_on_disk(root: Path, version: int | None, counts: Counter) -> "pd.Da
 
 
 def _joined(
-    root: Path, split: str, volumes: "pd.DataFrame", sections: Sequence[str], counts: Counter
+    root: Path, split: str, volumes: "pd.DataFrame", sections: Sequence[str], counts: Counter, wrong: list[dict]
 ) -> "pd.DataFrame":
     """Rows of the manifest for the volumes of one of CT-RATE's splits; `split` is still CT-RATE's."""
     import pandas as pd
 
     texts = tuple(dict.fromkeys((*sections, FALLBACK)))
-    labels = _read_table(root, split, "labels", FINDINGS)
-    reports = _read_table(root, split, "reports", texts)
-    metadata = _read_table(root, split, "metadata", _GEOMETRY, KEPT)
-    listed_somewhere = set().union(*(table["VolumeName"] for table in (labels, reports, metadata)))
+    tables = {
+        "labels": _read_table(root, split, "labels", wrong, FINDINGS),
+        "reports": _read_table(root, split, "reports", wrong, texts),
+        "metadata": _read_table(root, split, "metadata", wrong, _GEOMETRY, KEPT),
+    }
+    listed_somewhere = set().union(*(table["VolumeName"] for table in tables.values()))
     counts["rows of the tables without a file"] += len(listed_somewhere - set(volumes["study"]))
-    volumes = _without(volumes, volumes["study"].isin(_no_chest(root, split)), "not a chest", counts)
+    volumes = _without(volumes, volumes["study"].isin(_no_chest(root, split, wrong)), "not a chest", counts)
+
+    labels, reports, metadata = (table[table["VolumeName"].isin(volumes["study"])] for table in tables.values())
+    labels = labels.assign(**{name: to_numbers(labels[name]) for name in FINDINGS})
+    rules = [(name, ~labels[name].isin((0, 1)), "0 or 1") for name in FINDINGS]
+    labels = _right(root, split, "labels", labels, [*rules, *_one_value_for_each_scan(labels, FINDINGS)], wrong)
+    reports = _right(root, split, "reports", reports, _one_value_for_each_scan(reports, sections), wrong)
+    stored = metadata["VolumeName"].isin(volumes.loc[volumes["ct_rate_version"] == 1, "study"])
+    reading, rules = _reading_columns(metadata)
+    rules = [(name, unfit & stored, expected) for name, unfit, expected in rules]
+    metadata = _right(root, split, "metadata", metadata, rules, wrong)
     for kind, table, needed in (("labels", labels, (1, 2)), ("reports", reports, (1, 2)), ("metadata", metadata, (1,))):
         lacking = ~volumes["study"].isin(table["VolumeName"]) & volumes["ct_rate_version"].isin(needed)
         volumes = _without(volumes, lacking, f"no row in the {kind} table", counts)
@@ -262,15 +282,7 @@ def _joined(
     volumes = _without(volumes, empty, "report not given", counts)
 
     names = pd.Index(volumes["study"])
-    labels, reports, metadata = (table[table["VolumeName"].isin(names)] for table in (labels, reports, metadata))
-    labels = labels.assign(**{name: to_numbers(labels[name]) for name in FINDINGS})
-    of_labels, of_reports, of_metadata = (str(_table_path(root, split, kind)) for kind in list(TABLES[split])[:3])
-    refuse_wrong(of_labels, labels, [(name, ~labels[name].isin((0, 1)), "0 or 1") for name in FINDINGS])
-    refuse_wrong(of_labels, labels, _one_value_for_each_scan(labels, FINDINGS))
-    refuse_wrong(of_reports, reports, _one_value_for_each_scan(reports, sections))
-    stored = metadata["VolumeName"].isin(volumes.loc[volumes["ct_rate_version"] == 1, "study"])
-    reading = _reading_columns(metadata[stored], of_metadata)
-    extra = _extra_columns(metadata)
+    reading, extra = reading[stored].reindex(metadata.index), _extra_columns(metadata)
 
     def joined(table: pd.DataFrame, keys: pd.Series) -> pd.DataFrame:
         return table.set_axis(keys).reindex(names).set_axis(volumes.index)
@@ -278,12 +290,24 @@ def _joined(
     parts = [
         volumes.assign(report=report.reindex(names).to_numpy(), seed=pd.array([pd.NA] * len(names), "Int64")),
         joined(labels[list(FINDINGS)], labels["VolumeName"]).astype("int64"),
-        joined(reading, metadata.loc[stored, "VolumeName"]),
+        joined(reading, metadata["VolumeName"]),
         joined(extra, metadata["VolumeName"]),
     ]
     stored_as = volumes["ct_rate_version"].map({1: _VERSION_1_LIES})
     table = pd.concat(parts, axis=1).assign(checksum="", stored_as=stored_as)
     return table[[*COLUMNS, "path", *READING[:5], "stored_as", "ct_rate_version", *extra.columns]]
+
+
+def _right(
+    root: str | os.PathLike, split: str, kind: str, table: "pd.DataFrame", rules: Sequence[tuple], wrong: list[dict]
+) -> "pd.DataFrame":
+    """The rows of a table that no rule finds wrong; what is wrong with the others goes into `wrong`."""
+    path = str(_table_path(root, split, kind))
+    why = dict(reversed(wrong_cells(path, table, rules)))  # of each row the first
+    for at, message in sorted(why.items()):
+        study = table["VolumeName"].iloc[at]
+        wrong.append({"study": study, "path": path, "error": "ValueError", "message": message})
+    return table.drop(index=table.index[list(why)])
 
 
 def _extra_columns(metadata: "pd.DataFrame") -> "pd.DataFrame":
@@ -302,42 +326,46 @@ def _table_path(root: str | os.PathLike, split: str, kind: str) -> Path:
 
 
 def _read_table(
-    root: str | os.PathLike, split: str, kind: str, columns: Sequence[str], optional: Sequence[str] = ()
+    root: str | os.PathLike,
+    split: str,
+    kind: str,
+    wrong: list[dict],
+    columns: Sequence[str],
+    optional: Sequence[str] = (),
 ) -> "pd.DataFrame":
     """A table of CT-RATE with VolumeName checked and without its .nii.gz; the index is the row in the file."""
-    import pandas as pd
-
     path = _table_path(root, split, kind)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: this table of CT-RATE is missing; download it as well")
-    table = read_table(path, ("VolumeName", *columns), optional)
+    broken: dict[int, str] = {}
+    table = read_table(path, ("VolumeName", *columns), optional, broken)
+    wrong += [{"study": "", "path": str(path), "error": "ValueError", "message": m} for m in broken.values()]
     table["VolumeName"] = table["VolumeName"].str.strip().str.removesuffix(".nii.gz")
-    named = table["VolumeName"].str.fullmatch(_NAME.pattern) & table["VolumeName"].str.startswith(f"{split}_")
-    row = pd.Series(table.index.astype(str), index=table.index)
-    first = row.groupby(table["VolumeName"]).transform("first")
+    table = table.drop_duplicates()
+    name = table["VolumeName"]
+    named = name.str.fullmatch(_NAME.pattern) & name.str.startswith(f"{split}_")
+    others = "one row for each volume: others are about this one too, see row " + first_row(table, name)
     rules = [
         ("VolumeName", ~named.astype(bool), f"a volume of this split, such as {split}_1_a_1.nii.gz"),
-        ("VolumeName", table["VolumeName"].duplicated(), "another volume: row " + first + " is this one already"),
+        ("VolumeName", name.duplicated(keep=False), others),
     ]
-    refuse_wrong(str(path), table, rules)
-    return table
+    return _right(root, split, kind, table, rules, wrong)
 
 
-def _no_chest(root: Path, split: str) -> set[str]:
+def _no_chest(root: Path, split: str, wrong: list[dict]) -> set[str]:
     """Names of the volumes that CT-RATE lists as no chests, without .nii.gz."""
     path = _table_path(root, split, "no_chest")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: the list of volumes that show no chest is missing; download it as well")
-    names, wrong = set(), []
+    names = set()
     for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
         name = line.strip().rsplit("/")[-1].removesuffix(".nii.gz")
         found = _NAME.fullmatch(name)
         if found and found["split"] == split:
             names.add(name)
         elif name:
-            wrong.append(f"{path} line {number}: got {line!r}, expected a volume such as {split}_1_a_1.nii.gz")
-    if wrong:
-        raise ValueError(listed(wrong))
+            message = f"{path} line {number}: got {line!r}, expected a volume such as {split}_1_a_1.nii.gz"
+            wrong.append({"study": name, "path": str(path), "error": "ValueError", "message": message})
     return names
 
 
@@ -357,13 +385,12 @@ def _one_value_for_each_scan(table: "pd.DataFrame", columns: Sequence[str]) -> l
     import pandas as pd
 
     scan = pd.factorize(table["VolumeName"].str.rsplit("_", n=1).str[0])[0]
-    first = pd.Series(table.index.astype(str), index=table.index).groupby(scan).transform("first")
-    expected = "that of row " + first + ", another reconstruction of the same scan"
-    return [(name, table[name].groupby(scan).transform("first") != table[name], expected) for name in columns]
+    expected = "one value for all reconstructions of a scan, which begin in row " + first_row(table, scan)
+    return [(name, table[name].groupby(scan).transform("nunique", dropna=False) > 1, expected) for name in columns]
 
 
-def _reading_columns(metadata: "pd.DataFrame", table: str) -> "pd.DataFrame":
-    """Slope, intercept and spacing (columns as in the manifest) of rows of the metadata, which are text."""
+def _reading_columns(metadata: "pd.DataFrame") -> tuple["pd.DataFrame", list[tuple]]:
+    """Slope, intercept and spacing (columns as in the manifest) of rows of the metadata, which are text; and rules."""
     import pandas as pd
 
     plane = metadata["XYSpacing"].str.extract(rf"^\s*\[{_LENGTH},{_LENGTH}\]\s*$")
@@ -384,11 +411,12 @@ def _reading_columns(metadata: "pd.DataFrame", table: str) -> "pd.DataFrame":
         ("ZSpacing", ~inside["ZSpacing"], f"a length {between}"),
         ("XYSpacing", ~(inside["rows"] & inside["columns"]), f"two lengths {between}, such as [0.7, 0.7]"),
     ]
-    refuse_wrong(table, metadata, rules)
-    return values[["RescaleSlope", "RescaleIntercept", "ZSpacing", "rows", "columns"]].set_axis(READING[:5], axis=1)
+    return values.set_axis(READING[:5], axis=1), rules
 
 
 def _arguments(metadata_row: "pd.DataFrame", table: str) -> dict[str, Any]:
-    (found,) = _reading_columns(metadata_row, table).to_dict("records")
+    columns, rules = _reading_columns(metadata_row)
+    refuse_wrong(table, metadata_row, rules)
+    (found,) = columns.to_dict("records")
     spacing = tuple(found.pop(name) for name in SPACING)
     return found | {"spacing": spacing, "stored_as": _VERSION_1_LIES}

@@ -25,6 +25,7 @@ from medctkit.common.csv_tables import (
     to_numbers,
     write_table,
 )
+from medctkit.common.processes import worker_pool
 from medctkit.common.text import folded
 from medctkit.findings import FINDINGS
 from medctkit.phantom.study import HOSPITALS, TRAINING_SHAPE, PhantomStudy, generate, named_rng
@@ -405,14 +406,11 @@ def _rows_of_patient(task: tuple[str, str, int]) -> list[dict]:
 
 def build_default_manifest(patients: Mapping[tuple[str, str], int] | None = None, workers: int | None = None):
     """Generate a phantom cohort's manifest (DataFrame), with so many `patients` of each (hospital, split)."""
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
     import pandas as pd
     from tqdm.auto import tqdm
 
     patients = DEFAULT_PATIENTS if patients is None else patients
     tasks = [(hospital, split, i) for (hospital, split), n in patients.items() for i in range(1, n + 1)]
-    with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=get_context("spawn")) as pool:
+    with worker_pool(workers or os.cpu_count() or 1) as pool:
         found = list(tqdm(pool.map(_rows_of_patient, tasks, chunksize=8), total=len(tasks), desc="patients"))
     return validate_manifest(pd.DataFrame([row for rows in found for row in rows], columns=list(COLUMNS)))

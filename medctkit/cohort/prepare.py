@@ -1,19 +1,24 @@
 """Prepare a manifest's volumes for a model: on the cores of this machine or on a cluster, each volume once.
 
-Every volume is one task of dask.distributed: read or generate, pre-process, store in the cache. A bad volume is
-recorded and the rest goes on. What is stored stays, so a run that was stopped goes on where it was. Without dask (the
-extra `cluster`) volumes are prepared here, one after the other.
+Every volume is one task, for a process of this machine or for a worker of a dask cluster: read or generate,
+pre-process, store in the cache. A bad volume is recorded and the rest goes on. What is stored stays, so a run that was
+stopped goes on where it was.
 """
 
 import csv
 import errno
+import hashlib
 import os
+import re
 import shutil
+import tempfile
 import time
+from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,19 +26,23 @@ import numpy as np
 
 from medctkit.cohort.cache import VolumeCache, checksum_of, content_of, key_of, prepare_row
 from medctkit.cohort.manifest import has_file
-from medctkit.common.atomic import replacing
-from medctkit.common.text import as_bytes
+from medctkit.common.csv_tables import write_table
+from medctkit.common.processes import worker_pool
+from medctkit.common.text import as_bytes, printable
 from medctkit.scans.preprocessing import PreprocessConfig
 
 if TYPE_CHECKING:
     import pandas as pd
-    from distributed import Client
 
 CONTENTS = "contents.csv"  # in the cache folder: which file had which content, so that it is hashed once
 BYTES_PER_VOXEL = 1.4  # expected; phantoms took 1.04 at the released size, 1.34 at that of the mini model
 HOPELESS = 20  # failures without one success after which a run stops: the settings are wrong, not the volumes
 PATIENCE = "20s"  # for a scheduler to answer
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CONTENT = re.compile("[0-9a-f]{64}")
+_DIED = "its worker process died each time it was tried, as a rule for want of memory"
+
+Results = Generator[tuple[dict, dict[str, Any]], None, None]  # (row, result of `_task`) as they come
 
 
 @dataclass
@@ -79,9 +88,8 @@ def prepare(
         rows: of a manifest, as dicts; files must be reachable from the workers.
         config: what the model wants.
         cache_dir: folder of the cache, reachable from the workers.
-        scheduler: address of a dask scheduler, such as "tcp://10.1.2.3:8786"; None: a cluster of this machine's
-            cores, on the loopback interface, for the time of this call.
-        workers: processes of the local cluster; by default one for each core; without dask only this one.
+        scheduler: address of a dask scheduler, such as "tls://10.1.2.3:8786"; None: processes of this machine.
+        workers: how many processes; by default one for each core; 1: this one.
         verify: read every prepared volume again, and make the damaged ones anew.
 
     Returns:
@@ -89,39 +97,36 @@ def prepare(
 
     Raises:
         ValueError: `workers` with a `scheduler`, which brings its own.
-        ImportError: `scheduler` or several `workers` without dask.
+        ImportError: `scheduler` without dask.
         ConnectionError: no scheduler answers.
-        OSError: no room on the disk.
+        OSError: no room on a disk.
     """
     from tqdm.auto import tqdm
 
     if scheduler is not None and workers is not None:
-        raise ValueError("workers is for the local cluster; the scheduler has workers of its own")
+        raise ValueError("workers is for this machine; the scheduler has workers of its own")
     started = time.perf_counter()
-    cache, done = VolumeCache(os.path.abspath(cache_dir)), Preparation()
+    cache, done = VolumeCache(os.path.abspath(os.path.expanduser(cache_dir))), Preparation()
     cache.folder.mkdir(parents=True, exist_ok=True)
     cache.sweep()
     todo = _not_yet(rows, config, cache, done, verify)
     if not todo:
         return done
     cores = os.cpu_count() or 1
-    if find_spec("distributed") is None:
-        if scheduler or (workers or 1) > 1:
-            raise ImportError("several workers need dask, which is not installed: pip install 'medctkit[cluster]'")
-        where = "this process (on all cores with `pip install 'medctkit[cluster]'`)"
+    workers = min(workers or cores, len(todo))
+    if scheduler:
+        where, results = printable(scheduler), _on_cluster(todo, config, cache, scheduler)
+    elif workers == 1:
+        where, results = "one core", ((row, _task(row, config, cache)) for row in todo)
     else:
-        workers = None if scheduler else min(workers or cores, len(todo))
-        where = scheduler or f"{workers} of {cores} cores"
-    print(_announcement(len(todo), len(rows), config, Path(cache_dir), where))
+        where, results = f"{workers} of {cores} cores", _on_cores(todo, config, cache, workers)
+    print(_announcement(len(todo), len(rows), config, cache.folder, where))
     busy = []
     with (
         open(cache.folder / CONTENTS, "a", newline="", encoding="utf-8") as contents,
-        _client(scheduler, workers) as client,
-        closing(_results(client, todo, config, cache)) as results,
+        closing(results),
         tqdm(total=len(todo), desc="preparing", unit="volume") as bar,
     ):
-        if client and client.dashboard_link:
-            bar.write(f"dashboard: {client.dashboard_link}")
         for row, result in results:
             bar.update()
             if "error" in result:
@@ -137,7 +142,7 @@ def prepare(
                 done.bytes += result["bytes"]
                 busy.append(result["seconds"])
             if result["stamp"]:
-                csv.writer(contents).writerow([row["path"], *result["stamp"], result["content"]])
+                csv.writer(contents).writerow([row["path"], result["stamp"], result["content"]])
                 contents.flush()
     done.seconds = time.perf_counter() - started
     done.seconds_per_volume = float(np.median(busy)) if busy else 0.0
@@ -152,8 +157,7 @@ def write_failures(failures: Sequence[Mapping], path: str | os.PathLike) -> None
     if not failures:
         path.unlink(missing_ok=True)
         return
-    with replacing(path) as temporary:
-        pd.DataFrame(failures, columns=["study", "path", "error", "message"]).to_csv(temporary, index=False)
+    write_table(pd.DataFrame(failures, columns=["study", "path", "error", "message"]), path)
 
 
 def _not_yet(
@@ -164,8 +168,8 @@ def _not_yet(
     for row in rows:
         row = {name: value for name, value in row.items() if name != "report"}
         if has_file(row):
-            row["path"] = os.path.abspath(row["path"])  # workers may be at home in other folders
-        content = checksum_of(row) or known.get((row["path"], *(_stamp(row["path"]) or ())))
+            row["path"] = os.path.abspath(os.path.expanduser(row["path"]))  # workers may be at home in other folders
+        content = checksum_of(row) or known.get((row["path"], _stamp(row["path"])))
         key = key_of(row, content, config) if content else None
         if content and key and (cache.load(key) is not None if verify else cache.has(key)):
             done.contents[row["study"]] = content
@@ -174,24 +178,27 @@ def _not_yet(
     return todo
 
 
-def _known_contents(folder: Path) -> dict[tuple, str]:
-    """(path, bytes, time of change) -> SHA-256, from earlier runs; a line that was cut off is passed over."""
+def _known_contents(folder: Path) -> dict[tuple[str, str], str]:
+    """(path, stamp) -> SHA-256, from earlier runs; other lines, cut off or broken, are passed over."""
     try:
-        with open(folder / CONTENTS, newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.reader(file) if len(row) == 4 and len(row[3]) == 64]
+        lines = (folder / CONTENTS).read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return {}
-    return {(path, int(size), int(changed)): content for path, size, changed, content in rows}
+    rows = [row for line in lines for row in csv.reader([line.replace("\0", "")])]
+    return {(row[0], row[1]): row[2] for row in rows if len(row) == 3 and _CONTENT.fullmatch(row[2])}
 
 
-def _stamp(path: str | os.PathLike) -> tuple[int, int] | None:
-    """Bytes and time of the last change of a file, or of all files in a folder; None if there is none."""
+def _stamp(path: str | os.PathLike) -> str:
+    """Of a file, or of all in a folder: another after each change, also one that leaves size and date as they were."""
     path = Path(path)
+    found = hashlib.sha256()
     try:
-        found = [file.stat() for file in path.rglob("*")] if path.is_dir() else [path.stat()]
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            s = file.stat()
+            found.update(repr((str(file), s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino)).encode(errors="replace"))
     except OSError:
-        return None
-    return sum(s.st_size for s in found), max((s.st_mtime_ns for s in found), default=0)
+        return ""
+    return found.hexdigest()
 
 
 def _announcement(n: int, of: int, config: PreprocessConfig, folder: Path, where: str) -> str:
@@ -209,32 +216,47 @@ def _announcement(n: int, of: int, config: PreprocessConfig, folder: Path, where
     )
 
 
-@contextmanager
-def _client(scheduler: str | None, workers: int | None) -> "Iterator[Client | None]":
-    """Of a cluster; None where dask isn't installed."""
-    if find_spec("distributed") is None:
-        yield None
-        return
-    import dask
-    from distributed import Client, LocalCluster
+def _on_cores(todo: list[dict], config: PreprocessConfig, cache: VolumeCache, workers: int) -> Results:
+    """In processes of this machine.
 
-    if scheduler is None:
-        # Dask has workers give memory back at once (MALLOC_TRIM_THRESHOLD_), which takes volumes 1.4 times as long
-        environ = dict(dask.config.get("distributed.nanny.pre-spawn-environ"))
-        environ.pop("MALLOC_TRIM_THRESHOLD_", None)
-        with (
-            dask.config.set({"distributed.nanny.pre-spawn-environ": environ}),
-            LocalCluster(
-                n_workers=workers,
-                threads_per_worker=1,
-                host="127.0.0.1",
-                dashboard_address="127.0.0.1:0",
-                silence_logs="CRITICAL",  # a worker that dies is seen in what fails, or is replaced
-            ) as cluster,
-            Client(cluster) as client,
-        ):
-            yield client
-        return
+    Rows whose process died, or found too little memory, are tried once more at the end, with no others beside them.
+    """
+    waiting, again = deque(todo), deque[dict]()
+    while waiting or again:
+        rows, at_once = (waiting, workers) if waiting else (again, 1)
+        running: dict[Future, dict] = {}
+        try:
+            with worker_pool(at_once) as pool:
+                while rows or running:
+                    while rows and len(running) < at_once:
+                        row = rows[0]
+                        running[pool.submit(_task_of_a_worker, row, config, cache)] = row
+                        rows.popleft()
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        result, row = future.result(), running.pop(future)
+                        if result.get("error") == "MemoryError" and at_once > 1:
+                            again.append(row)
+                        else:
+                            yield row, result
+        except BrokenProcessPool:
+            if at_once > 1:
+                again.extend(running.values())
+                continue
+            for row in running.values():
+                yield row, {"error": "BrokenProcessPool", "message": _DIED}
+
+
+def _on_cluster(todo: list[dict], config: PreprocessConfig, cache: VolumeCache, scheduler: str) -> Results:
+    """By the workers of a dask cluster.
+
+    Raises:
+        ImportError: no dask.
+        ConnectionError: no scheduler answers.
+    """
+    try:
+        from distributed import Client, as_completed
+    except ImportError:
+        raise ImportError("a scheduler needs dask, which is not installed: pip install 'medctkit[cluster]'") from None
     try:
         client = Client(scheduler, timeout=PATIENCE)
     except (OSError, ValueError) as error:
@@ -242,36 +264,22 @@ def _client(scheduler: str | None, workers: int | None) -> "Iterator[Client | No
             f"no dask scheduler answers at {scheduler} ({error}). Start one with `dask scheduler`, and on every "
             "machine `dask worker ADDRESS --nthreads 1 --nworkers auto`, in an environment with medctkit"
         ) from error
-    with client:
-        yield client
-
-
-def _results(
-    client: "Client | None", todo: list[dict], config: PreprocessConfig, cache: VolumeCache
-) -> Generator[tuple[dict, dict[str, Any]], None, None]:
-    """(row, result of `_task`) as they come."""
-    if client is None:
-        for row in todo:
-            yield row, _task(row, config, cache)
-        return
-    from distributed import as_completed
-
     keys = [f"prepare-{i}-{row['study']}" for i, row in enumerate(todo)]
-    futures = client.map(_task_of_a_worker, todo, key=keys, config=config, cache=cache, batch_size=1000)
     rows = dict(zip(keys, todo, strict=True))
-    try:
-        for future in as_completed(futures):
-            error = future.exception()
-            if error is None:
-                yield rows[future.key], future.result()
-            elif isinstance(error, OSError) and error.errno in _DISK_FULL:
-                raise error
-            else:  # the worker died again and again
-                message = f"its worker process died each time it was tried, as a rule for want of memory: {error}"
-                yield rows[future.key], {"error": type(error).__name__, "message": message}
-            future.release()
-    finally:
-        client.cancel(futures)
+    with client:
+        futures = client.map(_task_of_a_worker, todo, key=keys, config=config, cache=cache, batch_size=1000)
+        try:
+            for future in as_completed(futures):
+                died = future.exception()
+                if died is None:
+                    yield rows[future.key], future.result()
+                elif isinstance(died, OSError) and died.errno in _DISK_FULL:
+                    raise died
+                else:  # the worker died again and again
+                    yield rows[future.key], {"error": type(died).__name__, "message": f"{_DIED}: {died}"}
+                future.release()
+        finally:
+            client.cancel(futures)
 
 
 def _task_of_a_worker(row: Mapping, config: PreprocessConfig, cache: VolumeCache) -> dict[str, Any]:
@@ -285,17 +293,31 @@ def _task(row: Mapping, config: PreprocessConfig, cache: VolumeCache) -> dict[st
     """Prepare one row, or say why not. Only a full disk, which ends everything, is raised."""
     started = time.perf_counter()
     try:
-        stamp = _stamp(row["path"]) if has_file(row) else None
+        stamp = _stamp(row["path"]) if has_file(row) else ""
         content = content_of(row)
         key = key_of(row, content, config)
         # another process may have been quicker, or an earlier run did not get to writing down the content
         size = 0 if cache.load(key) is not None else prepare_row(row, content, config, cache)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _DISK_FULL:
-            raise OSError(
-                error.errno,
-                f"no room left in {cache.folder} ({error.strerror}). What is prepared is whole; make room and start "
-                "again, it goes on where it was",
-            ) from None
+        for cause in _causes(error):
+            if isinstance(cause, OSError) and cause.errno in _DISK_FULL:
+                raise OSError(cause.errno, f"no room left ({cause}): {_room(cache.folder)}") from None
+        if any(isinstance(cause, MemoryError) or "llocate memory" in str(cause) for cause in _causes(error)):
+            message = f"too little memory, which says nothing against the scan; try again with fewer workers ({error})"
+            return {"error": "MemoryError", "message": message}
         return {"error": type(error).__name__, "message": str(error)}
     return {"content": content, "stamp": stamp, "bytes": size, "seconds": time.perf_counter() - started}
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and what it came from: a reader may tell it in other words."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _room(folder: Path) -> str:
+    """Which disks may be full, and what to do."""
+    disks = {"prepared volumes": folder, "temporary files (TMPDIR)": Path(tempfile.gettempdir())}
+    free = [f"{what} go to {disk}, {as_bytes(shutil.disk_usage(disk).free)} free" for what, disk in disks.items()]
+    return f"{'; '.join(free)}. What is prepared is whole; make room and start again, it goes on where it was"

@@ -20,7 +20,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     Yields:
         The path to write to; it ends in .tmp.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary

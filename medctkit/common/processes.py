@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
-
-from torch import distributed as dist
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import get_context, parent_process
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -32,6 +37,47 @@ def accelerator_for(mixed_precision: str = "no", output_dir: str | os.PathLike |
 
 def process_and_processes() -> tuple[int, int]:
     """Which process this is, and of how many that `accelerate launch` started."""
+    from torch import distributed as dist
+
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+@contextmanager
+def worker_pool(workers: int, start: Callable[..., Any] | None = None, *given: Any) -> Iterator[ProcessPoolExecutor]:
+    """Processes that work for this one, and end when it does, however that ends.
+
+    Args:
+        workers: how many.
+        start: called in each before its first task.
+        given: to `start`.
+
+    Raises:
+        RuntimeError: they can't start.
+    """
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (start, *given)) as pool:
+        try:
+            pool.submit(os.getpid).result()
+        except BrokenProcessPool:
+            raise RuntimeError(
+                "worker processes cannot start; what they say stands above. In a script, the call must stand under "
+                "`if __name__ == '__main__':`, for they read the script too; or ask for one worker only"
+            ) from None
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _start_worker(start: Callable[..., Any] | None, *given: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # stopping is the parent's to tell
+    threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
+    if start is not None:
+        start(*given)
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)

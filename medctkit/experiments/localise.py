@@ -21,6 +21,7 @@ from medctkit.attention.localisation import (
 from medctkit.cohort.dataset import load_split, prepared_dir
 from medctkit.cohort.manifest import load_manifest
 from medctkit.common.atomic import replacing
+from medctkit.common.csv_tables import write_table
 from medctkit.common.provenance import made_with, write_json
 from medctkit.experiments.adapt import Origin
 from medctkit.findings import FINDINGS
@@ -87,8 +88,7 @@ def measure_localisation(
     command = f"medctkit localise {output_dir} --manifest {manifest_path} --seed {seed}"
     command += "" if studies is None else f" --studies {studies}"
     table = localisation_table(regions, maps, seed=seed)
-    with replacing(output_dir / "localisation.csv") as temporary:
-        table.to_csv(temporary, index=False)
+    write_table(table, output_dir / "localisation.csv")
     with replacing(output_dir / "localisation.png") as temporary:
         localisation_figure(table).savefig(temporary, format="png", dpi=110)
     found = {

@@ -7,7 +7,6 @@ import torch
 from scan_files import chest, write_nifti
 
 from medctkit.cohort import cache
-from medctkit.cohort import prepare as preparing
 from medctkit.cohort.cache import STEPS, digest_of
 from medctkit.cohort.dataset import CTReportDataset, collate
 from medctkit.cohort.manifest import load_manifest, study_from_row
@@ -16,12 +15,6 @@ from medctkit.model.base_model import load_mini_base
 from medctkit.scans.preprocessing import PreprocessConfig, preprocess
 
 MINI = PreprocessConfig((11.25, 5.625, 5.625), (32, 64, 64), antialias=True)
-
-
-@pytest.fixture(autouse=True)
-def here(monkeypatch):
-    """Prepare in this process: a cluster takes seconds to start, and is tested in test_prepare."""
-    monkeypatch.setattr(preparing, "find_spec", lambda _: None)
 
 
 @pytest.fixture(scope="module")

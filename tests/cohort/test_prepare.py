@@ -4,9 +4,13 @@ import errno
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 import zipfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -42,46 +46,90 @@ def files(folder):
 
 
 @pytest.fixture
-def no_dask(monkeypatch):
-    monkeypatch.setattr(preparing, "find_spec", lambda _: None)
+def on_cores(monkeypatch):
+    """Workers in this process, which see what a test puts into the place of their task."""
+    monkeypatch.setattr(preparing, "worker_pool", lambda n, *_: ThreadPoolExecutor(n))
 
 
-def test_two_workers_give_the_bytes_of_one_and_of_none(phantoms, cluster, tmp_path, request, capsys):
-    rows = phantoms[:6]
+def test_two_processes_give_the_bytes_of_one_and_of_a_cluster(phantoms, cluster, tmp_path, capsys):
+    rows, threads = phantoms[:6], torch.get_num_threads()
     one = prepare(rows, MINI, tmp_path / "one", workers=1)
-    two = prepare(rows, MINI, tmp_path / "two", scheduler=cluster.scheduler_address)
-    request.getfixturevalue("no_dask")
-    threads = torch.get_num_threads()
-    none = prepare(rows, MINI, tmp_path / "none")
-    assert "on this process (on all cores with `pip install 'medctkit[cluster]'`)" in capsys.readouterr().out
-    assert torch.get_num_threads() == threads
-    assert one.made == two.made == none.made == len(rows) and not one.failures and not two.failures
-    assert files(tmp_path / "one") == files(tmp_path / "two") == files(tmp_path / "none")
+    assert torch.get_num_threads() == threads and "preparing 6 of 6 volumes on one core" in capsys.readouterr().out
+    two = prepare(rows, MINI, tmp_path / "two", workers=2)
+    many = prepare(rows, MINI, tmp_path / "many", scheduler=cluster.scheduler_address)
+    assert one.made == two.made == many.made == len(rows) and not one.failures and not two.failures
+    assert files(tmp_path / "one") == files(tmp_path / "two") == files(tmp_path / "many")
     assert one.bytes == two.bytes == sum(map(len, files(tmp_path / "one").values()))
-    assert one.contents == {row["study"]: row["checksum"] for row in rows}
+    assert one.contents == two.contents == {row["study"]: row["checksum"] for row in rows}
 
 
-def test_without_dask_one_process_prepares_and_more_say_how_to_get_it(phantoms, no_dask, tmp_path, monkeypatch):
-    for several in ({"scheduler": "tcp://127.0.0.1:9"}, {"workers": 2}):
-        with pytest.raises(ImportError, match=r"need dask, which is not installed: pip install 'medctkit\[cluster\]'$"):
-            prepare(phantoms[:2], SMALL, tmp_path, **several)
+def test_a_scheduler_needs_dask(phantoms, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(ImportError, match=r"needs dask, which is not installed: pip install 'medctkit\[cluster\]'$"):
+        prepare(phantoms[:2], SMALL, tmp_path, scheduler="tcp://127.0.0.1:9")
 
+
+def test_no_port_is_opened_to_prepare_on_this_machine(phantoms, tmp_path, monkeypatch):
+    import psutil
+
+    def listening():
+        processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+        found = [c for process in processes for c in process.net_connections("inet")]
+        return {c.laddr for c in found if c.status == psutil.CONN_LISTEN}
+
+    pool, before, seen = preparing.worker_pool, listening(), set()
+
+    @contextmanager
+    def looking(*arguments):
+        with pool(*arguments) as found:
+            yield found
+            seen.update(listening())
+
+    monkeypatch.setattr(preparing, "worker_pool", looking)
+    assert prepare(phantoms[:3], SMALL, tmp_path, workers=2).made == 3
+    assert seen <= before
+
+
+@pytest.mark.parametrize("told", ["plain", "as damage"])
+def test_a_full_disk_ends_the_run_and_names_both_disks(phantoms, tmp_path, monkeypatch, told):
     def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device", "/tmp/part")
+        except OSError as error:
+            raise error if told == "plain" else ValueError("the file is damaged; get it again") from None
 
-    lost = real_row("lost", tmp_path / "lost.nii.gz")
-    done = prepare([lost, phantoms[0]], SMALL, tmp_path, workers=1)
-    assert [failure["study"] for failure in done.failures] == ["lost"] and done.made == 1
     monkeypatch.setattr(preparing, "prepare_row", full)
-    with pytest.raises(OSError, match="no room left in .*No space left on device.* make room and start again"):
-        prepare(phantoms[:2], SMALL, tmp_path)
+    with pytest.raises(OSError, match=r"no room left .*/tmp/part.*TMPDIR.* make room and start again") as caught:
+        prepare(phantoms[:2], SMALL, tmp_path, workers=1)
+    assert caught.value.errno == errno.ENOSPC
 
 
-def test_stopping_and_starting_again_does_only_what_is_missing(phantoms, cluster, tmp_path, capsys):
-    address = cluster.scheduler_address
-    assert prepare(phantoms[:4], SMALL, tmp_path, scheduler=address).made == 4
+@pytest.mark.parametrize("error", [MemoryError("56 GB"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_who_finds_too_little_memory_is_tried_again_alone(phantoms, tmp_path, monkeypatch, on_cores, error):
+    tried = Counter()
+
+    def greedy(row, *rest):
+        tried[row["study"]] += 1
+        if row["study"] == phantoms[0]["study"] or tried[row["study"]] == 1 and row["study"] == phantoms[1]["study"]:
+            try:
+                raise error
+            except Exception:
+                raise ValueError("the file is truncated or damaged") from None
+        return original(row, *rest)
+
+    original = preparing.prepare_row
+    monkeypatch.setattr(preparing, "prepare_row", greedy)
+    done = prepare(phantoms[:4], SMALL, tmp_path, workers=2)
+    (failure,) = done.failures
+    assert failure["study"] == phantoms[0]["study"] and failure["error"] == "MemoryError"
+    assert "too little memory" in failure["message"] and "fewer workers" in failure["message"]
+    assert list(tried.values()) == [2, 2, 1, 1] and done.made == 3
+
+
+def test_stopping_and_starting_again_does_only_what_is_missing(phantoms, tmp_path, capsys):
+    assert prepare(phantoms[:4], SMALL, tmp_path, workers=1).made == 4
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors")}
-    again = prepare(phantoms[:7], SMALL, tmp_path, scheduler=address)
+    again = prepare(phantoms[:7], SMALL, tmp_path, workers=1)
     assert (again.made, len(again.contents)) == (3, 7)
     assert "preparing 3 of 7 volumes on" in capsys.readouterr().out
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
@@ -122,16 +170,18 @@ def test_a_killed_worker_loses_nothing(phantoms, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_volume_that_kills_its_worker_is_recorded(phantoms, cluster, tmp_path, monkeypatch):
+@pytest.mark.parametrize("on", ["cores", "cluster"])
+def test_a_volume_that_kills_its_worker_is_recorded(phantoms, cluster, tmp_path, monkeypatch, on):
     deadly = real_row("deadly", write_nifti(tmp_path / "scan.nii", chest()))
-    # those that wait at a worker that dies are suspects too, so the others are prepared before
-    prepare(phantoms[:2], SMALL, tmp_path / "cache", scheduler=cluster.scheduler_address)
     monkeypatch.setattr(preparing, "_task_of_a_worker", _dies_on_deadly)
+    if on == "cluster":  # those that wait at a worker that dies are suspects too, so the others are prepared before
+        prepare(phantoms[:2], SMALL, tmp_path / "cache", workers=1)
     monkeypatch.setattr(cluster.scheduler, "allowed_failures", 1)  # of 3, to be quick
-    done = prepare([*phantoms[:2], deadly], SMALL, tmp_path / "cache", scheduler=cluster.scheduler_address)
+    how = {"scheduler": cluster.scheduler_address} if on == "cluster" else {"workers": 2}
+    done = prepare([deadly, *phantoms[:2]], SMALL, tmp_path / "cache", **how)
     assert set(done.contents) == {row["study"] for row in phantoms[:2]}
     (failure,) = done.failures
-    assert failure["study"] == "deadly" and failure["error"] == "KilledWorker"
+    assert failure["study"] == "deadly" and failure["error"] in ("KilledWorker", "BrokenProcessPool")
     assert "its worker process died each time it was tried, as a rule for want of memory" in failure["message"]
 
 
@@ -144,7 +194,7 @@ def _dies_on_deadly(row, config, cache):
     return _task(row, config, cache)
 
 
-def test_a_bad_volume_is_recorded_and_the_rest_goes_on(phantoms, cluster, tmp_path):
+def test_a_bad_volume_is_recorded_and_the_rest_goes_on(phantoms, tmp_path):
     good = real_row("good", write_nifti(tmp_path / "good.nii.gz", chest()))
     twice = real_row("twice", write_nifti(tmp_path / "twice.nii.gz", chest()), rescale_intercept=-8192.0)
     lost = real_row("lost", tmp_path / "lost.nii.gz")
@@ -152,7 +202,7 @@ def test_a_bad_volume_is_recorded_and_the_rest_goes_on(phantoms, cluster, tmp_pa
     content = (tmp_path / "torn.nii.gz").read_bytes()
     (tmp_path / "torn.nii.gz").write_bytes(content[: len(content) // 2])
     rows = [twice, lost, good, torn, phantoms[0]]
-    done = prepare(rows, SMALL, tmp_path / "cache", scheduler=cluster.scheduler_address)
+    done = prepare(rows, SMALL, tmp_path / "cache", workers=1)
     assert set(done.contents) == {"good", phantoms[0]["study"]} and done.made == 2 and done.left == 0
     failures = {failure["study"]: failure for failure in done.failures}
     assert set(failures) == {"twice", "lost", "torn"}
@@ -162,14 +212,14 @@ def test_a_bad_volume_is_recorded_and_the_rest_goes_on(phantoms, cluster, tmp_pa
     assert not list((tmp_path / "cache").glob(".*.tmp")) and len(files(tmp_path / "cache")) == 2
 
 
-def test_folders_and_zips_of_dicom_are_volumes_too(cluster, tmp_path):
+def test_folders_and_zips_of_dicom_are_volumes_too(tmp_path):
     folder = write_dicom(tmp_path / "series", chest())
     with zipfile.ZipFile(tmp_path / "series.zip", "w") as archive:
         for file in folder.iterdir():
             archive.write(file, f"series/{file.name}")
     rows = [real_row("folder", folder), real_row("zip", tmp_path / "series.zip"), real_row("nifti", tmp_path / "a.nii")]
     write_nifti(tmp_path / "a.nii", chest(), np.diag([-SPACING[2], -SPACING[1], SPACING[0], 1]))
-    done = prepare(rows, SMALL, tmp_path / "cache", scheduler=cluster.scheduler_address)
+    done = prepare(rows, SMALL, tmp_path / "cache", workers=1)
     assert set(done.contents) == {"folder", "zip", "nifti"} and done.contents["folder"] == digest_of(folder)
     cache = VolumeCache(tmp_path / "cache")
     volumes = [cache.load(key_of(row, done.contents[row["study"]], SMALL)) for row in rows]
@@ -192,7 +242,7 @@ def test_a_full_disk_stops_the_run_and_leaves_no_half_file(phantoms, cluster, tm
     with Client(cluster) as client:
         client.run(limit, min(map(len, before.values())) // 2)  # the system itself refuses to write more
         try:
-            with pytest.raises(OSError, match="no room left in .* What is prepared is whole; make room") as caught:
+            with pytest.raises(OSError, match="no room left .* What is prepared is whole; make room") as caught:
                 prepare(phantoms[:6], SMALL, tmp_path, scheduler=cluster.scheduler_address)
             assert files(tmp_path) == before
         finally:
@@ -208,42 +258,55 @@ def test_a_disk_without_room_is_seen_before_anything_starts(phantoms, tmp_path, 
         prepare(phantoms, PreprocessConfig(shape=(240, 720, 640)), tmp_path, scheduler="nobody is asked")
 
 
-def test_damaged_files_are_noticed_and_made_again(phantoms, cluster, tmp_path):
-    rows, address = phantoms[:3], cluster.scheduler_address
-    prepare(rows, SMALL, tmp_path, scheduler=address)
+def test_damaged_files_are_noticed_and_made_again(phantoms, tmp_path):
+    rows = phantoms[:3]
+    prepare(rows, SMALL, tmp_path, workers=1)
     whole = files(tmp_path)
     first, second, _ = sorted(tmp_path.glob("*.safetensors"))
     first.write_bytes(whole[first.name][:-10])
-    assert prepare(rows, SMALL, tmp_path, scheduler=address).made == 1
+    assert prepare(rows, SMALL, tmp_path, workers=1).made == 1
     assert files(tmp_path) == whole
     second.write_bytes(whole[second.name][:-1] + bytes([whole[second.name][-1] ^ 8]))
-    assert prepare(rows, SMALL, tmp_path, scheduler=address, verify=True).made == 1
+    assert prepare(rows, SMALL, tmp_path, workers=1, verify=True).made == 1
     assert files(tmp_path) == whole
 
 
-def test_a_file_without_checksum_is_hashed_once(cluster, tmp_path, monkeypatch):
+def test_a_file_without_checksum_is_hashed_once(tmp_path, monkeypatch):
     path, cache = write_nifti(tmp_path / "scan.nii.gz", chest()), tmp_path / "cache"
-    row, address = real_row("s", path), cluster.scheduler_address
-    assert prepare([row], SMALL, cache, scheduler=address).contents == {"s": digest_of(path)}
-    with (cache / "contents.csv").open("a") as file:
-        file.write("/a/line/that,was cu")
+    row = real_row("s", path)
+    assert prepare([row], SMALL, cache, workers=1).contents == {"s": digest_of(path)}
+    for broken in (f"/x/y.nii.gz,12x,17,{'0' * 64}\n", '"\n', "\0\xff,", "/a/line/that,was cu"):
+        with (cache / "contents.csv").open("a") as file:
+            file.write(broken)
     assert prepare([row], SMALL, cache, scheduler="nobody is asked").contents == {"s": digest_of(path)}
     moved = tmp_path / "elsewhere.nii.gz"
     shutil.copy(path, moved)
-    done = prepare([real_row("s", moved)], SMALL, cache, scheduler=address)
+    done = prepare([real_row("s", moved)], SMALL, cache, workers=1)
     assert done.made == done.bytes == 0 and len(files(cache)) == 1, "the same content was prepared again"
     write_nifti(path, chest() + 1)
-    assert prepare([row], SMALL, cache, scheduler=address).bytes > 0 and len(files(cache)) == 2
+    assert prepare([row], SMALL, cache, workers=1).bytes > 0 and len(files(cache)) == 2
     other = real_row("s", path, orientation="canonical")
-    assert prepare([other], SMALL, cache, scheduler=address).bytes > 0 and len(files(cache)) == 3
+    assert prepare([other], SMALL, cache, workers=1).bytes > 0 and len(files(cache)) == 3
 
 
-def test_a_file_that_is_not_the_one_of_the_manifest_is_refused(cluster, tmp_path):
+def test_a_folder_whose_slices_were_replaced_is_read_again(tmp_path):
+    folder, cache = write_dicom(tmp_path / "series", chest()), tmp_path / "cache"
+    before = {file: file.stat() for file in folder.iterdir()}
+    first = prepare([real_row("s", folder)], SMALL, cache, workers=1).contents
+    write_dicom(tmp_path / "other", chest() + 100)
+    for file, new in zip(sorted(before), sorted((tmp_path / "other").iterdir()), strict=True):
+        shutil.copyfile(new, file)
+        os.utime(file, ns=(before[file].st_atime_ns, before[file].st_mtime_ns))  # as rsync and unzip do
+        assert file.stat().st_size == before[file].st_size
+    assert prepare([real_row("s", folder)], SMALL, cache, workers=1).contents == {"s": digest_of(folder)} != first
+
+
+def test_a_file_that_is_not_the_one_of_the_manifest_is_refused(tmp_path):
     path = write_nifti(tmp_path / "scan.nii.gz", chest())
     row = real_row("s", path, checksum=digest_of(path))
-    assert prepare([row], SMALL, tmp_path / "a", scheduler=cluster.scheduler_address).contents
+    assert prepare([row], SMALL, tmp_path / "a", workers=1).contents
     write_nifti(path, np.flip(chest(), 0))
-    done = prepare([row], SMALL, tmp_path / "b", scheduler=cluster.scheduler_address)
+    done = prepare([row], SMALL, tmp_path / "b", workers=1)
     assert "is not the file whose checksum the manifest gives for s" in done.failures[0]["message"]
     # what was prepared from the right file needs the file no more
     path.unlink()
@@ -256,26 +319,5 @@ def test_a_scheduler_that_does_not_answer(phantoms, tmp_path, monkeypatch):
         prepare(phantoms[:1], SMALL, tmp_path, scheduler="tcp://127.0.0.1:9")
     with pytest.raises(ConnectionError, match="no dask scheduler answers at ftp://nowhere"):
         prepare(phantoms[:1], SMALL, tmp_path, scheduler="ftp://nowhere")
-    with pytest.raises(ValueError, match="workers is for the local cluster; the scheduler has workers of its own"):
+    with pytest.raises(ValueError, match="workers is for this machine; the scheduler has workers of its own"):
         prepare(phantoms[:1], SMALL, tmp_path, scheduler="tcp://127.0.0.1:9", workers=2)
-
-
-def test_the_local_cluster_listens_on_the_loopback_interface_only(phantoms, tmp_path, capsys):
-    import psutil
-
-    seen = []
-    original = preparing._results
-
-    def looking(client, *rest):
-        processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
-        for process in processes:
-            seen.extend(c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN)
-        yield from original(client, *rest)
-
-    preparing._results, kept = looking, original
-    try:
-        prepare(phantoms[:1], SMALL, tmp_path, workers=1)
-    finally:
-        preparing._results = kept
-    assert seen and set(seen) == {"127.0.0.1"}
-    assert "dashboard: http://127.0.0.1:" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """`medctkit prepare`: from CT-RATE's folder or a manifest to prepared volumes, failures told, nothing half written."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -83,18 +84,19 @@ def test_from_the_hub_to_a_prepared_cohort(ct_rate, tmp_path, cluster, monkeypat
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_where_it_was(tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_run_goes_on_where_it_was(tmp_path, how):
     table = load_manifest(MANIFEST).head(20)
     write_manifest(table, tmp_path / "phantoms.csv")
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "medctkit.cli", "prepare", tmp_path / "phantoms.csv", out, "--workers", "1"]
+    command = [sys.executable, "-m", "medctkit.cli", "prepare", tmp_path / "phantoms.csv", out, "--workers", "2"]
     killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     children = []
     while len(list((out / "prepared").glob("*.safetensors"))) < 3 and killed.poll() is None:
         time.sleep(0.02)
         children = psutil.Process(killed.pid).children(recursive=True) or children
-    killed.kill()
-    killed.wait()
+    killed.send_signal(how)
+    assert killed.wait() == (130 if how == signal.SIGTERM else -how)
     psutil.wait_procs(children, timeout=30)
     assert not [child for child in children if child.is_running()], "workers outlive the run that started them"
     there = {path: path.stat().st_mtime_ns for path in (out / "prepared").glob("*.safetensors")}

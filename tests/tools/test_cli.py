@@ -1,19 +1,25 @@
 """The command line and the demo, on small stand-in notebooks."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import nbformat
 import pytest
 import typer
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 from medctkit import cli
+from medctkit.cohort.manifest import load_manifest, write_manifest
 from medctkit.course import doctor
 from tools import demo
+
+MANIFEST = Path(__file__).resolve().parents[2] / "data_manifest.csv"
 
 
 def around(value, margin):
@@ -48,6 +54,49 @@ def test_help_is_quick_and_needs_no_clone():
     code += f"print([name for name in {heavy!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", timeout=100)
     assert done.stdout.endswith("[]\n") and "finetune" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [("prepare", "~/m.csv", "out"), ("embed", "out", "--manifest=~/m.csv")])
+def test_the_home_folder_is_found_in_every_argument(tmp_path, monkeypatch, arguments):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    result = run(*arguments)
+    assert result.exit_code == 1 and f"error: no manifest at {tmp_path}/m.csv" in result.output
+
+
+def test_a_name_does_not_steer_the_terminal():
+    result = run("prepare", "\x1b]0;evil\x07\u202egpj.csv", "out")
+    assert r"no manifest at \x1b]0;evil\x07\u202egpj.csv" in result.output and "\x1b" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "a.csv"),
+            "error: [Errno 28] No space left on device: 'a.csv'",
+        ),
+        (MemoryError("3 GB"), "error: MemoryError: 3 GB"),
+        (RuntimeError("[enforce fail] file write failed"), "error: RuntimeError: [enforce fail] file write failed"),
+        (SafetensorError("header too large"), "error: SafetensorError: header too large"),
+        (TypeError("a mistake of ours"), None),
+    ],
+)
+def test_what_goes_wrong_is_told_a_mistake_of_ours_has_its_traceback(monkeypatch, error, told):
+    def failing():
+        raise error
+
+    monkeypatch.setattr(doctor, "check_all", failing)
+    result = run("doctor")
+    assert result.exit_code == 1 and (result.output.strip() == told if told else result.exception is error)
+
+
+def test_a_terminal_that_lacks_letters_gets_others(tmp_path):
+    write_manifest(load_manifest(MANIFEST).head(1), tmp_path / "m.csv")
+    code = "import sys; from medctkit.cli import app; app(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "prepare", tmp_path / "m.csv", tmp_path / "\xfc", "--workers", "1"]
+    plain = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run(command, env=plain, capture_output=True, text=True)
+    assert done.returncode == 0 and r"\xfc" in done.stdout and "Traceback" not in done.stderr
 
 
 @pytest.fixture

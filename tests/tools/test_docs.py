@@ -213,7 +213,7 @@ def measured():
         "data": (
             f"a `.nii.gz` of {cache['megabytes_of_nifti']:.0f} MB",
             f"{core:.1f} s of one core, {megabytes}",
-            f"{cache['load_seconds']:.2f} s, a single slice {cache['one_slice_milliseconds']:.0f} ms",
+            f"reading it back | {cache['load_seconds']:.2f} s",
             f"{preprocessing['times_faster']:.1f} times faster",
             f"with {100 * preprocessing['share_of_peak_memory']:.0f} % of its memory",
             f"{whole['terabytes']:.1f} TB; {minutes[16] / 60:.1f} h on 16 cores, {minutes[64]:.0f} min on 64, "

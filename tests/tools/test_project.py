@@ -233,10 +233,29 @@ def test_setup_falls_back_installs_the_rest_and_runs_only_once(environment, monk
     assert "no matching distribution" not in capsys.readouterr().out
     log.unlink()
     setup_env.main(environment)
-    assert not log.exists(), "the second run did something"
+    assert " install " not in log.read_text(), "the second run did something"
     monkeypatch.setattr(setup_env, "TORCH", "torch==2.14.0")
     setup_env.main(environment)
-    assert log.exists(), "a changed requirement was not noticed"
+    assert " install " in log.read_text(), "a changed requirement was not noticed"
+    log.unlink()
+    monkeypatch.setattr(setup_env, "is_whole", lambda _: False)
+    setup_env.main(environment)
+    assert " install " in log.read_text(), "a package that went missing was not noticed"
+
+
+@pytest.mark.slow
+def test_an_environment_without_its_python_or_packages_is_not_whole(tmp_path, monkeypatch, capsys):
+    assert setup_env.is_whole(sys.executable)
+    broken = tmp_path / "env" / "bin" / "python"
+    broken.parent.mkdir(parents=True)
+    broken.symlink_to(tmp_path / "python that was removed")
+    assert not setup_env.is_whole(broken)
+    with pytest.raises(SystemExit, match="does not run; activate another environment, or mend this one"):
+        setup_env.environment_python(tmp_path / "env")
+    (tmp_path / "env" / "pyvenv.cfg").touch()
+    assert setup_env.output_of(setup_env.environment_python(tmp_path / "env"), "print(1)") == "1"
+    assert "runs no more" in capsys.readouterr().out
+    assert not setup_env.is_whole(broken), "it has no packages"
 
 
 def test_setup_says_what_it_tried_of_torch_and_which_python_it_needs(environment):

@@ -12,16 +12,13 @@ import json
 import os
 import random
 import shutil
-import signal
 import statistics
-import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr
 from dataclasses import asdict
-from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +30,8 @@ from torch.utils.data import Dataset
 from medctkit.cohort.dataset import CTReportDataset, collate, prepared_dir
 from medctkit.cohort.manifest import load_manifest
 from medctkit.common.atomic import replacing
-from medctkit.common.processes import accelerator_for
+from medctkit.common.csv_tables import write_table
+from medctkit.common.processes import accelerator_for, worker_pool
 from medctkit.common.provenance import made_with, write_json
 from medctkit.experiments.compare.runs import (
     BASE,
@@ -69,15 +67,8 @@ _data: Data | tuple  # of a worker process: where to load it from, then what was
 
 def _start_worker(manifest_path: str | os.PathLike, cache_dir: Path, threads: int) -> None:
     global _data
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # stopping is the parent's to tell
-    threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
     torch.set_num_threads(threads)
     _data = (manifest_path, cache_dir)
-
-
-def _end_with(parent: Any) -> None:
-    parent.join()  # a worker ends when the command does, however that ended
-    os._exit(1)
 
 
 def _work(job: Job, settings: FineTuneConfig, made_of: dict, output_dir: Path) -> None:
@@ -170,25 +161,23 @@ def compare_methods(
     print(f"{total} runs, {total - left} of them there; about {left * each / 60:.0f} min left on two cores", flush=True)
 
     start_with = (manifest_path, cache_dir, max(1, (os.cpu_count() or 1) // workers))
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, start_with)
     try:
         while todo := missing(_rates(output_dir, needed)):  # twice: learning rates are chosen in between
             CTReportDataset(here, load_mini_base().preprocess_config, cache_dir).prepare()
-            futures = [pool.submit(_work, job, settings, made_of, output_dir) for job, made_of in todo]
-            for future in tqdm(as_completed(futures), total=len(futures), desc="comparing", unit="run"):
-                future.result()  # the first that fails ends it
+            with worker_pool(workers, _start_worker, *start_with) as pool:
+                futures = [pool.submit(_work, job, settings, made_of, output_dir) for job, made_of in todo]
+                for future in tqdm(as_completed(futures), total=len(futures), desc="comparing", unit="run"):
+                    future.result()  # the first that fails ends it
     except BrokenProcessPool:
         raise OSError(
             "a worker process died, most often for want of memory. Runs that were finished are kept: the same "
             "command goes on from here, if need be with fewer --jobs"
         ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
     shutil.rmtree(output_dir / "work", ignore_errors=True)
     collect(output_dir, here[here["split"] == "test"].to_dict("records"), seeds)
     if "methods" in groups and not (output_dir / "costs.csv").is_file():
         train = CTReportDataset(here[here["split"] == "train"], load_mini_base().preprocess_config, cache_dir)
-        _write_csv(measure_costs(train, settings), output_dir / "costs.csv")
+        write_table(measure_costs(train, settings), output_dir / "costs.csv")
     return output_dir
 
 
@@ -235,12 +224,7 @@ def collect(output_dir: Path, test_rows: Sequence[Mapping], seeds: int) -> None:
         rows.append(row | {name: found["auroc"][name]["value"] for name in FINDINGS})
     with replacing(output_dir / "draws.npz") as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **draws)  # type: ignore[arg-type]
-    _write_csv(pd.DataFrame(rows), output_dir / "comparison.csv")
-
-
-def _write_csv(table: pd.DataFrame, path: Path) -> None:
-    with replacing(path) as temporary:
-        table.to_csv(temporary, index=False)
+    write_table(pd.DataFrame(rows), output_dir / "comparison.csv")
 
 
 def measure_costs(train: Dataset, settings: FineTuneConfig, repeats: int = 5) -> pd.DataFrame:
