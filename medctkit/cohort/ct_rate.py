@@ -16,11 +16,13 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from medctkit.cohort.manifest import COLUMNS, READING, SPACING, SPLITS, validate_manifest
 from medctkit.common.csv_tables import first_row, read_table, refuse_wrong, to_numbers, wrong_cells
 from medctkit.common.text import listed
 from medctkit.findings import FINDINGS
-from medctkit.scans.geometry import STEP_RANGE
+from medctkit.scans.geometry import CANONICAL, STEP_RANGE, nearest_orientation, ras_affine
 from medctkit.scans.volumes import CTVolume, read_volume
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ TABLES = {
 REPORT_SECTIONS = ("ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN")
 FALLBACK = "Impressions_EN"
 KEPT = ("Manufacturer", "ConvolutionKernel", "PatientSex", "PatientAge")  # of the metadata, where it has them
-_VERSION_1_LIES = "SPL"  # its headers say nothing true; its arrays are rows and columns of the slices, from the feet
+_DIRECTIONS = "ImageOrientationPatient"
 _GEOMETRY = ("RescaleSlope", "RescaleIntercept", "XYSpacing", "ZSpacing")
 _NAME = re.compile(r"(?P<patient>(?P<split>train|valid)_[1-9][0-9]*)_(?P<scan>[a-z]+)_(?P<reconstruction>[1-9][0-9]*)")
 _PLACEHOLDER = r"(?i:\s*(?:not given\.?)?\s*)"
@@ -112,7 +114,7 @@ def read_ct_rate(root: str | os.PathLike, name: str, version: int | None = None,
     note, arguments, wrong = f"CT-RATE version {found}", {}, list[dict]()
     if found == 1:
         split, stem = parse_volume_name(name).split, path.name.removesuffix(".nii.gz")
-        table, metadata = _table_path(root, split, "metadata"), _read_table(root, split, "metadata", wrong, _GEOMETRY)
+        table, metadata = _table_path(root, split, "metadata"), _read_metadata(root, split, wrong)
         row = metadata[metadata["VolumeName"] == stem]
         if not len(row):
             why = listed(row["message"] for row in wrong if row["study"] in (stem, ""))
@@ -259,7 +261,7 @@ def _joined(
     tables = {
         "labels": _read_table(root, split, "labels", wrong, FINDINGS),
         "reports": _read_table(root, split, "reports", wrong, texts),
-        "metadata": _read_table(root, split, "metadata", wrong, _GEOMETRY, KEPT),
+        "metadata": _read_metadata(root, split, wrong),
     }
     listed_somewhere = set().union(*(table["VolumeName"] for table in tables.values()))
     counts["rows of the tables without a file"] += len(listed_somewhere - set(volumes["study"]))
@@ -293,8 +295,7 @@ def _joined(
         joined(reading, metadata["VolumeName"]),
         joined(extra, metadata["VolumeName"]),
     ]
-    stored_as = volumes["ct_rate_version"].map({1: _VERSION_1_LIES})
-    table = pd.concat(parts, axis=1).assign(checksum="", stored_as=stored_as)
+    table = pd.concat(parts, axis=1).assign(checksum="")
     return table[[*COLUMNS, "path", *READING[:5], "stored_as", "ct_rate_version", *extra.columns]]
 
 
@@ -389,8 +390,25 @@ def _one_value_for_each_scan(table: "pd.DataFrame", columns: Sequence[str]) -> l
     return [(name, table[name].groupby(scan).transform("nunique", dropna=False) > 1, expected) for name in columns]
 
 
+def _read_metadata(root: str | os.PathLike, split: str, wrong: list[dict]) -> "pd.DataFrame":
+    return _read_table(root, split, "metadata", wrong, _GEOMETRY, (*KEPT, _DIRECTIONS))
+
+
+def _stored_as(directions: str) -> str:
+    """How an array of version 1 lies, of which its header says nothing true: as the slices, SPL of one who lies supine.
+
+    Args:
+        directions: ImageOrientationPatient, those of a row and of a column, in LPS: "[1, 0, 0, 0, 1, 0]".
+    """
+    try:
+        row, column = np.reshape([float(number) for number in str(directions).strip(" []").split(",")], (2, 3))
+        return nearest_orientation(ras_affine(np.stack([np.cross(row, column), column, row], axis=1), (0, 0, 0)))
+    except ValueError:
+        return CANONICAL
+
+
 def _reading_columns(metadata: "pd.DataFrame") -> tuple["pd.DataFrame", list[tuple]]:
-    """Slope, intercept and spacing (columns as in the manifest) of rows of the metadata, which are text; and rules."""
+    """Columns of the manifest that say how to read version 1, of rows of the metadata, which are text; and rules."""
     import pandas as pd
 
     plane = metadata["XYSpacing"].str.extract(rf"^\s*\[{_LENGTH},{_LENGTH}\]\s*$")
@@ -411,7 +429,8 @@ def _reading_columns(metadata: "pd.DataFrame") -> tuple["pd.DataFrame", list[tup
         ("ZSpacing", ~inside["ZSpacing"], f"a length {between}"),
         ("XYSpacing", ~(inside["rows"] & inside["columns"]), f"two lengths {between}, such as [0.7, 0.7]"),
     ]
-    return values.set_axis(READING[:5], axis=1), rules
+    lies = metadata[_DIRECTIONS].map(_stored_as) if _DIRECTIONS in metadata else CANONICAL
+    return values.set_axis(READING[:5], axis=1).assign(stored_as=lies), rules
 
 
 def _arguments(metadata_row: "pd.DataFrame", table: str) -> dict[str, Any]:
@@ -419,4 +438,4 @@ def _arguments(metadata_row: "pd.DataFrame", table: str) -> dict[str, Any]:
     refuse_wrong(table, metadata_row, rules)
     (found,) = columns.to_dict("records")
     spacing = tuple(found.pop(name) for name in SPACING)
-    return found | {"spacing": spacing, "stored_as": _VERSION_1_LIES}
+    return found | {"spacing": spacing}

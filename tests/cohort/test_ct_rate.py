@@ -152,6 +152,16 @@ def test_version_1_lies_as_version_2_does_whatever_its_header_says(root):
     assert np.array_equal(volume_from_row(row).hu, expected.hu)
 
 
+@pytest.mark.parametrize(
+    ("directions", "lies"),
+    [("[1, 0, 0, 0, 1, 0]", "SPL"), ("[-1.0, 0, 0, 0, -1.0, 0]", "SAR"), ("['1','0.01','0','-0.01','1','0']", "SPL")]
+    + [("", "SPL"), (None, "SPL"), ("[0, 0, 0, 0, 0, 0]", "SPL"), ("[1, 0, 0]", "SPL"), ("[0, 1, 0, 0, 0, -1]", "LIP")],
+)
+def test_version_1_lies_as_its_slices_did(directions, lies):
+    row = dict(VolumeName="v", RescaleSlope=1, RescaleIntercept=0, ZSpacing=1, XYSpacing="[1, 1]")
+    assert arguments(row | {"ImageOrientationPatient": directions})["stored_as"] == lies
+
+
 def test_version_2_is_preferred_and_that_is_said(root):
     assert read_ct_rate(root, "valid_1_a_1").provenance[-1] == (
         "CT-RATE version 2; version 1 is there too and was not read"
