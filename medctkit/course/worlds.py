@@ -124,7 +124,7 @@ def open_world(
         FileNotFoundError: `data_manifest.csv` is not near the notebook.
     """
     if world == "phantom":
-        manifest = _default_manifest()
+        manifest = phantom_manifest()
         return World(
             world,
             Origin(),
@@ -187,7 +187,7 @@ def _parts(data_dir: Path) -> dict[str, Path]:
     }
 
 
-def _default_manifest() -> Path:
+def phantom_manifest() -> Path:
     """The phantom cohort: in this folder, in the one above (a notebook's), or in the package's repository."""
     places = [folder / "data_manifest.csv" for folder in (Path(), Path(".."), Path(__file__).resolve().parents[2])]
     for place in places:
