@@ -302,16 +302,16 @@ def consolidation(body: Body, rng: np.random.Generator) -> Drawn:
         full |= below(body, branch, top)
     rest = rng.random(len(branch)) < 0.03  # lobules that are spared
     inside = ((full & ~rest)[which] & (which >= 0) & np.isin(body.lobes, lobes)).astype(np.float32)
-    own = np.isin(body.lobes, lobes).astype(np.float32)
+    lobe_share = np.isin(body.lobes, lobes).astype(np.float32)
     sigma = 5.0 / np.array(body.spacing)
-    soft = blurred(inside, sigma) / np.maximum(blurred(own, sigma), 0.05)
+    soft = blurred(inside, sigma) / np.maximum(blurred(lobe_share, sigma), 0.05)
     uneven = 0.16 * body.noise(7.0, int(rng.integers(2**31))) + 0.1 * body.noise(2.8, int(rng.integers(2**31)))
     # a fissure is no stair: the border between two lobes is as smooth as the voxels allow
     fine = np.full(3, 0.8)
-    own = blurred(own, fine) / np.maximum(blurred((body.lobes > 0).astype(np.float32), fine), 0.05)
-    own = np.clip(2 * own - 0.5, 0, 1) * lung_share(body)
-    share = np.clip((soft - 0.42 + uneven) * 3 + 0.5, 0, 1) * own
-    haze = np.clip((soft - 0.05 + 0.8 * uneven) * 1.7, 0, 0.6) * own
+    lobe_share = blurred(lobe_share, fine) / np.maximum(blurred((body.lobes > 0).astype(np.float32), fine), 0.05)
+    lobe_share = np.clip(2 * lobe_share - 0.5, 0, 1) * lung_share(body)
+    share = np.clip((soft - 0.42 + uneven) * 3 + 0.5, 0, 1) * lobe_share
+    haze = np.clip((soft - 0.05 + 0.8 * uneven) * 1.7, 0, 0.6) * lobe_share
     body.hu += haze * (1 - share) * 420 * np.clip(-(body.hu + 200) / 600, 0, 1)
     fill(body, share, rng.uniform(28, 48) + 0.12 * max(body.tissue.blood - 45, 0))
     air, shown = body.everything, airways_of(body, tops, 0.75)
@@ -523,8 +523,8 @@ def bronchiectasis(body: Body, rng: np.random.Generator) -> Drawn:
     paths: list[np.ndarray] = []
     lumens: list[float] = []
     outer, inner, vessel = body.everything, body.everything, body.everything
-    for side in sides:
-        lobe = (1 if side < 0 else 4) if upper else (3 if side < 0 else 5)
+    for s in sides:
+        lobe = (1 if s < 0 else 4) if upper else (3 if s < 0 else 5)
         paths += courses(body, rng, lobe, int(rng.integers(10, 17)))
         lumens += [rng.uniform(2.1, 2.9)] * (len(paths) - len(lumens))
     wall = rng.uniform(0.6, 0.95)

@@ -71,7 +71,7 @@ def sentence_loss(
     scale, share = torch.as_tensor(temperature).exp(), said / said.sum()
     alone = scale * image_embeds @ sentence_embeds.T  # (b, p) (p, s) -> (b, s)
     against = alone - scale * image_embeds @ contrary_embeds.T
-    return -sum((logits.log_softmax(dim=0) * share).sum() for logits in (alone, against)) / 2
+    return -((alone.log_softmax(dim=0) + against.log_softmax(dim=0)) * share).sum() / 2
 
 
 def finding_prompt_loss(

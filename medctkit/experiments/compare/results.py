@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from medctkit.common.atomic import replacing
+from medctkit.experiments.compare.rivals import RIVALS
 from medctkit.experiments.compare.runs import BASE, PROBE
 from medctkit.lora.methods import METHODS
 from medctkit.metrics.bootstrap import interval
@@ -29,12 +30,9 @@ SAVED = Path(str(files("medctkit") / "assets" / "comparison"))
 KEYS = ["group", "method", "rank", "studies", "learning_rate"]
 TEXTS = {  # label, what it trains, paper
     BASE: ("base model", "Nothing: the base model as it is, zero-shot.", ""),
-    PROBE: (
-        "linear probe",
-        "18 logistic regressions on frozen image embeddings. Not zero-shot: it knows these 18 answers only.",
-        "Alain and Bengio 2016, arXiv 1610.01644",
-    ),
-} | {name: (method.label, method.trains, method.paper) for name, method in METHODS.items()}
+}
+TEXTS |= {name: (rival.label, rival.does, rival.source) for name, rival in RIVALS.items()}
+TEXTS |= {name: (method.label, method.trains, method.paper) for name, method in METHODS.items()}
 MARKS = {  # colours of Okabe and Ito, which the colour-blind can tell apart; where one comes twice, another marker
     BASE: ("#555555", ""),
     PROBE: ("#009E73", "s"),

@@ -35,6 +35,7 @@ from medctkit.common.processes import accelerator_for, worker_pool
 from medctkit.common.provenance import made_with, write_json
 from medctkit.experiments.compare.runs import (
     BASE,
+    DIALECTS,
     GROUPS,
     SETTINGS,
     Data,
@@ -42,6 +43,7 @@ from medctkit.experiments.compare.runs import (
     inputs_of,
     jobs,
     methods_of,
+    parts,
     run_job,
     settings_of,
     truth,
@@ -142,19 +144,19 @@ def compare_methods(
     output_dir, inputs = Path(output_dir), inputs_of(manifest_path)
     cache_dir = prepared_dir(manifest_path, output_dir, cache_dir)
     table = load_manifest(manifest_path)
-    here = table[table["hospital"] == "target"]
-    studies, needed = int((here["split"] == "train").sum()), methods_of(groups)
+    train, _, test, _ = parts(table)
+    studies, needed = len(train), methods_of(groups)
 
-    def wanted(rates: Mapping[str, float]) -> dict[str, Job]:
-        listed = [*tuning_jobs(needed), *jobs(groups, seeds, rates)]
+    def wanted(chosen: Mapping[str, tuple[float, str]]) -> dict[str, Job]:
+        listed = [*tuning_jobs(needed), *jobs(groups, seeds, chosen)]
         return {job.name: job for job in listed if (job.studies or 0) < studies}
 
-    def missing(rates: Mapping[str, float]) -> list[tuple[Job, dict]]:
-        made_of = [(job, settings_of(job, settings, inputs)) for job in wanted(rates).values()]
+    def missing(chosen: Mapping[str, tuple[float, str]]) -> list[tuple[Job, dict]]:
+        made_of = [(job, settings_of(job, settings, inputs)) for job in wanted(chosen).values()]
         return [each for each in made_of if read_result(output_dir, *each) is None]
 
-    total = len(wanted({name: METHODS[name].learning_rates[0] for name in needed}))  # as many with any rate
-    left = total - len(wanted(rates := _rates(output_dir, needed))) + len(missing(rates))
+    total = len(wanted(dict.fromkeys(needed, (0.5, DIALECTS[0]))))  # as many whatever is chosen; some coincide then
+    left = total - len(wanted(chosen := _chosen(output_dir, needed))) + len(missing(chosen))
     steps = settings.steps_for(studies)
     validations = 1 + steps / settings.evaluate_every
     each = _SECONDS["start"] + steps * _SECONDS["step"] + validations * _SECONDS["validation"]
@@ -162,8 +164,9 @@ def compare_methods(
 
     start_with = (manifest_path, cache_dir, max(1, (os.cpu_count() or 1) // workers))
     try:
-        while todo := missing(_rates(output_dir, needed)):  # twice: learning rates are chosen in between
-            CTReportDataset(here, load_mini_base().preprocess_config, cache_dir).prepare()
+        while todo := missing(_chosen(output_dir, needed)):  # twice: learning rates are chosen in between
+            for rows in parts(table):
+                CTReportDataset(rows, load_mini_base().preprocess_config, cache_dir).prepare()
             with worker_pool(workers, _start_worker, *start_with) as pool:
                 futures = [pool.submit(_work, job, settings, made_of, output_dir) for job, made_of in todo]
                 for future in tqdm(as_completed(futures), total=len(futures), desc="comparing", unit="run"):
@@ -174,28 +177,28 @@ def compare_methods(
             "command goes on from here, if need be with fewer --jobs"
         ) from None
     shutil.rmtree(output_dir / "work", ignore_errors=True)
-    collect(output_dir, here[here["split"] == "test"].to_dict("records"), seeds)
+    collect(output_dir, test.to_dict("records"), seeds)
     if "methods" in groups and not (output_dir / "costs.csv").is_file():
-        train = CTReportDataset(here[here["split"] == "train"], load_mini_base().preprocess_config, cache_dir)
-        write_table(measure_costs(train, settings), output_dir / "costs.csv")
+        learnt_from = CTReportDataset(train, load_mini_base().preprocess_config, cache_dir)
+        write_table(measure_costs(learnt_from, settings), output_dir / "costs.csv")
     return output_dir
 
 
-def _rates(output_dir: Path, methods: Iterable[str]) -> dict[str, float]:
-    """For each method the learning rate of best validation AUROC, of those whose whole grid was run."""
+def _chosen(output_dir: Path, methods: Iterable[str]) -> dict[str, tuple[float, str]]:
+    """For each method the learning rate and dialect of best validation AUROC, of those whose whole grid was run."""
     grids: dict[str, list[dict | None]] = {}
     for job in tuning_jobs(methods):
         found = read_result(output_dir, job)
-        grids.setdefault(job.method, []).append(found and found | {"rate": job.learning_rate})
+        grids.setdefault(job.method, []).append(found and found | {"of": (job.learning_rate, job.dialect)})
     chosen = {}
     for method, grid in grids.items():
         runs = [found for found in grid if found is not None]
         if len(runs) < len(grid):
             continue
-        stable = {found["rate"]: found["validation_auroc"] for found in runs if "diverged" not in found}
+        stable = {found["of"]: found["validation_auroc"] for found in runs if "diverged" not in found}
         if not stable:
             raise ValueError(f"{method} diverged with every learning rate of its grid; lower METHODS[{method!r}]'s")
-        chosen[method] = max(stable, key=lambda rate: (stable[rate], -rate))
+        chosen[method] = max(stable, key=lambda of: (stable[of], -of[0]))
     return chosen
 
 
@@ -207,7 +210,7 @@ def collect(output_dir: Path, test_rows: Sequence[Mapping], seeds: int) -> None:
         seeds += 1
     labels, patients = truth(test_rows)
     rows, draws = [], {}
-    for job in [*tuning_jobs(METHODS), *jobs(GROUPS, seeds, _rates(output_dir, METHODS))]:
+    for job in [*tuning_jobs(METHODS), *jobs(GROUPS, seeds, _chosen(output_dir, METHODS))]:
         found = read_result(output_dir, job)
         if found is None or "diverged" in found:
             continue
@@ -216,9 +219,11 @@ def collect(output_dir: Path, test_rows: Sequence[Mapping], seeds: int) -> None:
             draws[job.name] = mean_draws(labels, scores, patients).astype(np.float32)
         mean, made = found["auroc"]["mean"], found["made_with"]
         keys = ("method", "rank", "studies", "learning_rate", "seed", "best_step", "validation_auroc")
-        row = {"group": job.group, "name": job.name} | {key: found[key] for key in keys}
+        row = {"group": job.group, "name": job.name, "dialect": job.dialect} | {key: found[key] for key in keys}
         row |= {"test_auroc": mean["value"], "test_auroc_low": mean["low"], "test_auroc_high": mean["high"]}
         row |= {key: found[key] for key in ("trainable", "adapter_bytes", "seconds")}
+        row |= {f"home_{name}": ends["mean"]["value"] for name, ends in found.get("home", {}).items()}
+        row |= {f"prompts_{name}": value for name, value in found.get("by_prompts", {}).items()}
         row |= {"one_class": ", ".join(found["one_class"]), "steps": found["settings"].get("steps")}
         row |= {"device": made["device"], "medctkit": made["versions"]["medctkit"], "torch": made["versions"]["torch"]}
         rows.append(row | {name: found["auroc"][name]["value"] for name in FINDINGS})

@@ -13,16 +13,17 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
 
 from medctkit.cohort.dataset import CTReportDataset
 from medctkit.cohort.manifest import load_manifest
+from medctkit.experiments.compare.rivals import RIVALS, batches, body_quantiles, lung_centroid
 from medctkit.findings import FINDINGS
 from medctkit.lora.counting import count_trainable
 from medctkit.lora.methods import METHODS, apply_method, trained_bytes
@@ -30,15 +31,22 @@ from medctkit.metrics import scores as metrics
 from medctkit.model.base_model import FOLDER as MINI_FOLDER
 from medctkit.model.base_model import BaseModel, load_mini_base
 from medctkit.training.loop import finetune
+from medctkit.training.objectives import report_prompts
 from medctkit.training.settings import FineTuneConfig
 from medctkit.zero_shot.classifier import Embedded, ZeroShotClassifier, validation_score
+from medctkit.zero_shot.prompts import PROMPTS
 
-GROUPS = ("learning-rates", "methods", "ranks", "studies")
+if TYPE_CHECKING:
+    import pandas as pd
+
+GROUPS = ("learning-rates", "methods", "rivals", "unseen", "ranks", "studies")
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 SIZES = (16, 32, 64, 128, 256, 512, None)  # None: all
-TUNED_AS = {"lora-vision": "lora", "lora-text": "lora", "dora": "lora"}  # these take LoRA's learning rate
+DIALECTS = ("target", "source")  # whose sentences the per-finding loss speaks in
+PLACEMENTS = ("lora", "lora-vision", "lora-text")  # whose dialect is chosen as their learning rate is
 BASE, PROBE = "base", "linear-probe"
-PROBE_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # scikit-learn's C
+# Kept out of every loss in the runs of "unseen": one of each group that has several findings or none like it.
+HELD_OUT = ("Pleural effusion", "Emphysema", "Hiatal hernia", "Bronchiectasis")
 
 
 # What all runs share; a run has its own learning rate and seed, and a smaller batch where there are fewer studies.
@@ -51,11 +59,13 @@ class Job:
 
     Args:
         group: one of `GROUPS`, the question it helps to answer.
-        method: one of `METHODS`, "base" or "linear-probe".
+        method: one of `METHODS`, one of `RIVALS`, or "base".
         rank: of the adapter, where it has one.
         studies: number of training studies; None: all.
         learning_rate: None where nothing is trained by gradients.
         seed: of the run, and of which studies.
+        dialect: one of `DIALECTS`.
+        unseen: the findings of `HELD_OUT` are kept out of every loss, and so are the reports, which speak of them.
     """
 
     group: str
@@ -64,6 +74,8 @@ class Job:
     studies: int | None = None
     learning_rate: float | None = None
     seed: int = 0
+    dialect: str = "target"
+    unseen: bool = False
 
     @property
     def name(self) -> str:
@@ -72,32 +84,52 @@ class Job:
             return BASE
         rank = f"-r{self.rank}" if self.rank else ""
         rate = f"-lr{self.learning_rate:g}" if self.learning_rate else ""
-        return f"{self.method}{rank}-{self.studies or 'all'}-studies{rate}-seed{self.seed}"
+        other = f"-{self.dialect}-wording" * (self.dialect != "target") + "-unseen" * self.unseen
+        return f"{self.method}{rank}-{self.studies or 'all'}-studies{rate}{other}-seed{self.seed}"
 
 
 def tuning_jobs(methods: Iterable[str]) -> list[Job]:
-    """A run for each learning rate of each method that has a grid of its own, with seed 0 and all studies."""
-    own = {name: METHODS[name] for name in (TUNED_AS.get(method, method) for method in methods)}
-    return [Job("learning-rates", n, m.rank, learning_rate=rate) for n, m in own.items() for rate in m.learning_rates]
+    """A run for each learning rate and dialect of each method, with seed 0 and all studies."""
+    return [
+        Job("learning-rates", name, METHODS[name].rank, learning_rate=rate, dialect=dialect)
+        for name in methods
+        for dialect in (DIALECTS if name in PLACEMENTS else DIALECTS[:1])
+        for rate in METHODS[name].learning_rates
+    ]
 
 
 def methods_of(groups: Iterable[str]) -> list[str]:
     """The methods whose learning rate has to be known for these groups."""
-    wide = {"methods", "learning-rates"} & set(groups)
-    return list(METHODS) if wide else ["lora", "full"] if "studies" in groups else ["lora"]
+    groups = set(groups)
+    if {"methods", "learning-rates"} & groups:
+        return list(METHODS)
+    needed = {"lora"}
+    if "rivals" in groups:
+        needed |= {*PLACEMENTS, "full"}
+    if "studies" in groups:
+        needed |= {"full"}
+    return [name for name in METHODS if name in needed]
 
 
-def jobs(groups: Iterable[str], seeds: int, rates: Mapping[str, float]) -> list[Job]:
-    """All runs of these groups; the base model is always among them, a method whose rate is not chosen yet is not."""
+def jobs(groups: Iterable[str], seeds: int, chosen: Mapping[str, tuple[float, str]]) -> list[Job]:
+    """All runs of these groups; the base model is always among them.
 
-    def tuned(group: str, method: str, rank: int | None, studies: int | None = None) -> list[Job]:
-        rate = rates.get(TUNED_AS.get(method, method))
-        return [Job(group, method, rank, studies, rate, seed) for seed in range(seeds) if rate]
+    A method whose rate and dialect are not `chosen` yet is not.
+    """
+
+    def tuned(group: str, method: str, rank: int | None, studies: int | None = None, **more: Any) -> list[Job]:
+        rate, dialect = chosen.get(method, (None, ""))
+        return [Job(group, method, rank, studies, rate, seed, dialect, **more) for seed in range(seeds) if rate]
 
     found = [Job("methods", BASE)]
     if "methods" in groups:
         found += [Job("methods", PROBE)]  # all studies and no chance: one seed says it all
         found += [job for name, method in METHODS.items() for job in tuned("methods", name, method.rank)]
+    if "rivals" in groups:
+        found += [Job("rivals", name) for name in RIVALS]
+        found += [job for name in (*PLACEMENTS, "full") for job in tuned("rivals", name, METHODS[name].rank)]
+    if "unseen" in groups:
+        found += tuned("unseen", "lora", METHODS["lora"].rank, unseen=True)
     if "ranks" in groups:
         found += [job for rank in RANKS for job in tuned("ranks", "lora", rank)]
     for studies in SIZES if "studies" in groups else ():
@@ -112,26 +144,59 @@ def jobs(groups: Iterable[str], seeds: int, rates: Mapping[str, float]) -> list[
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """The target hospital's studies, and the base model."""
+    """The target hospital's studies, test studies of the source hospital (`home`), and the base model."""
 
     train: CTReportDataset
     valid: CTReportDataset
     test: CTReportDataset
+    home: CTReportDataset
     mini: BaseModel
 
     @classmethod
     def load(cls, manifest_path: str | os.PathLike, cache_dir: str | os.PathLike) -> Data:
         """From a manifest and a folder of prepared volumes, which are made where missing."""
         mini, table = load_mini_base(), load_manifest(manifest_path)
-        table = table[table["hospital"] == "target"]
-        splits = (table[table["split"] == split] for split in ("train", "valid", "test"))
-        read = [CTReportDataset(rows, mini.preprocess_config, cache_dir).in_memory() for rows in splits]
-        return cls(read[0], read[1], read[2], mini)
+        train, valid, test, home = (
+            CTReportDataset(rows, mini.preprocess_config, cache_dir).in_memory() for rows in parts(table)
+        )
+        return cls(train, valid, test, home, mini)
 
     @cache  # noqa: B019 (one object, as long as the process)
     def embedded(self, split: str) -> Embedded:
         """A split through the base model, once."""
         return ZeroShotClassifier(self.mini.model, self.mini.tokenizer).embed(getattr(self, split), progress=False)
+
+    @cached_property
+    def centre(self) -> torch.Tensor:
+        """Mean centre (3,) of the lungs at home, in voxels."""
+        return torch.cat([lung_centroid(volumes) for volumes in batches(self.home)]).mean(0)
+
+    @cached_property
+    def quantiles(self) -> np.ndarray:
+        """Mean quantiles of HU within the body at home."""
+        return np.mean([body_quantiles(volumes) for volumes in batches(self.home, 1)], axis=0)
+
+
+def parts(table: pd.DataFrame) -> list[pd.DataFrame]:
+    """The rows of a manifest that a comparison reads: target train, valid and test, and source test."""
+    wanted = (("target", "train"), ("target", "valid"), ("target", "test"), ("source", "test"))
+    return [table[(table["hospital"] == hospital) & (table["split"] == split)] for hospital, split in wanted]
+
+
+class HeldOut(Dataset):
+    """Studies of which some labels are unknown."""
+
+    def __init__(self, dataset: Dataset, findings: Sequence[str] = HELD_OUT):
+        self.dataset, self.unknown = dataset, [FINDINGS.index(name) for name in findings]
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = self.dataset[index]
+        labels = item["labels"].clone()
+        labels[self.unknown] = float("nan")
+        return item | {"labels": labels}
 
 
 def draw_studies(patients: Sequence[str], n: int | None, seed: int) -> list[int]:
@@ -148,55 +213,6 @@ def draw_studies(patients: Sequence[str], n: int | None, seed: int) -> list[int]
     return sorted(range(len(patients)), key=lambda i: place[patients[i]])[:n]
 
 
-@dataclass(frozen=True)
-class Probe:
-    """A linear probe: 18 logistic regressions on frozen embeddings.
-
-    `scores` (n, 18) are probabilities of the test studies, 0.5 throughout for the findings in `one_class`, of which the
-    training studies hold one class only. `strength` is scikit-learn's C, chosen by `validation_auroc`.
-    """
-
-    scores: np.ndarray
-    strength: float
-    validation_auroc: float
-    one_class: tuple[str, ...]
-
-
-def linear_probe(
-    train: Embedded, valid: Embedded, test: Embedded, strengths: Sequence[float] = PROBE_STRENGTHS
-) -> Probe:
-    """Fit a logistic regression for each finding on the base model's image embeddings, standardised.
-
-    A probe is not zero-shot: it answers 18 questions and no other. `valid` chooses C, one for all findings, from
-    `strengths`, lowest first. The embedding is the better feature on the default cohort: mean validation AUROC 0.675,
-    against 0.623 of the quantised tokens averaged over all places.
-
-    Raises:
-        ValueError: no finding has both classes in `valid`.
-    """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import roc_auc_score
-    from sklearn.preprocessing import StandardScaler
-
-    scaler = StandardScaler().fit(train.embeddings)
-    x, *seen = (scaler.transform(split.embeddings) for split in (train, valid, test))
-    both = [k for k in range(len(FINDINGS)) if 0 < train.labels[:, k].mean() < 1]
-    judged = [k for k in range(len(FINDINGS)) if 0 < valid.labels[:, k].mean() < 1]
-    if not judged:
-        raise ValueError("no finding has both positive and negative studies in the validation data")
-    one_class = tuple(name for k, name in enumerate(FINDINGS) if k not in both)
-    probes = []
-    for strength in strengths:
-        scores = [np.full((len(split), len(FINDINGS)), 0.5) for split in seen]
-        for k in both:
-            model = LogisticRegression(C=strength, max_iter=2000).fit(x, train.labels[:, k])
-            for split, out in zip(seen, scores, strict=True):
-                out[:, k] = model.predict_proba(split)[:, 1]
-        auroc = float(np.mean([roc_auc_score(valid.labels[:, k], scores[0][:, k]) for k in judged]))
-        probes.append(Probe(scores[1], strength, auroc, one_class))
-    return max(probes, key=lambda probe: probe.validation_auroc)  # of equals, the lowest C
-
-
 def inputs_of(manifest_path: str | os.PathLike) -> dict[str, str]:
     """Digests of the base model and of the manifest."""
     paths = {"base": MINI_FOLDER / "model.safetensors", "manifest": Path(manifest_path)}
@@ -205,10 +221,8 @@ def inputs_of(manifest_path: str | os.PathLike) -> dict[str, str]:
 
 def settings_of(job: Job, settings: FineTuneConfig, inputs: Mapping[str, str]) -> dict[str, Any]:
     """All that a result depends on, beside the job and the versions; compared before a result is taken up."""
-    if job.method == BASE:
+    if job.method == BASE or job.method in RIVALS:
         return dict(inputs)
-    if job.method == PROBE:
-        return {**inputs, "strengths": list(PROBE_STRENGTHS)}
     config = _config(job, settings)
     prompts = hashlib.sha256(repr(config.prompts).encode()).hexdigest()[:16]
     left_out = ("prompts", "workers", "checkpoint_every", "seed", "learning_rate", "epochs", "micro_batch_size")
@@ -219,7 +233,10 @@ def _config(job: Job, settings: FineTuneConfig) -> FineTuneConfig:
     """The settings of all runs with what is this run's own."""
     batch_size = min(settings.batch_size, job.studies or settings.batch_size)
     rate = job.learning_rate or settings.learning_rate
-    return replace(settings, batch_size=batch_size, learning_rate=rate, seed=job.seed)
+    own: dict[str, Any] = dict(batch_size=batch_size, learning_rate=rate, seed=job.seed)
+    if job.unseen:
+        own |= {"contrastive_weight": 0.0}
+    return replace(settings, **own, prompts=report_prompts(job.dialect))
 
 
 def run_job(job: Job, data: Data, settings: FineTuneConfig, work_dir: str | os.PathLike) -> dict[str, Any]:
@@ -227,47 +244,74 @@ def run_job(job: Job, data: Data, settings: FineTuneConfig, work_dir: str | os.P
 
     Returns:
         `validation_auroc`, `auroc` (the mean over findings and each finding: value, low, high; bootstrap over test
-        patients), `best_step`, `trainable`, `adapter_bytes`, `seconds`, `one_class`, `scores` of the test studies; or
-        only `diverged`, and why, if the learning rate was too high.
+        patients), `home` (the same at the source hospital, and `ece`, its calibration; of what asks prompts),
+        `by_prompts` (mean AUROC with each set of prompts), `best_step`, `trainable`, `adapter_bytes`, `seconds`,
+        `one_class`, `scores` of the test studies; or only `diverged`, and why, if the learning rate was too high.
     """
     started = time.perf_counter()
     indices = draw_studies([row["patient"] for row in data.train.rows], job.studies, job.seed)
     found: dict[str, Any] = {"best_step": 0, "trainable": 0, "adapter_bytes": 0, "one_class": []}
-    if job.method == PROBE:
-        seen = data.embedded("train")
-        drawn = (part[indices] for part in (seen.embeddings, seen.labels, seen.patients, seen.studies))
-        train = Embedded(*drawn)  # type: ignore[arg-type]
-        probe = linear_probe(train, data.embedded("valid"), data.embedded("test"))
-        scores, validation = probe.scores, probe.validation_auroc
-        trainable = (len(FINDINGS) - len(probe.one_class)) * (train.embeddings.shape[1] + 1)
-        found |= {"trainable": trainable, "adapter_bytes": 4 * trainable, "one_class": list(probe.one_class)}
-        found |= {"strength": probe.strength}
-    elif job.method == BASE:
-        validation = validation_score(data.valid, data.mini.tokenizer)(data.mini.model)
-        classifier = ZeroShotClassifier(data.mini.model, data.mini.tokenizer)
-        scores = classifier.scores_from_embeddings(data.embedded("test").embeddings)
+    if job.method in RIVALS:
+        scored = RIVALS[job.method].score(data, indices)
+        validation, scores = mean_auroc(truth(data.valid.rows)[0], scored.valid), scored.test
+        found |= {"trainable": scored.trained, "adapter_bytes": 4 * scored.trained, "one_class": list(scored.one_class)}
     else:
-        torch.manual_seed(job.seed)
-        model = apply_method(load_mini_base().model, job.method, **{"r": job.rank} if job.rank else {})
-        score, config = validation_score(data.valid, data.mini.tokenizer), _config(job, settings)
-        try:
-            result = finetune(model, Subset(data.train, indices), data.mini.tokenizer, config, work_dir, score)
-        except FloatingPointError as error:
-            return {"diverged": str(error)}
-        found |= {"best_step": result.best_step, "trainable": count_trainable(model), "seconds": result.seconds}
-        found |= {"adapter_bytes": trained_bytes(result.adapter_dir)}
-        classifier, validation = ZeroShotClassifier(model, data.mini.tokenizer), result.best_score
-        scores = classifier.scores_from_embeddings(classifier.embed(data.test, progress=False).embeddings)
+        model = data.mini.model
+        if job.method == BASE:
+            seen = [data.embedded(split) for split in ("test", "home")]
+            validation = validation_score(data.valid, data.mini.tokenizer)(model)
+        else:
+            torch.manual_seed(job.seed)
+            model = apply_method(load_mini_base().model, job.method, **{"r": job.rank} if job.rank else {})
+            train: Dataset = Subset(data.train, indices)
+            valid: Dataset = data.valid
+            if job.unseen:
+                train, valid = HeldOut(train), HeldOut(valid)
+            score, config = validation_score(valid, data.mini.tokenizer), _config(job, settings)
+            try:
+                result = finetune(model, train, data.mini.tokenizer, config, work_dir, score)
+            except FloatingPointError as error:
+                return {"diverged": str(error)}
+            validation = result.best_score
+            found |= {"best_step": result.best_step, "trainable": count_trainable(model), "seconds": result.seconds}
+            found |= {"adapter_bytes": trained_bytes(result.adapter_dir)}
+            classifier = ZeroShotClassifier(model, data.mini.tokenizer)
+            seen = [classifier.embed(dataset, progress=False) for dataset in (data.test, data.home)]
+        asked = {name: ZeroShotClassifier(model, data.mini.tokenizer, name) for name in PROMPTS}
+        scores, at_home = (asked["paper"].scores_from_embeddings(each.embeddings) for each in seen)
+        found |= {"home": _measured(data.home, at_home, ("auroc", "ece"))}
+        found["by_prompts"] = {
+            name: mean_auroc(seen[0].labels, each.scores_from_embeddings(seen[0].embeddings))
+            for name, each in asked.items()
+        }
     found = {"seconds": time.perf_counter() - started} | found
-    labels, patients = truth(data.test.rows)
-    table = metrics.evaluate(labels, scores, patients)
-    ends = {"value": "auroc", "low": "auroc_low", "high": "auroc_high"}
-    auroc = {
-        name: {end: None if np.isnan(table.loc[name, c]) else float(table.loc[name, c]) for end, c in ends.items()}
-        for name in ("mean", *FINDINGS)
-    }
     packed = base64.b64encode(np.asarray(scores, dtype="<f4").tobytes()).decode()
-    return found | {"validation_auroc": validation, "auroc": auroc, "scores": packed}
+    return found | {"validation_auroc": validation, "scores": packed} | _measured(data.test, scores, ("auroc",))
+
+
+def _measured(dataset: CTReportDataset, scores: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+    """Metrics of the mean over findings and of each: value, low, high; None where they cannot be computed."""
+    table = metrics.evaluate(*(truth(dataset.rows)[0], scores, truth(dataset.rows)[1]))
+    found = table.astype(object).where(table.notna(), None)
+    return {
+        name: {
+            row: {
+                "value": found.loc[row, name],
+                "low": found.loc[row, f"{name}_low"],
+                "high": found.loc[row, f"{name}_high"],
+            }
+            for row in ("mean", *FINDINGS)
+        }
+        for name in names
+    }
+
+
+def mean_auroc(labels: np.ndarray, scores: np.ndarray) -> float:
+    """Mean AUROC over the findings that have both classes in labels (n, 18)."""
+    from sklearn.metrics import roc_auc_score
+
+    judged = [k for k in range(labels.shape[1]) if 0 < labels[:, k].mean() < 1]
+    return float(np.mean([roc_auc_score(labels[:, k], scores[:, k]) for k in judged]))
 
 
 def truth(rows: Sequence[Mapping]) -> tuple[np.ndarray, np.ndarray]:
