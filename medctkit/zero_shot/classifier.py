@@ -46,7 +46,7 @@ class Embedded:
 class ZeroShotClassifier:
     """Probabilities of findings from a model and prompts.
 
-    Prompts are encoded once: after training the model or switching its adapter, make a new classifier.
+    Prompts are encoded once, and again when the model has changed: trained, its adapter switched, scaled or merged.
 
     Args:
         model: a `VisionLanguageModel` such as `CTCLIPModel`, with or without an adapter.
@@ -64,8 +64,8 @@ class ZeroShotClassifier:
         self._wordings = [sentences for side in prompt_sentences(prompts, self.findings) for sentences in side]
         flat = [sentence for sentences in self._wordings for sentence in sentences]
         self._words = words_of(model, tokenizer, flat)
-        self._text: torch.Tensor | None = None
-        self._scale = torch.ones(())
+        self._text, self._scale = torch.empty(0), torch.ones(())
+        self._seen: Any = None  # the model's state when they were encoded
 
     @property
     def device(self) -> torch.device:
@@ -73,8 +73,9 @@ class ZeroShotClassifier:
         return next(self.model.parameters()).device
 
     def text_embeds(self) -> torch.Tensor:
-        """Embeddings of the prompts (2, k, p): stating, denying. Encoded at the first call and kept."""
-        if self._text is None:
+        """Embeddings of the prompts (2, k, p): stating, denying. Kept while the model stays as it is."""
+        state = _state_of(self.model)
+        if self._seen != state:
             parts = (self._words[name].to(self.device).split(AT_A_TIME) for name in ("input_ids", "attention_mask"))
             with evaluating(self.model):
                 embeds = torch.cat([self.model.encode_text(*part) for part in zip(*parts, strict=True)]).float()
@@ -83,6 +84,7 @@ class ZeroShotClassifier:
             # what several wordings have in common; a single one stays itself, to the last bit
             found = [e[0] if len(e) == 1 else nn.functional.normalize(e.mean(0), dim=-1) for e in of_wording]
             self._text = torch.stack(found).unflatten(0, (2, -1))  # (2 k, p) -> (2, k, p)
+            self._seen = state
         return self._text
 
     def scores_from_embeddings(self, image_embeds: ArrayLike | torch.Tensor) -> np.ndarray:
@@ -148,6 +150,22 @@ class ZeroShotClassifier:
             found = [shares[i % processes][i // processes] for i in range(len(dataset))]
         embeddings, labels, patients, studies = (np.array(part) for part in zip(*found, strict=True))
         return Embedded(torch.from_numpy(embeddings), labels, patients, studies)
+
+
+def _state_of(model: nn.Module) -> tuple:
+    """What changes when the model computes something else: its tensors, their in-place changes, adapters in use."""
+    tensors = [(id(p), p._version, p.dtype, p.device) for p in model.parameters()]
+    adapters = [
+        (
+            tuple(m.active_adapters),
+            m.disable_adapters,
+            tuple(m.merged_adapters),
+            tuple(getattr(m, "scaling", {}).items()),
+        )
+        for m in model.modules()
+        if hasattr(m, "adapter_layer_names")
+    ]
+    return tensors, adapters
 
 
 def refuse_non_finite(embeds: torch.Tensor, names: Sequence[str]) -> None:

@@ -69,6 +69,39 @@ def test_an_adapter_is_scored_like_its_base_until_it_learns(volumes):
     assert np.abs(ZeroShotClassifier(adapted, base.tokenizer).scores(volumes) - before).max() > 1e-4
 
 
+def trained_a_little(model):
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "text" in name and "lora_B.default" in name).add_(0.1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.set_adapter("other"),
+        lambda model: model.base_model.disable_adapter_layers(),
+        lambda model: [m.scale_layer(0.5) for m in model.modules() if hasattr(m, "scale_layer")],
+        lambda model: model.base_model.merge_adapter(),
+        lambda model: model.load_state_dict({k: v * 1.1 for k, v in model.state_dict().items()}),
+        lambda model: model.double().float(),
+        trained_a_little,
+    ],
+)
+def test_prompts_follow_the_model(change):
+    mini = load_mini_base()
+    model = add_lora(mini.model, "paper", r=4)
+    model.add_adapter("other", model.peft_config["default"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    classifier = ZeroShotClassifier(model, mini.tokenizer)
+    embeds = torch.nn.functional.normalize(torch.randn(2, model.config.projection_dim), dim=-1)
+    classifier.scores_from_embeddings(embeds)
+    change(model)
+    fresh = ZeroShotClassifier(model, mini.tokenizer).scores_from_embeddings(embeds)
+    np.testing.assert_array_equal(classifier.scores_from_embeddings(embeds), fresh)
+
+
 def test_volumes_and_prompts_are_encoded_once(mini, volumes, monkeypatch):
     calls = {"image": 0, "text": 0}
     image, text = mini.model.encode_image, mini.model.encode_text
