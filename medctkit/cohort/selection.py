@@ -88,7 +88,7 @@ def select(
 
 def read_names(path: str | os.PathLike) -> list[str]:
     """Names from a text file, one a line, or from the first column of a CSV file with the header VolumeName."""
-    lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
     names = [line.partition("#")[0].partition(",")[0].strip(' "') for line in lines]
     return [name for name in names if name and name != "VolumeName"]
 
@@ -101,7 +101,7 @@ def study_names(values: Iterable[str]) -> list[str]:
     """
     names = []
     for value in values:
-        if Path(value).is_file():
+        if Path(value).expanduser().is_file():
             names += read_names(value)
         elif "/" in value or value.endswith((".txt", ".csv")):
             raise FileNotFoundError(f"{value}: there is no such file of names")

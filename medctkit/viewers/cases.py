@@ -104,7 +104,8 @@ class Cases:
                     f"model {name!r} sees volumes of {sees} voxels, preprocess_config makes {preprocess_config.shape}; "
                     "use model.preprocess_config"
                 )
-        self.models, self.tokenizer, self.cache_dir = dict(models), tokenizer, cache_dir
+        self.models, self.tokenizer = dict(models), tokenizer
+        self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
         self.failures: dict[str, str] = {}
         table = load_manifest(manifest) if isinstance(manifest, str | os.PathLike) else validate_manifest(manifest)
         self.dataset = CTReportDataset(table[:limit], preprocess_config, cache_dir)
@@ -134,7 +135,7 @@ class Cases:
     def _file(self, name: str) -> Path:
         digest = hashlib.sha256(json.dumps(self._made_of[name], sort_keys=True).encode()).hexdigest()[:32]
         assert self.cache_dir is not None
-        return Path(self.cache_dir) / "embeddings" / f"{digest}.safetensors"
+        return self.cache_dir / "embeddings" / f"{digest}.safetensors"
 
     def _kept(self, name: str) -> dict[str, torch.Tensor]:
         """Embeddings of a model that are on disk, of other browsers' studies too, by the key of their study."""

@@ -5,15 +5,19 @@ from pathlib import Path
 import pytest
 import torch
 from scan_files import chest, write_nifti
+from torch.utils.data import DataLoader
 
 from medctkit.cohort import cache
-from medctkit.cohort.cache import STEPS, digest_of
-from medctkit.cohort.dataset import CTReportDataset, collate
+from medctkit.cohort.cache import STEPS, VolumeCache, content_of, digest_of
+from medctkit.cohort.dataset import CTReportDataset, collate, prepared_dir
 from medctkit.cohort.manifest import load_manifest, study_from_row
+from medctkit.cohort.prepare import prepare
+from medctkit.cohort.selection import study_names
 from medctkit.findings import FINDINGS
 from medctkit.model.base_model import load_mini_base
 from medctkit.scans.preprocessing import PreprocessConfig, preprocess
 
+SMALL = PreprocessConfig((30.0, 20.0, 20.0), (12, 18, 18), antialias=True)
 MINI = PreprocessConfig((11.25, 5.625, 5.625), (32, 64, 64), antialias=True)
 
 
@@ -69,6 +73,33 @@ def test_batches_are_padded_to_their_longest_report(rows):
     assert tokenizer.unk_token_id not in batch["input_ids"]
     assert batch["study"] == [i["study"] for i in items]
     assert collate(tokenizer, max_length=9)(items)["input_ids"].shape[1] == 9
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_workers_may_be_spawned(rows, tmp_path, method):
+    """As on macOS and Windows, and on Linux from Python 3.14 on."""
+    dataset, to_batch = CTReportDataset(rows.head(2), MINI, tmp_path), collate(load_mini_base().tokenizer)
+    loader = DataLoader(dataset, 2, collate_fn=to_batch, num_workers=1, multiprocessing_context=method)
+    (batch,) = loader
+    expected = to_batch([dataset[0], dataset[1]])
+    assert batch["study"] == expected["study"] and torch.equal(batch["pixel_values"], expected["pixel_values"])
+    assert torch.equal(batch["report_id"], expected["report_id"])
+
+
+def test_the_home_folder_is_found(rows, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "prepared").mkdir()
+    assert (
+        prepared_dir("~/m.csv", "out") == tmp_path / "prepared"
+        and prepared_dir("m.csv", "~/o", "~/c") == tmp_path / "c"
+    )
+    assert VolumeCache("~/c").folder == tmp_path / "c"
+    write_nifti(tmp_path / "scan.nii", chest())
+    row = rows.head(1).assign(path="~/scan.nii", checksum="", seed=None).to_dict("records")[0]
+    assert prepare([row], SMALL, "~/c", workers=1).made == 1 and len(list((tmp_path / "c").glob("*.safetensors"))) == 1
+    assert content_of(row) == digest_of(tmp_path / "scan.nii")
+    (tmp_path / "names.txt").write_text("valid_1\n")
+    assert study_names(["~/names.txt"]) == ["valid_1"]
 
 
 def test_a_file_is_hashed_once_and_then_needed_no_more(rows, tmp_path, monkeypatch):
