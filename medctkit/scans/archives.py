@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from medctkit.scans.limits import most_unpacked
-from medctkit.scans.stored import is_web_page
+from medctkit.scans.stored import is_of_machine, is_web_page
 
 MOST_MEMBERS = 100_000
 MOST_BYTES = 8 << 30
@@ -125,7 +125,7 @@ def _extract(archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path) -> N
     except NotImplementedError as error:
         raise ValueError(f"member {info.filename!r} can't be read ({error}); pack again as plain .zip") from error
     except Exception as error:  # zlib, lzma, struct, zipfile: each has its own types
-        if isinstance(error, OSError) and error.errno:  # not of bzip2, but of the disk
+        if is_of_machine(error):
             raise
         what = str(error) or type(error).__name__
         raise ValueError(f"member {info.filename!r} is damaged; get the file again ({what})") from error

@@ -25,14 +25,17 @@ if TYPE_CHECKING:
 _BARE = re.compile(rb"[\x02\x08]\x00[\x00-\x2f]\x00(?:UL|UI|OB|CS|SH|LO|DA|TM|UN|.\x00\x00\x00)", re.DOTALL)
 _NAMES = ("SeriesInstanceUID", "SeriesNumber", "SeriesDescription")
 # what tells the slices of one scan from those of another under the same SeriesInstanceUID
-MARKS = """PatientID StudyInstanceUID FrameOfReferenceUID SOPClassUID SeriesNumber AcquisitionNumber StackID
-    TemporalPositionIdentifier TemporalPositionIndex NominalPercentageOfCardiacPhase KVP ConvolutionKernel""".split()
+MARKS = """PatientID PatientName PatientBirthDate PatientSex StudyInstanceUID StudyDate StudyTime AccessionNumber
+    StationName FrameOfReferenceUID SOPClassUID SeriesNumber AcquisitionNumber AcquisitionUID IrradiationEventUID
+    StackID TemporalPositionIdentifier TemporalPositionIndex NominalPercentageOfCardiacPhase KVP
+    ConvolutionKernel""".split()
+OF_SHOTS = {"AcquisitionNumber", "AcquisitionUID", "IrradiationEventUID"}  # one scan may have several, side by side
 _FRAMES = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 _IN_FRAMES = {"FrameType": "ImageType", "FrameAcquisitionNumber": "AcquisitionNumber"}  # as a slice would call it
 _OF_SLICES = """Modality ImageType SamplesPerPixel PhotometricInterpretation Rows Columns
     BitsAllocated BitsStored HighBit PixelRepresentation LossyImageCompression LossyImageCompressionRatio NumberOfFrames
-    ImagePositionPatient ImageOrientationPatient PixelSpacing RescaleSlope RescaleIntercept RescaleType
-    ModalityLUTSequence PixelPaddingValue PixelPaddingRangeLimit DirectoryRecordSequence""".split()
+    InstanceNumber ImagePositionPatient ImageOrientationPatient PixelSpacing RescaleSlope RescaleIntercept
+    RescaleType ModalityLUTSequence PixelPaddingValue PixelPaddingRangeLimit DirectoryRecordSequence""".split()
 _KEPT = [*_NAMES, *MARKS, *_IN_FRAMES, *_OF_SLICES]
 _SUFFIXES = (".dcm", ".dicom", ".ima")
 _DEFLATED, _EXPLICIT = b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.2.1\0\0\0"
@@ -40,8 +43,10 @@ _CT_IMAGE, _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.
 _CT_IMAGES = (_CT_IMAGE, _CT_IMAGE + ".1", _CT_IMAGE + ".2")  # slices, enhanced, enhanced made of slices
 _PAGES = {"SCREEN SAVE", "DOSE_INFO", "CSA REPORT"}  # in ImageType: text as a picture, by GE and Siemens
 _NO_PLACE, _LOCALIZER, _PAGE = "picture without a place in the patient", "localizer", "page of text (dose report)"
+_CAPTURE = "secondary capture"
 _NO_SLICES = (_NO_PLACE, _LOCALIZER, _PAGE)
 _MOST_FRAMES = 2**14
+_LARGEST_SLICE = 64 << 20  # bytes; one of 4096 x 4096 pixels has 32 MiB
 _PIXEL_GROUP = (b"\xe0\x7f", b"\x7f\xe0")
 _MOST_ODD = 20  # of that many slices of a series one may be a picture of something else
 
@@ -133,7 +138,7 @@ def _parse(file: _File, size: int, pixels: bool) -> "Dataset | None":
     if _DEFLATED in head[132:end_of_meta]:
         # inflated here, with a limit; the header then is that of the inflated file
         file.seek(end_of_meta - missing)
-        whole = zlib.decompressobj(-zlib.MAX_WBITS).decompress(file.read(), most_unpacked(size))
+        whole = zlib.decompressobj(-zlib.MAX_WBITS).decompress(file.read(), most_unpacked(size, _LARGEST_SLICE))
         source = io.BytesIO(head[:end_of_meta].replace(_DEFLATED, _EXPLICIT) + whole)
     elif missing:
         source = io.BytesIO(head[:missing] + file.read())
@@ -199,8 +204,9 @@ def chosen_series(path: Path, wanted: str | None = None) -> tuple[list[Slice], l
     counts = sorted(Counter(kind for kind, *_ in left_out).items())
     others = ", ".join(f"{kind} ({n})" for kind, n in counts)
     if not found:
-        such = f"{others}, such as {left_out[0][1]}"
-        raise ValueError(f"no slice of a scan among its {len(left_out)} files: {such}; give the scan itself")
+        such = f"{others}, such as {left_out[0][1]}; give the scan itself"
+        why = ", captures are pictures, not measured values" * any(kind == _CAPTURE for kind, *_ in left_out)
+        raise ValueError(f"no slice of a scan among its {len(left_out)} files: {such}{why}")
     name = str(wanted).strip()
     if wanted is None:
         matches = [slices for slices in found if any(item.modality == "CT" for item in slices)] or found
@@ -281,7 +287,7 @@ def _kind_left_out(item: Slice) -> str:
     if "DirectoryRecordSequence" in item.header:
         return "DICOMDIR"
     if (kind + ".").startswith(_SECONDARY_CAPTURE + "."):
-        return "secondary capture"
+        return _CAPTURE
     if "PixelData" not in item.header:
         if kind in ("", *_CT_IMAGES):
             raise damaged("it has no pixels", item.name)

@@ -3,14 +3,14 @@
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from medctkit.scans.archives import unpacked
-from medctkit.scans.dicom_files import MARKS, Slice, chosen_series, is_dicom
+from medctkit.scans.dicom_files import MARKS, OF_SHOTS, Slice, chosen_series, is_dicom
 from medctkit.scans.dicom_pixels import PixelReader, loss
 from medctkit.scans.geometry import STEP_RANGE, checked_spacing, ras_affine
 from medctkit.scans.limits import check_claim
@@ -61,6 +61,8 @@ def read_dicom(
         slices, which = _one_acquisition(slices, acquisition)
         axes, pixel = _common_geometry(slices, spacing)
         slices, copies = _in_order(slices, np.cross(*axes), reader)
+        if str(acquisition).strip() != "all":
+            _check_numbers(slices)
         grid = _grid(slices, axes, pixel, resample)
         hu, rescaled, more = _read_values(slices, reader)
     hu, affine, how = grid.resampled(hu)
@@ -81,8 +83,8 @@ def _one_acquisition(slices: list[Slice], wanted: str | None) -> tuple[list[Slic
         there = listing or " all slices are of one acquisition"
         raise ValueError(f"no slice of acquisition={name!r}; there are:{there}")
     left = _unlike(chosen)
-    if list(left) == ["AcquisitionNumber"] and _side_by_side(chosen):
-        return chosen, [f"{len(left['AcquisitionNumber'])} acquisitions side by side, as of a table that moves"]
+    if left and all(tag in OF_SHOTS and _side_by_side(chosen, tag) for tag in left):
+        return chosen, [f"{max(map(len, left.values()))} acquisitions side by side, as of a table that moves"]
     if left:
         ways_out = "acquisition='one of these values', or acquisition='all' if they are one scan"
         raise ValueError(f"slices of several scans in this series; choose by {ways_out}:{listing}")
@@ -108,11 +110,11 @@ def _counted(values: dict[str, list[Slice]]) -> str:
     return ", ".join(some) + f" and {len(values) - 5} more" * (len(values) > 5)
 
 
-def _side_by_side(slices: list[Slice]) -> bool:
+def _side_by_side(slices: list[Slice], tag: str) -> bool:
     """Whether acquisitions are the shots of one scan: three or more, none among another's slices, of equal size."""
     row, column = slices[0].required("ImageOrientationPatient", 6).reshape(2, 3)
     along = [float(item.required("ImagePositionPatient", 3) @ np.cross(row, column)) for item in slices]
-    numbers = [slices[i].text("AcquisitionNumber") for i in np.argsort(along, kind="stable")]
+    numbers = [slices[i].text(tag) for i in np.argsort(along, kind="stable")]
     runs = [len(list(run)) for _, run in groupby(numbers)]
     most = max(runs)
     return 3 <= len(runs) == len(set(numbers)) and all(run == most for run in runs[1:-1])
@@ -165,6 +167,21 @@ def _in_order(slices: list[Slice], normal: np.ndarray, reader: PixelReader) -> t
         raise ValueError(f"{kept[0].name} and its copies are the only slice; a volume needs the whole series")
     copies = len(slices) - len(kept)
     return kept, [f"left out: exact copy of a slice ({copies})"] if copies else []
+
+
+def _check_numbers(slices: list[Slice]) -> None:
+    """Refuse sorted slices that nothing but their numbers, which come twice and jump, tells for those of two scans."""
+    if any(item.frame for item in slices):
+        return
+    numbers = [item.text("InstanceNumber") for item in slices]
+    first: dict[str, Slice] = {}
+    twice = next((item for item in slices if first.setdefault(item.text("InstanceNumber"), item) is not item), None)
+    jumps = sum(not (a.isdecimal() and b.isdecimal() and abs(int(a) - int(b)) == 1) for a, b in pairwise(numbers))
+    if twice and len(first) > 1 and jumps >= len(slices) / 2:
+        number = twice.text("InstanceNumber")
+        found = f"{first[number].name} and {twice.name} both have InstanceNumber {number}, and others too"
+        way_out = "put the slices of each into a folder of its own, or pass acquisition='all' if they are one scan"
+        raise ValueError(f"{found}: two scans in one series? {way_out}")
 
 
 def _same(one: Slice, other: Slice, reader: PixelReader) -> bool:

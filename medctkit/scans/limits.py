@@ -9,9 +9,9 @@ from medctkit.scans.stored import check_shape
 MOST_RATIO, RATIO_FROM = 100, 256 << 20
 
 
-def most_unpacked(packed_bytes: int) -> int:
-    """Bytes that this many compressed bytes of a scan may unpack to."""
-    return max(RATIO_FROM, MOST_RATIO * packed_bytes)
+def most_unpacked(packed_bytes: int, at_least: int | None = None) -> int:
+    """Bytes that this many compressed bytes of a scan may unpack to; of a part of one `at_least` others."""
+    return max(RATIO_FROM if at_least is None else at_least, MOST_RATIO * packed_bytes)
 
 
 def check_claim(shape: Sequence[int], itemsize: int, packed_bytes: int) -> None:

@@ -4,6 +4,7 @@ What a header claims is compared with what the file holds before anything of tha
 voxels are checked by their checksum.
 """
 
+import errno
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -40,6 +41,12 @@ def damaged(reason: str, part: str = "") -> ValueError:
     return ValueError(f"{part} can't be read: truncated or damaged; get the file again ({reason})".lstrip())
 
 
+def is_of_machine(error: Exception) -> bool:
+    """Whether an error is no fault of the file: too little memory, or what the system says of the disk."""
+    # a place in a damaged header that no file has is an invalid argument, and errors of libraries have no number
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in (None, errno.EINVAL))
+
+
 def decode(read: Callable[[], T], part: str = "") -> T:
     """Run a decoder; whatever it raises on a broken file (each has its own types) becomes the error above.
 
@@ -50,7 +57,7 @@ def decode(read: Callable[[], T], part: str = "") -> T:
     try:
         return read()
     except Exception as error:
-        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
+        if is_of_machine(error):
             raise
         if _NO_MEMORY.search(str(error)):  # of libraries in C and C++
             raise MemoryError(str(error).strip().splitlines()[-1]) from error

@@ -63,6 +63,26 @@ def test_scans_in_one_series_are_refused_or_chosen(tmp_path, tag, one, other, ap
         read_volume(tmp_path, acquisition="x")
 
 
+@pytest.mark.parametrize(
+    ("numbers", "good"),
+    [
+        ([1, 1, 2, 2, 3, 3, 4, 4], False),
+        ([1, 4, 2, 3, 3, 2, 4, 1], False),
+        ([1, 2, 3, 4, 1, 2, 3, 4], True),  # counted anew in each shot
+        ([5, 5, 5, 5, 5, 5, 5, 5], True),
+        ([8, 2, 5, 1, 7, 3, 6, 4], True),
+    ],
+)
+def test_scans_that_only_the_numbers_of_their_slices_tell_apart(tmp_path, numbers, good):
+    write_dicom(tmp_path, chest())
+    for file, number in zip(sorted(tmp_path.iterdir()), numbers, strict=True):
+        change(file, InstanceNumber=number)
+    if not good:
+        with pytest.raises(ValueError, match="both have InstanceNumber"):
+            read_volume(tmp_path)
+    check(tmp_path, acquisition=None if good else "all")
+
+
 def test_a_choice_among_slices_of_one_acquisition(tmp_path):
     write_dicom(tmp_path, chest(), AcquisitionNumber=3)
     check(tmp_path, acquisition=3)
@@ -167,7 +187,7 @@ def test_a_folder_of_another_format_or_of_captures_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"file that is not DICOM \(1\), such as scan.nii.gz; give the scan itself"):
         read_volume(tmp_path)
     write_dicom(tmp_path / "b", chest(), SOPClassUID=CLASS + "7")
-    with pytest.raises(ValueError, match=r"secondary capture \(8\)"):
+    with pytest.raises(ValueError, match=r"secondary capture \(8\), .*not measured values"):
         read_volume(tmp_path / "b")
 
 
@@ -369,5 +389,5 @@ def test_a_small_series_can_not_fill_the_memory(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="2560000 bytes of voxels in .* bytes of files"):
             values(folder)
     with pytest.raises(ValueError, match="can't be read: .* bytes of pixels, its header says 320000"):
-        monkeypatch.setattr("medctkit.scans.dicom_files.most_unpacked", lambda _: 100_000)
+        monkeypatch.setattr("medctkit.scans.dicom_files._LARGEST_SLICE", 100_000)
         read_volume(write_dicom(tmp_path / "a", blank[:2], syntax=DeflatedExplicitVRLittleEndian))

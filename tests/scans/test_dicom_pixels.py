@@ -1,15 +1,13 @@
 """Values of DICOM slices: transfer syntaxes, bits, slope and intercept, padding, and damage."""
 
-import os
+import subprocess
 import tempfile
-import tracemalloc
+from functools import partial
 
 import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from pydicom.encaps import encapsulate
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
@@ -23,6 +21,8 @@ from pydicom.uid import (
     RLELossless,
 )
 from scan_files import change, chest, notes, truncate, values, write_dicom
+
+from medctkit.scans.dicom_pixels import PixelReader
 
 SYNTAXES = [
     ExplicitVRLittleEndian,
@@ -174,7 +174,7 @@ def test_padding_ranges_and_padding_that_looks_like_tissue(tmp_path):
 @pytest.mark.parametrize(
     ("uid", "name"),
     [
-        ("1.2.840.10008.1.2.4.110", "JPEG XL Lossless"),
+        ("1.2.840.10008.1.2.4.94", "JPIP Referenced"),
         ("1.2.840.10008.1.2.4.100", "MPEG2 Main Profile"),
         ("1.2.840.113619.5.2", "an unknown transfer syntax|GE Private"),
     ],
@@ -237,38 +237,9 @@ def test_pictures_that_crash_the_decoder_are_errors_and_leave_nothing(tmp_path, 
     assert not list((tmp_path / "temporary").iterdir())
 
 
-# --- fuzz ------------------------------------------------------------------------------------------------
-
-EXAMPLES = int(os.environ.get("MEDCTKIT_FUZZ_EXAMPLES", 12))
-DAMAGE = st.lists(st.tuples(st.integers(0, 2**16), st.sampled_from([0, 1, 0x7F, 0x80, 0xFF, 0x31])), min_size=1)
-
-
-def damaged(data, hits):
-    data = bytearray(data)
-    for at, value in hits:
-        data[at % len(data)] = value
-    return bytes(data)
-
-
-@pytest.fixture(scope="module", params=SYNTAXES, ids=lambda syntax: syntax.keyword)
-def small_series(request, tmp_path_factory):
-    return write_dicom(tmp_path_factory.mktemp("series"), chest((3, 16, 16)), syntax=request.param)
-
-
-@pytest.mark.slow
-@given(hits=DAMAGE, which=st.integers(0, 2), cut=st.sampled_from([None, None, None, 100, 400, 900]))
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_damaged_series_is_read_or_refused_with_a_name(small_series, hits, which, cut):
-    file = small_series / f"{which:03}.dcm"
-    whole = file.read_bytes()
-    try:
-        file.write_bytes(damaged(whole, hits)[:cut])
-        tracemalloc.start()
-        try:
-            assert values(small_series).shape[0] in (2, 3)
-        except ValueError as error:
-            assert ".dcm" in str(error)
-        assert tracemalloc.get_traced_memory()[1] < 20 << 20, "a damaged header may ask for gigabytes"
-    finally:
-        tracemalloc.stop()
-        file.write_bytes(whole)
+def test_a_full_disk_is_no_damage(tmp_path, monkeypatch):
+    write_dicom(tmp_path, chest(), syntax=RLELossless)
+    full = partial(subprocess.Popen, ["echo", "28"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    monkeypatch.setattr(PixelReader, "_started", lambda _: full())
+    with pytest.raises(OSError, match="No space left on device"):
+        values(tmp_path)
