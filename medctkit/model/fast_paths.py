@@ -156,6 +156,7 @@ class QuickFeedForward(FeedForward):
     def _map(self, x: torch.Tensor) -> torch.Tensor:
         first, last = self[1], self[4]
         on_cpu = x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+        on_cpu = on_cpu and not torch.compiler.is_compiling()  # the number of parts would be fixed
         if not ((on_cpu or _half(x)) and _plain(first) and _plain(last)):
             return super().forward(x)
         value, gate = first.weight.chunk(2)  # each (inner, c)
@@ -259,6 +260,8 @@ class QuickVectorQuantiser(VectorQuantiser):
 
     def best(self, tokens: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
         """For each of the tokens (n, c) the best code (n,), as `VectorQuantiser.best` says."""
+        if torch.compiler.is_compiling():  # the number of parts would be fixed
+            return super().best(tokens, codes)
         parts = tokens.split(max(1, self.max_similarities // len(codes)))
         return torch.cat([super(QuickVectorQuantiser, self).best(part, codes) for part in parts])
 
@@ -305,5 +308,6 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> TypeGuard[nn.Linear]:
-    """Whether a layer is nothing but its weights: no adapter on it, nobody listening."""
-    return type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
+    """Whether a layer is nothing but its weights: no adapter on it, not quantised, nobody listening."""
+    plain = type(module) is kind and type(module.weight.data) is torch.Tensor and module.weight.is_floating_point()
+    return plain and not module._forward_hooks and not module._forward_pre_hooks
