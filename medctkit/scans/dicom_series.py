@@ -177,7 +177,7 @@ def _check_numbers(slices: list[Slice]) -> None:
     first: dict[str, Slice] = {}
     twice = next((item for item in slices if first.setdefault(item.text("InstanceNumber"), item) is not item), None)
     jumps = sum(not (a.isdecimal() and b.isdecimal() and abs(int(a) - int(b)) == 1) for a, b in pairwise(numbers))
-    if twice and len(first) > 1 and jumps >= len(slices) / 2:
+    if twice and len(set(numbers)) > 1 and jumps >= len(slices) / 2:
         number = twice.text("InstanceNumber")
         found = f"{first[number].name} and {twice.name} both have InstanceNumber {number}, and others too"
         way_out = "put the slices of each into a folder of its own, or pass acquisition='all' if they are one scan"
