@@ -1,5 +1,1 @@
-"""From adapter to clinic: one base with the adapters of many hospitals."""
-
-from medctkit.deploy.bank import AdapterBank
-
-__all__ = ["AdapterBank"]
+"""From adapter to clinic. Hands nothing on: `deploy.exported` has to load where there is no torch."""

@@ -1,4 +1,4 @@
-"""A report as single sentences, and each sentence turned into its contrary: text only, no labels."""
+"""A report as single sentences, their contraries and phrases: text only, no labels."""
 
 import re
 
@@ -35,3 +35,12 @@ def contrary(sentence: str) -> str:
         if count:
             return found
     return sentence
+
+
+def phrases_of(report: str, longest: int = 4) -> set[str]:
+    """All runs of one to `longest` words within the sentences of a report, in small letters; numbers are left out."""
+    found = set()
+    for sentence in sentences_of(report):
+        words = re.findall(r"[a-z-]+", sentence.lower())
+        found |= {" ".join(words[i : i + n]) for n in range(1, longest + 1) for i in range(len(words) - n + 1)}
+    return found

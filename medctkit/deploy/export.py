@@ -1,0 +1,179 @@
+"""From a base model and its adapter to a folder that runs without PyTorch, proven equal before it is written.
+
+The adapter is merged into the vision tower. Of the text tower only what it says of the prompts is needed: for each
+finding the difference of two embeddings.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from medctkit.common.provenance import made_with, write_json
+from medctkit.common.templates import filled
+from medctkit.lora.adapter import merge_lora
+from medctkit.model.fingerprint import digests, vocabulary_of
+from medctkit.model.vision_tower import VisionTransformer
+from medctkit.zero_shot.classifier import ZeroShotClassifier, evaluating
+from medctkit.zero_shot.prompts import Prompts
+
+TOLERANCE = 1e-6  # of an embedding's numbers
+OPSET = 20
+
+
+class ExportDiffers(ValueError):
+    """What was exported does not compute what the model computes; nothing was written."""
+
+
+class Vision(nn.Module):
+    """Volumes (b, 1, d, h, w) to embeddings (b, p), and to the index of each token's code (b, t * h * w)."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.tower, self.projection = model.vision_encoder, model.to_visual_latent
+
+    def forward(self, volumes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings and codes."""
+        codes = self.tower.vq.nearest(self.tower.encode(volumes))  # (b, t, h, w)
+        tokens = self.tower.vq._codebook.embed[0][codes]
+        embeds = self.projection(tokens.mean(1).flatten(1))
+        return nn.functional.normalize(embeds, dim=-1), codes.flatten(1)
+
+
+def export(
+    model: Any, tokenizer: Any, folder: str | os.PathLike, prompts: Prompts = "paper", text: bool = False
+) -> Path:
+    """Write vision tower, prompts, pre-processing and digests to `folder`, as `Exported` reads them.
+
+    Args:
+        model: a CT-CLIP, with an adapter or without; it is left as it is.
+        tokenizer: of its text encoder.
+        folder: is replaced as a whole, or left as it was.
+        prompts: see `ZeroShotClassifier`.
+        text: write the text tower and its vocabulary too, for other prompts later.
+
+    Raises:
+        ValueError: a model whose vision tower is not CT-CLIP's; `folder` holds something else.
+        ExportDiffers: an embedding off by more than 1e-6, or a token with another code, for a batch of 1, 2 or 3.
+        ModuleNotFoundError: the extra [deploy] is not installed.
+    """
+    from medctkit.deploy.exported import FACTS, PROMPTS, VISION, Exported
+
+    folder = Path(folder).expanduser()
+    if folder.exists() and not (folder / FACTS).is_file() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds something else than an export; give an empty or another folder")
+    if not isinstance(getattr(model, "vision_encoder", None), VisionTransformer):
+        raise ValueError(f"{type(model).__name__} has no vision tower of CT-CLIP, which alone can be exported")
+    base, adapter = digests(model)
+    classifier = ZeroShotClassifier(model, tokenizer, prompts)
+    stating, denying = classifier.text_embeds()
+    plain = (merge_lora(model) if hasattr(model, "peft_config") else model).cpu()
+    config = plain.preprocess_config
+    facts = {
+        "findings": classifier.findings,
+        "input": {"shape": config.shape, "spacing": config.spacing, "hu_range": config.hu_range, "axes": config.axes},
+        "base": base, "adapter": adapter, "vocabulary": vocabulary_of(tokenizer),
+        "prompts": prompts if isinstance(prompts, str) else "own", "made_with": made_with(0, "none"),
+    }  # fmt: skip
+    facts["digest"] = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        building = Path(scratch) / "export"
+        building.mkdir()
+        difference = (stating - denying).cpu().numpy()
+        scale = np.float32(plain.temperature.detach().exp())
+        np.savez(building / PROMPTS, differences=difference, scale=scale, digest=facts["digest"])
+        write_json(facts, building / FACTS)
+        shape = (1, *config.shape)
+        with evaluating(plain):
+            _to_onnx(Vision(plain).eval(), torch.zeros(2, *shape), building / VISION, facts["digest"])
+            checked = prove(Exported(building), Vision(plain).eval(), shape)
+        if text:
+            tokenizer.save_pretrained(building / "text")
+            _text_to_onnx(plain, tokenizer, building / "text" / "text.onnx", facts["digest"])
+        write_json(facts | {"checked": checked}, building / FACTS)
+        size = (building / VISION).stat().st_size / 1e6
+        card = filled("export.md", facts=facts, checked=checked, megabytes=size, tolerance=TOLERANCE)
+        (building / "README.md").write_text(card, encoding="utf-8")
+        if folder.exists():
+            folder.rename(Path(scratch) / "old")
+        os.replace(building, folder)
+    return folder
+
+
+def prove(exported: Any, vision: nn.Module, shape: tuple[int, ...], seed: int = 0) -> dict[str, float]:
+    """Compare an export with the model on noise, for batches of 1, 2 and 3.
+
+    Returns:
+        `largest`, the largest difference of an embedding's number, and `codes`, how many were compared.
+
+    Raises:
+        ExportDiffers: see `export`.
+    """
+    generator, largest, compared = torch.Generator().manual_seed(seed), 0.0, 0
+    for batch in (1, 2, 3):
+        smooth = nn.functional.interpolate(
+            torch.randn(batch, 1, *(max(1, n // 8) for n in shape[1:]), generator=generator),
+            shape[1:],
+            mode="trilinear",
+        )
+        volumes = (smooth + 0.1 * torch.randn(batch, *shape, generator=generator)).clamp(-1, 1)
+        try:
+            embeds, codes = exported.embeds_and_codes(volumes.numpy())
+        except Exception as error:  # ONNX Runtime raises many
+            raise ExportDiffers(f"a batch of {batch} does not run: {error}") from error
+        with torch.no_grad():
+            own_embeds, own_codes = (y.numpy() for y in vision(volumes))
+        flipped = int((codes != own_codes).sum())
+        off = float(np.abs(embeds - own_embeds).max())
+        if flipped or not off <= TOLERANCE:
+            raise ExportDiffers(
+                f"a batch of {batch}: {flipped} of {codes.size:,} codes flipped, embeddings off by {off:.1g}, allowed "
+                f"are none and {TOLERANCE:g}; nothing was written"
+            )
+        largest, compared = max(largest, off), compared + codes.size
+    return {"largest": largest, "codes": compared}
+
+
+def _to_onnx(vision: nn.Module, example: torch.Tensor, path: Path, digest: str) -> None:
+    batch = torch.export.Dim("batch", min=1, max=1024)
+    _save(vision, (example,), {"volumes": {0: batch}}, ["volumes"], ["embeds", "codes"], path, digest)
+
+
+def _text_to_onnx(model: Any, tokenizer: Any, path: Path, digest: str) -> None:
+    class Text(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            return self.model.encode_text(input_ids, attention_mask)
+
+    words = tokenizer(["A nodule is seen.", "No."], padding=True, return_tensors="pt")
+    sizes = {0: torch.export.Dim("batch", min=1, max=1024), 1: torch.export.Dim("words", min=2, max=model.longest_text)}
+    names = ["input_ids", "attention_mask"]
+    with evaluating(model):
+        _save(
+            Text().eval(), tuple(words[n] for n in names), dict.fromkeys(names, sizes), names, ["embeds"], path, digest
+        )
+
+
+def _save(
+    module: nn.Module, example: tuple, sizes: dict, inputs: list[str], outputs: list[str], path: Path, digest: str
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own deprecations
+        program = torch.onnx.export(
+            module, example, dynamo=True, dynamic_shapes=sizes, input_names=inputs, output_names=outputs,
+            opset_version=OPSET, verbose=False,
+        )  # fmt: skip
+    assert program is not None
+    program.model.metadata_props["digest"] = digest
+    program.save(path)

@@ -1,0 +1,75 @@
+"""An exported model: ONNX Runtime and NumPy, and nothing else of what it was trained with."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+VISION, PROMPTS, FACTS = "vision.onnx", "prompts.npz", "export.json"
+
+
+class Exported:
+    """What `medctkit export` wrote, ready to score.
+
+    Args:
+        folder: of the export.
+        threads: of a run; None: ONNX Runtime's choice.
+
+    Attributes:
+        facts: what was exported: findings, the volumes it wants, digests of base model, adapter and vocabulary.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: files of different exports.
+    """
+
+    def __init__(self, folder: str | os.PathLike, threads: int | None = None):
+        folder = Path(folder).expanduser()
+        for name in (VISION, PROMPTS, FACTS):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} has no {name}; expected a folder that `medctkit export` wrote")
+        self.facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        self._session = onnxruntime.InferenceSession(folder / VISION, options, providers=["CPUExecutionProvider"])
+        with np.load(folder / PROMPTS, allow_pickle=False) as file:
+            self._differences, scale, digest = file["differences"], file["scale"], str(file["digest"])
+        self._scale = float(scale)
+        own = self._session.get_modelmeta().custom_metadata_map.get("digest")
+        if not own == digest == self.facts["digest"]:
+            raise ValueError(f"{folder} mixes files of different exports; export anew into an empty folder")
+        self.findings: tuple[str, ...] = tuple(self.facts["findings"])
+
+    def encode_image(self, volumes: np.ndarray) -> np.ndarray:
+        """Embed volumes (b, 1, d, h, w), float32 in [-1, 1]: (b, p), L2-normalised."""
+        return self.embeds_and_codes(volumes)[0]
+
+    def embeds_and_codes(self, volumes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Embeddings (b, p), and the index of the code of each token (b, t * h * w).
+
+        Raises:
+            ValueError: another shape or type.
+        """
+        expected = (1, *self.facts["input"]["shape"])
+        if volumes.ndim != 5 or volumes.shape[1:] != expected or volumes.dtype != np.float32:
+            raise ValueError(
+                f"volumes are {volumes.dtype} {volumes.shape}; expected float32 (batch, "
+                f"{', '.join(map(str, expected))})"
+            )
+        embeds, codes = self._session.run(None, {"volumes": volumes})
+        return embeds, codes
+
+    def scores(self, volumes: np.ndarray) -> np.ndarray:
+        """Probabilities (b, k) of the findings for volumes (b, 1, d, h, w), float32 in [-1, 1].
+
+        Raises:
+            ValueError: see `embeds_and_codes`.
+            FloatingPointError: an embedding that is not finite.
+        """
+        embeds = self.encode_image(volumes)
+        if not np.isfinite(embeds).all():
+            raise FloatingPointError("an embedding is not finite: a voxel is NaN or infinite; look at the volumes")
+        return 1 / (1 + np.exp(-self._scale * embeds @ self._differences.T))

@@ -1,0 +1,122 @@
+"""An export computes what the model computes, for every batch, without torch; or is not written."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from medctkit.deploy import export as exporting
+from medctkit.deploy.export import ExportDiffers, export
+from medctkit.deploy.exported import FACTS, PROMPTS, VISION, Exported
+from medctkit.lora.adapter import add_lora
+from medctkit.model.base_model import load_mini_base
+from medctkit.model.fingerprint import digests, vocabulary_of
+from medctkit.zero_shot.classifier import ZeroShotClassifier
+
+
+@pytest.fixture(scope="module")
+def adapted():
+    mini = load_mini_base()
+    torch.manual_seed(0)
+    model = add_lora(mini.model, "paper", r=4)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key:
+                parameter.normal_(std=0.1)
+    return model, mini.tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(adapted, tmp_path_factory):
+    return export(*adapted, tmp_path_factory.mktemp("out") / "export", text=True)
+
+
+@pytest.fixture(scope="module")
+def volumes(adapted):
+    shape = adapted[0].preprocess_config.shape
+    return torch.randn(5, 1, *shape, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_scores_are_the_models(adapted, folder, volumes, batch):
+    scores = ZeroShotClassifier(*adapted).scores(volumes[:batch])
+    np.testing.assert_allclose(Exported(folder).scores(volumes[:batch].numpy()), scores, atol=1e-5)
+
+
+def test_it_runs_where_there_is_no_torch(folder, volumes, tmp_path):
+    np.save(tmp_path / "volumes.npy", volumes.numpy())
+    program = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(['torch', 'transformers', 'monai', 'peft', 'scipy', 'pandas']))\n"
+        "import numpy as np\n"
+        "from medctkit.deploy.exported import Exported\n"
+        f"print(Exported({str(folder)!r}).scores(np.load({str(tmp_path / 'volumes.npy')!r})).tolist())"
+    )
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    np.testing.assert_allclose(json.loads(said), Exported(folder).scores(volumes.numpy()), atol=1e-6)
+
+
+def test_the_text_tower_answers_other_prompts(adapted, folder):
+    import onnxruntime
+
+    model, tokenizer = adapted
+    session = onnxruntime.InferenceSession(folder / "text" / "text.onnx")
+    for texts in (["Emphysema is seen."], ["One.", "Two nodules are seen.", "Three small nodules in both lungs."]):
+        words = tokenizer(texts, padding=True, return_tensors="pt")
+        given = {name: words[name].numpy() for name in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            expected = model.encode_text(words["input_ids"], words["attention_mask"]).numpy()
+        np.testing.assert_allclose(session.run(None, given)[0], expected, atol=1e-5)
+
+
+def test_it_says_what_it_is(adapted, folder):
+    model, tokenizer = adapted
+    facts = json.loads((folder / FACTS).read_text())
+    assert (facts["base"], facts["adapter"]) == digests(model) and facts["vocabulary"] == vocabulary_of(tokenizer)
+    assert facts["input"]["shape"] == list(model.preprocess_config.shape)
+    card = (folder / "README.md").read_text()
+    assert facts["adapter"] in card and "not a medical device" in card
+
+
+def test_what_differs_is_not_written(adapted, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "TOLERANCE", -1.0)
+    with pytest.raises(ExportDiffers, match="a batch of 1: 0 of .* codes flipped"):
+        export(*adapted, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_with_a_fixed_batch_is_found_out(adapted, tmp_path, monkeypatch):
+    def fixed(vision, example, path, digest):
+        exporting._save(vision, (example,), None, ["volumes"], ["embeds", "codes"], path, digest)
+
+    monkeypatch.setattr(exporting, "_to_onnx", fixed)
+    with pytest.raises(ExportDiffers, match="a batch of 1 does not run"):
+        export(*adapted, tmp_path / "out")
+
+
+def test_folders_are_not_mixed_or_taken(adapted, folder, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="something else"):
+        export(*adapted, tmp_path)
+    other = tmp_path / "copy"
+    other.mkdir()
+    for name in (VISION, PROMPTS):
+        (other / name).write_bytes((folder / name).read_bytes())
+    with pytest.raises(FileNotFoundError, match=FACTS):
+        Exported(other)
+    (other / FACTS).write_text(json.dumps(json.loads((folder / FACTS).read_text()) | {"digest": "0"}))
+    with pytest.raises(ValueError, match="different exports"):
+        Exported(other)
+
+
+def test_wrong_input_is_refused(folder, volumes):
+    exported = Exported(folder)
+    with pytest.raises(ValueError, match="expected float32"):
+        exported.scores(volumes.double().numpy())
+    with pytest.raises(ValueError, match=r"\(batch, 1, "):
+        exported.scores(volumes[:, 0].numpy())
+    with pytest.raises(FloatingPointError, match="not finite"):
+        exported.scores(np.full_like(volumes[:1].numpy(), np.nan))
