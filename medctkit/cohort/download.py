@@ -4,7 +4,7 @@ CT-RATE is gated and must not be passed on: everyone fetches it with a token of 
 `plan_files` finds out before the first byte whether files can be had and have room; `download` fetches them.
 
 Each file goes through `hf_hub_download` and not all through `snapshot_download`, which would list every file of the
-repository and hold each against each of some thousand patterns. Its records lie in `.cache` in the destination.
+repository and hold each against each of some thousand patterns. What was verified is written down in `.cache`.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medctkit.cohort.contents import Contents, stamp_of
 from medctkit.cohort.ct_rate import TABLES
 from medctkit.cohort.hub_repository import HubRepository
 from medctkit.cohort.selection import Selection, read_names, select
@@ -177,10 +178,11 @@ def download(plan: Plan, *, workers: int = 4, verify: bool = False) -> Outcome:
         where: dict[str, Any] = dict(repo_id=plan.repository.repo_id, repo_type=plan.repository.repo_type)
         where |= dict(revision=plan.revision, local_dir=plan.destination, endpoint=api.endpoint)
         path = Path(hf_hub_download(filename=file.path, **where, **options))
-        found = _digest(path, file)  # the library looks at the size only
+        stamp, found = stamp_of(path), _digest(path, file)  # the library looks at the size only
         if found != _announced_digest(file):
             path.unlink()
             raise OSError(f"arrived with digest {found}, but the hub says {_announced_digest(file)}")
+        verified.put(plan.destination / file.path, stamp, found)
 
     def provide(file: "RepoFile") -> None:
         target = plan.destination / file.path
@@ -188,7 +190,7 @@ def download(plan: Plan, *, workers: int = 4, verify: bool = False) -> Outcome:
             outcome.untried.append(file.path)
             return
         try:
-            if _is_there(plan, file, verify):
+            if _is_there(target, file, verified, verify):
                 outcome.kept.append(file.path)
                 return
             if target.exists():  # it may be the only one of its kind
@@ -210,6 +212,7 @@ def download(plan: Plan, *, workers: int = 4, verify: bool = False) -> Outcome:
             stack.enter_context(WeakFileLock(records / "medctkit.lock", timeout=1))
         except TimeoutError:
             raise OSError(f"another download writes into {plan.destination}: wait, or choose another folder") from None
+        verified = Contents(records / "verified.csv")
         bar = stack.enter_context(tqdm(total=left, disable=not left, unit="B", unit_scale=True, desc="download"))
         pool = stack.enter_context(ThreadPoolExecutor(workers))
         try:
@@ -225,15 +228,15 @@ def _has_size(path: Path, file: "RepoFile") -> bool:
     return path.is_file() and path.stat().st_size == file.size
 
 
-def _is_there(plan: Plan, file: "RepoFile", verify: bool) -> bool:
-    """Whether a file is in the destination, whole; it is read unless huggingface_hub's record of it holds."""
-    path, digest = plan.destination / file.path, _announced_digest(file)
+def _is_there(path: Path, file: "RepoFile", verified: Contents, verify: bool) -> bool:
+    """Whether a file is in the destination, whole; it is read unless it was verified and is as it was then."""
     if not _has_size(path, file):
         return False
-    record = plan.destination / _RECORDS / "download" / f"{file.path}.metadata"
-    if not verify and record.is_file() and path.stat().st_mtime <= record.stat().st_mtime + 1:
-        return digest in record.read_text().split()
-    return _digest(path, file) == digest
+    found = None if verify else verified.get(path)
+    if found is None:
+        stamp, found = stamp_of(path), _digest(path, file)
+        verified.put(path, stamp, found)
+    return found == _announced_digest(file)
 
 
 def _announced_digest(file: "RepoFile") -> str:

@@ -5,11 +5,8 @@ pre-process, store in the cache. A bad volume is recorded and the rest goes on. 
 stopped goes on where it was.
 """
 
-import csv
 import errno
-import hashlib
 import os
-import re
 import shutil
 import tempfile
 import time
@@ -25,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from medctkit.cohort.cache import VolumeCache, checksum_of, content_of, key_of, prepare_row
+from medctkit.cohort.contents import Contents, stamp_of
 from medctkit.cohort.manifest import has_file
 from medctkit.common.csv_tables import write_table
 from medctkit.common.processes import worker_pool
@@ -39,7 +37,6 @@ BYTES_PER_VOXEL = 1.4  # expected; phantoms took 1.04 at the released size, 1.34
 HOPELESS = 20  # failures without one success after which a run stops: the settings are wrong, not the volumes
 PATIENCE = "20s"  # for a scheduler to answer
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_CONTENT = re.compile("[0-9a-f]{64}")
 _DIED = "its worker process died each time it was tried, as a rule for want of memory"
 
 Results = Generator[tuple[dict, dict[str, Any]], None, None]  # (row, result of `_task`) as they come
@@ -109,7 +106,8 @@ def prepare(
     cache, done = VolumeCache(os.path.abspath(os.path.expanduser(cache_dir))), Preparation()
     cache.folder.mkdir(parents=True, exist_ok=True)
     cache.sweep()
-    todo = _not_yet(rows, config, cache, done, verify)
+    contents = Contents(cache.folder / CONTENTS)
+    todo = _not_yet(rows, config, cache, contents, done, verify)
     if not todo:
         return done
     cores = os.cpu_count() or 1
@@ -123,7 +121,6 @@ def prepare(
     print(_announcement(len(todo), len(rows), config, cache.folder, where))
     busy = []
     with (
-        open(cache.folder / CONTENTS, "a", newline="", encoding="utf-8") as contents,
         closing(results),
         tqdm(total=len(todo), desc="preparing", unit="volume") as bar,
     ):
@@ -142,8 +139,7 @@ def prepare(
                 done.bytes += result["bytes"]
                 busy.append(result["seconds"])
             if result["stamp"]:
-                csv.writer(contents).writerow([row["path"], result["stamp"], result["content"]])
-                contents.flush()
+                contents.put(row["path"], result["stamp"], result["content"])
     done.seconds = time.perf_counter() - started
     done.seconds_per_volume = float(np.median(busy)) if busy else 0.0
     return done
@@ -161,44 +157,26 @@ def write_failures(failures: Sequence[Mapping], path: str | os.PathLike) -> None
 
 
 def _not_yet(
-    rows: Sequence[Mapping], config: PreprocessConfig, cache: VolumeCache, done: Preparation, verify: bool
+    rows: Sequence[Mapping],
+    config: PreprocessConfig,
+    cache: VolumeCache,
+    contents: Contents,
+    done: Preparation,
+    verify: bool,
 ) -> list[dict]:
     """Rows to prepare, without their long texts; those that are prepared go into `done`."""
-    known, todo = _known_contents(cache.folder), []
+    todo = []
     for row in rows:
         row = {name: value for name, value in row.items() if name != "report"}
         if has_file(row):
             row["path"] = os.path.abspath(os.path.expanduser(row["path"]))  # workers may be at home in other folders
-        content = checksum_of(row) or known.get((row["path"], _stamp(row["path"])))
+        content = checksum_of(row) or contents.get(row["path"])
         key = key_of(row, content, config) if content else None
         if content and key and (cache.load(key) is not None if verify else cache.has(key)):
             done.contents[row["study"]] = content
         else:
             todo.append(row)
     return todo
-
-
-def _known_contents(folder: Path) -> dict[tuple[str, str], str]:
-    """(path, stamp) -> SHA-256, from earlier runs; other lines, cut off or broken, are passed over."""
-    try:
-        lines = (folder / CONTENTS).read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return {}
-    rows = [row for line in lines for row in csv.reader([line.replace("\0", "")])]
-    return {(row[0], row[1]): row[2] for row in rows if len(row) == 3 and _CONTENT.fullmatch(row[2])}
-
-
-def _stamp(path: str | os.PathLike) -> str:
-    """Of a file, or of all in a folder: another after each change, also one that leaves size and date as they were."""
-    path = Path(path)
-    found = hashlib.sha256()
-    try:
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            s = file.stat()
-            found.update(repr((str(file), s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino)).encode(errors="replace"))
-    except OSError:
-        return ""
-    return found.hexdigest()
 
 
 def _announcement(n: int, of: int, config: PreprocessConfig, folder: Path, where: str) -> str:
@@ -293,7 +271,7 @@ def _task(row: Mapping, config: PreprocessConfig, cache: VolumeCache) -> dict[st
     """Prepare one row, or say why not. Only a full disk, which ends everything, is raised."""
     started = time.perf_counter()
     try:
-        stamp = _stamp(row["path"]) if has_file(row) else ""
+        stamp = stamp_of(row["path"]) if has_file(row) else ""
         content = content_of(row)
         key = key_of(row, content, config)
         # another process may have been quicker, or an earlier run did not get to writing down the content

@@ -138,7 +138,7 @@ def _rows(path: Path, text: str, delimiter: str) -> dict[int, list[str]]:
 
 def _broken_text(rows: dict[int, list[str]], header: list[str]) -> dict[int, str]:
     """By its number what is wrong with each row that has a cell of other bytes than text in UTF-8."""
-    wrong = {}
+    wrong: dict[int, str] = {}
     for number, row in rows.items():
         for i, cell in enumerate(row):
             found = cell.encode("utf-8", errors="surrogateescape")

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from medctkit import cli
+from medctkit.cohort import contents, hub_repository
 from medctkit.cohort import download as module
-from medctkit.cohort import hub_repository
 from medctkit.cohort.ct_rate import TABLES, volume_path
 from medctkit.cohort.download import CT_RATE, TEXT_ENCODER, WEIGHTS, download, plan_files
 from medctkit.cohort.hub_repository import HubRepository
@@ -93,7 +93,7 @@ def disk(monkeypatch):
 def files_in(folder):
     """Sizes of all files but the records that huggingface_hub keeps."""
     inside = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    records = (".metadata", ".lock", ".gitignore", "CACHEDIR.TAG")
+    records = (".metadata", ".lock", ".gitignore", "CACHEDIR.TAG", "verified.csv")
     return {name: path.stat().st_size for name, path in inside.items() if not name.endswith(records)}
 
 
@@ -334,17 +334,20 @@ def test_wrong_bytes_are_fetched_once_more(plan, server, served, tmp_path, name)
     assert server.starts[name] == [0, 0]
 
 
-@pytest.mark.parametrize("noticed", [True, False])
-def test_a_damaged_file_is_found_where_it_was_touched_or_by_verify(plan, server, tmp_path, noticed):
+@pytest.mark.parametrize("how", ["written", "written with an older date", "gone bad on the disk"])
+def test_a_damaged_file_is_found_where_it_was_touched_or_by_verify(plan, server, tmp_path, monkeypatch, how):
+    if how == "gone bad on the disk":
+        for where in (contents, module):
+            monkeypatch.setattr(where, "stamp_of", lambda _: "as it was")
     download(plan(ONE, TWO))
     target = tmp_path / "there" / ONE
     target.write_bytes(bytes(SIZE))
-    then = time.time() + (60 if noticed else -60)
-    os.utime(target, (then, then))
+    if how == "written with an older date":
+        os.utime(target, (1e9, 1e9))
     server.forget()
     outcome = download(plan(ONE, TWO))
-    if not noticed:
-        assert outcome.kept == [ONE, TWO], "size and time of change are all that is looked at"
+    if how == "gone bad on the disk":
+        assert outcome.kept == [ONE, TWO], "nothing of it shows but its content"
         outcome = download(plan(ONE, TWO), verify=True)
     assert (outcome.fetched, outcome.kept) == ([ONE], [TWO])
     assert target.read_bytes() == noise(target.name)

@@ -1,5 +1,6 @@
 """`medctkit prepare`: from CT-RATE's folder or a manifest to prepared volumes, failures told, nothing half written."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 
 from medctkit import cli
 from medctkit.cohort import prepare as preparing
+from medctkit.cohort.ct_rate import TABLES, find_volume
 from medctkit.cohort.dataset import CTReportDataset
 from medctkit.cohort.download import CT_RATE, download, plan_ct_rate
 from medctkit.cohort.manifest import load_manifest, write_manifest
@@ -48,12 +50,12 @@ def own_manifest(folder, **columns):
     return folder / "own.csv"
 
 
-def test_ct_rate_becomes_a_prepared_cohort_from_either_version(ct_rate, tmp_path, cluster):
+def test_ct_rate_becomes_a_prepared_cohort_from_either_version(ct_rate, tmp_path):
     """Both versions of one volume, each read its own way, end in the same model input."""
     prepared = {}
     for version in (1, 2):
         out = tmp_path / str(version)
-        result = run(ct_rate, out, "--model", "mini", "--version", version, "--scheduler", cluster.scheduler_address)
+        result = run(ct_rate, out, "--model", "mini", "--version", version, "--workers", 1)
         assert result.exit_code == 0, result.output
         assert "dropped: not a chest" in result.output and "no patient is in two splits" in result.output
         manifest = load_manifest(out / "manifest.csv")
@@ -107,25 +109,41 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, how):
     assert load_manifest(out / "manifest.csv")["study"].tolist() == table["study"].tolist()
 
 
-def test_a_bad_volume_is_listed_and_the_exit_code_says_so(tmp_path, cluster):
+def test_a_bad_volume_is_listed_and_the_exit_code_says_so(tmp_path):
     manifest = own_manifest(tmp_path, rescale_intercept=["", -1024])
     out = tmp_path / "out"
-    result = run(manifest, out, "--model", "mini", "--scheduler", cluster.scheduler_address)
+    result = run(manifest, out, "--model", "mini", "--workers", 1)
     assert result.exit_code == 1
-    assert "1 of 2 volumes are prepared" in result.output and "1 failed, listed in" in result.output
+    assert "1 of 2 volumes are prepared" in result.output and "1 failed or were left out, listed in" in result.output
     failures = pd.read_csv(out / "failures.csv")
     assert failures["study"].tolist() == ["s2"] and "rescale" in failures["message"][0]
     assert load_manifest(out / "manifest.csv")["study"].tolist() == ["s1"]
     own_manifest(tmp_path)  # mended
-    result = run(manifest, out, "--model", "mini", "--scheduler", cluster.scheduler_address)
+    result = run(manifest, out, "--model", "mini", "--workers", 1)
     assert result.exit_code == 0 and "2 of 2 volumes are prepared, 1 of them now" in result.output
     assert not (out / "failures.csv").exists()
 
 
-def test_where_everything_fails_the_rest_is_not_tried(tmp_path, monkeypatch, cluster):
+def test_bad_rows_and_equal_volumes_are_left_out_and_listed(ct_rate, tmp_path):
+    root, out = tmp_path / "ct-rate", tmp_path / "out"
+    shutil.copytree(ct_rate, root)
+    metadata = root / TABLES["train"]["metadata"]
+    metadata.write_text(metadata.read_text().replace("[7.5, 7.5]", "[7.5]", 1))  # of train_1_a_1
+    shutil.copy(find_volume(root, "valid_1_a_2", 1), find_volume(root, "train_2_a_1", 1))
+    result = run(root, out, "--model", "mini", "--version", 1, "--valid-share", 0, "--workers", 1)
+    assert result.exit_code == 1 and "2 failed or were left out, listed in" in result.output, result.output
+    failures = pd.read_csv(out / "failures.csv").set_index("study")["message"]
+    assert "XYSpacing" in failures["train_1_a_1"] and "equal to valid_1_a_2" in failures["train_2_a_1"]
+    kept = load_manifest(out / "manifest.csv")["study"].tolist()
+    assert kept == ["train_1_a_2", "train_1_b_1", "valid_1_a_1", "valid_1_a_2", "valid_2_a_1"]
+    again = run(root, out, "--model", "mini", "--version", 1, "--valid-share", 0, "--workers", 1)
+    assert "0 of them now" in again.output and load_manifest(out / "manifest.csv")["study"].tolist() == kept
+
+
+def test_where_everything_fails_the_rest_is_not_tried(tmp_path, monkeypatch):
     monkeypatch.setattr(preparing, "HOPELESS", 1)
     manifest = own_manifest(tmp_path, rescale_intercept=-8192)
-    result = run(manifest, tmp_path / "out", "--model", "mini", "--scheduler", cluster.scheduler_address)
+    result = run(manifest, tmp_path / "out", "--model", "mini", "--workers", 1)
     assert result.exit_code == 1 and "As nothing else came through, 1 were not tried." in result.output
     assert not (tmp_path / "out" / "manifest.csv").exists()
 
