@@ -16,6 +16,7 @@ from medctkit.common.processes import accelerator_for
 from medctkit.common.provenance import write_json
 from medctkit.lora.adapter import add_lora
 from medctkit.model.base_model import BaseModel, load_base
+from medctkit.training.checkpoints import finished_run
 from medctkit.training.loop import FineTuneResult, finetune
 from medctkit.training.memory import cast_frozen
 from medctkit.training.settings import FineTuneConfig
@@ -59,6 +60,9 @@ FULL_SIZE = replace(
 )
 
 
+ORIGIN = "origin.json"
+
+
 @dataclass(frozen=True)
 class Origin:
     """What is adapted (see `load_base`), and to which studies (None: all); written beside the adapter to measure on."""
@@ -72,10 +76,21 @@ class Origin:
         return load_base(self.model, self.tokenizer)
 
     @classmethod
-    def of(cls, output_dir: Path) -> "Origin":
-        """What `adapt` wrote down in `output_dir`; without it, the default experiment."""
-        file = output_dir / "origin.json"
-        return cls(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else cls()
+    def of(cls, output_dir: str | os.PathLike) -> "Origin":
+        """What `adapt` wrote down in `output_dir`, whose run is finished and whose files are its own.
+
+        Raises:
+            FileNotFoundError: no finished run there, or nothing written down.
+            ValueError: see `finished_run`; something else is written down.
+        """
+        finished_run(output_dir)
+        file = Path(output_dir).expanduser() / ORIGIN
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is not there, which says what was adapted; `medctkit finetune` writes it")
+        try:
+            return cls(**json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file} does not say what was adapted: {error}. Do the run again") from None
 
 
 def adapt(
@@ -97,8 +112,13 @@ def adapt(
         settings: of the adaptation.
         cache_dir: see `prepared_dir`.
         origin: base model and hospital.
+
+    Raises:
+        ValueError: see `finetune`; a folder where something else was adapted.
     """
-    output_dir = Path(output_dir)
+    output_dir = Path(output_dir).expanduser()
+    if (output_dir / ORIGIN).is_file() and (there := Origin.of(output_dir)) != origin:
+        raise ValueError(f"{output_dir} is of {there}, not of {origin}. Give another output_dir, or delete it")
     cache_dir = prepared_dir(manifest_path, output_dir, cache_dir)
     config, base, manifest = settings.config(seed), origin.load(), load_manifest(manifest_path)
     train, valid = (
@@ -112,8 +132,6 @@ def adapt(
         cast_frozen(model, torch.bfloat16 if config.mixed_precision == "bf16" else torch.float16)
     at_a_time = config.micro_batch_size or config.batch_size
     score = validation_score(valid, base.tokenizer, batch_size=at_a_time, workers=config.workers)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(asdict(origin), output_dir / "origin.json")
     if accelerator_for().is_main_process:
         trained, total = model.get_nb_trainable_parameters()
         steps = config.steps_for(len(train))
@@ -123,4 +141,9 @@ def adapt(
             f"({passes:.1f} passes over {len(train):,} studies), {validations} validations on {len(valid):,}",
             flush=True,
         )
-    return finetune(model, train, base.tokenizer, config, output_dir, score)
+    result = finetune(model, train, base.tokenizer, config, output_dir, score)
+    if accelerator_for().is_main_process:
+        write_json(asdict(origin), output_dir / ORIGIN)  # now that the folder is this run's
+        if result.best_step == 0:
+            print("no step was better on the validation studies than the base model: the adapter is an untrained one")
+    return result

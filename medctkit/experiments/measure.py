@@ -90,11 +90,12 @@ def measure(
         audit_volumes: for defects that take scans, each read several times; by default 30 phantoms, and no real CT.
 
     Raises:
-        FileNotFoundError: no adapter in `output_dir`.
+        FileNotFoundError: no finished run in `output_dir`.
+        ValueError: a run whose files were changed since.
     """
     import pandas as pd
 
-    output_dir, accelerator = Path(output_dir), accelerator_for()
+    output_dir, accelerator = Path(output_dir).expanduser(), accelerator_for()
     cache_dir = prepared_dir(manifest_path, output_dir, cache_dir)
     origin, manifest = Origin.of(output_dir), load_manifest(manifest_path)
     base = origin.load()

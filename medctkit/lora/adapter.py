@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from medctkit.lora.placement import lora_config, parts_of, placement_of
@@ -126,7 +127,10 @@ def save_adapter(model: PeftModel, directory: str | os.PathLike, name: str = "de
     directory = Path(directory).expanduser()
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as scratch:
-        model.save_pretrained(scratch, selected_adapters=[name], save_embedding_layers=False)
+        try:
+            model.save_pretrained(scratch, selected_adapters=[name], save_embedding_layers=False)
+        except SafetensorError as error:  # a full disk
+            raise OSError(f"{directory}: {error}") from error
         written = Path(scratch) if name == "default" else Path(scratch) / name
         for file in (ADAPTER_FILE, ADAPTER_CONFIG):
             os.replace(written / file, directory / file)

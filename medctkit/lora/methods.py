@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
+import safetensors
 import torch
 from torch import nn
 
@@ -22,7 +22,7 @@ from medctkit.common.text import listed
 from medctkit.lora.adapter import ADAPTER_FILE, add_adapter, add_lora, load_adapter, save_adapter
 from medctkit.lora.placement import parts_of, presets_of
 from medctkit.model.protocol import Model
-from medctkit.model.weights import read_weights, refuse_bad_numbers, refuse_other_shapes
+from medctkit.model.weights import read_weights, refuse_bad_numbers, refuse_other_shapes, write_weights
 
 TRAINED_FILE = "trained.safetensors"
 
@@ -181,7 +181,7 @@ def save_trained(model: Model, directory: str | os.PathLike) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {name: p.detach().contiguous() for name, p in trained.items()}
         with replacing(directory / TRAINED_FILE) as temporary:
-            safetensors.torch.save_file(tensors, temporary, {"architecture": _architecture(model)})
+            write_weights(tensors, temporary, {"architecture": _architecture(model)})
         return directory
     from peft import get_peft_model_state_dict
 

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -343,10 +343,11 @@ class CTCLIPModel(PreTrainedModel):
             OSError: no such folder or repository, or no weights in it.
             ValueError: as `from_released_checkpoint`; another SHA-256 than was written beside the weights.
         """
-        name = Path(pretrained_model_name_or_path).expanduser()
+        name = os.path.expanduser(pretrained_model_name_or_path)
         place = {key: kwargs.pop(key) for key in _PLACE if key in kwargs}
         config = config or cls.config_class.from_pretrained(name, **place)
-        live = released_state_dict(cached_file(name, "model.safetensors", **place), released_layout(config))
+        weights = cached_file(name, "model.safetensors", **place)
+        live = released_state_dict(cast(str, weights), released_layout(config))
         return cls._with_weights(live, *args, config=config, **kwargs)
 
     @classmethod

@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
 
 from medctkit.common.atomic import replacing
 from medctkit.common.text import listed
@@ -50,7 +51,7 @@ def read_weights(path: str | os.PathLike) -> Any:
     try:
         _refuse_other_sum(path)
         if start[8:9] == b"{":  # after the length of its header
-            return load_file(path)
+            return safetensors.torch.load_file(path)
         archive = zipfile.is_zipfile(path)
         if archive and (part := zipfile.ZipFile(path).testzip()):  # torch compares no checksum
             raise ValueError(f"{part} in it is not what was written")
@@ -67,6 +68,14 @@ def read_weights(path: str | os.PathLike) -> Any:
             f"{path} cannot be read as a checkpoint: {reason}. Only tensors are read, never code. If it should be "
             "one, it is damaged: download it again"
         ) from error
+
+
+def write_weights(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file; a full disk is an OSError, as with any other file."""
+    try:
+        safetensors.torch.save_file(dict(tensors), path, dict(metadata))
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
 
 
 def write_sum(path: Path) -> None:

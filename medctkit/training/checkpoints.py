@@ -17,7 +17,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ from medctkit.findings import FINDINGS
 from medctkit.lora.methods import restore_trained, save_trained
 from medctkit.model.fingerprint import add_tensor, digests, vocabulary_of
 from medctkit.model.protocol import Model
+from medctkit.model.weights import write_weights
 from medctkit.training.settings import FineTuneConfig
 
 if TYPE_CHECKING:
@@ -106,7 +107,8 @@ class Run:
             if self._lock.is_locked:
                 if self.finished:
                     shutil.rmtree(self.work, ignore_errors=True)
-                Path(self._lock.lock_file).unlink(missing_ok=True)
+                with suppress(OSError):  # Windows does it on release
+                    Path(self._lock.lock_file).unlink()
                 self._lock.release()
 
     def _found(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
@@ -166,8 +168,6 @@ class Run:
 
     def save(self) -> None:
         """Write the checkpoint."""
-        from safetensors.torch import save_file
-
         if not self.accelerator.is_main_process:
             return
         tensors = {f"now.{name}": p for name, p in self.trainable.items()}
@@ -181,7 +181,7 @@ class Run:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(counts)
         with replacing(self.file) as temporary:
-            save_file(tensors, temporary, metadata={"medctkit": text, "sha256": _digest_of(text, tensors)})
+            write_weights(tensors, temporary, {"medctkit": text, "sha256": _digest_of(text, tensors)})
 
     def finish(self) -> None:
         """The best parameters onto the model and into `adapter`, and `run.json`."""
@@ -279,24 +279,30 @@ def made_of(model: Model, dataset: Any, config: FineTuneConfig, tokenizer: Any, 
     """What a run is made of, so that a folder is taken up by the same run only.
 
     Settings one by one, without those that change nothing; digests of the prompts, the base model's weights, the
-    tokenizer, the names and shapes of what is trained (not of its random start, which a checkpoint has left behind),
+    tokenizer, what is trained by name, shape and settings (not its random start, which a checkpoint has left behind),
     and of the training and validation studies: volumes, reports and labels, in their order.
     """
     trainable = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad]
+    adapters = [config.to_dict() for config in getattr(model, "peft_config", {}).values()]  # alpha is in no tensor
     found = {
         "prompts": hashlib.sha256(repr(config.prompts).encode()).hexdigest(),
         "base model": digests(model)[0],
         "tokenizer": vocabulary_of(tokenizer),
-        "trained parameters": hashlib.sha256(repr(trainable).encode()).hexdigest(),
+        "trained parameters": hashlib.sha256(json.dumps([trainable, adapters], default=_in_order).encode()).hexdigest(),
         "training studies": _digest_of_studies(dataset),
         "validation studies": _digest_of_studies(getattr(score_fn, "dataset", ())),
     }
     return config.values("prompts", "workers", "checkpoint_every") | {key: text[:22] for key, text in found.items()}
 
 
+def _in_order(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else str(value)
+
+
 def _digest_of_studies(dataset: Any) -> str:
     """How many studies, and a digest of what is in each; of a data set that has no rows and is no list, the number."""
-    n, digest, chosen = len(dataset), hashlib.sha256(), range(len(dataset))
+    n, digest = len(dataset), hashlib.sha256()
+    chosen: Sequence[int] = range(n)
     if isinstance(dataset, Subset):
         chosen, dataset = dataset.indices, dataset.dataset
     rows = getattr(dataset, "rows", ())

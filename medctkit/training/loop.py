@@ -59,8 +59,9 @@ class FineTuneResult:
         """The result of a finished run; `callback` is told its rows."""
         import pandas as pd
 
-        for row in run.history if callback else ():
-            callback(row)
+        if callback is not None:
+            for row in run.history:
+                callback(row)
         table = pd.DataFrame(run.history)
         return cls(table, run.best_step, run.best_score, run.adapter_dir, table["seconds"].iloc[-1])
 

@@ -19,6 +19,7 @@ from medctkit.experiments.measure import measure
 from medctkit.model import ct_clip as ctclip
 from medctkit.model.base_model import FOLDER, load_base, load_mini_base
 from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel, released_layout
+from medctkit.training.checkpoints import Run
 from medctkit.zero_shot.prompts import PROMPTS
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -66,6 +67,28 @@ def test_any_base_model_is_adapted_and_measured_with_what_was_written_down(few, 
     assert len(result.history) == 3
     assert measure(few, tmp_path, batch_size=2).made_with["data"] == "phantom"
     assert Origin.of(tmp_path) == origin
+
+
+def test_only_a_finished_run_is_measured_and_a_refused_command_leaves_it_as_it_is(few, tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="no run of `medctkit finetune` was finished there$"):
+        measure(few, tmp_path)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Run, "save", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
+        adapt(few, tmp_path, settings=QUICK)
+    with pytest.raises(FileNotFoundError, match="one was begun"):
+        measure(few, tmp_path)
+    adapt(few, tmp_path, settings=QUICK)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for changes in ({"settings": replace(QUICK, learning_rate=1e-4)}, {"origin": Origin(hospital=None)}):
+        with pytest.raises(ValueError, match="of a run that is finished, and not this one|is of Origin"):
+            adapt(few, tmp_path, **{"settings": QUICK} | changes)
+    adapt(few, tmp_path, settings=QUICK)
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert after.keys() == before.keys()
+    assert all(after[path] == content for path, content in before.items() if "tensorboard" not in str(path))
+    (tmp_path / "origin.json").unlink()
+    with pytest.raises(FileNotFoundError, match="origin.json is not there"):
+        measure(few, tmp_path)
 
 
 def test_half_precision_and_recomputed_activations_change_little(few, tmp_path):
@@ -124,7 +147,7 @@ def test_the_commands_adapt_measure_and_say_how_to_watch(few, tmp_path, monkeypa
     other = tmp_path / "without"
     done = run("finetune", other, *small[2:])
     assert done.exit_code == 0 and "pip install 'medctkit[tensorboard]'" in done.stdout
-    assert sorted(path.name for path in other.iterdir()) == ["adapter", "history.csv", "origin.json"]
+    assert sorted(path.name for path in other.iterdir()) == ["adapter", "history.csv", "origin.json", "run.json"]
 
 
 @pytest.mark.parametrize(

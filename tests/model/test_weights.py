@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from medctkit.model.base_model import FOLDER, load_base, load_mini_base
 from medctkit.model.ct_clip import CTCLIPModel, released_layout
+from medctkit.model.weights import write_weights
 
 NAME = "to_visual_latent.weight"
 LIVE = {name: STATE[name] for name, entry in released_layout(small_config()).items() if entry.live}
@@ -143,6 +144,11 @@ def test_a_short_memory_is_no_damage(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "load", fail)
     with pytest.raises(MemoryError):
         load(tmp_path / "x.pt")
+
+
+def test_a_full_disk_is_told_as_such(tmp_path):
+    with pytest.raises(OSError, match="nowhere"):
+        write_weights(STATE, tmp_path / "nowhere" / "x.safetensors", {})
 
 
 def test_the_home_folder_is_found(folder, monkeypatch):

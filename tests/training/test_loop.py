@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny import PROMPTS, tiny_data, tiny_model, tiny_tokenizer
+from tiny import PROMPTS, tiny_ct_clip, tiny_data, tiny_model, tiny_tokenizer
 
-from medctkit.lora.adapter import ADAPTER_FILE, load_adapter
+from medctkit.lora.adapter import ADAPTER_FILE, add_lora, load_adapter
 from medctkit.training import checkpoints
 from medctkit.training.loop import finetune, learning_rate_factor
 from medctkit.training.settings import FineTuneConfig
@@ -359,6 +359,7 @@ OTHERS = [
     ({"data": torch.utils.data.Subset(tiny_data(), [1, 0, *range(2, 8)])}, "training studies: "),
     ({"score_fn": scored_on(tiny_data(2))}, "validation studies: '0, .* there, '2, .* here"),
     ({"model": tiny_model("vision")}, "trained parameters: "),
+    ({"model": add_lora(tiny_ct_clip(dropout=0.1), r=4, lora_alpha=3)}, "trained parameters: "),
     ({"model": another_base()}, r"base model: '\w+' there, '\w+' here"),
 ]
 
