@@ -142,6 +142,21 @@ def mean_draws(
     return mean_of_findings(metric_draws(labels, scores, limits, patient_weights(patients, resamples, seed))[metric])
 
 
+def mean_auroc(labels: np.ndarray, scores: np.ndarray) -> float:
+    """The mean AUROC of `evaluate`, without interval: over findings with both classes in labels (n, k), NaN left out.
+
+    Raises:
+        ValueError: no finding has both classes.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    known = [~np.isnan(column) for column in labels.T]
+    both = [k for k, here in enumerate(known) if len(np.unique(labels[here, k])) == 2]
+    if not both:
+        raise ValueError("no finding has both positive and negative studies in the validation data")
+    return float(np.mean([roc_auc_score(labels[known[k], k], scores[known[k], k]) for k in both]))
+
+
 def thresholds_from_validation(labels: ArrayLike, scores: ArrayLike, findings: Sequence[str] = FINDINGS) -> np.ndarray:
     """For each finding the threshold whose ROC point lies nearest the corner (0, 1), from validation studies.
 

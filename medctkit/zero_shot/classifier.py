@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Subset
 from medctkit.common.processes import process_and_processes
 from medctkit.common.text import listed
 from medctkit.findings import FINDINGS
+from medctkit.metrics.scores import mean_auroc
 from medctkit.model.protocol import Model
 from medctkit.zero_shot.prompts import Prompts, prompt_sentences
 
@@ -223,18 +224,9 @@ def validation_score(
     """
 
     def score(model: Model) -> float:
-        from sklearn.metrics import roc_auc_score
-
         classifier = ZeroShotClassifier(model, tokenizer, prompts)
         found = classifier.embed(dataset, batch_size, progress=False, workers=workers)
-        aurocs = []
-        for labels, scores in zip(found.labels.T, classifier.scores_from_embeddings(found.embeddings).T, strict=True):
-            known = ~np.isnan(labels)
-            if len(np.unique(labels[known])) == 2:
-                aurocs.append(roc_auc_score(labels[known], scores[known]))
-        if not aurocs:
-            raise ValueError("no finding has both positive and negative studies in the validation data")
-        return float(np.mean(aurocs))
+        return mean_auroc(found.labels, classifier.scores_from_embeddings(found.embeddings))
 
     score.dataset = dataset  # type: ignore[attr-defined]  # part of what a run is made of
     return score
