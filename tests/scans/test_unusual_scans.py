@@ -284,6 +284,7 @@ def test_a_wide_field_is_read(tmp_path):
         RuntimeError("ITK ERROR: Image: Failed to allocate memory for image."),
         OSError(28, "No space left on device"),
         OSError(5, "Input/output error"),
+        OSError("Not enough free space to write 18000000 bytes after offset 128"),
     ],
 )
 def test_a_fault_of_the_machine_is_not_blamed_on_the_file(error):
