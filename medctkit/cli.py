@@ -334,9 +334,10 @@ def prepare_data(
     write_failures(failures, output_dir / "failures.csv")
     if len(prepared):
         schema.write_manifest(prepared, output_dir / "manifest.csv")
+        say(f"manifest of {len(prepared):,} volumes: {output_dir / 'manifest.csv'}")
     say(
         f"{len(done.contents):,} of {len(table):,} volumes are prepared, {done.made:,} of them now "
-        f"({done.bytes / 1e6:,.0f} MB in {done.seconds:,.0f} s). Manifest: {output_dir / 'manifest.csv'}"
+        f"({done.bytes / 1e6:,.0f} MB in {done.seconds:,.0f} s)"
     )
     if failures:
         said = "{study}: {message}".format(**failures[0])
