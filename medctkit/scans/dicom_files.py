@@ -208,12 +208,11 @@ def chosen_series(path: Path, wanted: str | None = None) -> tuple[list[Slice], l
         why = ", captures are pictures, not measured values" * any(kind == _CAPTURE for kind, *_ in left_out)
         raise ValueError(f"no slice of a scan among its {len(left_out)} files: {such}{why}")
     name = str(wanted).strip()
-    if wanted is None:
-        matches = [slices for slices in found if any(item.modality == "CT" for item in slices)] or found
-        many = f"{len(found)} series in it"
-    else:
+    matches, many = found, f"{len(found)} series in it"
+    if wanted is not None:
         matches = [slices for slices in found if name in {slices[0].text(tag) for tag in _NAMES} - {""}]
         many = f"{len(matches) or 'no'} series in it called {name!r}"
+    matches = [slices for slices in matches if any(item.modality == "CT" for item in slices)] or matches
     if len(matches) != 1:
         raise ValueError(f"{many}; choose one by series='its UID, number or description':{listing}")
     slices = matches[0]

@@ -167,7 +167,7 @@ def read_volume(
             raise ValueError(f"crop={crop!r}: expected 'chest', or None for the whole scan")
         choices = {name: value for name, value in choices.items() if value is not None}
         for name in choices.keys() - set(reader.choices):
-            raise ValueError(f"{name}={choices[name]!r} chooses nothing: a {reader.name} holds one scan")
+            raise ValueError(f"{name}={choices[name]!r} chooses nothing: a {reader.name} has {reader.choices}")
         if stored_as is not None:
             stored_as = checked_orientation(stored_as)
             choices |= {"stored_as": stored_as} if "stored_as" in reader.choices else {}

@@ -2,7 +2,6 @@
 
 import subprocess
 import tempfile
-from functools import partial
 
 import numpy as np
 import pydicom
@@ -237,9 +236,13 @@ def test_pictures_that_crash_the_decoder_are_errors_and_leave_nothing(tmp_path, 
     assert not list((tmp_path / "temporary").iterdir())
 
 
-def test_a_full_disk_is_no_damage(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("decoder", "error", "message"),
+    [("echo 28", OSError, "No space left on device"), ("kill -9 $$", MemoryError, "decompresses slices was stopped")],
+)
+def test_a_full_disk_and_a_short_memory_are_no_damage(tmp_path, monkeypatch, decoder, error, message):
     write_dicom(tmp_path, chest(), syntax=RLELossless)
-    full = partial(subprocess.Popen, ["echo", "28"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    monkeypatch.setattr(PixelReader, "_started", lambda _: full())
-    with pytest.raises(OSError, match="No space left on device"):
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    monkeypatch.setattr(PixelReader, "_started", lambda _: subprocess.Popen(["sh", "-c", decoder], **pipes))
+    with pytest.raises(error, match=message):
         values(tmp_path)
