@@ -398,13 +398,18 @@ def _stored_as(directions: str) -> str:
     """How an array of version 1 lies, of which its header says nothing true: as the slices, SPL of one who lies supine.
 
     Args:
-        directions: ImageOrientationPatient, those of a row and of a column, in LPS: "[1, 0, 0, 0, 1, 0]".
+        directions: ImageOrientationPatient, those of a row and of a column, in LPS: "[1, 0, 0, 0, 1, 0]", or "".
+
+    Returns:
+        Three letters, or "" where the directions are none.
     """
+    if not directions.strip():
+        return CANONICAL
     try:
-        row, column = np.reshape([float(number) for number in str(directions).strip(" []").split(",")], (2, 3))
+        row, column = np.reshape([float(number) for number in directions.strip(" []").split(",")], (2, 3))
         return nearest_orientation(ras_affine(np.stack([np.cross(row, column), column, row], axis=1), (0, 0, 0)))
     except ValueError:
-        return CANONICAL
+        return ""
 
 
 def _reading_columns(metadata: "pd.DataFrame") -> tuple["pd.DataFrame", list[tuple]]:
@@ -429,8 +434,11 @@ def _reading_columns(metadata: "pd.DataFrame") -> tuple["pd.DataFrame", list[tup
         ("ZSpacing", ~inside["ZSpacing"], f"a length {between}"),
         ("XYSpacing", ~(inside["rows"] & inside["columns"]), f"two lengths {between}, such as [0.7, 0.7]"),
     ]
-    lies = metadata[_DIRECTIONS].map(_stored_as) if _DIRECTIONS in metadata else CANONICAL
-    return values.set_axis(READING[:5], axis=1).assign(stored_as=lies), rules
+    columns = values.set_axis(READING[:5], axis=1).assign(stored_as=CANONICAL)
+    if _DIRECTIONS in metadata:
+        columns["stored_as"] = metadata[_DIRECTIONS].map(_stored_as)
+        rules.append((_DIRECTIONS, columns["stored_as"] == "", "two directions, such as [1, 0, 0, 0, 1, 0]"))
+    return columns, rules
 
 
 def _arguments(metadata_row: "pd.DataFrame", table: str) -> dict[str, Any]:
