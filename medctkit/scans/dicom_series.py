@@ -19,8 +19,8 @@ from medctkit.scans.stored import Stored, check_shape, damaged
 
 PADDING_HU = -1024  # what most scanners write where they did not look
 _PLAUSIBLE_HU = (-1024, 3071)  # 12 bits, the range of a CT without the extended scale
-_OFF = 0.21  # of a step that a slice may lie away from its place; above 0.21 one may be missing
-_GAP = 0.1  # of a step by which gaps with missing slices may differ from whole steps
+_GAP = 0.1  # of a step that a gap may differ from the usual one, or a slice lie away from its place
+_OFF = 0.21  # of a step that it may where gaps are alike or places rounded: if more, a slice may be missing
 _LEAST_GAP = 0.01  # mm; closer slices lie in one place
 _MOST_TILT = 1.0  # degrees
 _MOST_UNLIKE = 20  # HU by which slices may differ more with their own rescaling than with that of the one before
@@ -251,12 +251,13 @@ def _grid(slices: list[Slice], directions: np.ndarray, pixel: np.ndarray, resamp
 
 def _uneven(slices: list[Slice], along: np.ndarray) -> str:
     """What is wrong with slices, `along` mm down their normal, that are missing or not evenly spaced; else empty."""
-    number = np.arange(len(along))
+    number, gaps = np.arange(len(along)), np.diff(along)
     slope, start = np.polyfit(number, along, 1)
-    if np.abs(along - start - slope * number).max() <= _OFF * slope:  # positions are rounded, so each may be off
+    usual, off = float(np.median(gaps)), np.abs(along - start - slope * number).max()
+    alike = np.abs(gaps - usual).max() <= _GAP * usual
+    # rounding an even grid makes gaps of two lengths, one unit of the last decimal apart
+    if off <= _OFF * slope and (alike or off <= _GAP * slope or np.ptp(gaps) < 1.1 * _last_decimal(slices)):
         return ""
-    gaps = np.diff(along)
-    usual = float(np.median(gaps))
     steps = np.round(gaps / usual)
 
     def gap(i: np.integer) -> str:
@@ -269,6 +270,12 @@ def _uneven(slices: list[Slice], along: np.ndarray) -> str:
         return f"{found}; get the whole series, {_RESAMPLE}"
     found = f"uneven gaps between slices: {gap(gaps.argmin())}, {gap(gaps.argmax())}, median {usual:.2f} mm"
     return f"{found}; get a reconstruction with even steps, {_RESAMPLE}"
+
+
+def _last_decimal(slices: list[Slice]) -> float:
+    """One unit, in mm, of the last decimal to which headers give positions."""
+    places = (str(number) for item in slices for number in item.header.ImagePositionPatient)
+    return 10.0 ** -max(len(place.partition(".")[2].rstrip("0")) for place in places)
 
 
 def _read_values(slices: list[Slice], reader: PixelReader) -> tuple[np.ndarray, bool | None, list[str]]:

@@ -249,6 +249,8 @@ def test_unspecified_rescale_types_are_taken_for_hu_and_said(tmp_path):
             [0, 2, 4, 8, 10, 12, 18, 20],
             r"4.00 mm from .* 3 missing in 2 .* or pass resample=True",
         ),
+        ([0.0, 2.0, 6.0, 8.0, 12.0, 14.0, 18.0, 20.0], "missing slices: 4.00 mm .* 3 missing in 3"),
+        ([0.5, 2.5, 4.5, 6.5, 9.5, 11.5, 13.5, 15.5], "uneven gaps .* 3.00 mm from 003.dcm to 004.dcm"),
         ([0, 2, 4, 4, 6, 8], "duplicate slices: 002.dcm and 003.dcm both lie at 4.00 mm, 1 of 6 .* leave one slice in"),
         ([0, 0, 2, 2, 4, 4], "duplicate slices: 000.dcm and 001.dcm both lie at 0.00 mm, 3 of 6 slices"),
         (
