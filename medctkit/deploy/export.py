@@ -41,8 +41,9 @@ class Vision(nn.Module):
 
     def forward(self, volumes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings and codes."""
-        codes = self.tower.vq.nearest(self.tower.encode(volumes))  # (b, t, h, w)
-        tokens = self.tower.vq._codebook.embed[0][codes]
+        tokens = self.tower.encode(volumes)  # (b, t, h, w, c)
+        codes = self.tower.vq.nearest(tokens)
+        tokens = torch.where(tokens.isfinite(), self.tower.vq._codebook.embed[0][codes], tokens)
         embeds = self.projection(tokens.mean(1).flatten(1))
         return nn.functional.normalize(embeds, dim=-1), codes.flatten(1)
 

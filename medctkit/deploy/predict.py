@@ -1,0 +1,69 @@
+"""What is written down of one scan: scores as a table, as JSON, and in the form of the VLM3D challenge; a picture."""
+
+import os
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+
+from medctkit.common.atomic import replacing
+from medctkit.common.provenance import write_json
+from medctkit.model.base_model import BaseModel
+from medctkit.model.fingerprint import digests, vocabulary_of
+from medctkit.zero_shot.prompts import Prompts
+
+SUFFIXES = (".nii.gz", ".nii", ".mha", ".zip", ".nrrd", ".mhd", ".nhdr", ".dcm")
+
+
+def facts_of(base: BaseModel, prompts: Prompts = "paper") -> dict[str, str]:
+    """What the scores come from: version of the kit, prompts, digests of base model, adapter and vocabulary."""
+    own, adapter = digests(base.model)
+    words = prompts if isinstance(prompts, str) else "own"
+    return {
+        "version": version("medctkit"),
+        "base": own,
+        "adapter": adapter,
+        "vocabulary": vocabulary_of(base.tokenizer),
+        "prompts": words,
+    }
+
+
+def case_of(path: str | os.PathLike) -> str:
+    """The name of a scan: that of its file or folder, without the suffix of a volume."""
+    name = Path(path).expanduser().resolve().name
+    suffix = next((end for end in SUFFIXES if name.lower().endswith(end)), "")
+    return name[: len(name) - len(suffix)]
+
+
+def write_prediction(
+    folder: str | os.PathLike, case: str, scores: Mapping[str, float], facts: Mapping[str, str], picture: bytes
+) -> list[Path]:
+    """Write scores.csv, scores.json, results.json (for the VLM3D challenge, task abnormality classification) and a PNG.
+
+    The challenge's form is that of github.com/forithmus/VLM3D-Dockers, `abnclass_example_docker`: one entry for each
+    volume, named without .nii.gz, with the 18 probabilities by name.
+
+    Args:
+        folder: made if it is not there; its files of these names are replaced.
+        case: name of the scan.
+        scores: probability of each finding.
+        facts: as `facts_of` gives them.
+        picture: a PNG file's bytes.
+    """
+    folder = Path(folder).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    entry = {"input_image_name": case, "probabilities": dict(scores)}
+    challenge = {
+        "name": "Generated probabilities",
+        "type": "Abnormality Classification",
+        "version": {"major": 1, "minor": 0},
+        "predictions": [entry],
+    }
+    write_json({"case": case, "scores": dict(scores), "model": dict(facts)}, folder / "scores.json")
+    write_json(challenge, folder / "results.json")
+    table = pd.DataFrame({"finding": list(scores), "score": list(scores.values())}).to_csv(index=False)
+    for name, content in {"scores.csv": table.encode(), "picture.png": picture}.items():
+        with replacing(folder / name) as temporary:
+            temporary.write_bytes(content)
+    return [folder / name for name in ("scores.csv", "scores.json", "results.json", "picture.png")]

@@ -1,0 +1,63 @@
+"""A CT volume as the DICOM series that a scanner would send: what a gateway is tried out with."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from medctkit.scans.volumes import CTVolume
+
+_EMPTY = """PatientName PatientID PatientBirthDate PatientSex StudyDate StudyTime AccessionNumber StudyID
+    ReferringPhysicianName SeriesNumber Manufacturer PatientPosition PositionReferenceIndicator AcquisitionNumber KVP
+    """.split()
+
+
+def write_series(volume: CTVolume, folder: str | os.PathLike, tags: Mapping[str, Any] | None = None) -> Path:
+    """Write a volume as one CT series, a file for each slice; values are rounded to whole HU.
+
+    Args:
+        volume: as it is; nothing is turned.
+        folder: made if it is not there.
+        tags: values by their DICOM keyword for every header, such as {"PatientID": "P1"}. A study and a series without
+            a UID get new ones.
+
+    Raises:
+        ValueError: values that are not those of a CT: outside of 16 bits.
+    """
+    from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+
+    folder = Path(folder).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = np.rint(volume.hu)
+    if pixels.min() < -(2**15) or pixels.max() >= 2**15:
+        raise ValueError(f"values of {pixels.min():g} to {pixels.max():g} HU: 16 bits hold -32768 to 32767")
+    lps = np.diag([-1.0, -1, 1, 1]) @ volume.affine
+    directions = lps[:3, :3] / volume.spacing
+    common = Dataset()
+    for name in _EMPTY:
+        setattr(common, name, None)
+    for name in ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"):
+        setattr(common, name, generate_uid())
+    common.SOPClassUID, common.Modality, common.BodyPartExamined = CTImageStorage, "CT", "CHEST"
+    common.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
+    common.ImageOrientationPatient = [f"{x:.9g}" for x in (*directions[:, 2], *directions[:, 1])]
+    common.SliceThickness, *common.PixelSpacing = (f"{step:.9g}" for step in volume.spacing)
+    common.SamplesPerPixel, common.PhotometricInterpretation = 1, "MONOCHROME2"
+    common.Rows, common.Columns = volume.shape[1:]
+    common.BitsAllocated, common.BitsStored, common.HighBit, common.PixelRepresentation = 16, 16, 15, 1
+    common.RescaleIntercept, common.RescaleSlope, common.RescaleType = "0", "1", "HU"
+    for name, value in (tags or {}).items():
+        setattr(common, name, value)
+    for i, values in enumerate(pixels.astype("<i2")):
+        header = Dataset()
+        header.update(common)
+        header.SOPInstanceUID, header.InstanceNumber = generate_uid(), i + 1
+        header.ImagePositionPatient = [f"{x:.9g}" for x in lps[:3] @ [i, 0, 0, 1]]
+        header.PixelData = values.tobytes()
+        header.file_meta = FileMetaDataset()
+        header.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        header.save_as(folder / f"{i:04}.dcm", enforce_file_format=True)
+    return folder
