@@ -78,7 +78,7 @@ def read_nifti(path: Path, spacing: Sequence[float] | None, stored_as: str | Non
     return Stored(hu, affine, notes + about_affine)
 
 
-def _after_voxels(file: BinaryIO, most: int) -> int:
+def _after_voxels(file: BinaryIO | gzip.GzipFile, most: int) -> int:
     """How many bytes follow, up to `most`; to know it, gzip compares its checksum at the end of its stream."""
     try:
         return len(file.read(most))

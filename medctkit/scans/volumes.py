@@ -214,7 +214,7 @@ def _to_hu(stored: Stored, rescale: tuple[float, float], asked: bool) -> list[st
 def _cut_chest(hu: np.ndarray, affine: np.ndarray, body: int) -> tuple[np.ndarray, np.ndarray, str]:
     """The part of a scan along its axis `body` that holds the lungs, its affine and a note."""
     order = [body, *({0, 1, 2} - {body})]
-    first, last = chest_range(hu.transpose(order), np.array(steps_of(affine))[order])
+    first, last = chest_range(hu.transpose(order), [steps_of(affine)[axis] for axis in order])
     moved = affine.copy()
     moved[:3, 3] += affine[:3, body] * first
     note = f"the chest cut out: slices {first} to {last} of {hu.shape[body]}"
