@@ -7,11 +7,13 @@ and takes seconds on a CPU. The same call takes a scan of your own, with a model
 import io
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from medctkit.attention.maps import patch_map, relevance
+from medctkit.deploy import predict
 from medctkit.findings import FINDINGS, PREVALENCE
 from medctkit.model.base_model import BaseModel, load_mini_base
 from medctkit.phantom.study import PhantomStudy, generate
@@ -19,12 +21,13 @@ from medctkit.scans.preprocessing import preprocess
 from medctkit.scans.volumes import CTVolume, read_volume
 from medctkit.viewers.drawing.rendering import Scan, largest_slice, render
 from medctkit.zero_shot.classifier import ZeroShotClassifier
-from medctkit.zero_shot.prompts import Prompts
+from medctkit.zero_shot.prompts import Prompts, prompt_sentences
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from pydicom import Dataset
 
 # Of the first seeds, one whose drawn findings are several, some of which the mini model sees and some not.
 SAMPLE_SEED, SAMPLE_SHAPE = 2, (96, 224, 224)
@@ -48,6 +51,11 @@ class Classified:
     table: "pd.DataFrame"
     title: str
     masks: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Score of each finding."""
+        return dict(zip(self.table["finding"], self.table["score"], strict=True))
 
     def figure(self) -> "Figure":
         """Slices of the scan in two windows, and the 18 scores as bars that show the truth by colour and in words."""
@@ -148,3 +156,55 @@ def classify(
     what, parameters = ", ".join(volume.provenance[:1]) or "a scan", sum(p.numel() for p in base.model.parameters())
     title = f"{what}; CT-CLIP of {parameters / 1e6:,.1f} M parameters in use"
     return Classified(volume, table, title, masks)
+
+
+def predict_study(
+    path: str | os.PathLike,
+    folder: str | os.PathLike,
+    base: BaseModel,
+    series: str | None = None,
+    prompts: Prompts = "paper",
+) -> Classified:
+    """Classify one scan, and write table, JSON, the VLM3D challenge's form and picture; see `write_prediction`.
+
+    Raises:
+        ValueError: see `read_volume` and `ZeroShotClassifier`.
+    """
+    found = classify(read_volume(path, series=series), base, prompts=prompts)
+    facts, picture = predict.facts_of(base, prompts), found._repr_png_()[0]
+    predict.write_prediction(folder, predict.case_of(path), found.scores, facts, picture)
+    return found
+
+
+def answer_study(
+    path: str | os.PathLike,
+    base: BaseModel,
+    series: str | None = None,
+    prompts: Prompts = "paper",
+    with_map: bool = True,
+) -> "list[Dataset]":
+    """Classify one DICOM study, and say so in DICOM: report, picture and, `with_map`, a segmentation.
+
+    The map is of what speaks for the finding with the highest score. At full size it needs 8 GB; see
+    `attention.relevance`.
+
+    Raises:
+        ValueError: see `read_volume` and `deploy.answer`.
+        ModuleNotFoundError: the extra [deploy] is not installed.
+    """
+    from PIL import Image
+
+    from medctkit.deploy.answer import NOTICE, answer
+
+    volume = read_volume(path, series=series)
+    found, facts, heat_map = classify(volume, base, prompts=prompts), predict.facts_of(base, prompts), None
+    if with_map:
+        at = int(found.table["score"].argmax())
+        stating, denying = (side[at][0] for side in prompt_sentences(prompts, FINDINGS))
+        pixels = preprocess(volume, base.preprocess_config)
+        values = relevance(base.model, base.tokenizer, pixels, stating, denying)
+        heat_map = patch_map(values, volume, base.preprocess_config, f"Relevance to {FINDINGS[at]}")
+    title = f"{NOTICE}. Preliminary, unverified. Base {facts['base']}, adapter {facts['adapter']}"
+    png = replace(found, title=title)._repr_png_()[0]
+    picture = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+    return answer(path, found.scores, facts, picture, heat_map, series)
