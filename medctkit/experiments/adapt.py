@@ -16,7 +16,7 @@ from medctkit.common.processes import accelerator_for
 from medctkit.common.provenance import write_json
 from medctkit.lora.adapter import add_lora
 from medctkit.model.base_model import BaseModel, load_base
-from medctkit.training.checkpoints import finished_run
+from medctkit.training.checkpoints import RECORD, finished_run
 from medctkit.training.loop import FineTuneResult, finetune
 from medctkit.training.memory import cast_frozen
 from medctkit.training.settings import FineTuneConfig
@@ -117,7 +117,8 @@ def adapt(
         ValueError: see `finetune`; a folder where something else was adapted.
     """
     output_dir = Path(output_dir).expanduser()
-    if (output_dir / ORIGIN).is_file() and (there := Origin.of(output_dir)) != origin:
+    ended = (output_dir / ORIGIN).is_file() and (output_dir / RECORD).is_file()
+    if ended and (there := Origin.of(output_dir)) != origin:
         raise ValueError(f"{output_dir} is of {there}, not of {origin}. Give another output_dir, or delete it")
     cache_dir = prepared_dir(manifest_path, output_dir, cache_dir)
     config, base, manifest = settings.config(seed), origin.load(), load_manifest(manifest_path)

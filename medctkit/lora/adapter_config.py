@@ -31,57 +31,48 @@ class SavedConfig(NamedTuple):
     made_on: str
 
 
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+Check = Callable[[Any], bool]
 
 
-def _rank(value: Any) -> bool:
-    return _whole(value) and 1 <= value <= 2**16
+def _whole(low: int, high: int) -> Check:
+    return lambda value: type(value) is int and low <= value <= high  # True is no number
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9  # NaN is not
+def _list_of(check: Check) -> Check:
+    return lambda value: isinstance(value, list) and len(value) <= 10_000 and all(map(check, value))
 
 
-def _flag(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _share(value: Any) -> bool:
-    return _number(value) and 0 <= value < 1
+def _by_name(check: Check) -> Check:
+    return lambda value: isinstance(value, dict) and all(_name(key) and check(of) for key, of in value.items())
 
 
 def _name(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[\w.-]{1,200}", value) is not None
 
 
-def _list_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and len(value) <= 10_000 and all(map(check, value))
-
-
-def _by_name(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, dict) and all(_name(key) and check(of) for key, of in value.items())
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e9  # NaN is not
 
 
 def _places(value: Any) -> bool:
     return _list_of(_name)(value) or (isinstance(value, str) and len(value) <= 10_000)
 
 
-_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "r": (_rank, "a whole number of 1 to 65,536"),
-    "target_modules": (_places, "a list of plain names, or a pattern"),
-    "feedforward_modules": (_places, "a list of plain names, or a pattern"),
-    "modules_to_save": (_list_of(_name), "a list of plain names"),
-    "exclude_modules": (_list_of(_name), "a list of plain names"),
-    "layers_pattern": (_list_of(_name), "a list of plain names"),
-    "layers_to_transform": (_list_of(_whole), "a list of whole numbers"),
-    "rank_pattern": (_by_name(_rank), "ranks by plain names"),
-    "alpha_pattern": (_by_name(_number), "finite numbers by plain names"),
-    "projection_prng_key": (_whole, "a whole number"),
+_RANK = _whole(1, 2**16)
+_FIELDS: dict[str, tuple[Check, str]] = {
+    "r": (_RANK, "a whole number of 1 to 65,536"),
+    "rank_pattern": (_by_name(_RANK), "ranks by plain names"),
+    "alpha_pattern": (_by_name(_number), "numbers by plain names"),
+    "projection_prng_key": (_whole(0, 2**63), "a whole number"),
+    "layers_to_transform": (_list_of(_whole(0, 2**16)), "a list of whole numbers"),
     "bias": (lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
+    **dict.fromkeys(_PATTERNS, (_places, "a list of plain names, or a pattern")),
+    **dict.fromkeys(("modules_to_save", "exclude_modules", "layers_pattern"), (_list_of(_name), "plain names")),
     **dict.fromkeys(("lora_alpha", "d_initial"), (_number, "a finite number")),
-    **dict.fromkeys(("lora_dropout", "vera_dropout"), (_share, "a number of at least 0 and below 1")),
-    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias", "save_projection"), (_flag, "true or false")),
+    **dict.fromkeys(("lora_dropout", "vera_dropout"), (lambda v: _number(v) and 0 <= v < 1, "0 to below 1")),
+    **dict.fromkeys(
+        ("use_rslora", "use_dora", "lora_bias", "save_projection"), (lambda v: type(v) is bool, "true or false")
+    ),
 }
 
 

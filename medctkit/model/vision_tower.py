@@ -78,7 +78,9 @@ class RelativePositionBias(nn.Module):
         """Bias (..., heads) of offsets (..., 2), in the precision of the weights whatever the rest computes in."""
         weight = next(self.parameters())
         with torch.autocast(weight.device.type, enabled=False):
-            precision = weight.dtype if weight.is_floating_point() else torch.float32  # a quantised layer's are whole numbers
+            precision = (
+                weight.dtype if weight.is_floating_point() else torch.float32
+            )  # a quantised layer's are whole numbers
             return self.net((offsets.sign() * offsets.abs().log1p()).to(precision))
 
     def forward(self, h: int, w: int) -> torch.Tensor:

@@ -48,8 +48,8 @@ def read_weights(path: str | os.PathLike) -> Any:
     for begin, what in _NOT_WEIGHTS.items():
         if start.lstrip().lower().startswith(begin) and start[8:9] != b"{":
             raise ValueError(f"{path} is {what}")
+    _refuse_other_sum(path)
     try:
-        _refuse_other_sum(path)
         if start[8:9] == b"{":  # after the length of its header
             return safetensors.torch.load_file(path)
         archive = zipfile.is_zipfile(path)
@@ -92,7 +92,10 @@ def _refuse_other_sum(path: Path) -> None:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != known[path.name].lower():
-            raise ValueError(f"its SHA-256 is {found}, by {sums} it should be {known[path.name]}")
+            raise ValueError(
+                f"{path} is not the file that was saved there: its SHA-256 is {found}, by {sums} it should be "
+                f"{known[path.name]}. Download it again; if you changed it yourself, delete {SUMS}"
+            )
 
 
 def refuse_other_shapes(found: Mapping[str, torch.Tensor], expected: Mapping[str, tuple], message: str) -> None:

@@ -122,7 +122,8 @@ class Run:
             ) from None
         if (self.output_dir / RECORD).is_file():
             record = finished_run(self.output_dir)
-            refuse_other_run(self.output_dir, "is finished", record["made_of"], self.made_of)
+            what, way_out = f"{self.output_dir} is of a run that is finished", "Give another output_dir, or delete"
+            refuse_other_run(what, record["made_of"], self.made_of, f"{way_out} its adapter and {RECORD}")
             restore_trained(self.model, self.adapter_dir)
             return record, {}
         if self.file.is_file():
@@ -238,13 +239,10 @@ def finished_run(output_dir: str | os.PathLike) -> dict[str, Any]:
     return record
 
 
-def refuse_other_run(place: Path, state: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Refuse a place that belongs to a run which was made of something else."""
+def refuse_other_run(what: str, there: Mapping[str, Any], here: Mapping[str, Any], way_out: str) -> None:
+    """Refuse what belongs to a run which was made of something else."""
     if different := differences(there, here):
-        raise ValueError(
-            f"{place} is of a run that {state}, and not this one. Delete {place} to start over, or give another "
-            f"output_dir. {'; '.join(different)}"
-        )
+        raise ValueError(f"{what}, and not this one. {way_out}. {'; '.join(different)}")
 
 
 def read(path: Path, made_of: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -261,7 +259,7 @@ def read(path: Path, made_of: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
             raise ValueError("it is not what was written")
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged, or no checkpoint of medctkit: {error}. {way_out}") from None
-    refuse_other_run(path, "was not finished", rest["made_of"], made_of)
+    refuse_other_run(f"{path} is of a run that was not finished", rest["made_of"], made_of, way_out)
     return rest, tensors
 
 

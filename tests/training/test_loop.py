@@ -411,7 +411,9 @@ def test_a_finished_run_gives_its_result_again_and_nothing_is_written(tokenizer,
 def test_another_run_does_not_take_the_place_of_a_finished_one(tokenizer, ended, changes, message):
     folder = ended[1].adapter_dir.parent
     before = contents(folder)
-    with pytest.raises(ValueError, match=rf"of a run that is finished, and not this one\. .* output_dir\. {message}"):
+    with pytest.raises(
+        ValueError, match=rf"of a run that is finished, and not this one\. Give .* run\.json\. {message}"
+    ):
         run(tokenizer, folder, **changes)
     assert contents(folder) == before
 
