@@ -21,9 +21,12 @@ METRICS = (
     "sensitivity",
     "specificity",
     "calibration_error",
+    "brier",
 )
 BINS = 10  # of the calibration error
 LEVEL = (2.5, 97.5)  # percentiles of a 95 % interval
+RESAMPLES = 10_000  # the least p-value is 2 in so many
+AT_A_TIME = 1000  # resamples, so that many of them take no more memory
 
 
 def patient_weights(patients: ArrayLike, resamples: int, seed: int) -> np.ndarray:
@@ -47,14 +50,16 @@ def metric_draws(
     for k in range(labels.shape[1]):
         known = ~np.isnan(labels[:, k])
         label, score = labels[known, k], scores[known, k]
-        w = weights if known.all() else weights[known]
         if len(np.unique(label)) < 2:
             continue
-        with np.errstate(invalid="ignore", divide="ignore"):
-            values = _ranked(label, score, w) | _counted(label, score >= limits[k], w)
-            values["calibration_error"] = _calibration(label, score, w)
-        for name in METRICS:
-            found[name][:, k] = values[name]
+        for at in range(0, weights.shape[1], AT_A_TIME):
+            w = weights[known, at : at + AT_A_TIME]
+            with np.errstate(invalid="ignore", divide="ignore"):
+                values = (
+                    _ranked(label, score, w) | _counted(label, score >= limits[k], w) | _calibrated(label, score, w)
+                )
+            for name in METRICS:
+                found[name][at : at + AT_A_TIME, k] = values[name]
     return found
 
 
@@ -103,11 +108,12 @@ def _counted(label: np.ndarray, said: np.ndarray, weights: np.ndarray) -> dict[s
     }
 
 
-def _calibration(label: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Calibration error for each column of weights (n, m); a score on an edge belongs to the bin below it."""
+def _calibrated(label: np.ndarray, score: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """Calibration error and Brier score for each column of weights (n, m); a score on an edge is of the bin below."""
     bins = np.searchsorted(np.linspace(0, 1, BINS + 1)[1:-1], score)  # as scikit-learn's calibration_curve does
     excess = np.where(bins == np.arange(BINS)[:, None], score - label, 0)  # (bins, n)
-    return np.abs(excess @ weights).sum(0) / weights.sum(0)
+    parts = {"calibration_error": np.abs(excess @ weights).sum(0), "brier": (score - label) ** 2 @ weights}
+    return {name: sums / weights.sum(0) for name, sums in parts.items()}
 
 
 def weighted_means(values: np.ndarray, weights: np.ndarray) -> np.ndarray:

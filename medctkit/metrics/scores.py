@@ -1,4 +1,4 @@
-"""How good the scores are, and how sure we can be: nine metrics, with a bootstrap over patients.
+"""How good the scores are, and how sure we can be: ten metrics, with a bootstrap over patients.
 
 What each of `METRICS` is, for one finding:
 
@@ -13,6 +13,8 @@ What each of `METRICS` is, for one finding:
 - `specificity`: share of negative studies called negative.
 - `calibration_error`: expected calibration error of the positive class (Naeini et al., AAAI 2015) in ten bins of equal
   width: mean distance of the mean score from the share of positives, bins weighted by their studies. Lower is better.
+- `brier`: mean squared distance of the score from the label (Brier, Mon. Weather Rev. 78, 1950): calibration and
+  separation in one number, that of always saying the share p of positives being p (1 - p). Lower is better.
 
 Point estimates are scikit-learn's. Intervals come from resamples of patients (`bootstrap`): percentiles, but
 for the calibration error. That is too large in small samples, and larger again in resamples of them; its draws are
@@ -22,20 +24,33 @@ simulation with a true error of 0.15 it held the truth for 81 % of samples of 12
 model that is calibrated nearly perfectly, even the interval is mostly too high.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from medctkit.findings import FINDINGS
-from medctkit.metrics.bootstrap import METRICS, holm, interval, mean_of_findings, metric_draws, patient_weights
+from medctkit.metrics.bootstrap import (
+    METRICS,
+    RESAMPLES,
+    holm,
+    interval,
+    mean_of_findings,
+    metric_draws,
+    patient_weights,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
 ON_TEST = "roc-corner-on-test"
 OPTIMISTIC = "optimistic: thresholds were chosen on the labels they are measured on"
+# Of metrics.json, with the words for them; at home no threshold is chosen.
+ROWS = {"auroc": "mean AUROC", "accuracy": "accuracy", "macro_f1": "macro-F1"}
+HOME_ROWS = {"auroc": "mean AUROC", "ece": "calibration error", "brier": "Brier score"}
+COLUMNS = ("base", "adapted", "difference")
+_COLUMN = {"macro_f1": "f1", "ece": "calibration_error"}  # of the tables, where its name is another
 
 
 def evaluate(
@@ -44,7 +59,7 @@ def evaluate(
     patients: ArrayLike,
     thresholds: ArrayLike = 0.5,
     findings: Sequence[str] = FINDINGS,
-    resamples: int = 1000,
+    resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> "pd.DataFrame":
     """Score each finding and their mean, with 95 % intervals over patients.
@@ -85,20 +100,20 @@ def compare(
     thresholds_a: ArrayLike = 0.5,
     thresholds_b: ArrayLike = 0.5,
     findings: Sequence[str] = FINDINGS,
-    resamples: int = 1000,
+    resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> "pd.DataFrame":
     """What model b does better than model a on the same studies: paired differences, b minus a.
 
     Both models are scored on the same resamples of patients, so that what makes a resample easy for both drops
-    out. `*_p` is a two-sided bootstrap p-value for no difference, at least 2 / (resamples + 1); `*_p_holm` is corrected
-    over the findings, k times that at least: more findings need more resamples.
+    out. `*_p` is a two-sided bootstrap p-value for no difference, at least 2 / (resamples + 1), which is `*_p_floor`:
+    there it is a bound, "<=", as `p_texts` prints it. `*_p_holm` is corrected over the findings.
 
     Args and errors are those of `evaluate`, with scores and thresholds for each model.
 
     Returns:
-        A row for each finding and "mean": each of `METRICS` with _low, _high, _p and _p_holm, see `holm`. The mean is
-        one test and has no _p_holm.
+        A row for each finding and "mean": each of `METRICS` with _low, _high, _p, _p_floor and _p_holm, see `holm`. The
+        mean is one test and has no _p_holm.
     """
     _, scores_b, _ = _check(labels, scores_b, patients, findings, "scores_b")
     labels, scores_a, patients = _check(labels, scores_a, patients, findings, "scores_a")
@@ -112,10 +127,25 @@ def compare(
         drawn = _drawn(name, difference[name])[1:]
         tail = np.minimum((drawn <= 0).sum(0), (drawn >= 0).sum(0))
         used = (~np.isnan(drawn)).sum(0)  # a rare finding may lack a class in some resamples
-        p = np.minimum(1.0, 2 * (tail + 1) / (used + 1))
-        p = np.where(np.isnan(table[name]), np.nan, p)
-        table[f"{name}_p"], table[f"{name}_p_holm"] = p, [*holm(p[:-1]), np.nan]
+        unit = np.where(np.isnan(table[name]), np.nan, 2 / (used + 1))
+        p = np.minimum(1.0, unit * (tail + 1))
+        table[f"{name}_p"], table[f"{name}_p_floor"], table[f"{name}_p_holm"] = p, unit, [*holm(p[:-1]), np.nan]
     return table
+
+
+def p_texts(difference: "pd.DataFrame", metric: str = "auroc") -> "pd.DataFrame":
+    """The p-values of `compare` for a metric as text, "p" and "p, Holm": "<= 0.0002" where only a bound is known."""
+    import pandas as pd
+
+    p, floor, corrected = (difference[f"{metric}_{end}"] for end in ("p", "p_floor", "p_holm"))
+    bounds = p <= floor
+    carried = corrected <= corrected[bounds].max()  # a bound also reaches those after it in Holm's order
+
+    def text(values: "pd.Series", bound: "pd.Series") -> list[str]:
+        pairs = zip(values, bound, strict=True)
+        return ["-" if v != v else f"{'<= ' if at_most and v < 1 else ''}{v:.2g}" for v, at_most in pairs]
+
+    return pd.DataFrame({"p": text(p, bounds), "p, Holm": text(corrected, carried)}, index=difference.index)
 
 
 def mean_draws(
@@ -170,19 +200,25 @@ def thresholds_from_validation(labels: ArrayLike, scores: ArrayLike, findings: S
     return _roc_corner(labels, scores)
 
 
-def summary(base: "pd.DataFrame", adapted: "pd.DataFrame", difference: "pd.DataFrame") -> dict:
-    """The means of two evaluations and their comparison, as `make demo` writes them to metrics.json.
+def summary(
+    base: "pd.DataFrame",
+    adapted: "pd.DataFrame",
+    difference: "pd.DataFrame",
+    rows: Iterable[str] = ROWS,
+    finding: str = "mean",
+) -> dict:
+    """The means (or a finding) of two evaluations and their comparison, as `make demo` writes them to metrics.json.
 
     Returns:
-        {base, adapted, difference} -> {auroc, accuracy, macro_f1} -> {value, low, high}; "optimistic" and why, if one
-        of the tables is.
+        {base, adapted, difference} -> {auroc, accuracy, macro_f1} or other `rows` -> {value, low, high}; "optimistic"
+        and why, if one of the tables is.
     """
     tables = {"base": base, "adapted": adapted, "difference": difference}
     ends = {"value": "", "low": "_low", "high": "_high"}
     found: dict[str, Any] = {
         key: {
-            shown: {end: float(table.loc["mean", name + suffix]) for end, suffix in ends.items()}
-            for shown, name in (("auroc", "auroc"), ("accuracy", "accuracy"), ("macro_f1", "f1"))
+            row: {end: float(table.loc[finding, _COLUMN.get(row, row) + suffix]) for end, suffix in ends.items()}
+            for row in rows
         }
         for key, table in tables.items()
     }
@@ -308,18 +344,20 @@ def _table(
     return table
 
 
-ROWS = {"auroc": "mean AUROC", "accuracy": "accuracy", "macro_f1": "macro-F1"}
-COLUMNS = ("base", "adapted", "difference")
-
-
 def result_table(metrics: dict) -> str:
-    """The measured table as text: one row per metric, 95 % intervals in brackets."""
-    lines = [f"{'':12}" + "".join(f"{column:>26}" for column in COLUMNS)]
-    for row, name in ROWS.items():
-        line = f"{name:12}"
-        for column in COLUMNS:
-            sign = "+" if column == "difference" else ""
-            value, low, high = (format(metrics[column][row][key], f"{sign}.3f") for key in ("value", "low", "high"))
-            line += f"{f'{value} [{low}, {high}]':>26}"
-        lines.append(line)
+    """What is in metrics.json as text: one row per metric, 95 % intervals in brackets; below it, what it is at home."""
+    parts, lines = [(f"{'':18}", metrics, ROWS)], []
+    if home := metrics.get("home"):
+        parts.append(
+            (f"at home: {home['studies']} test studies of hospital {home['hospital']}\n{'':18}", home, HOME_ROWS)
+        )
+    for title, numbers, rows in parts:
+        lines.append(title + "".join(f"{column:>26}" for column in COLUMNS))
+        for row, name in rows.items():
+            line = f"{name:18}"
+            for column in COLUMNS:
+                sign = "+" if column == "difference" else ""
+                value, low, high = (format(numbers[column][row][key], f"{sign}.3f") for key in ("value", "low", "high"))
+                line += f"{f'{value} [{low}, {high}]':>26}"
+            lines.append(line)
     return "\n".join(lines)

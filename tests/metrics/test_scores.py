@@ -11,12 +11,14 @@ from sklearn.metrics import (
     accuracy_score,
     average_precision_score,
     balanced_accuracy_score,
+    brier_score_loss,
     f1_score,
     recall_score,
     roc_auc_score,
     roc_curve,
 )
 
+from medctkit.metrics import bootstrap
 from medctkit.metrics import scores as metrics
 from medctkit.metrics.bootstrap import holm, metric_draws, patient_weights
 from medctkit.metrics.scores import METRICS
@@ -48,6 +50,7 @@ def by_scikit_learn(label, score, limit):
         "sensitivity": recall_score(label, said),
         "specificity": recall_score(label, said, pos_label=0),
         "calibration_error": np.average(np.abs(shares - means), weights=sizes[sizes > 0]),
+        "brier": brier_score_loss(label, score),
     }
 
 
@@ -84,7 +87,9 @@ def test_few_studies_ties_and_scores_on_the_edge_of_a_bin_are_scored_as_by_sciki
 def test_resamples_are_scored_as_repeated_rows_would_be(seed):
     labels, scores, patients = simulate(seed, n=40, patients=15)
     weights = patient_weights(patients, 3, seed)
-    values = metric_draws(labels, scores, np.full(3, 0.5), weights)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(bootstrap, "AT_A_TIME", 3)
+        values = metric_draws(labels, scores, np.full(3, 0.5), weights)
     for m in range(4):
         rows = np.repeat(np.arange(40), weights[:, m].astype(int))
         for k in range(3):
@@ -98,6 +103,7 @@ def test_weighted_f1_and_calibration_error_by_hand():
     score = np.array([0.9, 0.2, 0.8, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25])
     found = metric_draws(label[:, None], score[:, None], [0.5], np.ones((10, 1), np.float32))
     # one of two positives is called, and one of eight negatives: F1 1/2 and 7/8, weighted 2 to 8
+    assert found["brier"].item() == pytest.approx((0.01 + 0.64 + 0.64 + 7 * 0.0625) / 10)
     assert found["f1"].item() == 0.5 and found["weighted_f1"].item() == pytest.approx(0.2 * 0.5 + 0.8 * 7 / 8)
     # bins: 0.2 and 1 positive; seven of 0.25 and none; 0.8 and none; 0.9 and 1 positive
     assert found["calibration_error"].item() == pytest.approx((0.8 + 7 * 0.25 + 0.8 + 0.1) / 10)
@@ -144,12 +150,13 @@ def test_the_interval_of_the_calibration_error_leaves_out_what_a_small_sample_ad
 
 def test_order_does_not_matter_and_copies_of_patients_do_not_narrow_the_interval():
     labels, scores, patients = simulate(3, n=100)
-    table = metrics.evaluate(labels, scores, patients, findings=NAMES)
+    few = {"findings": NAMES, "resamples": 1000}
+    table = metrics.evaluate(labels, scores, patients, **few)
     order = np.random.default_rng(0).permutation(100)
-    turned = metrics.evaluate(labels[order], scores[order], patients[order], findings=NAMES)
+    turned = metrics.evaluate(labels[order], scores[order], patients[order], **few)
     assert np.allclose(table, turned, atol=1e-6, equal_nan=True), "points and intervals"
-    twice = metrics.evaluate(np.tile(labels, (2, 1)), np.tile(scores, (2, 1)), np.tile(patients, 2), findings=NAMES)
-    as_new = metrics.evaluate(np.tile(labels, (2, 1)), np.tile(scores, (2, 1)), np.arange(200), findings=NAMES)
+    twice = metrics.evaluate(np.tile(labels, (2, 1)), np.tile(scores, (2, 1)), np.tile(patients, 2), **few)
+    as_new = metrics.evaluate(np.tile(labels, (2, 1)), np.tile(scores, (2, 1)), np.arange(200), **few)
     for name in METRICS:
         wide = lambda t: (t[f"{name}_high"] - t[f"{name}_low"]).loc[NAMES].mean()  # noqa: B023, E731
         assert np.isclose(wide(twice), wide(table), rtol=0.02), name
@@ -158,7 +165,7 @@ def test_order_does_not_matter_and_copies_of_patients_do_not_narrow_the_interval
 
 def test_the_same_seed_draws_the_same_resamples_in_every_version():
     labels, scores, patients = simulate(7, patients=30)
-    mean = metrics.evaluate(labels, scores, patients, findings=NAMES).loc["mean"]
+    mean = metrics.evaluate(labels, scores, patients, findings=NAMES, resamples=1000).loc["mean"]
     golden = {
         "auroc": 0.7506670123857623,
         "auroc_low": 0.6904302558587053,
@@ -172,13 +179,14 @@ def test_the_same_seed_draws_the_same_resamples_in_every_version():
 def test_paired_differences_find_a_better_model_and_only_that():
     labels, weak, patients = simulate(1, n=300, effect=0.5)
     better = np.clip(weak + 0.25 * (labels - 0.5), 0, 1)
-    table = metrics.compare(labels, weak, better, patients, findings=NAMES)
+    few = {"findings": NAMES, "resamples": 300}
+    table = metrics.compare(labels, weak, better, patients, **few)
     assert table.loc["mean", "auroc_low"] > 0.03 and table.loc["mean", "auroc_p"] < 0.01
-    same = metrics.compare(labels, weak, weak, patients, findings=NAMES)
+    same = metrics.compare(labels, weak, weak, patients, **few)
     for name in METRICS:
         assert (same[[name, f"{name}_low", f"{name}_high"]] == 0).all(axis=None) and (same[f"{name}_p"] == 1).all()
-    single = metrics.evaluate(labels, weak, patients, findings=NAMES)
-    both = metrics.evaluate(labels, better, patients, findings=NAMES)
+    single = metrics.evaluate(labels, weak, patients, **few)
+    both = metrics.evaluate(labels, better, patients, **few)
     assert np.isclose(table.loc["mean", "auroc"], both.loc["mean", "auroc"] - single.loc["mean", "auroc"])
     found = metrics.summary(single, both, table)
     assert found["difference"]["auroc"]["value"] == table.loc["mean", "auroc"]
@@ -190,9 +198,25 @@ def test_resamples_that_lack_a_class_do_not_count_as_evidence():
     labels, weak, patients = simulate(0, n=60)
     labels[:, 1] = np.arange(60) == 0  # one positive study: about a third of the resamples have none
     strong = np.clip(weak + 0.2 * (labels - 0.5), 0, 1)
-    table = metrics.compare(labels, weak, strong, patients, findings=NAMES)
+    table = metrics.compare(labels, weak, strong, patients, findings=NAMES, resamples=1000)
     assert 2 / 750 < table.loc["b", "auroc_p"] < 2 / 550
     assert table.loc["a", "auroc_p"] == 2 / 1001
+    texts = metrics.p_texts(table)
+    assert texts["p"].tolist()[::2] == ["<= 0.002", "<= 0.002"] and texts.loc["mean", "p, Holm"] == "-"
+    assert (table.loc["b", "auroc_p"] == table.loc["b", "auroc_p_floor"]) == texts.loc["b", "p"].startswith("<= ")
+
+
+def test_a_p_value_that_only_the_number_of_resamples_limits_is_printed_as_a_bound_and_so_is_what_follows_from_it():
+    p, floor = [0.02, 0.02, 0.025, 0.5, np.nan, 0.02], [0.02, 0.02, 0.02, 0.02, np.nan, 0.02]
+    table = pd.DataFrame({"f1_p": p, "f1_p_floor": floor, "f1_p_holm": [*holm(p[:-1]), np.nan]})
+    texts = metrics.p_texts(table, "f1")
+    assert texts["p"].tolist() == ["<= 0.02", "<= 0.02", "0.025", "0.5", "-", "<= 0.02"]
+    # 4 x 0.02, and 2 x 0.025 is below that
+    assert texts["p, Holm"].tolist() == ["<= 0.08", "<= 0.08", "<= 0.08", "0.5", "-", "-"]
+    sure = metrics.p_texts(table.iloc[2:4], "f1")
+    assert not sure.apply(lambda column: column.str.startswith("<=")).any(axis=None), "no p-value at its floor"
+    many = metrics.compare(*simulate(0)[:1], *[simulate(0)[1]] * 2, np.arange(80), findings=NAMES)
+    assert (many["auroc_p_floor"] == 2 / 10_001).all() and (metrics.p_texts(many)["p"] == "1").all()
 
 
 def test_holm_by_hand():
@@ -216,7 +240,8 @@ def test_holm_rejects_what_going_down_step_by_step_rejects(p, level):
 def test_p_values_are_corrected_over_the_findings_and_the_mean_is_one_test():
     labels, weak, patients = simulate(1, n=150)
     labels[:, 1] = 0
-    table = metrics.compare(labels, weak, np.clip(weak + 0.1 * (labels - 0.5), 0, 1), patients, findings=NAMES)
+    strong = np.clip(weak + 0.1 * (labels - 0.5), 0, 1)
+    table = metrics.compare(labels, weak, strong, patients, findings=NAMES, resamples=1000)
     for name in METRICS:
         corrected = table[f"{name}_p_holm"]
         assert np.isnan(corrected["mean"]) and np.isnan(corrected["b"]), "no test, or not one of many"
@@ -229,7 +254,7 @@ def test_p_values_are_corrected_over_the_findings_and_the_mean_is_one_test():
 def test_draws_of_the_mean_are_those_of_the_table():
     labels, scores, patients = simulate(4, patients=30)
     table = metrics.evaluate(labels, scores, patients, 0.4, NAMES, resamples=50, seed=3)
-    for name in METRICS[:-1]:
+    for name in set(METRICS) - {"calibration_error"}:
         draws = metrics.mean_draws(labels, scores, patients, name, 0.4, NAMES, resamples=50, seed=3)
         ends = [draws[0], *np.percentile(draws[1:], [2.5, 97.5])]
         assert draws.shape == (51,) and ends == list(table.loc["mean", [name, f"{name}_low", f"{name}_high"]])
