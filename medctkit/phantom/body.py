@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from scipy.ndimage import map_coordinates
 
-from medctkit.phantom import raster
+from medctkit.phantom import lung_raster, raster
 from medctkit.phantom.patient import (
     BEND_LOW,
     BEND_STEP,
@@ -140,7 +140,7 @@ class Body:
         out = self.everything
         shift = np.random.default_rng(seed).uniform(0, 64, 3) * scale
         z, y, x = (axis + s for axis, s in zip((self.z, self.y, self.x), shift, strict=True))
-        raster.speckles(out, atlas()["tile"], z, y, x, scale, self.lung, -2 * self.edge - 4)
+        lung_raster.speckles(out, atlas()["tile"], z, y, x, scale, self.lung, -2 * self.edge - 4)
         return out
 
     def course(self, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -171,7 +171,7 @@ class Body:
         """The lobe (d, h, w) of each voxel, 0 outside the lungs."""
         out = np.empty(self.shape, dtype=np.int8)
         p = self.patient
-        raster.name_lobes(out, self.lung, self.z, self.y, self.x, p.scale, p.bend, BEND_LOW, BEND_STEP, p.fissures,
+        lung_raster.name_lobes(out, self.lung, self.z, self.y, self.x, p.scale, p.bend, BEND_LOW, BEND_STEP, p.fissures,
                           atlas()["middle"], LUNG_LOW[:2], LUNG_STEP)  # fmt: skip
         return out
 

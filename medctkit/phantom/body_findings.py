@@ -6,7 +6,7 @@ import numpy as np
 
 from medctkit.phantom import raster
 from medctkit.phantom.body import HEART, OESOPHAGUS, Body, Drawn, curve, in_chest
-from medctkit.phantom.lung_findings import SIDES, fill, lung_share, severity
+from medctkit.phantom.places import SIDES, fill, lung_share, severity
 
 
 def joined(a: np.ndarray, b: np.ndarray, soft: float = 14.0) -> np.ndarray:

@@ -8,165 +8,22 @@ what a radiologist would report; none is fitted to a data set.
 
 import numpy as np
 
-from medctkit.phantom import raster
+from medctkit.phantom import lung_raster, raster
 from medctkit.phantom.body import Body, Drawn, bent, in_chest
-from medctkit.phantom.lung_raster import drawn_in
-from medctkit.phantom.patient import LOBES, atlas, beside
-
-SIDES = {1: "left", -1: "right"}
-OF_SIDE = {-1: (1, 2, 3), 1: (4, 5)}
-
-
-def severity(value: float, cuts: tuple[float, float] = (0.33, 0.7)) -> str:
-    """A word for a number between 0 and 1."""
-    return ("mild", "moderate", "severe")[int(np.searchsorted(cuts, value))]
-
-
-def told(lobes: list[int]) -> dict[str, str]:
-    """Side and lobe in the words of a report, from the lobes (1 to 5) that have a finding."""
-    sides = sorted({1 if lobe > 3 else -1 for lobe in lobes})
-    names = {LOBES[lobe].removeprefix("right ").removeprefix("left ") for lobe in lobes}
-    side = "bilateral" if len(sides) == 2 else SIDES[sides[0]]
-    return dict(side=side, location=names.pop()) if len(names) == 1 else dict(side=side)
-
-
-def lung_share(body: Body, grow: float = 0.0) -> np.ndarray:
-    """How much of each voxel (d, h, w) lies in a lung, grown by mm."""
-    return np.clip((body.lung + grow) / body.edge + 0.5, 0, 1)
-
-
-def fill(body: Body, share: np.ndarray, value: float, below: float = 30.0) -> None:
-    """Paint what is solid and may touch the pleura: a voxel that is half wall and half finding holds no air.
-
-    Args:
-        body: the chest.
-        share: (d, h, w) of the finding, cut off at the surface of the lungs.
-        value: HU.
-        below: HU; what is denser stays.
-    """
-    rim = np.clip(body.lung / body.edge + 0.5, 0.02, 1)
-    raster.paint(body.hu, np.where(body.hu < below, np.minimum(share / rim, 1), 0).astype(np.float32), value)
-
-
-def spots(
-    body: Body,
-    rng: np.random.Generator,
-    count: int,
-    lobes: tuple[int, ...] = (1, 2, 3, 4, 5),
-    depth: tuple[float, float] = (4, 60),
-    zone: tuple[float, float] = (-200, 200),
-    back: tuple[float, float] = (-200, 200),
-) -> tuple[np.ndarray, np.ndarray]:
-    """Places in the lungs: (count, 3) in mm, and their lobes (count,).
-
-    Args:
-        body: the chest.
-        rng: source of randomness.
-        count: how many.
-        lobes: those that are asked for.
-        depth: distance from the surface, mm.
-        zone: height in the atlas, mm.
-        back: from front to back in the atlas, mm.
-    """
-    table, p = atlas(), body.patient
-    for slack in (0, 6, 15, 40, 200):  # what no place satisfies is asked for less strictly
-        at = table["places"][rng.integers(len(table["places"]), size=4000)]
-        deep = table["lung"][0][tuple(at.T)] * 0.25
-        places = at * 3.0 + np.array([-126.0, -105.0, -147.0]) + rng.uniform(-1.5, 1.5, at.shape)
-        own = p.lobes_at(places)
-        fits = np.isin(own, lobes) & (deep > depth[0] - slack / 4) & (deep < depth[1] + slack)
-        fits &= (places[:, 0] > zone[0] - slack) & (places[:, 0] < zone[1] + slack)
-        fits &= (places[:, 1] > back[0] - slack) & (places[:, 1] < back[1] + slack)
-        if fits.sum() >= count:
-            break
-    chosen = np.flatnonzero(fits)[:count]
-    return p.place(places[chosen]), own[chosen]
-
-
-def cells(
-    body: Body,
-    rng: np.random.Generator,
-    inside: np.ndarray,
-    smallest: float = 0.0,
-    seeds: np.ndarray | None = None,
-    wobble: float = 3.2,
-) -> tuple[np.ndarray, ...]:
-    """Secondary lobules: for each voxel of `inside` (d, h, w) the branch that feeds it, and the distance to the septum.
-
-    Args:
-        body: the chest.
-        rng: of the shape of the septa.
-        inside: (d, h, w) voxels to look at.
-        smallest: mm; lobules whose middles lie closer are one.
-        seeds: (n, 3) mm, middles of lobules; None for those of the arteries' last branches.
-        wobble: mm by which septa are uneven.
-
-    Returns:
-        which (d, h, w) and its neighbour (d, h, w), -1 elsewhere; wall (d, h, w) in mm; branch (n,) of the tree that
-        each lobule belongs to, or its number among the seeds.
-    """
-    tree = body.arteries
-    if seeds is None:
-        leaf = np.ones(len(tree.parent), bool)
-        leaf[tree.parent[tree.parent >= 0]] = False
-        branch = np.flatnonzero(leaf)
-        seeds = tree.end[branch]
-    else:
-        branch = np.arange(len(seeds))
-    if smallest:
-        key = np.floor(seeds / smallest).astype(int)
-        _, first = np.unique(key, axis=0, return_index=True)
-        branch, seeds = branch[np.sort(first)], seeds[np.sort(first)]
-    step = max(11.0, smallest * 1.2)
-    low = seeds.min(0) - step
-    place = np.floor((seeds - low) / step).astype(int)
-    heads = np.full(place.max(0) + 2, -1, dtype=np.int32)
-    following = np.full(len(seeds), -1, dtype=np.int32)
-    for i, (a, b, c) in enumerate(place):
-        following[i], heads[a, b, c] = heads[a, b, c], i
-    which, beyond = np.empty(body.shape, dtype=np.int32), np.empty(body.shape, dtype=np.int32)
-    wall = np.empty(body.shape, dtype=np.float32)
-    shake = rng.normal(0, wobble, (3, 16, 16, 16))
-    raster.nearest_cells(
-        which, beyond, wall, inside, body.low, body.step, seeds, low, step, heads, following, shake, 9.0
-    )
-    return which, beyond, wall, branch
-
-
-def below(body: Body, branch: np.ndarray, top: int) -> np.ndarray:
-    """Whether branches (n,) hang on the branch `top`."""
-    at, found = branch.copy(), branch == top
-    for _ in range(40):
-        at = np.where(at >= 0, body.arteries.parent[at], -1)
-        found |= at == top
-    return found
-
-
-def territory(
-    body: Body, rng: np.random.Generator, lobes: tuple[int, ...], share: tuple[float, float]
-) -> tuple[int, int]:
-    """A branch that feeds a share of one of the lobes, and its lobe."""
-    tree = body.arteries
-    fits = np.flatnonzero(np.isin(tree.lobe, lobes) & (tree.fed >= share[0]) & (tree.fed <= share[1]))
-    if not len(fits):
-        own = np.flatnonzero(np.isin(tree.lobe, lobes))
-        fits = own[np.argsort(np.abs(tree.fed[own] - share[0]))[:3]]
-    top = int(rng.choice(fits))
-    return top, int(tree.lobe[top])
-
-
-def airways_of(body: Body, tops: list[int], least: float = 0.0) -> np.ndarray:
-    """The branches (n,) that hang on any of `tops` and whose bronchi are wider than `least` mm."""
-    tree = body.arteries
-    found = np.zeros(len(tree.parent), bool)
-    found[tops] = True
-    for i in range(len(tree.parent)):  # parents come before their children
-        if tree.parent[i] >= 0 and found[tree.parent[i]]:
-            found[i] = True
-    return found & (body.lumens > least)
-
-
-# ---- lungs ----
+from medctkit.phantom.patient import beside
+from medctkit.phantom.places import (
+    OF_SIDE,
+    apart,
+    cells,
+    fill,
+    hanging,
+    lung_share,
+    severity,
+    sides_of,
+    spots,
+    territory,
+    told,
+)
 
 
 @in_chest
@@ -246,24 +103,6 @@ def septal_thickening(body: Body, rng: np.random.Generator) -> Drawn:
     return share, dict(side="bilateral", location="lower lobe", severity=severity(degree))
 
 
-def apart(places: np.ndarray, least: float) -> np.ndarray:
-    """Those of places (n, 3) mm that lie at least `least` mm from one another; earlier ones win."""
-    from scipy.spatial import cKDTree
-
-    pairs = cKDTree(places).query_pairs(least, output_type="ndarray")
-    first, second = pairs.min(axis=1), pairs.max(axis=1)
-    kept, open_ = np.zeros(len(places), bool), np.ones(len(places), bool)
-    while open_.any():
-        live = open_[first] & open_[second]
-        first, second = first[live], second[live]
-        best = open_.copy()
-        best[second] = False  # an earlier neighbour is still open
-        kept |= best
-        open_ &= ~best
-        open_[second[best[first]]] = False
-    return places[kept]
-
-
 @in_chest
 def opacity(body: Body, rng: np.random.Generator) -> Drawn:
     """Ground glass: hazy patches with soft edges through which vessels and bronchi still show."""
@@ -297,11 +136,9 @@ def consolidation(body: Body, rng: np.random.Generator) -> Drawn:
         tops.append(top)
         lobes.append(lobe)
     which, _, _, branch = cells(body, rng, np.isin(body.lobes, lobes))
-    full = np.zeros(len(branch), bool)
-    for top in tops:
-        full |= below(body, branch, top)
+    fed = hanging(body.arteries, tops)
     rest = rng.random(len(branch)) < 0.03  # lobules that are spared
-    inside = ((full & ~rest)[which] & (which >= 0) & np.isin(body.lobes, lobes)).astype(np.float32)
+    inside = ((fed[branch] & ~rest)[which] & (which >= 0) & np.isin(body.lobes, lobes)).astype(np.float32)
     lobe_share = np.isin(body.lobes, lobes).astype(np.float32)
     sigma = 5.0 / np.array(body.spacing)
     soft = blurred(inside, sigma) / np.maximum(blurred(lobe_share, sigma), 0.05)
@@ -314,7 +151,7 @@ def consolidation(body: Body, rng: np.random.Generator) -> Drawn:
     haze = np.clip((soft - 0.05 + 0.8 * uneven) * 1.7, 0, 0.6) * lobe_share
     body.hu += haze * (1 - share) * 420 * np.clip(-(body.hu + 200) / 600, 0, 1)
     fill(body, share, rng.uniform(28, 48) + 0.12 * max(body.tissue.blood - 45, 0))
-    air, shown = body.everything, airways_of(body, tops, 0.75)
+    air, shown = body.everything, fed & (body.lumens > 0.75)
     lumen = 1.35 * body.lumens
     start, end = beside(body.arteries, lumen)
     body.tubes(air, *bent(start, end, body.arteries.parent, lumen, lumen * 0.9, shown))
@@ -361,8 +198,7 @@ def atelectasis(body: Body, rng: np.random.Generator) -> Drawn:
     Lung, vessels and fissures are drawn towards the lost volume, and the diaphragm moves up: that part of the side
     changes outside the mask.
     """
-    both = rng.random() < 0.5
-    sides = [1, -1] if both else [int(rng.choice([1, -1]))]
+    sides, side = sides_of(rng, 0.5)
     wedge = rng.random() < 0.35
     share, p = body.everything, body.patient
     z, y, x = body.z / p.scale[0], body.y / p.scale[1], body.x / p.scale[2]
@@ -373,7 +209,7 @@ def atelectasis(body: Body, rng: np.random.Generator) -> Drawn:
         deep = np.clip((y + 96) / 30, 0, 1) * np.clip((72 - y) / 24, 0, 1)
         amount = (rise * low[:, None, None] * deep[None, :, None] * mid[None, None, :]).astype(np.float32)
         for field in (body.hu, body.lung, body.soft):
-            raster.lift(field.copy(), field, amount, float(body.spacing[0]))
+            lung_raster.lift(field.copy(), field, amount, float(body.spacing[0]))
         inside = np.maximum(
             lung_share(body), lung_share(body, body.edge) * (body.hu < -250)
         )  # moved air at the rim too
@@ -382,7 +218,9 @@ def atelectasis(body: Body, rng: np.random.Generator) -> Drawn:
             near = np.clip(1 - ((z + 40) / 75) ** 2, 0, 1)[:, None, None] * np.clip((s * x - 12) / 20, 0, 1)
             near = near * np.clip((y + 75) / 70, 0, 1)[None, :, None] * np.clip((body.lung - 2) / 16, 0, 1)
             pull = rng.uniform(10, 16) * near
-            drawn_in(body.hu.copy(), body.hu, pull.astype(np.float32), body.step, np.array([-0.35, 0.8, -0.45 * s]))
+            lung_raster.drawn_in(
+                body.hu.copy(), body.hu, pull.astype(np.float32), body.step, np.array([-0.35, 0.8, -0.45 * s])
+            )
             lean, reach = rng.uniform(0.5, 0.75), rng.uniform(17, 27)
             turn = rng.uniform(0.45, 0.95)
             front = np.array([-lean, np.cos(turn), -s * np.sin(turn)]) / np.hypot(1, lean)
@@ -406,15 +244,13 @@ def atelectasis(body: Body, rng: np.random.Generator) -> Drawn:
             found = np.clip((wide / 2 - np.abs(sheet)) / body.edge + 0.5, 0, 1) * (thick[None] / wide) * inside
             np.maximum(share, np.where(found > 0.05, found, 0).astype(np.float32), out=share)
     fill(body, share, 32.0 + 0.2 * max(body.tissue.blood - 45, 0))
-    side = "bilateral" if both else SIDES[sides[0]]
     return share, dict(side=side, location="lower lobe", kind="subsegmental" if wedge else "linear")
 
 
 @in_chest
 def fibrosis(body: Body, rng: np.random.Generator) -> Drawn:
     """Old scars: a ragged cap on the pleura, bands from it towards the hilum, wide bronchi and some calcium in it."""
-    both = rng.random() < 0.45
-    sides = [1, -1] if both else [int(rng.choice([1, -1]))]
+    sides, side = sides_of(rng, 0.45)
     apical = rng.random() < 0.7
     share, calcium, air = body.everything, body.everything, body.everything
     inside = lung_share(body)
@@ -454,135 +290,7 @@ def fibrosis(body: Body, rng: np.random.Generator) -> Drawn:
     raster.paint(body.hu, air, -930.0)
     calcium *= inside * (share > 0.2)
     raster.paint(body.hu, calcium, 480.0)
-    side = "bilateral" if both else SIDES[sides[0]]
     return np.maximum(share, calcium), dict(side=side, location="apical" if apical else "basal")
-
-
-@in_chest
-def peribronchial(body: Body, rng: np.random.Generator) -> Drawn:
-    """Thick walls of the bronchi of all lobes, thickest near the hila, beside arteries as wide as their lumens."""
-    degree = rng.random()
-    outer, inner, vessel = body.everything, body.everything, body.everything
-    for lobe in range(1, 6):
-        for path in courses(body, rng, lobe, int(rng.integers(5, 8) + 3 * degree), 30.0):
-            part = path[: max(int(len(path) * rng.uniform(0.55, 0.85)), 4)]
-            radius = rng.uniform(1.3, 2.0) * np.linspace(1, 0.6, len(part))
-            wall = (1.0 + 0.9 * degree) * rng.uniform(0.85, 1.15) * np.linspace(1.1, 0.75, len(part))
-            bronchus(body, (outer, inner, vessel), part, radius, wall, 0.95 * radius)
-    share = np.minimum(2.5 * walled(body, outer, inner, vessel), 1)  # most walls are thinner than a voxel
-    return share, dict(side="bilateral", severity=severity(degree), location="central")
-
-
-def bronchus(
-    body: Body,
-    into: tuple[np.ndarray, ...],
-    path: np.ndarray,
-    radius: np.ndarray,
-    wall: float | np.ndarray,
-    artery: np.ndarray,
-) -> None:
-    """Draw a bronchus and the artery beside it into the shares (d, h, w) of walls with lumens, lumens, and vessels.
-
-    Args:
-        body: the chest.
-        into: the three shares.
-        path: (n, 3) mm.
-        radius: (n,) of the lumen, mm.
-        wall: thickness, mm.
-        artery: (n,) radius, mm.
-    """
-    outer, inner, vessel = into
-    way = np.gradient(path, axis=0)
-    aside = np.cross(way, np.cross(np.array([0.25, 0.5, 0.8]), way))
-    aside /= np.maximum(np.linalg.norm(aside, axis=1, keepdims=True), 1e-6)
-    body.line(vessel, path + aside * (radius + wall + 0.8 * artery)[:, None], artery)
-    body.line(outer, path, radius + wall)
-    body.line(inner, path, radius)
-
-
-def walled(body: Body, outer: np.ndarray, inner: np.ndarray, vessel: np.ndarray) -> np.ndarray:
-    """Paint what `bronchus` drew as far as it lies in the lungs; returns the share (d, h, w) of all of it."""
-    within = (lung_share(body) > 0.5) & (body.airway < 0.3)
-    outer, vessel = outer * within, vessel * within
-    raster.paint(body.hu, np.where(body.hu < 0, vessel, 0).astype(np.float32), 0.85 * body.tissue.blood + 5)
-    raster.paint(body.hu, outer, 10.0)
-    raster.paint(body.hu, np.minimum(inner, outer), -970.0)
-    return np.maximum(outer, vessel)
-
-
-@in_chest
-def bronchiectasis(body: Body, rng: np.random.Generator) -> Drawn:
-    """Bronchi wider than the artery beside them that keep their width to within 1 cm of the pleura, in some segments.
-
-    Cylindrical ones are rings across and tram tracks along; varicose ones are beaded, cystic ones end in clusters.
-    """
-    both = rng.random() < 0.55
-    sides = [1, -1] if both else [int(rng.choice([1, -1]))]
-    upper = rng.random() < 0.25
-    kind = str(rng.choice(["cylindrical", "varicose", "cystic"], p=[0.65, 0.2, 0.15]))
-    paths: list[np.ndarray] = []
-    lumens: list[float] = []
-    outer, inner, vessel = body.everything, body.everything, body.everything
-    for s in sides:
-        lobe = (1 if s < 0 else 4) if upper else (3 if s < 0 else 5)
-        paths += courses(body, rng, lobe, int(rng.integers(10, 17)))
-        lumens += [rng.uniform(2.1, 2.9)] * (len(paths) - len(lumens))
-    wall = rng.uniform(0.6, 0.95)
-    for path, lumen in zip(paths, np.array(lumens) * rng.uniform(0.8, 1.25, len(paths)), strict=True):
-        t = np.linspace(0, 1, len(path))
-        radius = lumen * np.interp(t, [0, 0.2, 0.9, 1], [0.75, 1, 0.9, 0.6])
-        if kind == "varicose":
-            radius = radius * (1.05 + 0.4 * np.sin(len(path) * t * rng.uniform(0.9, 1.3) + rng.uniform(0, 6)))
-        artery = lumen * rng.uniform(0.55, 0.75) * np.interp(t, [0, 1], [1, 0.6])
-        bronchus(body, (outer, inner, vessel), path, radius, wall, artery)
-        if kind == "cystic":
-            place = path[-1] + rng.normal(0, 4.5, (7, 3))
-            size = rng.uniform(2.8, 6.0, (7, 1)) * np.ones(3)
-            body.balls(outer, place, size + wall)
-            body.balls(inner, place, size)
-    share = walled(body, outer, inner, vessel)
-    side = "bilateral" if both else SIDES[sides[0]]
-    return share, dict(side=side, location="upper lobe" if upper else "lower lobe", kind=kind)
-
-
-def courses(body: Body, rng: np.random.Generator, lobe: int, count: int, ends: float = 11.0) -> list[np.ndarray]:
-    """Smooth courses of bronchi (n, 3) mm, one point every 3 mm, from where a lobe's segments fork towards the pleura.
-
-    Args:
-        body: the chest.
-        rng: source of randomness.
-        lobe: 1 to 5.
-        count: how many, spread over the lobe.
-        ends: mm from the pleura where they end at most.
-    """
-    tree = body.arteries
-    leaf = np.ones(len(tree.parent), bool)
-    leaf[tree.parent[tree.parent >= 0]] = False
-    leaf = np.flatnonzero(leaf & (tree.lobe == lobe))
-    at = np.clip(np.rint((tree.end[leaf] - body.low) / body.step).astype(int), 0, np.array(body.shape) - 1)
-    depth = body.lung[tuple(at.T)]
-    leaf = rng.permutation(leaf[(depth > 3) & (depth < ends + body.edge)])
-    found: list[tuple[float, np.ndarray, np.ndarray]] = []
-    for i in leaf[: 6 * count]:
-        nodes, j = [tree.end[i]], int(i)
-        while j >= 0 and tree.fed[j] < 0.35:
-            nodes.append(tree.start[j])
-            j = int(tree.parent[j])
-        rough = np.array(nodes[::-1])
-        far = np.r_[0, np.cumsum(np.sqrt((np.diff(rough, axis=0) ** 2).sum(1)))]
-        if far[-1] > 30:
-            found.append((float(((rough[-1] - rough[0]) ** 2).sum() / far[-1] ** 2), rough, far))
-    chosen: list[np.ndarray] = []
-    for _, rough, far in sorted(found, key=lambda item: -item[0]):  # the straightest, apart from one another
-        ended = np.array([path[-1] for path in chosen] or [[np.inf] * 3])
-        if len(chosen) == count or ((ended - rough[-1]) ** 2).sum(1).min() < 13**2:
-            continue
-        at_mm = np.linspace(0, far[-1], int(far[-1] / 3) + 1)
-        path = np.stack([np.interp(at_mm, far, axis) for axis in rough.T], 1)
-        for _ in range(12):
-            path[1:-1] = 0.25 * path[:-2] + 0.5 * path[1:-1] + 0.25 * path[2:]
-        chosen.append(path)
-    return chosen
 
 
 # ---- pleura ----
@@ -591,8 +299,7 @@ def courses(body: Body, rng: np.random.Generator, lobe: int, count: int, ends: f
 @in_chest
 def pleural_effusion(body: Body, rng: np.random.Generator) -> Drawn:
     """Fluid that settles behind the lung, rises at the outer wall, and takes the lung's room on its side."""
-    both = rng.random() < 0.5
-    sides = [1, -1] if both else [int(rng.choice([1, -1]))]
+    sides, side = sides_of(rng, 0.5)
     amount = rng.uniform(0.1, 0.6)
     share, squeezed, p = body.everything, body.everything, body.patient
     left = body.lobes > 3
@@ -610,7 +317,6 @@ def pleural_effusion(body: Body, rng: np.random.Generator) -> Drawn:
     squeezed *= 1 - share
     body.hu += squeezed * 330 * np.clip(-(body.hu + 100) / 650, 0, 1)  # lung that the fluid presses together
     fill(body, share, rng.uniform(4, 18), 300.0)
-    side = "bilateral" if both else SIDES[sides[0]]
     return share, dict(side=side, severity=severity(amount, (0.25, 0.42)), size_mm=round(115 * amount))
 
 

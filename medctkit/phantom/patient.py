@@ -11,7 +11,7 @@ from importlib.resources import files
 
 import numpy as np
 
-from medctkit.phantom import raster
+from medctkit.phantom import lung_raster, raster
 
 LUNG_LOW, LUNG_STEP = np.array([-126.0, -105.0, -147.0]), 3.0
 BODY_LOW, BODY_STEP = np.array([-134.0, -148.0, -196.0]), 4.0
@@ -178,7 +178,7 @@ class Patient:
 
     def lobes_at(self, points: np.ndarray) -> np.ndarray:
         """The lobe (n,) of places of the atlas (n, 3) mm."""
-        return raster.lobes_at(points, self.fissures, atlas()["middle"], LUNG_LOW[:2], LUNG_STEP)
+        return lung_raster.lobes_at(points, self.fissures, atlas()["middle"], LUNG_LOW[:2], LUNG_STEP)
 
     def cloud(self, count: int, stream: int) -> np.ndarray:
         """Places (count, 3) in the lungs of the atlas, mm."""

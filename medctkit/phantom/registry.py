@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from medctkit.findings import FINDINGS, GROUPS, PREVALENCE
-from medctkit.phantom import body_findings, lesions, lung_findings, lung_lesions
+from medctkit.phantom import airway_findings, body_findings, lesions, lung_findings, lung_lesions
 from medctkit.phantom.lung_lesions import Painted
 
 Painter = Callable[[Any, np.random.Generator], Painted]  # of a `Chest` (first drawing) or a `Body` (second)
@@ -79,8 +79,8 @@ REGISTRY: Mapping[str, Finding] = MappingProxyType(
     }
 )
 _REDRAWN: dict[str, Painter] = {
-    "Peribronchial thickening": lung_findings.peribronchial,
-    "Bronchiectasis": lung_findings.bronchiectasis,
+    "Peribronchial thickening": airway_findings.peribronchial,
+    "Bronchiectasis": airway_findings.bronchiectasis,
     "Emphysema": lung_findings.emphysema,
     "Mosaic attenuation pattern": lung_findings.mosaic,
     "Interlobular septal thickening": lung_findings.septal_thickening,

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medctkit.findings import FINDINGS
-from medctkit.phantom.lung_findings import told
+from medctkit.phantom.places import told
 from medctkit.phantom.registry import UNTRUE_WITH
 from medctkit.phantom.report_text import finding_sentences, write_report
 from medctkit.phantom.study import draw_labels, generate
