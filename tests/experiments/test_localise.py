@@ -1,6 +1,7 @@
 """Maps against masks, as one command on a hospital's test phantoms."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
@@ -9,8 +10,11 @@ import torch
 from typer.testing import CliRunner
 
 from medctkit.cli import app
+from medctkit.common.provenance import write_json
+from medctkit.experiments.adapt import ORIGIN, Origin
 from medctkit.lora.adapter import add_lora, save_adapter
 from medctkit.model.base_model import load_mini_base
+from medctkit.training.checkpoints import RECORD
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -18,10 +22,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory):
-    """An adapter that does something."""
+    """An adapter that does something, as a finished run leaves it."""
     folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
     save_adapter(add_lora(load_mini_base().model, "paper", r=4, init_lora_weights=False), folder / "adapter")
+    write_json({"state": "finished", "files": {}}, folder / RECORD)
+    write_json(asdict(Origin()), folder / ORIGIN)
     return folder
 
 
