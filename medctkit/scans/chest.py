@@ -8,11 +8,12 @@ _COARSE = 5.0  # mm, the grid on which lungs are looked for
 _SOLID, _GAS = -300, -500  # HU above which there is body or table, below which there is gas
 _LITRES = (0.4, 15.0)  # of gas in the lungs
 _LEAST_LUNG = 0.2  # of the largest: the other lung is that large, gas of the bowel is not as large as a lung
-_MARGIN = 30.0  # mm kept above the apices and below the bases
+_LEAST_AREA = 0.1  # of that in the widest slice: windpipe and throat, which go on from the lungs, are smaller
+_MARGIN = 40.0  # mm kept beyond these slices: the rest of apices and bases, and some more
 
 
 def chest_range(hu: np.ndarray, steps: Sequence[float]) -> tuple[int, int]:
-    """The first and last slice of the chest: 3 cm on either side of the lungs.
+    """The first and last slice of the chest: 4 cm on either side of the lungs.
 
     Args:
         hu: values in HU, the first axis along the body.
@@ -40,6 +41,7 @@ def chest_range(hu: np.ndarray, steps: Sequence[float]) -> tuple[int, int]:
             f"{total:.2g} litres of gas inside of the body, lungs have {_LITRES[0]:g} to {_LITRES[1]:g}: the chest was "
             "not found; cut it out by hand"
         )
-    depth = np.flatnonzero(np.isin(labels, lungs).any(axis=(1, 2))) * stride[0]
+    area = np.isin(labels, lungs).sum(axis=(1, 2))
+    depth = np.flatnonzero(area >= _LEAST_AREA * area.max()) * stride[0]
     margin = round(_MARGIN / steps[0])
     return max(int(depth[0]) - margin, 0), min(int(depth[-1]) + stride[0] + margin, len(hu)) - 1

@@ -143,7 +143,7 @@ def read_volume(
         orientation: "canonical" (SPL), "stored" or three letters of RLAPSI.
         stored_as: how the array (d, h, w) of the file lies, three letters, in place of a blank or wrong header
             (CT-RATE version 1: "SPL").
-        crop: "chest" cuts a longer scan along the body to the lungs and 3 cm on either side.
+        crop: "chest" cuts a longer scan along the body to the lungs and 4 cm on either side.
         largest_gap: mm from slice to slice that are still read as one volume; more than 20 for sparse HRCT, where the
             model sees between two slices something in between.
         choices: of DICOM: `series`, which of several: its SeriesInstanceUID, SeriesNumber or SeriesDescription;
