@@ -6,7 +6,6 @@ interrupted comparison goes on where it was; seconds and memory are measured aft
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import os
@@ -33,25 +32,24 @@ from medctkit.common.atomic import replacing
 from medctkit.common.csv_tables import write_table
 from medctkit.common.processes import accelerator_for, worker_pool
 from medctkit.common.provenance import made_with, write_json
+from medctkit.experiments.compare.data import HELD_OUT, Data, parts, truth
 from medctkit.experiments.compare.runs import (
     BASE,
     DIALECTS,
     GROUPS,
     SETTINGS,
-    Data,
     Job,
     inputs_of,
     jobs,
-    methods_of,
-    parts,
     run_job,
     settings_of,
-    truth,
+    tuned_for,
     tuning_jobs,
+    unpacked,
 )
 from medctkit.findings import FINDINGS
 from medctkit.lora.methods import METHODS, apply_method
-from medctkit.metrics.scores import mean_draws
+from medctkit.metrics.bootstrap import mean_of_findings, metric_draws, patient_weights
 from medctkit.model.base_model import load_mini_base
 from medctkit.training.checkpoints import differences
 from medctkit.training.loop import step_gradients
@@ -144,8 +142,8 @@ def compare_methods(
     output_dir, inputs = Path(output_dir), inputs_of(manifest_path)
     cache_dir = prepared_dir(manifest_path, output_dir, cache_dir)
     table = load_manifest(manifest_path)
-    train, _, test, _ = parts(table)
-    studies, needed = len(train), methods_of(groups)
+    train, _, test, home = parts(table)
+    studies, needed = len(train), tuned_for(groups)
 
     def wanted(chosen: Mapping[str, tuple[float, str]]) -> dict[str, Job]:
         listed = [*tuning_jobs(needed), *jobs(groups, seeds, chosen)]
@@ -177,59 +175,97 @@ def compare_methods(
             "command goes on from here, if need be with fewer --jobs"
         ) from None
     shutil.rmtree(output_dir / "work", ignore_errors=True)
-    collect(output_dir, test.to_dict("records"), seeds)
+    collect(output_dir, *(part.to_dict("records") for part in (test, home)), seeds)
     if "methods" in groups and not (output_dir / "costs.csv").is_file():
         learnt_from = CTReportDataset(train, load_mini_base().preprocess_config, cache_dir)
         write_table(measure_costs(learnt_from, settings), output_dir / "costs.csv")
     return output_dir
 
 
-def _chosen(output_dir: Path, methods: Iterable[str]) -> dict[str, tuple[float, str]]:
-    """For each method the learning rate and dialect of best validation AUROC, of those whose whole grid was run."""
-    grids: dict[str, list[dict | None]] = {}
-    for job in tuning_jobs(methods):
-        found = read_result(output_dir, job)
-        grids.setdefault(job.method, []).append(found and found | {"of": (job.learning_rate, job.dialect)})
+def _chosen(output_dir: Path, tuned: Iterable[str]) -> dict[str, tuple[float, str]]:
+    """By `Job.tuned` the learning rate and dialect of best validation AUROC, where the whole grid was run."""
+    grids: dict[str, list[tuple[Job, dict | None]]] = {}
+    for job in tuning_jobs(tuned):
+        grids.setdefault(job.tuned, []).append((job, read_result(output_dir, job)))
     chosen = {}
-    for method, grid in grids.items():
-        runs = [found for found in grid if found is not None]
-        if len(runs) < len(grid):
+    for name, grid in grids.items():
+        if any(found is None for _, found in grid):
             continue
-        stable = {found["of"]: found["validation_auroc"] for found in runs if "diverged" not in found}
+        stable = [(job, found["validation_auroc"]) for job, found in grid if found and "diverged" not in found]
         if not stable:
-            raise ValueError(f"{method} diverged with every learning rate of its grid; lower METHODS[{method!r}]'s")
-        chosen[method] = max(stable, key=lambda of: (stable[of], -of[0]))
+            method = grid[0][0].method
+            raise ValueError(f"{name} diverged with every learning rate of its grid; lower METHODS[{method!r}]'s")
+        best, _ = max(stable, key=lambda each: (each[1], -(each[0].learning_rate or 0)))  # of equals the lowest
+        chosen[name] = (best.learning_rate or 0.0, best.dialect)
     return chosen
 
 
-def collect(output_dir: Path, test_rows: Sequence[Mapping], seeds: int) -> None:
-    """Write `comparison.csv`, a row for each job with a result, also of more than `seeds`, and their `mean_draws`."""
+def collect(output_dir: Path, test_rows: Sequence[Mapping], home_rows: Sequence[Mapping], seeds: int) -> None:
+    """Write `comparison.csv`, a row for each job with a result, also of more than `seeds`, and `draws.npz`."""
     import pandas as pd
 
     while any(output_dir.glob(f"runs/*-seed{seeds}.json")):
         seeds += 1
-    labels, patients = truth(test_rows)
+    tuned = tuned_for()
+    listed = [*tuning_jobs(tuned), *jobs(GROUPS, seeds, _chosen(output_dir, tuned))]
+    groups: dict[str, set[str]] = {}
+    for job in listed:
+        groups.setdefault(job.name, set()).add(job.group)
+    studies = {"test": truth(test_rows), "home": truth(home_rows)}
     rows, draws = [], {}
-    for job in [*tuning_jobs(METHODS), *jobs(GROUPS, seeds, _chosen(output_dir, METHODS))]:
+    for job in listed:
         found = read_result(output_dir, job)
         if found is None or "diverged" in found:
             continue
         if job.name not in draws:
-            scores = np.frombuffer(base64.b64decode(found["scores"]), dtype="<f4").reshape(labels.shape)
-            draws[job.name] = mean_draws(labels, scores, patients).astype(np.float32)
-        mean, made = found["auroc"]["mean"], found["made_with"]
-        keys = ("method", "rank", "studies", "learning_rate", "seed", "best_step", "validation_auroc")
-        row = {"group": job.group, "name": job.name, "dialect": job.dialect} | {key: found[key] for key in keys}
-        row |= {"test_auroc": mean["value"], "test_auroc_low": mean["low"], "test_auroc_high": mean["high"]}
+            draws |= _draws(job, groups[job.name], unpacked(found["scores"]), studies)
+        keys = ("method", "rank", "studies", "learning_rate", "dialect", "unseen", "seed", "chosen", "best_step")
+        row = {"group": job.group, "name": job.name} | {key: found[key] for key in (*keys, "validation_auroc")}
+        for where, measured in (("test", found), ("home", found.get("home", {}))):
+            for metric in ("auroc", "calibration_error") if measured else ():
+                ends = measured[metric]["mean"]
+                row |= {f"{where}_{metric}{end}": ends[key] for end, key in _ENDS.items()}
         row |= {key: found[key] for key in ("trainable", "adapter_bytes", "seconds")}
-        row |= {f"home_{name}": ends["mean"]["value"] for name, ends in found.get("home", {}).items()}
-        row |= {f"prompts_{name}": value for name, value in found.get("by_prompts", {}).items()}
+        made = found["made_with"]
         row |= {"one_class": ", ".join(found["one_class"]), "steps": found["settings"].get("steps")}
         row |= {"device": made["device"], "medctkit": made["versions"]["medctkit"], "torch": made["versions"]["torch"]}
         rows.append(row | {name: found["auroc"][name]["value"] for name in FINDINGS})
     with replacing(output_dir / "draws.npz") as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **draws)  # type: ignore[arg-type]
     write_table(pd.DataFrame(rows), output_dir / "comparison.csv")
+
+
+_ENDS = {"": "value", "_low": "low", "_high": "high"}
+
+
+def _draws(
+    job: Job,
+    groups: set[str],
+    scores: Mapping[str, np.ndarray],
+    studies: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    resamples: int = 1000,
+) -> dict[str, np.ndarray]:
+    """AUROC of a run on the studies as they are and on each resample of their patients; see `results.Results`."""
+
+    def drawn(what: str) -> np.ndarray:  # (1 + resamples, 18)
+        labels, patients = studies["home" if what == "home" else "test"]
+        weights = patient_weights(patients, resamples, seed=0)
+        return metric_draws(labels, scores[what], np.full(len(FINDINGS), 0.5), weights)["auroc"]
+
+    of = drawn("paper")
+    found = {job.name: mean_of_findings(of)}
+    if "home" in scores and groups & {"methods", "rivals"}:
+        found[f"{job.name}/home"] = mean_of_findings(drawn("home"))
+    if "unseen" in groups:
+        held_out = np.isin(FINDINGS, HELD_OUT)
+        for what in [name for name in scores if name != "home"]:
+            each = of if what == "paper" else drawn(what)
+            found[f"{job.name}/held out/{what}"] = mean_of_findings(each[:, held_out])
+            found[f"{job.name}/seen/{what}"] = mean_of_findings(each[:, ~held_out])
+    found = {name: values.astype(np.float32) for name, values in found.items()}
+    if "rivals" in groups and job.method in (BASE, "lora", "hu-boxes"):
+        found[f"{job.name}/findings"] = of.astype(np.float16)  # 18 times as many
+    return found
 
 
 def measure_costs(train: Dataset, settings: FineTuneConfig, repeats: int = 5) -> pd.DataFrame:

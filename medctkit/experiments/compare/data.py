@@ -1,0 +1,123 @@
+"""The studies of a comparison, and what the base model makes of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from medctkit.cohort.dataset import CTReportDataset
+from medctkit.cohort.manifest import load_manifest
+from medctkit.experiments.compare.fixes import body_quantiles, lung_centre, matched, registered
+from medctkit.findings import FINDINGS
+from medctkit.model.base_model import BaseModel, load_mini_base
+from medctkit.zero_shot.classifier import Embedded, ZeroShotClassifier
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Kept out of every loss in the runs of "unseen": one of each group that has several findings or none like it.
+HELD_OUT = ("Pleural effusion", "Emphysema", "Hiatal hernia", "Bronchiectasis")
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """The target hospital's studies, test studies of the source hospital (`home`), and the base model."""
+
+    train: CTReportDataset
+    valid: CTReportDataset
+    test: CTReportDataset
+    home: CTReportDataset
+    mini: BaseModel
+
+    @classmethod
+    def load(cls, manifest_path: str | os.PathLike, cache_dir: str | os.PathLike) -> Data:
+        """From a manifest and a folder of prepared volumes, which are made where missing."""
+        mini = load_mini_base()
+        train, valid, test, home = (
+            CTReportDataset(rows, mini.preprocess_config, cache_dir) for rows in parts(load_manifest(manifest_path))
+        )
+        return cls(train.in_memory(), valid.in_memory(), test, home, mini)  # the last two are seen once a run
+
+    @cache  # noqa: B019 (one object, as long as the process)
+    def embedded(self, split: str, *changes: str) -> Embedded:
+        """A split through the base model, once, after these of `CHANGES` to its volumes."""
+        return self._ask.embed(Changed(getattr(self, split), self._change(changes)), progress=False)
+
+    @cache  # noqa: B019
+    def features(self, split: str, of: Callable[[torch.Tensor], np.ndarray], *changes: str) -> np.ndarray:
+        """Numbers (n, k) of each volume of a split, after these of `CHANGES`."""
+        return np.stack([of(item["pixel_values"]) for item in Changed(getattr(self, split), self._change(changes))])
+
+    @cache  # noqa: B019
+    def labels(self, split: str) -> np.ndarray:
+        """Labels (n, 18) of a split."""
+        return truth(getattr(self, split).rows)[0]
+
+    @cached_property
+    def centre(self) -> np.ndarray:
+        """Mean centre (3,) of the lungs at home, in voxels."""
+        return np.nanmean(self.features("home", lung_centre), axis=0)
+
+    @cache  # noqa: B019
+    def quantiles(self, split: str) -> np.ndarray:
+        """Mean quantiles of HU within the body."""
+        return np.nanmean(self.features(split, body_quantiles), axis=0)
+
+    @cached_property
+    def _ask(self) -> ZeroShotClassifier:
+        return ZeroShotClassifier(self.mini.model, self.mini.tokenizer)
+
+    def _change(self, names: Sequence[str]) -> Callable[[dict], dict]:
+        def change(item: dict) -> dict:
+            for name in names:
+                item = item | {"pixel_values": CHANGES[name](self, item["pixel_values"])}
+            return item
+
+        return change
+
+
+CHANGES: dict[str, Callable[[Data, torch.Tensor], torch.Tensor]] = {  # to volumes; home tells what is right
+    "registration": lambda data, volume: registered(volume, data.centre),
+    "intensities": lambda data, volume: matched(volume, data.quantiles("home")),
+    "hospital intensities": lambda data, volume: matched(volume, data.quantiles("home"), data.quantiles("train")),
+}
+
+
+class Changed(Dataset):
+    """A data set, each item changed when it is asked for."""
+
+    def __init__(self, dataset: Dataset, change: Callable[[dict], dict]):
+        self.dataset, self.change = dataset, change
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index >= len(self):
+            raise IndexError(index)  # what ends a loop over it
+        return self.change(self.dataset[index])
+
+
+def held_out(item: dict[str, Any], findings: Sequence[str] = HELD_OUT) -> dict[str, Any]:
+    """A study of which some labels are unknown."""
+    labels = item["labels"].clone()
+    labels[[FINDINGS.index(name) for name in findings]] = float("nan")
+    return item | {"labels": labels}
+
+
+def parts(table: pd.DataFrame) -> list[pd.DataFrame]:
+    """The rows of a manifest that a comparison reads: target train, valid and test, and source test."""
+    wanted = (("target", "train"), ("target", "valid"), ("target", "test"), ("source", "test"))
+    return [table[(table["hospital"] == hospital) & (table["split"] == split)] for hospital, split in wanted]
+
+
+def truth(rows: Sequence[Mapping]) -> tuple[np.ndarray, np.ndarray]:
+    """Labels (n, 18) and patients (n,) of rows of a manifest."""
+    return np.array([[float(row[f]) for f in FINDINGS] for row in rows]), np.array([row["patient"] for row in rows])
