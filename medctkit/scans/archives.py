@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from medctkit.scans.limits import most_unpacked
-from medctkit.scans.stored import is_of_machine, is_web_page
+from medctkit.scans.stored import is_of_machine
 
 MOST_MEMBERS = 100_000
 MOST_BYTES = 8 << 30
@@ -56,8 +56,6 @@ def _what_it_is(path: Path) -> str:
     """Why a file is not a readable zip archive."""
     with open(path, "rb") as file:
         start = file.read(64)
-    if is_web_page(start):
-        return "a web page, not a zip archive: the download failed or needs a login; get the file again"
     if start and not start.startswith(b"PK"):
         found = f"not a zip archive in spite of its name, it starts with {start[:6]!r}"
         return f"{found}; unpack it and give the folder of the scan, or pack it again as .zip"

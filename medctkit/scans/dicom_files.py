@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from medctkit.scans.limits import most_unpacked
-from medctkit.scans.stored import damaged, decode, is_web_page
+from medctkit.scans.stored import damaged, decode, stand_in
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -304,8 +304,8 @@ def _check_no_slice(path: Path, name: str, like_slices: bool) -> None:
         start = file.read(1024)
     if path.name.startswith(".") or not (like_slices or path.suffix.lower() in _SUFFIXES):
         return  # a read-me, a viewer, macOS's ._ files
-    if is_web_page(start):
-        raise ValueError(f"{name} is a web page, not DICOM: its download failed or needs a login; get the file again")
+    if found := stand_in(start):
+        raise ValueError(f"{name} is {found}")
     if path.suffix.lower() in _SUFFIXES or not start or b"\0" in start:  # a text without suffix may be a read-me
         raise damaged(f"{path.stat().st_size} bytes without a DICOM header; if it is no slice, take it away", name)
 

@@ -12,7 +12,7 @@ from medctkit.scans.dicom_files import is_dicom
 from medctkit.scans.dicom_series import read_dicom
 from medctkit.scans.itk import read_itk
 from medctkit.scans.nifti import read_nifti
-from medctkit.scans.stored import NOT_ANALYZE, Stored
+from medctkit.scans.stored import NOT_ANALYZE, Stored, stand_in
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,9 @@ def reader_of(path: Path) -> Reader:
         if named and not named.folders:
             raise ValueError(f"{path}: a folder, in spite of its name; give the file in it")
         return named or READERS["DICOM series"]
+    with open(path, "rb") as file:
+        if found := stand_in(file.read(64)):
+            raise ValueError(f"{path}: {found}")
     if named:
         return named
     if name.endswith((".hdr", ".img", ".hdr.gz", ".img.gz")):

@@ -67,9 +67,13 @@ def decode(read: Callable[[], T], part: str = "") -> T:
         raise damaged((str(error).strip().splitlines() or [type(error).__name__])[-1], part) from error
 
 
-def is_web_page(start: bytes) -> bool:
-    """Whether a file starts as what a portal sends in place of a download that failed or needs a login."""
-    return start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml"))
+def stand_in(start: bytes) -> str:
+    """What a file is, by how it starts, that came in place of the one that was asked for; "" if it is none."""
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a web page, not a scan: its download failed or needs a login; get the file again"
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, a few lines that stand for the scan; fetch it with git lfs pull"
+    return ""
 
 
 def check_shape(shape: Sequence[int]) -> None:

@@ -78,12 +78,15 @@ NAN = float("nan")
 OUTSIDE = "outside its folder; put both files into one folder"
 HALF_NAN = np.where(np.arange(960).reshape(SHAPE) >= 955, np.nan, chest().astype(np.float32))
 
+KINDS = ("nii", "nii.gz", "nrrd", "mha", "zip")
+
 BAD_NIFTI = [
     (raw("scan.nii", b""), f"{DAMAGED} (it is empty)"),
     (raw("scan.nii.gz", b""), f"{DAMAGED} (it is empty)"),
     (raw("scan.nii", b"Dear colleague, " * 50), f"{DAMAGED}...starts with b'Dear')"),
     (raw("scan.nii.gz", b"Dear"), "not a compressed file, in spite of its name; it starts with b'Dear'"),
-    (raw("scan.nii.gz", b"<!DOCTYPE html>"), "it starts with b'<!DO'"),
+    *((raw(f"scan.{kind}", b"\n<!DOCTYPE html>"), "a web page, not a scan: its download") for kind in KINDS),
+    *((raw(f"scan.{kind}", b"version https://git-lfs.github.com/spec/v1\n"), "git lfs pull") for kind in KINDS),
     (
         lambda folder: write_nifti(folder / "scan.nii", chest()).rename(folder / "scan.nii.gz"),
         "not compressed, in spite of its name; rename it to .nii",
