@@ -15,6 +15,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from medctkit.cli_deploy import deploying
 from medctkit.common.text import printable
 
 
@@ -65,6 +66,7 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     cls=_Commands, no_args_is_help=True, add_completion=False, help="LoRA on 3D chest CT, from data to evaluation."
 )
+app.add_typer(deploying)  # predict, answer, gateway
 
 
 def _options_of_settings() -> list[Any]:

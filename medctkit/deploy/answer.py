@@ -168,7 +168,7 @@ def _capture(source: "Dataset", picture: np.ndarray, facts: Mapping[str, str], u
         source, picture, "RGB", 8, "PATIENT", patient_orientation=("L", "P"),
         transfer_syntax_uid=ExplicitVRLittleEndian, **_made(facts, uid, "picture"),
     )  # fmt: skip
-    made.PatientOrientation, made.BodyPartExamined = None, "CHEST"  # the picture has several slices, and bars
+    made.PatientOrientation, made.BodyPartExamined = [], "CHEST"  # the picture has several slices, and bars
     made.BurnedInAnnotation = "NO"  # none that tells who it is
     made.DerivationDescription = NOTICE
     return made
@@ -205,7 +205,10 @@ def _segmentation(
         "AUTOMATIC",
         algorithm,
     )
-    said = {"content_label": "RELEVANCE", "content_description": f"Highest {TOP_SHARE:.0%} of a map. {NOTICE}"}
+    said: dict[str, Any] = {
+        "content_label": "RELEVANCE",
+        "content_description": f"Highest {TOP_SHARE:.0%} of a map. {NOTICE}",
+    }
     pixels = masks.astype(np.uint8)
     return [hd.seg.Segmentation(sources, pixels, "BINARY", [segment], **said, **_made(facts, uid, "map"))]
 

@@ -1,0 +1,103 @@
+"""The commands that take an adapted model to a hospital; `cli` hands them on as its own."""
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from medctkit.common.text import printable
+
+deploying = typer.Typer(add_completion=False)
+Study = Annotated[Path, typer.Argument(help="One scan: a folder of DICOM slices, a .zip of one, or a file.")]
+Asked = Annotated[str, typer.Option("--model", help="mini (knows phantoms only), a folder, or a file of weights.")]
+Words = Annotated[Path | None, typer.Option("--tokenizer", help="Its folder, for a file of weights.")]
+OfModel = Annotated[Path | None, typer.Option(help="Folder of an adapter; by default the base model alone.")]
+OneOf = Annotated[str | None, typer.Option(help="Which of several: its UID, number or description.")]
+
+
+def _say(text: object) -> None:
+    typer.echo(printable(text))
+
+
+def _with_adapter(model: str, tokenizer: Path | None, adapter: Path | None) -> Any:
+    """A base model, with its adapter where there is one."""
+    from medctkit.lora.adapter import load_adapter
+    from medctkit.model.base_model import load_base
+
+    base = load_base(model, tokenizer)
+    return base if adapter is None else replace(base, model=load_adapter(base.model, adapter))
+
+
+@deploying.command()
+def predict(
+    study: Study,
+    out: Annotated[Path, typer.Argument(help="Folder for scores.csv, scores.json, results.json and picture.png.")],
+    model: Asked,
+    tokenizer: Words = None,
+    adapter: OfModel = None,
+    series: OneOf = None,
+) -> None:
+    """Score one scan; results.json has the form of the VLM3D challenge. For research, not for diagnosis."""
+    from medctkit.quickstart import predict_study
+
+    _say(predict_study(study, out, _with_adapter(model, tokenizer, adapter), series))
+
+
+@deploying.command()
+def answer(
+    study: Study,
+    out: Annotated[Path, typer.Argument(help="Folder for SR.dcm (report), OT.dcm (picture) and SEG.dcm (map).")],
+    model: Asked,
+    tokenizer: Words = None,
+    adapter: OfModel = None,
+    series: OneOf = None,
+    with_map: Annotated[bool, typer.Option("--map/--no-map", help="Where the model looked; 8 GB at full size.")] = True,
+) -> None:
+    """Answer one DICOM study in DICOM: report, picture, segmentation. For research, not for diagnosis."""
+    from medctkit.deploy.answer import write_answer
+    from medctkit.quickstart import answer_study
+
+    found = answer_study(study, _with_adapter(model, tokenizer, adapter), series, with_map=with_map)
+    for path in write_answer(found, out):
+        _say(f"wrote {path}")
+
+
+@deploying.command()
+def gateway(
+    folder: Annotated[Path, typer.Argument(help="For slices and answers on their way; nobody else's.")],
+    destination: Annotated[str, typer.Argument(help="Gets the answers: TITLE@HOST:PORT.")],
+    model: Asked,
+    tokenizer: Words = None,
+    adapter: OfModel = None,
+    allow: Annotated[list[str] | None, typer.Option(help="AE title that may call; give it several times.")] = None,
+    allow_all: Annotated[bool, typer.Option("--allow-all", help="Anyone may call.")] = False,
+    title: Annotated[str, typer.Option(help="AE title of this service.")] = "MEDCTKIT",
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; by default this machine alone can call.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: a free one.", min=0, max=65535)] = 11112,
+    queue: Annotated[int, typer.Option(help="Series that may wait; more are refused for now.", min=1)] = 32,
+    quiet: Annotated[float, typer.Option(help="Seconds without a new slice until a series is whole.", min=0)] = 10,
+    retry: Annotated[float, typer.Option(help="Seconds until an answer is sent again.", min=0)] = 30,
+) -> None:
+    """Take CT series by C-STORE, send report and picture on. Stop it and start it again as you like.
+
+    For research, not for diagnosis. The log names no patient.
+    """
+    import logging
+
+    from medctkit.deploy.gateway import Gateway, Limits, Peer
+    from medctkit.quickstart import answer_study
+
+    log, handler = logging.getLogger("medctkit.gateway"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    to, allowed, limits = Peer.of(destination), None if allow_all else allow or [], Limits(queue, quiet, retry)
+    base = _with_adapter(model, tokenizer, adapter)
+    service = Gateway(folder, lambda path: answer_study(path, base, with_map=False), to, allowed, title, limits)
+    with service.serving(port, host) as at:
+        _say(f"listening at {title}@{host}:{at}; Ctrl-C ends it")
+        threading.Event().wait()

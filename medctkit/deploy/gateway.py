@@ -1,0 +1,295 @@
+"""A DICOM service: CT series come in by C-STORE, answers go out by C-STORE to one destination.
+
+A slice is acknowledged once it is on disk. What is to be done is read from the disk alone, so that a gateway that was
+killed goes on where it stood: `FOLDER/<study>/<series>/` has `slices/`, `answer/` with what is to be sent, and
+`state.json`, which says how far it came; names are digests of UIDs. A series counts as whole when nothing more of it
+has come for a while; if more comes later, it is answered again, under other UIDs.
+
+Only digests go to the log: no name, no number of a patient, and no text of an error, which may quote a header.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import threading
+import time
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medctkit.common.atomic import replacing
+from medctkit.common.provenance import write_json
+from medctkit.deploy.answer import write_answer
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+log = logging.getLogger("medctkit.gateway")
+SUCCESS, OUT_OF_RESOURCES, NOT_UNDERSTOOD = 0x0000, 0xA700, 0xC000
+_TRIES = 3  # of a series, which may be what ends the process each time
+_PAUSE = 0.2  # s between looks at the disk
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A DICOM service elsewhere."""
+
+    host: str
+    port: int
+    title: str
+
+    @classmethod
+    def of(cls, text: str) -> "Peer":
+        """TITLE@HOST:PORT.
+
+        Raises:
+            ValueError: another form.
+        """
+        title, _, rest = text.partition("@")
+        host, _, port = rest.rpartition(":")
+        if not (title and host and port.isdecimal() and 0 < int(port) < 2**16 and len(title) <= 16):
+            raise ValueError(f"{text!r}: expected TITLE@HOST:PORT, such as PACS@127.0.0.1:4242")
+        return cls(host, int(port), title)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much a gateway takes, and how long it waits.
+
+    Attributes:
+        queue: series that wait at a time; slices of a further one are refused (A700), and the sender tries again later.
+        quiet: s without a new slice after which a series counts as whole.
+        retry: s until an answer that the destination did not take is sent again.
+        keep: s after which a series that was answered, or could not be, is taken away.
+    """
+
+    queue: int = 32
+    quiet: float = 10
+    retry: float = 30
+    keep: float = 24 * 3600
+
+
+class Gateway:
+    """Takes CT series, has them answered one after the other, and sends the answers on.
+
+    Args:
+        folder: for what is on its way; nobody else's.
+        answering: makes DICOM objects of a folder with the slices of one series.
+        destination: gets them.
+        allowed: titles of those who may call; None: everyone.
+        title: of this service; who calls another one is refused.
+        limits: see there.
+
+    Raises:
+        ValueError: nobody is allowed to call.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        answering: "Callable[[Path], Sequence[Dataset]]",
+        destination: Peer,
+        allowed: Collection[str] | None,
+        title: str = "MEDCTKIT",
+        limits: Limits | None = None,
+    ):
+        if allowed is not None and not allowed:
+            raise ValueError("nobody may call: name the titles that may, or allow everyone")
+        self.folder, self.answering, self.destination = Path(folder).expanduser(), answering, destination
+        self.allowed, self.title, self.limits = allowed, title, limits or Limits()
+        self._stop, self._lock, self._not_before = threading.Event(), threading.Lock(), 0.0
+        self._known = dict[Path, Series]()
+
+    @contextmanager
+    def serving(self, port: int, host: str = "127.0.0.1") -> Iterator[int]:
+        """Listen and work until the block ends; yields the port, which is a free one for 0.
+
+        Raises:
+            OSError: the port is taken.
+            ValueError: another gateway works in the folder.
+        """
+        from filelock import FileLock, Timeout
+        from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage
+        from pynetdicom import AE, ALL_TRANSFER_SYNTAXES, _config, evt
+
+        entity = AE(self.title)
+        entity.require_called_aet, entity.require_calling_aet = True, list(self.allowed or [])
+        for kind in (CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage):
+            entity.add_supported_context(kind, ALL_TRANSFER_SYNTAXES)
+        entity.add_supported_context("1.2.840.10008.1.1")  # C-ECHO
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        worker = threading.Thread(target=self._work, name="answers")
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(FileLock(self.folder / ".lock").acquire(timeout=0))
+            except Timeout:
+                raise ValueError(f"{self.folder}: another gateway works there; give a folder of its own") from None
+            for name in ("pynetdicom", "pydicom", "highdicom"):  # they quote headers
+                logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+            _config.LOG_HANDLER_LEVEL = "none"
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+            for left in self.folder.rglob("*.tmp"):
+                left.unlink()
+            handlers: Any = [(evt.EVT_C_STORE, self._store), (evt.EVT_C_ECHO, lambda event: SUCCESS)]
+            server: Any = entity.start_server((host, port), block=False, evt_handlers=handlers)
+            worker.start()
+            stack.callback(worker.join)
+            stack.callback(self._stop.set)
+            stack.callback(server.shutdown)
+            yield server.socket.getsockname()[1]
+
+    def waiting(self) -> "list[Series]":
+        """The series that are not answered yet, the oldest first."""
+        found = [self._series(path.parent) for path in self.folder.glob("*/*/slices")]
+        return sorted((one for one in found if not one.settled), key=lambda one: one.latest)
+
+    def _series(self, folder: Path) -> "Series":
+        """A series, looked at anew only if a slice came since the last look."""
+        known = self._known.get(folder)
+        if known is None or known.latest != Series.latest_of(folder):
+            known = self._known[folder] = Series(folder)
+        return known
+
+    def _store(self, event: Any) -> int:
+        try:
+            dataset = event.dataset
+            uids = [str(dataset[name].value) for name in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")]
+            if not all(uids):
+                return NOT_UNDERSTOOD
+            study, series, instance = map(_digest, uids)
+        except Exception as error:  # whatever a header may do to a parser
+            log.warning("an object was refused: %s", type(error).__name__)
+            return NOT_UNDERSTOOD
+        folder = self.folder / study / series
+        with self._lock:
+            try:
+                waiting = {one.folder for one in self.waiting()}
+                if folder not in waiting and len(waiting) >= self.limits.queue:
+                    log.warning("series %s was refused: %d wait", series, len(waiting))
+                    return OUT_OF_RESOURCES
+                (folder / "slices").mkdir(parents=True, exist_ok=True)
+                with replacing(folder / "slices" / f"{instance}.dcm") as temporary, open(temporary, "wb") as file:
+                    file.write(event.encoded_dataset())
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                log.error("series %s: a slice cannot be written: %s", series, error.strerror)
+                return OUT_OF_RESOURCES
+        return SUCCESS
+
+    def _work(self) -> None:
+        while not self._stop.wait(_PAUSE):
+            try:
+                with self._lock:
+                    waiting = self.waiting()
+                for one in waiting:
+                    if not self._stop.is_set() and time.time() - one.latest >= self.limits.quiet:
+                        one = self._known[one.folder] = Series(one.folder)  # no slice is missed now
+                        self._settle(one)
+                self._forget()
+            except Exception as error:  # the disk, for one; the next look may find it mended
+                log.error("the queue stumbled: %s", type(error).__name__)
+
+    def _settle(self, one: "Series") -> None:
+        """Answer a series, or send what is ready."""
+        name, answers = one.folder.name, one.folder / "answer"
+        if one.state != "ready":
+            if one.tries >= _TRIES:
+                log.error("series %s was given up after %d tries", name, one.tries)
+                return one.becomes("failed", "the process ended, or too little memory or disk, at each try")
+            one.becomes("trying")
+            shutil.rmtree(answers, ignore_errors=True)
+            try:
+                write_answer(self.answering(one.folder / "slices"), answers)
+            except Exception as error:
+                log.error("series %s: no answer: %s; state.json says why", name, type(error).__name__)
+                lasting = isinstance(error, ValueError)
+                return one.becomes("failed" if lasting else "trying", f"{type(error).__name__}: {error}")
+            one.becomes("ready")
+        if time.time() < self._not_before:
+            return
+        if self._send(name, answers):
+            log.info("series %s: answered", name)
+            one.becomes("sent")
+        else:
+            self._not_before = time.time() + self.limits.retry
+
+    def _send(self, name: str, answer: Path) -> bool:
+        from pydicom import dcmread
+        from pynetdicom import AE
+
+        answers = [dcmread(file) for file in sorted(answer.glob("*.dcm"))]
+        entity = AE(self.title)
+        for made in answers:
+            entity.add_requested_context(made.SOPClassUID, made.file_meta.TransferSyntaxUID)
+        peer = self.destination
+        link = entity.associate(peer.host, peer.port, ae_title=peer.title)
+        if not link.is_established:
+            log.warning("series %s waits: %s does not take calls", name, peer.title)
+            return False
+        try:
+            codes = [link.send_c_store(made).get("Status") for made in answers]
+        except (RuntimeError, ValueError) as error:  # the link broke; a kind of object is not taken
+            log.warning("series %s waits: %s, from %s", name, type(error).__name__, peer.title)
+            return False
+        finally:
+            link.release()
+        refused = [code for code in codes if code is None or not (code == 0 or code >> 12 == 0xB)]
+        if refused:
+            log.warning("series %s waits: %s answers with %s", name, peer.title, refused[0])
+        return not refused
+
+    def _forget(self) -> None:
+        """Take away what was settled long ago."""
+        with self._lock:
+            for folder, one in list(self._known.items()):
+                if one.settled and time.time() - (folder / "state.json").stat().st_mtime > self.limits.keep:
+                    shutil.rmtree(folder)
+                    del self._known[folder]
+
+
+class Series:
+    """A series on disk, and how far it came.
+
+    Attributes:
+        folder: of its slices, its answer and its state.
+        latest: when its latest slice came, s.
+        state: of exactly these slices: "" (new), "trying", "ready" (its answer is on disk), "sent" or "failed".
+        tries: how often an answer was begun.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.latest = folder, self.latest_of(folder)
+        self._slices = _digest(*sorted(path.name for path in (folder / "slices").glob("*.dcm")))
+        try:
+            found = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            found = {}
+        known = found if found.get("slices") == self._slices else {}
+        self.state, self.tries = str(known.get("state", "")), int(known.get("tries", 0))
+
+    @staticmethod
+    def latest_of(folder: Path) -> float:
+        """When the latest slice of a series came, s."""
+        return (folder / "slices").stat().st_mtime
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is to be done."""
+        return self.state in ("sent", "failed")
+
+    def becomes(self, state: str, reason: str = "") -> None:
+        """Write down how far it came."""
+        self.state, self.tries = state, self.tries + (state == "trying" and not reason)
+        content = {"slices": self._slices, "state": state, "tries": self.tries, "reason": reason}
+        write_json(content, self.folder / "state.json")
+
+
+def _digest(*texts: str) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:32]
