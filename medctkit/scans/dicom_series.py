@@ -170,18 +170,16 @@ def _in_order(slices: list[Slice], normal: np.ndarray, reader: PixelReader) -> t
 
 
 def _check_numbers(slices: list[Slice]) -> None:
-    """Refuse sorted slices that nothing but their numbers, which come twice and jump, tells for those of two scans."""
-    if any(item.frame for item in slices):
-        return
+    """Refuse sorted slices that are two scans, by their numbers alone: these come twice, and jump once or all along."""
     numbers = [item.text("InstanceNumber") for item in slices]
-    first: dict[str, Slice] = {}
-    twice = next((item for item in slices if first.setdefault(item.text("InstanceNumber"), item) is not item), None)
-    jumps = sum(not (a.isdecimal() and b.isdecimal() and abs(int(a) - int(b)) == 1) for a, b in pairwise(numbers))
-    if twice and len(set(numbers)) > 1 and jumps >= len(slices) / 2:
-        number = twice.text("InstanceNumber")
-        found = f"{first[number].name} and {twice.name} both have InstanceNumber {number}, and others too"
+    apart = [abs(int(a) - int(b)) if a.isdecimal() and b.isdecimal() else 0 for a, b in pairwise(numbers)]
+    jumps, values = sum(step != 1 for step in apart), len(set(numbers))
+    twice = len(numbers) - values > len(numbers) / 4 and not any(item.frame for item in slices)
+    if twice and values > 1 and (jumps == 1 or jumps >= len(numbers) / 2):
+        number = next(number for number, n in Counter(numbers).items() if n > 1)
+        names = " and ".join([item.name for item in slices if item.text("InstanceNumber") == number][:2])
         way_out = "put the slices of each into a folder of its own, or pass acquisition='all' if they are one scan"
-        raise ValueError(f"{found}: two scans in one series? {way_out}")
+        raise ValueError(f"{names} both have InstanceNumber {number}, as others: two scans in one series? {way_out}")
 
 
 def _same(one: Slice, other: Slice, reader: PixelReader) -> bool:

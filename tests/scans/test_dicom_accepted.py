@@ -68,7 +68,9 @@ def test_scans_in_one_series_are_refused_or_chosen(tmp_path, tag, one, other, ap
     [
         ([1, 1, 2, 2, 3, 3, 4, 4], False),
         ([1, 4, 2, 3, 3, 2, 4, 1], False),
-        ([1, 2, 3, 4, 1, 2, 3, 4], True),  # counted anew in each shot
+        ([1, 2, 3, 4, 1, 2, 3, 4], False),
+        ([1, 2, 3, 1, 2, 3, 1, 2], True),  # counted anew in each shot
+        ([1, 2, 3, 3, 4, 5, 6, 7], True),
         ([5, 5, 5, 5, 5, 5, 5, 5], True),
         ([8, 2, 5, 1, 7, 3, 6, 4], True),
     ],
