@@ -1,8 +1,9 @@
 """Makes the mini base model that the kit ships: a small CT-CLIP, pretrained on source-hospital phantoms.
 
-`medctkit pretrain` runs it all: a pool of phantom studies, a vocabulary from their reports, contrastive pretraining
-with the codebook learnt on the way, a score on a validation pool, and the model card. As CT-CLIP it learns from
-volumes and their reports alone: no loss sees a label, and no report holds a prompt of the evaluation.
+`medctkit pretrain` runs it all: a pool of phantom studies, a vocabulary from their reports, a warm start of each tower
+(`warm_start`), contrastive pretraining with the codebook learnt on the way, a score on a validation pool, and the model
+card. As CT-CLIP it learns from volumes and their reports alone: no loss sees a label, and no report holds a prompt of
+the evaluation.
 """
 
 import json
@@ -12,7 +13,7 @@ import string
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 
 from medctkit.common.atomic import replacing
 from medctkit.common.processes import worker_pool
+from medctkit.experiments.warm_start import SHARPNESS, WarmStart, common_phrases, warm_start
 from medctkit.findings import FINDINGS
 from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel
 from medctkit.phantom.registry import REGISTRIES
@@ -60,6 +62,7 @@ class PretrainConfig:
     Args:
         studies: phantom studies to learn from.
         validation_studies: further studies to score on; they choose nothing.
+        warm: of the warm start.
         steps: optimiser steps.
         batch_size: volumes per step.
         learning_rate: that of most steps.
@@ -71,9 +74,7 @@ class PretrainConfig:
         report_weight: of the contrast between volumes and whole reports.
         sentence_weight: of the contrast between volumes and single sentences, see `sentence_loss`.
         phrase_weight: of the cross-entropy of each phrase that the report may have, told by a linear map from the image
-            embedding, which is thrown away afterwards. Contrast alone stays at chance for hundreds of steps: until the
-            text encoder knows that two sentences say the same, each teaches the vision encoder something else.
-        phrases: how many of them, at most, the commonest first.
+            embedding, which is thrown away afterwards.
         quantise_from: step at which the codebook is set by k-means and switched on.
         codebook_decay: of the moving averages that then follow the tokens.
         vocabulary: words, at most.
@@ -83,22 +84,26 @@ class PretrainConfig:
 
     studies: int = 7_500
     validation_studies: int = 500
-    steps: int = 2_400
+    warm: WarmStart = WarmStart()
+    steps: int = 1_000
     batch_size: int = 32
-    learning_rate: float = 1e-3
-    warmup_steps: int = 100
-    decay_fraction: float = 0.25
+    learning_rate: float = 5e-4
+    warmup_steps: int = 50
+    decay_fraction: float = 0.4
     weight_decay: float = 0.05
     max_grad_norm: float = 1.0
     report_weight: float = 1.0
     sentence_weight: float = 1.0
     phrase_weight: float = 0.1
-    phrases: int = 2_000
-    quantise_from: int = 400
+    quantise_from: int = 100
     codebook_decay: float = 0.97
     vocabulary: int = 1200
     evaluate_every: int = 100
     seed: int = 0
+
+    def record(self) -> dict[str, Any]:
+        """The settings as plain data."""
+        return asdict(self)
 
 
 DEFAULT = PretrainConfig()
@@ -191,23 +196,6 @@ def make_tokenizer(reports: Iterable[str], size: int, folder: Path) -> Any:
     )
     tokenizer.save_pretrained(folder)
     return tokenizer
-
-
-def common_phrases(reports: Iterable[str], most: int) -> dict[str, float]:
-    """Phrases that at least 0.7 and at most 80 % of the reports have, and the share that has each; the first `most`.
-
-    A phrase that a part of it stands for, being as common, is left out.
-    """
-    having = [phrases_of(report) for report in reports]
-    counts = Counter(phrase for found in having for phrase in found)
-
-    def new(phrase: str) -> bool:
-        words = phrase.split()
-        return len(words) == 1 or counts[phrase] not in (counts[" ".join(words[1:])], counts[" ".join(words[:-1])])
-
-    share = {phrase: count / len(having) for phrase, count in counts.items() if new(phrase)}
-    common = [(phrase, part) for phrase, part in share.items() if 0.007 <= part <= 0.8]
-    return dict(sorted(common, key=lambda each: (-each[1], each[0]))[:most])
 
 
 class CodebookLearner:
@@ -312,11 +300,8 @@ class Run:
         text = MINI_TEXT | {"vocab_size": len(tokenizer)}
         self.config, self.tokenizer, self.train = config, tokenizer, train
         self.model = CTCLIPModel(CTCLIPConfig(MINI_VISION, text, MINI_PROJECTION, spacing=MINI_SPACING))
-        self.phrases = common_phrases((train.report(i, 0) for i in range(len(train))), config.phrases)
-        share = torch.tensor(list(self.phrases.values()))
+        self.phrases = common_phrases((train.report(i, 0) for i in range(len(train))), config.warm.phrases)
         self.head = torch.nn.Linear(MINI_PROJECTION, len(self.phrases))
-        torch.nn.init.zeros_(self.head.weight)
-        self.head.bias.data = share.logit()
         torch.nn.init.constant_(self.model.temperature, 2.3)  # cosines times 10: CLIP starts at 14
         self.codebook = CodebookLearner(self.model, config.codebook_decay, config.seed)
         learnt = [*self.model.parameters(), *self.head.parameters()]
@@ -326,27 +311,6 @@ class Run:
         self.step, self.seconds = 0, 0.0
         self.history: list[dict[str, float]] = []
 
-    def spread(self) -> None:
-        """Take the mean out of what a fresh model embeds, so that its cosines tell one study from another.
-
-        A fresh BERT gives all sentences nearly one embedding (mean cosine 0.9999), and contrast finds nothing to pull
-        at for hundreds of steps.
-        """
-        index = range(min(len(self.train), 64))
-        texts = [sentence for i in index for sentence in sentences_of(self.train.report(i, 0))]
-        for projection, run in (
-            (self.model.to_visual_latent, lambda: self.model.encode_image(self.train.pixels(index))),
-            (self.model.to_text_latent, lambda: self.embed(texts)),
-        ):
-            seen: list[torch.Tensor] = []
-            hook = projection.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0]))
-            with torch.no_grad(), evaluating(self.model):
-                run()
-            hook.remove()
-            mean = F.normalize(torch.cat(seen).mean(0), dim=0)
-            with torch.no_grad():
-                projection.weight -= torch.outer(projection.weight @ mean, mean)
-
     def embed(self, texts: list[str]) -> torch.Tensor:
         """Embeddings (n, p) of texts."""
         words = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
@@ -355,39 +319,50 @@ class Run:
     def batch(self, step: int) -> tuple[list[int], int]:
         """The studies of a step, and the epoch, which words their reports."""
         epoch, place = divmod(step - 1, len(self.train) // self.config.batch_size)
-        order = torch.randperm(len(self.train), generator=self._generator("epoch", epoch))
+        order = torch.randperm(len(self.train), generator=self.generator("epoch", epoch))
         return order[place * self.config.batch_size :][: self.config.batch_size].tolist(), epoch
 
-    def _generator(self, *key: Any) -> torch.Generator:
+    def generator(self, *key: Any) -> torch.Generator:
+        """A source of randomness for a purpose."""
         return torch.Generator().manual_seed(seed_from(self.config.seed, *key))
 
-    def losses(self, index: list[int], wording: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """The contrast of a batch, with whole reports and with their sentences."""
-        reports = [self.train.report(i, wording) for i in index]
-        found = [sentences_of(report) for report in reports]
-        sentences = sorted({sentence for each in found for sentence in each})
-        said = torch.tensor([[float(sentence in each) for sentence in sentences] for each in found])
-        images = self.model.encode_image(moved(self.train.pixels(index), generator))
-        stated, denied = self.embed([*sentences, *map(contrary, sentences)]).chunk(2)
-        losses = {
-            "reports": contrastive_loss(images, self.embed(reports), self.model.temperature),
-            "sentences": sentence_loss(images, stated, denied, said, self.model.temperature),
-            "phrases": F.binary_cross_entropy_with_logits(self.head(10 * images), self._has(reports), reduction="sum")
-            / len(index),
-        }
-        weights = (self.config.report_weight, self.config.sentence_weight, self.config.phrase_weight)
-        return losses | {"loss": sum(w * loss for w, loss in zip(weights, losses.values(), strict=True))}
+    def moved(self, index: list[int], generator: torch.Generator) -> torch.Tensor:
+        """The volumes of studies (b, 1, d, h, w), each moved a little."""
+        return moved(self.train.pixels(index), generator)
 
-    def _has(self, reports: list[str]) -> torch.Tensor:
+    def has(self, reports: list[str]) -> torch.Tensor:
         """Which phrases the reports have: (b, phrases), 0 or 1."""
         found = [phrases_of(report) for report in reports]
         return torch.tensor([[float(phrase in each) for phrase in self.phrases] for each in found])
 
+    def sentence_loss(self, images: torch.Tensor, reports: list[str]) -> torch.Tensor:
+        """Contrast of image embeddings (b, p) with the sentences of their reports."""
+        found = [sentences_of(report) for report in reports]
+        sentences = sorted({sentence for each in found for sentence in each})
+        said = torch.tensor([[float(sentence in each) for sentence in sentences] for each in found])
+        stated, denied = self.embed([*sentences, *map(contrary, sentences)]).chunk(2)
+        return sentence_loss(images, stated, denied, said, self.model.temperature)
+
+    def phrase_loss(self, images: torch.Tensor, reports: list[str]) -> torch.Tensor:
+        """Cross-entropy of the reports' phrases told from image embeddings (b, p); summed over phrases, mean over b."""
+        told = self.head(SHARPNESS * images)
+        return F.binary_cross_entropy_with_logits(told, self.has(reports), reduction="sum") / len(images)
+
+    def losses(self, index: list[int], wording: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """The contrast of a batch with whole reports and with their sentences, and their phrases."""
+        reports = [self.train.report(i, wording) for i in index]
+        images = self.model.encode_image(self.moved(index, generator))
+        losses = {
+            "reports": contrastive_loss(images, self.embed(reports), self.model.temperature),
+            "sentences": self.sentence_loss(images, reports),
+            "phrases": self.phrase_loss(images, reports),
+        }
+        weights = (self.config.report_weight, self.config.sentence_weight, self.config.phrase_weight)
+        return losses | {"loss": torch.stack([w * x for w, x in zip(weights, losses.values(), strict=True)]).sum()}
+
     def advance(self) -> dict[str, float]:
         """One optimiser step; returns its losses."""
         config, started = self.config, time.perf_counter()
-        if self.step == 0:
-            self.spread()
         self.step += 1
         torch.manual_seed(seed_from(config.seed, "dropout", self.step))
         if self.step == config.quantise_from:
@@ -397,7 +372,7 @@ class Run:
             group["lr"] = config.learning_rate * min(1.0, self.step / config.warmup_steps, left)
         self.model.train()
         index, epoch = self.batch(self.step)
-        losses = self.losses(index, epoch, self._generator("moves", self.step))
+        losses = self.losses(index, epoch, self.generator("moves", self.step))
         losses["loss"].backward()
         learnt = [p for group in self.optimizer.param_groups for p in group["params"]]
         torch.nn.utils.clip_grad_norm_(learnt, config.max_grad_norm)
@@ -411,7 +386,7 @@ class Run:
         """Write a checkpoint, whole or not at all."""
         state = {name: getattr(self, name) for name in _COUNTS}
         state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        state |= {"head": self.head.state_dict(), "codebook": self.codebook.state(), "config": vars(self.config)}
+        state |= {"head": self.head.state_dict(), "codebook": self.codebook.state(), "config": self.config.record()}
         with replacing(path) as temporary:
             torch.save(state, temporary)
 
@@ -420,7 +395,7 @@ class Run:
         state = torch.load(path, weights_only=True)
         steady = (1 - self.config.decay_fraction) * min(self.config.steps, state["config"]["steps"])
         free = {"steps": self.config.steps} if state["step"] <= steady else {}
-        if state["config"] | free != vars(self.config):
+        if state["config"] | free != self.config.record():
             raise ValueError(f"{path} is of a run with other settings: {state['config']}. Move it away to start anew")
         self.model.load_state_dict(state["model"])
         self.head.load_state_dict(state["head"])
@@ -453,6 +428,11 @@ def pretrain(output_dir: str | os.PathLike, pool_dir: str | os.PathLike, config:
     checkpoint = pool_dir / "checkpoint.pt"
     if checkpoint.exists():
         run.resume(checkpoint)
+    else:
+        warm_start(run)
+        run.history.append({"step": 0, "auroc": score(run.model, run.tokenizer, valid), "seconds": run.seconds})
+        run.save(checkpoint)
+        print(json.dumps(run.history[-1]), flush=True)
     bar = tqdm(initial=run.step, total=config.steps, desc="pretraining", unit="step")
     for step in range(run.step + 1, config.steps + 1):
         row = run.advance()
@@ -472,7 +452,7 @@ def pretrain(output_dir: str | os.PathLike, pool_dir: str | os.PathLike, config:
     run.tokenizer.save_pretrained(building)
     record = {
         "command": "medctkit pretrain",
-        "config": vars(config),
+        "config": config.record(),
         "minutes": round(run.seconds / 60, 1),
         "threads": torch.get_num_threads(),
         "device": platform.machine(),
@@ -483,7 +463,7 @@ def pretrain(output_dir: str | os.PathLike, pool_dir: str | os.PathLike, config:
     }
     (building / "pretraining.json").write_text(json.dumps(record, indent=1))
     template = (files("medctkit") / "assets" / "model_card.md").read_text(encoding="utf-8")
-    card = template.format(parameters=run.model.num_parameters(), **vars(config), **record)
+    card = template.format(parameters=run.model.num_parameters(), **config.record(), **record)
     (building / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(output_dir, ignore_errors=True)
     os.replace(building, output_dir)

@@ -7,13 +7,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from medctkit.experiments import pretrain
 from medctkit.experiments.pretrain import CodebookLearner, PretrainConfig
+from medctkit.experiments.warm_start import BANDS, WarmStart, band_shares, common_phrases, project, read, reconstruct
 from medctkit.model.base_model import load_mini_base
-from medctkit.training.report_sentences import sentences_of
 
-TINY = PretrainConfig(16, 16, steps=6, batch_size=8, quantise_from=3, vocabulary=400)
+WARM = WarmStart(reconstruct_steps=2, reconstruct_batch=4, phrases=20, read_steps=2, read_batch=8)
+TINY = PretrainConfig(16, 16, WARM, steps=6, batch_size=8, quantise_from=3, vocabulary=400)
 SHAPE = (16, 32, 32)
 VISION = pretrain.MINI_VISION | dict(image_size=32, num_frames=16)
 
@@ -23,6 +25,7 @@ def small(monkeypatch):
     vision = VISION | dict(dim=16, dim_head=8, heads=2, codebook_size=16)
     monkeypatch.setattr(pretrain, "CHUNK", 8)
     monkeypatch.setattr(pretrain, "MINI_VISION", vision)
+    monkeypatch.setattr(pretrain, "MINI_PROJECTION", 8)
     monkeypatch.setattr(pretrain, "make_pool", lambda n, at: [at / f"chunk_{i:04d}.npy" for i in range(-(-n // 8))])
     monkeypatch.setattr(pretrain, "score", lambda *_: 0.5)
 
@@ -86,22 +89,21 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(pool, tmp_path, monke
 
 
 @pytest.mark.slow
-def test_a_run_may_be_made_longer_before_its_rate_falls(pool, tmp_path, monkeypatch):
+def test_a_run_may_be_made_longer_before_its_rate_falls(run, tmp_path):
     torch.set_num_threads(1)
-    train = pretrain.Pool([pool / "chunk_0000.npy"])
-    tokenizer = pretrain.make_tokenizer([train.report(0, 0)], 200, tmp_path / "words")
-    short, long = (pretrain.Run(replace(TINY, steps=steps), tokenizer, train) for steps in (8, 12))
+    train, tokenizer = run.train, run.tokenizer
+    short, long = (pretrain.Run(replace(TINY, steps=steps), tokenizer, train) for steps in (10, 14))
     for _ in range(5):
         short.advance()
         if short.step == 4:
             short.save(tmp_path / "checkpoint.pt")
-        rows = [long.advance() for _ in range(1)]
-    again = pretrain.Run(replace(TINY, steps=12), tokenizer, train)
+        row = long.advance()
+    again = pretrain.Run(replace(TINY, steps=14), tokenizer, train)
     again.resume(tmp_path / "checkpoint.pt")
-    assert again.advance() == rows[-1]
-    short.advance()
-    short.advance()
-    short.save(tmp_path / "checkpoint.pt")  # in its last quarter
+    assert again.advance() == row
+    for _ in range(3):
+        short.advance()
+    short.save(tmp_path / "checkpoint.pt")  # while its rate falls
     with pytest.raises(ValueError, match="other settings"):
         again.resume(tmp_path / "checkpoint.pt")
 
@@ -148,15 +150,56 @@ def test_a_volume_is_moved_whole_and_air_comes_in(seed):
         assert (moves == moves[0]).all() and (moves[0].abs() <= torch.tensor(pretrain.SHIFT)).all()
 
 
-def test_what_a_fresh_model_embeds_is_spread(pool):
-    train = pretrain.Pool([pool / "chunk_0000.npy"])
-    run = pretrain.Run(TINY, pretrain.make_tokenizer([train.report(0, 0)], 200, pool / "words"), train)
-    run.model.eval()
-    texts = [sentence for i in range(8) for sentence in sentences_of(train.report(i, 0))]
-    before = run.embed(texts)
-    run.spread()
-    after = run.embed(texts)
-    assert (before @ before.T).mean() > 0.99 > 0.5 > (after @ after.T).mean()
+@pytest.fixture
+def run(pool, tmp_path):
+    train = pretrain.Pool([pool / "chunk_0000.npy", pool / "chunk_0001.npy"])
+    words = pretrain.make_tokenizer([train.report(i, 0) for i in range(len(train))], 300, tmp_path / "words")
+    return pretrain.Run(TINY, words, train)
+
+
+def test_shares_of_bands_are_of_their_patch():
+    volumes = torch.full((1, 1, 16, 16, 16), -1.0)
+    volumes[0, 0, 8:, :8, 8:] = 0.7  # one patch of bone
+    volumes[0, 0, :4, :8, :8] = 0.05  # half a patch of soft tissue
+    shares = band_shares(volumes, (8, 8, 8))
+    assert shares.shape == (1, 2, 2, 2, len(BANDS) + 1) and torch.allclose(shares.sum(-1), torch.ones(1, 2, 2, 2))
+    assert shares[0, 1, 0, 1, -1] == 1 and shares[0, 0, 0, 0, BANDS.index(80)] == 0.5 == shares[0, 0, 0, 0, 0]
+
+
+def test_common_phrases_are_neither_rare_nor_everywhere_and_none_stands_for_another():
+    reports = ["No nodule is seen."] * 5 + ["Nodule is seen."] * 4 + ["Zebra."]
+    found = common_phrases(reports, 10)
+    assert found["no"] == 0.5 and "nodule" not in found  # 90 % have it
+    assert "no nodule" not in found and found["zebra"] == 0.1  # "no" says as much
+    assert list(common_phrases(reports, 1)) == ["no"]
+
+
+def test_a_warm_start_lowers_each_loss(run):
+    run.config = replace(TINY, warm=replace(WARM, reconstruct_steps=40, read_steps=30))
+    volumes = run.train.pixels(range(4))
+    target = band_shares(volumes, (8, 8, 8))
+
+    def explained():  # how well a linear map of the tokens tells the shares
+        with torch.no_grad():
+            tokens = F.normalize(run.model.vision_encoder.eval().encode(volumes), dim=-1).flatten(0, -2)
+        shares = target.flatten(0, -2)
+        fitted = tokens @ torch.linalg.lstsq(tokens, shares).solution
+        return 1 - ((shares - fitted) ** 2).sum() / ((shares - shares.mean(0)) ** 2).sum()
+
+    before = explained()
+    reconstruct(run)
+    assert explained() > before + 0.05
+    embeds = project(run)
+    with torch.no_grad():
+        run.codebook.vq.eval()
+        again = run.model.eval().encode_image(run.train.pixels(range(8)))
+    assert torch.allclose(embeds[:8], again, atol=1e-4)  # the model's own
+    assert (embeds @ embeds.T).mean() < 0.5
+    reports = [run.train.report(i, 0) for i in range(16)]
+    losses = [run.sentence_loss(embeds, reports).item()]
+    read(run, embeds)
+    losses.append(run.sentence_loss(embeds, reports).item())
+    assert losses[1] < losses[0] - 0.1
 
 
 def test_no_report_holds_a_prompt_of_the_evaluation(pool):

@@ -1,0 +1,192 @@
+"""A warm start for contrastive pretraining: what a tower can learn before it has to agree with the other one.
+
+Contrast alone stays at chance for hundreds of steps: the vision encoder is asked for what no text encoder can say yet.
+So, as CT-ViT was trained to reconstruct before it became CT-CLIP's vision encoder (arXiv 2305.16037, 2403.17834):
+
+1. `reconstruct`: each token tells which share of its patch lies in which band of Hounsfield units;
+2. `project`: the projection is the reduced-rank ridge regression of the reports' phrases on the tokens, in closed form;
+3. `read`: the text encoder learns to find the volumes whose reports hold a sentence, while images stay as they are
+   (locked-image tuning, Zhai et al. 2021, arXiv 2111.07991).
+
+Labels have no part in it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional as F
+
+from medctkit.training.report_sentences import phrases_of, sentences_of
+from medctkit.zero_shot.classifier import evaluating
+
+if TYPE_CHECKING:
+    from medctkit.experiments.pretrain import Run
+
+BANDS = (-950, -900, -850, -800, -700, -500, -200, -60, 0, 40, 80, 150, 300, 600)  # HU, where one ends
+SHARPNESS = 10.0  # of logits made of unit vectors
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """Settings of the warm start.
+
+    Args:
+        reconstruct_steps: of the vision encoder alone.
+        reconstruct_batch: volumes in each.
+        reconstruct_rate: peak learning rate.
+        ridge: strength of the regression.
+        phrases: how many of them, at most, the commonest first.
+        read_steps: of the text encoder alone.
+        read_batch: reports in each.
+        read_rate: peak learning rate.
+    """
+
+    reconstruct_steps: int = 300
+    reconstruct_batch: int = 8
+    reconstruct_rate: float = 2e-3
+    ridge: float = 0.1
+    phrases: int = 2_000
+    read_steps: int = 1_000
+    read_batch: int = 64
+    read_rate: float = 1e-3
+
+
+def warm_start(run: Run) -> None:
+    """Do all of it."""
+    started = time.perf_counter()
+    reconstruct(run)
+    read(run, project(run))
+    run.seconds += time.perf_counter() - started
+
+
+def common_phrases(reports: Iterable[str], most: int) -> dict[str, float]:
+    """Phrases that at least 0.7 and at most 80 % of the reports have, and the share that has each; the first `most`.
+
+    A phrase that a part of it stands for, being as common, is left out.
+    """
+    having = [phrases_of(report) for report in reports]
+    counts = Counter(phrase for found in having for phrase in found)
+
+    def new(phrase: str) -> bool:
+        words = phrase.split()
+        return len(words) == 1 or counts[phrase] not in (counts[" ".join(words[1:])], counts[" ".join(words[:-1])])
+
+    share = {phrase: count / len(having) for phrase, count in counts.items() if new(phrase)}
+    common = [(phrase, part) for phrase, part in share.items() if 0.007 <= part <= 0.8]
+    return dict(sorted(common, key=lambda each: (-each[1], each[0]))[:most])
+
+
+def band_shares(volumes: torch.Tensor, patch: tuple[int, int, int]) -> torch.Tensor:
+    """Shares of `BANDS` in each patch of volumes (b, 1, d, h, w) of HU / 1,000: (b, t, h, w, bands), summing to 1."""
+    band = torch.bucketize(volumes[:, 0].contiguous(), torch.tensor(BANDS) / 1000)
+    (b, d, h, w), (pd, ph, pw) = band.shape, patch
+    band = band.reshape(b, d // pd, pd, h // ph, ph, w // pw, pw).permute(0, 1, 3, 5, 2, 4, 6).flatten(4)
+    return F.one_hot(band, len(BANDS) + 1).float().mean(-2)
+
+
+def reconstruct(run: Run) -> None:
+    """Train the vision encoder to tell from each token what its patch holds."""
+    from tqdm.auto import tqdm
+
+    config, vision = run.config.warm, run.model.vision_encoder
+    head = torch.nn.Linear(run.model.config.vision_config["dim"], len(BANDS) + 1)
+    sizes = run.model.config.vision_config
+    patch = (sizes["temporal_patch_size"], sizes["patch_size"], sizes["patch_size"])
+    learnt = [*vision.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(learnt, betas=(0.9, 0.98))
+    generator = run.generator("reconstruct")
+    vision.train()
+    for step in tqdm(range(1, config.reconstruct_steps + 1), desc="1 of 3, reconstruction", unit="step"):
+        _set_rate(optimizer, config.reconstruct_rate, step, config.reconstruct_steps)
+        index = torch.randint(len(run.train), (config.reconstruct_batch,), generator=generator).tolist()
+        volumes = run.moved(index, generator)
+        told = head(SHARPNESS * F.normalize(vision.encode(volumes), dim=-1))
+        loss = -(band_shares(volumes, patch) * told.log_softmax(-1)).sum(-1).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learnt, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@torch.no_grad()
+def project(run: Run) -> torch.Tensor:
+    """Set the projection, and the map from embeddings to phrases; returns the embeddings (n, p) of all studies.
+
+    Ridge regression of the phrases on the tokens' mean over depth; of what it predicts the first p principal
+    components, which are the embedding's axes. A projection has no bias: the mean token is projected out instead.
+    """
+    from tqdm.auto import tqdm
+
+    vision, projection = run.model.vision_encoder, run.model.to_visual_latent
+    found = []
+    with evaluating(run.model):
+        for part in tqdm(torch.arange(len(run.train)).split(10), desc="2 of 3, projection", unit="batch"):
+            tokens = F.normalize(vision.encode(run.train.pixels(part.tolist())), dim=-1)
+            found.append(tokens.mean(1).flatten(1))
+    features = torch.cat(found)  # (n, k)
+    mean, spread = features.mean(0), features.std(0) + 1e-4
+    x = (features - mean) / spread
+    y = run.has([run.train.report(i, 0) for i in range(len(run.train))])
+    y = (y - y.mean(0)) / (y.std(0) + 1e-6)
+    gram = x @ x.T
+    gram.diagonal().add_(run.config.warm.ridge * 10 * gram.trace() / len(x))
+    predicted_by = torch.linalg.solve(gram, y)  # (n, phrases)
+    weights = x.T @ predicted_by  # (k, phrases)
+    _, _, axes = torch.linalg.svd(x @ weights, full_matrices=False)
+    matrix = ((weights @ axes[: projection.out_features].T) / spread[:, None]).T  # (p, k)
+    toward = F.normalize(mean, dim=0)
+    matrix -= torch.outer(matrix @ toward, toward)
+    embeds = features @ matrix.T
+    scale = embeds.pow(2).mean(0).sqrt()  # the first axes say more, the last ones mostly noise: halfway to equal
+    matrix /= scale[:, None].sqrt()
+    embeds = F.normalize(features @ matrix.T, dim=-1)
+    matrix /= (features @ matrix.T).norm(dim=-1).mean()
+    projection.weight.copy_(matrix)
+    return embeds
+
+
+def read(run: Run, embeds: torch.Tensor) -> None:
+    """Train the text encoder, and the map to phrases, on image embeddings (n, p) that stay as they are."""
+    from tqdm.auto import tqdm
+
+    config, model = run.config.warm, run.model
+    _spread_texts(run)
+    learnt = [*model.text_encoder.parameters(), *model.to_text_latent.parameters(), *run.head.parameters()]
+    optimizer = torch.optim.AdamW(learnt, betas=(0.9, 0.98), weight_decay=0.01)
+    model.train()
+    generator = run.generator("read")
+    for step in tqdm(range(1, config.read_steps + 1), desc="3 of 3, reading", unit="step"):
+        _set_rate(optimizer, config.read_rate, step, config.read_steps)
+        index = torch.randperm(len(embeds), generator=generator)[: config.read_batch]
+        reports = [run.train.report(i, step) for i in index.tolist()]
+        loss = run.sentence_loss(embeds[index], reports) + 0.01 * run.phrase_loss(embeds[index], reports)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learnt, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@torch.no_grad()
+def _spread_texts(run: Run) -> None:
+    """Take the mean out of what a fresh text encoder embeds: it gives all sentences nearly one embedding."""
+    texts = [s for i in range(min(len(run.train), 64)) for s in sentences_of(run.train.report(i, 0))]
+    seen: list[torch.Tensor] = []
+    projection = run.model.to_text_latent
+    hook = projection.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    with evaluating(run.model):
+        run.embed(texts)
+    hook.remove()
+    mean = F.normalize(torch.cat(seen).mean(0), dim=0)
+    projection.weight -= torch.outer(projection.weight @ mean, mean)
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, steps: int) -> None:
+    """Up in a tenth of the steps, down to a fiftieth in the last four tenths."""
+    for group in optimizer.param_groups:
+        group["lr"] = peak * min(1.0, step / (0.1 * steps), max(0.02, (steps - step) / (0.4 * steps)))
