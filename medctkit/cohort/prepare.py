@@ -113,12 +113,12 @@ def prepare(
     cores = os.cpu_count() or 1
     workers = min(workers or cores, len(todo))
     if scheduler:
-        where, results = printable(scheduler), _on_cluster(todo, config, cache, scheduler)
+        where, results = scheduler, _on_cluster(todo, config, cache, scheduler)
     elif workers == 1:
         where, results = "one core", ((row, _task(row, config, cache)) for row in todo)
     else:
         where, results = f"{workers} of {cores} cores", _on_cores(todo, config, cache, workers)
-    print(_announcement(len(todo), len(rows), config, cache.folder, where))
+    print(printable(_announcement(len(todo), len(rows), config, cache.folder, where)))
     busy = []
     with (
         closing(results),
