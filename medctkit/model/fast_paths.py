@@ -309,5 +309,6 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def _plain(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> TypeGuard[nn.Linear]:
     """Whether a layer is nothing but its weights: no adapter on it, not quantised, nobody listening."""
-    plain = type(module) is kind and type(module.weight.data) is torch.Tensor and module.weight.is_floating_point()
+    weight = cast(torch.Tensor, module.weight) if type(module) is kind else None
+    plain = weight is not None and type(weight.data) is torch.Tensor and weight.is_floating_point()
     return plain and not module._forward_hooks and not module._forward_pre_hooks
