@@ -190,6 +190,9 @@ def evaluate(
     audit_volumes: Annotated[
         int | None, typer.Option(help="Scans for the audit; by default 30 phantoms, no real ones.", min=0)
     ] = None,
+    home: Annotated[
+        str | None, typer.Option(help="Hospital of the base model, to see what it lost; by default source or CT-RATE.")
+    ] = None,
 ) -> None:
     """Score base and adapted model on the hospital's test patients, as notebook 04 does; write the report."""
     from medctkit.common.processes import accelerator_for
@@ -197,7 +200,7 @@ def evaluate(
     from medctkit.experiments.report.claims import write_report
     from medctkit.metrics.scores import result_table
 
-    measured = measure(manifest, output_dir, seed, cache_dir, batch_size, audit_volumes)
+    measured = measure(manifest, output_dir, seed, cache_dir, batch_size, audit_volumes, home)
     if accelerator_for().is_main_process:
         say(result_table(measured.summary))
         say(f"report: {write_report(measured, output_dir)}")
@@ -259,20 +262,27 @@ def compare(
     output_dir: Annotated[Path, typer.Argument(help="Gets a file for each run, the tables and the figures.")],
     manifest: Manifest = DEFAULT_MANIFEST,
     cache_dir: Cache = None,
-    only: Annotated[str | None, typer.Option(help="Of learning-rates,methods,ranks,studies; by default all.")] = None,
+    only: Annotated[
+        str | None, typer.Option(help="Of learning-rates,methods,rivals,unseen,ranks,studies; by default all.")
+    ] = None,
     seeds: Annotated[int, typer.Option(help="Runs of each.", min=1)] = 3,
     steps: Annotated[int, typer.Option(help="Optimiser steps of a run.", min=1)] = 100,
     jobs: Annotated[int, typer.Option(help="Runs side by side, each with its share of the cores.", min=1)] = 1,
 ) -> None:
-    """Compare ways to fine-tune, ranks and numbers of studies (phantom). Stop it and start it again as you like."""
-    from medctkit.experiments.compare.results import load_results, method_table, show, write_figures
+    """Compare ways to bridge two hospitals (phantom). Stop it and start it again as you like.
+
+    methods: ways to fine-tune. rivals: free fixes, and what else the same labels give, beside LoRA. unseen: LoRA with
+    four findings held out. ranks, studies: of LoRA. learning-rates: of all methods.
+    """
+    from medctkit.experiments.compare.figures import write_figures
+    from medctkit.experiments.compare.results import load_results, show_all
     from medctkit.experiments.compare.run_all import GROUPS, SETTINGS, compare_methods
 
     groups = GROUPS if only is None else [name.strip() for name in only.split(",")]
     compare_methods(manifest, output_dir, groups, seeds, replace(SETTINGS, steps=steps), jobs, cache_dir)
     results = load_results(output_dir)
     written = write_figures(results, output_dir)
-    say(show(method_table(results)))
+    say(show_all(results))
     say(f"tables: {output_dir / 'comparison.csv'}, costs.csv; figures: {', '.join(p.name for p in written)}")
 
 

@@ -4,7 +4,7 @@ Each volume is embedded once for each model; other prompts, retrieval and most o
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from medctkit.cohort import ct_rate as ctrate
-from medctkit.cohort.dataset import load_split, prepared_dir
+from medctkit.cohort.dataset import CTReportDataset, load_split, prepared_dir
 from medctkit.cohort.manifest import has_file, load_manifest, volume_from_row
 from medctkit.common.processes import accelerator_for
 from medctkit.common.provenance import made_with, write_json
@@ -20,7 +20,8 @@ from medctkit.experiments.adapt import Origin
 from medctkit.experiments.audit import Answers, Defect, audit, audit_scans, prompt_mismatch
 from medctkit.lora.adapter import load_adapter
 from medctkit.lora.methods import trained_bytes
-from medctkit.metrics.scores import compare, evaluate, summary, thresholds_from_validation
+from medctkit.metrics.bootstrap import RESAMPLES, interval
+from medctkit.metrics.scores import HOME_ROWS, compare, evaluate, mean_draws, summary, thresholds_from_validation
 from medctkit.model.protocol import Model
 from medctkit.zero_shot.classifier import Embedded, ZeroShotClassifier
 from medctkit.zero_shot.embeddings import same_studies
@@ -29,6 +30,29 @@ from medctkit.zero_shot.retrieval import embed_reports, report_to_volume, volume
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+@dataclass(frozen=True)
+class Home:
+    """What adaptation cost in the hospital that the base model comes from: `tables`, `difference` as in Measurement.
+
+    No threshold is chosen there, so only AUROC, average precision and calibration say anything.
+    """
+
+    hospital: str
+    tables: dict[str, "pd.DataFrame"]
+    difference: "pd.DataFrame"
+
+    @property
+    def summary(self) -> dict:
+        """What is in metrics.json under "home"; also the AUROC of each finding that has one."""
+
+        def of(row: str, names: Iterable[str]) -> dict:
+            return summary(self.tables["base"], self.tables["adapted"], self.difference, names, row)
+
+        scored = self.difference["auroc"].drop(index="mean").dropna().index
+        counts = {"hospital": self.hospital, "studies": int(self.difference.loc["mean", "studies"])}
+        return counts | of("mean", HOME_ROWS) | {"findings": {name: of(name, ["auroc"]) for name in scored}}
 
 
 @dataclass(frozen=True)
@@ -48,6 +72,7 @@ class Measurement:
         defects: what the public evaluation would have made of the base model here.
         origin: base model and hospital.
         made_with: see `made_with`, and the command.
+        home: both models where the base model comes from; None where the manifest has no such test studies.
     """
 
     labels: np.ndarray
@@ -61,12 +86,13 @@ class Measurement:
     defects: list[Defect]
     origin: Origin
     made_with: dict
+    home: Home | None = None
 
     @property
     def summary(self) -> dict:
         """What is in metrics.json."""
         means = summary(self.tables["base"], self.tables["adapted"], self.difference)
-        return means | {"made_with": self.made_with}
+        return means | {"made_with": self.made_with} | ({"home": self.home.summary} if self.home else {})
 
 
 def measure(
@@ -76,8 +102,10 @@ def measure(
     cache_dir: str | os.PathLike | None = None,
     batch_size: int = 32,
     audit_volumes: int | None = None,
+    home: str | None = None,
+    resamples: int = RESAMPLES,
 ) -> Measurement:
-    """Score base and adapted model on the hospital's test patients; write `metrics.json`.
+    """Score base and adapted model on the hospital's test patients, and on those of the base's; write `metrics.json`.
 
     Thresholds come from validation patients, intervals from a bootstrap over test patients.
 
@@ -88,10 +116,13 @@ def measure(
         cache_dir: see `prepared_dir`.
         batch_size: volumes at a time.
         audit_volumes: for defects that take scans, each read several times; by default 30 phantoms, and no real CT.
+        home: hospital that the base model comes from; by default the phantoms' source hospital, or CT-RATE for real CT.
+            By default nothing is measured there where the manifest has no test studies of it but those adapted to.
+        resamples: of patients, for every interval and p-value.
 
     Raises:
         FileNotFoundError: no finished run in `output_dir`.
-        ValueError: a run whose files were changed since.
+        ValueError: a run whose files were changed since; no test studies of the `home` that was given.
     """
     import pandas as pd
 
@@ -100,40 +131,51 @@ def measure(
     origin, manifest = Origin.of(output_dir), load_manifest(manifest_path)
     base = origin.load()
     base_parameters = base.model.num_parameters()
-    data = {s: load_split(manifest, origin.hospital, s, base.preprocess_config, cache_dir) for s in ("valid", "test")}
-    real = any(map(has_file, data["test"].rows))
+    drawn: dict[str, Any] = {"resamples": resamples, "seed": seed}
+
+    def studies(hospital: str | None, split: str) -> CTReportDataset:
+        return load_split(manifest, hospital, split, base.preprocess_config, cache_dir)
+
+    data = {split: studies(origin.hospital, split) for split in ("valid", "test")}
+    real, hospitals = any(map(has_file, data["test"].rows)), {row["hospital"] for row in data["test"].rows}
     audit_volumes = (0 if real else 30) if audit_volumes is None else audit_volumes
-    tables, scores, limits, prompts, retrieved, tests = {}, {}, {}, [], [], {}
+    comes_from = home or (ctrate.HOSPITAL if real else "source")
+    there = set(manifest.loc[manifest["split"] == "test", "hospital"])
+    if home or (comes_from in there and hospitals != {comes_from}):
+        data["home"] = studies(comes_from, "test")
+    scores: dict[str, dict[str, np.ndarray]] = {split: {} for split in data}
+    limits, prompts, retrieved, tests = {}, [], [], {}
     for name in ("base", "adapted"):
         model = base.model if name == "base" else load_adapter(base.model, output_dir / "adapter")
         classifier = ZeroShotClassifier(model.to(accelerator.device), base.tokenizer)
         seen = {split: classifier.embed(dataset, batch_size) for split, dataset in data.items()}
-        found = {split: classifier.scores_from_embeddings(e.embeddings) for split, e in seen.items()}
-        limits[name] = thresholds_from_validation(seen["valid"].labels, found["valid"])
-        scores[name], test = found["test"], seen["test"]
-        tests[name] = test
-        tables[name] = evaluate(test.labels, scores[name], test.patients, limits[name], seed=seed)
-        retrieved += _retrieval(name, model, base.tokenizer, data["test"].rows, test, seed)
+        for split, embedded in seen.items():
+            scores[split][name] = classifier.scores_from_embeddings(embedded.embeddings)
+        limits[name] = thresholds_from_validation(seen["valid"].labels, scores["valid"][name])
+        tests[name] = test = seen["test"]
+        retrieved += _retrieval(name, model, base.tokenizer, data["test"].rows, test, drawn)
         if name == "base":
-            answers = {split: Answers(e.labels, found[split], e.patients) for split, e in seen.items()}
-            defects = audit(answers["test"], answers["valid"], seed=seed) + prompt_mismatch(base, test)
+            answers = {split: Answers(e.labels, scores[split][name], e.patients) for split, e in seen.items()}
+            defects = audit(answers["test"], answers["valid"], **drawn) + prompt_mismatch(base, test)
             if audit_volumes and accelerator.is_main_process:
                 defects += audit_scans(base, _Volumes(data["test"].rows[:audit_volumes]), test.labels, seed)
         for kind in PROMPTS:
             asked = ZeroShotClassifier(model, base.tokenizer, kind).scores_from_embeddings(test.embeddings)
-            mean = evaluate(test.labels, asked, test.patients, seed=seed).loc["mean"]
-            prompts.append({"set": kind, "model": name} | mean[["auroc", "auroc_low", "auroc_high"]].to_dict())
+            draws = mean_draws(test.labels, asked, test.patients, **drawn)
+            ends = dict(zip(("auroc_low", "auroc_high"), interval(draws), strict=True))
+            prompts.append({"set": kind, "model": name, "auroc": draws[0]} | ends)
     same_studies(tests["base"], tests["adapted"])
-    difference = compare(
-        test.labels, scores["base"], scores["adapted"], test.patients, limits["base"], limits["adapted"], seed=seed
-    )
-    only_ct_rate = {row["hospital"] for row in data["test"].rows} == {ctrate.HOSPITAL}
-    world = ctrate.HOSPITAL if only_ct_rate else "real CT" if real else "phantom"
+    tables, difference = _compared(test, scores["test"], limits, drawn)
+    at_home = None
+    if "home" in data:
+        at_home = Home(comes_from, *_compared(seen["home"], scores["home"], {"base": 0.5, "adapted": 0.5}, drawn))
+    world = ctrate.HOSPITAL if hospitals == {ctrate.HOSPITAL} else "real CT" if real else "phantom"
     command = f"medctkit evaluate {output_dir} --manifest {manifest_path} --seed {seed}"
+    command += f" --home {home}" if home else ""
     measured = Measurement(
         labels=test.labels,
         patients=test.patients,
-        scores=scores,
+        scores=scores["test"],
         tables=tables,
         difference=difference,
         prompts=pd.DataFrame(prompts),
@@ -142,22 +184,32 @@ def measure(
         defects=defects,
         origin=origin,
         made_with=made_with(seed, world) | {"command": command},
+        home=at_home,
     )
     if accelerator.is_main_process:
         write_json(measured.summary, output_dir / "metrics.json")
     return measured
 
 
-def _retrieval(name: str, model: Model, tokenizer: Any, rows: list[dict], test: Embedded, seed: int) -> list[tuple]:
+def _compared(
+    seen: Embedded, scores: dict[str, np.ndarray], limits: dict, drawn: dict
+) -> "tuple[dict[str, pd.DataFrame], pd.DataFrame]":
+    """`Measurement.tables` and `.difference` of both models' scores of the same studies."""
+    tables = {name: evaluate(seen.labels, scores[name], seen.patients, limits[name], **drawn) for name in scores}
+    pairs = (scores["base"], scores["adapted"], seen.patients, limits["base"], limits["adapted"])
+    return tables, compare(seen.labels, *pairs, **drawn)
+
+
+def _retrieval(name: str, model: Model, tokenizer: Any, rows: list[dict], test: Embedded, drawn: dict) -> list[tuple]:
     """Rows of `Measurement.retrieval`."""
     if len(rows) < 20 or not all(isinstance(row["report"], str) and row["report"].strip() for row in rows):
         return []
-    recall = report_to_volume(embed_reports(model, tokenizer, rows, progress=False), test, seed=seed)
+    recall = report_to_volume(embed_reports(model, tokenizer, rows, progress=False), test, **drawn)
     found = [
         (f"volume of a report, recall@{k}", name, row["recall"], row["low"], row["high"], row["chance"])
         for k, row in recall.iterrows()
     ]
-    mean = volume_to_volume(test, (5, 10), seed=seed).loc["mean"]
+    mean = volume_to_volume(test, (5, 10), **drawn).loc["mean"]
     for column in ("map@5", "map@10", "map"):
         values = (mean[f"{column}{end}"] for end in ("", "_low", "_high", "_chance"))
         found.append((f"volumes with the same finding, {column.upper()}", name, *values))

@@ -50,7 +50,7 @@ OPTIMISTIC = "optimistic: thresholds were chosen on the labels they are measured
 ROWS = {"auroc": "mean AUROC", "accuracy": "accuracy", "macro_f1": "macro-F1"}
 HOME_ROWS = {"auroc": "mean AUROC", "ece": "calibration error", "brier": "Brier score"}
 COLUMNS = ("base", "adapted", "difference")
-_COLUMN = {"macro_f1": "f1", "ece": "calibration_error"}  # of the tables, where its name is another
+COLUMN_OF = {"macro_f1": "f1", "ece": "calibration_error"}  # of the tables, where its name is another
 
 
 def evaluate(
@@ -217,7 +217,7 @@ def summary(
     ends = {"value": "", "low": "_low", "high": "_high"}
     found: dict[str, Any] = {
         key: {
-            row: {end: float(table.loc[finding, _COLUMN.get(row, row) + suffix]) for end, suffix in ends.items()}
+            row: {end: float(table.loc[finding, COLUMN_OF.get(row, row) + suffix]) for end, suffix in ends.items()}
             for row in rows
         }
         for key, table in tables.items()

@@ -28,8 +28,9 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _bars(table: pd.DataFrame) -> list:
-    return [table["auroc"] - table["auroc_low"], table["auroc_high"] - table["auroc"]]
+def _bars(table: pd.DataFrame) -> np.ndarray:
+    """Lengths (2, n) of error bars; percentiles of few resamples may leave the value out."""
+    return np.maximum([table["auroc"] - table["auroc_low"], table["auroc_high"] - table["auroc"]], 0)
 
 
 def forest(measured: Measurement) -> Figure:

@@ -1,0 +1,75 @@
+"""What adaptation cost at home: base and adapted model in the hospital that the base model comes from."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from medctkit.cohort.dataset import load_split
+from medctkit.cohort.manifest import load_manifest, write_manifest
+from medctkit.experiments.adapt import DEFAULT, adapt
+from medctkit.experiments.measure import measure
+from medctkit.metrics.scores import compare, result_table
+from medctkit.model.base_model import load_mini_base
+from medctkit.zero_shot.classifier import ZeroShotClassifier
+
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
+QUICK = replace(DEFAULT, rank=2, steps=2, batch_size=4, evaluate_every=1)
+
+
+@pytest.fixture(scope="module")
+def both(few, tmp_path_factory):
+    """A manifest with test studies of both hospitals, beside it what is prepared."""
+    folder = tmp_path_factory.mktemp("both")
+    shutil.copytree(few.parent / "prepared", folder / "prepared")
+    table = load_manifest(Path(__file__).parents[2] / "data_manifest.csv")
+    source = table[table["hospital"] == "source"].head(20)
+    write_manifest(pd.concat([load_manifest(few), source]), folder / "manifest.csv")
+    return folder / "manifest.csv"
+
+
+def test_what_adaptation_cost_at_home_is_measured_written_and_shown(both, tmp_path):
+    adapt(both, tmp_path, settings=QUICK)
+    measured = measure(both, tmp_path, audit_volumes=0, resamples=30)
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert written == measured.summary and set(written) == {"base", "adapted", "difference", "made_with", "home"}
+    home = written["home"]
+    assert (home["hospital"], home["studies"]) == ("source", 20)
+    for model in ("base", "adapted", "difference"):
+        assert set(home[model]) == {"auroc", "ece", "brier"} and set(written[model]) == {
+            "auroc",
+            "accuracy",
+            "macro_f1",
+        }
+        assert all(set(ends) == {"value", "low", "high"} for ends in home[model].values())
+    base = load_mini_base()
+    data = load_split(load_manifest(both), "source", "test", base.preprocess_config, both.parent / "prepared")
+    classifier = ZeroShotClassifier(base.model, base.tokenizer)
+    seen = classifier.embed(data, progress=False)
+    scores = classifier.scores_from_embeddings(seen.embeddings)
+    again = compare(seen.labels, scores, scores, seen.patients, resamples=2)
+    assert again.attrs["gaps"].keys().isdisjoint(home["findings"]), "one class only"
+    assert len(home["findings"]) == 18 - len(again.attrs["gaps"])
+    assert home["base"]["brier"]["value"] == pytest.approx(
+        np.mean([np.mean((scores[:, k] - seen.labels[:, k]) ** 2) for k in np.flatnonzero(seen.labels.any(0))]),
+        abs=1e-4,
+    )
+    text = result_table(written)
+    assert text.index("macro-F1") < text.index("20 test studies of hospital source") < text.index("Brier score")
+
+
+def test_nothing_is_said_of_home_where_there_are_no_such_studies_or_it_is_what_was_adapted_to(few, both, tmp_path):
+    adapt(few, tmp_path / "away", settings=QUICK)
+    measured = measure(few, tmp_path / "away", audit_volumes=0, resamples=2)
+    assert measured.home is None and "home" not in measured.summary
+    assert "at home" not in result_table(measured.summary)
+    with pytest.raises(ValueError, match="no test studies of hospital 'north'; its hospitals are target"):
+        measure(few, tmp_path / "away", audit_volumes=0, resamples=2, home="north")
+    every = measure(both, tmp_path / "away", audit_volumes=0, resamples=2, home="target")
+    assert every.home.hospital == "target" and "--home target" in every.made_with["command"]
+    assert every.home.summary["base"]["auroc"] == every.summary["base"]["auroc"]
