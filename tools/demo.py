@@ -96,7 +96,7 @@ def demo(
     )
     with told():
         metrics = execute_all(paths, output_dir, seed)
-    print("\nZero-shot on the target hospital's test patients, before and after LoRA [95 % interval]\n")
+    print("\nTarget hospital, test patients, by prompts: base (zero-shot) and LoRA (supervised) [95 % interval]\n")
     print(result_table(metrics))
     minutes, seconds = divmod(round(time.perf_counter() - start), 60)
     print(f"\nFigures: {output_dir / 'metrics.json'}\nDone in {minutes} min {seconds:02d} s.")

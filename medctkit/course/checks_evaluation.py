@@ -149,8 +149,8 @@ def _own_prompts(prompts: "Prompts", mean_auroc: float, model: "nn.Module", toke
         for hospital in ("source", "target"):  # of the base model's training, and of the adapter's
             if trained := mine & plain(*report_prompts(hospital)[finding]):
                 raise Wrong(
-                    f"{min(trained)!r} is a wording that the model was trained with; an evaluation with it would no "
-                    "longer be zero-shot."
+                    f"{min(trained)!r} is a wording that the model was trained with; an evaluation with it would "
+                    "ask what was learnt by heart."
                 )
     right = auroc(prompts)
     otherwise = (

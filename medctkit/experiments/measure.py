@@ -23,6 +23,7 @@ from medctkit.lora.methods import trained_bytes
 from medctkit.metrics.bootstrap import RESAMPLES, interval
 from medctkit.metrics.scores import HOME_ROWS, compare, evaluate, mean_draws, summary, thresholds_from_validation
 from medctkit.model.protocol import Model
+from medctkit.training.checkpoints import finished_run
 from medctkit.zero_shot.classifier import Embedded, ZeroShotClassifier
 from medctkit.zero_shot.embeddings import same_studies
 from medctkit.zero_shot.prompts import PROMPTS
@@ -72,6 +73,7 @@ class Measurement:
         defects: what the public evaluation would have made of the base model here.
         origin: base model and hospital.
         made_with: see `made_with`, and the command.
+        supervised: whether the adapted model learnt from labels, by the per-finding loss; else from reports alone.
         home: both models where the base model comes from; None where the manifest has no such test studies.
     """
 
@@ -86,6 +88,7 @@ class Measurement:
     defects: list[Defect]
     origin: Origin
     made_with: dict
+    supervised: bool = True
     home: Home | None = None
 
     @property
@@ -184,6 +187,7 @@ def measure(
         defects=defects,
         origin=origin,
         made_with=made_with(seed, world) | {"command": command},
+        supervised=finished_run(output_dir)["made_of"]["prompt_weight"] > 0,
         home=at_home,
     )
     if accelerator.is_main_process:

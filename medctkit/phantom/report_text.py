@@ -2,8 +2,8 @@
 
 The source hospital writes full sentences, goes from the airways outwards and names what it did not find. The
 target hospital dictates fragments and abbreviations, starts with the mediastinum and skips most absences. The
-wordings are a data file, `assets/wordings.json`. None is a prompt of the zero-shot evaluation
-("{finding} is present." / "{finding} is not present."), so that evaluation stays zero-shot.
+wordings are a data file, `assets/wordings.json`. None is a prompt of the evaluation
+("{finding} is present." / "{finding} is not present."), so that no model reads in training what it will be asked.
 """
 
 from collections.abc import Mapping

@@ -91,7 +91,7 @@ def finetune(
             made of); until then `unfinished`, with the best so far and the checkpoint. TensorBoard's files are in
             `tensorboard`, where it is installed.
         score_fn: called with the model in evaluation mode and without gradients, in every process; returns the number
-            to maximise, such as the mean zero-shot AUROC of the validation split. Never show it a test study.
+            to maximise, such as the mean AUROC by prompts of the validation split. Never show it a test study.
         callback: called with each row of the history, for live plots; rows of before an interruption come first.
 
     Raises:

@@ -5,7 +5,8 @@
   et al. 2024, arXiv 2403.17834);
 * per-finding prompts, `finding_prompt_loss`: for each of the 18 findings the volume has to be nearer to a
   sentence that states the finding than to one that denies it, or the reverse (the idea of CT-CLIP's
-  VocabFine, arXiv 2403.17834). The prompts of the zero-shot evaluation are refused, so that it stays zero-shot.
+  VocabFine, arXiv 2403.17834). It learns from labels: what it trains is prompt-based and supervised, not zero-shot.
+  The prompts of the evaluation are refused, so that these sentences at least are new to it.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def report_prompts(hospital: str = "target") -> dict[str, tuple[tuple[str, ...],
 
 
 def check_prompts(prompts: Prompts) -> None:
-    """Refuse prompts that lack a finding, or that the zero-shot evaluation will ask: a ValueError says which."""
+    """Refuse prompts that lack a finding, or that the evaluation will ask: a ValueError says which."""
     missing = [f for f in FINDINGS if f not in prompts or not all(prompts[f])]
     if missing:
         raise ValueError(
@@ -115,8 +116,8 @@ def check_prompts(prompts: Prompts) -> None:
         for sentence in (*prompts[finding][0], *prompts[finding][1]):
             if sentence.strip().rstrip(".").lower() in evaluation:
                 raise ValueError(
-                    f"training prompt {sentence!r} is a prompt of the zero-shot evaluation, which would no "
-                    "longer be zero-shot; use other wordings, such as report_prompts()"
+                    f"training prompt {sentence!r} is a prompt of the evaluation, whose sentences no training may "
+                    "see; use other wordings, such as report_prompts()"
                 )
 
 

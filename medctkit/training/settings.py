@@ -34,7 +34,7 @@ class FineTuneConfig:
         contrastive_weight: weight of `contrastive_loss`.
         prompt_weight: weight of `finding_prompt_loss`.
         prompts: for each of the 18 findings, sentences that state and that deny it; every step draws one of each. Not
-            the prompts of the zero-shot evaluation.
+            the prompts of the evaluation.
         max_length: tokens a report is cut to.
         evaluate_every: optimiser steps between validations.
         checkpoint_every: optimiser steps between checkpoints, from which an interrupted run goes on.

@@ -32,9 +32,9 @@ def training_figure(history: "pd.DataFrame", batch_size: int | None = None) -> "
         left.legend()
     scored = history.dropna(subset=["score"])
     best = scored.loc[scored["score"].idxmax()]
-    right.plot(scored["step"], scored["score"], "o-", color="#009E73", label="mean AUROC, zero-shot")
+    right.plot(scored["step"], scored["score"], "o-", color="#009E73", label="mean AUROC, by prompts")
     right.axvline(best["step"], color="grey", ls="--", label=f"best so far: {best['score']:.3f}")
-    right.set(xlabel="step", ylabel="mean AUROC, zero-shot", title="validation patients")
+    right.set(xlabel="step", ylabel="mean AUROC, by prompts", title="validation patients")
     right.legend()
     return figure
 

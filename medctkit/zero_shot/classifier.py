@@ -1,5 +1,8 @@
 """Zero-shot classification: sentences that state and that deny each finding, and which side the volume is nearer to.
 
+Whether that is zero-shot depends on the model: a base model that learnt from reports alone is, one that was adapted
+with labels of the findings is asked in the same way, and is supervised.
+
 The prompts of the paper, "{finding} is present." and "{finding} is not present.", follow the evaluation of
 CT-CLIP (arXiv 2403.17834). Several wordings of each side make an ensemble: their normalised embeddings are averaged
 and the average is normalised again, as in CLIP's prompt ensembling (Radford et al. 2021, arXiv 2103.00020, section

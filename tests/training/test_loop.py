@@ -70,7 +70,7 @@ def test_learning_rate_rises_then_falls_along_a_cosine():
         ({"prompts": {}}, "none for Medical material, Arterial wall calcification"),
         (
             {"prompts": PROMPTS | {"Atelectasis": (("atelectasis is present",), ("none",))}},
-            "'atelectasis is present' is a prompt of the zero-shot evaluation",
+            "'atelectasis is present' is a prompt of the evaluation",
         ),
     ],
 )

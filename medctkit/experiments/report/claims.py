@@ -126,7 +126,8 @@ def _result(measured: Measurement, name: str, column: str, before: float, after:
     paper = f"{before} -> {after} %, {after - before:+.1f} points"
     if world == "phantom":
         verdict, lies = (MINIATURE, "lies above 0") if low > 0 else (NOT, "holds 0 or lies below it")
-        why = f"the interval of the gain {lies}, on phantoms with a model of our own: the mechanism, not the number"
+        why = f"the interval of the gain {lies}, on phantoms with a model of our own: the mechanism, not the number; "
+        why += "what is free there, and what else the same labels give, `medctkit compare` measures"
     elif world == "CT-RATE" and measured.origin.model != "mini":
         verdict, lies = (COMPATIBLE, "inside") if low <= after - before <= high else (NOT, "outside")
         why = f"the paper's gain lies {lies} the interval of ours" + (", and so does 0" if low <= 0 <= high else "")
@@ -251,14 +252,19 @@ def blocks(measured: Measurement) -> list[Block]:
         return table(f"The {model} model. {marked}", metrics_table(measured, model))
 
     page = [
-        Block("title", "MedCT-VLM, reproduced: what was measured here"),
+        Block("title", "MedCT-VLM: what the paper says, and what was measured here"),
         Block("banner", _world_note(world)),
         Block("text", f"Made by: {provenance(made)}."),
         Block("heading", "The claims of the paper"),
         Block("table", f"Claims of {PAPER}, and what became of them here.", claims_table(measured)),
+        Block("text", _asked(measured)),
         Block("heading", "What was published"),
         *(Block("table", f"Published, {title}.", results) for title, results in published()),
-        Block("text", f"Tables of different labels are kept apart: their means are not comparable. {REMARK}"),
+        Block(
+            "text",
+            f"Tables of different labels are kept apart: their means are not comparable. Settings are called "
+            f"as their authors call them. {REMARK}",
+        ),
         Block("heading", "Finding by finding"),
         *(figure(name, draw(measured), f"{what}. 95 % intervals over patients.") for name, draw, what in FIGURES),
         table("Adapted minus base, the same patients.", difference_table(measured)),
@@ -292,6 +298,20 @@ FIGURES = (
     ("prompts", figures.prompt_sensitivity, "Mean AUROC with each set of prompts"),
     ("scores", figures.score_histograms, "Scores of studies with and without each finding, adapted model"),
 )
+
+
+def _asked(measured: Measurement) -> str:
+    """What is zero-shot here, and what is not."""
+    learnt = (
+        "is not: the per-finding loss taught it these findings from labels of the hospital's training patients, in "
+        "other sentences than it is asked. It is prompt-based and supervised, and its gain is owed to labels too."
+        if measured.supervised
+        else "learnt from reports alone, and no loss saw a label."
+    )
+    return (
+        "Both models are asked by prompts. The base model is zero-shot as far as no label took part in its own "
+        f"training, see its model card; free fixes, such as other prompts, leave it so. The adapted model {learnt}"
+    )
 
 
 def _at_home(home: Home) -> str:
