@@ -216,8 +216,12 @@ def unseen_table(results: Results) -> pd.DataFrame:
 
 
 def _ranges(table: pd.DataFrame, name: str, form: str = ".3f") -> list[str]:
-    ends = table[[name, f"{name}_low", f"{name}_high"]].astype(float).itertuples(index=False)
-    return [f"{v:{form}} [{low:{form}}, {high:{form}}]" if v == v else "-" for v, low, high in ends]
+    """Values with their ends; "-" where there is none, or a difference is one to itself."""
+    ends = table[[name, f"{name}_low", f"{name}_high"]].astype(float)
+    rows = (ends.round(3) + 0.0).itertuples(index=False)  # no -0.000
+    return [
+        f"{v:{form}} [{low:{form}}, {high:{form}}]" if v == v and any((v, low, high)) else "-" for v, low, high in rows
+    ]
 
 
 def _numbers(values: pd.Series, form: str) -> pd.Series:
@@ -231,7 +235,6 @@ def show(table: pd.DataFrame) -> str:
     shown = pd.DataFrame({"method": table["label"].where(table["zero_shot"], table["label"] + " (not zero-shot)")})
     shown["test AUROC"] = _ranges(table, "auroc")
     shown["over base"] = _ranges(table, "over_base", "+.3f")
-    shown.loc[table["method"] == BASE, "over base"] = "-"
     shown["seeds"] = table["seeds"]
     for name, column, form in (
         ("learning rate", "learning_rate", "{:g}"),

@@ -35,7 +35,6 @@ from medctkit.common.provenance import made_with, write_json
 from medctkit.experiments.compare.data import HELD_OUT, Data, parts, truth
 from medctkit.experiments.compare.runs import (
     BASE,
-    DIALECTS,
     GROUPS,
     SETTINGS,
     Job,
@@ -153,8 +152,9 @@ def compare_methods(
         made_of = [(job, settings_of(job, settings, inputs)) for job in wanted(chosen).values()]
         return [each for each in made_of if read_result(output_dir, *each) is None]
 
-    total = len(wanted(dict.fromkeys(needed, (0.5, DIALECTS[0]))))  # as many whatever is chosen; some coincide then
-    left = total - len(wanted(chosen := _chosen(output_dir, needed))) + len(missing(chosen))
+    some = {job.tuned: (job.learning_rate or 0.0, job.dialect) for job in tuning_jobs(needed)}  # as many with any other
+    expected = some | _chosen(output_dir, needed)
+    total, left = len(wanted(expected)), len(missing(expected))
     steps = settings.steps_for(studies)
     validations = 1 + steps / settings.evaluate_every
     each = _SECONDS["start"] + steps * _SECONDS["step"] + validations * _SECONDS["validation"]

@@ -239,7 +239,7 @@ def unpacked(scores: Mapping[str, str]) -> dict[str, np.ndarray]:
 def _measured(rows: Sequence[Mapping], scores: np.ndarray) -> dict[str, dict[str, dict[str, float | None]]]:
     """Both metrics of the mean over findings and of each: value, low, high; None where they cannot be computed."""
     labels, patients = truth(rows)
-    table = evaluate(labels, scores, patients).astype(object)
+    table = evaluate(labels, scores, patients, resamples=1000).astype(object)
     table = table.where(table.notna(), None)
     return {
         name: table[[name, f"{name}_low", f"{name}_high"]].set_axis(["value", "low", "high"], axis=1).to_dict("index")

@@ -1,0 +1,226 @@
+"""What is made of a comparison's runs: seeds pooled, paired differences, tables, their text, and figures."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from medctkit.experiments.compare import figures
+from medctkit.experiments.compare import results as compared
+from medctkit.experiments.compare.data import HELD_OUT
+from medctkit.experiments.compare.results import Results, load_results, pooled
+from medctkit.experiments.compare.runs import BASE, PROBE
+from medctkit.findings import FINDINGS
+from medctkit.lora.methods import METHODS
+from medctkit.zero_shot.prompts import PROMPTS
+
+
+def hand_made(costs=True):
+    """Runs with three resamples one can add up in the head."""
+    draws = {
+        "base": [0.50, 0.40, 0.50, 0.60],
+        "base/home": [0.80, 0.70, 0.80, 0.90],
+        "lora-0": [0.60, 0.50, 0.60, 0.70],
+        "lora-1": [0.70, 0.60, 0.60, 0.80],
+        "lora-0/home": [0.70, 0.60, 0.80, 0.80],
+        "lora-1/home": [0.80, 0.60, 0.80, 0.90],
+        "full-0": [0.65, 0.65, 0.65, 0.65],
+        "probe": [0.62, 0.52, 0.62, 0.72],
+        "registration": [0.55, 0.40, 0.55, 0.65],
+        "coral": [0.51, 0.45, 0.50, 0.60],
+        "best": [0.56, 0.41, 0.55, 0.65],
+        "boxes": [0.66, 0.65, 0.65, 0.70],
+        "unseen": [0.60, 0.50, 0.60, 0.70],
+    }
+    for name, of_finding in (("base", 0.5), ("lora-0", 0.6), ("lora-1", 0.7), ("boxes", 0.66)):
+        each = np.full((4, 18), of_finding) + np.arange(18) / 100 * (name == "boxes")
+        each[:, 5] = np.nan  # one class in the test studies
+        each[3, 6] = np.nan  # one class in a resample
+        draws[f"{name}/findings"] = each.astype(np.float16)
+    for name, held_out, seen in (("base", 0.5, 0.6), ("lora-0", 0.7, 0.7), ("lora-1", 0.8, 0.8), ("unseen", 0.45, 0.7)):
+        for i, prompts in enumerate(PROMPTS):
+            draws[f"{name}/held out/{prompts}"] = np.array([0, 0, 0.01, 0.02]) + held_out + i / 10
+            draws[f"{name}/seen/{prompts}"] = np.array([0, 0, 0.01, 0.02]) + seen + i / 10
+    rate, low = METHODS["lora"].learning_rates[1], METHODS["full"].learning_rates[0]
+    rows = [(group, "base", BASE, np.nan, 0, np.nan, 0, False) for group in ("methods", "rivals", "unseen")]
+    for seed in (0, 1):
+        rows += [(g, f"lora-{seed}", "lora", 16, 1301, rate, seed, False) for g in ("methods", "rivals", "unseen")]
+    rows += [
+        ("ranks", "lora-0", "lora", 16, 1301, rate, 0, False),
+        ("ranks", "lora-1", "lora", 8, 1301, rate, 0, False),
+    ]
+    rows += [(group, "full-0", "full", np.nan, 1301, low, 0, False) for group in ("methods", "rivals")]
+    rows += [("methods", "probe", PROBE, np.nan, 1301, np.nan, 0, False)]
+    rows += [
+        ("studies", "lora-0", "lora", 16, 16, rate, 0, False),
+        ("studies", "lora-1", "lora", 16, 1301, rate, 0, False),
+    ]
+    others = {
+        "coral": "coral",
+        "registration": "registration",
+        "boxes": "hu-boxes",
+        "best": "best-free",
+        "probe": PROBE,
+    }
+    rows += [("rivals", name, method, np.nan, 1301, np.nan, 0, False) for name, method in others.items()]
+    rows += [("unseen", "unseen", "lora", 16, 1301, rate, 0, True)]
+    columns = ["group", "name", "method", "rank", "studies", "learning_rate", "seed", "unseen"]
+    runs = pd.DataFrame(rows, columns=columns).assign(dialect="target", chosen="")
+    runs.loc[runs["name"] == "boxes", "chosen"] = "C = 0.01"
+    runs["trainable"] = runs["method"].map({BASE: 0, "lora": 50, "full": 1000, PROBE: 20}).fillna(0)
+    runs["adapter_bytes"], runs["validation_auroc"] = 4 * runs["trainable"], 0.6
+    runs["home_calibration_error"] = runs["name"].map({"base": 0.1, "lora-0": 0.2, "lora-1": 0.3})
+    table = pd.DataFrame({"method": ["full", "lora"], "seconds_per_step": [2.0, 1.5], "peak_bytes": [4e6, 1e6]})
+    table["seconds_per_step_of_full"], table["peak_bytes_of_full"] = [1, 0.75], [1, 0.25]
+    return Results(runs, {name: np.array(values) for name, values in draws.items()}, table if costs else table[:0])
+
+
+def ends(table, row, name):
+    return table.loc[row, [name, f"{name}_low", f"{name}_high"]].tolist()
+
+
+def between(value, *drawn):
+    """A value, and the 95 % interval of these draws."""
+    return pytest.approx([value, *np.percentile(drawn, [2.5, 97.5])])
+
+
+def test_seeds_are_averaged_within_each_resample():
+    table = pooled(hand_made(), "methods").set_index("method")
+    assert table.loc["lora", "seeds"] == 2 and table.loc["lora", "auroc_sd"] == pytest.approx(0.1 / np.sqrt(2))
+    # means of the two seeds: 0.65 on the data, then 0.55, 0.60, 0.75; minus the base model in the same resample
+    assert ends(table, "lora", "auroc") == between(0.65, 0.55, 0.60, 0.75)
+    assert ends(table, "lora", "over_base") == between(0.15, 0.15, 0.10, 0.15)
+    # at home 0.75, then 0.60, 0.80, 0.85; the base model 0.80, then 0.70, 0.80, 0.90
+    assert ends(table, "lora", "home_over_base") == between(-0.05, -0.10, 0.0, -0.05)
+    assert np.isnan(ends(table, "full", "home")).all(), "not kept"
+    assert table.loc["lora", "home_calibration_error"] == pytest.approx(0.25)
+
+
+def test_lora_is_held_against_each_rival_within_each_resample():
+    table = compared.rivals_table(hand_made())
+    order = [BASE, "registration", "coral", "best-free", "hu-boxes", PROBE, "full", "lora"]
+    assert table["method"].tolist() == order
+    table = table.set_index("method")
+    assert ends(table, "hu-boxes", "lora_over") == between(-0.01, -0.10, -0.05, 0.05)
+    assert ends(table, "lora", "lora_over") == [0, 0, 0]
+    assert table["labels"].tolist() == ["none"] * 3 + ["choose", "learn", "learn", "learn", "learn"]
+    assert table["kind"].tolist() == ["free"] * 3 + ["same labels"] * 3 + ["trained"] * 2
+    assert table.index[table["at_edge"]].tolist() == ["full"]
+
+
+def test_shown_rivals_name_the_best_free_fix_and_rates_at_the_edge():
+    results = hand_made()
+    lines = compared.show_rivals(compared.rivals_table(results)).splitlines()
+    labels = ("HU in boxes", "full fine-tuning", "LoRA", "base model")
+    of = {label: next(line for line in lines if line.lstrip().startswith(f"{label} ")) for label in labels}
+    assert "-0.010 [-0.097, +0.045]" in of["HU in boxes"] and "C = 0.01" in of["HU in boxes"]
+    assert f"{METHODS['full'].learning_rates[0]:g}*, target" in of["full fine-tuning"]
+    assert "0.750 [0.610, 0.848]" in of["LoRA"] and "0.250" in of["LoRA"]
+    assert of["base model"].count("[") == 3 and of["LoRA"].count("[") == 4, "nothing is held against itself"
+    assert "best free fix, registration" in lines[-1] and "+0.100 [+0.052, +0.148]" in lines[-1]
+    assert "+0.050, LoRA +0.150" in lines[-1]
+    alone = Results(results.runs[results.runs["method"] != "lora"], results.draws, results.costs)
+    assert compared.rivals_table(alone)["lora_over"].isna().all() and "LoRA" in compared.show_all(alone)
+
+
+def test_findings_are_sorted_by_lead_and_one_class_counts_nowhere():
+    table = compared.finding_table(hand_made())
+    assert table.index[0] == FINDINGS[0] and table.index[-1] == "mean" and set(table.index[:-1]) == set(FINDINGS)
+    assert ends(table, FINDINGS[2], "lora_over") == pytest.approx([-0.03] * 3, abs=2e-3)
+    assert np.isnan(ends(table, FINDINGS[5], "lora_over")).all()
+    mean = 0.65 - 0.66 - np.mean([k for k in range(18) if k != 5]) / 100
+    assert table.loc["mean", "lora_over"] == pytest.approx(mean, abs=2e-3)
+    assert "nan" not in compared.show_findings(table)
+
+
+def test_held_out_findings_stand_beside_those_that_were_taught():
+    table = compared.unseen_table(hand_made()).set_index(["findings", "prompts"])
+    assert list(table.index) == [(findings, prompts) for findings in ("held out", "seen") for prompts in PROMPTS]
+    for prompts in PROMPTS:
+        assert ends(table, ("held out", prompts), "gain") == pytest.approx([-0.05] * 3)
+        assert ends(table, ("seen", prompts), "gain") == pytest.approx([0.1] * 3)
+        assert ends(table, ("held out", prompts), "taught_gain") == pytest.approx([0.25] * 3)
+    assert table.loc[("seen", "ensemble"), "adapted"] > table.loc[("seen", "paper"), "adapted"]
+    text = compared.show_unseen(table.reset_index())
+    assert all(name in text for name in HELD_OUT) and "-0.050 [-0.050, -0.050]" in text
+
+
+def test_method_table_has_a_row_for_each_method_base_first():
+    table = compared.method_table(hand_made())
+    assert table["method"].tolist() == [BASE, PROBE, "full", "lora"]
+    assert table["zero_shot"].tolist() == [True, False, True, True]
+    assert table["trainable_share"].tolist() == [0, 0.02, 1, 0.05]
+    assert table["peak_bytes_of_full"].fillna(-1).tolist() == [-1, -1, 1, 0.25]
+    assert "knows 18 answers only" in table.loc[1, "trains"]
+    assert table["paper"].str.contains("arXiv").tolist() == [False, True, True, True]
+
+
+def test_shown_table_says_what_is_not_zero_shot_and_what_the_interval_is():
+    text = compared.show(compared.method_table(hand_made()))
+    lines = text.splitlines()
+    assert "linear probe (not zero-shot)" in lines[2]
+    assert "0.650 [0.552, 0.742]" in lines[4] and "+0.150 [+0.102, +0.150]" in lines[4] and "0.75" in lines[4]
+    assert "bootstrap over test patients" in lines[-1] and "Phantom" in lines[-1]
+    assert "-" in compared.show(compared.method_table(hand_made(costs=False))).splitlines()[4]
+
+
+def test_figures_show_intervals_labels_and_the_base_model(tmp_path):
+    results = hand_made()
+    for figure, words in (
+        (figures.figure_methods(results), "trainable parameters"),
+        (figures.figure_studies(results), "studies"),
+    ):
+        (axes,) = figure.axes
+        assert axes.get_xscale() == "log" and words in axes.get_xlabel() and "Phantom" in axes.get_title()
+        base = axes.lines[0]
+        assert base.get_linestyle() == "--" and list(base.get_ydata()) == [0.5, 0.5]
+    methods = figures.figure_methods(results).axes[0]
+    assert {text.get_text() for text in methods.texts} == {"r=8", "r=16"}
+    named = [text.get_text() for text in methods.get_legend().get_texts()]
+    expected = ["base model, 0.500", "linear probe, 0.620 (not zero-shot)", "LoRA, 0.650", "full fine-tuning, 0.650"]
+    assert named == expected
+    bars = sorted(tuple(np.round(path.vertices[:, 1], 3)) for c in methods.collections[1:] for path in c.get_paths())
+    assert (0.552, 0.742) in bars
+    line = figures.figure_studies(results).axes[0].lines[1]
+    assert [list(line.get_xdata()), list(line.get_ydata())] == [[16, 1301], [0.6, 0.7]]
+    written = figures.write_figures(results, tmp_path)
+    assert [path.stem for path in written] == ["methods", "studies", "rivals", "forgetting"]
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in written)
+
+
+def test_rivals_are_drawn_a_line_each_by_kind_and_forgetting_against_gain():
+    results = hand_made()
+    axes = figures.figure_rivals(results).axes[0]
+    named = [text.get_text() for text in axes.get_yticklabels()]
+    assert named[0] == "registration  0.550" and named[-1] == "LoRA  0.650" and len(named) == 7
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["base model, 0.500", *compared.KINDS]
+    bars = [tuple(np.round(path.vertices[:, 0], 3)) for c in axes.collections for path in c.get_paths()]
+    assert (0.552, 0.742) in bars and axes.yaxis_inverted()
+    axes = figures.figure_forgetting(results).axes[0]
+    (label,) = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert label == "LoRA, +0.150 / -0.050", "full fine-tuning was not scored at home"
+
+
+def test_what_is_there_is_shown(tmp_path):
+    saved = load_results()
+    text = compared.show_all(saved)
+    assert ("LoRA over it" in text) == saved.has("rivals") and ("taught all" in text) == saved.has("unseen")
+    assert all(
+        word in compared.show_all(hand_made()) for word in ("s/step", "LoRA over it", "LoRA over boxes", "taught")
+    )
+    results = hand_made()
+    methods = Results(results.runs[results.runs["group"] == "methods"], results.draws, results.costs)
+    assert "LoRA over it" not in compared.show_all(methods)
+    assert [path.stem for path in figures.write_figures(methods, tmp_path)] == ["methods"]
+
+
+def test_missing_results_say_how_to_make_them(tmp_path):
+    with pytest.raises(FileNotFoundError, match="has no comparison.csv; `medctkit compare .*` makes it"):
+        load_results(tmp_path)
+    results = hand_made()
+    with pytest.raises(ValueError, match="no runs of group 'learning-rates'; there are methods, ranks, rivals"):
+        pooled(results, "learning-rates")
+    there = ~results.runs["name"].isin(["boxes", "unseen"])
+    results = Results(results.runs[there], results.draws, results.costs)
+    for table, run in ((compared.finding_table, "hu-boxes"), (compared.unseen_table, "adapted")):
+        with pytest.raises(ValueError, match=f"no run of '{run}'.* medctkit compare FOLDER --only"):
+            table(results)
