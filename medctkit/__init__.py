@@ -35,6 +35,7 @@ _WINGS = (
     "training",
     "zero_shot",
     "attention",
+    "deploy",
     "viewers",
     "experiments",
     "course",

@@ -3,6 +3,7 @@
 from medctkit import attention as attention
 from medctkit import cohort as cohort
 from medctkit import course as course
+from medctkit import deploy as deploy
 from medctkit import experiments as experiments
 from medctkit import findings as findings
 from medctkit import lora as lora

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PYTHON_MINIMUM = (3, 11)
 TORCH = "torch==2.13.0"
 TORCH_MINIMUM = (2, 8)
-EXTRAS = "cluster,tensorboard,notebooks,test"
+EXTRAS = "cluster,deploy,tensorboard,notebooks,test"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
 VISION, PROMPTS, FACTS = "vision.onnx", "prompts.npz", "export.json"
 
@@ -32,6 +31,8 @@ class Exported:
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} has no {name}; expected a folder that `medctkit export` wrote")
         self.facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        import onnxruntime
+
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or 0
         self._session = onnxruntime.InferenceSession(folder / VISION, options, providers=["CPUExecutionProvider"])

@@ -114,7 +114,7 @@ def test_environment_yml_says_what_pyproject_says():
     file, conda, pip = conda_file()
     assert set(file) == {"name", "channels", "dependencies"}
     assert file["channels"][0] == "conda-forge" and "defaults" not in file["channels"]
-    assert pip[0] == "-c constraints.txt" and pip[-1] == "-e .[cluster,tensorboard,notebooks,test]"
+    assert pip[0] == "-c constraints.txt" and pip[-1] == "-e .[cluster,deploy,tensorboard,notebooks,test]"
     conda = {r.name: r.specifier for r in map(Requirement, conda)}  # also checks each spec's syntax
     assert conda.pop("python") == SpecifierSet(PYPROJECT["project"]["requires-python"])
     assert {"pip", "pytorch"} <= set(conda)
@@ -228,7 +228,7 @@ def test_setup_falls_back_installs_the_rest_and_runs_only_once(environment, monk
     assert installs == [
         "-m pip install torch==2.13.0+cpu",
         f"-m pip install torch==2.13.0+cpu --extra-index-url {setup_env.CPU_INDEX}",
-        "-m pip install --quiet -c constraints.txt -e .[cluster,tensorboard,notebooks,test]",
+        "-m pip install --quiet -c constraints.txt -e .[cluster,deploy,tensorboard,notebooks,test]",
     ]
     assert "no matching distribution" not in capsys.readouterr().out
     log.unlink()
