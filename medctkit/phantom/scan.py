@@ -58,7 +58,7 @@ def blurred(values: np.ndarray, axis: int, width: float, reach: int, wrap: bool 
 
 
 def curve(width: float, reach: int) -> np.ndarray:
-    """Weights (2 * reach + 1,) of a Gauss curve, float32."""
+    """Weights (n,), float32, of a Gauss curve of `width` voxels that is cut off at `reach`: n = 2 * reach + 1."""
     weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
     return (weights / weights.sum()).astype(np.float32)
 

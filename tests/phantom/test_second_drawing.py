@@ -10,7 +10,7 @@ from scipy import ndimage
 
 from medctkit.findings import FINDINGS
 from medctkit.phantom.scan import BLUR
-from medctkit.phantom.study import generate
+from medctkit.phantom.study import SCANNERS, generate
 
 SHAPE = (48, 80, 80)
 SEEDS = range(3)
@@ -201,12 +201,16 @@ def numbers(hu, spacing):
     return out
 
 
-def test_phantoms_measure_like_real_scans():
+@pytest.mark.parametrize("hospital", SCANNERS[2])
+def test_phantoms_measure_like_real_scans(hospital):
     """Each number of most phantoms lies within the spread of the real scans, and the mean of all of them does."""
     found = []
     for seed in range(4):
-        study = generate(seed, "source", [], (107, 180, 180), drawing=2)
-        found.append(numbers(study.volume.hu, study.volume.spacing))
+        study = generate(seed, hospital, [], (107, 180, 180), drawing=2)
+        hu, spacing = study.volume.hu, study.volume.spacing
+        found.append(numbers(hu, spacing))
+        if study.contrast:  # the one real scan with contrast medium ends above the liver, which takes most of it up
+            found[-1]["soft tissue"] = numbers(hu[50:], spacing)["soft tissue"]
     for name, (low, high) in REAL.items():
         values = np.array([row[name] for row in found])
         inside = (values >= low) & (values <= high)
