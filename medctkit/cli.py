@@ -66,7 +66,7 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     cls=_Commands, no_args_is_help=True, add_completion=False, help="LoRA on 3D chest CT, from data to evaluation."
 )
-app.add_typer(deploying)  # predict, answer, gateway
+app.add_typer(deploying)  # predict, answer, export, gateway
 
 
 def _options_of_settings() -> list[Any]:

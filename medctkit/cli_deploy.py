@@ -65,6 +65,23 @@ def answer(
 
 
 @deploying.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished fine-tuning.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; an export that is there is replaced.")],
+    prompts: Annotated[str, typer.Option(help="paper, training-style or ensemble.")] = "paper",
+    text: Annotated[bool, typer.Option("--text", help="The text tower too, for other prompts later.")] = False,
+) -> None:
+    """Write base and adapter as a folder that needs ONNX Runtime and NumPy alone, once it is proven equal."""
+    from medctkit.deploy.export import export as write
+    from medctkit.experiments.adapt import Origin
+    from medctkit.lora.adapter import load_adapter
+
+    base = Origin.of(run).load()
+    model = load_adapter(base.model, run.expanduser() / "adapter")
+    _say(f"wrote {write(model, base.tokenizer, out, prompts, text)}, equal for batches of 1, 2 and 3")
+
+
+@deploying.command()
 def gateway(
     folder: Annotated[Path, typer.Argument(help="For slices and answers on their way; nobody else's.")],
     destination: Annotated[str, typer.Argument(help="Gets the answers: TITLE@HOST:PORT.")],

@@ -77,7 +77,7 @@ def export(
     stating, denying = classifier.text_embeds()
     plain = (merge_lora(model) if hasattr(model, "peft_config") else model).cpu()
     config = plain.preprocess_config
-    facts = {
+    facts: dict[str, Any] = {
         "findings": classifier.findings,
         "input": {"shape": config.shape, "spacing": config.spacing, "hu_range": config.hu_range, "axes": config.axes},
         "base": base, "adapter": adapter, "vocabulary": vocabulary_of(tokenizer),
