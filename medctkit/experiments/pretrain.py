@@ -27,6 +27,7 @@ from medctkit.common.processes import worker_pool
 from medctkit.experiments.warm_start import SHARPNESS, WarmStart, common_phrases, warm_start
 from medctkit.findings import FINDINGS
 from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel
+from medctkit.model.fingerprint import vocabulary_of
 from medctkit.phantom.registry import REGISTRIES
 from medctkit.phantom.report_text import write_report
 from medctkit.phantom.study import generate, named_rng
@@ -448,6 +449,7 @@ def pretrain(output_dir: str | os.PathLike, pool_dir: str | os.PathLike, config:
     shutil.rmtree(building, ignore_errors=True)
     codes_in_use = run.codebook.finish()
     run.model.eval()
+    run.model.config.vocabulary = vocabulary_of(run.tokenizer)
     run.model.save_pretrained(building)
     run.tokenizer.save_pretrained(building)
     record = {
