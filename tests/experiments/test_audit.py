@@ -104,12 +104,6 @@ def test_the_rarer_the_finding_the_more_its_threshold_flatters():
     assert rare > common + 0.02
 
 
-@pytest.mark.parametrize("wrong", [{"prevalence": 0.0}, {"prevalence": 1.0}, {"repeats": 0}])
-def test_a_simulation_of_nothing_is_refused(wrong):
-    with pytest.raises(ValueError, match="expected at least one positive study, one negative and one repeat"):
-        audit.thresholds_on_noise(**wrong)
-
-
 def test_weighted_f1_counted_by_hand():
     test = of_one_finding([1, 1, 0, 0, 0, 0, 0, 0], [1, 0, 1, 0, 0, 0, 0, 0])
     found = numbers(audit.f1_weighted_by_class(test))
@@ -139,8 +133,6 @@ def test_copies_of_volumes_narrow_the_interval_when_they_are_counted_as_patients
 
 def test_bad_input_is_named():
     test = simulate(7)
-    with pytest.raises(ValueError, match="reconstructions=0: expected at least 1, the scan itself"):
-        audit.counted_by_volume(test, 0)
     with pytest.raises(ValueError, match="no finding has both positive and negative studies, so nothing can be scored"):
         audit.f1_weighted_by_class(replace(test, labels=np.zeros((80, 3))))
     with pytest.raises(ValueError, match=r"scores: study 3, finding 'c' is 2.0; expected probabilities from 0 to 1"):
@@ -178,7 +170,6 @@ def test_the_audit_has_to_go_around_the_guard_that_read_volume_has():
         spoiled = audit.rescaled_again(volume, intercept)
         assert np.array_equal(spoiled.hu, volume.hu.astype(np.float32) + intercept)
         assert spoiled.spacing == volume.spacing and np.array_equal(spoiled.affine, volume.affine)
-        assert spoiled.provenance[-1].startswith("spoiled for the audit")
         with pytest.raises(ValueError, match="not in HU"):
             check_hu(spoiled.hu)
 
@@ -258,16 +249,7 @@ def test_the_vision_encoder_runs_once_or_once_for_each_finding(base, few):
     assert np.allclose(single, ZeroShotClassifier(base.model, base.tokenizer).scores(inputs)[0], atol=1e-5)
 
 
-def test_volumes_that_do_not_fit_the_labels_are_refused_before_work_begins(base, few):
-    volumes, seen = few
-    for call in (audit.double_rescale, audit.clip_order):
-        with pytest.raises(ValueError, match="23 volumes and labels of 24 studies; expected as many, at least one"):
-            call(base, volumes[1:], seen.labels)
-        with pytest.raises(ValueError, match="volumes: got a generator, expected a list or another sequence"):
-            call(base, (volume for volume in volumes), seen.labels)
-
-
-def test_every_defect_is_shown_in_a_table(base, few):
+def test_every_defect_is_found(base, few):
     volumes, seen = few
     first = [i for i in range(24) if i % 2]  # half for validation, half for the test
     part = lambda rows: Embedded(seen.embeddings[rows], seen.labels[rows], seen.patients[rows], seen.studies[rows])  # noqa: E731
@@ -283,10 +265,7 @@ def test_every_defect_is_shown_in_a_table(base, few):
     assert list(dict.fromkeys(defect.name for defect in found)) == list(audit.DEFECTS)
     assert all(np.isfinite([defect.public, defect.right]).all() for defect in found)
     assert {defect.source.split(",")[0].split(";")[0] for defect in found} == {audit.REPOSITORY}
-    table = audit.audit_table(found)
-    assert table["quantity"].tolist() == [defect.quantity for defect in found]
-    assert np.allclose(table["difference"], table["public"] - table["right"])
-    assert (table[["public_way", "right_way", "why", "unit"]] != "").all(axis=None)
+    assert all(defect.public_way and defect.right_way and defect.why and defect.unit for defect in found)
 
 
 def test_the_figure_shows_both_numbers_of_every_defect_and_touches_no_global_state(tmp_path):
@@ -311,6 +290,3 @@ def test_the_figure_shows_both_numbers_of_every_defect_and_touches_no_global_sta
     assert legend == ["the right way", "the public way"]
     assert plt.get_fignums() == open_figures
     assert len(audit.audit_figure(defects[:1]).axes) == 1
-    with pytest.raises(ValueError, match=r"no defects to draw; give what audit\(\) or audit_scans\(\) returned"):
-        audit.audit_figure([])
-    assert audit.audit_table([]).empty

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medctkit.common.atomic import replacing
-from medctkit.experiments.audit import audit_figure, audit_table
+from medctkit.experiments.audit import audit_figure
 from medctkit.experiments.measure import Home, Measurement
 from medctkit.experiments.report import figures
 from medctkit.experiments.report.page import Block, png, to_html, to_markdown
@@ -221,7 +221,9 @@ def retrieval_table(measured: Measurement) -> pd.DataFrame:
 
 def defects_table(measured: Measurement) -> pd.DataFrame:
     """A row for each number that a defect of the public evaluation changes."""
-    table = audit_table(measured.defects)
+    import pandas as pd
+
+    table = pd.DataFrame(measured.defects)
     for column in ("public", "right"):
         table[column] = [f"{value:.3g} {unit}" for value, unit in zip(table[column], table["unit"], strict=True)]
     shown = ["name", "quantity", "public", "right", "public_way", "right_way", "why", "source"]
