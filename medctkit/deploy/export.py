@@ -40,7 +40,7 @@ class Vision(nn.Module):
         self.tower, self.projection = model.vision_encoder, model.to_visual_latent
 
     def forward(self, volumes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings and codes."""
+        """Embeddings (b, p) and codes (b, t * h * w) of volumes (b, 1, d, h, w)."""
         tokens = self.tower.encode(volumes)  # (b, t, h, w, c)
         codes = self.tower.vq.nearest(tokens)
         tokens = torch.where(tokens.isfinite(), self.tower.vq._codebook.embed[0][codes], tokens)
