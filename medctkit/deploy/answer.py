@@ -68,6 +68,7 @@ def answer(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pydicom's and highdicom's, of unusual values, which are the scanner's
         slices, _ = chosen_series(path, series)
+        slices = list({tuple(s.required("ImagePositionPatient", 3).round(2)): s for s in slices}.values())  # no copies
         said, sources = _sources(slices)
         uid = partial(_uid, *(s.SOPInstanceUID for s in sources), *facts.items(), *scores.items())
         found = [_report(sources, scores, facts, uid), _capture(sources[0], picture, facts, uid)]

@@ -41,6 +41,7 @@ _SUFFIXES = (".dcm", ".dicom", ".ima")
 _DEFLATED, _EXPLICIT = b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.2.1\0\0\0"
 _CT_IMAGE, _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.7"
 _CT_IMAGES = (_CT_IMAGE, _CT_IMAGE + ".1", _CT_IMAGE + ".2")  # slices, enhanced, enhanced made of slices
+_MADE_OF_SCANS = {f"1.2.840.10008.5.1.4.1.1.{n}" for n in ("30", "66.4", "66.7")}  # parametric map, segmentations
 _PAGES = {"SCREEN SAVE", "DOSE_INFO", "CSA REPORT"}  # in ImageType: text as a picture, by GE and Siemens
 _NO_PLACE, _LOCALIZER, _PAGE = "picture without a place in the patient", "localizer", "page of text (dose report)"
 _CAPTURE = "secondary capture"
@@ -287,6 +288,8 @@ def _kind_left_out(item: Slice) -> str:
         return "DICOMDIR"
     if (kind + ".").startswith(_SECONDARY_CAPTURE + "."):
         return _CAPTURE
+    if kind in _MADE_OF_SCANS:
+        return UID(kind).name
     if "PixelData" not in item.header:
         if kind in ("", *_CT_IMAGES):
             raise damaged("it has no pixels", item.name)

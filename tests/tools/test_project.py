@@ -300,7 +300,7 @@ def test_make_uses_the_active_environment(active):
     [
         ("README.md", {"demo", "test"}),
         ("CONTRIBUTING.md", {"setup", "style", "test", "test-all", "test-browser", "notebooks", "docs", "bench"}),
-        (".ci/run", {"setup", "style", "test-all", "test-browser", "docs", "notebooks"}),
+        (".ci/run", {"setup", "style", "test-all", "test-browser", "test-pacs", "docs", "notebooks"}),
         (".github/PULL_REQUEST_TEMPLATE.md", {"style", "test"}),
         (".devcontainer/devcontainer.json", {"setup"}),
     ],

@@ -1,0 +1,211 @@
+"""The gateway: who may call, what waits, what comes back, what a crash costs, and what the log says."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from dicom_peers import PATIENT, archive, free_port, send, values_of, wait_until, write_phantom
+from scan_files import change
+
+from medctkit.deploy.answer import answer
+from medctkit.deploy.gateway import OUT_OF_RESOURCES, Gateway, Limits, Peer
+from medctkit.findings import FINDINGS
+from medctkit.scans.volumes import read_volume
+
+FACTS = {"version": "1.2", "base": "b" * 32, "adapter": "none", "vocabulary": "v" * 32, "prompts": "paper"}
+QUICK = Limits(quiet=0.3, retry=0.2)
+
+
+def answering(slices):
+    return answer(slices, dict.fromkeys(FINDINGS, 0.25), FACTS, np.zeros((4, 6, 3), np.uint8))
+
+
+def gateway(folder, port, answering=answering, limits=QUICK, allowed=("SCANNER",)):
+    return Gateway(folder, answering, Peer("127.0.0.1", port, "PACS"), allowed, limits=limits)
+
+
+def states(folder):
+    return [json.loads(path.read_text())["state"] for path in sorted(folder.glob("*/*/state.json"))]
+
+
+def reports(kept):
+    """How many slices each report that came refers to."""
+    return [len(set(values_of(made, "ReferencedSOPInstanceUID"))) for made in kept if made.Modality == "SR"]
+
+
+@pytest.fixture
+def queue(tmp_path):
+    return tmp_path / "queue"
+
+
+@pytest.fixture
+def slices(tmp_path):
+    return write_phantom(tmp_path / "study")[1]
+
+
+def test_series_comes_in_and_its_answer_goes_out_once(queue, slices):
+    with archive() as (port, kept), gateway(queue, port).serving(0) as own:
+        assert send(slices, own) == [0] * 24
+        wait_until(lambda: states(queue) == ["sent"])
+        time.sleep(1)
+    assert sorted(made.Modality for made in kept) == ["OT", "SR"]
+    assert {str(made.PatientName) for made in kept} == {PATIENT["PatientName"]}
+    assert queue.stat().st_mode & 0o077 == 0  # nobody else looks into it
+
+
+@pytest.mark.parametrize("call", [{"calling": "STRANGER"}, {"called": "OTHER"}])
+def test_unknown_callers_and_wrong_numbers_are_refused(queue, slices, call):
+    with gateway(queue, free_port()).serving(0) as own:
+        assert send(slices, own, **call) is None
+    assert not list(queue.glob("*/*"))
+
+
+def test_everyone_may_call_only_when_said_so(queue, slices):
+    with pytest.raises(ValueError, match="allow"):
+        gateway(queue, 1, allowed=())
+    with gateway(queue, free_port(), allowed=None).serving(0) as own:
+        assert send(slices, own, calling="STRANGER") == [0] * 24
+
+
+def test_full_queue_refuses_another_series_and_takes_it_later(queue, slices, tmp_path):
+    _, other = write_phantom(tmp_path / "other")
+    go_on = threading.Event()
+
+    def slowly(path):
+        assert go_on.wait(60)
+        return answering(path)
+
+    with archive() as (port, kept), gateway(queue, port, slowly, Limits(1, 0.3)).serving(0) as own:
+        assert set(send(slices, own)) == {0}
+        assert set(send(other, own)) == {OUT_OF_RESOURCES}
+        assert set(send(slices, own)) == {0}  # what waits already may go on
+        go_on.set()
+        wait_until(lambda: states(queue) == ["sent"])
+        assert set(send(other, own)) == {0}
+        wait_until(lambda: reports(kept) == [24, 24])
+
+
+def test_answer_waits_for_its_destination_and_is_made_once(queue, slices):
+    made, port = [], free_port()
+
+    def counting(path):
+        made.append(path)
+        return answering(path)
+
+    with gateway(queue, port, counting).serving(0) as own:
+        send(slices, own)
+        wait_until(lambda: states(queue) == ["ready"])
+        with archive(port) as (_, kept):
+            wait_until(lambda: len(kept) == 2)
+    assert len(made) == 1
+
+
+def test_late_slices_are_a_new_answer(queue, slices, tmp_path):
+    late = tmp_path / "late"
+    late.mkdir()
+    for name in ("0022.dcm", "0023.dcm"):
+        (slices / name).rename(late / name)
+    with archive() as (port, kept), gateway(queue, port).serving(0) as own:
+        send(slices, own)
+        wait_until(lambda: states(queue) == ["sent"])
+        send(late, own)
+        wait_until(lambda: reports(kept) == [22, 24])
+        wait_until(lambda: states(queue) == ["sent"])
+    assert len({made.SOPInstanceUID for made in kept}) == 4
+
+
+def test_folder_is_one_gateways(queue):
+    with gateway(queue, 1).serving(0):
+        with pytest.raises(ValueError, match="another gateway"), gateway(queue, 1).serving(0):
+            pass
+    with gateway(queue, 1).serving(0):
+        pass
+
+
+def test_series_that_ends_the_process_each_time_is_given_up(queue, slices, caplog):
+    def out_of_memory(path):
+        raise MemoryError
+
+    with gateway(queue, free_port(), out_of_memory).serving(0) as own:
+        send(slices, own)
+        wait_until(lambda: states(queue) == ["failed"])
+    assert json.loads(next(queue.glob("*/*/state.json")).read_text())["tries"] == 3
+
+
+def test_answered_series_are_taken_away_in_the_end(queue, slices):
+    with archive() as (port, kept), gateway(queue, port, limits=Limits(quiet=0.3, keep=1)).serving(0) as own:
+        send(slices, own)
+        wait_until(lambda: len(kept) == 2 and not list(queue.glob("*/*")))
+
+
+def test_no_name_and_no_number_of_a_patient_is_in_the_log(queue, slices, tmp_path, caplog, capfd):
+    secrets = ["Ayşe", "Yılmaz", "MRN-4711", "Hans", "MRN-0815", "A-99"]
+    caplog.set_level(logging.DEBUG)
+    for path in sorted(slices.glob("*.dcm"))[:12]:  # slices of two patients: the error quotes both
+        change(path, PatientID="MRN-0815", PatientName="Hans")
+
+    with gateway(queue, free_port(), read_volume).serving(0) as own:
+        caplog.clear()
+        assert set(send(slices, own)) == {0}
+        wait_until(lambda: states(queue) == ["failed"])
+    assert "MRN-0815" in json.loads(next(queue.glob("*/*/state.json")).read_text())["reason"]
+    told = [record.getMessage() for record in caplog.records]
+    assert any("no answer: ValueError" in line for line in told)
+    told = "\n".join(told) + "".join(capfd.readouterr())
+    assert not [secret for secret in secrets if secret in told]
+    assert not [path for path in queue.rglob("*") if any(secret in str(path) for secret in secrets)]
+
+
+SERVICE = """
+import sys, time
+from pathlib import Path
+sys.path[:0] = {path!r}
+from test_gateway import answering, gateway, Limits
+def slowly(path):
+    Path({mark!r}).touch()
+    time.sleep({seconds})
+    return answering(path)
+with gateway({queue!r}, {port}, slowly, Limits(quiet=0.3, retry=0.2)).serving({own}):
+    print("ready", flush=True)
+    time.sleep(300)
+"""
+
+
+@contextmanager
+def process(queue, port, own, mark, seconds):
+    """A gateway in a process of its own, which is killed in the end; answering takes so many seconds."""
+    paths = [os.path.dirname(__file__), *sys.path]
+    script = SERVICE.format(path=paths, queue=str(queue), port=port, own=own, mark=str(mark), seconds=seconds)
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as running:
+        try:
+            assert running.stdout.readline() == "ready\n"
+            yield
+        finally:
+            running.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["arriving", "answering", "sending"])
+def test_kill_costs_nothing(queue, slices, tmp_path, moment):
+    """Killed while slices come, while an answer is made, or while it waits: what was taken is answered after all."""
+    port, own, mark, last = free_port(), free_port(), tmp_path / "begun", tmp_path / "last"
+    last.mkdir()
+    if moment == "arriving":
+        (slices / "0023.dcm").rename(last / "0023.dcm")
+    with process(queue, port, own, mark, 60 if moment == "answering" else 0):
+        assert set(send(slices, own)) == {0}
+        if moment == "answering":
+            wait_until(mark.exists)
+        elif moment == "sending":
+            wait_until(lambda: states(queue) == ["ready"])
+    with process(queue, port, own, mark, 0), archive(port) as (_, kept):
+        if moment == "arriving":
+            assert send(last, own) == [0]
+        wait_until(lambda: 24 in reports(kept) and states(queue) == ["sent"])

@@ -1,0 +1,55 @@
+"""What `medctkit predict` writes of one scan."""
+
+import json
+
+import pandas as pd
+import pytest
+from dicom_peers import write_phantom
+from typer.testing import CliRunner
+
+from medctkit.cli import app
+from medctkit.deploy.predict import case_of, facts_of
+from medctkit.findings import FINDINGS
+from medctkit.model.base_model import load_base
+from medctkit.quickstart import classify
+
+pytestmark = pytest.mark.usefixtures("one_thread", "on_the_cpu")
+
+
+@pytest.mark.parametrize(
+    ("path", "case"),
+    [("a/valid_1_a_1.nii.gz", "valid_1_a_1"), ("B.MHA", "B"), ("patient.7", "patient.7"), ("study/", "study")],
+)
+def test_case_is_the_name_without_suffix(path, case):
+    assert case_of(path) == case
+
+
+def test_command_writes_the_scores_of_classify_in_every_form(tmp_path):
+    volume, folder = write_phantom(tmp_path / "study")
+    done = CliRunner().invoke(app, ["predict", str(folder), str(tmp_path / "out"), "--model", "mini"])
+    assert done.exit_code == 0, done.output
+    assert "Pleural effusion" in done.output
+    base = load_base()
+    expected = classify(volume, base).scores
+    table = pd.read_csv(tmp_path / "out" / "scores.csv").set_index("finding")["score"].to_dict()
+    own, challenge = (json.loads((tmp_path / "out" / name).read_text()) for name in ("scores.json", "results.json"))
+    (entry,) = challenge.pop("predictions")
+    assert table == own["scores"] == entry["probabilities"] == expected
+    assert list(expected) == list(FINDINGS)
+    assert entry["input_image_name"] == own["case"] == "study"
+    assert own["model"] == facts_of(base)
+    version = {"major": 1, "minor": 0}  # what the challenge's own example writes
+    assert challenge == {
+        "name": "Generated probabilities",
+        "type": "Abnormality Classification",
+        "version": version,
+    }
+    assert (tmp_path / "out" / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_nothing_guesses_the_model(tmp_path):
+    _, folder = write_phantom(tmp_path / "study")
+    done = CliRunner().invoke(app, ["predict", str(folder), str(tmp_path / "out")])
+    assert done.exit_code == 2
+    assert "--model" in done.output
+    assert not (tmp_path / "out").exists()
