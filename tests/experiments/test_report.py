@@ -134,11 +134,7 @@ def test_the_page_is_self_contained_and_says_where_numbers_come_from(measured, t
     for row in [line for line in markdown.splitlines() if line.startswith("| size of the model")]:
         assert row.count(" | ") == 6
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["report.html", "report.md", "report_figures"]
-
-
-def test_the_same_measurement_gives_the_same_page(measured, tmp_path):
-    one, two = (report.write_report(measured, tmp_path / name).read_bytes() for name in "ab")
-    assert one == two
+    assert report.write_report(measured, tmp_path / "again").read_text() == text, "the same measurement, the same page"
 
 
 def test_a_finding_with_one_class_is_named_in_tables_and_figures():

@@ -9,9 +9,9 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -245,8 +245,8 @@ def blocks(measured: Measurement) -> list[Block]:
     def table(text: str, content: pd.DataFrame) -> Block:
         return Block("table", f"{text} {world}; {by}.", content)
 
-    def figure(name: str, content: Figure, text: str) -> Block:
-        return Block("figure", f"{text} {world}; {by}.", content, name)
+    def figure(name: str, draw: Callable[[], Figure], text: str) -> Block:
+        return Block("figure", f"{text} {world}; {by}.", draw, name)
 
     def finding_by_finding(model: str) -> Block:
         note = measured.tables[model].attrs.get("optimistic")
@@ -268,7 +268,10 @@ def blocks(measured: Measurement) -> list[Block]:
             f"as their authors call them. {REMARK}",
         ),
         Block("heading", "Finding by finding"),
-        *(figure(name, draw(measured), f"{what}. 95 % intervals over patients.") for name, draw, what in FIGURES),
+        *(
+            figure(name, partial(draw, measured), f"{what}. 95 % intervals over patients.")
+            for name, draw, what in FIGURES
+        ),
         table("Adapted minus base, the same patients.", difference_table(measured)),
         *map(finding_by_finding, ("base", "adapted")),
     ]
@@ -288,7 +291,7 @@ def blocks(measured: Measurement) -> list[Block]:
     return page + [
         Block("heading", "What the public evaluation would have made of it"),
         Block("text", public),
-        figure("audit", audit_figure(measured.defects), "Each number, the public way and the right way."),
+        figure("audit", partial(audit_figure, measured.defects), "Each number, the public way and the right way."),
         table("Each defect, and what is right.", defects_table(measured)),
     ]
 
@@ -357,7 +360,7 @@ def write_report(measured: Measurement, output_dir: str | os.PathLike) -> Path:
     output_dir = Path(output_dir)
     (output_dir / "report_figures").mkdir(parents=True, exist_ok=True)
     page = blocks(measured)
-    pictures = {block.name: png(block.content) for block in page if block.kind == "figure"}
+    pictures = {block.name: png(block.content()) for block in page if block.kind == "figure"}
     for name, picture in pictures.items():
         with replacing(output_dir / "report_figures" / f"{name}.png") as temporary:
             temporary.write_bytes(picture)

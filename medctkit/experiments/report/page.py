@@ -20,7 +20,7 @@ class Block:
 
     kind: str
     text: str
-    content: Any = None  # a data frame, or a figure
+    content: Any = None  # a data frame, or what draws the figure
     name: str = ""
 
 
