@@ -1,7 +1,7 @@
 """The reproduction report: what the paper says, what was measured here, and how far the two can be compared.
 
 One self-contained HTML page, and the same as Markdown with its figures beside it. Every claim of the paper gets a row
-with a verdict; every number says how it was made. Figures are in `report_figures`, the page itself in `report_page`.
+with a verdict; every number says how it was made. Figures are in `figures`, the page itself in `page`.
 """
 
 from __future__ import annotations
