@@ -34,9 +34,9 @@ check("06.3", (low, high), results)
 
 # %%
 # Exercise 06.4: What is worth its parameters?
-table = method_table(results)  # columns method, trainable, auroc, zero_shot, ...
+table = method_table(results)  # columns method, trainable, auroc, any_prompt, ...
 # <solution> worth = ...  # your code
-candidates = table[table["zero_shot"] & (table["trainable"] > 0)]
+candidates = table[table["any_prompt"] & (table["trainable"] > 0)]
 worth = [
     row.method
     for row in candidates.itertuples()

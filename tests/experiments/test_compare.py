@@ -251,6 +251,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_killed_comparison_goes_on_where_it_was(toy_cohort, tmp_path, monkeypatch, capsys):
     out, script = tmp_path / "out", tmp_path / "run.py"
     script.write_text(KILLED)

@@ -147,17 +147,17 @@ def test_held_out_findings_stand_beside_those_that_were_taught():
 def test_method_table_has_a_row_for_each_method_base_first():
     table = compared.method_table(hand_made())
     assert table["method"].tolist() == [BASE, PROBE, "full", "lora"]
-    assert table["zero_shot"].tolist() == [True, False, True, True]
+    assert table["any_prompt"].tolist() == [True, False, True, True]
     assert table["trainable_share"].tolist() == [0, 0.02, 1, 0.05]
     assert table["peak_bytes_of_full"].fillna(-1).tolist() == [-1, -1, 1, 0.25]
-    assert "knows 18 answers only" in table.loc[1, "trains"]
+    assert "knows these 18 answers only" in table.loc[1, "trains"]
     assert table["paper"].str.contains("arXiv").tolist() == [False, True, True, True]
 
 
-def test_shown_table_says_what_is_not_zero_shot_and_what_the_interval_is():
+def test_shown_table_says_what_takes_no_prompt_and_what_the_interval_is():
     text = compared.show(compared.method_table(hand_made()))
     lines = text.splitlines()
-    assert "linear probe (not zero-shot)" in lines[2]
+    assert "linear probe (18 answers only)" in lines[2]
     assert "0.650 [0.552, 0.742]" in lines[4] and "+0.150 [+0.102, +0.150]" in lines[4] and "0.75" in lines[4]
     assert "bootstrap over test patients" in lines[-1] and "Phantom" in lines[-1]
     assert "-" in compared.show(compared.method_table(hand_made(costs=False))).splitlines()[4]
@@ -176,7 +176,7 @@ def test_figures_show_intervals_labels_and_the_base_model(tmp_path):
     methods = figures.figure_methods(results).axes[0]
     assert {text.get_text() for text in methods.texts} == {"r=8", "r=16"}
     named = [text.get_text() for text in methods.get_legend().get_texts()]
-    expected = ["base model, 0.500", "linear probe, 0.620 (not zero-shot)", "LoRA, 0.650", "full fine-tuning, 0.650"]
+    expected = ["base model, 0.500", "linear probe, 0.620 (18 answers only)", "LoRA, 0.650", "full fine-tuning, 0.650"]
     assert named == expected
     bars = sorted(tuple(np.round(path.vertices[:, 1], 3)) for c in methods.collections[1:] for path in c.get_paths())
     assert (0.552, 0.742) in bars
@@ -211,6 +211,21 @@ def test_what_is_there_is_shown(tmp_path):
     methods = Results(results.runs[results.runs["group"] == "methods"], results.draws, results.costs)
     assert "LoRA over it" not in compared.show_all(methods)
     assert [path.stem for path in figures.write_figures(methods, tmp_path)] == ["methods"]
+
+
+@pytest.mark.parametrize("without", [["dialect", "unseen", "chosen", "home_calibration_error"], []])
+def test_results_of_before_there_were_rivals_load_and_show_what_they_have(tmp_path, without):
+    results = hand_made()
+    runs = results.runs.assign(chosen="").drop(columns=without)  # a column that is empty throughout is read as numbers
+    if without:
+        runs = runs[runs["group"].isin(["methods", "ranks", "studies"])]
+    runs.to_csv(tmp_path / "comparison.csv", index=False)
+    np.savez(
+        tmp_path / "draws.npz", **{name: of for name, of in results.draws.items() if not without or "/" not in name}
+    )
+    found = load_results(tmp_path)
+    assert found.runs["chosen"].eq("").all() and found.runs["dialect"].eq("target").all()
+    assert "LoRA" in compared.show_all(found) and ("taught all" in compared.show_all(found)) != bool(without)
 
 
 def test_missing_results_say_how_to_make_them(tmp_path):

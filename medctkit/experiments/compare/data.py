@@ -53,7 +53,8 @@ class Data:
     @cache  # noqa: B019
     def features(self, split: str, of: Callable[[torch.Tensor], np.ndarray], *changes: str) -> np.ndarray:
         """Numbers (n, k) of each volume of a split, after these of `CHANGES`."""
-        return np.stack([of(item["pixel_values"]) for item in Changed(getattr(self, split), self._change(changes))])
+        dataset = Changed(getattr(self, split), self._change(changes))
+        return np.stack([of(dataset[i]["pixel_values"]) for i in range(len(dataset))])
 
     @cache  # noqa: B019
     def labels(self, split: str) -> np.ndarray:
@@ -100,8 +101,6 @@ class Changed(Dataset):
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if index >= len(self):
-            raise IndexError(index)  # what ends a loop over it
         return self.change(self.dataset[index])
 
 

@@ -63,7 +63,7 @@ def figure_methods(results: Results) -> Figure:
         x = max(row.trainable, 1.2 * x)  # side by side, where methods train (nearly) as much
         colour, marker = MARKS.get(row.method, ("#999999", "h"))
         ends = [[row.auroc - row.auroc_low], [row.auroc_high - row.auroc]]
-        label = f"{row.label}, {row.auroc:.3f}" + ("" if row.zero_shot else " (not zero-shot)")
+        label = f"{row.label}, {row.auroc:.3f}" + ("" if row.any_prompt else " (18 answers only)")
         axes.errorbar(x, row.auroc, ends, color=colour, capsize=2, linewidth=1.2, zorder=3, marker=marker, label=label)
     axes.margins(x=0.08, y=0.12)
     axes.set_xlabel("trainable parameters (moved aside a little where they coincide)")
@@ -79,7 +79,7 @@ def figure_studies(results: Results) -> Figure:
     for name in ("lora", "full", PROBE):
         rows, (colour, marker) = table[table["method"] == name], MARKS[name]
         if len(rows):
-            label = TEXTS[name][0] + (" (not zero-shot)" if name == PROBE else "")
+            label = TEXTS[name][0] + (" (18 answers only)" if name == PROBE else "")
             axes.plot(rows["studies"], rows["auroc"], marker=marker, color=colour, label=label)
             band: dict[str, Any] = {"color": colour, "alpha": 0.15, "linewidth": 0}
             axes.fill_between(rows["studies"], rows["auroc_low"], rows["auroc_high"], **band)

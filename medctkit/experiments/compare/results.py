@@ -75,9 +75,10 @@ def load_results(folder: str | os.PathLike = SAVED) -> Results:
             raise FileNotFoundError(f"{folder} has no {name}; `medctkit compare {folder}` makes it")
     with np.load(folder / "draws.npz", allow_pickle=False) as file:
         draws = {name: file[name] for name in file.files}
-    runs, costs = pd.read_csv(folder / "comparison.csv"), folder / "costs.csv"
+    runs = pd.read_csv(folder / "comparison.csv", dtype={"chosen": str})
     for column, value in (("dialect", "target"), ("unseen", False), ("chosen", "")):  # results of before 0.2 lack them
         runs[column] = runs[column].fillna(value) if column in runs else value
+    costs = folder / "costs.csv"
     columns = ["method", "seconds_per_step", "seconds_per_step_of_full", "peak_bytes", "peak_bytes_of_full"]
     return Results(runs, draws, pd.read_csv(costs) if costs.is_file() else pd.DataFrame(columns=columns))
 
@@ -124,7 +125,7 @@ def method_table(results: Results) -> pd.DataFrame:
     table = pooled(results, "methods").merge(results.costs, on="method", how="left")
     for i, column in enumerate(("label", "trains", "paper")):
         table[column] = [TEXTS[name][i] for name in table["method"]]
-    table["zero_shot"] = table["method"] != PROBE
+    table["any_prompt"] = table["method"] != PROBE
     full = table.loc[table["method"] == "full", "trainable"]
     table["trainable_share"] = table["trainable"] / (full.iloc[0] if len(full) else np.nan)
     return table.sort_values("method", key=lambda names: names.map(list(TEXTS).index), ignore_index=True)
@@ -232,7 +233,7 @@ def show(table: pd.DataFrame) -> str:
     """`method_table` as text for a terminal."""
     import pandas as pd
 
-    shown = pd.DataFrame({"method": table["label"].where(table["zero_shot"], table["label"] + " (not zero-shot)")})
+    shown = pd.DataFrame({"method": table["label"].where(table["any_prompt"], table["label"] + " (18 answers only)")})
     shown["test AUROC"] = _ranges(table, "auroc")
     shown["over base"] = _ranges(table, "over_base", "+.3f")
     shown["seeds"] = table["seeds"]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import product
 
 import numpy as np
@@ -101,17 +100,19 @@ def _asked(data: Data, seen: Iterable[torch.Tensor], prompts: Prompts, chosen: s
 
 
 def _best_fixed(data: Data, studies: Sequence[int]) -> Scored:
-    moved = [before + then for before in ((), ("registration",)) for then in ((), *_INTENSITIES)]
-    each = (fixed(data, studies, *how) for how in product(moved, ("", *ALIGNED), WORDINGS))
+    moved = product(((), ("registration",)), ((), ("intensities",), ("hospital intensities",)))
+    every = product([before + then for before, then in moved], ("", *ALIGNED), WORDINGS)
+    each = (fixed(data, studies, changes, aligned, wording) for changes, aligned, wording in every)
     return best(each, data.labels("valid"))
 
 
-_INTENSITIES = (("intensities",), ("hospital intensities",))
+def _free(
+    label: str, does: str, source: str = "", changes: Sequence[str] = (), aligned: str = "", wording: str = "paper"
+) -> Rival:
+    def score(data: Data, studies: Sequence[int]) -> Scored:
+        return replace(fixed(data, studies, changes, aligned, wording), chosen="")
 
-
-def _free(label: str, does: str, source: str = "", **how: object) -> Rival:
-    score = partial(fixed, **how)  # type: ignore[arg-type]
-    return Rival(label, does, source, "none", lambda data, studies: replace(score(data, studies), chosen=""))
+    return Rival(label, does, source, "none", score)
 
 
 # --- rivals that use the same labels -------------------------------------------------------------------
@@ -243,7 +244,7 @@ RIVALS: dict[str, Rival] = {
         _boxes,
     ),
     "linear-probe": Rival(
-        "linear probe", "18 logistic regressions on frozen image embeddings. Not zero-shot: it knows 18 answers only.",
+        "linear probe", "18 logistic regressions on frozen image embeddings. It knows these 18 answers only.",
         "Alain and Bengio 2016, arXiv 1610.01644", "learn", _probe,
     ),
     "ridge": Rival(

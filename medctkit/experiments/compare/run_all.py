@@ -175,7 +175,7 @@ def compare_methods(
             "command goes on from here, if need be with fewer --jobs"
         ) from None
     shutil.rmtree(output_dir / "work", ignore_errors=True)
-    collect(output_dir, *(part.to_dict("records") for part in (test, home)), seeds)
+    collect(output_dir, test.to_dict("records"), home.to_dict("records"), seeds)
     if "methods" in groups and not (output_dir / "costs.csv").is_file():
         learnt_from = CTReportDataset(train, load_mini_base().preprocess_config, cache_dir)
         write_table(measure_costs(learnt_from, settings), output_dir / "costs.csv")
@@ -212,7 +212,8 @@ def collect(output_dir: Path, test_rows: Sequence[Mapping], home_rows: Sequence[
     for job in listed:
         groups.setdefault(job.name, set()).add(job.group)
     studies = {"test": truth(test_rows), "home": truth(home_rows)}
-    rows, draws = [], {}
+    rows: list[dict] = []
+    draws: dict[str, np.ndarray] = {}
     for job in listed:
         found = read_result(output_dir, job)
         if found is None or "diverged" in found:
