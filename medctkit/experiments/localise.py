@@ -55,12 +55,12 @@ def measure_localisation(
         base, and for each model its own prompt minus another finding's; `sanity`: see `sanity_check`.
 
     Raises:
-        FileNotFoundError: no adapter in `output_dir`.
-        ValueError: real scans, of which no masks are known.
+        FileNotFoundError: no finished run in `output_dir`.
+        ValueError: a run whose files were changed since; real scans, of which no masks are known.
     """
     import pandas as pd
 
-    output_dir, origin = Path(output_dir), Origin.of(Path(output_dir))
+    output_dir, origin = Path(output_dir).expanduser(), Origin.of(output_dir)
     base = origin.load()
     models = {"base": base.model, "adapted": load_adapter(origin.load().model, output_dir / "adapter")}
     manifest = load_manifest(manifest_path)

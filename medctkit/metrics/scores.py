@@ -163,7 +163,7 @@ def mean_draws(
     Resample i is the same for all scores of the same studies, so draws can be subtracted and averaged. The intervals
     of `evaluate` are percentiles of these (of the mirrored ones for the calibration error).
 
-    Args and errors are those of `evaluate`; `metric` is one of `METRICS`.
+    Args and errors are those of `evaluate`; `metric` is one of `METRICS`. Fewer resamples by default: draws are kept.
     """
     if metric not in METRICS:
         raise ValueError(f"metric={metric!r}: expected one of {', '.join(METRICS)}")

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 PAPER = "arXiv 2512.00597"
 EXACT = "reproduced exactly"  # arithmetic, and what can be counted
 COMPATIBLE = "compatible with the paper"  # an interval holds the paper's number, and many others
-MINIATURE = "reproduced in miniature"
+MINIATURE = "shown in miniature"
 NOT = "not reproduced"
 GATED = "needs the gated files"
 INCOMPARABLE = "not comparable"
