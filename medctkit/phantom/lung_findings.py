@@ -14,6 +14,8 @@ from medctkit.phantom.patient import beside
 from medctkit.phantom.places import (
     OF_SIDE,
     apart,
+    around,
+    box_of,
     cells,
     fill,
     hanging,
@@ -24,6 +26,8 @@ from medctkit.phantom.places import (
     territory,
     told,
 )
+
+FINE = 2  # voxels that the finest blur reaches
 
 
 @in_chest
@@ -135,28 +139,34 @@ def consolidation(body: Body, rng: np.random.Generator) -> Drawn:
         top, lobe = territory(body, rng, OF_SIDE[own], (0.1, 0.42))
         tops.append(top)
         lobes.append(lobe)
-    which, _, _, branch = cells(body, rng, np.isin(body.lobes, lobes))
+    own_lobes = np.isin(body.lobes, lobes)
+    which, _, _, branch = cells(body, rng, own_lobes)
     fed = hanging(body.arteries, tops)
     rest = rng.random(len(branch)) < 0.03  # lobules that are spared
-    inside = ((fed[branch] & ~rest)[which] & (which >= 0) & np.isin(body.lobes, lobes)).astype(np.float32)
-    lobe_share = np.isin(body.lobes, lobes).astype(np.float32)
+    box = box_of(own_lobes, 2 * FINE)  # beyond it nothing is filled, and no blur sees its edge
+    near, which, lobe_share = body.part(box), which[box], own_lobes[box].astype(np.float32)
+    inside = (fed[branch] & ~rest)[which] * (which >= 0) * lobe_share
     sigma = 5.0 / np.array(body.spacing)
     soft = blurred(inside, sigma) / np.maximum(blurred(lobe_share, sigma), 0.05)
-    uneven = 0.16 * body.noise(7.0, int(rng.integers(2**31))) + 0.1 * body.noise(2.8, int(rng.integers(2**31)))
+    uneven = 0.16 * near.noise(7.0, int(rng.integers(2**31))) + 0.1 * near.noise(2.8, int(rng.integers(2**31)))
     # a fissure is no stair: the border between two lobes is as smooth as the voxels allow
     fine = np.full(3, 0.8)
-    lobe_share = blurred(lobe_share, fine) / np.maximum(blurred((body.lobes > 0).astype(np.float32), fine), 0.05)
-    lobe_share = np.clip(2 * lobe_share - 0.5, 0, 1) * lung_share(body)
-    share = np.clip((soft - 0.42 + uneven) * 3 + 0.5, 0, 1) * lobe_share
+    lungs = (body.lobes[box] > 0).astype(np.float32)
+    lobe_share = blurred(lobe_share, fine) / np.maximum(blurred(lungs, fine), 0.05)
+    lobe_share = np.clip(2 * lobe_share - 0.5, 0, 1) * lung_share(near)
+    filled = np.clip((soft - 0.42 + uneven) * 3 + 0.5, 0, 1) * lobe_share
     haze = np.clip((soft - 0.05 + 0.8 * uneven) * 1.7, 0, 0.6) * lobe_share
-    body.hu += haze * (1 - share) * 420 * np.clip(-(body.hu + 200) / 600, 0, 1)
-    fill(body, share, rng.uniform(28, 48) + 0.12 * max(body.tissue.blood - 45, 0))
-    air, shown = body.everything, fed & (body.lumens > 0.75)
+    near.hu += haze * (1 - filled) * 420 * np.clip(-(near.hu + 200) / 600, 0, 1)
+    fill(near, filled, rng.uniform(28, 48) + 0.12 * max(body.tissue.blood - 45, 0))
+    body.hu[box] = near.hu
+    share, air, shown = body.everything, body.everything, fed & (body.lumens > 0.75)
     lumen = 1.35 * body.lumens
     start, end = beside(body.arteries, lumen)
     body.tubes(air, *bent(start, end, body.arteries.parent, lumen, lumen * 0.9, shown))
+    share[box] = filled
     raster.paint(body.hu, air * (share > 0.3), -880.0)
-    return np.maximum(share, np.where(haze > 0.2, haze, 0)).astype(np.float32), dict(told(lobes), count=count)
+    share[box] = np.maximum(filled, np.where(haze > 0.2, haze, 0))
+    return share, dict(told(lobes), count=count)
 
 
 @in_chest
@@ -235,14 +245,18 @@ def atelectasis(body: Body, rng: np.random.Generator) -> Drawn:
         for _ in range(int(rng.integers(0, 2)) if wedge else int(rng.integers(2, 5))):
             centre, _ = spots(body, rng, 1, OF_SIDE[s], (2, 16), (-80, -15))
             tilt, half = rng.normal(0, 0.25, 2), rng.uniform(26, 48)
-            dz, dy, dx = (axis - c for axis, c in zip((body.z, body.y, body.x), centre[0], strict=True))
-            wave = 1.6 * np.sin(dx / 13 + rng.uniform(0, 6))
-            sheet = dz[:, None, None] + tilt[0] * dy[None, :, None] + (tilt[1] * dx + wave)[None, None, :]
-            far = 1.25 - (dy[:, None] ** 2 + (dx[None, :] * rng.uniform(0.6, 1.0)) ** 2) / half**2
+            wave = 1.6 * np.sin((body.x - centre[0, 2]) / 13 + rng.uniform(0, 6))
+            squeeze = rng.uniform(0.6, 1.0)
+            reach = 1.12 * half * np.array([0, 1, 1 / squeeze])
+            reach[0] = 1.6 + np.abs(tilt) @ reach[1:] + max(6.5, body.edge)
+            box = around(body, centre[0], reach)  # beyond it the plate has no thickness
+            dz, dy, dx = (axis[s] - c for axis, s, c in zip((body.z, body.y, body.x), box, centre[0], strict=True))
+            sheet = dz[:, None, None] + tilt[0] * dy[None, :, None] + (tilt[1] * dx + wave[box[2]])[None, None, :]
+            far = 1.25 - (dy[:, None] ** 2 + (dx[None, :] * squeeze) ** 2) / half**2
             thick = rng.uniform(3.0, 6.5) * np.clip(far * 1.6, 0, 1)
             wide = np.maximum(thick, body.edge)[None]
-            found = np.clip((wide / 2 - np.abs(sheet)) / body.edge + 0.5, 0, 1) * (thick[None] / wide) * inside
-            np.maximum(share, np.where(found > 0.05, found, 0).astype(np.float32), out=share)
+            found = np.clip((wide / 2 - np.abs(sheet)) / body.edge + 0.5, 0, 1) * (thick[None] / wide) * inside[box]
+            np.maximum(share[box], np.where(found > 0.05, found, 0), out=share[box], casting="same_kind")
     fill(body, share, 32.0 + 0.2 * max(body.tissue.blood - 45, 0))
     return share, dict(side=side, location="lower lobe", kind="subsegmental" if wedge else "linear")
 
@@ -254,22 +268,25 @@ def fibrosis(body: Body, rng: np.random.Generator) -> Drawn:
     apical = rng.random() < 0.7
     share, calcium, air = body.everything, body.everything, body.everything
     inside = lung_share(body)
-    coarse, fine = body.noise(6.0, int(rng.integers(2**31))), body.noise(2.6, int(rng.integers(2**31)))
+    rough = rng.integers(2**31), rng.integers(2**31)
     for s in sides:
         lobes = ((1,) if s < 0 else (4,)) if apical else ((3,) if s < 0 else (5,))
         places, _ = spots(body, rng, 12, lobes, (3, 9), (68, 104) if apical else (-85, -45), (-20, 80))
         c = places[np.argmax((1.0 if apical else -0.5) * places[:, 0] + 0.4 * s * places[:, 2] + rng.normal(0, 6, 12))]
         reach = rng.uniform(24, 36)
-        d2 = (((body.z - c[0]) / (0.8 * reach))[:, None, None] ** 2 + ((body.y - c[1]) / reach)[None, :, None] ** 2
-              + ((body.x - c[2]) / reach)[None, None, :] ** 2)  # fmt: skip
+        box = around(body, c, 1.12 * reach * np.array([0.8, 1, 1]))
+        part, own = body.part(box), body.everything
+        d2 = (((part.z - c[0]) / (0.8 * reach))[:, None, None] ** 2 + ((part.y - c[1]) / reach)[None, :, None] ** 2
+              + ((part.x - c[2]) / reach)[None, None, :] ** 2)  # fmt: skip
         near = np.clip(1.25 - d2, 0, 1).astype(np.float32)
+        coarse, fine = (part.noise(scale, int(seed)) for scale, seed in zip((6.0, 2.6), rough, strict=True))
         # dense where the pleura is near, and in strands where it is not
         cap = (
-            near * (1.1 - np.maximum(body.lung, 0) / rng.uniform(9, 14))
+            near * (1.1 - np.maximum(part.lung, 0) / rng.uniform(9, 14))
             + 0.24 * min(1, 1.6 / body.edge) * coarse
             + 0.08 * min(1, 1.2 / body.edge) * fine
         )
-        own = np.clip((cap - 0.52) * 3.2 * min(1, 2.4 / body.edge) + 0.5, 0, 1) * np.minimum(near * 5, 1)
+        own[box] = np.clip((cap - 0.52) * 3.2 * min(1, 2.4 / body.edge) + 0.5, 0, 1) * np.minimum(near * 5, 1)
         hub = np.array([c[0] - 58 if apical else c[0] + 50, 0.3 * c[1], 0.6 * c[2]])
         n = int(rng.integers(8, 13))
         start = c + rng.normal(0, 0.38 * reach, (n, 3)) * (1, 1, 0.6)
@@ -309,11 +326,13 @@ def pleural_effusion(body: Body, rng: np.random.Generator) -> Drawn:
         level = 78 - 125 * own + np.maximum(z + 60, 0) * (0.55 - 0.35 * own)  # mm in the atlas, lower is more
         meniscus = 16 * np.clip((x - 78) / 46, 0, 1) ** 2
         surface = (level[:, None] - meniscus[None, :]) * p.scale[1]
-        depth = body.y[None, :, None] - surface[:, None, :] + 0.4 * body.noise(28.0, int(rng.integers(2**31)))
         on_side = left if s > 0 else (body.lobes > 0) & ~left
-        room = lung_share(body) * on_side
-        np.maximum(share, np.clip(depth / body.edge + 0.5, 0, 1) * room, out=share)
-        np.maximum(squeezed, np.clip((depth + 9) / 9, 0, 1) * room, out=squeezed)
+        box = box_of(on_side, 0)
+        near = body.part(box)
+        depth = near.y[None, :, None] - surface[box[0], None, box[2]] + 0.4 * near.noise(28.0, int(rng.integers(2**31)))
+        room = lung_share(near) * on_side[box]
+        for found, into in ((depth / body.edge + 0.5, share), ((depth + 9) / 9, squeezed)):
+            np.maximum(into[box], np.clip(found, 0, 1) * room, out=into[box], casting="same_kind")
     squeezed *= 1 - share
     body.hu += squeezed * 330 * np.clip(-(body.hu + 100) / 650, 0, 1)  # lung that the fluid presses together
     fill(body, share, rng.uniform(4, 18), 300.0)

@@ -43,8 +43,8 @@ def atlas() -> dict[str, np.ndarray]:
     delta = ("soft", "bone", "skin", "lung")
     for name in delta:
         table[name] = np.cumsum(table[name], axis=2, dtype=np.int8)
-    table["body"] = np.stack([table.pop(name) for name in delta[:3]])
-    table["lung"] = table["lung"][None]
+    table["body"] = np.stack([table.pop(name) for name in delta[:3]]).astype(np.float32)  # read faster than int8
+    table["lung"] = table["lung"][None].astype(np.float32)
     table["middle"] = table["middle"].astype(np.float64)
     table["places"] = np.argwhere(table["lung"][0] > 4).astype(np.int16)
     # a smooth curve through 9 knots of 50 mm, at every 12.5 mm

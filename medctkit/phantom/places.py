@@ -29,6 +29,19 @@ def sides_of(rng: np.random.Generator, both: float) -> tuple[list[int], str]:
     return sides, "bilateral" if len(sides) == 2 else SIDES[sides[0]]
 
 
+def around(body: Body, centre: np.ndarray, reach: np.ndarray) -> tuple[slice, ...]:
+    """The box of the voxels that lie within reach (3,) of a place (3,), mm; one voxel at least."""
+    low, high = (np.rint((centre + side * reach - body.low) / body.step + side).astype(int) for side in (-1, 1))
+    last = np.array(body.shape) - 1
+    return tuple(slice(a, b + 1) for a, b in zip(np.clip(low, 0, last), np.clip(high, 0, last), strict=True))
+
+
+def box_of(inside: np.ndarray, margin: int) -> tuple[slice, ...]:
+    """The box of the voxels (d, h, w) that are true, with a margin in voxels."""
+    found = (np.flatnonzero(inside.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1)))
+    return tuple(slice(max(at[0] - margin, 0), at[-1] + margin + 1) if len(at) else slice(0, 1) for at in found)
+
+
 def lung_share(body: Body, grow: float = 0.0) -> np.ndarray:
     """How much of each voxel (d, h, w) lies in a lung, grown by mm."""
     return np.clip((body.lung + grow) / body.edge + 0.5, 0, 1)

@@ -69,6 +69,12 @@ def test_breath_and_position_move_the_patient_as_told(scanned):
     assert (places.std(axis=0, ddof=1) < 2 * np.array(SOURCE.spread)).all()
 
 
+@pytest.mark.parametrize("up", [-330, -150, 150, 330])
+def test_a_patient_half_or_wholly_outside_the_scan_is_drawn(scanned, up):
+    study = scanned(findings=FINDINGS, **STILL | dict(centre=(up, 0.0, 0.0)))
+    assert set(study.masks) == set(FINDINGS)
+
+
 @pytest.mark.parametrize("name", FINDINGS)
 def test_density_scales_disease_of_the_lungs_alone(scanned, name):
     """Half the density is half the change; what presses aside or replaces lung stays as it is."""
