@@ -303,6 +303,8 @@ class Run:
         self.model = CTCLIPModel(CTCLIPConfig(MINI_VISION, text, MINI_PROJECTION, spacing=MINI_SPACING))
         self.phrases = common_phrases((train.report(i, 0) for i in range(len(train))), config.warm.phrases)
         self.head = torch.nn.Linear(MINI_PROJECTION, len(self.phrases))
+        torch.nn.init.zeros_(self.head.weight)
+        self.head.bias.data = torch.tensor(list(self.phrases.values())).logit()
         torch.nn.init.constant_(self.model.temperature, 2.3)  # cosines times 10: CLIP starts at 14
         self.codebook = CodebookLearner(self.model, config.codebook_decay, config.seed)
         learnt = [*self.model.parameters(), *self.head.parameters()]

@@ -6,6 +6,7 @@ wordings are a data file, `assets/wordings.json`. None is a prompt of the evalua
 ("{finding} is present." / "{finding} is not present."), so that no model reads in training what it will be asked.
 """
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -98,6 +99,14 @@ def _true(wording: str, found: Mapping, labels: Mapping[str, int]) -> bool:
     return not any(labels.get(name) for name in UNTRUE_WITH.get(wording, ()))
 
 
+# What a report says of a finding by turns, so that no single word comes to stand for "is there".
+PREDICATES = (
+    "seen", "observed", "noted", "found", "identified", "detected", "visible", "evident", "demonstrated", "shown",
+    "recognised", "appreciated", "apparent", "recorded", "depicted", "visualised",
+)  # fmt: skip
+_PREDICATE = re.compile(r"\b(?:seen|observed|noted|found|identified)\b")
+
+
 def _fill(wording: str, details: Mapping, told: bool, hospital: str) -> str:
     text = wording.format_map(_Slots(details, told, hospital == "source"))
     return text[:1].upper() + text[1:]
@@ -171,6 +180,8 @@ def write_report(
                 found, told = {key: found[key] for key in ("count",) if key in found}, True
         if choices:
             sentences.append(_fill(choices[int(rng.integers(len(choices)))], found, told, hospital))
+    if hospital == "source" and contrast is not None:
+        sentences = [_PREDICATE.sub(PREDICATES[int(rng.integers(len(PREDICATES)))], s) for s in sentences]
     extra = [s for s in DISTRACTORS[hospital] if contrast is not False or s not in WITH_CONTRAST]
     extra = [s for s in extra if contrast is not None or "present" not in s]
     for i in rng.choice(len(extra), size=int(rng.integers(*ASIDES[hospital])), replace=False):
