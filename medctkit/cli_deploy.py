@@ -2,6 +2,7 @@
 
 import threading
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,15 @@ OneOf = Annotated[str | None, typer.Option(help="Which of several: its UID, numb
 
 def _say(text: object) -> None:
     typer.echo(printable(text))
+
+
+def _check_extra(*names: str) -> None:
+    """Before a model is loaded: is what a command needs installed?"""
+    for name in names:
+        try:
+            import_module(name)
+        except ImportError:
+            raise ImportError(f"this needs {name}, which is not installed: pip install 'medctkit[deploy]'") from None
 
 
 def _with_adapter(model: str, tokenizer: Path | None, adapter: Path | None) -> Any:
@@ -56,6 +66,7 @@ def answer(
     with_map: Annotated[bool, typer.Option("--map/--no-map", help="Where the model looked; 8 GB at full size.")] = True,
 ) -> None:
     """Answer one DICOM study in DICOM: report, picture, segmentation. For research, not for diagnosis."""
+    _check_extra("highdicom")
     from medctkit.deploy.answer import write_answer
     from medctkit.quickstart import answer_study
 
@@ -103,6 +114,7 @@ def gateway(
 
     For research, not for diagnosis. The log names no patient.
     """
+    _check_extra("highdicom", "pynetdicom")
     import logging
 
     from medctkit.deploy.gateway import Gateway, Limits, Peer

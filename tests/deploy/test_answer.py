@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import sys
 
 import highdicom as hd
 import numpy as np
@@ -10,7 +11,9 @@ from dicom_peers import PATIENT, values_of, write_phantom
 from pydicom import dcmread
 from pydicom.sr.codedict import codes
 from scan_files import change, enhanced
+from typer.testing import CliRunner
 
+from medctkit.cli import app
 from medctkit.deploy.answer import NOTICE, answer, write_answer
 from medctkit.findings import FINDINGS
 from medctkit.model.base_model import load_base
@@ -174,3 +177,17 @@ def test_parametric_map_beside_the_ct_is_no_second_scan(study, modality):
     made.Modality = modality
     made.save_as(folder / "map.dcm")
     assert np.array_equal(read_volume(folder).hu, volume.hu)
+
+
+@pytest.mark.parametrize("command", [["answer", "study", "out"], ["gateway", "queue", "PACS@127.0.0.1:1"]])
+def test_commands_name_the_extra_that_is_missing(monkeypatch, command):
+    monkeypatch.setitem(sys.modules, "highdicom", None)
+    done = CliRunner().invoke(app, [*command, "--model", "mini"])
+    assert done.exit_code == 1
+    assert "medctkit[deploy]" in done.output
+
+
+def test_command_writes_the_objects(study, tmp_path):
+    done = CliRunner().invoke(app, ["answer", str(study[1]), str(tmp_path / "out"), "--model", "mini", "--no-map"])
+    assert done.exit_code == 0, done.output
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["OT.dcm", "SR.dcm"]
