@@ -17,7 +17,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,7 +122,7 @@ class Gateway:
         for kind in (CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage):
             entity.add_supported_context(kind, ALL_TRANSFER_SYNTAXES)
         entity.add_supported_context("1.2.840.10008.1.1")  # C-ECHO
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         worker = threading.Thread(target=self._work, name="answers")
         with ExitStack() as stack:
             try:
@@ -134,7 +134,7 @@ class Gateway:
             _config.LOG_HANDLER_LEVEL = "none"
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
-            for left in self.folder.rglob("*.tmp"):
+            for left in self.folder.glob("*/*/slices/.*.tmp"):
                 left.unlink()
             handlers: Any = [(evt.EVT_C_STORE, self._store), (evt.EVT_C_ECHO, lambda event: SUCCESS)]
             server: Any = entity.start_server((host, port), block=False, evt_handlers=handlers)
@@ -173,6 +173,7 @@ class Gateway:
                 if folder not in waiting and len(waiting) >= self.limits.queue:
                     log.warning("series %s was refused: %d wait", series, len(waiting))
                     return OUT_OF_RESOURCES
+                folder.parent.mkdir(mode=0o700, exist_ok=True)  # for this user alone
                 (folder / "slices").mkdir(parents=True, exist_ok=True)
                 with replacing(folder / "slices" / f"{instance}.dcm") as temporary, open(temporary, "wb") as file:
                     file.write(event.encoded_dataset())
@@ -248,10 +249,13 @@ class Gateway:
     def _forget(self) -> None:
         """Take away what was settled long ago."""
         with self._lock:
-            for folder, one in list(self._known.items()):
-                if one.settled and time.time() - (folder / "state.json").stat().st_mtime > self.limits.keep:
-                    shutil.rmtree(folder)
-                    del self._known[folder]
+            for state in self.folder.glob("*/*/state.json"):
+                old = time.time() - state.stat().st_mtime > self.limits.keep
+                if old and self._series(state.parent).settled:
+                    shutil.rmtree(state.parent)
+                    self._known.pop(state.parent, None)
+                    with suppress(OSError):  # other series of the study
+                        state.parent.parent.rmdir()
 
 
 class Series:

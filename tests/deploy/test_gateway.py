@@ -57,7 +57,8 @@ def test_series_comes_in_and_its_answer_goes_out_once(queue, slices):
         time.sleep(1)
     assert sorted(made.Modality for made in kept) == ["OT", "SR"]
     assert {str(made.PatientName) for made in kept} == {PATIENT["PatientName"]}
-    assert queue.stat().st_mode & 0o077 == 0  # nobody else looks into it
+    (of_study,) = (path for path in queue.iterdir() if path.is_dir())
+    assert of_study.stat().st_mode & 0o077 == 0  # nobody else looks into it
 
 
 @pytest.mark.parametrize("call", [{"calling": "STRANGER"}, {"called": "OTHER"}])
@@ -121,12 +122,15 @@ def test_late_slices_are_a_new_answer(queue, slices, tmp_path):
     assert len({made.SOPInstanceUID for made in kept}) == 4
 
 
-def test_folder_is_one_gateways(queue):
+def test_folder_is_one_gateways_and_what_else_is_in_it_stays(queue):
+    other = queue / "other" / "work.tmp"
+    other.parent.mkdir(parents=True)
+    other.touch()
     with gateway(queue, 1).serving(0):
         with pytest.raises(ValueError, match="another gateway"), gateway(queue, 1).serving(0):
             pass
     with gateway(queue, 1).serving(0):
-        pass
+        assert other.exists()
 
 
 def test_series_that_ends_the_process_each_time_is_given_up(queue, slices, caplog):
@@ -142,7 +146,7 @@ def test_series_that_ends_the_process_each_time_is_given_up(queue, slices, caplo
 def test_answered_series_are_taken_away_in_the_end(queue, slices):
     with archive() as (port, kept), gateway(queue, port, limits=Limits(quiet=0.3, keep=1)).serving(0) as own:
         send(slices, own)
-        wait_until(lambda: len(kept) == 2 and not list(queue.glob("*/*")))
+        wait_until(lambda: len(kept) == 2 and [path.name for path in queue.iterdir()] == [".lock"])
 
 
 def test_no_name_and_no_number_of_a_patient_is_in_the_log(queue, slices, tmp_path, caplog, capfd):
