@@ -125,7 +125,7 @@ def compare_methods(
         groups: some of `GROUPS`; learning rates that they need are chosen in any case.
         seeds: runs of each.
         settings: of all runs.
-        workers: processes side by side, each with its share of the cores, and about 2 GB.
+        workers: processes side by side, each with its share of the cores, and its own training volumes in memory.
         cache_dir: see `prepared_dir`.
 
     Raises:
