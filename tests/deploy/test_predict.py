@@ -4,13 +4,16 @@ import json
 
 import pandas as pd
 import pytest
+import torch
 from dicom_peers import write_phantom
 from typer.testing import CliRunner
 
 from medctkit.cli import app
 from medctkit.deploy.predict import case_of, facts_of
 from medctkit.findings import FINDINGS
+from medctkit.lora.adapter import add_lora, save_adapter
 from medctkit.model.base_model import load_base
+from medctkit.model.fingerprint import digests
 from medctkit.quickstart import classify
 
 pytestmark = pytest.mark.usefixtures("one_thread", "on_the_cpu")
@@ -53,3 +56,20 @@ def test_nothing_guesses_the_model(tmp_path):
     assert done.exit_code == 2
     assert "--model" in done.output
     assert not (tmp_path / "out").exists()
+
+
+def test_adapter_is_used_and_named(tmp_path):
+    _, folder = write_phantom(tmp_path / "study")
+    adapted = add_lora(load_base().model)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.fill_(0.02)
+    save_adapter(adapted, tmp_path / "adapter")
+    for name, more in {"base": [], "adapted": ["--adapter", str(tmp_path / "adapter")]}.items():
+        command = ["predict", str(folder), str(tmp_path / name), "--model", "mini", *more]
+        assert CliRunner().invoke(app, command).exit_code == 0
+    base, with_adapter = (json.loads((tmp_path / name / "scores.json").read_text()) for name in ("base", "adapted"))
+    assert base["scores"] != with_adapter["scores"]
+    assert base["model"]["base"] == with_adapter["model"]["base"]
+    assert (base["model"]["adapter"], with_adapter["model"]["adapter"]) == ("none", digests(adapted)[1])
