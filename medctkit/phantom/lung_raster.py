@@ -64,16 +64,18 @@ def name_lobes(lobes, inside, z, y, x, scale, bend, bend_low, bend_step, fissure
 
 
 @compiled
-def nearest_cells(
-    near, next_to, wall, inside, origin, spacing, seeds, grid_low, grid_step, heads, following, wobble, wobble_step
-):
+def nearest_cells(near, next_to, wall, inside, origin, spacing, seeds, cube, grid_low, grid_step, wobble, wobble_step):
     """For each voxel of near (d, h, w) the nearest seed (n, 3), the next one, and the mm to the wall between them.
 
-    heads (a, b, c) and following (n,) are the seeds sorted into cubes of grid_step mm; only voxels of `inside`
-    (d, h, w) are looked at, others get -1. Places are shaken by wobble (3, e, f, g), so that no wall is flat.
+    cube (n, 3) says in which cube of grid_step mm each seed lies; only voxels of `inside` (d, h, w) are looked at,
+    others get -1. Places are shaken by wobble (3, e, f, g), so that no wall is flat.
     """
     d, h, w = near.shape
-    shape = heads.shape
+    shape = (cube[:, 0].max() + 2, cube[:, 1].max() + 2, cube[:, 2].max() + 2)
+    heads, following = np.full(shape, -1, dtype=np.int32), np.empty(len(seeds), dtype=np.int32)  # in chains
+    for s in range(len(seeds)):
+        following[s] = heads[cube[s, 0], cube[s, 1], cube[s, 2]]
+        heads[cube[s, 0], cube[s, 1], cube[s, 2]] = s
     last, before = -1, -1
     for i in range(d):
         for j in range(h):

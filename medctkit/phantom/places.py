@@ -132,16 +132,10 @@ def cells(
     step = max(11.0, smallest * 1.2)
     low = seeds.min(0) - step
     place = np.floor((seeds - low) / step).astype(int)
-    heads = np.full(place.max(0) + 2, -1, dtype=np.int32)
-    following = np.full(len(seeds), -1, dtype=np.int32)
-    for i, (a, b, c) in enumerate(place):
-        following[i], heads[a, b, c] = heads[a, b, c], i
     which, beyond = np.empty(body.shape, dtype=np.int32), np.empty(body.shape, dtype=np.int32)
     wall = np.empty(body.shape, dtype=np.float32)
     shake = rng.normal(0, wobble, (3, 16, 16, 16))
-    lung_raster.nearest_cells(
-        which, beyond, wall, inside, body.low, body.step, seeds, low, step, heads, following, shake, 9.0
-    )
+    lung_raster.nearest_cells(which, beyond, wall, inside, body.low, body.step, seeds, place, low, step, shake, 9.0)
     return which, beyond, wall, branch
 
 

@@ -105,7 +105,7 @@ def test_a_thousand_reports_agree_with_what_was_drawn_and_with_themselves(hospit
         said = report.rstrip(".").split(". ")
         found = {name: detail["count"] for name, detail in details.items()}
         words = report.lower()
-        assert "is present" not in words and "not present" not in words, report  # the prompts of the evaluation
+        assert not re.search(r"\bis (not )?present\b", words), report  # the prompts of the evaluation
         if found.get("Lung nodule") == 1:
             assert not re.search(r"(two|three|four|several) pulmonary nodules|nodules (are|x)", words), report
         elif "Lung nodule" in found:
