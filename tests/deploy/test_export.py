@@ -120,3 +120,17 @@ def test_wrong_input_is_refused(folder, volumes):
         exported.scores(volumes[:, 0].numpy())
     with pytest.raises(FloatingPointError, match="not finite"):
         exported.scores(np.full_like(volumes[:1].numpy(), np.nan))
+
+
+def test_the_command_exports_a_finished_run(adapted, tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from medctkit.cli import app
+    from medctkit.experiments.adapt import Origin
+    from medctkit.lora.adapter import save_adapter
+
+    save_adapter(adapted[0], tmp_path / "run" / "adapter")
+    monkeypatch.setattr(Origin, "of", lambda folder: Origin())  # what a run leaves behind is tested elsewhere
+    done = CliRunner().invoke(app, ["export", str(tmp_path / "run"), str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "out" / FACTS).read_text())["adapter"] == digests(adapted[0])[1]
