@@ -158,7 +158,10 @@ def others(data):
     return {"none": every, "choose": test, "learn": test}
 
 
-@pytest.mark.parametrize("name", RIVALS)
+SLOW = {"best-free", "hu-boxes"}  # many combinations, many regressions
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in RIVALS])
 def test_no_rival_looks_at_test_labels_nor_a_free_fix_at_any(name, data, others):
     rival, studies = RIVALS[name], range(len(data.train))
     found = rival.score(data, studies)
