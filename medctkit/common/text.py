@@ -31,6 +31,20 @@ def listed(texts: Iterable[str], total: int | None = None) -> str:
     return "\n".join(texts[:SHOWN] + more)
 
 
+def stand_in(start: bytes) -> str:
+    """What a file is, by how it starts, that came in place of the one that was asked for; "" if it is none."""
+    start = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if b"\0" in start:  # no text: the length of a header may begin as one
+        return ""
+    if start.startswith((b"<!", b"<html", b"<head", b"<?xml")):
+        return "a web page: its download failed or needs a login (an access token); get the file again"
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, a few lines that stand for the file; fetch that with git lfs pull"
+    if start.startswith((b'{"', b"{'")):
+        return "text (JSON), in which a server may say why it gave no file; read it, and get the file again"
+    return ""
+
+
 def folded(name: object) -> str:
     """What two spellings of one name have in common: "Ｐ-007\u200b", "p\u20117" and "P-7" give the same.
 

@@ -18,14 +18,9 @@ import torch
 from safetensors import SafetensorError
 
 from medctkit.common.atomic import replacing
-from medctkit.common.text import listed
+from medctkit.common.text import listed, stand_in
 
 SUMS = "SHA256SUMS"  # as `sha256sum` writes and checks it
-_NOT_WEIGHTS = {  # how a file begins that a server or git gave in place of the one that was asked for
-    b"version https://git-lfs": "a Git LFS pointer, a few lines that stand for the file; fetch that with git lfs pull",
-    b"<": "a web page, as a server sends where a login is needed; download it with your access token",
-    b"{": "text (JSON), not weights; look into it for what the server had to say",
-}
 
 
 def read_weights(path: str | os.PathLike) -> Any:
@@ -45,9 +40,8 @@ def read_weights(path: str | os.PathLike) -> Any:
         )
     with path.open("rb") as file:
         start = file.read(64)
-    for begin, what in _NOT_WEIGHTS.items():
-        if start.lstrip().lower().startswith(begin) and start[8:9] != b"{":
-            raise ValueError(f"{path} is {what}")
+    if what := stand_in(start):
+        raise ValueError(f"{path} is {what}")
     _refuse_other_sum(path)
     try:
         if start[8:9] == b"{":  # after the length of its header

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from medctkit.common.text import stand_in
 from medctkit.scans.limits import most_unpacked
-from medctkit.scans.stored import damaged, decode, stand_in
+from medctkit.scans.stored import damaged, decode
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -28,11 +29,11 @@ _NAMES = ("SeriesInstanceUID", "SeriesNumber", "SeriesDescription")
 MARKS = """PatientID PatientName PatientBirthDate PatientSex StudyInstanceUID StudyDate StudyTime AccessionNumber
     StationName FrameOfReferenceUID SOPClassUID SeriesNumber AcquisitionNumber AcquisitionUID IrradiationEventUID
     StackID TemporalPositionIdentifier TemporalPositionIndex NominalPercentageOfCardiacPhase KVP
-    ConvolutionKernel""".split()
+    ConvolutionKernel SliceThickness ImageType""".split()
 OF_SHOTS = {"AcquisitionNumber", "AcquisitionUID", "IrradiationEventUID"}  # one scan may have several, side by side
 _FRAMES = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 _IN_FRAMES = {"FrameType": "ImageType", "FrameAcquisitionNumber": "AcquisitionNumber"}  # as a slice would call it
-_OF_SLICES = """Modality ImageType SamplesPerPixel PhotometricInterpretation Rows Columns
+_OF_SLICES = """Modality SamplesPerPixel PhotometricInterpretation Rows Columns
     BitsAllocated BitsStored HighBit PixelRepresentation LossyImageCompression LossyImageCompressionRatio NumberOfFrames
     InstanceNumber ImagePositionPatient ImageOrientationPatient PixelSpacing RescaleSlope RescaleIntercept
     RescaleType ModalityLUTSequence PixelPaddingValue PixelPaddingRangeLimit DirectoryRecordSequence""".split()

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from medctkit.common.text import stand_in
 from medctkit.scans.dicom_files import is_dicom
 from medctkit.scans.dicom_series import read_dicom
 from medctkit.scans.itk import read_itk
 from medctkit.scans.nifti import read_nifti
-from medctkit.scans.stored import NOT_ANALYZE, Stored, stand_in
+from medctkit.scans.stored import NOT_ANALYZE, Stored
 
 
 @dataclass(frozen=True)

@@ -36,26 +36,28 @@ def read_itk(path: Path, spacing: Sequence[float] | None) -> Stored:
 
     fields, end = _header(path)
     axes, sizes = (next((fields[name] for name in names if name in fields), "") for names in _AXES)
-    if axes != "3" or not re.fullmatch(r"[+-]?\d+(\s+[+-]?\d+){2}", sizes):  # MetaIO would not survive others
+    if axes not in ("3", "4") or not re.fullmatch(r"[+-]?\d+(\s+[+-]?\d+){2}(\s+1)?", sizes):  # MetaIO survives these
         raise ValueError(f"{axes}-D, shape ({sizes}): a CT volume has three axes; save the one to read")
     voxels, start = _voxel_file(path, fields, end)
     reader = sitk.ImageFileReader()
     reader.SetImageIO("MetaImageIO" if "DimSize" in fields else "NrrdImageIO")  # and no other that knows these bytes
     reader.SetFileName(str(path))
     decode(reader.ReadImageInformation)
-    check_shape(reader.GetSize())
+    shape = reader.GetSize()[:3]  # (x, y, z, 1) is how some programs save a single volume
+    check_shape(shape)
+    reader.SetExtractSize([*shape, 0][: reader.GetDimension()])
     kind = reader.GetPixelID()
     name = sitk.GetPixelIDValueAsString(kind)
     if reader.GetNumberOfComponents() != 1 or "complex" in name:
         raise ValueError(f"voxels of type {name} (colour or vectors): not a CT")
     if spacing is None:
         given = ("spacings", "space directions", "ElementSpacing", "ElementSize")
-        check_steps(reader.GetSpacing()[::-1], blank=not any(name in fields for name in given))
+        check_steps(reader.GetSpacing()[2::-1], blank=not any(name in fields for name in given))
         units = set(fields.get("space units", fields.get("units", "")).replace('"', " ").split()) - _MM
         if units:
             raise ValueError(f"its header has lengths in {sorted(units)}, expected mm; pass spacing=(d, h, w) in mm")
     itemsize = sitk.Image(1, 1, 1, kind).GetSizeOfPixelComponent()
-    notes = _check_voxels(voxels, start, fields, reader.GetSize(), itemsize)
+    notes = _check_voxels(voxels, start, fields, shape, itemsize)
     image = decode(reader.Execute)
     along = np.reshape(image.GetDirection(), (3, 3)) * (image.GetSpacing() if spacing is None else spacing[::-1])
     known = any(name in fields for name in ("space", "TransformMatrix", "Orientation", "Rotation"))
@@ -91,7 +93,7 @@ def _header(path: Path) -> tuple[dict[str, str], int]:
         if not value or name in fields or not name.isprintable():
             raise damaged(f"its header has the line {line[:40]!r}{' a second time' if name in fields else ''}")
         fields[name] = value[0]
-        if name == "ElementDataFile":
+        if name == "ElementDataFile" or (name in _DATA_FILE and value[0].startswith("LIST")):
             return fields, position
     if any(name in fields for name in _DATA_FILE):
         return fields, position

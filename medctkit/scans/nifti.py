@@ -120,7 +120,10 @@ def _header(start: bytes) -> "Nifti1Header":
         raise ValueError("the header of a NIfTI pair (.hdr with .img), without voxels; save the pair as one .nii.gz")
     if magic not in (b"n+1\0", b"n+2\0\r\n\x1a\n"):
         raise ValueError(f"an Analyze file or a damaged NIfTI header (its mark is {magic!r}); {NOT_ANALYZE}")
-    return decode(lambda: (nib.Nifti1Header if size == 348 else nib.Nifti2Header)(start[:size], check=False))
+    header = decode(lambda: (nib.Nifti1Header if size == 348 else nib.Nifti2Header)(start[:size], check=False))
+    if not header["vox_offset"] >= size + 4:  # NaN is not
+        raise damaged(f"by its header voxels start at byte {header['vox_offset']}, inside of the header")
+    return header
 
 
 def _dtype(header: "Nifti1Header") -> np.dtype:

@@ -69,9 +69,7 @@ class PreprocessConfig:
         return (low + high) / 2, (high - low) / 2
 
     @classmethod
-    def for_shape(
-        cls, shape: tuple[int, int, int], spacing: Sequence[float] | None = None
-    ) -> "PreprocessConfig":
+    def for_shape(cls, shape: tuple[int, int, int], spacing: Sequence[float] | None = None) -> "PreprocessConfig":
         """So many voxels along each axis (z, x, y) of `spacing` mm; None: of the released field of view, 360 mm."""
         z, x, y = spacing or (FIELD_OF_VIEW / n for n in shape)
         return cls((z, x, y), shape, antialias=max(z, x, y) > ANTIALIAS_TARGET)

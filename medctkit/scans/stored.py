@@ -67,15 +67,6 @@ def decode(read: Callable[[], T], part: str = "") -> T:
         raise damaged((str(error).strip().splitlines() or [type(error).__name__])[-1], part) from error
 
 
-def stand_in(start: bytes) -> str:
-    """What a file is, by how it starts, that came in place of the one that was asked for; "" if it is none."""
-    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "a web page, not a scan: its download failed or needs a login; get the file again"
-    if start.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, a few lines that stand for the scan; fetch it with git lfs pull"
-    return ""
-
-
 def check_shape(shape: Sequence[int]) -> None:
     """Refuse what no CT has: not three axes, an axis without voxels, or more than 2^30 voxels."""
     if min(shape, default=0) < 1:

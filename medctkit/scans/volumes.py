@@ -33,7 +33,7 @@ from medctkit.scans.geometry import (
 from medctkit.scans.hounsfield import check_hu, fill_outside
 from medctkit.scans.stored import Stored
 
-_LEAST_COSINE = 0.1  # between an axis and its letter; an oblique scan has 0.6 and more
+_LEAST_COSINE = 0.35  # between an axis and its letter; of the nearest letters it is more, however a scan lies
 
 
 @dataclass(frozen=True, eq=False)

@@ -125,7 +125,7 @@ def test_checkpoints_that_users_have_are_read(tmp_path, write, name):
         ),
         ({"model": STATE, "ema": STATE}, "holds several models: 'model', 'ema'; pass the one you mean"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1750000000\n", "LFS pointer.*git lfs pull"),
-        (b"\n<!DOCTYPE html><html>Sign in</html>", "a web page, .*access token"),
+        (b"\xef\xbb\xbf\n<!DOCTYPE html><html>Sign in</html>", "a web page: .*access token"),
         (b'{"error": "Access to model is restricted"}', "JSON"),
     ],
 )

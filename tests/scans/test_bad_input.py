@@ -16,11 +16,9 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from headers import dim, itk, mha, mhd, nhdr, nifti, nrrd, pixdim, saved
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from scan_files import SHAPE, chest, truncate, write_itk, write_nifti
 
-from medctkit.scans.volumes import CTVolume, read_volume
+from medctkit.scans.volumes import read_volume
 
 DAMAGED = "can't be read: truncated or damaged; get the file again"
 BYTES = 2 * int(np.prod(SHAPE))
@@ -85,7 +83,7 @@ BAD_NIFTI = [
     (raw("scan.nii.gz", b""), f"{DAMAGED} (it is empty)"),
     (raw("scan.nii", b"Dear colleague, " * 50), f"{DAMAGED}...starts with b'Dear')"),
     (raw("scan.nii.gz", b"Dear"), "not a compressed file, in spite of its name; it starts with b'Dear'"),
-    *((raw(f"scan.{kind}", b"\n<!DOCTYPE html>"), "a web page, not a scan: its download") for kind in KINDS),
+    *((raw(f"scan.{kind}", b"\n<!DOCTYPE html>"), "a web page: its download") for kind in KINDS),
     *((raw(f"scan.{kind}", b"version https://git-lfs.github.com/spec/v1\n"), "git lfs pull") for kind in KINDS),
     (
         lambda folder: write_nifti(folder / "scan.nii", chest()).rename(folder / "scan.nii.gz"),
@@ -118,7 +116,9 @@ BAD_NIFTI = [
     (saved(np.zeros((10, 12, 8), np.complex64)), "voxels of type complex64 (colour or complex)"),
     (saved(np.zeros((10, 12, 8), [("R", "u1"), ("G", "u1"), ("B", "u1")])), "(colour or complex): not a CT"),
     (nifti(vox_offset=1e6), f"{BYTES} bytes...holds 0"),
-    (nifti(vox_offset=NAN), f"{DAMAGED} (cannot convert float NaN to integer)"),
+    (nifti(vox_offset=NAN), f"{DAMAGED} (by its header voxels start at byte nan, inside of the header"),
+    (nifti(vox_offset=348), "voxels start at byte 348.0, inside of the header"),  # read there, all would be 2 off
+    (nifti("scan.nii.gz", vox_offset=0), "voxels start at byte 0.0, inside of the header"),
     (nifti(scl_slope=np.inf), f"{DAMAGED} (its header scales voxels with scl_slope inf"),
     (nifti(scl_slope=1, scl_inter=NAN), "scl_slope 1.0, scl_inter nan"),
     (nifti(scl_slope=3e38, scl_inter=0), "voxels have NaN or infinite values"),
@@ -212,6 +212,7 @@ BAD_ITK = [
         "its voxels should be in '/etc/hostname', outside its folder",
     ),
     (mhd("= scan.raw", "= LIST"), "over several files ('LIST'); save the scan as one"),
+    (nhdr("data file: scan.raw", "data file: LIST\n1.raw\n2.raw"), "over several files ('LIST'); save"),
     (mhd("= scan.raw", "= %03d.raw 1 8 1"), "over several files ('%03d"),
     (
         lambda folder: truncate(mhd()(folder).with_suffix(".raw")).with_suffix(".mhd"),
@@ -329,36 +330,6 @@ FORMATS = {
     "scan.mha": mha(),
     "packed.mha": itk("packed.mha", compressed=True),
 }
-
-
-@pytest.mark.slow
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    name=st.sampled_from(sorted(FORMATS)),
-    changes=st.lists(
-        st.tuples(
-            st.one_of(st.integers(0, 400), st.integers(0, 10_000)),  # most of the harm is in the header
-            st.one_of(st.integers(0, 255), st.sampled_from(b"0123456789 -.\n:=")),
-        ),
-        min_size=1,
-        max_size=20,
-    ),
-)
-def test_corrupt_bytes_give_a_volume_or_a_message_and_nothing_else(nothing_left, name, changes):
-    path = FORMATS[name](nothing_left)
-    data = bytearray(path.read_bytes())
-    for position, byte in changes:
-        data[position % len(data)] = byte
-    path.write_bytes(data)
-    before = contents(nothing_left)
-    try:
-        volume = read_volume(path)
-    except ValueError as error:
-        assert str(error).startswith(f"{path}: ")
-    else:
-        assert isinstance(volume, CTVolume) and volume.hu.dtype == np.float32
-        assert volume.hu.size * volume.hu.itemsize <= 1032 * len(data)
-    assert contents(nothing_left) == before
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory by what /proc says")

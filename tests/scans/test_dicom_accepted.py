@@ -48,12 +48,15 @@ APART = {"half a step apart": 0.5, "in the same places": 0, "one above the other
         ("SeriesNumber", 3, 4, "half a step apart"),
         ("KVP", 80, 140, "in the same places"),
         ("ConvolutionKernel", "B30f", "B70f", "in the same places"),
+        ("SliceThickness", 1.25, 5, "half a step apart"),
+        ("ImageType", "ORIGINAL/PRIMARY/AXIAL", "DERIVED/SECONDARY/MIP", "half a step apart"),
     ],
 )
 def test_scans_in_one_series_are_refused_or_chosen(tmp_path, tag, one, other, apart):
-    write_dicom(tmp_path, chest(), series="1.2.3", **{tag: one})
+    written = {value: str(value).split("/") if tag == "ImageType" else value for value in (one, other)}
+    write_dicom(tmp_path, chest(), series="1.2.3", **{tag: written[one]})
     names, origin = [f"b{i}" for i in range(SHAPE[0])], (0, 0, APART[apart] * SPACING[0])
-    write_dicom(tmp_path, chest() - 5, names, origin=origin, series="1.2.3", **{tag: other})
+    write_dicom(tmp_path, chest() - 5, names, origin=origin, series="1.2.3", **{tag: written[other]})
     listing = rf"\n  {tag} {one} \(8, such as 000.dcm\), {other} \(8, such as b0\)"
     with pytest.raises(ValueError, match=f"slices of several scans.*acquisition=.*{listing}"):
         read_volume(tmp_path)

@@ -158,7 +158,7 @@ def test_empty_folders_and_folders_without_slices(tmp_path):
     [
         ("003.dcm", b"", r"003.dcm can't be read: .*\(0 bytes without a DICOM header"),
         ("003.dcm", b"just a text", r"003.dcm can't be read: .*\(11 bytes without"),
-        ("003.dcm", b"<!DOCTYPE html><p>log in", "003.dcm is a web page, not a scan: its download failed or needs a"),
+        ("003.dcm", b"<!DOCTYPE html><p>log in", "003.dcm is a web page: its download failed or needs a"),
         ("IM3", b"<html>", "IM3 is a web page"),
         ("IM3", b"", r"IM3 can't be read: .*\(0 bytes without"),
         ("IM3", b"\0\1\2" * 100, r"IM3 can't be read: .*get the file again \(300 bytes without"),

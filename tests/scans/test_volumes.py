@@ -3,11 +3,15 @@
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scan_files import LPS, SHAPE, SPACING, chest, truncate, write_itk, write_nifti
 
 from medctkit.scans.volumes import CTVolume, read_volume
+
+# turned by 80 degrees around the head-feet axis
+TURNED = [[0, -0.985, -0.174, 0], [0, -0.174, 0.985, 0], [1, 0, 0, 0], [0, 0, 0, 1]]
 
 # --- CTVolume
 
@@ -38,6 +42,7 @@ def test_a_volume_knows_its_geometry():
         (dict(affine=np.eye(3)), "expected 4 x 4 finite numbers"),
         (dict(affine=np.diag([1, 1, 9, 1])), r"the affine has steps of \(1.0, 1.0, 9.0\) mm"),
         (dict(affine=np.eye(4)), "orientation 'SPL', but by its affine the volume lies RAS: correct one"),
+        (dict(affine=TURNED), "orientation 'SPL', but by its affine the volume lies SLA"),
         (dict(affine=np.diag([-1, -1, 1, 1])[:, [2, 1, 0, 3]] * [1, 1, -1, 1]), "'SPL', but .* lies SPR"),
         (dict(affine=np.ones((4, 4)) / np.sqrt(3)), "unusable, as it does not span a box"),
     ],
@@ -106,9 +111,13 @@ def test_spacing_replaces_the_header(tmp_path):
 # --- NRRD and MetaImage
 
 
+@pytest.mark.parametrize("axes", [3, 4])
 @pytest.mark.parametrize("suffix", ["nrrd", "nhdr", "mha", "mhd"])
-def test_nrrd_and_metaimage_come_out_canonical(tmp_path, suffix):
-    volume = read_volume(write_itk(tmp_path / f"scan.{suffix}", chest()))
+def test_nrrd_and_metaimage_come_out_canonical(tmp_path, suffix, axes):
+    path = write_itk(tmp_path / f"scan.{suffix}", chest())
+    if axes == 4:  # (x, y, z, 1)
+        sitk.WriteImage(sitk.JoinSeries([sitk.ReadImage(path)]), path)
+    volume = read_volume(path)
     np.testing.assert_array_equal(volume.hu, chest())  # ITK's own axes are left, back, head already
     assert volume.orientation == "SPL" and volume.spacing == SPACING and volume.hu.dtype == np.float32
 
