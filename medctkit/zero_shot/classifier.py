@@ -107,6 +107,7 @@ class ZeroShotClassifier:
             )
         refuse_non_finite(image_embeds, [f"volume {i}" for i in range(len(image_embeds))])
         refuse_non_finite(torch.cat([stating, denying], 1), [f"the prompts of {name}" for name in self.findings])
+        refuse_non_finite(self._scale.reshape(1, 1), ["the temperature"])
         with torch.autocast(stating.device.type, enabled=False):  # bfloat16 would round scores to ties
             # the softmax of two similarities is the sigmoid of their difference
             return torch.sigmoid(self._scale * image_embeds @ (stating - denying).T).cpu().numpy()

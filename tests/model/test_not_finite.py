@@ -80,6 +80,9 @@ def test_the_classifier_says_whose_it_is():
         classifier.scores(torch.stack([item["pixel_values"] for item in data]))
     with pytest.raises(FloatingPointError, match=r"1 of 3 embeddings are not finite:\nstudy study_1\n"):
         classifier.embed(data, progress=False)
+    nn.init.constant_(model.temperature, math.inf)
+    with pytest.raises(FloatingPointError, match="the temperature"):
+        ZeroShotClassifier(model, tokenizer).scores(data[0]["pixel_values"][None])
     nn.init.constant_(model.to_text_latent.weight, math.nan)
     with pytest.raises(FloatingPointError, match="the prompts of Medical material"):
         ZeroShotClassifier(model, tokenizer).scores(data[0]["pixel_values"][None])
