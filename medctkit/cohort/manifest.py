@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 COLUMNS = ("study", "patient", "split", "hospital", "seed", "scan", "reconstruction", *FINDINGS, "report", "checksum")
 SPACING = ("spacing_d", "spacing_h", "spacing_w")  # mm, in place of a blank or wrong header
 _CHOICES = ("orientation", "series", "stored_as", "crop", "acquisition")
-READING = ("rescale_slope", "rescale_intercept", *SPACING, *_CHOICES, "largest_gap")
+READING = ("rescale_slope", "rescale_intercept", *SPACING, *_CHOICES, "largest_gap", "resample")
 SPLITS = ("train", "valid", "test")
 # Patients of the default cohort. The base model never sees the target hospital before notebook 03, and what
 # it was pretrained on is not listed here: `medctkit.experiments.pretrain` draws those studies from seeds of its own.
@@ -49,7 +49,7 @@ DEFAULT_PATIENTS = {
     ("target", "test"): 300,
 }
 _NAMES = ("study", "patient", "split", "hospital", "scan", "checksum", "path", *_CHOICES)
-_NUMBERS = ("seed", "reconstruction", *FINDINGS, *READING[:5], "largest_gap")
+_NUMBERS = ("seed", "reconstruction", *FINDINGS, *READING[:5], "largest_gap", "resample")
 _ORIENTATIONS = {
     "stored",
     "canonical",
@@ -94,6 +94,7 @@ def reading_arguments(row: Mapping) -> dict[str, Any]:
     arguments |= {name: float(here[name]) for name in numbers if name in here}
     if SPACING[0] in here:
         arguments["spacing"] = tuple(float(here[name]) for name in SPACING)
+    arguments |= {"resample": True} if here.get("resample") else {}
     return arguments | {name: str(here[name]) for name in _CHOICES if name in here}
 
 
@@ -214,6 +215,8 @@ def _reading_rules(table: "pd.DataFrame", real: "pd.Series") -> Iterator[tuple]:
             value = pd.to_numeric(table[name].where(real), errors="coerce")
             inside = value.between(low, high, inclusive="both" if name in SPACING else "neither")
             yield name, filled[name] & real & ~inside, expected
+    if "resample" in table:
+        yield "resample", filled["resample"] & ~table["resample"].isin((0, 1)), "1 to resample; 0 or nothing not to"
     lengths = sum(filled[name].astype(int) for name in SPACING)
     for name in SPACING:
         wrong = lengths.between(1, 2) & ~filled[name]
@@ -241,8 +244,12 @@ def _scan_rules(table: "pd.DataFrame") -> Iterator[tuple]:
     yield "reconstruction", earlier != row, "another number: row " + earlier + " is this reconstruction of this scan"
     if "path" in table:
         file = table["path"].where(given(table["path"])).map(_file_at, na_action="ignore")
-        earlier = first_row(table, [file, _series(table)])
+        chosen = [table[name].fillna("").astype(str) for name in ("series", "acquisition") if name in table]
+        earlier = first_row(table, [file, *chosen])
         yield "path", earlier.notna() & (earlier != row), "another file: row " + earlier + " is this scan already"
+        first = table["split"].groupby([file, _series(table, file)]).transform("first")
+        expected = first + ": another row has this file or folder, which is one patient's, in that split"
+        yield "split", first.notna() & (first != table["split"]), expected
     twins = _twins(table)
     last = twins.groupby("twins")[["study", "split"]].transform("last").reindex(table.index)
     expected = "another scan: study " + table["study"].astype(str) + " is the same as " + last["study"]
@@ -253,11 +260,16 @@ def _scan_rules(table: "pd.DataFrame") -> Iterator[tuple]:
     )
 
 
-def _series(table: "pd.DataFrame") -> "pd.Series":
-    """Of one file or folder, two series are two scans."""
+def _series(table: "pd.DataFrame", of: "pd.Series") -> "pd.Series":
+    """Which series a row has `of` a file or folder; "" for all rows of one where not every row gives a UID.
+
+    Two UIDs are two scans; of a number, a description or nothing that can't be said.
+    """
     import pandas as pd
 
-    return table["series"].fillna("").astype(str) if "series" in table else pd.Series("", index=table.index)
+    uid = table["series"].fillna("").astype(str) if "series" in table else pd.Series("", index=table.index)
+    vague = ~uid.str.fullmatch(r"\d+(\.\d+)+")
+    return uid.mask(vague.groupby(of).transform("any").fillna(True).astype(bool), "")
 
 
 def _file_at(path: str) -> str:
@@ -272,7 +284,7 @@ def _file_at(path: str) -> str:
 def _twins(table: "pd.DataFrame") -> "pd.DataFrame":
     """Rows whose volumes are equal, and equal in more than one split, with their number in `twins`; test comes last."""
     known = table[given(table["checksum"])]
-    known = known.assign(twins=known.groupby(["checksum", _series(known)]).ngroup())
+    known = known.assign(twins=known.groupby(["checksum", _series(known, known["checksum"])]).ngroup())
     known = known[known.groupby("twins")["split"].transform("nunique") > 1]
     return known.sort_values("split", key=lambda split: split.map(SPLITS.index), kind="stable")
 
