@@ -247,9 +247,9 @@ def atelectasis(body: Body, rng: np.random.Generator) -> Drawn:
             tilt, half = rng.normal(0, 0.25, 2), rng.uniform(26, 48)
             wave = 1.6 * np.sin((body.x - centre[0, 2]) / 13 + rng.uniform(0, 6))
             squeeze = rng.uniform(0.6, 1.0)
-            reach = 1.12 * half * np.array([0, 1, 1 / squeeze])
-            reach[0] = 1.6 + np.abs(tilt) @ reach[1:] + max(6.5, body.edge)
-            box = around(body, centre[0], reach)  # beyond it the plate has no thickness
+            wide = 1.12 * half * np.array([1, 1 / squeeze])
+            high = 1.6 + float(np.abs(tilt) @ wide) + max(6.5, body.edge)
+            box = around(body, centre[0], np.array([high, *wide]))  # beyond it the plate has no thickness
             dz, dy, dx = (axis[s] - c for axis, s, c in zip((body.z, body.y, body.x), box, centre[0], strict=True))
             sheet = dz[:, None, None] + tilt[0] * dy[None, :, None] + (tilt[1] * dx + wave[box[2]])[None, None, :]
             far = 1.25 - (dy[:, None] ** 2 + (dx[None, :] * squeeze) ** 2) / half**2
