@@ -16,7 +16,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -298,19 +298,19 @@ def _in_order(value: Any) -> Any:
 
 
 def _digest_of_studies(dataset: Any) -> str:
-    """How many studies, and a digest of what is in each; of a data set that has no rows and is no list, the number."""
-    n, digest = len(dataset), hashlib.sha256()
-    chosen: Sequence[int] = range(n)
-    if isinstance(dataset, Subset):
-        chosen, dataset = dataset.indices, dataset.dataset
-    rows = getattr(dataset, "rows", ())
-    if rows and "report" in rows[0]:
-        for row in (rows[i] for i in chosen):
-            labels = [float(row[name]) for name in FINDINGS]
-            key = key_of(row, content_of(row), dataset.config)
+    """How many studies, and a digest of what is in each; a data set that is none of the kit's is read once for it."""
+    digest = hashlib.sha256()
+    for i in range(len(dataset)):
+        whole = dataset
+        while isinstance(whole, Subset):
+            whole, i = whole.dataset, whole.indices[i]
+        rows = getattr(whole, "rows", ())
+        if rows and "report" in rows[i]:
+            row = rows[i]
+            labels, key = [float(row[name]) for name in FINDINGS], key_of(row, content_of(row), whole.config)
             digest.update(repr((row["study"], key, row["report"], labels)).encode())
-    elif isinstance(dataset, Sequence):
-        for item in (dataset[i] for i in chosen):
+        else:
+            item = whole[i]
             digest.update(repr((item["study"], item["report"], item["labels"].tolist())).encode())
             add_tensor(digest, "pixels", item["pixel_values"])
-    return f"{n}, {digest.hexdigest()}"
+    return f"{len(dataset)}, {digest.hexdigest()}"

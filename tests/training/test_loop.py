@@ -19,6 +19,7 @@ from tiny import PROMPTS, tiny_ct_clip, tiny_data, tiny_model, tiny_tokenizer
 
 from medctkit.lora.adapter import ADAPTER_FILE, add_lora, load_adapter
 from medctkit.training import checkpoints
+from medctkit.training.checkpoints import made_of
 from medctkit.training.loop import finetune, learning_rate_factor
 from medctkit.training.settings import FineTuneConfig
 
@@ -371,6 +372,17 @@ def test_a_checkpoint_of_another_run_is_refused_and_kept(tokenizer, tmp_path, ch
     with pytest.raises(ValueError, match=rf"of a run that was not finished, and not this one\. Delete .*{message}"):
         run(tokenizer, tmp_path, **changes)
     assert file.is_file() and contents(tmp_path) == before
+
+
+def test_studies_are_told_apart_in_any_data_set(tokenizer):
+    from torch.utils.data import ConcatDataset, Subset
+
+    def told(data):
+        return made_of(tiny_model(), data, FineTuneConfig(steps=1), tokenizer, None)["training studies"]
+
+    same, others = tiny_data(4), tiny_data(4, seed=4)
+    assert told(same) == told(ConcatDataset([same])) == told(Subset(Subset([*others, *same], range(2, 8)), range(2, 6)))
+    assert told(same) != told(ConcatDataset([others])) != told(ConcatDataset([tiny_data(4, seed=5)]))
 
 
 def contents(folder):
