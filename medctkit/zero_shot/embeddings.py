@@ -28,6 +28,7 @@ from medctkit.common.atomic import replacing
 from medctkit.common.processes import process_and_processes
 from medctkit.findings import FINDINGS
 from medctkit.model.fingerprint import add_tensor, digests
+from medctkit.model.weights import write_weights
 from medctkit.scans.preprocessing import PreprocessConfig
 from medctkit.zero_shot.classifier import Embedded, ZeroShotClassifier
 
@@ -64,8 +65,6 @@ def save_embeddings(embedded: Embedded, path: str | os.PathLike, made_of: Mappin
     Raises:
         ValueError: parts of unequal length, embeddings that are not finite, a study twice; says which.
     """
-    from safetensors.torch import save_file
-
     _check(embedded)
     tensors = {
         "embeddings": embedded.embeddings.detach().to("cpu", torch.float32).contiguous(),
@@ -74,10 +73,10 @@ def save_embeddings(embedded: Embedded, path: str | os.PathLike, made_of: Mappin
     rest = {"made_of": dict(made_of), "findings": FINDINGS, "sha256": _digest_of(tensors)}
     rest |= {"studies": list(map(str, embedded.studies)), "patients": list(map(str, embedded.patients))}
     rest |= {"versions": {"medctkit": version("medctkit"), "torch": torch.__version__}}  # told, not compared
-    path = Path(path)
+    path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"medctkit": json.dumps(rest)})
+        write_weights(tensors, temporary, {"medctkit": json.dumps(rest)})
 
 
 def load_embeddings(path: str | os.PathLike, made_of: Mapping[str, Any] | None = None) -> Embedded:
@@ -89,7 +88,8 @@ def load_embeddings(path: str | os.PathLike, made_of: Mapping[str, Any] | None =
     """
     from safetensors import SafetensorError, safe_open
 
-    if not Path(path).is_file():
+    path = Path(path).expanduser()
+    if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file; medctkit embed writes one")
     try:
         with safe_open(str(path), "pt") as file:
@@ -188,7 +188,7 @@ def embed_manifest(
     """
     from tqdm.auto import tqdm
 
-    path, rows = Path(path), dataset.rows
+    path, rows = Path(path).expanduser(), dataset.rows
     parts, (process, processes) = path.with_name(path.name + ".parts"), process_and_processes()
     studies = [row["study"] for row in rows]
     _refuse_twice(studies)

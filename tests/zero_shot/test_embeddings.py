@@ -339,6 +339,12 @@ def test_the_command_writes_what_scores_like_the_volumes(few, tmp_path):
     assert done.exit_code == 1 and "the manifest has no train studies" in done.stderr
 
 
+def test_a_tilde_is_the_home_folder(embedded, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_embeddings(embedded, "~/e.safetensors", {})
+    assert (tmp_path / "e.safetensors").is_file() and load_embeddings("~/e.safetensors").studies.size
+
+
 def test_a_full_disk_leaves_the_old_file(embedded, tmp_path, monkeypatch):
     path = tmp_path / "e.safetensors"
     save_embeddings(embedded, path, {})
