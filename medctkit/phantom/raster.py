@@ -99,12 +99,13 @@ def sample_atlas(
                 qz = z[i] * sz + row[0, k0] * (1 - c1) + row[0, k0 + 1] * c1
                 qy = y[j] * sy + row[1, k0] * (1 - c1) + row[1, k0 + 1] * c1
                 qx = x[k] * sx + row[2, k0] * (1 - c1) + row[2, k0 + 1] * c1
-                if qz < -112:
+                below = max(-112 - qz, 0.0)
+                if below > 0:
                     qz = -112 + (qz + 112) * 0.5
                     if qz < -133:  # below the atlas: what was above it once more
                         qz = min(-266 - qz, -112)
                 elif qz > 108:
-                    qz = 108 + (qz - 108) * 0.45
+                    qz = min(108 + (qz - 108) * 0.2, 112.0)
                 known = deep > 12
                 if known:  # within a lung: most likely the next voxel is too
                     deep = size * blend(
@@ -114,6 +115,7 @@ def sample_atlas(
                         (qy - lung_low[1]) * lung_share,
                         (qx - lung_low[2]) * lung_share,
                     )
+                    deep -= np.float32(below)  # no lung goes on below the atlas
                     if deep > 19:
                         fields[0, i, j, k], fields[1, i, j, k] = deep, -16
                         fields[2, i, j, k], fields[3, i, j, k] = -10, 20
@@ -146,6 +148,7 @@ def sample_atlas(
                                 (qy - lung_low[1]) * lung_share,
                                 (qx - lung_low[2]) * lung_share,
                             )
+                            deep -= np.float32(below)
                         fields[0, i, j, k] = deep
                         if deep > 19:
                             fields[1, i, j, k], fields[2, i, j, k] = -16, -10
