@@ -211,7 +211,7 @@ class Cases:
     @property
     def probabilities(self) -> dict[str, np.ndarray]:
         """For each model (n, 18); NaN for studies in `failures`."""
-        return {name: c.scores_from_embeddings(self.embeddings[name]) for name, c in self.classifiers.items()}
+        return {name: _scores(classifier, self.embeddings[name]) for name, classifier in self.classifiers.items()}
 
     @property
     def sortings(self) -> tuple[str, ...]:
@@ -272,7 +272,7 @@ class Cases:
             classifier = ZeroShotClassifier(model, self.tokenizer, pair, findings=("sentence",))
             embeds = self.embeddings[name]
             if denying:
-                values[name] = classifier.scores_from_embeddings(embeds)[:, 0]
+                values[name] = _scores(classifier, embeds)[:, 0]
             else:
                 values[name] = (embeds.to(classifier.device) @ classifier.text_embeds()[0, 0]).cpu().numpy()
         what = "probability" if denying else "cosine"
@@ -290,3 +290,11 @@ class Cases:
             return volume_from_row(row), {}
         study = study_from_row(row, VIEW_SHAPE)
         return study.volume, study.masks
+
+
+def _scores(classifier: ZeroShotClassifier, embeds: torch.Tensor) -> np.ndarray:
+    """Probabilities (n, k); NaN where there is no embedding (n, p)."""
+    scores = np.full((len(embeds), len(classifier.findings)), np.nan, np.float32)
+    known = ~embeds.isnan().any(1)
+    scores[known.cpu().numpy()] = classifier.scores_from_embeddings(embeds[known])
+    return scores
