@@ -22,7 +22,7 @@ LISTED = (ROOT / "tests" / "colab_2026_01.txt").read_text().splitlines()
 COLAB = {
     colab.normal(name): version for name, _, version in (line.partition("==") for line in LISTED if line[0] != "#")
 }
-LACKING = ["distributed", "monai", "numba", "pydicom", "pylibjpeg", "pylibjpeg-openjpeg", "simpleitk"]
+LACKING = ["distributed", "monai", "numba", "peft", "pydicom", "pylibjpeg", "pylibjpeg-openjpeg", "regex", "simpleitk"]
 CELL = course.COLAB_CELL.read_text()
 EXTRAS = ("cluster", "tensorboard", "notebooks")
 SLOW = "MEDCTKIT_TEST_COLAB"
@@ -117,9 +117,11 @@ def test_where_tested_versions_do_not_fit_others_are_taken(pip, monkeypatch, cap
             "distributed>=2025.1",
             "monai>=1.5",
             "numba>=0.61",
+            "peft>=0.21",
             "pydicom>=3.0",
             "pylibjpeg>=2.0",
             "pylibjpeg-openjpeg>=2.0",
+            "regex>=2024.11",
             "simpleitk>=2.4",
             "--constraint",
         ]
@@ -127,7 +129,7 @@ def test_where_tested_versions_do_not_fit_others_are_taken(pip, monkeypatch, cap
     assert "monai==1.6.1" in with_pins and set(without) < set(with_pins)
     assert {"torch==2.9.0+cpu", "numpy==2.0.2", "ipywidgets==7.7.1", "dask==2025.12.0"} <= set(without)
     assert (last, none) == (["install", "--no-deps", "--editable", str(ROOT)], None)
-    assert "nothing that was here has been replaced" in capsys.readouterr().out
+    assert "Ready; replaced: peft>=0.21." in capsys.readouterr().out
 
 
 def test_where_nothing_fits_pip_s_words_are_shown_and_with_everything_there_it_is_not_asked(pip, monkeypatch):
