@@ -60,7 +60,7 @@ def patch_shares(
     if np.shape(mask) != volume.shape:
         raise ValueError(f"the mask has shape {np.shape(mask)}, the volume {volume.shape}: they must be the same")
     filled = CTVolume(np.asarray(mask, np.float32) * HU_LIMIT, volume.spacing, volume.orientation, volume.affine)
-    seen = preprocess(filled, preprocess_config, check=False).clamp(min=0)  # -1 where the scan covers less than the model sees
+    seen = preprocess(filled, preprocess_config, check=False).clamp(min=0)  # -1 where the scan ends before the model
     size = tuple(n // g for n, g in zip(preprocess_config.shape, grid, strict=True))
     return nn.functional.avg_pool3d(seen[None], size)[0, 0].numpy()
 

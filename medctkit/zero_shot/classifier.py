@@ -160,6 +160,7 @@ class ZeroShotClassifier:
 def _state_of(model: nn.Module) -> tuple:
     """What changes when the model computes something else: its tensors, their in-place changes, adapters in use."""
     tensors = [(id(p), p._version, p.dtype, p.device) for p in model.parameters()]
+    layers: list[Any] = [m for m in model.modules() if hasattr(m, "adapter_layer_names")]
     adapters = [
         (
             tuple(m.active_adapters),
@@ -167,8 +168,7 @@ def _state_of(model: nn.Module) -> tuple:
             tuple(m.merged_adapters),
             tuple(getattr(m, "scaling", {}).items()),
         )
-        for m in model.modules()
-        if hasattr(m, "adapter_layer_names")
+        for m in layers
     ]
     return tensors, adapters
 
