@@ -301,9 +301,9 @@ def _digest_of_studies(dataset: Any) -> str:
     """How many studies, and a digest of what is in each; a data set that is none of the kit's is read once for it."""
     digest = hashlib.sha256()
     for i in range(len(dataset)):
-        whole = dataset
+        whole: Any = dataset
         while isinstance(whole, Subset):
-            whole, i = whole.dataset, whole.indices[i]
+            i, whole = whole.indices[i], whole.dataset
         rows = getattr(whole, "rows", ())
         if rows and "report" in rows[i]:
             row = rows[i]
