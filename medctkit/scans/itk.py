@@ -36,7 +36,8 @@ def read_itk(path: Path, spacing: Sequence[float] | None) -> Stored:
 
     fields, end = _header(path)
     axes, sizes = (next((fields[name] for name in names if name in fields), "") for names in _AXES)
-    if axes not in ("3", "4") or not re.fullmatch(r"[+-]?\d+(\s+[+-]?\d+){2}(\s+1)?", sizes):  # MetaIO survives these
+    three = r"[+-]?\d+(\s+[+-]?\d+){2}"
+    if not re.fullmatch({"3": three, "4": rf"{three}\s+1"}.get(axes, "(?!)"), sizes):  # MetaIO survives these
         raise ValueError(f"{axes}-D, shape ({sizes}): a CT volume has three axes; save the one to read")
     voxels, start = _voxel_file(path, fields, end)
     reader = sitk.ImageFileReader()

@@ -42,7 +42,7 @@ def registered(volume: torch.Tensor, centre: np.ndarray) -> torch.Tensor:
 
 
 def body_quantiles(volume: torch.Tensor) -> np.ndarray:
-    """Quantiles of all that is denser than air, at `LEVELS`; NaN if there is nothing."""
+    """Quantiles (257,) at `LEVELS` of all that is denser than air in a volume (1, d, h, w); NaN if nothing is."""
     body = volume[volume > AIR].numpy()
     return np.quantile(body, LEVELS) if len(body) else np.full(len(LEVELS), np.nan)
 

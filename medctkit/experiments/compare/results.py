@@ -59,7 +59,7 @@ class Results:
         return bool(own.get(group, runs["method"] != BASE).any())
 
     def mean_draws(self, names: Sequence[str], what: str = "") -> np.ndarray:
-        """Draws of some runs, their seeds averaged; NaN where they were not kept."""
+        """Draws (1 + resamples,) of some runs, their seeds averaged; NaN where they were not kept."""
         if any(name + what not in self.draws for name in names):
             return np.full_like(self.draws[names[0]], np.nan, dtype=float)
         return np.mean([self.draws[name + what].astype(float) for name in names], axis=0)

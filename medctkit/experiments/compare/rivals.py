@@ -67,7 +67,7 @@ class Rival:
 
 
 def best(found: Iterable[Scored], labels: np.ndarray) -> Scored:
-    """What scores best on validation studies with these labels; of equals the first."""
+    """What scores best on validation studies with labels (n, 18); of equals the first."""
     return max(found, key=lambda scored: mean_auroc(labels, scored.valid))
 
 
@@ -127,6 +127,14 @@ def logistic(
     strengths: Sequence[float] = STRENGTHS,
 ) -> Scored:
     """A logistic regression for each finding on standardised features (n, k), one strength for all findings.
+
+    Args:
+        train: features of the studies to learn from.
+        labels: (n, 18) of theirs.
+        valid: features of the studies that choose.
+        valid_labels: (n, 18) of theirs.
+        test: features of the studies to score.
+        strengths: scikit-learn's C, to choose from.
 
     Raises:
         ValueError: no finding has both classes in `valid_labels`.
