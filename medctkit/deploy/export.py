@@ -37,15 +37,14 @@ class Vision(nn.Module):
 
     def __init__(self, model: Any):
         super().__init__()
-        self.tower, self.projection = model.vision_encoder, model.to_visual_latent
+        self.model = model
 
     def forward(self, volumes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings (b, p) and codes (b, t * h * w) of volumes (b, 1, d, h, w)."""
-        tokens = self.tower.encode(volumes)  # (b, t, h, w, c)
-        codes = self.tower.vq.nearest(tokens)
-        tokens = torch.where(tokens.isfinite(), self.tower.vq._codebook.embed[0][codes], tokens)
-        embeds = self.projection(tokens.mean(1).flatten(1))
-        return nn.functional.normalize(embeds, dim=-1), codes.flatten(1)
+        tower = self.model.vision_encoder
+        tokens = tower.encode(volumes)  # (b, t, h, w, c)
+        codes = tower.vq.nearest(tokens)
+        return self.model.embed_tokens(tower.vq.vectors(codes, tokens)), codes.flatten(1)
 
 
 def export(
@@ -94,8 +93,9 @@ def export(
         write_json(facts, building / FACTS)
         shape = (1, *config.shape)
         with evaluating(plain):
-            _to_onnx(Vision(plain).eval(), torch.zeros(2, *shape), building / VISION, facts["digest"])
-            checked = prove(Exported(building), Vision(plain).eval(), shape)
+            vision = Vision(plain).eval()
+            _to_onnx(vision, torch.zeros(2, *shape), building / VISION, facts["digest"])
+            checked = prove(Exported(building), vision, shape)
         if text:
             tokenizer.save_pretrained(building / "text")
             _text_to_onnx(plain, tokenizer, building / "text" / "text.onnx", facts["digest"])

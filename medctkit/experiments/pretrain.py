@@ -26,12 +26,14 @@ from medctkit.common.atomic import replacing
 from medctkit.common.processes import worker_pool
 from medctkit.experiments.warm_start import SHARPNESS, WarmStart, common_phrases, warm_start
 from medctkit.findings import FINDINGS
+from medctkit.metrics.scores import mean_auroc
 from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel
 from medctkit.model.fingerprint import vocabulary_of
 from medctkit.phantom.registry import REGISTRIES
 from medctkit.phantom.report_text import write_report
 from medctkit.phantom.study import generate, named_rng
-from medctkit.scans.preprocessing import preprocess
+from medctkit.scans.preprocessing import moved_by, preprocess
+from medctkit.training.batches import studies_of
 from medctkit.training.gradients import seed_from
 from medctkit.training.objectives import contrastive_loss, sentence_loss
 from medctkit.training.report_sentences import contrary, phrases_of, sentences_of
@@ -271,26 +273,17 @@ class CodebookLearner:
 @torch.no_grad()
 def score(model: CTCLIPModel, tokenizer: Any, pool: Pool) -> float:
     """Mean zero-shot AUROC over the 18 findings on a pool."""
-    from sklearn.metrics import roc_auc_score
-
     with evaluating(model):
         parts = torch.arange(len(pool)).split(25)
         embeds = torch.cat([model.encode_image(pool.pixels(part.tolist())) for part in parts])
     probabilities = ZeroShotClassifier(model, tokenizer).scores_from_embeddings(embeds)
-    return float(roc_auc_score(pool.labels, probabilities))
+    return mean_auroc(pool.labels, probabilities)
 
 
 def moved(volumes: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Move each volume (b, 1, d, h, w) by up to `SHIFT` voxels; what comes in is air."""
-    out = torch.full_like(volumes, -1.0)
-    for volume, to in zip(volumes, out, strict=True):
-        source, target = [slice(None)], [slice(None)]
-        for n, most in zip(volume.shape[1:], SHIFT, strict=True):
-            move = int(torch.randint(-most, most + 1, (), generator=generator))
-            source.append(slice(max(0, -move), n - max(0, move)))
-            target.append(slice(max(0, move), n - max(0, -move)))
-        to[tuple(target)] = volume[tuple(source)]
-    return out
+    moves = [[int(torch.randint(-n, n + 1, (), generator=generator)) for n in SHIFT] for _ in volumes]
+    return torch.stack([moved_by(volume, by) for volume, by in zip(volumes, moves, strict=True)])
 
 
 class Run:
@@ -321,9 +314,7 @@ class Run:
 
     def batch(self, step: int) -> tuple[list[int], int]:
         """The studies of a step, and the epoch, which words their reports."""
-        epoch, place = divmod(step - 1, len(self.train) // self.config.batch_size)
-        order = torch.randperm(len(self.train), generator=self.generator("epoch", epoch))
-        return order[place * self.config.batch_size :][: self.config.batch_size].tolist(), epoch
+        return studies_of(step, len(self.train), self.config.batch_size, self.config.seed)
 
     def generator(self, *key: Any) -> torch.Generator:
         """A source of randomness for a purpose."""

@@ -250,7 +250,10 @@ class CTCLIPModel(PreTrainedModel):
             raise ValueError(
                 f"volumes are {volumes.dtype}; expected floating point in [-1, 1] as medctkit.preprocess gives it"
             )
-        tokens = self.visual_transformer(volumes)  # (b, t, h, w, c)
+        return self.embed_tokens(self.visual_transformer(volumes))
+
+    def embed_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Embed quantised tokens (b, t, h, w, c): (b, projection_dim), L2-normalised."""
         return F.normalize(self.to_visual_latent(tokens.mean(1).flatten(1)), dim=-1)
 
     def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:

@@ -241,10 +241,13 @@ class VectorQuantiser(nn.Module):
             tokens = F.normalize(x.flatten(0, -2).to(codes.dtype), dim=-1)  # (n, c)
             return self.best(tokens, codes).reshape(x.shape[:-1])
 
+    def vectors(self, index: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Code vectors (..., c) of index (...), in place of tokens (..., c); what is not finite in them stays."""
+        return torch.where(x.isfinite(), self._codebook.embed[0][index].to(x.dtype), x.detach())
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Quantise tokens (..., c)."""
-        codes = self._codebook.embed[0][self.nearest(x)].to(x.dtype)
-        codes = torch.where(x.isfinite(), codes, x.detach())
+        codes = self.vectors(self.nearest(x), x)
         return x + (codes - x).detach() if self.training else codes
 
 

@@ -11,6 +11,13 @@ from medctkit.training.gradients import seed_from
 from medctkit.training.settings import FineTuneConfig
 
 
+def studies_of(step: int, studies: int, batch_size: int, seed: int) -> tuple[list[int], int]:
+    """Indices of a step's whole batch, and its epoch, from 0; each has an order of its own, cut to whole batches."""
+    epoch, place = divmod(step - 1, studies // batch_size)
+    order = torch.randperm(studies, generator=torch.Generator().manual_seed(seed_from(seed, "epoch", epoch)))
+    return order[place * batch_size :][:batch_size].tolist(), epoch
+
+
 class StepBatches(Sampler):
     """Indices of one process's small batches, step after step: each epoch a new order, drawn from seed and epoch.
 
@@ -40,10 +47,7 @@ class StepBatches(Sampler):
 
     def batch(self, step: int) -> list[int]:
         """Indices of a step's whole batch, of all processes."""
-        epoch, place = divmod(step - 1, self.studies // self.config.batch_size)
-        generator = torch.Generator().manual_seed(seed_from(self.config.seed, "epoch", epoch))
-        order = torch.randperm(self.studies, generator=generator)
-        return order[place * self.config.batch_size :][: self.config.batch_size].tolist()
+        return studies_of(step, self.studies, self.config.batch_size, self.config.seed)[0]
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in self.steps:

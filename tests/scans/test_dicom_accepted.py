@@ -67,6 +67,13 @@ def test_scans_in_one_series_are_refused_or_chosen(tmp_path, tag, one, other, ap
         read_volume(tmp_path, acquisition="x")
 
 
+def write_numbered(folder, name, numbers):
+    """A chest whose slices have these numbers, in the order of their files."""
+    write_dicom(folder, chest())
+    for file, number in zip(sorted(folder.iterdir()), numbers, strict=True):
+        change(file, **{name: number})
+
+
 @pytest.mark.parametrize(
     ("numbers", "good"),
     [
@@ -80,9 +87,7 @@ def test_scans_in_one_series_are_refused_or_chosen(tmp_path, tag, one, other, ap
     ],
 )
 def test_scans_that_only_the_numbers_of_their_slices_tell_apart(tmp_path, numbers, good):
-    write_dicom(tmp_path, chest())
-    for file, number in zip(sorted(tmp_path.iterdir()), numbers, strict=True):
-        change(file, InstanceNumber=number)
+    write_numbered(tmp_path, "InstanceNumber", numbers)
     if not good:
         with pytest.raises(ValueError, match="both have InstanceNumber"):
             read_volume(tmp_path)
@@ -117,9 +122,7 @@ def test_one_scan_with_numbers_of_its_own_for_each_slice_can_be_asked_for(tmp_pa
     ],
 )
 def test_shots_of_a_table_that_moves_are_one_scan(tmp_path, numbers, good):
-    write_dicom(tmp_path, chest())
-    for file, number in zip(sorted(tmp_path.iterdir()), numbers, strict=True):
-        change(file, AcquisitionNumber=number)
+    write_numbered(tmp_path, "AcquisitionNumber", numbers)
     if good:
         assert "acquisitions side by side" in check(tmp_path)
     else:

@@ -10,6 +10,8 @@ import torch
 from scipy import ndimage
 from torch.nn import functional as F
 
+from medctkit.scans.preprocessing import moved_by
+
 AIR, TISSUE = -0.95, -0.5  # below: the air around a patient; above: the body without its lungs
 LEVELS = np.linspace(0, 1, 257)  # quantiles: 0.4 % of the body between two, a calcification may be less
 BANDS = (-1000, -950, -900, -850, -700, -500, -200, -50, 30, 70, 150, 300, 600, 1001)  # HU; a band has its upper end
@@ -33,12 +35,7 @@ def registered(volume: torch.Tensor, centre: np.ndarray) -> torch.Tensor:
     move = centre - lung_centre(volume)
     if np.isnan(move).any():
         return volume
-    out, there, here = torch.full_like(volume, -1.0), [slice(None)], [slice(None)]
-    for n, by in zip(volume.shape[1:], np.floor(np.round(move + 0.5, 6)).astype(int), strict=True):
-        there.append(slice(max(0, by), n + min(0, by)))
-        here.append(slice(max(0, -by), n + min(0, -by)))
-    out[tuple(there)] = volume[tuple(here)]
-    return out
+    return moved_by(volume, np.floor(np.round(move + 0.5, 6)).astype(int).tolist())
 
 
 def body_quantiles(volume: torch.Tensor) -> np.ndarray:
