@@ -15,13 +15,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from medctkit.cli_deploy import deploying
-from medctkit.common.text import printable
-
-
-def say(text: object, err: bool = False) -> None:
-    """A line for the terminal, of which no name of a file or a study takes hold."""
-    typer.echo(printable(text), err=err)
+from medctkit.cli_deploy import deploying, say
 
 
 @contextmanager

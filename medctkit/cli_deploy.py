@@ -18,8 +18,9 @@ OfModel = Annotated[Path | None, typer.Option(help="Folder of an adapter; by def
 OneOf = Annotated[str | None, typer.Option(help="Which of several: its UID, number or description.")]
 
 
-def _say(text: object) -> None:
-    typer.echo(printable(text))
+def say(text: object, err: bool = False) -> None:
+    """A line for the terminal, of which no name of a file or a study takes hold."""
+    typer.echo(printable(text), err=err)
 
 
 def _check_extra(*names: str) -> None:
@@ -52,7 +53,7 @@ def predict(
     """Score one scan; results.json has the form of the VLM3D challenge. For research, not for diagnosis."""
     from medctkit.quickstart import predict_study
 
-    _say(predict_study(study, out, _with_adapter(model, tokenizer, adapter), series))
+    say(predict_study(study, out, _with_adapter(model, tokenizer, adapter), series))
 
 
 @deploying.command()
@@ -72,7 +73,7 @@ def answer(
 
     found = answer_study(study, _with_adapter(model, tokenizer, adapter), series, with_map=with_map)
     for path in write_answer(found, out):
-        _say(f"wrote {path}")
+        say(f"wrote {path}")
 
 
 @deploying.command()
@@ -89,7 +90,7 @@ def export(
 
     base = Origin.of(run).load()
     model = load_adapter(base.model, run.expanduser() / "adapter")
-    _say(f"wrote {write(model, base.tokenizer, out, prompts, text)}, equal for batches of 1, 2 and 3")
+    say(f"wrote {write(model, base.tokenizer, out, prompts, text)}, equal for batches of 1, 2 and 3")
 
 
 @deploying.command()
@@ -128,5 +129,5 @@ def gateway(
     base = _with_adapter(model, tokenizer, adapter)
     service = Gateway(folder, lambda path: answer_study(path, base, with_map=False), to, allowed, title, limits)
     with service.serving(port, host) as at:
-        _say(f"listening at {title}@{host}:{at}; Ctrl-C ends it")
+        say(f"listening at {title}@{host}:{at}; Ctrl-C ends it")
         threading.Event().wait()
