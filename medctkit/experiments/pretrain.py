@@ -286,7 +286,7 @@ def moved(volumes: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return torch.stack([moved_by(volume, by) for volume, by in zip(volumes, moves, strict=True)])
 
 
-class Run:
+class Pretraining:
     """A pretraining run: all that a checkpoint has to bring back. What a step sees follows from seed and step."""
 
     def __init__(self, config: PretrainConfig, tokenizer: Any, train: Pool):
@@ -418,7 +418,7 @@ def pretrain(output_dir: str | os.PathLike, pool_dir: str | os.PathLike, config:
     split = -(-config.validation_studies // CHUNK)
     train, valid = Pool(paths[:-split]), Pool(paths[-split:])
     reports = (train.report(i, 0) for i in range(len(train)))
-    run = Run(config, make_tokenizer(reports, config.vocabulary, pool_dir / "tokenizer"), train)
+    run = Pretraining(config, make_tokenizer(reports, config.vocabulary, pool_dir / "tokenizer"), train)
     checkpoint = pool_dir / "checkpoint.pt"
     if checkpoint.exists():
         run.resume(checkpoint)

@@ -26,7 +26,7 @@ from medctkit.training.report_sentences import phrases_of, sentences_of
 from medctkit.zero_shot.classifier import evaluating
 
 if TYPE_CHECKING:
-    from medctkit.experiments.pretrain import Run
+    from medctkit.experiments.pretrain import Pretraining
 
 BANDS = (-950, -900, -850, -800, -700, -500, -200, -60, 0, 40, 80, 150, 300, 600)  # HU, where one ends
 SHARPNESS = 10.0  # of logits made of unit vectors
@@ -57,7 +57,7 @@ class WarmStart:
     read_rate: float = 1e-3
 
 
-def warm_start(run: Run) -> None:
+def warm_start(run: Pretraining) -> None:
     """Do all of it."""
     started = time.perf_counter()
     reconstruct(run)
@@ -90,7 +90,7 @@ def band_shares(volumes: torch.Tensor, patch: tuple[int, int, int]) -> torch.Ten
     return F.one_hot(band, len(BANDS) + 1).float().mean(-2)
 
 
-def reconstruct(run: Run) -> None:
+def reconstruct(run: Pretraining) -> None:
     """Train the vision encoder to tell from each token what its patch holds."""
     from tqdm.auto import tqdm
 
@@ -115,7 +115,7 @@ def reconstruct(run: Run) -> None:
 
 
 @torch.no_grad()
-def project(run: Run) -> torch.Tensor:
+def project(run: Pretraining) -> torch.Tensor:
     """Set the projection, and the map from embeddings to phrases; returns the embeddings (n, p) of all studies.
 
     Ridge regression of the phrases on the tokens' mean over depth; of what it predicts the first p principal
@@ -151,7 +151,7 @@ def project(run: Run) -> torch.Tensor:
     return embeds
 
 
-def read(run: Run, embeds: torch.Tensor) -> None:
+def read(run: Pretraining, embeds: torch.Tensor) -> None:
     """Train the text encoder, and the map to phrases, on image embeddings (n, p) that stay as they are."""
     from tqdm.auto import tqdm
 
@@ -173,7 +173,7 @@ def read(run: Run, embeds: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def _spread_texts(run: Run) -> None:
+def _spread_texts(run: Pretraining) -> None:
     """Take the mean out of what a fresh text encoder embeds: it gives all sentences nearly one embedding."""
     texts = [s for i in range(min(len(run.train), 64)) for s in sentences_of(run.train.report(i, 0))]
     seen: list[torch.Tensor] = []

@@ -63,7 +63,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(pool, tmp_path, monke
     torch.set_num_threads(1)
     pretrain.pretrain(tmp_path / "whole", pool, TINY)
     (pool / "checkpoint.pt").unlink()
-    advance, calls = pretrain.Run.advance, []
+    advance, calls = pretrain.Pretraining.advance, []
 
     def advance_then_stop(run):
         row = advance(run)
@@ -75,11 +75,11 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(pool, tmp_path, monke
             raise KeyboardInterrupt
         return row
 
-    monkeypatch.setattr(pretrain.Run, "advance", advance_then_stop)
+    monkeypatch.setattr(pretrain.Pretraining, "advance", advance_then_stop)
     with pytest.raises(KeyboardInterrupt):
         pretrain.pretrain(tmp_path / "parts", pool, TINY)
     assert not (tmp_path / "parts").exists()
-    monkeypatch.setattr(pretrain.Run, "advance", advance)
+    monkeypatch.setattr(pretrain.Pretraining, "advance", advance)
     pretrain.pretrain(tmp_path / "parts", pool, TINY)
     whole, parts = (load_mini_base(tmp_path / name).model.state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
@@ -92,13 +92,13 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(pool, tmp_path, monke
 def test_a_run_may_be_made_longer_before_its_rate_falls(run, tmp_path):
     torch.set_num_threads(1)
     train, tokenizer = run.train, run.tokenizer
-    short, long = (pretrain.Run(replace(TINY, steps=steps), tokenizer, train) for steps in (10, 14))
+    short, long = (pretrain.Pretraining(replace(TINY, steps=steps), tokenizer, train) for steps in (10, 14))
     for _ in range(5):
         short.advance()
         if short.step == 4:
             short.save(tmp_path / "checkpoint.pt")
         row = long.advance()
-    again = pretrain.Run(replace(TINY, steps=14), tokenizer, train)
+    again = pretrain.Pretraining(replace(TINY, steps=14), tokenizer, train)
     again.resume(tmp_path / "checkpoint.pt")
     assert again.advance() == row
     for _ in range(3):
@@ -154,7 +154,7 @@ def test_a_volume_is_moved_whole_and_air_comes_in(seed):
 def run(pool, tmp_path):
     train = pretrain.Pool([pool / "chunk_0000.npy", pool / "chunk_0001.npy"])
     words = pretrain.make_tokenizer([train.report(i, 0) for i in range(len(train))], 300, tmp_path / "words")
-    return pretrain.Run(TINY, words, train)
+    return pretrain.Pretraining(TINY, words, train)
 
 
 def test_shares_of_bands_are_of_their_patch():
