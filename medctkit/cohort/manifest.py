@@ -65,24 +65,19 @@ def phantom_checksum(study: PhantomStudy) -> str:
 def study_from_row(row: Mapping, shape: tuple[int, int, int] = TRAINING_SHAPE) -> PhantomStudy:
     """Make the phantom of a row again, at its own or any other resolution (d, h, w).
 
-    A row may have a `drawing`, see `generate`; without it the phantom is of the first.
-
     Raises:
         ValueError: the row is a real scan's and has no seed.
     """
     if _empty(row["seed"]):
         raise ValueError(f"study {row['study']} has no seed: it is a real scan, which volume_from_row reads")
     present = [name for name in FINDINGS if row[name]]
-    reconstruction = int(row["reconstruction"])
-    drawing = 1 if _empty(row.get("drawing")) else int(row["drawing"])
     return generate(
         int(row["seed"]),
         row["hospital"],
         present,
         shape,
         patient=row["patient"],
-        reconstruction=reconstruction,
-        drawing=drawing,
+        reconstruction=int(row["reconstruction"]),
     )
 
 

@@ -29,7 +29,7 @@ from medctkit.findings import FINDINGS
 from medctkit.metrics.scores import mean_auroc
 from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel
 from medctkit.model.fingerprint import vocabulary_of
-from medctkit.phantom.registry import REGISTRIES
+from medctkit.phantom.registry import REGISTRY
 from medctkit.phantom.report_text import write_report
 from medctkit.phantom.study import generate, named_rng
 from medctkit.scans.preprocessing import moved_by, preprocess
@@ -119,7 +119,7 @@ def _make_chunk(task: tuple[int, Path]) -> None:
     config = CTCLIPConfig(MINI_VISION, spacing=MINI_SPACING).preprocess_config
     volumes, facts = np.empty((CHUNK, 1, *SHAPE), np.int16), []
     for i, seed in enumerate(seeds):
-        study = generate(seed, "source", shape=SHAPE, drawing=2)
+        study = generate(seed, "source", shape=SHAPE)
         volumes[i] = (preprocess(study.volume, config) * 1000).round().numpy()
         facts.append({"labels": study.labels, "details": study.details, "contrast": study.contrast})
     with replacing(folder / f"chunk_{index:04d}.json") as temporary:
@@ -173,7 +173,7 @@ class Pool:
     def report(self, index: int, wording: int) -> str:
         """A report of study `index`; each `wording` words it anew."""
         fact, rng = self.facts[index], named_rng("pool report", index, wording)
-        return write_report(fact["labels"], fact["details"], "source", rng, REGISTRIES[2], fact["contrast"])
+        return write_report(fact["labels"], fact["details"], "source", rng, REGISTRY, fact["contrast"])
 
 
 def make_tokenizer(reports: Iterable[str], size: int, folder: Path) -> Any:

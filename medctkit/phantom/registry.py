@@ -6,7 +6,7 @@ prevalences and groups are `assets/findings.csv`, wordings `assets/wordings.json
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.resources import files
 from types import MappingProxyType
 from typing import Any
@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from medctkit.findings import FINDINGS, GROUPS, PREVALENCE
-from medctkit.phantom import airway_findings, body_findings, lesions, lung_findings, lung_lesions
-from medctkit.phantom.lung_lesions import Painted
+from medctkit.phantom import airway_findings, body_findings, lung_findings
+from medctkit.phantom.body import Body
 
-Painter = Callable[[Any, np.random.Generator], Painted]  # of a `Chest` (first drawing) or a `Body` (second)
+Painter = Callable[[Body, np.random.Generator], tuple[np.ndarray, dict[str, Any]]]
 Wordings = Mapping[str, Mapping[str, list[str]]]
 
 
@@ -53,24 +53,24 @@ WITH_CONTRAST = frozenset(_TEXTS["with_contrast"])  # sentences that need contra
 
 # In the order in which reports speak of them within a group.
 _PAINTED: tuple[tuple[str, int, Painter], ...] = (
-    ("Peribronchial thickening", 2, lung_lesions.peribronchial),
-    ("Bronchiectasis", 2, lung_lesions.bronchiectasis),
-    ("Emphysema", 1, lung_lesions.emphysema),
-    ("Mosaic attenuation pattern", 1, lung_lesions.mosaic),
-    ("Interlobular septal thickening", 1, lung_lesions.septal_thickening),
-    ("Lung opacity", 1, lung_lesions.opacity),
-    ("Consolidation", 3, lung_lesions.consolidation),
-    ("Atelectasis", 3, lung_lesions.atelectasis),
-    ("Lung nodule", 3, lung_lesions.nodule),
-    ("Pulmonary fibrotic sequela", 2, lung_lesions.fibrosis),
-    ("Pleural effusion", 5, lung_lesions.pleural_effusion),
-    ("Cardiomegaly", 4, lesions.cardiomegaly),
-    ("Pericardial effusion", 4, lesions.pericardial_effusion),
-    ("Coronary artery wall calcification", 8, lesions.coronary_calcification),
-    ("Arterial wall calcification", 7, lesions.arterial_calcification),
-    ("Lymphadenopathy", 6, lesions.lymphadenopathy),
-    ("Hiatal hernia", 5, lesions.hiatal_hernia),
-    ("Medical material", 9, lesions.medical_material),
+    ("Peribronchial thickening", 2, airway_findings.peribronchial),
+    ("Bronchiectasis", 2, airway_findings.bronchiectasis),
+    ("Emphysema", 1, lung_findings.emphysema),
+    ("Mosaic attenuation pattern", 1, lung_findings.mosaic),
+    ("Interlobular septal thickening", 1, lung_findings.septal_thickening),
+    ("Lung opacity", 1, lung_findings.opacity),
+    ("Consolidation", 3, lung_findings.consolidation),
+    ("Atelectasis", 4, lung_findings.atelectasis),  # a collapsed lobe moves what lies in its neighbours
+    ("Lung nodule", 3, lung_findings.nodule),
+    ("Pulmonary fibrotic sequela", 2, lung_findings.fibrosis),
+    ("Pleural effusion", 5, lung_findings.pleural_effusion),
+    ("Cardiomegaly", 4, body_findings.cardiomegaly),
+    ("Pericardial effusion", 4, body_findings.pericardial_effusion),
+    ("Coronary artery wall calcification", 8, body_findings.coronary_calcification),
+    ("Arterial wall calcification", 7, body_findings.arterial_calcification),
+    ("Lymphadenopathy", 6, body_findings.lymphadenopathy),
+    ("Hiatal hernia", 5, body_findings.hiatal_hernia),
+    ("Medical material", 9, body_findings.medical_material),
 )
 REGISTRY: Mapping[str, Finding] = MappingProxyType(
     {
@@ -78,36 +78,6 @@ REGISTRY: Mapping[str, Finding] = MappingProxyType(
         for name, layer, paint in _PAINTED
     }
 )
-_REDRAWN: dict[str, Painter] = {
-    "Peribronchial thickening": airway_findings.peribronchial,
-    "Bronchiectasis": airway_findings.bronchiectasis,
-    "Emphysema": lung_findings.emphysema,
-    "Mosaic attenuation pattern": lung_findings.mosaic,
-    "Interlobular septal thickening": lung_findings.septal_thickening,
-    "Lung opacity": lung_findings.opacity,
-    "Consolidation": lung_findings.consolidation,
-    "Atelectasis": lung_findings.atelectasis,
-    "Lung nodule": lung_findings.nodule,
-    "Pulmonary fibrotic sequela": lung_findings.fibrosis,
-    "Pleural effusion": lung_findings.pleural_effusion,
-    "Cardiomegaly": body_findings.cardiomegaly,
-    "Pericardial effusion": body_findings.pericardial_effusion,
-    "Coronary artery wall calcification": body_findings.coronary_calcification,
-    "Arterial wall calcification": body_findings.arterial_calcification,
-    "Lymphadenopathy": body_findings.lymphadenopathy,
-    "Hiatal hernia": body_findings.hiatal_hernia,
-    "Medical material": body_findings.medical_material,
-}
-REGISTRIES: Mapping[int, Mapping[str, Finding]] = {  # by drawing
-    1: REGISTRY,
-    2: MappingProxyType(
-        {  # a collapsed lobe moves its neighbours: after what lies in them
-            name: replace(finding, paint=_REDRAWN[name], layer=4 if name == "Atelectasis" else finding.layer)
-            for name, finding in REGISTRY.items()
-        }
-    ),
-}
-
 
 def label_order(registry: Mapping[str, Finding]) -> list[str]:
     """The names of a registry as label columns: the 18 findings in their order, then what was added."""

@@ -90,9 +90,7 @@ class _Slots(dict):
 
 
 def _true(wording: str, found: Mapping, labels: Mapping[str, int]) -> bool:
-    """Whether a wording is no prompt, fits the number of things found, and denies nothing that another finding is."""
-    if "present" in wording:  # so do the prompts of the evaluation: no report may hold one of them
-        return False
+    """Whether a wording fits the number of things found, and denies nothing that another finding is."""
     several = found.get("count", 0) > 1
     if "count" in found and wording in (OF_ONE if several else OF_SEVERAL):
         return False
@@ -137,7 +135,7 @@ def write_report(
     hospital: str,
     rng: np.random.Generator,
     registry: Mapping[str, Finding] = REGISTRY,
-    contrast: bool | None = None,
+    contrast: bool = False,
 ) -> str:
     """Write the findings section of a report.
 
@@ -147,8 +145,7 @@ def write_report(
         hospital: "source" or "target".
         rng: chooses wordings, details and which absences are named.
         registry: the findings; by default the 18.
-        contrast: whether the scan has contrast medium. None writes the reports of the first drawing, which do not mind
-            that, nor how many nodules there are, nor what else a denial would deny.
+        contrast: whether the scan has contrast medium.
 
     Returns:
         One paragraph. A finding that is present is left out now and then, as in life; nothing absent is stated.
@@ -175,15 +172,14 @@ def write_report(
         else:
             continue
         found = details.get(name, {}) if labels[name] else {}
-        if contrast is not None:
-            choices = [wording for wording in choices if _true(wording, found, labels)]
-            if not told:  # the number is known even where no detail is told
-                found, told = {key: found[key] for key in ("count",) if key in found}, True
+        choices = [wording for wording in choices if _true(wording, found, labels)]
+        if not told:  # the number is known even where no detail is told
+            found, told = {key: found[key] for key in ("count",) if key in found}, True
         if choices:
             sentences.append(_fill(choices[int(rng.integers(len(choices)))], found, told, hospital))
-    if hospital == "source" and contrast is not None:
+    if hospital == "source":
         sentences = [_PREDICATE.sub(PREDICATES[int(rng.integers(len(PREDICATES)))], s) for s in sentences]
-    extra = [s for s in DISTRACTORS[hospital] if contrast is not False or s not in WITH_CONTRAST]
+    extra = [s for s in DISTRACTORS[hospital] if contrast or s not in WITH_CONTRAST]
     for i in rng.choice(len(extra), size=int(rng.integers(*ASIDES[hospital])), replace=False):
         sentences.insert(int(rng.integers(len(sentences) + 1)), extra[int(i)])
     return " ".join(sentences)

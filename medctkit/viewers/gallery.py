@@ -43,18 +43,17 @@ def page(scans: Sequence[CTVolume], places: Sequence[Sequence[int]], height: int
     return sheet
 
 
-def draw_twins(folder: Path, drawing: int = 2, seed: int = 30) -> list[Path]:
+def draw_twins(folder: Path, seed: int = 30) -> list[Path]:
     """Write a page for each finding: three planes through its mask, beside the same patient without it.
 
     Args:
         folder: made if it is not there.
-        drawing: of the phantoms, see `generate`.
         seed: of the first finding; the next has the next.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for i, name in enumerate(FINDINGS):
-        sick, twin = (generate(seed + i, findings=f, shape=SHAPE, drawing=drawing) for f in ([name], []))
+        sick, twin = (generate(seed + i, findings=f, shape=SHAPE) for f in ([name], []))
         mask = sick.masks[name]
         place = [int(mask.sum(axis=tuple({0, 1, 2} - {axis})).argmax()) for axis in PLANES.values()]
         written.append(folder / f"{name.lower().replace(' ', '_')}.png")
@@ -63,17 +62,16 @@ def draw_twins(folder: Path, drawing: int = 2, seed: int = 30) -> list[Path]:
     return written
 
 
-def draw_beside_real(picture: Path, scan: Path, drawing: int = 2, seed: int = 30) -> Path:
+def draw_beside_real(picture: Path, scan: Path, seed: int = 30) -> Path:
     """Write one page: a healthy phantom and a real scan in the same planes, half way up, back and left in each.
 
     Args:
         picture: to write.
         scan: as `read_volume` takes it.
-        drawing: of the phantom.
         seed: of the phantom.
     """
     real = read_volume(scan).reoriented()
-    drawn = generate(seed, findings=[], shape=SHAPE, drawing=drawing).volume
+    drawn = generate(seed, findings=[], shape=SHAPE).volume
     at = (0.6, 0.5, 0.35)
     places = [[int(share * n) for share, n in zip(at, volume.hu.shape, strict=True)] for volume in (drawn, real)]
     picture.parent.mkdir(parents=True, exist_ok=True)

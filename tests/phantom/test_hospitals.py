@@ -1,4 +1,4 @@
-"""The two hospitals of the second drawing: what each setting does, and what the docs say of them."""
+"""The two hospitals: what each setting does, and what the docs say of them."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +9,12 @@ import pytest
 from medctkit.findings import FINDINGS, PREVALENCE
 from medctkit.phantom.body import Body
 from medctkit.phantom.patient import Patient
-from medctkit.phantom.registry import REGISTRIES
+from medctkit.phantom.registry import REGISTRY
 from medctkit.phantom.report_text import ABSENCES, MENTIONED, ORDER
 from medctkit.phantom.scan import DISEASE
-from medctkit.phantom.study import SCANNERS, draw_labels, generate, named_rng
+from medctkit.phantom.study import HOSPITALS, draw_labels, generate, named_rng
 from medctkit.phantom.tissue import Tissue
 
-HOSPITALS = SCANNERS[2]
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "phantoms.md"
 SHAPE = (32, 48, 48)
 SOURCE = HOSPITALS["source"]
@@ -28,7 +27,7 @@ def scanned(monkeypatch):
 
     def draw(seed=1, findings=(), **settings):
         monkeypatch.setitem(HOSPITALS, "source", replace(SOURCE, **settings))
-        return generate(seed, "source", findings, SHAPE, drawing=2, patient="P1")
+        return generate(seed, "source", findings, SHAPE, patient="P1")
 
     return draw
 
@@ -80,7 +79,7 @@ def test_density_scales_disease_of_the_lungs_alone(scanned, name):
     """Half the density is half the change; what presses aside or replaces lung stays as it is."""
     healthy = scanned(**STILL).volume.hu.astype(int)
     full, half = (scanned(findings=[name], **STILL | dict(density=(d, d))).volume.hu for d in (1.0, 0.5))
-    lungs = REGISTRIES[2][name].layer <= DISEASE
+    lungs = REGISTRY[name].layer <= DISEASE
     share = np.abs(half - healthy).sum() / np.abs(full - healthy).sum()
     assert abs(share - 0.5) < 0.06 if lungs else np.array_equal(full, half), share
 

@@ -31,7 +31,7 @@ def test_short_forms():
 @pytest.mark.parametrize("hospital", ["source", "target"])
 def test_every_sentence_of_a_report_has_another_one_for_its_contrary(hospital):
     for seed in range(20):
-        report = generate(seed, hospital, shape=(8, 16, 16), drawing=2).report
+        report = generate(seed, hospital, shape=(8, 16, 16)).report
         sentences = sentences_of(report)
         assert " ".join(sentences) == report and all(s.endswith(".") for s in sentences)
         assert all(contrary(s) != s for s in sentences)
