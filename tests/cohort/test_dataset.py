@@ -30,7 +30,7 @@ def rows():
 def test_items_hold_volume_report_and_labels(rows):
     item = CTReportDataset(rows, MINI)[2]
     row = rows.iloc[2]
-    assert item["pixel_values"].shape == (1, 32, 64, 64) and item["pixel_values"].dtype == torch.float32
+    assert item["pixel_values"].shape == (1, *MINI.shape) and item["pixel_values"].dtype == torch.float32
     assert -1 <= item["pixel_values"].min() and item["pixel_values"].max() <= 1
     assert item["report"] == row["report"] and item["study"] == row["study"] and item["patient"] == row["patient"]
     assert item["labels"].tolist() == [float(row[f]) for f in FINDINGS]
@@ -67,7 +67,7 @@ def test_batches_are_padded_to_their_longest_report(rows):
     dataset = CTReportDataset(rows, MINI)
     items = [dataset[i] for i in range(3)]
     batch = collate(tokenizer, max_length=128)(items)
-    assert batch["pixel_values"].shape == (3, 1, 32, 64, 64) and batch["labels"].shape == (3, 18)
+    assert batch["pixel_values"].shape == (3, 1, *MINI.shape) and batch["labels"].shape == (3, 18)
     lengths = batch["attention_mask"].sum(1)
     assert batch["input_ids"].shape[1] == lengths.max() <= 128
     assert tokenizer.unk_token_id not in batch["input_ids"]

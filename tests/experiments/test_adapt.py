@@ -106,7 +106,7 @@ def test_load_base(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(ctclip, "RELEASED_VISION", config["vision_config"])
     monkeypatch.setattr(ctclip, "RELEASED_TEXT", config["text_config"])
     released, weights = load_base(checkpoint, FOLDER), load_base(folder, FOLDER).model.state_dict()
-    assert released.preprocess_config.shape == (32, 64, 64)
+    assert released.preprocess_config.shape == (64, 96, 96)
     assert all(torch.equal(weights[name], tensor) for name, tensor in released.model.state_dict().items())
     assert load_base().model.num_parameters() == load_mini_base().model.num_parameters()
     CTCLIPModel(CTCLIPConfig(text_config={"vocab_size": 50})).save_pretrained(tmp_path)

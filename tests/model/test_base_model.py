@@ -67,9 +67,8 @@ def test_a_missing_model_is_named(tmp_path):
 
 def test_what_a_model_wants_is_known_without_its_weights(tmp_path):
     assert preprocess_config_of("released") == PreprocessConfig()
-    assert (
-        preprocess_config_of("mini") == load_mini_base().preprocess_config == PreprocessConfig.for_shape((32, 64, 64))
-    )
+    mini = PreprocessConfig.for_shape((64, 96, 96), (5.0, 3.75, 3.75))
+    assert preprocess_config_of("mini") == load_mini_base().preprocess_config == mini
     CTCLIPConfig({"num_frames": 120}).save_pretrained(tmp_path)
     assert preprocess_config_of(tmp_path).shape == (120, 480, 480)
 

@@ -206,12 +206,12 @@ def test_scans_of_one_patient_resemble_each_other():
 
 def test_hospitals_differ_as_scanners_do():
     def heart(hospital, seed):
-        """HU of the heart's chambers: the middle of the densest tissue left of the midline, at the height of the heart."""
-        hu = drawn(seed, [], hospital=hospital).volume.hu[18:26, 20:44, 38:50]
-        return np.percentile(hu, 75)
+        """Upper quartile of the soft tissue in the middle of the chest, HU."""
+        hu = drawn(seed, [], hospital=hospital).volume.hu[16:34, 14:56, 22:60]
+        return np.percentile(hu[(hu > -50) & (hu < 400)], 75)
 
     blood = {h: np.mean([heart(h, seed) for seed in range(6)]) for h in HOSPITALS}
-    assert blood["target"] > blood["source"] + 60  # contrast medium
+    assert blood["target"] > blood["source"] + 40  # contrast medium
     spacing = {h: drawn(0, [], hospital=h).volume.spacing for h in HOSPITALS}
     assert spacing["target"][1] > spacing["source"][1]  # field of view
 

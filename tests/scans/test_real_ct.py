@@ -63,7 +63,7 @@ def test_every_real_scan_becomes_input_of_a_small_model(real_scan):
     volume = read_volume(real_scan)
     assert volume.hu.dtype == np.float32 and volume.provenance
     seen = preprocess(volume, MINI)
-    assert seen.shape == (1, 32, 64, 64) and seen.dtype == torch.float32
+    assert seen.shape == (1, *MINI.shape) and seen.dtype == torch.float32
     assert -1 <= seen.min() and seen.max() <= 1
     inside = seen[seen > -1]
     assert len(inside) > 0.02 * seen.numel() and inside.std() > 0.2

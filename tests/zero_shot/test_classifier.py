@@ -12,6 +12,7 @@ from medctkit.lora.adapter import add_lora
 from medctkit.model.base_model import load_mini_base
 from medctkit.phantom.report_text import finding_sentences
 from medctkit.training.objectives import report_prompts
+from medctkit.phantom.study import TRAINING_SHAPE
 from medctkit.zero_shot.classifier import ZeroShotClassifier, validation_score
 from medctkit.zero_shot.prompts import PROMPTS, prompt_sentences
 
@@ -23,7 +24,7 @@ def mini():
 
 @pytest.fixture(scope="module")
 def volumes():
-    return torch.randn(3, 1, 32, 64, 64, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    return torch.randn(3, 1, *TRAINING_SHAPE, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
 
 
 def studies(volumes):
@@ -130,7 +131,7 @@ def test_modes_and_gradients_are_left_as_they_were(mini, volumes):
 
 def test_the_validation_score_is_a_mean_auroc_in_which_unknown_labels_count_nowhere(mini):
     generator = torch.Generator().manual_seed(0)
-    items = studies(torch.rand(8, 1, 32, 64, 64, generator=generator) * 2 - 1)
+    items = studies(torch.rand(8, 1, *TRAINING_SHAPE, generator=generator) * 2 - 1)
     for item in items[6:]:
         item["labels"] = torch.full((18,), float("nan"))
     score = validation_score(items, mini.tokenizer)(mini.model)
