@@ -1,4 +1,4 @@
-"""Is attention right? Maps of a model against the masks of phantoms, which know where each finding is.
+"""Is attention right? Maps of a model against masks: of phantoms, which know where each finding is, and of LIDC-IDRI.
 
 Everything is counted in patches, the grain of the model: of each patch the mask fills a share. Three scores for a map
 and a mask, each with the value that a map without any knowledge has on average ("chance"):
@@ -24,7 +24,7 @@ from torch import nn
 
 from medctkit.attention.maps import attend, relevance_maps
 from medctkit.cohort.dataset import CTReportDataset
-from medctkit.cohort.manifest import has_file, study_from_row
+from medctkit.cohort.nodules import scan_with_masks
 from medctkit.findings import FINDINGS
 from medctkit.metrics.bootstrap import interval, patient_weights, weighted_means
 from medctkit.model.protocol import Model
@@ -68,20 +68,18 @@ def patch_shares(
 def find_regions(
     rows: Sequence[Mapping], preprocess_config: PreprocessConfig, grid: Sequence[int], progress: bool = True
 ) -> Regions:
-    """The masks of phantoms, made anew from their rows of a manifest, on a `grid` of patches (t, h, w).
+    """The masks of phantoms and of scans with `masks`, by their rows of a manifest, on a `grid` of patches (t, h, w).
 
     Raises:
-        ValueError: a row of a real scan, of which no mask is known; no finding at all.
+        ValueError: a row of a real scan without masks; no finding at all.
     """
     from tqdm.auto import tqdm
 
     found = []
     for index, row in enumerate(tqdm(rows, desc="masks", unit="study", disable=not progress)):
-        if has_file(row):
-            raise ValueError(f"study {row['study']} is a real scan: only phantoms know where their findings are")
-        study = study_from_row(row)
-        for name, mask in study.masks.items():
-            shares = patch_shares(mask, study.volume, preprocess_config, grid)
+        volume, masks = scan_with_masks(row)
+        for name, mask in masks.items():
+            shares = patch_shares(mask, volume, preprocess_config, grid)
             if shares.max() > 0:  # else it lies outside of what the model sees
                 found.append((index, FINDINGS.index(name), row["patient"], shares))
     if not found:
