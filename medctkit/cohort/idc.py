@@ -35,8 +35,6 @@ def plan_idc(
     collection: str = LIDC,
     patients: int | None = None,
     seed: int | None = None,
-    thickness: tuple[float, float] = THICKNESS,
-    slices: tuple[int, int] = SLICES,
 ) -> OpenPlan:
     """Choose patients and their series by the index, before anything but a table of 20 MB is fetched.
 
@@ -45,8 +43,6 @@ def plan_idc(
         collection: its name, such as "lidc_idri" or "nlst".
         patients: how many; None: all that have a series that fits.
         seed: draws them; None: the first by name.
-        thickness: of slices, lowest and highest, mm.
-        slices: how many, lowest and highest.
 
     Raises:
         ModuleNotFoundError: idc-index is not installed.
@@ -58,9 +54,9 @@ def plan_idc(
     if rows.empty:
         near = get_close_matches(collection, sorted(set(client.index["collection_id"])))
         raise ValueError(f"Imaging Data Commons has no collection {collection!r}; perhaps {', '.join(near) or 'none'}")
-    scans = chest_series(rows.merge(_details(client), on="SeriesInstanceUID"), thickness, slices)
+    scans = chest_series(rows.merge(_details(client), on="SeriesInstanceUID"))
     if scans.empty:
-        raise ValueError(f"{collection} has no CT of {slices} slices of {thickness} mm; give other limits")
+        raise ValueError(f"{collection} has no CT of {SLICES} slices of {THICKNESS} mm; choose another collection")
     scans = scans[scans["PatientID"].isin(some_of(scans["PatientID"], patients, seed))]
     whose = rows["analysis_result_id"] == NODULES.get(collection, "")
     drawn = rows[whose & (rows["Modality"] == "SEG") & rows["StudyInstanceUID"].isin(scans["StudyInstanceUID"])]
@@ -91,10 +87,10 @@ def plan_idc(
     )
 
 
-def chest_series(table: "pd.DataFrame", thickness: tuple[float, float], slices: tuple[int, int]) -> "pd.DataFrame":
-    """One series for each patient, by the rule above, out of rows of the index with SliceThickness and the like."""
+def chest_series(table: "pd.DataFrame") -> "pd.DataFrame":
+    """One series for each patient, by the rule above, out of a `table` of the index's rows with `DETAILS`."""
     fits = (table["Modality"] == "CT") & table["analysis_result_id"].isna()
-    fits &= table["SliceThickness"].between(*thickness) & table["instanceCount"].between(*slices)
+    fits &= table["SliceThickness"].between(*THICKNESS) & table["instanceCount"].between(*SLICES)
     table = table[fits & ~table["ImageType"].map(lambda kinds: "LOCALIZER" in _texts(kinds))]
     hardness = [_hardness(" ".join(_texts(kernel))) for kernel in table["ConvolutionKernel"]]
     order = dict(PatientID=True, hardness=True, SliceThickness=True, instanceCount=False, SeriesInstanceUID=True)
