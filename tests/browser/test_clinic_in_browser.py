@@ -1,0 +1,100 @@
+"""The page for a person, under voila with its own settings: zip in, picture and 18 scores out, nothing on disk."""
+
+import zipfile
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import PICTURES
+from pages import MESSAGE, NotebookPage
+from servers import Server
+
+from medctkit import FINDINGS, load_mini_base
+from medctkit.deploy.series import write_series
+from medctkit.lora import adapter as lora
+from medctkit.phantom.study import generate
+from medctkit.quickstart import classify
+from medctkit.scans.volumes import read_volume
+
+PICTURE, NONE = ".widget-image", "none: the base model"
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A zip of more than the 10 MB that a websocket takes by default."""
+    folder = write_series(generate(2, shape=(64, 320, 320)).volume, tmp_path_factory.mktemp("series"))
+    path = tmp_path_factory.mktemp("study") / "study.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for file in folder.iterdir():
+            archive.write(file, file.name)
+    assert path.stat().st_size > 10 << 20
+    return path
+
+
+@pytest.fixture(scope="module")
+def clinic(browser, root, tmp_path_factory):
+    """The open page, and the folder for its temporary files; two hospitals have an adapter."""
+    for seed, name in enumerate(("north", "south")):
+        torch.manual_seed(seed)
+        model = lora.add_lora(load_mini_base().model, "paper", r=4, init_lora_weights=False)
+        lora.save_adapter(model, root / "runs" / name / "adapter")
+    temporary = tmp_path_factory.mktemp("temporary")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(temporary))
+        server = Server("voila", root / "notebooks" / "clinic", tmp_path_factory.mktemp("voila-clinic"))
+    tab = browser.new_page(viewport={"width": 1300, "height": 1300})
+    page = NotebookPage(tab, server, "page.ipynb", PICTURES)
+    page.begin("clinic")
+    page.open()
+    yield page, temporary
+    tab.close()
+    server.close()
+
+
+def upload(page, path):
+    with page.tab.expect_file_chooser() as chooser:
+        page.find(".widget-upload, .jupyter-widget-upload, .jupyter-button").click()
+    chooser.value.set_files(path)
+
+
+def scores(page):
+    """What the table on the page says."""
+    texts = page.tab.locator("table.dataframe td").all_inner_texts()
+    return dict(zip(texts[::2], map(float, texts[1::2]), strict=True))
+
+
+def expected(study, root, name):
+    base = load_mini_base()
+    model = lora.load_adapter(base.model, root / "runs" / name / "adapter") if name else base.model
+    return classify(read_volume(study), replace(base, model=model)).scores
+
+
+def test_a_zip_of_dicom_is_scored_with_the_adapter_that_is_chosen(clinic, study, root):
+    page, temporary = clinic
+    page.text_appears("the mini model, which knows phantoms only", seconds=60)
+    choice = page.control("adapter").locator("select")
+    choice.select_option("north")
+    upload(page, study)
+    page.text_appears("study.zip, adapter north: research use only, not for diagnosis", seconds=60)
+    north = scores(page)
+    assert list(north) == list(FINDINGS) and page.find(PICTURE).bounding_box()["width"] > 600
+    np.testing.assert_allclose([*north.values()], [*expected(study, root, "north").values()], atol=2e-3)
+    page.screenshot("scored", full_page=True)
+    choice.select_option(NONE)
+    page.text_appears(f"study.zip, adapter {NONE}", seconds=60)
+    np.testing.assert_allclose([*scores(page).values()], [*expected(study, root, None).values()], atol=2e-3)
+    assert page.new_errors() == []
+    assert not [path for path in temporary.rglob("*") if "medctkit" in path.name or path.suffix in (".dcm", ".zip")]
+
+
+def test_an_archive_that_leads_out_is_refused_and_the_scan_before_is_gone(clinic, tmp_path):
+    page, _ = clinic
+    with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive:
+        archive.writestr("../../out.dcm", b"")
+    upload(page, tmp_path / "bad.zip")
+    page.text_appears("leads out of its folder", seconds=30)
+    assert page.tab.locator(MESSAGE).locator("visible=true").count() == 1
+    assert not page.find(PICTURE).is_visible() and not scores(page)
+    page.screenshot("refused")
+    assert page.new_errors() == []
