@@ -18,7 +18,7 @@ from medctkit.lora.adapter import add_lora
 from medctkit.lora.methods import METHODS, apply_method
 from medctkit.model.base_model import BaseModel, load_base
 from medctkit.model.protocol import Model
-from medctkit.training.checkpoints import RECORD, finished_run
+from medctkit.training.checkpoints import RECORD, finished_run, refuse_other_settings
 from medctkit.training.loop import FineTuneResult, finetune
 from medctkit.training.memory import cast_frozen
 from medctkit.training.settings import FineTuneConfig
@@ -149,8 +149,10 @@ def adapt(
     ended = (output_dir / ORIGIN).is_file() and (output_dir / RECORD).is_file()
     if ended and (there := Origin.of(output_dir)) != origin:
         raise ValueError(f"{output_dir} is of {there}, not of {origin}. Give another output_dir, or delete it")
+    config = settings.config(seed)
+    refuse_other_settings(output_dir, config)
     cache_dir = prepared_dir(manifest_path, output_dir, cache_dir)
-    config, base, manifest = settings.config(seed), origin.load(), load_manifest(manifest_path)
+    base, manifest = origin.load(), load_manifest(manifest_path)
     train, valid = (
         load_split(manifest, origin.hospital, split, base.preprocess_config, cache_dir) for split in ("train", "valid")
     )
