@@ -14,10 +14,12 @@ import numpy as np
 from medctkit.cohort import ct_rate as ctrate
 from medctkit.cohort.dataset import CTReportDataset, load_split, prepared_dir
 from medctkit.cohort.manifest import has_file, load_manifest, volume_from_row
+from medctkit.cohort.patients import characteristics
 from medctkit.common.processes import accelerator_for
 from medctkit.common.provenance import made_with, write_json
 from medctkit.experiments.adapt import Origin
 from medctkit.experiments.audit import Answers, Defect, audit, audit_scans, prompt_mismatch
+from medctkit.experiments.clinical import Clinical, clinical_statistics
 from medctkit.lora.adapter import load_adapter
 from medctkit.lora.methods import trained_bytes
 from medctkit.metrics.bootstrap import RESAMPLES, interval
@@ -75,6 +77,7 @@ class Measurement:
         made_with: see `made_with`, and the command.
         supervised: whether the adapted model learnt from labels, by the per-finding loss; else from reports alone.
         home: both models where the base model comes from; None where the manifest has no such test studies.
+        clinical: see `Clinical`.
     """
 
     labels: np.ndarray
@@ -90,12 +93,14 @@ class Measurement:
     made_with: dict
     supervised: bool = True
     home: Home | None = None
+    clinical: Clinical | None = None
 
     @property
     def summary(self) -> dict:
         """What is in metrics.json."""
         means = summary(self.tables["base"], self.tables["adapted"], self.difference)
-        return means | {"made_with": self.made_with} | ({"home": self.home.summary} if self.home else {})
+        more = {"home": self.home, "clinical": self.clinical}
+        return means | {"made_with": self.made_with} | {name: part.summary for name, part in more.items() if part}
 
 
 def measure(
@@ -189,6 +194,9 @@ def measure(
         made_with=made_with(seed, world) | {"command": command},
         supervised=finished_run(output_dir)["made_of"]["prompt_weight"] > 0,
         home=at_home,
+        clinical=clinical_statistics(
+            seen["valid"], test, scores, limits, characteristics(data["test"].rows), resamples, seed
+        ),
     )
     if accelerator.is_main_process:
         write_json(measured.summary, output_dir / "metrics.json")
