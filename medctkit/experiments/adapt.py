@@ -68,7 +68,8 @@ class Adaptation(FineTuneConfig):
 
     def config(self, seed: int) -> FineTuneConfig:
         """The settings as `finetune` takes them, on this device."""
-        return FineTuneConfig(**self.values() | {"seed": seed}).for_this_device()
+        rate_of_b = self.rate_of_b * METHODS[self.method].rate_of_b
+        return FineTuneConfig(**self.values() | {"seed": seed, "rate_of_b": rate_of_b}).for_this_device()
 
 
 # The kit's experiment, chosen on its validation patients.

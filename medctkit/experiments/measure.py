@@ -20,12 +20,11 @@ from medctkit.common.provenance import made_with, write_json
 from medctkit.experiments.adapt import Origin
 from medctkit.experiments.audit import Answers, Defect, audit, audit_scans, prompt_mismatch
 from medctkit.experiments.clinical import Clinical, clinical_statistics
-from medctkit.lora.adapter import load_adapter
-from medctkit.lora.methods import trained_bytes
+from medctkit.lora.methods import load_trained, trained_bytes, trained_count
 from medctkit.metrics.bootstrap import RESAMPLES, interval
 from medctkit.metrics.scores import HOME_ROWS, compare, evaluate, mean_draws, summary, thresholds_from_validation
 from medctkit.model.protocol import Model
-from medctkit.training.checkpoints import finished_run
+from medctkit.training.checkpoints import described, finished_run
 from medctkit.zero_shot.classifier import Embedded, ZeroShotClassifier
 from medctkit.zero_shot.embeddings import same_studies
 from medctkit.zero_shot.prompts import PROMPTS
@@ -65,6 +64,7 @@ class Measurement:
     Attributes:
         labels: (n, 18) of the test studies.
         patients: (n,) names.
+        studies: (n,) names.
         scores: (n, 18) probabilities for "base" and "adapted".
         tables: see `medctkit.metrics.scores.evaluate`, for both; thresholds are from validation studies.
         difference: see `medctkit.metrics.scores.compare`, adapted minus base.
@@ -82,6 +82,7 @@ class Measurement:
 
     labels: np.ndarray
     patients: np.ndarray
+    studies: np.ndarray
     scores: dict[str, np.ndarray]
     tables: dict[str, "pd.DataFrame"]
     difference: "pd.DataFrame"
@@ -154,7 +155,7 @@ def measure(
     scores: dict[str, dict[str, np.ndarray]] = {split: {} for split in data}
     limits, prompts, retrieved, tests = {}, [], [], {}
     for name in ("base", "adapted"):
-        model = base.model if name == "base" else load_adapter(base.model, output_dir / "adapter")
+        model = base.model if name == "base" else load_trained(base.model, output_dir / "adapter")
         classifier = ZeroShotClassifier(model.to(accelerator.device), base.tokenizer)
         seen = {split: classifier.embed(dataset, batch_size) for split, dataset in data.items()}
         for split, embedded in seen.items():
@@ -183,6 +184,7 @@ def measure(
     measured = Measurement(
         labels=test.labels,
         patients=test.patients,
+        studies=test.studies,
         scores=scores["test"],
         tables=tables,
         difference=difference,
@@ -191,7 +193,7 @@ def measure(
         adapter=_adapter_facts(model, output_dir / "adapter") | {"base_parameters": base_parameters},
         defects=defects,
         origin=origin,
-        made_with=made_with(seed, world) | {"command": command},
+        made_with=made_with(seed, world) | {"command": command, "run": described(output_dir)},
         supervised=finished_run(output_dir)["made_of"]["prompt_weight"] > 0,
         home=at_home,
         clinical=clinical_statistics(
@@ -242,10 +244,11 @@ class _Volumes(Sequence):
 
 
 def _adapter_facts(model: Model, folder: Path) -> dict[str, int]:
-    """Layers of each encoder that carry the adapter, its parameters, and its bytes on disk."""
-    names, encoders = model.active_adapters, {"vision": model.vision_encoder, "text": model.text_encoder}
+    """Layers of each encoder that carry the adapter, what was trained (0 layers, where it is no adapter), its bytes."""
+    names, encoders = (
+        getattr(model, "active_adapters", ()),
+        {"vision": model.vision_encoder, "text": model.text_encoder},
+    )
     layers = {side: sum(hasattr(m, "adapter_layer_names") for m in tower.modules()) for side, tower in encoders.items()}
-    return layers | {
-        "trainable": sum(p.numel() for key, p in model.named_parameters() if set(names) & set(key.split("."))),
-        "bytes": trained_bytes(folder),
-    }
+    trained = sum(p.numel() for key, p in model.named_parameters() if set(names) & set(key.split(".")))
+    return layers | {"trainable": trained or trained_count(folder), "bytes": trained_bytes(folder)}

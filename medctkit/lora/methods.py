@@ -222,6 +222,11 @@ def trained_bytes(directory: str | os.PathLike) -> int:
     return _weights_file(Path(directory)).stat().st_size
 
 
+def trained_count(directory: str | os.PathLike) -> int:
+    """How many numbers `save_trained` wrote."""
+    return sum(tensor.numel() for tensor in read_weights(_weights_file(Path(directory))).values())
+
+
 def save_trained(model: Model, directory: str | os.PathLike) -> Path:
     """Write what requires gradients, and nothing else: an adapter in peft's format, or `trained.safetensors`.
 

@@ -240,6 +240,15 @@ def finished_run(output_dir: str | os.PathLike) -> dict[str, Any]:
     return record
 
 
+def described(output_dir: str | os.PathLike) -> str:
+    """The finished run of a folder in a line: its steps, and of which one the adapter is; see `finished_run`."""
+    record = finished_run(output_dir)
+    return (
+        f"{output_dir}: a run finished after {record['step']:,} steps; its adapter is of step {record['best_step']:,}, "
+        f"with a validation score of {record['best_score']:.3f}"
+    )
+
+
 def refuse_other_settings(output_dir: str | os.PathLike, config: FineTuneConfig) -> None:
     """Before anything is loaded or prepared: refuse a folder whose run, finished or not, has other settings.
 

@@ -69,7 +69,7 @@ class SliceViewer:
         volume: CTVolume,
         masks: Mapping[str, np.ndarray] | None = None,
         window: Window = "lung",
-        height: int = 360,
+        height: int = 340,
         *,
         other: CTVolume | None = None,
         names: Sequence[str] | None = None,
@@ -102,7 +102,7 @@ class SliceViewer:
 
         dropdown: Any = partial(w.Dropdown, layout={"width": "210px"})
         self.view = w.ToggleButtons(
-            options=[ALL_PLANES, *PLANES], tooltips=["axial large, two beside it", *(f"{plane} only, larger" for plane in PLANES)],
+            options=[ALL_PLANES, *PLANES], tooltips=["axial large", *(f"{plane} only" for plane in PLANES)],
             style={"button_width": "auto"},
         )  # fmt: skip
         self.sliders = {name: slider(w.IntSlider, name, f"{name} slice", min=0, max=0) for name in PLANES}
@@ -147,8 +147,9 @@ class SliceViewer:
         self._mask_row, self._heat_row = boxes[-2:]
         if folded:
             boxes = [w.Accordion([w.VBox(boxes)], titles=["slices, window, slab, zoom, measuring, masks"])]
-        below = [self.readout, self.hover, self._help, self.messages.widget]
-        self.widget = w.VBox([first, *boxes, self.canvas.widget, *below])
+        self.widget = w.VBox(
+            [first, self._help, *boxes, self.canvas.widget, self.readout, self.hover, self.messages.widget]
+        )
 
     # --- what is shown ------------------------------------------------------------------------------------
 

@@ -29,7 +29,8 @@ class UploadPage:
         import ipywidgets as w
 
         self.messages, self._classify, self._volume, self._name = Messages(), classify, None, ""
-        self.upload = w.FileUpload(accept=".zip", description="zip of DICOM ...", icon="", layout={"width": "180px"})
+        self.upload = w.FileUpload(accept=".zip", description="zip of DICOM ...", icon="", layout={"width": "180px"},
+                                   tooltip="choose a zip archive with one CT series")  # fmt: skip
         self.adapter = w.Dropdown(options=adapters, description="adapter")
         self.series = w.Text(description="series", placeholder="of several: UID, number or description")
         self.said, self.table = w.HTML(), w.HTML()

@@ -297,7 +297,7 @@ DOCUMENTED = [
     for name in re.findall(r"automodule:: (\S+)", path.read_text())
 ]
 PACKAGE = ROOT / "medctkit"
-FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.stem not in ("__init__", "cli", "cli_deploy"))
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.stem not in ("__init__", "cli", "cli_deploy", "cli_maintain", "cli_measure"))
 PUBLIC = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES]
 UNNAMED = 5  # up to so many arguments, names and types may say it
 SAID = re.compile(r"\b(args|arguments)\b[^.]*\bthose of\b", re.I)
