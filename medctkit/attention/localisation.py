@@ -24,7 +24,7 @@ from torch import nn
 
 from medctkit.attention.maps import attend, relevance_maps
 from medctkit.cohort.dataset import CTReportDataset
-from medctkit.cohort.nodules import scan_with_masks
+from medctkit.cohort.nodules import known_masks
 from medctkit.findings import FINDINGS
 from medctkit.metrics.bootstrap import interval, patient_weights, weighted_means
 from medctkit.model.protocol import Model
@@ -77,8 +77,7 @@ def find_regions(
 
     found = []
     for index, row in enumerate(tqdm(rows, desc="masks", unit="study", disable=not progress)):
-        volume, masks = scan_with_masks(row)
-        for name, mask in masks.items():
+        for name, mask, volume in known_masks(row):
             shares = patch_shares(mask, volume, preprocess_config, grid)
             if shares.max() > 0:  # else it lies outside of what the model sees
                 found.append((index, FINDINGS.index(name), row["patient"], shares))

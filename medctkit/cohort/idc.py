@@ -62,14 +62,15 @@ def plan_idc(
     drawn = rows[whose & (rows["Modality"] == "SEG") & rows["StudyInstanceUID"].isin(scans["StudyInstanceUID"])]
     scans = scans.assign(folder="scans/" + scans["PatientID"] + "/" + scans["SeriesInstanceUID"])
     drawn = drawn.assign(folder="nodules/" + drawn["StudyInstanceUID"] + "/" + drawn["SeriesInstanceUID"])
-    readers = drawn.groupby(["StudyInstanceUID", drawn["SeriesDescription"].str.extract(NODULE)[0]]).size()
-    most = readers.groupby(level=0).max()
+    nodule = drawn["SeriesDescription"].str.extract(NODULE)[0]
+    readers = drawn.assign(nodule=nodule).groupby(["StudyInstanceUID", "nodule"]).size()
+    most = readers.groupby("StudyInstanceUID").max()
     table = []
     for row in scans.itertuples():
-        n, labels, masks = int(most.get(row.StudyInstanceUID, 0)), {}, ""
-        if collection in NODULES and n not in range(1, LEAST_READERS):
-            labels["Lung nodule"] = int(n > 0)
-            masks = str(destination / "nodules" / row.StudyInstanceUID) if n else ""
+        n = int(most.get(row.StudyInstanceUID, 0))
+        known = collection in NODULES and n not in range(1, LEAST_READERS)  # one reader against three
+        labels = {"Lung nodule": int(n > 0)} if known else {}
+        masks = str(destination / "nodules" / row.StudyInstanceUID) if n else ""
         more = dict(path=str(destination / row.folder), masks=masks, licence=row.license_short_name, doi=row.source_DOI)
         table.append(manifest_row(row.PatientID, row.PatientID, split_of(row.PatientID), collection, labels, **more))
     import pandas as pd

@@ -6,7 +6,7 @@ is usual with this data. Nodules under 3 mm were not drawn.
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,23 +22,26 @@ NODULE = r"Nodule (\d+)"  # in the description of a series
 LEAST_READERS = 2
 
 
-def scan_with_masks(row: Mapping) -> tuple[CTVolume, Mapping[str, np.ndarray]]:
-    """The scan of a row of a manifest and masks of its findings, bool (d, h, w): a phantom's, or those in its `masks`.
+def known_masks(row: Mapping) -> Iterator[tuple[str, np.ndarray, CTVolume]]:
+    """Each finding of a row of a manifest whose place is known, its mask, bool (d, h, w), and the scan.
+
+    Of phantoms these are all; of real scans the nodules in the row's folder `masks`, none where it has the label 0.
 
     Raises:
-        ValueError: a real scan without `masks`, the folder of its nodules; or what is in there is of another scan.
-        FileNotFoundError: nothing is in there.
+        ValueError: a real scan without both; or what is in the folder is of another scan.
+        FileNotFoundError: nothing is in the folder.
     """
     if not has_file(row):
         study = study_from_row(row)
-        return study.volume, study.masks
-    if is_empty(row.get("masks")):
+        yield from ((name, mask, study.volume) for name, mask in study.masks.items())
+    elif not is_empty(row.get("masks")):
+        volume = volume_from_row(row)
+        yield "Lung nodule", nodule_mask(row["masks"], volume), volume
+    elif "masks" not in row or row["Lung nodule"] != 0:
         raise ValueError(
             f"study {row['study']} is a real scan: only phantoms know where their findings are, and rows whose column "
             "masks names a folder of DICOM segmentations (`medctkit download --source idc`)"
         )
-    volume = volume_from_row(row)
-    return volume, {"Lung nodule": nodule_mask(row["masks"], volume)}
 
 
 def nodule_mask(folder: str | Path, volume: CTVolume) -> np.ndarray:

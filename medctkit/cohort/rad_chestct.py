@@ -39,7 +39,7 @@ SUMMARY, FINDINGS_OF = "Summary_3630.csv", "{}_Abnormality_and_Location_Labels.c
 
 
 def plan_rad_chestct(
-    destination: str | os.PathLike, patients: int | None = None, split: str | None = "test", seed: int | None = None
+    destination: str | os.PathLike, patients: int | None = None, split: str | None = None, seed: int | None = None
 ) -> OpenPlan:
     """Show the licence, fetch the tables, and choose patients by them.
 
