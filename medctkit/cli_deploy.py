@@ -2,12 +2,12 @@
 
 import threading
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from medctkit.common.extras import require
 from medctkit.common.text import printable
 
 deploying = typer.Typer(add_completion=False)
@@ -21,15 +21,6 @@ OneOf = Annotated[str | None, typer.Option(help="Which of several: its UID, numb
 def say(text: object, err: bool = False) -> None:
     """A line for the terminal, of which no name of a file or a study takes hold."""
     typer.echo(printable(text), err=err)
-
-
-def _check_extra(*names: str) -> None:
-    """Before a model is loaded: is what a command needs installed?"""
-    for name in names:
-        try:
-            import_module(name)
-        except ImportError:
-            raise ImportError(f"this needs {name}, which is not installed: pip install 'medctkit[deploy]'") from None
 
 
 def _with_adapter(model: str, tokenizer: Path | None, adapter: Path | None) -> Any:
@@ -67,7 +58,7 @@ def answer(
     with_map: Annotated[bool, typer.Option("--map/--no-map", help="Where the model looked; 8 GB at full size.")] = True,
 ) -> None:
     """Answer one DICOM study in DICOM: report, picture, segmentation. For research, not for diagnosis."""
-    _check_extra("highdicom")
+    require("deploy", "highdicom")
     from medctkit.deploy.answer import write_answer
     from medctkit.quickstart import answer_study
 
@@ -93,6 +84,30 @@ def export(
     say(f"wrote {write(model, base.tokenizer, out, prompts, text)}, equal for batches of 1, 2 and 3")
 
 
+@deploying.command("deploy-table")
+def deploy_table(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished fine-tuning; RUN/deploy gets the table.")],
+    manifest: Annotated[Path, typer.Option(help="The cohort.")] = Path("data_manifest.csv"),
+    cache_dir: Annotated[Path | None, typer.Option(help="Prepared volumes; see `medctkit finetune`.")] = None,
+) -> None:
+    """Measure each way to deploy: size, memory, time, and what changes; what changes too much is not left there.
+
+    Test studies go through eight variants, one of which takes several times as long: the minutes are told first.
+    """
+    from medctkit.cohort.dataset import load_split, prepared_dir
+    from medctkit.cohort.manifest import load_manifest
+    from medctkit.deploy.deploy_table import as_text
+    from medctkit.deploy.deploy_table import deploy_table as measure
+    from medctkit.deploy.export import NEEDED
+    from medctkit.experiments.adapt import Origin
+
+    require("deploy", *NEEDED)
+    origin, cohort, cache = Origin.of(run), load_manifest(manifest), prepared_dir(manifest, run, cache_dir)
+    base = origin.load()
+    data = (load_split(cohort, origin.hospital, split, base.preprocess_config, cache) for split in ("valid", "test"))
+    say(as_text(measure(base, run / "adapter", *data, run / "deploy")))
+
+
 @deploying.command()
 def gateway(
     folder: Annotated[Path, typer.Argument(help="For slices and answers on their way; nobody else's.")],
@@ -115,7 +130,7 @@ def gateway(
 
     For research, not for diagnosis. The log names no patient.
     """
-    _check_extra("highdicom", "pynetdicom")
+    require("deploy", "highdicom", "pynetdicom")
     import logging
 
     from medctkit.deploy.gateway import Gateway, Limits, Peer
