@@ -7,28 +7,26 @@ import numpy as np
 import pytest
 import torch
 from conftest import PICTURES
+from dicom_peers import write_phantom
 from pages import MESSAGE, NotebookPage
 from servers import Server
 
 from medctkit import FINDINGS, load_mini_base
-from medctkit.deploy.series import write_series
 from medctkit.lora import adapter as lora
-from medctkit.phantom.study import generate
 from medctkit.quickstart import classify
 from medctkit.scans.volumes import read_volume
 
-PICTURE, NONE = ".widget-image", "none: the base model"
+PICTURE, NONE = ".widget-image", "none"
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     """A zip of more than the 10 MB that a websocket takes by default."""
-    folder = write_series(generate(2, shape=(64, 320, 320)).volume, tmp_path_factory.mktemp("series"))
     path = tmp_path_factory.mktemp("study") / "study.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for file in folder.iterdir():
+        for file in write_phantom(tmp_path_factory.mktemp("series"))[1].iterdir():
             archive.write(file, file.name)
-    assert path.stat().st_size > 10 << 20
+        archive.writestr("letter.txt", bytes(11 << 20))
     return path
 
 
