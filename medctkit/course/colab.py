@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 # Of the extra "notebooks": servers and tools, for which Colab has its own; ipympl, which its page does not show as is.
-NOT_IN_COLAB = {"ipykernel", "ipympl", "jupyterlab", "nbconvert", "nbformat", "papermill"}
+NOT_IN_COLAB = {"ipykernel", "ipympl", "jupyterlab", "nbconvert", "nbformat", "papermill", "sphinx-mathjax-offline"}
 # The kernel that runs, and its page: kept even where they are older than we ask for elsewhere.
 COLABS_OWN = {"ipython", "ipywidgets"}
 # Large, and imported before the first cell runs: too old, only another runtime helps.

@@ -161,7 +161,7 @@ class CaseBrowser:
             self.messages.say(f"study {study} can't be shown: {error}")
             return ()
         if self.slices is None:
-            self.slices = SliceViewer(volume, masks, height=self.height)
+            self.slices = SliceViewer(volume, masks, height=self.height, folded=True)
         else:
             self.slices.set_volume(volume, masks)
         return (self.slices.widget,)

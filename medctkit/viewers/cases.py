@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 VIEW_SHAPE = (80, 160, 160)  # voxels at which a phantom is made to be looked at
 PRESENCE = ("any", "present", "absent", "unknown")
+EMPTY_WORDS = frozenset(
+    "a an and are at has have in is it no not of on or present seen the there to with without".split()
+)
 WRITE_EVERY = 10.0  # seconds: what an interruption costs at most
 
 
@@ -45,7 +48,7 @@ class Sentence:
         values: for each model (n,); NaN for studies that could not be read.
         tokens: what the text encoder reads of the sentence: a word it has not learned falls into pieces.
         unknown: words of the sentence and of its negation that are not in the model's vocabulary.
-        words: how many there are in both.
+        words: how many there are in both; neither counts those that carry no content, such as "there is no".
     """
 
     what: str
@@ -282,8 +285,9 @@ class Cases:
                 values[name] = (embeds.to(classifier.device) @ classifier.text_embeds()[0, 0]).cpu().numpy()
         what = "probability" if denying else "cosine"
         words = re.findall(r"\w+", f"{stating} {denying}")
-        unknown = dict.fromkeys(word for word in words if not self._knows(word))
-        return Sentence(what, values, tuple(self.tokenizer.tokenize(stating)), tuple(unknown), len(set(words)))
+        told = {word: self._knows(word) for word in words if word.lower() not in EMPTY_WORDS}
+        unknown = tuple(word for word, known in told.items() if not known)
+        return Sentence(what, values, tuple(self.tokenizer.tokenize(stating)), unknown, len(told))
 
     def _knows(self, word: str) -> bool:
         pieces = self.tokenizer.tokenize(word)

@@ -145,6 +145,7 @@ def test_a_sentence_is_scored_at_enter_and_one_too_long_gives_a_message(cases):
     cases.text_appears("The text encoder reads: there is a lung nodule")
     cases.enter("states", "there is a zebra in the giraffe")
     cases.text_appears("Not in its vocabulary, read in pieces: zebra, giraffe")
+    cases.text_appears("made of words that the model does not know")
     cases.screenshot("unknown words", full_page=True)
     cases.enter("states", "there is a lung nodule")
     cases.enter("denies", "there is no lung nodule")
