@@ -14,6 +14,7 @@ from medctkit.cohort.dataset import load_split, prepared_dir
 from medctkit.cohort.manifest import load_manifest
 from medctkit.common.processes import accelerator_for
 from medctkit.common.provenance import write_json
+from medctkit.experiments.compare.data import with_embeddings
 from medctkit.lora.adapter import add_lora
 from medctkit.lora.methods import METHODS, apply_method
 from medctkit.model.base_model import BaseModel, load_base
@@ -22,7 +23,7 @@ from medctkit.training.checkpoints import RECORD, finished_run, refuse_other_set
 from medctkit.training.loop import FineTuneResult, finetune
 from medctkit.training.memory import cast_frozen
 from medctkit.training.settings import FineTuneConfig
-from medctkit.zero_shot.classifier import validation_score
+from medctkit.zero_shot.classifier import ZeroShotClassifier, validation_score
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,9 @@ def adapt(
     train, valid = (
         load_split(manifest, origin.hospital, split, base.preprocess_config, cache_dir) for split in ("train", "valid")
     )
+    if config.anchor_weight:
+        before = ZeroShotClassifier(base.model.to(accelerator_for().device), base.tokenizer)
+        train = with_embeddings(train, [before.embed(train, config.micro_batch_size or config.batch_size)])
     torch.manual_seed(seed)
     model = settings.apply(base.model)
     if settings.gradient_checkpointing:

@@ -93,11 +93,7 @@ class Data:
 
     def seen(self, dataset: Dataset, of: Sequence[str] = ("train",), name: str = "anchor") -> Dataset:
         """A data set whose items have the base model's embedding of their volume by a name."""
-        embedded = [self.embedded(split) for split in of]
-        known = {
-            study: vector for each in embedded for study, vector in zip(each.studies, each.embeddings, strict=True)
-        }
-        return Changed(dataset, lambda item: item | {name: known[item["study"]]})
+        return with_embeddings(dataset, [self.embedded(split) for split in of], name)
 
     @cached_property
     def centre(self) -> np.ndarray:
@@ -147,6 +143,12 @@ def held_out(item: dict[str, Any], findings: Sequence[str] = HELD_OUT) -> dict[s
     labels = item["labels"].clone()
     labels[[FINDINGS.index(name) for name in findings]] = float("nan")
     return item | {"labels": labels}
+
+
+def with_embeddings(dataset: Dataset, embedded: Sequence[Embedded], name: str = "anchor") -> Dataset:
+    """A data set whose items have, by that name, the embedding of their study out of `embedded`."""
+    known = {study: vector for each in embedded for study, vector in zip(each.studies, each.embeddings, strict=True)}
+    return Changed(dataset, lambda item: item | {name: known[item["study"]]})
 
 
 def flipped(item: dict[str, Any], share: float, seed: int) -> dict[str, Any]:
