@@ -11,7 +11,7 @@ PY := "$(ENV)/bin/python"
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -rs --durations=10 -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all coverage test-browser test-pacs test-colab notebooks render docs docs-links bench style clean
+.PHONY: help setup demo test test-all coverage test-browser test-pacs test-open test-colab notebooks render docs docs-links bench style clean
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  ##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,6 +39,10 @@ test-browser: setup  ## test the viewers in JupyterLab and voila; installs Chrom
 test-pacs: setup  ## send phantoms through a PACS and back; installs Orthanc if there is none
 	@$(PY) tests/deploy/orthanc.py
 	$(PY) -m pytest -rs -m pacs tests/deploy/test_pacs.py
+
+test-open: setup  ## test COLIPRI with its own classes; installs them into .venv-open, a layer of 60 MB
+	@$(PY) -m tools.open_env .venv-open
+	OMP_NUM_THREADS=1 .venv-open/bin/python -m pytest -rs -m open tests/model
 
 test-colab: setup  ## run notebooks 00 and 02 with the packages that Colab has (2 GB, minutes)
 	MEDCTKIT_TEST_COLAB=runs/colab $(PY) -m pytest -rs tests/course/test_colab.py

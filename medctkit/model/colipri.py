@@ -152,8 +152,8 @@ def build(config: Any, temperature: float = 1.0) -> Colipri:
         ModuleNotFoundError: the package `colipri` is not installed.
     """
     _refuse_without_library()
+    from colipri.model.multimodal import instantiate  # hydra's
     from colipri.model.text import TextEncoder
-    from hydra.utils import instantiate
 
     bert = BertModel(BertConfig(**{"use_cache": False, **RELEASED_TEXT}), add_pooling_layer=False)
     text_encoder = TextEncoder(bert, instantiate(config["text_encoder"]["pooler"]))
