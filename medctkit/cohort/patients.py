@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from medctkit.cohort.manifest import has_file
+from medctkit.phantom.patient import Patient
 from medctkit.phantom.study import person_of
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ def characteristics(rows: Sequence[dict]) -> "pd.DataFrame":
     """
     import pandas as pd
 
-    people, found = {}, []
+    people: dict[tuple[str, str], Patient] = {}
+    found: list[list] = []
     for row in rows:
         if has_file(row):
             found.append([row.get(column) for column in COLUMNS.values()])

@@ -93,7 +93,8 @@ def clinical_statistics(
         prefix = "" if name == "value" else f"{name}_"
         return {name: float(drawn[0]), f"{prefix}low": low, f"{prefix}high": high}
 
-    recalibration, predictive, mended = [], [], {}
+    recalibration, predictive = [], []
+    mended: dict[str, np.ndarray] = {}
     for model, said in scores["test"].items():
         risks = choose_recalibration(valid.labels, scores["valid"][model], valid.patients)
         best = min(risks, key=risks.__getitem__)
