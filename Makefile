@@ -40,9 +40,9 @@ test-pacs: setup  ## send phantoms through a PACS and back; installs Orthanc if 
 	@$(PY) tests/deploy/orthanc.py
 	$(PY) -m pytest -rs -m pacs tests/deploy/test_pacs.py
 
-test-open: setup  ## test COLIPRI with its own classes; installs them into .venv-open, a layer of 60 MB
+test-open: setup  ## test COLIPRI and Imaging Data Commons by their own packages, in a layer of 400 MB, .venv-open
 	@$(PY) -m tools.open_env .venv-open
-	OMP_NUM_THREADS=1 .venv-open/bin/python -m pytest -rs -m open tests/model
+	OMP_NUM_THREADS=1 .venv-open/bin/python -m pytest -rs -m open tests/model tests/cohort
 
 test-colab: setup  ## run notebooks 00 and 02 with the packages that Colab has (2 GB, minutes)
 	MEDCTKIT_TEST_COLAB=runs/colab $(PY) -m pytest -rs tests/course/test_colab.py
