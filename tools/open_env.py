@@ -1,7 +1,7 @@
 """What `make test-open` runs first: the packages of the extra `open` and Merlin's, in a layer above the environment.
 
 They bring torchvision, by way of timm, and PyPI's is made for CUDA. Beside a CPU build of torch it does not import, and
-then neither does transformers, which looks for it. So they stay out of the environment; the layer takes 60 MB.
+then neither does transformers, which looks for it. So they stay out of the environment; the layer takes 400 MB.
 """
 
 from __future__ import annotations
