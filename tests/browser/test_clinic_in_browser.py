@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import PICTURES
-from dicom_peers import write_phantom
+from dicom_peers import wait_until, write_phantom
 from pages import MESSAGE, NotebookPage
 from servers import Server
 
@@ -96,3 +96,9 @@ def test_an_archive_that_leads_out_is_refused_and_the_scan_before_is_gone(clinic
     assert not page.find(PICTURE).is_visible() and not scores(page)
     page.screenshot("refused")
     assert page.new_errors() == []
+
+
+def test_the_scan_goes_from_memory_when_the_page_is_closed(clinic):
+    page, _ = clinic
+    page.tab.close()
+    wait_until(lambda: "Kernel shutdown" in page.server.logs[0].read_text(), seconds=60)
