@@ -1,7 +1,7 @@
 """What each way to deploy an adapted model costs, and what it changes: a gate before anything is shipped.
 
-The base of all comparisons is the model as PyTorch runs it, base and adapter in float32. Thresholds are those that it
-gets on validation studies, changes are counted on test studies, and nothing is tuned on either. Each variant runs in a
+All variants are compared with the model as PyTorch runs it, base and adapter in float32. Thresholds are those that it
+gets on validation studies; changes are counted on test studies; nothing is tuned on either. Each variant runs in a
 process of its own, in turns with the base, so that what else the machine does meets both; of the times, the least.
 """
 
@@ -22,7 +22,7 @@ from medctkit.common.provenance import made_with, write_json
 from medctkit.deploy.export import digest_of, export, write_facts
 from medctkit.deploy.exported import FACTS, Exported
 from medctkit.deploy.quantise import KINDS, quantise
-from medctkit.deploy.trial import Trial, Variant
+from medctkit.deploy.trial import Variant, outputs, peak_bytes, seconds, trial
 from medctkit.findings import FINDINGS
 from medctkit.lora.adapter import load_adapter, merge_lora
 from medctkit.metrics.bootstrap import RESAMPLES
@@ -36,12 +36,11 @@ if TYPE_CHECKING:
     import pandas as pd
 
 BASE, BATCHES, ROUNDS = "eager float32", (1, 16), 7
-SHIP, NOT = "ship", "do not ship"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a variant may change before it is marked "do not ship". They were set before anything was measured.
+    """What a variant may change before it is marked "do not ship"; set before anything was measured.
 
     Attributes:
         auroc: loss of the mean AUROC, at the lower end of its paired 95 % interval.
@@ -92,7 +91,7 @@ def deploy_table(
         folder: gets table.csv, table.json and a folder for each export that is not marked "do not ship".
         limits: of the gate.
         prompts: see `ZeroShotClassifier`.
-        resamples: of patients, for the intervals.
+        resamples: of patients, for the intervals; `seed` is theirs.
         seed: of the bootstrap.
 
     Returns:
@@ -107,7 +106,7 @@ def deploy_table(
     import pandas as pd
     from tqdm.auto import tqdm
 
-    folder, threads, rows = Path(folder).expanduser(), torch.get_num_threads(), {}
+    folder, threads = Path(folder).expanduser(), torch.get_num_threads()
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".models-") as scratch:
         model, variants = build(base, adapter, folder, scratch, prompts)
@@ -115,34 +114,37 @@ def deploy_table(
         known = {"model": digests(model), "studies": [row["study"] for row in [*valid.rows, *test.rows]]}
         sample = _volumes(test, [i % len(test) for i in range(max(BATCHES))])
         total = len(valid) + len(test) * len(variants)
-        with Trial(variants[BASE], sample, threads) as own, tqdm(total=total, desc="measuring", unit="volume") as bar:
-            for name, variant in variants.items():
-                kept = folder / "measured" / f"{slug(name)}.npz"
+        with trial(variants[BASE], sample, threads) as own, tqdm(total=total, desc="measuring", unit="volume") as bar:
+
+            def measured(name: str) -> dict[str, Any]:
+                if name != BASE:
+                    with trial(variants[name], sample, threads) as its:
+                        return cost((own, its), variants[name]) | _outputs(its, test, bar)
+                found = cost((own,), variants[name])
+                minutes = found[f"ms_{max(BATCHES)}"] * total / 6e4
+                bar.write(f"{total:,} volumes, {len(variants)} variants: {minutes:.0f} minutes if all are as quick")
+                return found | {"valid": _outputs(own, valid, bar)["embeds"]} | _outputs(own, test, bar)
+
+            found = {}
+            for name in variants:
                 key = digest_of(known | {"variant": name, "threads": threads})
-
-                def measured(name: str = name, variant: Variant = variant) -> dict[str, Any]:
-                    if name == BASE:
-                        found = cost((own,), variant) | _outputs(own, test, bar)
-                        least = found[f"ms_{max(BATCHES)}"] * total / 6e4
-                        bar.write(f"{total:,} volumes through {len(variants)} variants: about {least:.0f} minutes")
-                        return found | {"valid": _outputs(own, valid, bar)["embeds"]}
-                    with Trial(variant, sample, threads) as trial:
-                        return cost((own, trial), variant) | _outputs(trial, test, bar)
-
-                rows[name] = _kept(kept, key, measured)
-        scores = {name: classifier.scores_from_embeddings(found["embeds"]) for name, found in rows.items()}
-        on_valid = classifier.scores_from_embeddings(rows[BASE]["valid"])
-    thresholds = thresholds_from_validation(_labels(valid), on_valid)
-    drawn = {"resamples": resamples, "seed": seed}
-    for name, found in rows.items():
-        row = {key: value for key, value in found.items() if np.ndim(value) == 0 and key != "key"}
-        row["codes"] = float((found["codes"] != rows[BASE]["codes"]).mean())
-        row |= changes(test, scores[BASE], scores[name], thresholds, **drawn)
+                found[name] = _kept(folder / "measured" / f"{slug(name)}.npz", key, lambda: measured(name))  # noqa: B023
+        scores = {name: classifier.scores_from_embeddings(one["embeds"]) for name, one in found.items()}
+        on_valid = classifier.scores_from_embeddings(found[BASE]["valid"])
+    thresholds, rows = thresholds_from_validation(_labels(valid), on_valid), {}
+    for name, one in found.items():
+        row = {key: value for key, value in one.items() if np.ndim(value) == 0 and key != "key"}
+        row["codes"] = float((one["codes"] != found[BASE]["codes"]).mean())
+        row |= changes(test, scores[BASE], scores[name], thresholds, resamples, seed)
         broken = limits.broken(row)
-        row["verdict"] = "base" if name == BASE else f"{NOT}: {'; '.join(broken)}" if broken else SHIP
+        row["verdict"] = "base" if name == BASE else f"do not ship: {'; '.join(broken)}" if broken else "ship"
         rows[name] = row
+        if broken and (folder / slug(name)).is_dir():
+            shutil.rmtree(folder / slug(name))
+        elif (folder / slug(name) / FACTS).is_file():
+            measured_ = f"a score changes by up to {row['score']:.3f}, {row['answers']:.2%} of the answers flip"
+            write_facts(folder / slug(name), Exported(folder / slug(name)).facts | {"measured": measured_})
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("variant")
-    _leave(folder, table)
     with replacing(folder / "table.csv") as temporary:
         table.to_csv(temporary)
     facts = {"studies": {"valid": len(valid), "test": len(test)}, "limits": asdict(limits)}
@@ -154,26 +156,17 @@ def deploy_table(
 def build(
     base: BaseModel, adapter: str | os.PathLike, folder: Path, scratch: str | os.PathLike, prompts: Prompts = "paper"
 ) -> tuple[Any, dict[str, Variant]]:
-    """The adapted model, and every variant of it that can be made here; no study is seen.
+    """The adapted model, and every variant of it that can be made here, before any study is seen.
 
-    Args:
-        base: fresh; the adapter stays on it.
-        adapter: folder of it.
-        folder: gets a folder for each export.
-        scratch: for what PyTorch is to load, 2.3 GB at full size.
-        prompts: see `ZeroShotClassifier`.
+    Exports go to `folder`, what PyTorch is to load to `scratch`; for the others see `deploy_table`.
     """
     own, merged, adapter = Path(scratch) / "base", Path(scratch) / "merged", Path(adapter).expanduser()
     base.model.save_pretrained(own)
     model = load_adapter(base.model, adapter)
     merge_lora(model).save_pretrained(merged)
     onnx = export(model, base.tokenizer, folder / "onnx-float32", prompts)
-    variants = {
-        BASE: Variant(own, adapter),
-        "merged float32": Variant(merged),
-        "merged bf16": Variant(merged, bf16=True),
-        "onnx float32": Variant(onnx),
-    }
+    variants = {BASE: Variant(own, adapter), "merged float32": Variant(merged)}
+    variants |= {"merged bf16": Variant(merged, bf16=True), "onnx float32": Variant(onnx)}
     for kind in KINDS:
         try:
             variants[kind] = Variant(quantise(onnx, folder / slug(kind), kind))
@@ -187,40 +180,35 @@ def slug(name: str) -> str:
     return name.replace(" ", "-")
 
 
-def cost(
-    trials: Sequence[Trial], variant: Variant, batches: Sequence[int] = BATCHES, rounds: int = ROUNDS
-) -> dict[str, Any]:
-    """Columns `bytes`, `ms_*`, `ratio_*` and `peak_*` of the last of the trials, in turns with the first."""
+def cost(trials: Sequence[Callable[..., Any]], variant: Variant, batches: Sequence[int] = BATCHES) -> dict[str, Any]:
+    """Columns `bytes`, `ms_*`, `ratio_*`, `peak_*` of the variant that the last of `trials` runs, the first the base.
+
+    Of `batches` volumes, each several times in turns.
+    """
     row: dict[str, Any] = {"bytes": variant.bytes}
     for batch in batches:
-        taken = [[trial.seconds(batch) for trial in trials] for _ in range(rounds + 1)][1:]  # the first warms up
+        taken = [[do(seconds, batch) for do in trials] for _ in range(ROUNDS + 1)][1:]  # the first warms up
         least = 1e3 / batch * np.min(taken, axis=0)
         row |= {f"ms_{batch}": float(least[-1]), f"ratio_{batch}": float(least[-1] / least[0])}
-        row[f"peak_{batch}"] = trials[-1].peak_bytes() or float("nan")
+        row[f"peak_{batch}"] = trials[-1](peak_bytes)
     return row
 
 
 def changes(
-    test: CTReportDataset, before: np.ndarray, after: np.ndarray, thresholds: np.ndarray, **drawn: Any
+    test: CTReportDataset, before: np.ndarray, after: np.ndarray, thresholds: np.ndarray, resamples: int, seed: int
 ) -> dict[str, Any]:
-    """Columns of the table that say how scores changed.
+    """Columns `auroc` to `asked`, of scores (n, 18) `before` and `after` of the studies of `test`.
 
-    Args:
-        test: the studies.
-        before: scores (n, 18) of the base.
-        after: scores (n, 18) of a variant.
-        thresholds: (18,), the same for both: a hospital has set them when it gets the variant.
-        **drawn: of the bootstrap; see `compare`.
+    The `thresholds` (18,) are the same for both: a hospital has set them before it gets the variant. For `resamples`
+    and `seed` see `compare`.
     """
     patients = [row["patient"] for row in test.rows]
-    table = compare(_labels(test), before, after, patients, thresholds, thresholds, **drawn)
-    found = {f"auroc{end}": float(table.loc["mean", f"auroc{end}"]) for end in ("", "_low", "_high")}
-    of_findings = table["auroc"].drop("mean").dropna()
-    worst = of_findings.idxmin() if len(of_findings) else ""
+    table = compare(_labels(test), before, after, patients, thresholds, thresholds, resamples=resamples, seed=seed)
+    of_findings = table["auroc"].drop("mean").fillna(np.inf)
     flips = (before >= thresholds) != (after >= thresholds)
-    return found | {
-        "finding": worst,
-        "finding_change": float(of_findings.get(worst, np.nan)),
+    return {f"auroc{end}": float(table.loc["mean", f"auroc{end}"]) for end in ("", "_low", "_high")} | {
+        "finding": of_findings.idxmin(),
+        "finding_change": float(of_findings.min()),
         "score": float(np.abs(after - before).max()),
         "answers": float(flips.mean()),
         "asked": flips.size,
@@ -228,43 +216,34 @@ def changes(
 
 
 def as_text(table: "pd.DataFrame") -> str:
-    """The table in Markdown, as `deploy_table` gives it; what was not measured is left empty."""
-    heads = "variant|file, MB|memory, MB|ms a volume|times the base|codes flipped|mean AUROC"
-    heads += "|worst finding|largest change of a score|answers that flip|"
-    lines = [heads.split("|"), ["---"] * len(heads.split("|"))]
+    """The table in Markdown, as `deploy_table` gives it, or only costs."""
     batches = [name.removeprefix("ms_") for name in table if name.startswith("ms_")]
-    for name, row in table.iterrows():
-        several = [
-            " / ".join(form.format(row[f"{column}_{batch}"] / unit) for batch in batches)
-            for column, form, unit in (("peak", "{:.0f}", 1e6), ("ms", "{:.1f}", 1), ("ratio", "{:.2f}", 1))
-        ]
-        changed = [""] * 6
-        if "verdict" in table:
-            changed = [
-                f"{row['codes']:.1%}",
-                f"{row['auroc']:+.4f} ({row['auroc_low']:+.4f} to {row['auroc_high']:+.4f})",
-                f"{row['finding_change']:+.3f} {row['finding']}",
-                f"{row['score']:.3f}",
-                f"{row['answers'] * row['asked']:,.0f} of {row['asked']:,}",
-                row["verdict"],
-            ]
-        lines.append([str(name), f"{row['bytes'] / 1e6:.2f}", *several, *changed])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
+    def cells(name: str, row: "pd.Series") -> dict[str, str]:
+        def each(column: str, form: str, unit: float = 1) -> str:
+            return " / ".join(format(row[f"{column}_{batch}"] / unit, form) for batch in batches)
 
-def _leave(folder: Path, table: "pd.DataFrame") -> None:
-    """Delete exports that fall through, and write on the cards of the others what was measured."""
-    for name, row in table.iterrows():
-        place = folder / slug(str(name))
-        if not (place / FACTS).is_file():
-            continue
-        if row["verdict"].startswith(NOT):
-            shutil.rmtree(place)
-            continue
-        facts = Exported(place).facts
-        measured = f"mean AUROC {row['auroc']:+.4f} ({row['auroc_low']:+.4f} to {row['auroc_high']:+.4f}), "
-        measured += f"a score by up to {row['score']:.3f}, {row['answers']:.2%} of {row['asked']:,} answers flip"
-        write_facts(place, facts | {"measured": measured})
+        costs = {
+            "variant": name,
+            "file, MB": f"{row['bytes'] / 1e6:.2f}",
+            "memory, MB": each("peak", ".0f", 1e6),
+            "ms a volume": each("ms", ".1f"),
+            "times the base": each("ratio", ".2f"),
+        }
+        if "verdict" not in row:
+            return costs
+        return costs | {
+            "codes flipped": f"{row['codes']:.1%}",
+            "mean AUROC": f"{row['auroc']:+.4f} ({row['auroc_low']:+.4f} to {row['auroc_high']:+.4f})",
+            "worst finding": f"{row['finding_change']:+.3f} {row['finding']}",
+            "largest change of a score": f"{row['score']:.3f}",
+            "answers that flip": f"{row['answers'] * row['asked']:,.0f} of {row['asked']:,}",
+            "": row["verdict"],
+        }
+
+    lines = [cells(str(name), row) for name, row in table.iterrows()]
+    shown = [lines[0].keys(), ["---"] * len(lines[0]), *(line.values() for line in lines)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in shown)
 
 
 def _volumes(dataset: CTReportDataset, indices: Sequence[int]) -> np.ndarray:
@@ -275,16 +254,15 @@ def _labels(dataset: CTReportDataset) -> np.ndarray:
     return np.array([[float(row[name]) for name in FINDINGS] for row in dataset.rows])
 
 
-def _outputs(trial: Trial, dataset: CTReportDataset, bar: Any) -> dict[str, np.ndarray]:
+def _outputs(do: Callable[..., Any], dataset: CTReportDataset, bar: Any) -> dict[str, np.ndarray]:
     """Embeddings (n, p) and codes (n, t * h * w) of a data set."""
-    embeds, codes = [], []
+    found = []
     for at in range(0, len(dataset), max(BATCHES)):
         indices = range(at, min(at + max(BATCHES), len(dataset)))
-        found = trial.outputs(_volumes(dataset, indices))
-        embeds.append(found[0])
-        codes.append(found[1].astype(np.int32))
+        found.append(do(outputs, _volumes(dataset, indices)))
         bar.update(len(indices))
-    return {"embeds": np.concatenate(embeds), "codes": np.concatenate(codes)}
+    embeds, codes = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return {"embeds": embeds, "codes": codes.astype(np.int32)}
 
 
 def _kept(path: Path, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -1,32 +1,28 @@
 """A variant of a vision tower in a process of its own: how long it takes, how much memory, and what it answers.
 
-`Trial` starts the process; the functions beside it run in there. Nothing here imports torch, so that what needs none
+`trial` starts the process; the functions beside it run in there. Nothing here imports torch, so that what needs none
 is measured without it.
 """
 
 import os
+import pickle
+import subprocess
+import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from medctkit.common.processes import worker_pool
 from medctkit.deploy.exported import FACTS, Exported
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What is tried.
-
-    Attributes:
-        folder: an export, or a CT-CLIP as `save_pretrained` writes it.
-        adapter: folder of an adapter to put on that.
-        bf16: compute in it.
-    """
+    """What is tried: an export, or a CT-CLIP as `save_pretrained` writes it, with an adapter or in bf16."""
 
     folder: Path
     adapter: Path | None = None
@@ -35,51 +31,67 @@ class Variant:
     @property
     def bytes(self) -> int:
         """Of its weights on disk."""
-        if (self.folder / FACTS).is_file():
-            files = [*self.folder.glob("vision.*"), self.folder / "prompts.npz"]
-        else:
-            files = [f for place in (self.folder, self.adapter) if place for f in place.glob("*.safetensors")]
+        patterns = ("vision.*", "prompts.npz", "*.safetensors")
+        places = [place for place in (self.folder, self.adapter) if place]
+        files = [file for place in places for pattern in patterns for file in place.glob(pattern)]
         return sum(file.stat().st_size for file in files) // (2 if self.bf16 else 1)
 
 
-class Trial:
-    """A variant in a process of its own, which ends with the block.
+@contextmanager
+def trial(variant: Variant, volumes: np.ndarray, threads: int) -> Iterator[Callable[..., Any]]:
+    """Start a process for a variant; it ends with the block.
 
     Args:
         variant: what is tried.
-        volumes: (b, 1, d, h, w) float32, of which it takes the first few to measure seconds and memory.
+        volumes: (b, 1, d, h, w) float32, to measure seconds with.
         threads: that compute.
+
+    Yields:
+        A function that calls another one, `seconds` say, in that process.
+
+    Raises:
+        RuntimeError: the process ended, killed for memory say.
     """
+    # not by multiprocessing, which would import there what this program imports, torch say
+    command = [sys.executable, "-c", f"from {__name__} import _serve; _serve()"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
 
-    def __init__(self, variant: Variant, volumes: np.ndarray, threads: int):
-        self._given, self._stack = (variant, volumes, threads), ExitStack()
-
-    def __enter__(self) -> "Trial":
-        self._pool = self._stack.enter_context(worker_pool(1))
+    def do(function: Callable, *given: Any) -> Any:
         try:
-            self._do(_load, *self._given)
-        except BaseException:
-            self._stack.close()
-            raise
-        return self
+            pickle.dump((function, given), process.stdin)  # type: ignore[arg-type]
+            process.stdin.flush()  # type: ignore[union-attr]
+            found = pickle.load(process.stdout)  # type: ignore[arg-type]
+        except (EOFError, BrokenPipeError):
+            raise RuntimeError(f"the process of {variant.folder} ended; memory may be too short") from None
+        if isinstance(found, BaseException):
+            raise found
+        return found
 
-    def __exit__(self, *error: Any) -> None:
-        self._stack.close()
+    try:
+        do(_load, variant, volumes, threads)
+        yield do
+    except BaseException:
+        process.kill()
+        raise
+    finally:
+        process.communicate()  # the end of its input ends it
 
-    def _do(self, function: Callable, *given: Any) -> Any:
-        return self._pool.submit(function, *given).result()
 
-    def seconds(self, batch: int) -> float:
-        """How long the first `batch` of the volumes take."""
-        return self._do(_seconds, batch)
-
-    def peak_bytes(self) -> int | None:
-        """The most memory that its process has had; None where the system does not say."""
-        return self._do(peak_bytes)
-
-    def outputs(self, volumes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Embeddings (b, p) and codes (b, t * h * w) of volumes (b, 1, d, h, w)."""
-        return self._do(_outputs, volumes)
+def _serve() -> None:
+    """Do what comes in, and send out what came of it; what is printed meanwhile goes with the errors."""
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    while True:
+        try:
+            function, given = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        try:
+            found = function(*given)
+        except Exception as error:
+            found = error
+        pickle.dump(found, out)
+        out.flush()
 
 
 _loaded: tuple[Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], np.ndarray]
@@ -110,24 +122,26 @@ def _load(variant: Variant, volumes: np.ndarray, threads: int) -> None:
     _loaded = run, volumes
 
 
-def _seconds(batch: int) -> float:
+def seconds(batch: int) -> float:
+    """How long the first `batch` of the volumes take."""
     run, volumes = _loaded
     started = time.perf_counter()
     run(volumes[:batch])
     return time.perf_counter() - started
 
 
-def _outputs(volumes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def outputs(volumes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings (b, p) and codes (b, t * h * w) of volumes (b, 1, d, h, w)."""
     return _loaded[0](volumes)
 
 
-def peak_bytes() -> int | None:
-    """The most memory that this process has had; None where the system does not say."""
+def peak_bytes() -> float:
+    """The most memory that this process has had; NaN where the system does not say."""
     status = Path("/proc/self/status")
     if status.is_file():  # what getrusage says there, a process inherits from the one that started it
-        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line[:6] == "VmHWM:")
+        return next(1024.0 * int(line.split()[1]) for line in status.read_text().splitlines() if line[:6] == "VmHWM:")
     if os.name != "posix":
-        return None
+        return float("nan")
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on a Mac
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # bytes on a Mac
