@@ -127,6 +127,25 @@ def install(root: Path = ROOT) -> None:
     print(f"Ready; replaced: {', '.join(newer)}." if newer else "Ready; nothing that was here has been replaced.")
 
 
+def upload(folder: str | os.PathLike = "../data/mine") -> Path:
+    """In Colab: a button to choose your own CT (a file, or a zip of a DICOM folder); it is moved to `folder`.
+
+    Returns:
+        Where it is now, for `my_ct`.
+
+    Raises:
+        ModuleNotFoundError: not in Colab; there, a file is simply named.
+        ValueError: nothing was chosen, or several.
+    """
+    from google.colab import files  # type: ignore[import-not-found]
+
+    names = [Path(name) for name in files.upload()]
+    if len(names) != 1:
+        raise ValueError(f"{len(names)} files were chosen; choose one, and a zip where a scan has many")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return names[0].replace(Path(folder) / names[0].name)
+
+
 def _pip(*arguments: str) -> str | None:
     """Run pip; None, or the end of what it said where it failed."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", *arguments]
