@@ -48,13 +48,18 @@ class Data:
     mini: BaseModel
 
     @classmethod
-    def load(cls, manifest_path: str | os.PathLike, cache_dir: str | os.PathLike) -> Data:
-        """From a manifest and a folder of prepared volumes, which are made where missing."""
+    def load(cls, manifest_path: str | os.PathLike, cache_dir: str | os.PathLike, in_memory: bool = True) -> Data:
+        """From a manifest and a folder of prepared volumes, which are made where missing.
+
+        Volumes that are seen again and again are kept in memory, if that is wanted.
+        """
         mini = load_mini_base()
         train, valid, test, home = (
             CTReportDataset(rows, mini.preprocess_config, cache_dir) for rows in parts(load_manifest(manifest_path))
         )
-        return cls(train.in_memory(), valid.in_memory(), test, home, mini)  # the last two are seen once a run
+        if in_memory:
+            train, valid = train.in_memory(), valid.in_memory()  # the other two are seen once a run
+        return cls(train, valid, test, home, mini)
 
     @cache  # noqa: B019 (one object, as long as the process)
     def embedded(self, split: str, *changes: str) -> Embedded:
