@@ -182,6 +182,9 @@ def load_adapter(
     with torch.device("meta"), _quiet():  # shapes only: what this adapter would look like on this architecture
         shapes = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
         shapes |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+        for layer in model.modules():  # what other adapters hold is not copied only to be thrown away
+            parts = [getattr(layer, name) for name in getattr(layer, "adapter_layer_names", ())]
+            shapes |= {id(part): type(part)() for part in parts}
         twin = copy.deepcopy(model, shapes)
         twin = twin.unload() if wrapped else twin
         patterns = {field: getattr(config, field) for field in with_names(saved, ())}

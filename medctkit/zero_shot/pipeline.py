@@ -22,6 +22,7 @@ class CTZeroShotPipeline(Pipeline):
         ValueError: a processor that makes other volumes than the model wants; see also `ZeroShotClassifier`.
     """
 
+    processor: Any
     _load_processor = True
     _load_tokenizer = _load_image_processor = _load_feature_extractor = _load_video_processor = False
 
@@ -37,14 +38,14 @@ class CTZeroShotPipeline(Pipeline):
             raise TypeError(f"ct-zero-shot does not know {', '.join(unknown)}; `prompts` is given when it is made")
         return {}, {}, {}
 
-    def preprocess(self, inputs: Any) -> dict[str, torch.Tensor]:
+    def preprocess(self, inputs: Any, **_: Any) -> dict[str, torch.Tensor]:
         """Model input `pixel_values` (1, 1, d, h, w) of one scan, the `inputs`."""
         return dict(self.processor(images=inputs))
 
-    def _forward(self, model_inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {"scores": torch.from_numpy(self.classifier.scores(model_inputs["pixel_values"]))}
+    def _forward(self, input_tensors: dict[str, torch.Tensor], **_: Any) -> Any:
+        return {"scores": torch.from_numpy(self.classifier.scores(input_tensors["pixel_values"]))}
 
-    def postprocess(self, model_outputs: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
+    def postprocess(self, model_outputs: Any, **_: Any) -> list[dict[str, Any]]:
         """Label and score of each finding from the `model_outputs`, `scores` (1, 18)."""
         rows = zip(self.classifier.findings, model_outputs["scores"][0].tolist(), strict=True)
         return sorted(({"label": name, "score": score} for name, score in rows), key=lambda row: -row["score"])
