@@ -104,8 +104,10 @@ def deploy_table(
     require("deploy", *NEEDED)
     origin, cohort, cache = Origin.of(run), load_manifest(manifest), prepared_dir(manifest, run, cache_dir)
     base = origin.load()
-    data = (load_split(cohort, origin.hospital, split, base.preprocess_config, cache) for split in ("valid", "test"))
-    say(as_text(measure(base, run / "adapter", *data, run / "deploy")))
+    valid, test = (
+        load_split(cohort, origin.hospital, split, base.preprocess_config, cache) for split in ("valid", "test")
+    )
+    say(as_text(measure(base, run / "adapter", valid, test, run / "deploy")))
 
 
 @deploying.command()

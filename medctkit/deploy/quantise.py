@@ -12,6 +12,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,7 @@ def quantise(folder: str | os.PathLike, out: str | os.PathLike, kind: str) -> Pa
         raise ValueError(f"{folder} is {facts['variant']} already; give what `medctkit export` wrote")
     if out.resolve() == folder.resolve():
         raise ValueError(f"{out} is what it is made from; give another folder")
-    facts = {name: value for name, value in facts.items() if name not in ("checked", "digest")} | {"variant": kind}
+    facts = {name: facts[name] for name in facts if name not in ("checked", "digest", "measured")} | {"variant": kind}
     facts["digest"] = digest_of(facts)
     with replacing_export(out) as building:
         with _quiet():
@@ -119,5 +120,5 @@ KINDS: dict[str, Callable[[Path, Path, str], None]] = {
     "onnx int8 dynamic": _dynamic,
     "onnx int8 weights": _weights,
     "openvino float32": _openvino,
-    "openvino int8 weights": lambda *given: _openvino(*given, int8=True),
+    "openvino int8 weights": partial(_openvino, int8=True),
 }
