@@ -88,7 +88,7 @@ def load_results(folder: str | os.PathLike = SAVED) -> Results:
 
 
 def ends_of(name: str, draws: np.ndarray, mirrored: bool = False) -> dict[str, float]:
-    """Value and ends; `mirrored` at the value, as calibration errors are (see `medctkit.metrics.scores`)."""
+    """By name the value and the ends of draws (1 + resamples,); `mirrored` at the value, as calibration errors are."""
     low, high = interval(draws)
     if mirrored:
         low, high = 2 * draws[0] - high, 2 * draws[0] - low
@@ -193,11 +193,11 @@ def best_free(results: Results) -> pd.DataFrame:
     """The two free fixes that LoRA is held against: best on the test patients, which flatters it, and on validation.
 
     Returns:
-        Rows of `rivals_table`, in this order; the same one twice where it is both.
+        Rows of `rivals_table`, in this order; the same one twice where it is both, none if no fix was run.
     """
     table = rivals_table(results)
     free = table[(table["kind"] == KINDS[0]) & (table["method"] != BASE)]
-    return free.loc[[free["auroc"].idxmax(), free["validation_auroc"].idxmax()]]
+    return free.loc[[free[score].idxmax() for score in ("auroc", "validation_auroc") if len(free)]]
 
 
 def finding_table(results: Results) -> pd.DataFrame:

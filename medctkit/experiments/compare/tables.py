@@ -165,6 +165,16 @@ def shown(table: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
     return pd.DataFrame([{h: text(row, *spec) for h, spec in made.items()} for row in table.to_dict("records")])
 
 
+def best_free_texts(results: Results) -> list[str]:
+    """What LoRA has over the free fix that is best on the test patients, and over the best on validation patients."""
+    texts, best = [], best_free(results)
+    for place, where in enumerate(("the test patients", "validation patients")[: len(best)]):
+        row, (over,) = best.iloc[place], shown(best[place : place + 1], {"over": "lora_over:+.3f"})["over"]
+        fix = f"{row['label']} ({row['over_base']:+.3f} over base)"
+        texts.append(f"LoRA over the free fix that is best on {where}, {fix}: {over}")
+    return texts
+
+
 def all_tables(results: Results) -> dict[str, pd.DataFrame]:
     """Those of `TABLES` whose runs are there."""
     found = {}
@@ -188,11 +198,7 @@ def show_all(results: Results) -> str:
     parts = []
     for name, table in all_tables(results).items():
         parts.append(f"{name}\n{shown(table, TABLES[name].columns).to_string(index=False)}\n{TABLES[name].note}")
-    if "rivals" in all_tables(results) and len(best := best_free(results)):
-        for row, where in zip(best.itertuples(), ("the test patients", "validation patients"), strict=True):
-            over = shown(best[best["method"] == row.method][:1], {"": "lora_over:+.3f"}).iloc[0, 0]
-            fix = f"{row.label} ({row.over_base:+.3f} over base)"
-            parts.append(f"LoRA over the free fix that is best on {where}, {fix}: {over}")
+    parts += best_free_texts(results) if results.has("rivals") else []
     note = "Mean AUROC over findings and seeds; 95 % intervals: bootstrap over test patients. Phantom data."
     return "\n\n".join([*parts, note, *([missing(results)] if missing(results) else [])])
 
