@@ -20,14 +20,7 @@ ROUNDING = 1e-4  # of a score: less is no other answer
 
 @checks("07.1")
 def stale_prompts(stale: Iterable[int], log: "pd.DataFrame", bank: "AdapterBank", volumes: "torch.Tensor") -> str:
-    """Which requests of a log were scored with the prompts of another adapter.
-
-    Args:
-        stale: the student's, numbers of rows.
-        log: a row for each request: `adapter`, and the 18 scores that were given.
-        bank: has the adapters.
-        volumes: of the requests, (n, 1, d, h, w).
-    """
+    """Rows of a log (`adapter`, and the 18 scores given) of volumes (n, 1, d, h, w) asked with another's prompts."""
     found = {int(number(one, "the number of a request")) for one in stale}
     asked, everything = np.array(log["adapter"]), set(range(len(log)))
     off = np.abs(log[list(FINDINGS)].to_numpy(float) - bank.scores(volumes, list(asked))).max(1)
@@ -78,16 +71,10 @@ def is_equal(accepts: Callable[..., bool]) -> str:
         lambda v: model(v) * np.nan: "an export that gives NaN. No comparison with NaN is true, `off > 1e-6` neither.",
     }
 
-    def verdict(export: Callable[[np.ndarray], np.ndarray]) -> bool:
-        found = accepts(export, model, volumes)
-        if not isinstance(found, bool | np.bool_):
-            raise Wrong(f"`accepts` should say True or False; it says {found!r:.60}.")
-        return bool(found)
-
-    if not verdict(lambda v: model(v) + np.float32(1e-8)):
-        raise Wrong("`accepts` refuses an export that is right but for rounding, 1e-8.")
+    if accepts(lambda v: model(v) + np.float32(1e-8), model, volumes) not in (True, np.True_):
+        raise Wrong("`accepts` does not say True of an export that is right but for rounding, 1e-8.")
     for export, said in faults.items():
-        if verdict(export):
+        if accepts(export, model, volumes):
             raise Wrong(f"`accepts` lets through {said}")
     return (
         "`medctkit export` does the same with batches of 1, 2 and 3, and counts flipped codes as well: it writes "
@@ -99,15 +86,7 @@ def is_equal(accepts: Callable[..., bool]) -> str:
 def largest_flip(
     answer: tuple[str, str], studies: Sequence[str], thresholds: np.ndarray, before: np.ndarray, after: np.ndarray
 ) -> str:
-    """The answer of a study that flips with the largest change of its score.
-
-    Args:
-        answer: the student's: names of study and finding.
-        studies: names (n,).
-        thresholds: of the findings (18,).
-        before: scores (n, 18).
-        after: scores (n, 18) of the quantised model.
-    """
+    """Study and finding whose answer flips with the largest change; scores (n, 18), thresholds (18,)."""
     study, finding = (str(name) for name in answer)
     if finding not in FINDINGS or study not in list(studies):
         unknown = study if finding in FINDINGS else finding
