@@ -129,8 +129,11 @@ def clinical_blocks(measured: Measurement, table: Callable[..., Block], figure: 
         def part(title: str, words: str, *blocks: Block) -> None:
             found.extend([Block("heading", title), *([Block("text", words)] if words else []), *blocks])
 
-        words, content = subgroups(clinical)
-        part("Subgroups", words, table("Mean AUROC, and the adapted model against the rest.", content))
+        if len(clinical.subgroups):
+            words, content = subgroups(clinical)
+            part("Subgroups", words, table("Mean AUROC, and the adapted model against the rest.", content))
+        else:  # of scans without these, such as LIDC-IDRI's
+            part("Subgroups", "Neither sex, age, scanner nor kernel of these patients is known: there are none.")
         words, content = recalibration(clinical)
         part("Calibration made anew", words, table("Before and after, means over findings.", content))
         by = "At thresholds from validation patients and the prevalence of CT-RATE's training scans, not that of these."
