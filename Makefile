@@ -11,7 +11,7 @@ PY := "$(ENV)/bin/python"
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -rs --durations=10 -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all coverage test-browser test-pacs test-open test-colab notebooks render docs docs-links bench style clean
+.PHONY: help setup demo test test-all coverage test-browser test-pacs test-open test-colab notebooks render docs docs-links bench bench-open style clean
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  ##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -69,6 +69,10 @@ bench: setup  ## measure speed and memory, check the bars, write bench/*.json: a
 	$(PY) bench/gpu.py
 	$(PY) bench/viewers.py
 	$(PY) bench/phantoms.py
+
+bench-open: setup  ## measure three base models side by side, write bench/base_models.json: about 15 minutes
+	@$(PY) -m tools.open_env .venv-open
+	.venv-open/bin/python bench/base_models.py
 
 style: setup  ## check lint, formatting, which wing imports which, and types
 	$(PY) -m ruff check
