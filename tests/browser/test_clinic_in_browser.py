@@ -3,20 +3,18 @@
 import zipfile
 from dataclasses import replace
 
-import numpy as np
 import pytest
-import torch
 from conftest import PICTURES
 from dicom_peers import wait_until, write_phantom
 from pages import MESSAGE, NotebookPage
 from servers import Server
 
-from medctkit import FINDINGS, load_mini_base
+from medctkit import load_mini_base
 from medctkit.lora import adapter as lora
 from medctkit.quickstart import classify
 from medctkit.scans.volumes import read_volume
 
-PICTURE, NONE = ".widget-image", "none"
+PICTURE = ".widget-image"
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +30,9 @@ def study(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def clinic(browser, root, tmp_path_factory):
-    """The open page, and the folder for its temporary files; two hospitals have an adapter."""
-    for seed, name in enumerate(("north", "south")):
-        torch.manual_seed(seed)
-        model = lora.add_lora(load_mini_base().model, "paper", r=4, init_lora_weights=False)
-        lora.save_adapter(model, root / "runs" / name / "adapter")
+    """The open page, and the folder for its temporary files; a hospital has an adapter."""
+    model = lora.add_lora(load_mini_base().model, "paper", r=4, init_lora_weights=False)
+    lora.save_adapter(model, root / "runs" / "north" / "adapter")
     temporary = tmp_path_factory.mktemp("temporary")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", str(temporary))
@@ -62,12 +58,6 @@ def scores(page):
     return dict(zip(texts[::2], map(float, texts[1::2]), strict=True))
 
 
-def expected(study, root, name):
-    base = load_mini_base()
-    model = lora.load_adapter(base.model, root / "runs" / name / "adapter") if name else base.model
-    return classify(read_volume(study), replace(base, model=model)).scores
-
-
 def test_a_zip_of_dicom_is_scored_with_the_adapter_that_is_chosen(clinic, study, root):
     page, temporary = clinic
     page.text_appears("the mini model, which knows phantoms only", seconds=60)
@@ -75,13 +65,14 @@ def test_a_zip_of_dicom_is_scored_with_the_adapter_that_is_chosen(clinic, study,
     choice.select_option("north")
     upload(page, study)
     page.text_appears("study.zip, adapter north: research use only, not for diagnosis", seconds=60)
-    north = scores(page)
-    assert list(north) == list(FINDINGS) and page.find(PICTURE).bounding_box()["width"] > 600
-    np.testing.assert_allclose([*north.values()], [*expected(study, root, "north").values()], atol=2e-3)
+    north, base = scores(page), load_mini_base()
+    assert page.find(PICTURE).bounding_box()["width"] > 600
     page.screenshot("scored", full_page=True)
-    choice.select_option(NONE)
-    page.text_appears(f"study.zip, adapter {NONE}", seconds=60)
-    np.testing.assert_allclose([*scores(page).values()], [*expected(study, root, None).values()], atol=2e-3)
+    choice.select_option("none")
+    page.text_appears("study.zip, adapter none", seconds=60)
+    scan, model = read_volume(study), lora.load_adapter(load_mini_base().model, root / "runs" / "north" / "adapter")
+    assert scores(page) != north == pytest.approx(classify(scan, replace(base, model=model)).scores, abs=2e-3)
+    assert scores(page) == pytest.approx(classify(scan, base).scores, abs=2e-3)
     assert page.new_errors() == []
     assert not [path for path in temporary.rglob("*") if "medctkit" in path.name or path.suffix in (".dcm", ".zip")]
 
@@ -98,7 +89,7 @@ def test_an_archive_that_leads_out_is_refused_and_the_scan_before_is_gone(clinic
     assert page.new_errors() == []
 
 
-def test_the_scan_goes_from_memory_when_the_page_is_closed(clinic):
+def test_the_scan_goes_from_memory_a_minute_after_the_page_was_closed(clinic):
     page, _ = clinic
     page.tab.close()
-    wait_until(lambda: "Kernel shutdown" in page.server.logs[0].read_text(), seconds=60)
+    wait_until(lambda: "Kernel shutdown" in page.server.logs[0].read_text(), seconds=120)

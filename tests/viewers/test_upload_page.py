@@ -1,7 +1,6 @@
 """A zip goes in; a picture and scores come out, or words; and nothing stays on disk."""
 
 import io
-import stat
 import tempfile
 import zipfile
 from types import SimpleNamespace
@@ -27,12 +26,6 @@ def slices(folder, **tags):
     return {f"{folder.name}/{path.name}": path.read_bytes() for path in write_phantom(folder, **tags)[1].iterdir()}
 
 
-def link():
-    info = zipfile.ZipInfo("slices")
-    info.external_attr = (stat.S_IFLNK | 0o777) << 16
-    return info
-
-
 @pytest.fixture
 def page(tmp_path, monkeypatch):
     """A page, and what it asked its model; temporary files go to a folder that has to be empty at the end."""
@@ -48,9 +41,9 @@ def page(tmp_path, monkeypatch):
     assert not list((tmp_path / "temporary").iterdir())
 
 
-def give(page, content, name="../<b>study.zip"):
-    page.upload.value = ({"name": name, "type": "", "size": len(content), "content": memoryview(content),
-                          "last_modified": pd.Timestamp(0).to_pydatetime()},)  # fmt: skip
+def give(page, content):
+    file = {"type": "", "size": len(content), "last_modified": pd.Timestamp(0).to_pydatetime()}
+    page.upload.value = (file | {"name": "../<b>study.zip", "content": memoryview(content)},)
 
 
 def test_a_scan_is_read_scored_and_scored_again_with_another_adapter(page, tmp_path):
@@ -70,7 +63,6 @@ def test_a_scan_is_read_scored_and_scored_again_with_another_adapter(page, tmp_p
         (b"PK\x03\x04half", "truncated or damaged"),
         (zipped({"../../etc/x.dcm": b""}), "leads out of its folder"),
         (zipped({"/etc/x.dcm": b""}), "absolute path"),
-        (zipped({link(): "/etc/passwd"}), "is a link"),
         (zipped({"x.dcm": bytes(300 << 20)}), "unpack to 314572800"),
         (zipped({"inner.zip": zipped({"x.dcm": bytes(9)})}), "give the one inside"),
         (zipped({"letter.txt": b"Dear colleague"}), "no slice of a scan"),
@@ -88,7 +80,7 @@ def test_what_is_no_scan_is_said_and_takes_the_scan_before_away(page, tmp_path, 
     assert len(asked) == 1
 
 
-def test_of_several_series_one_is_named(page, tmp_path):
+def test_of_several_series_one_is_named_and_what_nobody_expected_is_raised_too(page, tmp_path):
     page, asked = page
     content = zipped(slices(tmp_path / "a", SeriesNumber=3) | slices(tmp_path / "b", SeriesNumber=4))
     give(page, content)
@@ -96,11 +88,7 @@ def test_of_several_series_one_is_named(page, tmp_path):
     page.series.value = "4"
     give(page, content)
     assert page.messages.text == "" and len(asked) == 1
-
-
-def test_what_nobody_expected_is_raised_too(page, tmp_path):
-    page, _ = page
     page._classify = lambda *_: 1 / 0
     with pytest.raises(ZeroDivisionError):
-        give(page, zipped(slices(tmp_path / "study")))
+        give(page, content)
     assert "ZeroDivisionError" in page.messages.text and page.picture.value == b""
