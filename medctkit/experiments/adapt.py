@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from torch.utils.data import Dataset
 
 from medctkit.cohort.dataset import load_split, prepared_dir
 from medctkit.cohort.manifest import load_manifest
@@ -158,9 +159,10 @@ def adapt(
     train, valid = (
         load_split(manifest, origin.hospital, split, base.preprocess_config, cache_dir) for split in ("train", "valid")
     )
+    studies: Dataset = train
     if config.anchor_weight:
         before = ZeroShotClassifier(base.model.to(accelerator_for().device), base.tokenizer)
-        train = with_embeddings(train, [before.embed(train, config.micro_batch_size or config.batch_size)])
+        studies = with_embeddings(train, [before.embed(train, config.micro_batch_size or config.batch_size)])
     torch.manual_seed(seed)
     model = settings.apply(base.model)
     if settings.gradient_checkpointing:
@@ -180,7 +182,7 @@ def adapt(
             f"({passes:.1f} passes over {len(train):,} studies), {validations} validations on {len(valid):,}",
             flush=True,
         )
-    result = finetune(model, train, base.tokenizer, config, output_dir, score)
+    result = finetune(model, studies, base.tokenizer, config, output_dir, score)
     if accelerator_for().is_main_process:
         write_json(asdict(origin), output_dir / ORIGIN)  # now that the folder is this run's
         if result.best_step == 0:

@@ -5,6 +5,7 @@ when a map first needs it, and kept until `close`: a viewer that shows nothing c
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -39,11 +40,11 @@ MEAN = "mean of heads"
 class AttentionViewer:
     """Slices of a scan with a map of what a model looks at.
 
-    Choose a model and what to show. It starts at the first finding that has a mask, outlined. The patch whose attention
-    is shown is the one under the crosshair: click a place. A prompt is one of the findings, or any sentence with or
-    without its negation. Patches are shown as the squares that they are, in multiples of what each would have if all
-    were alike; the caption says what the map is and how much of it lies inside each mask. The widget is `.widget`, the
-    slices are `.slices`.
+    Choose a model, how strong its LoRA is to be, if it has one, and what to show. It starts at the first finding that
+    has a mask, outlined. The patch whose attention is shown is the one under the crosshair: click a place. A prompt is
+    one of the findings, or any sentence with or without its negation. Patches are shown as the squares that they are,
+    in multiples of what each would have if all were alike; the caption says what the map is and how much of it lies
+    inside each mask. The widget is `.widget`, the slices are `.slices`.
 
     Args:
         volume: the scan, as `preprocess` is to be given it.
@@ -92,6 +93,10 @@ class AttentionViewer:
         self.shown = w.Dropdown(options=list(SHOWN), value=show, description="show", layout=wide)
         self.layer = w.IntSlider(min=0, max=0, description="layer", tooltip="layers count from 0", layout=wide)
         self.head = w.Dropdown(description="head", options=[MEAN])
+        self.strength = w.FloatSlider(
+            1.0, min=0, max=1.5, step=0.25, description="strength", continuous_update=False, layout=wide,
+            tooltip="of the adapter: 0 is the base model, 1 what was trained",
+        )  # fmt: skip
         marked = next((name for name in self.prompts if name in self.masks), next(iter(self.prompts), OWN))
         self.prompt = w.Dropdown(options=[*self.prompts, OWN], value=marked, description="prompt", layout=wide)
         first = self.prompts.get(marked, ("", ""))
@@ -100,7 +105,7 @@ class AttentionViewer:
         self.denying = w.Text(first[1], description="denies", placeholder="its negation, or nothing", **text)
         self.caption, self.messages = w.HTML(), Messages()
         for react, controls in (
-            (self._draw, (self.model, self.shown, self.layer, self.head)),
+            (self._draw, (self.model, self.strength, self.shown, self.layer, self.head)),
             (self._chose_prompt, (self.prompt,)),
             (self._typed, (self.stating, self.denying)),
         ):
@@ -108,7 +113,7 @@ class AttentionViewer:
                 self.messages.observe(control, react)
         self.slices.on_move(self._moved)
         rows = (
-            [w.Label("model"), self.model, self.shown],
+            [w.Label("model"), self.model, self.strength, self.shown],
             [self.layer, self.head, self.prompt, self.stating, self.denying],
         )
         boxes = [w.HBox(row, layout={"flex_flow": "row wrap"}) for row in rows]
@@ -154,6 +159,9 @@ class AttentionViewer:
 
     def _offer_controls(self) -> None:
         """Show the controls that the choice needs, with as many layers and heads as the model has."""
+        from medctkit.lora.strength import can_be_scaled
+
+        self.strength.layout.display = None if can_be_scaled(self.models[self.model.value]) else "none"
         needed = SHOWN[self.shown.value]
         for name in {control for controls in SHOWN.values() for control in controls}:
             getattr(self, name).layout.display = None if name in needed else "none"
@@ -172,6 +180,7 @@ class AttentionViewer:
             ValueError: a model of another input size, a crosshair outside of what it sees, no sentence or one too long.
         """
         from medctkit.attention.maps import attend, relevance
+        from medctkit.lora.strength import at_strength, can_be_scaled
         from medctkit.scans.preprocessing import preprocess
 
         shown, name = self.shown.value, self.model.value
@@ -180,13 +189,18 @@ class AttentionViewer:
         if shown == "nothing":
             return None
         pixels = self._once(preprocess, lambda: preprocess(self.volume, self.config))
+        model, strength = self.models[name], self.strength.value
+        scaled = strength != 1 and can_be_scaled(model)
+
+        def once(see: Callable[[], Any], *of: str | None) -> Any:
+            with at_strength(model, strength) if scaled else nullcontext():
+                return self._once((name, strength if scaled else 1, *of), see)
+
         if shown == "speaks for a prompt":
             sentences = self.stating.value.strip(), self.denying.value.strip() or None
-            values = self._once(
-                (name, *sentences), lambda: relevance(self.models[name], self.tokenizer, pixels, *sentences)
-            )
+            values = once(lambda: relevance(model, self.tokenizer, pixels, *sentences), *sentences)
             return self._as_squares(values)
-        attention: Attention = self._once(name, lambda: attend(self.models[name], pixels))
+        attention: Attention = once(lambda: attend(model, pixels))
         if shown == "rollout":
             values = attention.rollout()
         elif shown.endswith("received"):

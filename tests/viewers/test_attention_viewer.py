@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 from tiny import tiny_ct_clip, tiny_model, tiny_tokenizer
 
 from medctkit.attention import maps as attention
 from medctkit.attention.localisation import patch_shares
+from medctkit.lora.adapter import add_lora
 from medctkit.phantom.study import generate
 from medctkit.scans.preprocessing import PreprocessConfig, preprocess
 from medctkit.viewers.attention_viewer import MEAN, OWN, SHOWN, AttentionViewer
@@ -139,6 +141,27 @@ def test_controls_offer_what_the_model_has_and_the_choice_needs(viewer):
     assert viewer.head.value == MEAN and viewer.head.index == 0
     viewer.shown.value = "speaks for a prompt"
     assert viewer.prompt.layout.display is None and viewer.layer.layout.display == "none"
+
+
+def test_an_adapter_has_a_strength_of_which_0_is_the_base_model(study, models, config):
+    adapted = add_lora(tiny_ct_clip({"heads": 2}), "paper", r=2).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            parameter.add_(0.5 * (".lora_B." in name))
+    both = {"plain": models["deep"], "adapted": adapted}
+    viewer = AttentionViewer(study.volume, both, tiny_tokenizer(), config, height=120)
+    assert viewer.strength.layout.display == "none"
+    viewer.model.value = "adapted"
+    seen = {}
+    for strength in (1.0, 0.0, 0.5):
+        viewer.strength.value = strength
+        assert viewer.strength.layout.display is None
+        seen[strength] = shown(viewer).values
+    with adapted.disable_adapter():
+        base = attention.attend(adapted, preprocess(study.volume, config)).rollout()
+    np.testing.assert_array_equal(seen[0], base * base.size)
+    assert not np.allclose(seen[1], seen[0]) and not np.allclose(seen[0.5], seen[1])
+    viewer.close()
 
 
 def test_a_prompt_is_a_finding_or_any_sentence(viewer, study, models, config):

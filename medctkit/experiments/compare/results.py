@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -147,7 +147,7 @@ def pooled(results: Results, group: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _ordered(table: pd.DataFrame, order: Sequence[str]) -> pd.DataFrame:
+def _ordered(table: pd.DataFrame, order: Iterable[str]) -> pd.DataFrame:
     return table.sort_values("method", key=lambda names: names.map(list(order).index), kind="stable", ignore_index=True)
 
 
@@ -277,7 +277,8 @@ def strength_table(results: Results) -> pd.DataFrame:
             names = names_of(results, "forgetting", method) if strength else base
             what = "" if strength in (0, 1) else f"/strength {strength:g}"
             of, home = results.mean_draws(names, what), results.mean_draws(names, f"{what}/home")
-            row = {"method": method, "label": TEXTS[method][0], "strength": strength} | ends_of("auroc", of)
+            row: dict[str, Any] = {"method": method, "label": TEXTS[method][0], "strength": strength}
+            row |= ends_of("auroc", of)
             row |= ends_of("over_base", of - results.mean_draws(base))
             rows.append(row | ends_of("home_over_base", home - results.mean_draws(base, "/home")))
     return pd.DataFrame(rows)
