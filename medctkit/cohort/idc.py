@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from medctkit.cohort.nodules import LEAST_READERS, NODULE
 from medctkit.cohort.open_data import OpenPlan, manifest_row, some_of, split_of
+from medctkit.common.atomic import replacing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -92,32 +93,37 @@ def chest_series(table: "pd.DataFrame") -> "pd.DataFrame":
     """One series for each patient, by the rule above, out of a `table` of the index's rows with `DETAILS`."""
     fits = (table["Modality"] == "CT") & table["analysis_result_id"].isna()
     fits &= table["SliceThickness"].between(*THICKNESS) & table["instanceCount"].between(*SLICES)
-    table = table[fits & ~table["ImageType"].map(lambda kinds: "LOCALIZER" in _texts(kinds))]
-    hardness = [_hardness(" ".join(_texts(kernel))) for kernel in table["ConvolutionKernel"]]
+    table = table[fits & ~table["ImageType"].map(lambda kinds: "LOCALIZER" in _text(kinds))]
+    hardness = [_hardness(_text(kernel)) for kernel in table["ConvolutionKernel"]]
     order = dict(PatientID=True, hardness=True, SliceThickness=True, instanceCount=False, SeriesInstanceUID=True)
     ordered = table.assign(hardness=hardness).sort_values(list(order), ascending=list(order.values()))
     return ordered.drop_duplicates("PatientID")
 
 
 def fetch_series(uid: str, folder: str | os.PathLike) -> tuple[Path, str]:
-    """Fetch one series by its UID, if it is not there; returns its folder, and its licence with whom to name.
+    """Fetch one series by its UID, once; returns its folder, and its licence with whom to name, which lies beside it.
 
     Raises:
         ModuleNotFoundError, ValueError, OSError: see `plan_idc`; or it did not come whole.
     """
-    destination, client = Path(folder).expanduser().absolute(), _client()
+    destination = Path(folder).expanduser().absolute()
+    note = destination / f"{uid}.txt"
+    if note.is_file():  # last: so all of it is there
+        path, said = note.read_text(encoding="utf-8").splitlines()
+        return destination / path, said
+    client = _client()
     series = client.index[client.index["SeriesInstanceUID"] == uid]
     if series.empty:
         raise ValueError(f"series {uid} is not in {client.get_idc_version()} of Imaging Data Commons")
     series = series.assign(folder="scans/" + series["PatientID"] + "/" + series["SeriesInstanceUID"])
-    said, path, study = _licences(client, series), destination / series["folder"].iloc[0], series["PatientID"].iloc[0]
-    size, table = int(series["series_size_MB"].sum() * 1e6), series[["PatientID"]].set_axis(["patient"], axis=1)
-    if _lacks(destination, next(series.itertuples())):
-        print(*said, sep="\n")
-        OpenPlan(destination, "", said, table, size, 0, dict)  # refuses where there is no room
-        if failed := _transfer(client, destination, series, series[:0]):
-            raise OSError(f"{study}: {failed[study]}")
-    return path, said[0]
+    licences, size = _licences(client, series), int(series["series_size_MB"].sum() * 1e6)
+    print(*licences, sep="\n")
+    OpenPlan(destination, "", licences, series, size, 0, dict)  # refuses where there is no room
+    if failed := _transfer(client, destination, series, series[:0]):
+        raise OSError(*failed.values())
+    with replacing(note) as temporary:
+        temporary.write_text(f"{series['folder'].iloc[0]}\n{licences[0]}", encoding="utf-8")
+    return destination / series["folder"].iloc[0], licences[0]
 
 
 def _client() -> Any:
@@ -137,14 +143,12 @@ def _details(client: Any) -> "pd.DataFrame":
     try:
         client.fetch_index("ct_index")
         return client.ct_index[DETAILS]
-    except (OSError, AttributeError) as error:
+    except (OSError, AttributeError, ValueError) as error:
+        told = client.indices_overview["ct_index"]
         raise ConnectionError(
-            f"no table of CT series from {client.indices_overview['ct_index']['url']} ({type(error).__name__}). Check "
-            "the network and, behind a proxy, HTTPS_PROXY"
+            f"no table of CT series from {told['url']} ({type(error).__name__}). Check the network and "
+            f"HTTPS_PROXY; delete a damaged one: {told['file_path']}"
         ) from None
-    except ValueError as error:
-        file = client.indices_overview["ct_index"]["file_path"]
-        raise OSError(f"{file} is damaged ({error}); delete it, and run this again") from None
 
 
 def _licences(client: Any, series: "pd.DataFrame") -> tuple[str, ...]:
@@ -166,11 +170,8 @@ def _transfer(client: Any, destination: Path, scans: "pd.DataFrame", drawn: "pd.
         if lacking:
             to = destination / series["folder"].iloc[0].partition("/")[0]
             client.download_from_selection(str(to), seriesInstanceUID=lacking, dirTemplate=layout, use_s5cmd_sync=True)
-    import pandas as pd
-
-    found = {row.PatientID: _lacks(destination, row) for row in pd.concat([drawn, scans]).itertuples()}
-    found |= {row.PatientID: why for row in drawn.itertuples() if (why := _lacks(destination, row))}
-    return {study: why for study, why in found.items() if why}
+    rows = [*drawn.itertuples(), *scans.itertuples()]
+    return {row.PatientID: why for row in rows if (why := _lacks(destination, row))}
 
 
 def _lacks(destination: Path, row: Any) -> str:
@@ -182,8 +183,8 @@ def _lacks(destination: Path, row: Any) -> str:
     return f"{len(sizes)} of {row.instanceCount} files of {row.folder}, {lacking:,} bytes too few; run this again"
 
 
-def _texts(value: Any) -> list[str]:
-    return [] if value is None or isinstance(value, float) else [str(text).upper() for text in value]
+def _text(value: Any) -> str:
+    return "" if value is None or isinstance(value, float) else " ".join(map(str, value)).upper()
 
 
 def _hardness(kernel: str) -> int:

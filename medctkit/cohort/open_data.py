@@ -49,15 +49,9 @@ class OpenPlan:
     def __str__(self) -> str:
         labels = {name: self.table[name].dropna() for name in FINDINGS}
         known = ", ".join(f"{name} {int(of.sum())} of {len(of)}" for name, of in labels.items() if len(of))
-        size, there = as_bytes(self.bytes_total), as_bytes(self.bytes_there)
-        return "\n".join(
-            [
-                *self.licences,
-                f"{self.source} -> {self.destination}: {counted(self.table, 'scan')} of "
-                f"{self.table['patient'].nunique():,} patients, {size}; {there} there",
-                f"labels: {known or 'none'}",
-            ]
-        )
+        what = f"{self.source} -> {self.destination}: {counted(self.table, 'scan')} of "
+        what += f"{self.table['patient'].nunique():,} patients, {as_bytes(self.bytes_total)}; "
+        return "\n".join([*self.licences, f"{what}{as_bytes(self.bytes_there)} there", f"labels: {known or 'none'}"])
 
 
 def fetch(plan: OpenPlan) -> tuple[Path, Mapping[str, str]]:
@@ -80,7 +74,10 @@ def fetch(plan: OpenPlan) -> tuple[Path, Mapping[str, str]]:
 
 
 def manifest_row(study: str, patient: str, split: str, hospital: str, labels: Mapping[str, int], **more: Any) -> dict:
-    """A row of the manifest of a scan without a report; `labels` as far as they are known, `more` such as its path."""
+    """A row of the manifest, of a scan without a report.
+
+    `study`, `patient`, `split` and `hospital` are its cells, `labels` (1 or 0) as far as they are known, `more` others.
+    """
     said = " ".join(f"{name} is {'' if there else 'not '}present." for name, there in labels.items())
     row: dict[str, Any] = dict(study=study, patient=patient, split=split, hospital=hospital, seed=None, scan=study)
     row |= dict(reconstruction=1, **{name: labels.get(name) for name in FINDINGS})
