@@ -163,37 +163,41 @@ def embed_sentences(model: Model, tokenizer: Any, sentences: Sequence[str]) -> t
 def relevance_maps(model: Model, pixels: torch.Tensor, directions: torch.Tensor) -> np.ndarray:
     """`relevance` of several volumes (b, 1, D, H, W), each for a direction of its own (b, p): (b, t, h, w).
 
+    Directions (b, k, p), k for each volume, which is encoded once for all of them, give (b, k, t, h, w).
+
     Raises:
         ValueError: a base model that has neither CT-CLIP's transformers nor `patches`.
     """
     device = model.temperature.device
     of = _followed_back if _has_two_transformers(model) else _added_by_patches
-    found = of(model, pixels.to(device), directions.to(device))
-    total = found.sum((1, 2, 3), keepdims=True)
-    return np.divide(found, total, out=np.full_like(found, 1 / found[0].size), where=total > 0)
+    found = of(model, pixels.to(device), directions.to(device).reshape(len(pixels), -1, directions.shape[-1]))
+    total = found.sum((2, 3, 4), keepdims=True)
+    found = np.divide(found, total, out=np.full_like(found, 1 / found[0, 0].size), where=total > 0)
+    return found if directions.ndim == 3 else found[:, 0]
 
 
 def _followed_back(model: Model, pixels: torch.Tensor, directions: torch.Tensor) -> np.ndarray:
-    """Through both transformers of CT-CLIP: (b, t, h, w)."""
-    z = list[torch.Tensor]()
+    """Through both transformers of CT-CLIP, for directions (b, k, p): (b, k, t, h, w)."""
+    z, found, b = list[torch.Tensor](), [], len(pixels)
     with evaluating(model), torch.enable_grad(), _explicit(model) as layers:
         handle = model.vision_encoder.register_forward_hook(lambda module, given, out: z.append(out))
         try:
             image = model.encode_image(pixels.requires_grad_())
         finally:
             handle.remove()
-        score = model.temperature.exp() * (image * directions).sum()
-        kept = [*layers["spatial"], *layers["temporal"]]
-        gradients = torch.autograd.grad(score, [*kept, *z])
-    b = len(pixels)
-    tokens, n = (gradients[-1] * z[0]).sum(-1).clamp(min=0).flatten(2), len(layers["spatial"])  # (b, t, n)
-    spatial = _related(layers["spatial"], gradients[:n]).unflatten(0, (b, -1))  # (b, t, n, n)
-    temporal = _related(layers["temporal"], gradients[n:-1]).unflatten(0, (b, -1))  # (b, n, t, t)
-    return _through(tokens.transpose(1, 2), temporal, spatial, model.config.grid)
+        scores = model.temperature.exp() * (image[:, None] * directions).sum((0, 2))  # (k,)
+        kept, n = [*layers["spatial"], *layers["temporal"]], len(layers["spatial"])
+        for k, score in enumerate(scores):
+            gradients = torch.autograd.grad(score, [*kept, *z], retain_graph=k + 1 < len(scores))
+            tokens = (gradients[-1] * z[0].detach()).sum(-1).clamp(min=0).flatten(2)  # (b, t, n)
+            spatial = _related(layers["spatial"], gradients[:n]).unflatten(0, (b, -1))  # (b, t, n, n)
+            temporal = _related(layers["temporal"], gradients[n:-1]).unflatten(0, (b, -1))  # (b, n, t, t)
+            found.append(_through(tokens.transpose(1, 2), temporal, spatial, model.config.grid))
+    return np.stack(found, 1)
 
 
 def _added_by_patches(model: Model, pixels: torch.Tensor, directions: torch.Tensor) -> np.ndarray:
-    """Of a model whose `patches` puts out a vector for each patch, (b, c, t, h, w): (b, t, h, w)."""
+    """Of a model whose `patches` puts out a vector for each patch, (b, c, t, h, w): (b, k, t, h, w)."""
     if not hasattr(model, "patches"):
         raise ValueError("this base model does not say where its patches are, so there is no map of them")
     z = list[torch.Tensor]()
@@ -206,11 +210,11 @@ def _added_by_patches(model: Model, pixels: torch.Tensor, directions: torch.Tens
     with evaluating(model):
         handle = model.patches.register_forward_hook(start_here)
         try:
-            score = model.temperature.exp() * (model.encode_image(pixels) * directions).sum()
+            scores = model.temperature.exp() * (model.encode_image(pixels)[:, None] * directions).sum((0, 2))  # (k,)
         finally:
             handle.remove()
-    (gradient,) = torch.autograd.grad(score, z)
-    return (gradient * z[0]).sum(1).clamp(min=0).detach().float().cpu().numpy()
+    gradients = [torch.autograd.grad(score, z, retain_graph=True)[0] for score in scores]
+    return torch.stack([(g * z[0]).sum(1).clamp(min=0) for g in gradients], 1).detach().float().cpu().numpy()
 
 
 def patch_map(
