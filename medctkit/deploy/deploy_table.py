@@ -40,7 +40,7 @@ BASE, BATCHES, ROUNDS = "eager float32", (1, 16), 7
 
 @dataclass(frozen=True)
 class Limits:
-    """What a variant may change before it is marked "do not ship"; set before anything was measured.
+    """What a variant may change before it is marked "do not ship": a choice, state your own.
 
     Attributes:
         auroc: loss of the mean AUROC, at the lower end of its paired 95 % interval.

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from medctkit.deploy import deploy_table as tables
 from medctkit.deploy.deploy_table import BASE, Limits, as_text, build, deploy_table
-from medctkit.deploy.exported import Exported
 from medctkit.deploy.exported import PROMPTS as DIFFERENCES
+from medctkit.deploy.exported import Exported
 from medctkit.deploy.quantise import KINDS, quantise
 from medctkit.deploy.trial import Variant, outputs, peak_bytes, trial
 from medctkit.findings import FINDINGS
