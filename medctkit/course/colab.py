@@ -49,6 +49,7 @@ def needed(project: Mapping) -> dict[str, str]:
     """
     extras = project["project"]["optional-dependencies"]
     listed = [*extras["cluster"], *project["project"]["dependencies"], *extras["tensorboard"], *extras["notebooks"]]
+    listed += extras["deploy"]  # notebook 07
     lowest = {}
     for requirement in listed:
         found = _REQUIREMENT.fullmatch(requirement.strip())

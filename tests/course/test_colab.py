@@ -23,9 +23,10 @@ LISTED = (ROOT / "tests" / "colab_2026_01.txt").read_text().splitlines()
 COLAB = {
     colab.normal(name): version for name, _, version in (line.partition("==") for line in LISTED if line[0] != "#")
 }
-LACKING = ["distributed", "monai", "numba", "peft", "pydicom", "pylibjpeg", "pylibjpeg-openjpeg", "regex", "simpleitk"]
+LACKING = "distributed monai numba peft pydicom pylibjpeg pylibjpeg-openjpeg regex simpleitk".split()
+LACKING += "highdicom onnx onnxruntime onnxscript pynetdicom".split()  # notebook 07
 CELL = course.COLAB_CELL.read_text()
-EXTRAS = ("cluster", "tensorboard", "notebooks")
+EXTRAS = ("cluster", "tensorboard", "notebooks", "deploy")
 SLOW = "MEDCTKIT_TEST_COLAB"
 
 
@@ -124,6 +125,11 @@ def test_where_tested_versions_do_not_fit_others_are_taken(pip, monkeypatch, cap
             "pylibjpeg-openjpeg>=2.0",
             "regex>=2024.11",
             "simpleitk>=2.4",
+            "highdicom>=0.27",
+            "onnx>=1.20",
+            "onnxruntime>=1.20",
+            "onnxscript>=0.6",
+            "pynetdicom>=3.0",
             "--constraint",
         ]
     )
