@@ -269,8 +269,9 @@ def download(
     from medctkit.cohort.selection import study_names
 
     if source != "ct-rate":
-        if studies or weights or tokenizer or (split and source == "idc"):
-            raise ValueError("--studies, --weights, --tokenizer, and with idc --split, are for CT-RATE")
+        if studies or weights or tokenizer or keep_no_chest or verify or (split and source == "idc"):
+            of_ct_rate = "--studies, --weights, --tokenizer, --keep-no-chest, --verify and, with idc, --split"
+            raise ValueError(f"{of_ct_rate} are for CT-RATE")
         _download_open(source, destination, patients, split, seed, collection, dry_run)
         return
     subset = patients is not None or bool(studies) or split is not None
