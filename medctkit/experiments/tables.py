@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,9 +17,8 @@ from medctkit.common.processes import accelerator_for
 from medctkit.common.provenance import made_with, write_json
 from medctkit.experiments.adapt import Origin
 from medctkit.findings import FINDINGS
-from medctkit.metrics.bootstrap import RESAMPLES
 from medctkit.metrics.scores import METRICS, evaluate, thresholds_from_validation
-from medctkit.zero_shot.classifier import Embedded, ZeroShotClassifier
+from medctkit.zero_shot.classifier import ZeroShotClassifier
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,29 +27,19 @@ PUBLISHED = 0.731  # mean AUROC of CT-CLIP, zero-shot, on CT-RATE's validation p
 
 
 def scores_file(path: str | os.PathLike) -> Path:
-    """Where scores are to go, before hours are spent on them.
+    """The path, if scores can be written there: .csv, or .parquet with pyarrow; asked before hours are spent on them.
 
     Raises:
-        ValueError: neither .csv nor .parquet.
-        ImportError: Parquet, and no pyarrow.
+        ValueError: neither.
     """
     path = Path(path).expanduser()
-    if path.suffix not in (".csv", ".parquet"):
-        raise ValueError(f"{path}: scores are written as .csv or .parquet")
-    if path.suffix == ".parquet":
-        try:
-            import pyarrow  # type: ignore[import-untyped]  # noqa: F401
-        except ImportError:
-            raise ImportError(f"{path} needs pyarrow: pip install pyarrow, or name a .csv") from None
+    if path.suffix != ".csv" and not (path.suffix == ".parquet" and find_spec("pyarrow")):
+        raise ValueError(f"{path}: scores are written as .csv, or as .parquet after pip install pyarrow")
     return path
 
 
 def write_scores(
-    path: str | os.PathLike,
-    studies: np.ndarray,
-    patients: np.ndarray,
-    labels: np.ndarray,
-    scores: Mapping[str, np.ndarray],
+    path: Path, studies: np.ndarray, patients: np.ndarray, labels: np.ndarray, scores: Mapping[str, np.ndarray]
 ) -> Path:
     """Write a row for each study and finding: study, patient, finding, label (empty: unknown), probabilities.
 
@@ -62,39 +52,34 @@ def write_scores(
     """
     import pandas as pd
 
-    path = scores_file(path)
-    table = pd.DataFrame(
-        {"study": np.repeat(studies, len(FINDINGS)), "patient": np.repeat(patients, len(FINDINGS))}
-        | {"finding": np.tile(FINDINGS, len(studies)), "label": labels.ravel()}
-        | {name: values.ravel() for name, values in scores.items()}
-    )
+    k = len(FINDINGS)
+    columns = {
+        "study": np.repeat(studies, k),
+        "patient": np.repeat(patients, k),
+        "finding": np.tile(FINDINGS, len(studies)),
+    }
+    columns |= {name: values.ravel() for name, values in {"label": labels, **scores}.items()}
     if path.suffix == ".csv":
-        write_table(table, path)
-    else:
-        with replacing(path) as temporary:
-            table.to_parquet(temporary, index=False)
+        write_table(pd.DataFrame(columns), path)
+        return path
+    with replacing(path) as temporary:
+        pd.DataFrame(columns).to_parquet(temporary, index=False)
     return path
 
 
-def write_findings(tables: "Mapping[str, pd.DataFrame]", folder: str | os.PathLike) -> tuple[Path, Path]:
-    """Write tables of `evaluate` and `compare`, by name, as findings.csv (all numbers) and findings.tex (AUROC)."""
+def write_findings(tables: "Mapping[str, pd.DataFrame]", folder: Path) -> tuple[Path, Path]:
+    """Write named tables of `evaluate` and `compare` as findings.csv (all measures) and findings.tex (AUROC)."""
     import pandas as pd
 
-    folder = Path(folder)
-    flat = {
-        f"{name} {column}": table[column]
+    wanted = ["positives", "studies", *(f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_high"))]
+    flat = pd.concat([t[t.columns.intersection(wanted)].add_prefix(f"{name} ") for name, t in tables.items()], axis=1)
+    write_table(flat.rename_axis("finding").reset_index(), folder / "findings.csv")
+    shown = pd.DataFrame({
+        name: [f"{r.auroc:.3f} ({r.auroc_low:.3f} to {r.auroc_high:.3f})" for r in table.itertuples()]
         for name, table in tables.items()
-        for column in table.columns
-        if column.removesuffix("_low").removesuffix("_high") in (*METRICS, "positives", "studies")
-    }
-    write_table(pd.DataFrame(flat).rename_axis("finding").reset_index(), folder / "findings.csv")
-    shown = {
-        name: [f"{row.auroc:.3f} ({row.auroc_low:.3f} to {row.auroc_high:.3f})" for row in table.itertuples()]
-        for name, table in tables.items()
-    }
-    text = pd.DataFrame(shown, next(iter(tables.values())).index).rename_axis("AUROC (95 \\% interval)").to_latex()
+    }, flat.index).rename_axis("AUROC (95 \\% interval)")  # fmt: skip
     with replacing(folder / "findings.tex") as temporary:
-        temporary.write_text(text.replace("nan (nan to nan)", "--"), encoding="utf-8")
+        temporary.write_text(shown.to_latex().replace("nan (nan to nan)", "--"), encoding="utf-8")
     return folder / "findings.csv", folder / "findings.tex"
 
 
@@ -102,26 +87,24 @@ def measure_base(
     manifest_path: str | os.PathLike,
     output_dir: str | os.PathLike,
     origin: Origin,
+    scores: Path,
     seed: int = 0,
     cache_dir: str | os.PathLike | None = None,
     batch_size: int = 32,
-    scores: str | os.PathLike | None = None,
-    resamples: int = RESAMPLES,
 ) -> str:
     """Score a base model alone, zero-shot, on the test patients of a hospital; no run is needed.
 
-    Writes `base.json`, scores and tables into `output_dir`. Thresholds come from validation patients, where there are
-    any, else they are 0.5; no AUROC depends on them.
+    Writes `base.json`, scores and tables. Thresholds come from validation patients, where there are any, else they are
+    0.5; no AUROC depends on them.
 
     Args:
         manifest_path: usually `data_manifest.csv`.
         output_dir: a folder.
         origin: base model and hospital.
+        scores: see `scores_file`.
         seed: of the bootstrap.
         cache_dir: see `prepared_dir`.
         batch_size: volumes at a time.
-        scores: see `scores_file`; by default `scores.csv` in `output_dir`.
-        resamples: of patients.
 
     Returns:
         What came out, in lines.
@@ -129,38 +112,32 @@ def measure_base(
     Raises:
         ValueError: no such test studies.
     """
-    output_dir = Path(output_dir).expanduser()
-    file = scores_file(output_dir / "scores.csv" if scores is None else scores)
-    manifest, base = load_manifest(manifest_path), origin.load()
+    output_dir, manifest, base = Path(output_dir).expanduser(), load_manifest(manifest_path), origin.load()
     classifier = ZeroShotClassifier(base.model.to(accelerator_for().device), base.tokenizer)
     prepared = prepared_dir(manifest_path, output_dir, cache_dir)
-
-    def seen(split: str) -> tuple[Embedded, np.ndarray]:
-        dataset = load_split(manifest, origin.hospital, split, base.preprocess_config, prepared)
-        embedded = classifier.embed(dataset, batch_size)
-        return embedded, classifier.scores_from_embeddings(embedded.embeddings)
-
-    test, found = seen("test")
-    chosen = manifest if origin.hospital is None else manifest[manifest["hospital"] == origin.hospital]
+    there = manifest if origin.hospital is None else manifest[manifest["hospital"] == origin.hospital]
     limits: np.ndarray | float = 0.5
-    if "valid" in set(chosen["split"]):
-        valid, of_valid = seen("valid")
-        limits = thresholds_from_validation(valid.labels, of_valid)
-    table = evaluate(test.labels, found, test.patients, limits, resamples=resamples, seed=seed)
+    for split in ("valid", "test") if "valid" in set(there["split"]) else ("test",):
+        dataset = load_split(manifest, origin.hospital, split, base.preprocess_config, prepared)
+        seen = classifier.embed(dataset, batch_size)
+        found = classifier.scores_from_embeddings(seen.embeddings)
+        if split == "valid":
+            limits = thresholds_from_validation(seen.labels, found)
     if not accelerator_for().is_main_process:
         return ""
+    table = evaluate(seen.labels, found, seen.patients, limits, seed=seed)
+    auroc = dict(
+        zip(("value", "low", "high"), table.loc["mean", ["auroc", "auroc_low", "auroc_high"]].round(4), strict=True)
+    )
+    hospitals = sorted(set(there.loc[there["split"] == "test", "hospital"]))
+    content = {"auroc": auroc, "studies": len(seen.studies), "hospitals": hospitals}
     output_dir.mkdir(parents=True, exist_ok=True)
-    value, low, high = table.loc["mean", ["auroc", "auroc_low", "auroc_high"]].tolist()
-    auroc = {"value": round(value, 4), "low": round(low, 4), "high": round(high, 4)}
-    hospitals = sorted(set(chosen.loc[chosen["split"] == "test", "hospital"]))
-    data = {"studies": len(test.studies), "hospitals": hospitals}
-    write_json({"auroc": auroc} | data | {"made_with": made_with(seed, ", ".join(hospitals))}, output_dir / "base.json")
-    written = [write_scores(file, test.studies, test.patients, test.labels, {"base": found})]
+    write_json(content | {"made_with": made_with(seed, ", ".join(hospitals))}, output_dir / "base.json")
+    written = [write_scores(scores, seen.studies, seen.patients, seen.labels, {"base": found})]
     written += write_findings({"base": table}, output_dir)
-    said = [
-        f"mean AUROC {value:.3f} [{low:.3f}, {high:.3f}] on {len(test.studies):,} studies of {', '.join(hospitals)}"
-    ]
+    said = "mean AUROC {value:.3f} [{low:.3f}, {high:.3f}]".format(**auroc)
+    said += f" on {len(seen.studies):,} studies of {', '.join(hospitals)}"
     if hospitals == [ct_rate.HOSPITAL]:
-        holds = "holds" if low <= PUBLISHED <= high else "does not hold"
-        said.append(f"CT-CLIP published {PUBLISHED} for CT-RATE's validation patients; the interval {holds} it")
-    return "\n".join([*said, *(f"wrote {path}" for path in written)])
+        holds = "holds" if auroc["low"] <= PUBLISHED <= auroc["high"] else "does not hold"
+        said += f"\nCT-CLIP published {PUBLISHED} for CT-RATE's validation patients; the interval {holds} it"
+    return "\n".join([said, *(f"wrote {path}" for path in written)])
