@@ -154,6 +154,7 @@ def adapt(
         raise ValueError(f"{output_dir} is of {there}, not of {origin}. Give another output_dir, or delete it")
     config = settings.config(seed)
     refuse_other_settings(output_dir, config)
+    accelerator_for(config.mixed_precision, tracker=config.tracker)  # refuses a tracker that is not here
     cache_dir = prepared_dir(manifest_path, output_dir, cache_dir)
     base, manifest = origin.load(), load_manifest(manifest_path)
     train, valid = (

@@ -245,10 +245,8 @@ class _Volumes(Sequence):
 
 def _adapter_facts(model: Model, folder: Path) -> dict[str, int]:
     """Layers of each encoder that carry the adapter, what was trained (0 layers, where it is no adapter), its bytes."""
-    names, encoders = (
-        getattr(model, "active_adapters", ()),
-        {"vision": model.vision_encoder, "text": model.text_encoder},
-    )
+    names = getattr(model, "peft_config", ())
+    encoders = {"vision": model.vision_encoder, "text": model.text_encoder}
     layers = {side: sum(hasattr(m, "adapter_layer_names") for m in tower.modules()) for side, tower in encoders.items()}
     trained = sum(p.numel() for key, p in model.named_parameters() if set(names) & set(key.split(".")))
     return layers | {"trainable": trained or trained_count(folder), "bytes": trained_bytes(folder)}
