@@ -222,7 +222,9 @@ def test_options_are_those_of_the_declaration():
     options = {option.name: option for option in command.params}
     names = {field.name for field in fields(Adaptation)} - {"prompts", "seed"}
     assert names < set(options) and all(options[name].help and options[name].default is None for name in names)
-    assert Adaptation.help()["rank"].startswith("of the adapter") and "halved" not in Adaptation.help()["warmup_fraction"]
+    assert (
+        Adaptation.help()["rank"].startswith("of the adapter") and "halved" not in Adaptation.help()["warmup_fraction"]
+    )
     assert options["rank"].show_default == "16 for mini, else 24" and options["weight_decay"].show_default == "0.01"
     assert {*options["gradient_checkpointing"].opts, *options["gradient_checkpointing"].secondary_opts} == {
         "--gradient-checkpointing",
