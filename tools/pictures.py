@@ -38,7 +38,8 @@ def draw_viewer(folder: Path) -> list[Path]:
     study = generate(7, findings=["Lung nodule", name, "Lymphadenopathy"], shape=SHAPE)
     pixels = preprocess(study.volume, mini.preprocess_config)
     values = relevance(mini.model, mini.tokenizer, pixels, f"{name} is present.", f"{name} is not present.")
-    speaks = patch_map(values, study.volume, mini.preprocess_config, "speaks for pleural effusion")
+    times = "speaks for pleural effusion, times chance"
+    speaks = patch_map(values * values.size, study.volume, mini.preprocess_config, times)
     slices = SliceViewer(study.volume, study.masks, height=420, heat_maps={"relevance": speaks}, canvas="plain")
     slices.mask_boxes[name].value = True
     return [slices.to_png(folder / "viewer.png"), slices.to_html(folder / "viewer.html", title="Phantom")]
