@@ -9,6 +9,7 @@ Shapes: b batch, x y z voxels towards right, front and head, n tokens of one tex
 """
 
 import re
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,6 +53,14 @@ PARTS = Parts(
 )
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """What is asked of a model's configuration."""
+
+    grid: tuple[int, ...]  # patches along the model's axes
+    projection_dim: int  # p
+
+
 class Colipri(nn.Module):
     """COLIPRI with the members of `VisionLanguageModel`; names of modules are those of its state dict.
 
@@ -71,12 +80,18 @@ class Colipri(nn.Module):
         self.preprocess_config = preprocess_config
 
     @property
+    def config(self) -> Sizes:
+        """Its sizes."""
+        patch, shape = self.image_encoder.patch_size, self.preprocess_config.shape
+        return Sizes(tuple(n // side for n, side in zip(shape, patch, strict=True)), self.patches.out_channels)
+
+    @property
     def vision_encoder(self) -> nn.Module:
         """Primus with projection and pooling."""
         return self.image_encoder
 
     @property
-    def patches(self) -> nn.Module:
+    def patches(self) -> nn.Conv3d:
         """Whose output has a vector for each patch along the model's axes, (b, p, x, y, z); after it comes pooling."""
         return self.image_encoder.projector
 
