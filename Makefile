@@ -62,13 +62,14 @@ docs-links: setup  ## check the links that lead out of the site; needs a network
 	@$(PY) -m pip install --quiet -c constraints.txt -e ".[docs]"
 	$(PY) -m sphinx -c docs -b linkcheck -E -q . build/links
 
-bench: setup  ## measure speed and memory, check the bars, write bench/*.json: about 6 minutes
+bench: setup  ## measure speed and memory, check the bars, write bench/*.json: about 10 minutes
 	$(PY) bench/data.py
 	$(PY) bench/model.py
 	$(PY) bench/memory.py
 	$(PY) bench/gpu.py
 	$(PY) bench/viewers.py
 	$(PY) bench/phantoms.py
+	$(PY) bench/adapters.py
 
 bench-open: setup  ## measure three base models side by side, write bench/base_models.json: about 15 minutes
 	@$(PY) -m tools.open_env .venv-open

@@ -46,7 +46,7 @@ class CTImageProcessor(BaseImageProcessor):
             TypeError: something else than a scan.
             ValueError: see `read_volume` and `medctkit.preprocess`.
         """
-        scans = images if isinstance(images, list | tuple) else [images]
+        scans: Sequence[Any] = images if isinstance(images, list | tuple) else [images]
         read = [read_volume(scan) if isinstance(scan, str | os.PathLike) else scan for scan in scans]
         pixels = torch.stack([preprocess(volume, self.preprocess_config) for volume in read])
         return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
