@@ -243,6 +243,18 @@ def test_a_page_quotes_what_make_bench_measured(page):
     assert [quoted for quoted in measured()[page] if quoted not in text] == []
 
 
+def test_the_reproduction_page_counts_hospitals_as_notebook_07_does():
+    import torch
+
+    with torch.device("meta"):
+        adapted = medctkit.add_lora(medctkit.CTCLIPModel(medctkit.CTCLIPConfig()), "paper")
+    counted = medctkit.lora.parameter_table(adapted).iloc[-1]
+    base, adapter = 4 * counted["live"], counted["adapter bytes"]
+    one, twenty = ((n * base + 20 * adapter) / 1e9 for n in (1, 20))
+    quoted = f"{one:.2f} GB as one base with twenty adapters, {twenty:.2f} GB as twenty models"
+    assert quoted in (ROOT / "docs" / "reproduction.md").read_text()
+
+
 def test_the_page_of_the_comparison_is_written_from_the_results_that_come_with_the_package():
     from medctkit.experiments.compare.results import load_results
     from medctkit.experiments.compare.tables import TABLES
