@@ -85,8 +85,8 @@ class Panel:
 
     def zoomed(self, zoom: float, voxel: Voxel) -> "Panel":
         """The same with so many times fewer of the slice, around a voxel where the slice's edges let it."""
-        ends = [min(max(middle - 0.5 / zoom, 0), 1 - 1 / zoom) for middle in self.share(voxel)]
-        return replace(self, view=(*ends, *(end + 1 / zoom for end in ends)))
+        left, top = (min(max(middle - 0.5 / zoom, 0), 1 - 1 / zoom) for middle in self.share(voxel))
+        return replace(self, view=(left, top, left + 1 / zoom, top + 1 / zoom))
 
 
 class Composition:

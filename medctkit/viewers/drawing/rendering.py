@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -256,7 +256,7 @@ def draw_slice(
     """
     from PIL import Image
 
-    def sized(array: np.ndarray, smooth: bool = True) -> "Image":
+    def sized(array: np.ndarray, smooth: bool = True) -> Any:
         (tall, wide), (left, top, right, bottom) = array.shape, view
         how = Image.Resampling.BILINEAR if smooth else Image.Resampling.NEAREST
         return Image.fromarray(array).resize(size, how, (left * wide, top * tall, right * wide, bottom * tall))
