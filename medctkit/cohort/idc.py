@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from medctkit.cohort.nodules import LEAST_READERS, NODULE
 from medctkit.cohort.open_data import OpenPlan, manifest_row, some_of, split_of
-from medctkit.common.atomic import replacing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -98,32 +97,6 @@ def chest_series(table: "pd.DataFrame") -> "pd.DataFrame":
     order = dict(PatientID=True, hardness=True, SliceThickness=True, instanceCount=False, SeriesInstanceUID=True)
     ordered = table.assign(hardness=hardness).sort_values(list(order), ascending=list(order.values()))
     return ordered.drop_duplicates("PatientID")
-
-
-def fetch_series(uid: str, folder: str | os.PathLike) -> tuple[Path, str]:
-    """Fetch one series by its UID, once; returns its folder, and its licence with whom to name, which lies beside it.
-
-    Raises:
-        ModuleNotFoundError, ValueError, OSError: see `plan_idc`; or it did not come whole.
-    """
-    destination = Path(folder).expanduser().absolute()
-    note = destination / f"{uid}.txt"
-    if note.is_file():  # last: so all of it is there
-        path, said = note.read_text(encoding="utf-8").splitlines()
-        return destination / path, said
-    client = _client()
-    series = client.index[client.index["SeriesInstanceUID"] == uid]
-    if series.empty:
-        raise ValueError(f"series {uid} is not in {client.get_idc_version()} of Imaging Data Commons")
-    series = series.assign(folder="scans/" + series["PatientID"] + "/" + series["SeriesInstanceUID"])
-    licences, size = _licences(client, series), int(series["series_size_MB"].sum() * 1e6)
-    print(*licences, sep="\n")
-    OpenPlan(destination, "", licences, series, size, 0, dict)  # refuses where there is no room
-    if failed := _transfer(client, destination, series, series[:0]):
-        raise OSError(*failed.values())
-    with replacing(note) as temporary:
-        temporary.write_text(f"{series['folder'].iloc[0]}\n{licences[0]}", encoding="utf-8")
-    return destination / series["folder"].iloc[0], licences[0]
 
 
 def _client() -> Any:

@@ -20,6 +20,8 @@ from medctkit.findings import FINDINGS
 if TYPE_CHECKING:
     import pandas as pd
 
+LICENCES = "LICENCES.txt"
+
 
 @dataclass(frozen=True)
 class OpenPlan:
@@ -63,7 +65,7 @@ def fetch(plan: OpenPlan) -> tuple[Path, Mapping[str, str]]:
     Raises:
         OSError: nothing came.
     """
-    with replacing(plan.destination / "LICENCES.txt") as temporary:
+    with replacing(plan.destination / LICENCES) as temporary:
         temporary.write_text("\n".join(plan.licences) + "\n", encoding="utf-8")
     failures = plan.transfer()
     whole = plan.table[~plan.table["study"].isin(failures)]

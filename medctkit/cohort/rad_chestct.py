@@ -60,10 +60,11 @@ def plan_rad_chestct(
     with _ask(f"{ZENODO}/api/records/{RECORD}") as answer:
         record = json.load(answer)
     told = record["metadata"]
-    licence = (
-        f"{told.get('license', {}).get('id', 'no licence stated')} ({told.get('access_right', 'unknown')} access). "
+    given, who = (
+        told.get("license", {}).get("id", "no licence stated"),
+        "; ".join(one["name"] for one in told["creators"]),
     )
-    licence += f"{'; '.join(one['name'] for one in told['creators'])}: {told['title']}. Zenodo, {record['doi']}"
+    licence = f"{given} ({told.get('access_right')} access). {who}: {told['title']}. Zenodo, {record['doi']}"
     print(licence, flush=True)
     entries = {entry["key"]: entry for entry in record.get("files") or ()}
     if not entries:
@@ -81,8 +82,8 @@ def plan_rad_chestct(
     summary = read_table(destination / SUMMARY, ["MRN_DEID", "NoteAcc_DEID", "Subset_Assigned"])
     summary = summary[summary["Subset_Assigned"].isin(wanted) & (summary["NoteAcc_DEID"] + ".npz").isin(entries)]
     chosen = summary[summary["MRN_DEID"].isin(some_of(summary["MRN_DEID"], patients, seed))]
-    given = [_labels(read_table(destination / name, ["NoteAcc_DEID"]), chosen["NoteAcc_DEID"]) for name in tables[1:]]
-    labels = {study: of for some in given for study, of in some.items()}
+    tabled = [_labels(read_table(destination / name, ["NoteAcc_DEID"]), chosen["NoteAcc_DEID"]) for name in tables[1:]]
+    labels = {study: of for some in tabled for study, of in some.items()}
     more = dict(spacing_d=SPACING, spacing_h=SPACING, spacing_w=SPACING, stored_as=LIES, licence=licence)
     rows, volumes = [], []
     for row in chosen.itertuples():

@@ -6,7 +6,9 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
-from medctkit.cohort.idc import fetch_series
+from medctkit.cohort.idc import plan_idc
+from medctkit.cohort.manifest import load_manifest, volume_from_row
+from medctkit.cohort.open_data import LICENCES, fetch
 from medctkit.scans.volumes import CTVolume, read_volume
 
 FILE = Path(str(files("medctkit") / "assets" / "sample_ct" / "ct-64.nrrd"))
@@ -15,8 +17,6 @@ ATTRIBUTION = (
     "Chest Imaging Platform, The Brigham and Women's Hospital, Inc., Testing/Data/Input/ct-64.nrrd; its licence "
     "(BSD-style, for research) lies beside the file"
 )
-# A patient of LIDC-IDRI: 133 slices of 512 x 512, 70 MB.
-IDC_SERIES = "1.3.6.1.4.1.14519.5.2.1.6279.6001.179049373636438705059720603192"
 
 
 def sample_ct(which: str = "small", folder: str | os.PathLike | None = None) -> CTVolume:
@@ -24,8 +24,8 @@ def sample_ct(which: str = "small", folder: str | os.PathLike | None = None) -> 
 
     Args:
         which: "small", which comes with the package: a whole thorax of 64 x 64 x 79 voxels of 4 mm, for viewing, HU,
-            orientation and pre-processing; too coarse to be read. "idc": one of full resolution out of Imaging Data
-            Commons, 70 MB, fetched once; needs `pip install 'medctkit[open]'`, a network and no account.
+            orientation and pre-processing; too coarse to be read. "idc": one of full resolution, the first patient of
+            LIDC-IDRI, 70 MB, fetched once; needs `pip install 'medctkit[open]'`, a network and no account.
         folder: where the latter is kept; by default `medctkit/idc` in the user's cache.
 
     Raises:
@@ -38,9 +38,14 @@ def sample_ct(which: str = "small", folder: str | os.PathLike | None = None) -> 
             raise ValueError(f"{FILE} is not the scan that came with the package; install medctkit again")
         volume, said = read_volume(FILE), ATTRIBUTION
     elif which == "idc":
-        cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-        path, said = fetch_series(IDC_SERIES, Path(cache, "medctkit", "idc") if folder is None else Path(folder))
-        volume = read_volume(path)
+        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "medctkit", "idc")
+        manifest = (cache if folder is None else Path(folder)).expanduser() / "manifest.csv"
+        if not manifest.is_file():  # it is written last
+            plan = plan_idc(manifest.parent, patients=1)
+            print(plan)
+            fetch(plan)
+        volume = volume_from_row(load_manifest(manifest).iloc[0])
+        said = (manifest.parent / LICENCES).read_text(encoding="utf-8").splitlines()[0]
     else:
         raise ValueError(f"which={which!r}: expected small or idc")
     return replace(volume, provenance=(*volume.provenance, said))
