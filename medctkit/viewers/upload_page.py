@@ -28,7 +28,8 @@ class UploadPage:
     def __init__(self, classify: Callable[[CTVolume, str], Any], adapters: Sequence[str]):
         import ipywidgets as w
 
-        self.messages, self._classify, self._volume, self._name = Messages(), classify, None, ""
+        self.messages, self._classify, self._name = Messages(), classify, ""
+        self._volume: CTVolume | None = None
         self.upload = w.FileUpload(accept=".zip", description="zip of DICOM ...", icon="", layout={"width": "180px"},
                                    tooltip="choose a zip archive with one CT series")  # fmt: skip
         self.adapter = w.Dropdown(options=adapters, description="adapter")
