@@ -127,18 +127,15 @@ def page(found):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true", help="a few studies and steps, to try the program")
+    parser.add_argument(
+        "--patients", type=int, nargs=3, default=(150, 40, 100), help="of each hospital: train valid test"
+    )
+    parser.add_argument("--steps", type=int, default=60, help="of training, 16 volumes each")
     parser.add_argument("--output", type=Path, help="where to write; by default here and in docs/deploy.md")
     parser.add_argument("--work", type=Path, default=WORK, help="for what is drawn and trained")
     arguments = parser.parse_args()
-    patients, settings = (
-        dict(train=250, valid=50, test=150),
-        replace(DEFAULT, steps=100, batch_size=16, evaluate_every=20),
-    )
-    if arguments.tiny:
-        patients, settings = (
-            dict(train=150, valid=40, test=100),
-            replace(DEFAULT, steps=60, batch_size=16, evaluate_every=20, tracker="none"),
-        )
+    patients = dict(zip(("train", "valid", "test"), arguments.patients, strict=True))
+    settings = replace(DEFAULT, steps=arguments.steps, batch_size=16, evaluate_every=20, tracker="none")
     if arguments.tiny:
         patients, settings = dict(train=6, valid=6, test=6), replace(settings, steps=1, batch_size=3, rank=4)
     print(f"{2 * sum(patients.values())} phantoms are drawn, 3 adapters trained: about 10 minutes", flush=True)

@@ -84,27 +84,22 @@ class AdapterBank:
             name: of the new adapter.
             weights: name of each adapter in it, and its factor.
             how: peft's `combination_type`.
-            density: share of the numbers that TIES and DARE keep.
-            seed: of the numbers that DARE keeps.
+            density: share of the numbers that TIES and DARE keep; `seed` says which those of DARE are.
+            seed: see `density`.
 
         Raises:
             ValueError: a name that is taken, or unknown; no plain LoRA; what peft cannot combine.
         """
-        configs = self.model.peft_config
-        if name in (*configs, BASE) or not weights or not set(weights) <= set(configs):
-            raise ValueError(
-                f"{name!r} from {', '.join(weights) or 'none'}: expected a new name, from {self._aboard()}"
-            )
-        for each in weights:  # peft keeps the scaling of rsLoRA and the lengths of DoRA, and both would be wrong
-            if configs[each].peft_type != "LORA" or configs[each].use_rslora or configs[each].use_dora:
-                raise ValueError(
-                    f"{each!r} is no plain LoRA ({configs[each].peft_type}, rsLoRA or DoRA); only these add up"
-                )
+        known = self.model.peft_config
+        if name in (*known, BASE) or not weights or not set(weights) <= set(known):
+            raise ValueError(f"{name!r} of {', '.join(weights) or 'none'}: expected a new name, of {self._aboard()}")
+        for each in weights:  # peft would keep the scaling of rsLoRA and the lengths of DoRA, and both were wrong
+            if known[each].peft_type != "LORA" or known[each].use_rslora or known[each].use_dora:
+                raise ValueError(f"{each!r} is no plain LoRA ({known[each].peft_type}, rsLoRA or DoRA); those add up")
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.model.add_weighted_adapter(
-                list(weights), list(weights.values()), name, how, density=density, svd_full_matrices=False
-            )
+            of = list(weights), list(weights.values())
+            self.model.add_weighted_adapter(*of, name, how, density=density, svd_full_matrices=False)
         self.model.requires_grad_(False).eval()
         self.names, self._layers = (*self.names, name), _adapted(self.model)
 
@@ -140,11 +135,7 @@ class AdapterBank:
 
 
 class _Through:
-    """The text encoder as one adapter has it, to a classifier.
-
-    A walk over all modules takes as long as a small model's forward pass once a hundred adapters are on board, so this
-    one shows no more than what it uses: tensors of the base model, and of its own adapter.
-    """
+    """The text encoder as one adapter has it; of a hundred, only its own tensors are looked through for changes."""
 
     def __init__(self, bank: AdapterBank, name: str):
         self._bank, self._name, model = bank, name, bank.model

@@ -1,16 +1,15 @@
 """Model and processor, or the adapter alone, to the Hugging Face Hub, with a card that says what it is."""
 
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from medctkit.cohort.hub_repository import HubRepository, token_source
 from medctkit.common.templates import filled
+from medctkit.deploy.predict import facts_of
 from medctkit.lora.adapter import save_adapter
 from medctkit.model.base_model import BaseModel
 from medctkit.model.ct_clip import CTCLIPModel
-from medctkit.model.fingerprint import digests, vocabulary_of
 
 
 def push_to_hub(base: BaseModel, repo_id: str, license: str, private: bool = True, **data: Any) -> str:
@@ -38,15 +37,9 @@ def push_to_hub(base: BaseModel, repo_id: str, license: str, private: bool = Tru
         raise ValueError(f"a {type(plain).__name__} cannot be uploaded by the kit; expected a CTCLIPModel")
     if token_source() is None:
         raise PermissionError("no Hugging Face token on this machine: run `hf auth login` with one of type Write")
-    repository, (own, adapter) = HubRepository(repo_id, "model"), digests(base.model)
-    facts = {
-        "base": own,
-        "adapter": adapter,
-        "vocabulary": vocabulary_of(base.tokenizer),
-        "config": plain.preprocess_config,
-    }
-    text = filled("hub.md", name=repo_id, version=version("medctkit"), parameters=plain.num_parameters(), **facts)
-    library = "peft" if adapted else "transformers"
+    repository, library = HubRepository(repo_id, "model"), "peft" if adapted else "transformers"
+    about = {"name": repo_id, "parameters": plain.num_parameters(), "config": plain.preprocess_config}
+    text = filled("hub.md", **about, **facts_of(base))
     card = ModelCardData(license=license, library_name=library, tags=["medctkit", "chest-ct"], **data)
     with tempfile.TemporaryDirectory() as folder:
         if adapted:
@@ -56,8 +49,5 @@ def push_to_hub(base: BaseModel, repo_id: str, license: str, private: bool = Tru
             base.processor.save_pretrained(folder)
         ModelCard(f"---\n{card.to_yaml()}\n---\n\n{text}").save(Path(folder) / "README.md")
         repository.ask(lambda api: api.create_repo(repo_id, private=private, exist_ok=True), repo_id)
-        message = f"medctkit {version('medctkit')}"
-        repository.ask(
-            lambda api: api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message), repo_id
-        )
+        repository.ask(lambda api: api.upload_folder(repo_id=repo_id, folder_path=folder), repo_id)
     return repository.page

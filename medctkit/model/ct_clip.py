@@ -21,16 +21,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoProcessor,
-    BertConfig,
-    BertModel,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import BertConfig, BertModel, PretrainedConfig, PreTrainedModel
+from transformers.models.auto import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
 from transformers.utils import ModelOutput, cached_file, logging
 
 from medctkit.model.ct_clip_parts import COMPONENTS, PARTS

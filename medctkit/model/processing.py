@@ -16,16 +16,12 @@ Scan = CTVolume | str | os.PathLike
 
 
 class CTImageProcessor(BaseImageProcessor):
-    """`medctkit.preprocess` for `AutoImageProcessor`.
-
-    Args:
-        **fields: those of `PreprocessConfig`; transformers' own, such as `image_processor_type`, are passed over.
-    """
+    """`medctkit.preprocess` for `AutoImageProcessor`; its arguments are those of `PreprocessConfig`."""
 
     model_input_names = ["pixel_values"]
 
     def __init__(self, **fields: Any):
-        super().__init__()
+        super().__init__()  # which would keep transformers' own fields, too
         own = {name: fields[name] for name in PreprocessConfig.__dataclass_fields__ if name in fields}
         vars(self).update(asdict(PreprocessConfig(**own)))
 
@@ -53,21 +49,15 @@ class CTImageProcessor(BaseImageProcessor):
 
 
 class CTCLIPProcessor(ProcessorMixin):
-    """Scans to `pixel_values`, texts to `input_ids` and `attention_mask`: what `CTCLIPModel` takes.
-
-    Args:
-        image_processor: makes the volumes.
-        tokenizer: of the text encoder.
-    """
+    """Scans to `pixel_values`, texts to `input_ids` and `attention_mask`: what `CTCLIPModel` takes."""
 
     def __init__(self, image_processor: CTImageProcessor, tokenizer: Any):
         super().__init__(image_processor, tokenizer)
 
-    def __call__(self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
         """Either or both; `kwargs` go to the tokenizer, by default `padding=True, truncation=True`."""
         found = {} if images is None else dict(self.image_processor(images))
         if text is not None:
-            kwargs = {"padding": True, "truncation": True, "return_tensors": "pt"} | kwargs
-            words = self.tokenizer(text if isinstance(text, str) else list(text), **kwargs)
+            words = self.tokenizer(text, **{"padding": True, "truncation": True, "return_tensors": "pt"} | kwargs)
             found |= {name: words[name] for name in ("input_ids", "attention_mask")}
         return BatchFeature(found)

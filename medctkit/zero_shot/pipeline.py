@@ -13,18 +13,17 @@ from medctkit.zero_shot.prompts import Prompts
 class CTZeroShotPipeline(Pipeline):
     """A scan, as `CTImageProcessor` takes it, to its findings with their scores, the highest first.
 
-    Args:
-        *args: see `transformers.Pipeline`.
-        prompts: see `ZeroShotClassifier`; encoded once.
-        **kwargs: see `transformers.Pipeline`.
+    For `prompts` see `ZeroShotClassifier`, for the other arguments `transformers.Pipeline`.
 
     Raises:
         ValueError: a processor that makes other volumes than the model wants; see also `ZeroShotClassifier`.
     """
 
     processor: Any
-    _load_processor = True
-    _load_tokenizer = _load_image_processor = _load_feature_extractor = _load_video_processor = False
+    _load_processor: Any = True
+    _load_tokenizer: Any = False
+    _load_image_processor: Any = False
+    _load_feature_extractor: Any = False
 
     def __init__(self, *args: Any, prompts: Prompts = "paper", **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -38,11 +37,11 @@ class CTZeroShotPipeline(Pipeline):
             raise TypeError(f"ct-zero-shot does not know {', '.join(unknown)}; `prompts` is given when it is made")
         return {}, {}, {}
 
-    def preprocess(self, inputs: Any, **_: Any) -> dict[str, torch.Tensor]:
+    def preprocess(self, inputs: Any, **_: Any) -> Any:
         """Model input `pixel_values` (1, 1, d, h, w) of one scan, the `inputs`."""
         return dict(self.processor(images=inputs))
 
-    def _forward(self, input_tensors: dict[str, torch.Tensor], **_: Any) -> Any:
+    def _forward(self, input_tensors: Any, **_: Any) -> Any:
         return {"scores": torch.from_numpy(self.classifier.scores(input_tensors["pixel_values"]))}
 
     def postprocess(self, model_outputs: Any, **_: Any) -> list[dict[str, Any]]:

@@ -70,35 +70,23 @@ def test_names_are_checked(folders, volumes):
 
 
 def updates(model, name):
-    """The update of each layer by an adapter: its name, and scaling * B A."""
-    layers = {key: m for key, m in model.named_modules() if hasattr(m, "lora_A")}
-    return {key: layer.get_delta_weight(name) for key, layer in layers.items()}
+    return {key: m.get_delta_weight(name) for key, m in model.named_modules() if hasattr(m, "lora_A")}
 
 
 def test_adapters_add_up_and_what_comes_out_is_an_adapter_like_others(folders, volumes, tmp_path):
     bank = AdapterBank(load_mini_base(), folders)
     north, south = (updates(bank.model, name) for name in NAMES)
-    off, prompts = {}, bank._prompts_of("north").text_embeds()
+    off, state = {}, torch.get_rng_state()
     for how in ("cat", "svd", "linear", "ties", "dare_linear", "dare_ties_svd"):
         bank.combine(how, {"north": 0.7, "south": -0.4}, how)
         found = updates(bank.model, how)
         off[how] = max((found[key] - (0.7 * north[key] - 0.4 * south[key])).norm() / found[key].norm() for key in found)
     assert off["cat"] < 1e-5 < off["svd"] < min(off[how] for how in ("linear", "ties", "dare_linear"))
-    assert not any(p.requires_grad for p in bank.model.parameters())
+    assert not any(p.requires_grad for p in bank.model.parameters()) and torch.equal(state, torch.get_rng_state())
     mixed = bank.scores(volumes, ["cat", "north", "svd", BASE])
     save_adapter(bank.model, tmp_path, "cat")
     again = AdapterBank(load_mini_base(), {"both": tmp_path})
     np.testing.assert_allclose(again.scores(volumes[:1], ["both"]), mixed[:1], atol=1e-6)
-    assert bank._prompts_of("north").text_embeds() is prompts  # nothing about north has changed
-
-
-def test_dare_keeps_the_same_numbers_for_the_same_seed_and_leaves_torchs_own_alone(folders):
-    bank, state = AdapterBank(load_mini_base(), folders), torch.get_rng_state()
-    for name, seed in {"a": 1, "b": 1, "c": 2}.items():
-        bank.combine(name, dict.fromkeys(NAMES, 0.5), "dare_linear", density=0.3, seed=seed)
-    assert torch.equal(state, torch.get_rng_state())
-    a, b, c = (torch.cat([update.flatten() for update in updates(bank.model, name).values()]) for name in "abc")
-    assert torch.equal(a, b) and not torch.equal(a, c)
 
 
 def test_only_plain_loras_of_known_names_add_up(tmp_path, folders):
@@ -106,7 +94,7 @@ def test_only_plain_loras_of_known_names_add_up(tmp_path, folders):
     scaled = save_adapter(add_lora(load_mini_base().model, "paper", r=4, use_rslora=True), tmp_path)
     bank = AdapterBank(load_mini_base(), folders | {"scaled": scaled})
     for name, weights in {"north": {"south": 1.0}, "new": {"west": 1.0}, "empty": {}, BASE: {"north": 1.0}}.items():
-        with pytest.raises(ValueError, match="expected a new name, from north, south, scaled"):
+        with pytest.raises(ValueError, match="expected a new name, of north, south, scaled"):
             bank.combine(name, weights)
     with pytest.raises(ValueError, match="'scaled' is no plain LoRA"):
         bank.combine("new", {"north": 0.5, "scaled": 0.5})

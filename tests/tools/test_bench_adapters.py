@@ -40,11 +40,9 @@ def test_the_page_says_what_was_measured(bench, name):
 def test_a_hundred_adapters_take_less_than_two_models_and_a_mixed_batch_less_than_one_by_one():
     found = json.loads((BENCH / "adapters.json").read_text())
     model, adapter = found["full"]["model"], found["full"]["adapter"]
-    for where in ("bytes_on_disk", "bytes_in_memory"):
-        assert model[where] + 100 * adapter[where] < 2 * model[where]
+    assert all(100 * adapter[where] < model[where] for where in ("bytes_on_disk", "bytes_in_memory"))
     assert adapter["numbers"] == 1_671_168 and list(found["full"]["aboard"]) == ["1", "20", "100"]
     assert all(row["ms"]["mixed"] < row["ms"]["one_by_one"] for row in found["mini"]["aboard"].values())
-    assert all(row["ms"]["switch"] < found["full"]["model"]["ms_to_load"] for row in found["full"]["aboard"].values())
 
 
 @pytest.mark.slow

@@ -1,7 +1,5 @@
 """CT-CLIP in transformers' own terms: Auto classes, a processor beside the model, a pipeline."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -57,43 +55,34 @@ def test_the_auto_classes_know_a_saved_folder(base, folder, volumes):
         assert torch.equal(image, base.model.encode_image(inputs["pixel_values"]))
 
 
-@pytest.mark.parametrize("config", [None, PreprocessConfig((3.0, 2.0, 1.0), (8, 16, 24), True, (-500, 900), "zyx")])
-def test_a_processor_loads_back_equal(base, tmp_path, config):
-    processor = base.processor if config is None else CTCLIPProcessor(CTImageProcessor.of(config), base.tokenizer)
+def test_a_processor_loads_back_equal(base, tmp_path):
+    config = PreprocessConfig((3.0, 2.0, 1.0), (8, 16, 24), True, (-500, 900), "zyx")
+    processor = CTCLIPProcessor(CTImageProcessor.of(config), base.tokenizer)
     base.model.config.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     again = AutoProcessor.from_pretrained(tmp_path)
-    assert again.to_dict() == processor.to_dict()
-    assert again.image_processor.preprocess_config == processor.image_processor.preprocess_config
-    assert vocabulary_of(again.tokenizer) == vocabulary_of(base.tokenizer)
+    assert again.to_dict() == processor.to_dict() and again.image_processor.preprocess_config == config
 
 
 def test_the_shipped_model_has_its_processor():
     assert AutoProcessor.from_pretrained(FOLDER).to_dict() == load_mini_base().processor.to_dict()
 
 
-def test_the_pipeline_scores_as_the_classifier_does(base, folder, volumes, tmp_path):
+def test_the_pipeline_scores_as_the_classifier_does(base, folder, volumes):
     pipe = pipeline("ct-zero-shot", model=folder, device="cpu")
     pixels = torch.stack([preprocess(volume, base.preprocess_config) for volume in volumes])
     expected = ZeroShotClassifier(base.model, base.tokenizer).scores(pixels)
-    found = pipe(volumes, batch_size=2)
-    for rows, scores in zip([*found, pipe(volumes[0])], [*expected, expected[0]], strict=True):
+    for rows, scores in zip([*pipe(volumes, batch_size=2), pipe(volumes[0])], [*expected, expected[0]], strict=True):
         assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
         by_name = {row["label"]: row["score"] for row in rows}
         np.testing.assert_allclose([by_name[name] for name in FINDINGS], scores, atol=1e-6)
-
-
-def test_the_pipeline_takes_an_adapted_model_and_other_prompts(base, volumes):
-    torch.manual_seed(0)
-    adapted = add_lora(load_mini_base().model, "paper", r=4, init_lora_weights=False).eval()
+    adapted = add_lora(load_mini_base().model, "paper", r=2, init_lora_weights=False).eval()
     pipe = pipeline("ct-zero-shot", model=adapted, processor=base.processor, prompts="ensemble", device="cpu")
-    expected = ZeroShotClassifier(adapted, base.tokenizer, "ensemble").scores(
-        preprocess(volumes[0], base.preprocess_config)[None]
-    )
-    assert max(row["score"] for row in pipe(volumes[0])) == pytest.approx(expected.max(), abs=1e-6)
+    expected = ZeroShotClassifier(adapted, base.tokenizer, "ensemble").scores(pixels[:1])
+    assert pipe(volumes[0])[0]["score"] == pytest.approx(expected.max(), abs=1e-6)
 
 
-def test_what_does_not_fit_is_refused(base, folder, volumes, tmp_path):
+def test_what_does_not_fit_is_refused(base, volumes):
     other = CTCLIPProcessor(CTImageProcessor(shape=(8, 16, 16)), base.tokenizer)
     with pytest.raises(ValueError, match=r"shape=\(8, 16, 16\).*the model's own"):
         pipeline("ct-zero-shot", model=base.model, processor=other, device="cpu")
@@ -102,6 +91,3 @@ def test_what_does_not_fit_is_refused(base, folder, volumes, tmp_path):
         pipe(volumes[0], top_k=3)
     with pytest.raises(TypeError, match="expected a CTVolume.*got int"):
         pipe(3)
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"shape": [0, 1, 1]}))
-    with pytest.raises(ValueError, match="three positive numbers"):
-        CTImageProcessor.from_pretrained(tmp_path)
