@@ -167,7 +167,7 @@ def finetune(
     if first:
         there = is_tensorboard_available()
         to_watch = f"tensorboard --logdir {output_dir}" if there else "pip install 'medctkit[tensorboard]'"
-        say(f"{settings}\nTo watch: {to_watch}")
+        say(f"{settings}\nTo watch: {to_watch if settings.tracker == 'tensorboard' else settings.tracker}")
     result = adapt(manifest, output_dir, seed, settings, cache_dir, origin)
     if first:
         write_run_file(output_dir / NAME, asked, settings)
