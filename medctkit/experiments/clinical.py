@@ -4,12 +4,12 @@ What has to be chosen, the recalibration and the thresholds, is chosen on valida
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from medctkit.findings import FINDINGS, PREVALENCE
-from medctkit.metrics.bootstrap import interval, mean_of_findings, metric_draws, patient_weights
+from medctkit.metrics.bootstrap import mean_of_findings, metric_draws, patient_weights
 from medctkit.metrics.clinical import (
     RECALIBRATIONS,
     choose_recalibration,
@@ -19,6 +19,7 @@ from medctkit.metrics.clinical import (
     predictive_values,
     recalibrated,
     subgroup_table,
+    with_interval,
 )
 from medctkit.metrics.scores import evaluate
 from medctkit.zero_shot.classifier import Embedded
@@ -33,34 +34,24 @@ GRID = tuple(np.linspace(0.01, 0.6, 60).round(2).tolist())  # and of the curves
 
 @dataclass(frozen=True)
 class Clinical:
-    """Tables of numbers, one row for each thing; value, low and high are columns, intervals 95 % over patients.
+    """Tables of numbers: a column x has its 95 % interval over patients in x_low and x_high.
 
     Attributes:
-        subgroups: see `subgroup_table`.
-        recalibration: a row for each model and of `RECALIBRATIONS`: mean AUROC, calibration_error and brier on test
-            studies, and `validation`, the cross-validated Brier score there; `chosen` has the least.
-        predictive: a row for each model and finding: `prevalence`, that of CT-RATE's training scans, and there
-            `ppv` and `npv` at the threshold from validation.
-        decision: a row for each threshold of `MARKED` and policy: mean net benefit over findings.
+        tables: `subgroups`, see `subgroup_table`; `recalibration`, for each model and of `RECALIBRATIONS` the means
+            over findings on test studies, `validation`, the cross-validated Brier score there, which is `chosen` by it;
+            `predictive values` at the thresholds from validation and the `prevalence` of CT-RATE's training scans;
+            `net benefit`, mean over findings, of each policy at the thresholds `MARKED`; `CRG score`; `DeLong`, adapted
+            minus base, see `delong`.
         curves: net benefit (thresholds of `GRID`, findings) of acting as a model says, or on everybody.
-        crg: a row for base, adapted and difference.
-        delong: see `metrics.clinical.delong`, adapted minus base.
     """
 
-    subgroups: "pd.DataFrame"
-    recalibration: "pd.DataFrame"
-    predictive: "pd.DataFrame"
-    decision: "pd.DataFrame"
+    tables: "dict[str, pd.DataFrame]"
     curves: dict[str, np.ndarray]
-    crg: "pd.DataFrame"
-    delong: "pd.DataFrame"
 
     @property
     def summary(self) -> dict[str, list[dict]]:
         """The tables as plain data, for metrics.json under "clinical"; None where there is no value."""
-        tables = {name: table for name, table in vars(self).items() if name != "curves"}
-        tables["delong"] = self.delong.rename_axis("finding").reset_index()
-        return {name: t.astype(object).where(t.notna(), None).to_dict("records") for name, t in tables.items()}
+        return {k: t.astype(object).where(t.notna(), None).to_dict("records") for k, t in self.tables.items()}
 
 
 def clinical_statistics(
@@ -72,7 +63,7 @@ def clinical_statistics(
     resamples: int,
     seed: int,
 ) -> Clinical:
-    """All of it.
+    """All of it, from labels and patients of `valid` and `test` studies.
 
     Args:
         valid: of it labels and patients.
@@ -85,48 +76,36 @@ def clinical_statistics(
     """
     import pandas as pd
 
-    resamples = min(resamples, RESAMPLES)
-    labels, weights = test.labels, patient_weights(test.patients, resamples, seed)
-
-    def ends(drawn: np.ndarray, name: str = "value") -> dict[str, float]:
-        low, high = interval(drawn[:, None])[:, 0].tolist()
-        prefix = "" if name == "value" else f"{name}_"
-        return {name: float(drawn[0]), f"{prefix}low": low, f"{prefix}high": high}
-
-    recalibration, predictive = [], []
-    mended: dict[str, np.ndarray] = {}
+    drawn: dict[str, Any] = {"resamples": min(resamples, RESAMPLES), "seed": seed}
+    labels, weights = test.labels, patient_weights(test.patients, **drawn)
+    recalibration, crg, policies = [], {}, {"everybody": np.ones_like(labels)}
+    predictive: dict[str, dict] = {name: {"finding": name, "prevalence": PREVALENCE[name]} for name in FINDINGS}
     for model, said in scores["test"].items():
         risks = choose_recalibration(valid.labels, scores["valid"][model], valid.patients)
         best = min(risks, key=risks.__getitem__)
         for method in RECALIBRATIONS:
             new = recalibrated(method, valid.labels, scores["valid"][model], said)
-            mean = evaluate(labels, new, test.patients, resamples=resamples, seed=seed).loc["mean"]
+            mean = evaluate(labels, new, test.patients, **drawn).loc["mean"]
             row = {"model": model, "method": method, "validation": risks[method], "chosen": method == best}
-            metrics = ("auroc", "calibration_error", "brier")
-            recalibration.append(
-                row | {f"{m}{end}": float(mean[m + end]) for m in metrics for end in ("", "_low", "_high")}
-            )
-            mended |= {model: new} if method == best else {}
-        draws, shares = metric_draws(labels, said, limits[model], weights), np.array(list(PREVALENCE.values()))
-        values = predictive_values(draws["sensitivity"], draws["specificity"], shares)
-        for k, finding in enumerate(FINDINGS):
-            row = {"model": model, "finding": finding, "prevalence": float(shares[k])}
-            predictive.append(row | ends(values[0][:, k], "ppv") | ends(values[1][:, k], "npv"))
-    policies = mended | {"everybody": np.ones_like(labels)}
-    once = weights[:, :1]
-    decision = [
-        {"threshold": t, "policy": name} | ends(mean_of_findings(net_benefit(labels, said, [t], weights)[:, 0]))
-        for t in MARKED
-        for name, said in policies.items()
-    ]
-    crg = {name: crg_score(labels, said >= limits[name], weights) for name, said in scores["test"].items()}
+            columns = [m + end for m in ("auroc", "calibration_error", "brier") for end in ("", "_low", "_high")]
+            recalibration.append(row | mean[columns].astype(float).to_dict())
+            policies |= {model: new} if method == best else {}
+        draws = metric_draws(labels, said, limits[model], weights)
+        ppv, npv = predictive_values(draws["sensitivity"], draws["specificity"], [*PREVALENCE.values()])
+        for k, row in enumerate(predictive.values()):
+            row |= with_interval(f"{model} PPV", ppv[:, k]) | with_interval(f"{model} NPV", npv[:, k])
+        crg[model] = crg_score(labels, said >= limits[model], weights)
     crg["difference"] = crg["adapted"] - crg["base"]
-    return Clinical(
-        subgroups=subgroup_table(labels, scores["test"], test.patients, groups, resamples, seed),
-        recalibration=pd.DataFrame(recalibration),
-        predictive=pd.DataFrame(predictive),
-        decision=pd.DataFrame(decision),
-        curves={name: net_benefit(labels, said, GRID, once)[0] for name, said in policies.items()},
-        crg=pd.DataFrame([{"model": name} | ends(drawn) for name, drawn in crg.items()]),
-        delong=delong(labels, scores["test"]["base"], scores["test"]["adapted"], test.patients),
-    )
+    worth: list[dict] = [{"threshold": t, "nobody": 0.0} for t in MARKED]
+    for name, said in policies.items():
+        benefit = net_benefit(labels, said, MARKED, weights)
+        for i, row in enumerate(worth):
+            row |= with_interval(name, mean_of_findings(benefit[:, i]))
+    second = delong(labels, scores["test"]["base"], scores["test"]["adapted"], test.patients)
+    rows = {"recalibration": recalibration, "predictive values": [*predictive.values()], "net benefit": worth}
+    rows["CRG score"] = [{"model": name} | with_interval("score", values) for name, values in crg.items()]
+    tables = {"subgroups": subgroup_table(labels, scores["test"], test.patients, groups, **drawn)}
+    tables |= {name: pd.DataFrame(of) for name, of in rows.items()}
+    tables["DeLong"] = second.rename_axis("finding").reset_index()
+    curves = {name: net_benefit(labels, said, GRID, weights[:, :1])[0] for name, said in policies.items()}
+    return Clinical(tables, curves)

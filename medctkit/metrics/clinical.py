@@ -24,6 +24,12 @@ FOLDS = 5  # of the validation patients, to choose a recalibration
 SMALL = 50  # patients of a subgroup, below which its row carries a warning
 
 
+def with_interval(name: str, draws: np.ndarray) -> dict[str, float]:
+    """A value and the ends of its 95 % interval, of draws (m,), under name, name_low and name_high."""
+    low, high = interval(draws[:, None])[:, 0].tolist()
+    return {name: float(draws[0]), f"{name}_low": low, f"{name}_high": high}
+
+
 def recalibrated(method: str, labels: np.ndarray, scores: np.ndarray, new: np.ndarray) -> np.ndarray:
     """Scores `new` (m, k), each finding by a curve fitted on its labels and scores (n, k): validation studies.
 
@@ -202,8 +208,6 @@ def subgroup_table(
             row: dict[str, Any] = dict(characteristic=characteristic, subgroup=value, studies=int(inside.sum()))
             row |= dict(patients=people, findings=scored)
             for name, drawn in draws.items():
-                mean = mean_of_findings(drawn)
-                low, high = interval(mean[:, None])[:, 0]
-                row |= {name: mean[0], f"{name}_low": low, f"{name}_high": high}
+                row |= with_interval(name, mean_of_findings(drawn))
             rows.append(row | {"warning": "; ".join(why)})
     return pd.DataFrame(rows)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from medctkit.attention import faithfulness
 from medctkit.cli import app
 from medctkit.common.provenance import write_json
 from medctkit.experiments import localise
@@ -38,18 +39,20 @@ def measured(few, adapted):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(localise, "EACH", 1)
         patch.setattr(localise, "FEW", 4)
-        done = CliRunner().invoke(app, ["localise", str(adapted), "--manifest", str(few), "--studies", "4"])
+        patch.setattr(faithfulness, "FRACTIONS", (0.1,))
+        done = CliRunner().invoke(app, ["localise", str(adapted), "--manifest", str(few), "--studies", "6"])
     assert done.exit_code == 0, done.output
     return done.output, json.loads((adapted / "localisation.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_it_prints(adapted, measured):
     printed, found = measured
     table = pd.read_csv(adapted / "localisation.csv")
     means = table[table["finding"] == "mean"]
     assert set(means["score"]) == {"pointing game", "AUPRC", "in-mask mass"}
     assert len(means) == 21 and (means["low"] <= means["value"]).all() and (means["value"] <= means["high"]).all()
-    assert found["made_with"]["studies"] <= 4 and found["made_with"]["command"].endswith("--seed 0 --studies 4")
+    assert found["made_with"]["studies"] <= 6 and found["made_with"]["command"].endswith("--seed 0 --studies 6")
     assert found["made_with"]["data"] == "phantom"
     own = ["base: own minus 17 other prompts", "adapted: own minus 17 other prompts"]
     assert {row["difference"] for row in found["differences"]} == {"adapted minus base", *own}
@@ -59,12 +62,17 @@ def test_the_command_writes_what_it_prints(adapted, measured):
     assert measures >= {"deletion", "insertion", "stability under noise", "fall of the probability"}
     assert (adapted / "localisation.png").read_bytes().startswith(b"\x89PNG")
     assert "adapted, relevance" in printed and "shuffled" in printed and "deletion" in printed
+    page = (adapted / "localisation.md").read_text()
+    assert "## Is it faithful to the model?" in page and all(
+        f"- {line}" in page for line in localise.conclusions(found)
+    )
     assert not (adapted / "localisation_work").exists(), "an unfinished run's work is left"
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_where_it_was(few, adapted, measured, monkeypatch):
     """The last step fails; then nothing of what was done is done again, and the result is the same."""
-    args = (few, adapted, 0, None, 4)
+    args = (few, adapted, 0, None, 6)
     monkeypatch.setattr(localise, "EACH", 1)
     monkeypatch.setattr(localise, "FEW", 4)
     before = (adapted / "localisation.json").read_text()
@@ -98,14 +106,10 @@ def test_words_follow_from_intervals(measure, low, high, word):
     )
 
 
-def test_the_page_on_localisation_is_made_of_what_was_measured(measured):
+def test_the_page_on_localisation_is_made_of_what_was_measured():
     saved = json.loads((ROOT / "bench" / "localisation.json").read_text())
     page = (ROOT / "docs" / "localisation.md").read_text()
     assert page == localise.localisation_page(saved), (
         "after `medctkit localise`: copy its .json to bench, its .md to docs"
     )
     assert saved["made_with"]["command"].startswith("medctkit localise runs/")
-    new = localise.localisation_page(measured[1])
-    assert "## Is it faithful to the model?" in new and all(
-        f"- {line}" in new for line in localise.conclusions(measured[1])
-    )

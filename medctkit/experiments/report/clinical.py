@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
-from medctkit.experiments.clinical import MARKED, Clinical
 from medctkit.experiments.measure import Measurement
 from medctkit.experiments.report import figures
 from medctkit.experiments.report.page import Block, with_ends
@@ -23,134 +21,96 @@ CHECKLISTS = {
 }
 
 
-def subgroups(clinical: Clinical) -> tuple[str, pd.DataFrame]:
-    """Words and a row for each subgroup of `clinical`."""
-    table = clinical.subgroups
-    shown = table[["characteristic", "subgroup", "studies", "patients", "findings"]].copy()
-    for name in ("base", "adapted", "difference", "against the rest"):
-        sign = "" if name in ("base", "adapted") else "+"
-        shown[name] = [with_ends(row, name, sign) for _, row in table.iterrows()]
-    shown["warning"] = table["warning"]
-    apart = [
-        f"{row['subgroup']} ({row['against the rest']:+.3f})"
-        for _, row in table.iterrows()
-        if row["against the rest_low"] > 0 or row["against the rest_high"] < 0
-    ]
-    words = (
-        f"The adapted model's mean AUROC differs from that of the rest, by an interval without 0, in {len(apart)} of "
-    )
-    words += f"{len(table)} subgroups{': ' if apart else ''}{', '.join(apart)}. Nothing is corrected for so many "
-    return (
-        words + "comparisons: of twenty, one would differ by chance. Where nothing is known, a study is in none.",
-        shown,
-    )
+def in_text(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of numbers as it is shown: x, x_low and x_high become one column, "x [low, high]"."""
+    shown = {}
+    for name in table:
+        if f"{name}_low" in table:
+            sign = "+" if name in ("difference", "against the rest") else ""
+            shown[name] = [with_ends(row, name, sign) for _, row in table.iterrows()]
+        elif not name.endswith(("_low", "_high")):
+            kind = table[name].dtype.kind
+            shown[name] = [f"{x:.3g}" if kind == "f" else ("", "yes")[x] if kind == "b" else x for x in table[name]]
+    return type(table)(shown)
 
 
-def recalibration(clinical: Clinical) -> tuple[str, pd.DataFrame]:
-    """Words and a row for each model and recalibration of `clinical`."""
-    import pandas as pd
-
-    columns = {"auroc": "mean AUROC", "calibration_error": "calibration error", "brier": "Brier score"}
-    shown, words = [], []
-    for _, row in clinical.recalibration.iterrows():
-        first = {"model": row["model"], "recalibration": row["method"], "validation Brier": f"{row['validation']:.3f}"}
-        values = {name: with_ends(row, column) for column, name in columns.items()}
-        shown.append(first | values | {"chosen": "yes" if row["chosen"] else ""})
-        if row["chosen"]:
-            words.append(f"{row['method']} for the {row['model']} model")
-    text = f"Chosen on validation patients, by the Brier score on a fifth of them left out: {', '.join(words)}. "
-    text += """The curves were fitted on all of them; the numbers are of test patients. A change of AUROC is no
-    calibration: a flat stair of the isotonic curve makes ties, and a falling line turns round a score that pointed the
-    wrong way."""
-    return " ".join(text.split()), pd.DataFrame(shown)
+def apart(table: pd.DataFrame, column: str) -> pd.Series:
+    """In which rows of a table the interval of a column leaves out 0."""
+    return (table[f"{column}_low"] > 0) | (table[f"{column}_high"] < 0)
 
 
-def predictive_values(clinical: Clinical) -> pd.DataFrame:
-    """A row for each finding: both models' predictive values in `clinical`, and the prevalence they are for."""
-    import pandas as pd
-
-    rows: dict[str, dict[str, str]] = {}
-    for _, row in clinical.predictive.iterrows():
-        shown = rows.setdefault(row["finding"], {"finding": row["finding"], "prevalence": f"{row['prevalence']:.1%}"})
-        shown |= {f"{row['model']} {name.upper()}": with_ends(row, name) for name in ("ppv", "npv")}
-    return pd.DataFrame(list(rows.values()))
-
-
-def decision(clinical: Clinical) -> tuple[str, pd.DataFrame]:
-    """Words and a row for each marked threshold of `clinical`: mean net benefit over findings of each policy."""
-    shown = clinical.decision.assign(text=[with_ends(row, "value") for _, row in clinical.decision.iterrows()])
-    shown = shown.pivot(index="threshold", columns="policy", values="text")[["everybody", "base", "adapted"]]
-    shown.insert(0, "nobody", "0")
-    value = clinical.decision.set_index(["threshold", "policy"])
-    useful = [
-        f"{t:g}" for t in MARKED if value.loc[(t, "adapted"), "low"] > max(0, value.loc[(t, "everybody"), "high"])
-    ]
-    words = (
-        f"At {len(useful)} of {len(MARKED)} thresholds{': ' if useful else ''}{', '.join(useful)}, the adapted model's "
-    )
-    words += (
-        "interval lies above both acting on nobody and the interval of acting on everybody. Scores are recalibrated "
-    )
-    return words + "as chosen on validation patients. A threshold of 0.1: one hit is worth nine false alarms.", (
-        shown.reset_index()
-    )
-
-
-def second_test(measured: Measurement) -> tuple[str, pd.DataFrame]:
-    """Words and a row for each finding: the `measured` difference in AUROC by the bootstrap and by DeLong's test."""
+def parts(measured: Measurement) -> Iterator[tuple[str, str, str, pd.DataFrame]]:
+    """Title, words that follow from the numbers, caption and table of each part of what was `measured`."""
     import pandas as pd
 
     assert measured.clinical is not None
-    ways = {"bootstrap": measured.difference, "DeLong": measured.clinical.delong.loc[measured.difference.index]}
-    shown, apart = {"finding": measured.difference.index}, {}
-    for name, table in ways.items():
-        shown[f"{name}, adapted minus base"] = [with_ends(row, "auroc", "+") for _, row in table.iterrows()]
-        shown[f"{name}, p"] = [f"{p:.2g}" if p == p else "-" for p in table["auroc_p"]]
-        apart[name] = (table["auroc_low"] > 0) | (table["auroc_high"] < 0)
-    differ = apart["bootstrap"].index[apart["bootstrap"] != apart["DeLong"]].tolist()
-    words = f"Whether the interval holds 0, the two say {'otherwise of ' + ', '.join(differ) if differ else 'alike'}."
-    return words, pd.DataFrame(shown)
+    tables = measured.clinical.tables
+
+    def named(names: pd.Series) -> str:
+        return f"{len(names)}{': ' if len(names) else ''}{', '.join(map(str, names))}"
+
+    table = tables["subgroups"]
+    other = table.loc[apart(table, "against the rest"), "subgroup"]
+    words = f"Subgroups of {len(table)} in which the adapted model's mean AUROC differs from that of the rest, by an "
+    words += f"interval without 0: {named(other)}. Nothing is corrected for so many comparisons: of twenty, one would "
+    words += "differ by chance. A study of which nothing is known is in none."
+    yield "Subgroups", words, "Mean AUROC, and the adapted model against the rest.", table
+    table = tables["recalibration"]
+    chosen = [f"{row['method']} for the {row['model']} model" for _, row in table[table["chosen"]].iterrows()]
+    words = f"Chosen on validation patients, by the Brier score on a fifth of them left out: {', '.join(chosen)}. The "
+    words += (
+        "curves were fitted on all of them; the numbers are of test patients. A change of AUROC is no calibration: "
+    )
+    words += (
+        "a flat stair of the isotonic curve makes ties, a falling line turns round a score that pointed the wrong way."
+    )
+    yield "Calibration made anew", words, "Before and after, means over findings.", table
+    words = "At thresholds from validation patients and the prevalence of CT-RATE's training scans, not that of these."
+    yield "Predictive values", words, "Positive (PPV) and negative (NPV).", tables["predictive values"]
+    table = tables["net benefit"]
+    useful = table.loc[table["adapted_low"] > table["everybody_high"].clip(lower=0), "threshold"]
+    words = (
+        f"Thresholds of {len(table)} at which the adapted model's interval lies above acting on nobody, and above the "
+    )
+    words += f"interval of acting on everybody: {named(useful)}. Scores are recalibrated as chosen on validation "
+    words += "patients. From a threshold of 0.1 on, one hit is worth nine false alarms."
+    yield "Decision curves", words, "Mean net benefit over findings.", table
+    words = (
+        "The CRG score (arXiv 2505.17167) weighs hits, misses and false alarms by how many there can be. Always yes "
+    )
+    words += "and always no both get 0.333, everything right gets 1."
+    yield "CRG score", words, "At thresholds from validation patients.", tables["CRG score"]
+    second, first = tables["DeLong"].set_index("finding"), measured.difference
+    differ = first.index[apart(first, "auroc") != apart(second, "auroc").loc[first.index]]
+    words = f"Findings, and mean, of which the two do not agree whether the interval holds 0: {named(differ)}."
+    both = {"finding": first.index}
+    for name, table in (("bootstrap", first), ("DeLong", second.loc[first.index])):
+        both[f"{name}, adapted minus base"] = [with_ends(row, "auroc", "+") for _, row in table.iterrows()]
+        both[f"{name}, p"] = [f"{p:.2g}" if p == p else "-" for p in table["auroc_p"]]
+    yield "DeLong's test beside the bootstrap", words, "Two ways to one interval.", pd.DataFrame(both)
 
 
 def checklists() -> pd.DataFrame:
     """`assets/checklists.csv`: a row for each question, its items in three check-lists, whether and where answered."""
     import pandas as pd
 
-    lines = (files("medctkit") / "assets" / "checklists.csv").read_text(encoding="utf-8").splitlines()
-    return pd.DataFrame(list(csv.DictReader(lines)))
+    return pd.read_csv(str(files("medctkit") / "assets" / "checklists.csv"), dtype=str, keep_default_na=False)
 
 
 def clinical_blocks(measured: Measurement, table: Callable[..., Block], figure: Callable[..., Block]) -> list[Block]:
     """The part of the page that shows `measured.clinical`; `table` and `figure` make blocks of a text and a content."""
     found: list[Block] = []
-    if clinical := measured.clinical:
-        crg = clinical.crg.assign(score=[with_ends(row, "value") for _, row in clinical.crg.iterrows()])
-
-        def part(title: str, words: str, *blocks: Block) -> None:
-            found.extend([Block("heading", title), *([Block("text", words)] if words else []), *blocks])
-
-        if len(clinical.subgroups):
-            words, content = subgroups(clinical)
-            part("Subgroups", words, table("Mean AUROC, and the adapted model against the rest.", content))
-        else:  # of scans without these, such as LIDC-IDRI's
-            part("Subgroups", "Neither sex, age, scanner nor kernel of these patients is known: there are none.")
-        words, content = recalibration(clinical)
-        part("Calibration made anew", words, table("Before and after, means over findings.", content))
-        by = "At thresholds from validation patients and the prevalence of CT-RATE's training scans, not that of these."
-        part("Predictive values", "", table(by, predictive_values(clinical)))
-        words, content = decision(clinical)
-        curves = figure("decision", lambda: figures.decision_curves(measured), "Net benefit, finding by finding.")
-        part("Decision curves", words, curves, table("Mean net benefit over findings.", content))
-        words = (
-            "The CRG score (arXiv 2505.17167) weighs hits, misses and false alarms by how many there can be. Always "
-        )
-        words += "yes and always no both get 0.333, everything right gets 1."
-        part("CRG score", words, table("At thresholds from validation patients.", crg[["model", "score"]]))
-        words, content = second_test(measured)
-        part("DeLong's test beside the bootstrap", words, table("Two ways to one interval.", content))
+    for title, words, caption, content in parts(measured) if measured.clinical else ():
+        found += [Block("heading", title), Block("text", words)]
+        if title == "Decision curves":
+            found.append(figure("decision", lambda: figures.decision_curves(measured), "Net benefit by finding."))
+        found.append(table(caption, in_text(content)))
     asked = checklists()
     counts = Counter(asked["answered"])
     told = ", ".join(f"{counts[kind]} {kind}" for kind in ("yes", "partly", "no", "not applicable"))
-    words = f"{len(asked)} questions cover every item of {'; '.join(f'{k} ({v})' for k, v in CHECKLISTS.items())}, in "
-    words += f"words of ours. Answered: {told}. Filled in by the authors; a paper of yours needs its own."
+    words = f"{len(asked)} questions, in words of ours, cover every item of "
+    words += (
+        f"{'; '.join(f'{name} ({source})' for name, source in CHECKLISTS.items())}. Answered: {told}. Filled in by "
+    )
+    words += "the authors; a paper of yours needs its own."
     return [*found, Block("heading", "What check-lists ask"), Block("text", words), Block("table", "Items.", asked)]

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from test_report import measurement
 
-from medctkit.experiments.clinical import MARKED, clinical_statistics
+from medctkit.experiments.clinical import MARKED, Clinical, clinical_statistics
 from medctkit.experiments.report import claims, figures
 from medctkit.experiments.report import clinical as report
 from medctkit.findings import FINDINGS, PREVALENCE
@@ -36,66 +36,64 @@ def measured():
 
 
 def test_each_table_is_what_its_definition_says(measured):
-    clinical = measured.clinical
-    assert clinical.subgroups["subgroup"].tolist() == ["F", "M"], "no age is known"
-    assert clinical.subgroups["warning"].tolist() == ["only 45 patients", "only 15 patients"]
-    table = clinical.recalibration.set_index(["model", "method"])
+    tables = measured.clinical.tables
+    assert tables["subgroups"]["subgroup"].tolist() == ["F", "M"], "no age is known"
+    assert tables["subgroups"]["warning"].tolist() == ["only 45 patients", "only 15 patients"]
+    table = tables["recalibration"].set_index(["model", "method"])
     plain = evaluate(measured.labels, measured.scores["adapted"], measured.patients, resamples=2).loc["mean"]
-    assert table.loc[("adapted", "none"), "brier"] == pytest.approx(plain["brier"])
-    assert table.loc[("adapted", "none"), "calibration_error"] == pytest.approx(plain["calibration_error"])
-    for model, rows in clinical.recalibration.groupby("model"):
+    for metric in ("brier", "calibration_error"):
+        assert table.loc[("adapted", "none"), metric] == pytest.approx(plain[metric])
+    for model, rows in tables["recalibration"].groupby("model"):
         assert rows.loc[rows["validation"].idxmin(), "chosen"] and rows["chosen"].sum() == 1, model
-    first = clinical.predictive.iloc[0]
+    first = tables["predictive values"].iloc[0]
     at = evaluate(measured.labels, measured.scores["base"], measured.patients, 0.6, resamples=2).loc[FINDINGS[0]]
     share, sens, alarms = PREVALENCE[FINDINGS[0]], at["sensitivity"], 1 - at["specificity"]
     assert first["prevalence"] == share
-    assert first["ppv"] == pytest.approx(sens * share / (sens * share + alarms * (1 - share)), abs=1e-5)
-    assert first["ppv_low"] <= first["ppv"] <= first["ppv_high"]
-    assert len(clinical.decision) == 3 * len(MARKED) and len(clinical.predictive) == 36
-    crg = clinical.crg.set_index("model")["value"]
+    assert first["base PPV"] == pytest.approx(sens * share / (sens * share + alarms * (1 - share)), abs=1e-5)
+    assert first["base PPV_low"] <= first["base PPV"] <= first["base PPV_high"]
+    assert tables["net benefit"]["threshold"].tolist() == list(MARKED) and len(tables["predictive values"]) == 18
+    crg = tables["CRG score"].set_index("model")["score"]
     assert crg["difference"] == pytest.approx(crg["adapted"] - crg["base"]) and crg["adapted"] > crg["base"]
-    assert clinical.delong.loc["mean", "auroc"] == pytest.approx(measured.difference.loc["mean", "auroc"])
+    assert tables["DeLong"]["auroc"].iloc[-1] == pytest.approx(measured.difference.loc["mean", "auroc"])
 
 
 def test_validation_labels_choose_and_test_labels_measure(measured):
-    rng = np.random.default_rng(5)
-    guessing = statistics(measured, (rng.random((120, 18)) < 0.3).astype(float))
-    right = measured.clinical
-    said, meant = (c.recalibration.set_index(["model", "method"])["brier"] for c in (guessing, right))
+    guesses = (np.random.default_rng(5).random((120, 18)) < 0.3).astype(float)
+    guessing, right = statistics(measured, guesses).tables, measured.clinical.tables
+    said, meant = (tables["recalibration"].set_index(["model", "method"])["brier"] for tables in (guessing, right))
     assert said["adapted", "Platt"] > meant["adapted", "Platt"] + 0.02
     assert said["adapted", "none"] == meant["adapted", "none"]
-    pd.testing.assert_frame_equal(guessing.predictive, right.predictive)
-    pd.testing.assert_frame_equal(guessing.subgroups, right.subgroups)
+    for name in ("predictive values", "subgroups", "CRG score", "DeLong"):
+        pd.testing.assert_frame_equal(guessing[name], right[name])
 
 
-def test_metrics_json_has_the_statistics_beside_what_was_there(measured):
+def test_the_report_and_metrics_json_show_each_part_beside_what_was_there(measured):
     written = json.loads(json.dumps(measured.summary, allow_nan=False))
     assert set(written) - {"clinical"} == set(measurement().summary)
-    assert set(written["clinical"]) == {"subgroups", "recalibration", "predictive", "decision", "crg", "delong"}
-    assert written["clinical"]["delong"][-1]["finding"] == "mean"
-
-
-def test_the_report_shows_each_part_and_says_what_follows_from_it(measured):
-    page = claims.blocks(measured)
-    titles = [block.text for block in page if block.kind == "heading"]
-    parts = ["Subgroups", "Calibration made anew", "Predictive values", "Decision curves", "CRG score"]
-    assert titles[-len(parts) - 3 : -1] == [*parts, "DeLong's test beside the bootstrap", "What check-lists ask"]
-    words, table = report.subgroups(measured.clinical)
-    assert "in 0 of 2 subgroups." in words or "in 2 of 2 subgroups: F (" in words or "in 1 of 2 subgroups: " in words
-    assert table["warning"].iloc[1] == "only 15 patients" and table["difference"].iloc[0].startswith("+")
-    words, table = report.recalibration(measured.clinical)
-    assert table["chosen"].tolist().count("yes") == 2 and f"{table['recalibration'][0]}" == "none"
-    words, table = report.decision(measured.clinical)
-    assert table.columns.tolist() == ["threshold", "nobody", "everybody", "base", "adapted"] and len(table) == len(
-        MARKED
-    )
-    words, table = report.second_test(measured)
-    assert table["finding"].tolist() == [*FINDINGS, "mean"]
-    assert words.endswith(("alike.", *(f"{name}." for name in [*FINDINGS, "mean"])))
+    assert set(written["clinical"]) == set(measured.clinical.tables)
+    titles = [block.text for block in claims.blocks(measured) if block.kind == "heading"]
+    shown = {title: (words, report.in_text(table)) for title, words, _, table in report.parts(measured)}
+    assert titles[-len(shown) - 2 : -2] == list(shown) and titles[-2] == "What check-lists ask"
+    without = [block.text for block in claims.blocks(measurement()) if block.kind == "heading"]
+    assert not set(shown) & set(without) and "What check-lists ask" in without
+    assert shown["Subgroups"][1]["difference"][0].startswith("+")
+    assert shown["Calibration made anew"][1]["chosen"].tolist().count("yes") == 2
+    assert list(shown["Decision curves"][1]) == ["threshold", "nobody", "everybody", "base", "adapted"]
     drawn = figures.decision_curves(measured).axes
     assert len(drawn) == 18 and len(drawn[0].lines) == 4
-    without = [block.text for block in claims.blocks(measurement()) if block.kind == "heading"]
-    assert "Subgroups" not in without and "What check-lists ask" in without
+
+
+def test_words_follow_from_the_numbers(measured):
+    tables = {name: table.copy() for name, table in measured.clinical.tables.items()}
+    tables["subgroups"][["against the rest_low", "against the rest_high"]] = [[-0.2, 0.1], [-0.3, -0.1]]
+    tables["net benefit"][["everybody_high", "adapted_low"]] = [[0.2, 0.1], [-1, 0.1], [0.1, 0.2], [-1, -0.1], [0, 0]]
+    tables["DeLong"].loc[4, ["auroc_low", "auroc_high"]] = -1 * measured.difference[["auroc_low", "auroc_high"]].iloc[4]
+    tables["DeLong"].loc[5, ["auroc_low", "auroc_high"]] = [-1, 1]
+    made = dataclasses.replace(measured, clinical=Clinical(tables, {}))
+    words = {title: text for title, text, _, _ in report.parts(made)}
+    assert "of 2 in which" in words["Subgroups"] and ": 1: M. " in words["Subgroups"]
+    assert f": 2: {MARKED[1]}, {MARKED[2]}. " in words["Decision curves"]
+    assert words["DeLong's test beside the bootstrap"].endswith(f": 1: {FINDINGS[5]}.")
 
 
 def test_the_check_lists_are_whole_and_say_where_an_answer_is(measured):
