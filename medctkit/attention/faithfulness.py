@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from medctkit.attention.localisation import CONTRAST, Regions, contrast_map, means_of_findings, score_maps
-from medctkit.attention.maps import attend, relevance_maps
+from medctkit.attention.maps import attend, has_rollout, relevance_maps
 from medctkit.cohort.dataset import CTReportDataset
 from medctkit.cohort.manifest import has_file, study_from_row
 from medctkit.findings import FINDINGS
@@ -101,7 +101,8 @@ def faithfulness(
     def maps_of(pixels: torch.Tensor, asked: Sequence[int]) -> dict[str, np.ndarray]:
         relevant = relevance_maps(model, pixels[None], (stating - denying)[None, list(asked)])[0]
         found = dict(zip(("relevance", "another prompt"), relevant, strict=False))
-        return found | {"rollout": attend(model, pixels).rollout(), CONTRAST: contrast_map(pixels, relevant[0].shape)}
+        rollout = {"rollout": attend(model, pixels).rollout()} if has_rollout(model) else {}
+        return found | rollout | {CONTRAST: contrast_map(pixels, relevant[0].shape)}
 
     whole = zip(regions.study, regions.finding, strict=True)
     for study, k in tqdm(whole, total=len(regions.study), desc="faithfulness", disable=not progress):

@@ -108,7 +108,7 @@ def attend(model: Model, pixels: torch.Tensor) -> Attention:
     Raises:
         ValueError: another shape, or more than one volume; a base model of another architecture.
     """
-    if not _has_two_transformers(model):
+    if not has_rollout(model):
         raise ValueError(
             "maps of attention and their rollout are those of CT-CLIP, which attends within slabs of patches and along "
             "depth. This model's patches all attend to each other, in one matrix of (patches, patches) for each head "
@@ -169,7 +169,7 @@ def relevance_maps(model: Model, pixels: torch.Tensor, directions: torch.Tensor)
         ValueError: a base model that has neither CT-CLIP's transformers nor `patches`.
     """
     device = model.temperature.device
-    of = _followed_back if _has_two_transformers(model) else _added_by_patches
+    of = _followed_back if has_rollout(model) else _added_by_patches
     found = of(model, pixels.to(device), directions.to(device).reshape(len(pixels), -1, directions.shape[-1]))
     total = found.sum((2, 3, 4), keepdims=True)
     found = np.divide(found, total, out=np.full_like(found, 1 / found[0, 0].size), where=total > 0)
@@ -258,7 +258,8 @@ def _one_volume(pixels: torch.Tensor) -> torch.Tensor:
     return pixels
 
 
-def _has_two_transformers(model: Model) -> bool:
+def has_rollout(model: Model) -> bool:
+    """Whether a model has CT-CLIP's two transformers, whose attention `attend` captures."""
     return hasattr(model.vision_encoder, "attention_layers")
 
 

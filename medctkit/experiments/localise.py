@@ -23,6 +23,7 @@ from medctkit.attention.localisation import (
     rollout_of_regions,
     sanity_check,
 )
+from medctkit.attention.maps import has_rollout
 from medctkit.cohort.dataset import load_split, prepared_dir
 from medctkit.cohort.manifest import load_manifest
 from medctkit.common.atomic import replacing
@@ -108,7 +109,8 @@ def measure_localisation(
         def relevant(model: Model = model) -> dict[str, np.ndarray]:
             every = relevance_of_regions(model, base.tokenizer, dataset, regions, every=True)
             own, others = own_and_others(every, regions)
-            return {"relevance": own, OTHERS: others, "rollout": rollout_of_regions(model, dataset, regions)}
+            rollout = {"rollout": rollout_of_regions(model, dataset, regions)} if has_rollout(model) else {}
+            return {"relevance": own, OTHERS: others} | rollout
 
         def tested(model: Model = model) -> dict[str, np.ndarray]:
             return columns(faithfulness(model, base.tokenizer, dataset, chosen, seed=seed))

@@ -50,6 +50,11 @@ PARTS = Parts(
     },
     keys_values=("k_proj", "v_proj", "key", "value"),
     narrowing=(_VISION["fc2"], _TEXT["output.dense"]),
+    stages={
+        "pooling": ("image_encoder.pooler", "image_encoder.projector"),
+        "layers": ("image_encoder.backbone.eva",),
+        "patches": ("image_encoder.backbone.down_projection",),
+    },
 )
 
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import tiny_ct_clip, tiny_data
 
+from medctkit.attention.localisation import Regions, sanity_check
 from medctkit.attention.maps import attend, patch_map, relevance, relevance_maps
 from medctkit.findings import FINDINGS
 from medctkit.lora.adapter import add_lora, load_adapter, merge_lora, save_adapter
@@ -291,6 +292,10 @@ def test_relevance_is_what_each_patch_adds(base, volumes):
     several = relevance_maps(base.model, volumes, (text[0] - text[1]).detach().expand(3, -1))
     np.testing.assert_allclose(several[0], found, atol=1e-5)
     assert all(p.grad is None for p in base.model.parameters()) and not base.model.training
+    regions = Regions(np.arange(2), np.array([0, 5]), np.array(["a", "b"]), np.ones((2, 3, 3, 3), np.float32))
+    table = sanity_check(base.model, base.tokenizer, data(2), regions, progress=False)
+    assert list(table.index) == ["nothing", "pooling", "+ layers", "+ patches"] and "rollout" not in table
+    assert table["relevance"].iloc[0] > 0.999 > table["relevance"].iloc[-1]
     scan = generate(3).volume
     middle = patch_map(found, scan, base.preprocess_config).affine
     assert (np.sign(middle[:3, :3].round(3)) == np.eye(3)).all()  # right, front, head
