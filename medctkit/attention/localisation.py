@@ -161,7 +161,7 @@ def score_maps(maps: np.ndarray, shares: np.ndarray) -> dict[str, np.ndarray]:
         raise ValueError("maps must be finite, not negative, and not all 0")
     held = shares >= np.minimum(PART_OF_A_PATCH, shares.max(1, keepdims=True))
     highest = maps == maps.max(1, keepdims=True)
-    # average precision as scikit-learn has it, of all maps at once; a patch is its share of positives, ties are one step
+    # average precision as scikit-learn has it, of all maps at once; a patch is its share of positives, ties one step
     order, places = np.argsort(-maps, axis=1), np.arange(maps.shape[1])
     ranked, hits = (np.take_along_axis(x, order, axis=1) for x in (maps, shares))
     last = np.where(np.diff(ranked, axis=1, append=-1) != 0, places, len(places))
