@@ -26,7 +26,7 @@ from medctkit.experiments.compare.results import (
     rivals_table,
     strength_table,
     unseen_table,
-)  # fmt: skip
+)
 from medctkit.experiments.compare.runs import GROUPS
 
 if TYPE_CHECKING:
@@ -53,123 +53,76 @@ def verdict(results: Results, group: str, one: str, other: str, what: str = "") 
 
 
 class Shown(NamedTuple):
-    """A table as it is shown: the group whose runs it needs, what makes it, columns with their forms, and a note."""
+    """A table as it is shown: the group whose runs it needs, what makes it, its columns, and a note."""
 
     group: str
     make: Callable[[Results], pd.DataFrame]
-    columns: Mapping[str, str]
+    columns: str
     note: str = ""
 
 
-_SCORES = {"": "label", "test AUROC": "auroc:.3f", "over base": "over_base:+.3f", "seeds": "seeds:.0f"}
-_TAUGHT = _SCORES | {
-    "seeds' sd": "auroc_sd:.3f", "rate": "learning_rate:g", "steps to equal": "steps_to_equal:.0f",
-    "trained": "trainable:,.0f",
-}  # fmt: skip
-_COSTS = {
-    "bytes": "adapter_bytes:,.0f", "s/step": "seconds_per_step:.2f", "of full": "seconds_per_step_of_full:.2f",
-    "peak bytes": "peak_bytes:.2g", "of full ": "peak_bytes_of_full:.2f",
-}  # fmt: skip
+_SCORES = "label auroc over_base seeds"
+_TAUGHT = f"{_SCORES} auroc_sd learning_rate steps_to_equal trainable"
+_COSTS = "adapter_bytes seconds_per_step seconds_per_step_of_full peak_bytes peak_bytes_of_full"
 TABLES: dict[str, Shown] = {
     "rivals": Shown(
-        "rivals",
-        rivals_table,
-        _SCORES
-        | {
-            "kind": "kind",
-            "LoRA over it": "lora_over:+.3f",
-            "home over base": "home_over_base:+.3f",
-            "chosen": "chosen",
-        },
-        "LoRA over it: paired on the same resamples of test patients. *: the lowest or highest rate tried.",
+        "rivals", rivals_table, f"{_SCORES} kind lora_over home_over_base chosen",
+        "Lora over: LoRA minus this, paired on the same resamples of test patients.",
     ),
-    "findings": Shown(
-        "rivals",
-        lambda results: finding_table(results).reset_index(),
-        {"": "finding", "base model": "base:.3f", "LoRA": "lora:.3f", "HU in boxes": "boxes:.3f"}
-        | {"LoRA over boxes": "lora_over:+.3f"},
-    ),
+    "findings": Shown("rivals", lambda found: finding_table(found).reset_index(), "finding base lora boxes lora_over"),
     "unseen": Shown(
-        "unseen",
-        unseen_table,
-        {"": "findings", "prompts": "prompts", "base model": "base:.3f", "adapted": "adapted:.3f"}
-        | {"taught all": "taught:.3f", "adapted over base": "gain:+.3f", "taught over base": "taught_gain:+.3f"},
-        f"Held out of every loss and choice of 'adapted': {', '.join(HELD_OUT)}. 'taught all' was taught them too.",
+        "unseen", unseen_table, "findings prompts base adapted gain taught taught_gain",
+        f"Held out of every loss and choice of 'adapted': {', '.join(HELD_OUT)}. 'taught' was taught them too.",
     ),
-    "placement": Shown("placement", lambda results: method_table(results, "placement"), _TAUGHT),
+    "placement": Shown("placement", lambda found: method_table(found, "placement"), _TAUGHT),
     "methods": Shown(
-        "methods",
-        method_table,
-        _TAUGHT | _COSTS,
+        "methods", method_table, f"{_TAUGHT} {_COSTS}",
         f"The linear probe knows these 18 answers only. Steps to equal: until {EQUAL:.0%} of LoRA's gain on validation "
-        "studies, median over seeds; -: most never had it.",
+        "studies, median over seeds; -: most never had it. Seconds and peak bytes: of a step, measured alone.",
     ),
     "forgetting": Shown(
-        "forgetting",
-        forgetting_table,
-        _SCORES
-        | {
-            "home over base": "home_over_base:+.3f",
-            "calibration error at home over base": "home_calibration_over_base:+.3f",
-        }
-        | {"intruders of 10": "intruders:.1f"},
+        "forgetting", forgetting_table, f"{_SCORES} home_over_base home_calibration_over_base intruders",
         "; ".join(f"{name}: {does}" for name, does in VARIANTS.items() if name.startswith(("replay", "anchor"))),
     ),
-    "strength": Shown(
-        "forgetting",
-        strength_table,
-        {"": "label", "strength": "strength:g", "over base": "over_base:+.3f", "home over base": "home_over_base:+.3f"},
-    ),
-    "studies": Shown(
-        "studies",
-        lambda results: pooled(results, "studies").sort_values("studies", kind="stable"),
-        {"": "label", "studies": "studies:,.0f"} | dict(list(_SCORES.items())[1:]),
-    ),
-    "noise": Shown(
-        "noise",
-        noise_table,
-        {"% flipped": "flipped:.0f", "LoRA trained so": "trained:.3f", "lost": "lost:+.3f"}
-        | {
-            "base measured so": "measured_base:.3f",
-            "LoRA measured so": "measured:.3f",
-            "gain so": "measured_gain:+.3f",
-        },
-    ),
-    "ranks": Shown(
-        "ranks",
-        lambda results: pooled(results, "ranks").sort_values("rank", na_position="first"),
-        {"rank": "rank:.0f"} | dict(list(_TAUGHT.items())[1:]),
-    ),
-}
+    "strength": Shown("forgetting", strength_table, "label strength over_base home_over_base"),
+    "studies": Shown("studies", lambda found: pooled(found, "studies").sort_values("studies"), f"studies {_SCORES}"),
+    "noise": Shown("noise", noise_table, "flipped trained lost measured_base measured measured_gain"),
+    "ranks": Shown("ranks", lambda found: pooled(found, "ranks").sort_values("rank"), f"rank {_TAUGHT}"),
+}  # fmt: skip
+_FORMS = {"learning_rate": "g", "strength": "g", "peak_bytes": ".2g", "intruders": ".1f", "seconds_per_step": ".2f"}
+_FORMS |= dict.fromkeys(("trainable", "adapter_bytes", "studies", "seeds", "rank", "flipped", "steps_to_equal"), ",.0f")
 
 
-def shown(table: pd.DataFrame, columns: Mapping[str, str]) -> pd.DataFrame:
+def shown(table: pd.DataFrame, columns: str) -> pd.DataFrame:
     """Columns of a table as text: values with their ends where they have some, "-" where there is nothing.
 
     Args:
         table: one of this module's.
-        columns: by heading, the name of the column and, after a colon, how a number is written.
+        columns: names, with spaces between them.
     """
     import pandas as pd
 
-    def text(row: Mapping, name: str, form: str) -> str:
-        if not form:
-            return str(row[name])
+    def text(row: Mapping, name: str) -> str:
         values = [row[key] for key in (name, f"{name}_low", f"{name}_high") if key in row]
+        if isinstance(values[0], str):
+            return values[0]
         if values[0] != values[0] or (len(values) > 1 and not any(values)):  # what is missing; a difference to itself
             return "-"
+        sign = "+" if name.endswith(("over_base", "lora_over", "gain", "lost")) else ""
+        form = _FORMS.get(name, f"{sign}.3f")
         value, *ends = (f"{0.0 if abs(v) < 5e-4 and '3f' in form else v:{form}}" for v in values)
+        value += "*" * (name == "learning_rate" and bool(row.get("at_edge")))
         return f"{value} [{', '.join(ends)}]" if ends else value
 
-    made = {head: spec.partition(":")[::2] for head, spec in columns.items() if spec.partition(":")[0] in table}
-    return pd.DataFrame([{h: text(row, *spec) for h, spec in made.items()} for row in table.to_dict("records")])
+    names = {name: name.replace("_", " ").replace("label", "").replace("auroc", "AUROC") for name in columns.split()}
+    return pd.DataFrame([{names[name]: text(row, name) for name in names} for row in table.to_dict("records")])
 
 
 def best_free_texts(results: Results) -> list[str]:
     """What LoRA has over the free fix that is best on the test patients, and over the best on validation patients."""
     texts, best = [], best_free(results)
     for place, where in enumerate(("the test patients", "validation patients")[: len(best)]):
-        row, (over,) = best.iloc[place], shown(best[place : place + 1], {"over": "lora_over:+.3f"})["over"]
+        row, (over,) = best.iloc[place], shown(best[place : place + 1], "lora_over")["lora over"]
         fix = f"{row['label']} ({row['over_base']:+.3f} over base)"
         texts.append(f"LoRA over the free fix that is best on {where}, {fix}: {over}")
     return texts
