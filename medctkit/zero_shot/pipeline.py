@@ -37,9 +37,9 @@ class CTZeroShotPipeline(Pipeline):
             raise TypeError(f"ct-zero-shot does not know {', '.join(unknown)}; `prompts` is given when it is made")
         return {}, {}, {}
 
-    def preprocess(self, inputs: Any, **_: Any) -> Any:
-        """Model input `pixel_values` (1, 1, d, h, w) of one scan, the `inputs`."""
-        return dict(self.processor(images=inputs))
+    def preprocess(self, input_: Any, **_: Any) -> Any:
+        """Model input `pixel_values` (1, 1, d, h, w) of one scan, the `input_`."""
+        return dict(self.processor(images=input_))
 
     def _forward(self, input_tensors: Any, **_: Any) -> Any:
         return {"scores": torch.from_numpy(self.classifier.scores(input_tensors["pixel_values"]))}
