@@ -90,7 +90,8 @@ def faithfulness(
     """All measures of each region: a row for each, columns "measure: map"; NaN where a measure has no value.
 
     The `dataset` holds the studies of `regions`; for `model`, `tokenizer` and `prompts` see `ZeroShotClassifier`;
-    `seed` draws the random map, the other prompt, the other study and the noise. A real scan has no counterfactual.
+    `seed` draws the random map, the other prompt, the other study and the noise; `progress` shows it. A real scan has
+    no counterfactual.
     """
     from scipy.stats import spearmanr
     from tqdm.auto import tqdm
