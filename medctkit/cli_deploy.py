@@ -23,11 +23,14 @@ def say(text: object, err: bool = False) -> None:
     typer.echo(printable(text), err=err)
 
 
-def _with_adapter(model: str, tokenizer: Path | None, adapter: Path | None) -> Any:
-    """A base model, with its adapter where there is one."""
+def with_adapter(model: str, tokenizer: Path | None, adapter: Path | None) -> Any:
+    """A base model, with its adapter where there is one; says so where that is of a run that is not finished."""
     from medctkit.lora.adapter import load_adapter
     from medctkit.model.base_model import load_base
+    from medctkit.training.checkpoints import WORK
 
+    if adapter is not None and adapter.resolve().parent.name == WORK:
+        say(f"{adapter} is the best so far of a run that is not finished", err=True)
     base = load_base(model, tokenizer)
     return base if adapter is None else replace(base, model=load_adapter(base.model, adapter))
 
@@ -44,7 +47,7 @@ def predict(
     """Score one scan; results.json has the form of the VLM3D challenge. For research, not for diagnosis."""
     from medctkit.quickstart import predict_study
 
-    say(predict_study(study, out, _with_adapter(model, tokenizer, adapter), series))
+    say(predict_study(study, out, with_adapter(model, tokenizer, adapter), series))
 
 
 @deploying.command()
@@ -62,7 +65,7 @@ def answer(
     from medctkit.deploy.answer import write_answer
     from medctkit.quickstart import answer_study
 
-    found = answer_study(study, _with_adapter(model, tokenizer, adapter), series, with_map=with_map)
+    found = answer_study(study, with_adapter(model, tokenizer, adapter), series, with_map=with_map)
     for path in write_answer(found, out):
         say(f"wrote {path}")
 
@@ -143,7 +146,7 @@ def gateway(
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     to, allowed, limits = Peer.of(destination), None if allow_all else allow or [], Limits(queue, quiet, retry)
-    base = _with_adapter(model, tokenizer, adapter)
+    base = with_adapter(model, tokenizer, adapter)
     service = Gateway(folder, lambda path: answer_study(path, base, with_map=False), to, allowed, title, limits)
     with service.serving(port, host) as at:
         say(f"listening at {title}@{host}:{at}; Ctrl-C ends it")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from medctkit.cli_deploy import say
+from medctkit.cli_deploy import say, with_adapter
 
 measuring = typer.Typer(add_completion=False)
 Adapted = Annotated[Path, typer.Argument(help="Folder of the adaptation: adapter, history, metrics.")]
@@ -110,16 +110,13 @@ def embed(
     from medctkit.cohort.dataset import load_split, prepared_dir
     from medctkit.cohort.manifest import load_manifest
     from medctkit.common.processes import accelerator_for
-    from medctkit.lora.adapter import load_adapter
-    from medctkit.model.base_model import load_base
     from medctkit.zero_shot.classifier import ZeroShotClassifier
     from medctkit.zero_shot.embeddings import embed_manifest
 
-    base = load_base(model, tokenizer)
-    loaded = base.model if adapter is None else load_adapter(base.model, adapter)
+    base = with_adapter(model, tokenizer, adapter)
     prepared = prepared_dir(manifest, out.parent, cache_dir)
     dataset = load_split(load_manifest(manifest), hospital, split, base.preprocess_config, prepared)
-    classifier = ZeroShotClassifier(loaded.to(accelerator_for().device), base.tokenizer)
+    classifier = ZeroShotClassifier(base.model.to(accelerator_for().device), base.tokenizer)
     embedded = embed_manifest(classifier, dataset, out, batch_size, workers)
     if accelerator_for().is_main_process:
         n, width = embedded.embeddings.shape

@@ -65,6 +65,20 @@ def test_the_home_folder_is_found_in_every_argument(tmp_path, monkeypatch, argum
     assert result.exit_code == 1 and f"error: no manifest at {tmp_path}/m.csv" in result.output
 
 
+def test_an_adapter_of_a_run_that_is_not_finished_is_marked(tmp_path):
+    adapter = tmp_path / "unfinished" / "adapter"
+    result = run("embed", tmp_path / "e.safetensors", "--manifest", MANIFEST, "--adapter", adapter)
+    assert result.exit_code == 1 and "the best so far of a run that is not finished" in result.output
+
+
+def test_maintainers_commands_stand_apart():
+    text = run("--help").output
+    ordinary, apart = text.split("For maintainers")
+    assert {"finetune", "evaluate"} <= set(ordinary.split()) and {"gallery", "pretrain", "manifest"} <= set(
+        apart.split()
+    )
+
+
 def test_a_name_does_not_steer_the_terminal():
     result = run("prepare", "\x1b]0;evil\x07\u202egpj.csv", "out")
     assert r"no manifest at \x1b]0;evil\x07\u202egpj.csv" in result.output and "\x1b" not in result.output

@@ -250,9 +250,17 @@ def draw_slice(
     look: Look,
     view: tuple[float, float, float, float] = WHOLE,
 ) -> "Image":
-    """A slice, or the `view` of it, as a picture (PIL image, RGB) of a size (width, height) in pixels, without text.
+    """A slice as a picture (PIL image, RGB), without text.
 
     A heat map covers the more the higher its value is: where it is lowest the CT is as it was. Masks lie over it.
+
+    Args:
+        scan: whose slice.
+        plane: "axial", "coronal" or "sagittal".
+        index: along the plane's axis.
+        size: width and height, pixels.
+        look: window, masks, map, slab.
+        view: left, top, right and bottom of what is shown of it, as shares.
     """
     from PIL import Image
 
