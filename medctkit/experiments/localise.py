@@ -98,7 +98,8 @@ def measure_localisation(
             return dict(arrays)
 
     def columns(table: "pd.DataFrame") -> dict[str, np.ndarray]:
-        return {name: part.to_numpy(str if part.dtype == object else None) for name, part in table.items()}
+        numeric = pd.api.types.is_numeric_dtype
+        return {name: part.to_numpy(None if numeric(part) else str) for name, part in table.items()}
 
     regions = Regions(**kept("regions", lambda: vars(find_regions(rows, config, grid))))
     chosen, few = some_of_each(regions, EACH, seed), Regions(*(part[:FEW] for part in vars(regions).values()))
