@@ -125,7 +125,8 @@ def next_rate(rate: float, up: bool) -> float:
 def sweep(tuned: Job, score: Callable[[Job], float | None]) -> list[Job]:
     """The runs that choose a learning rate and a dialect (`Job.tuned`), as far as is known by now which they are.
 
-    From the rates of `METHODS` on, one more at a time beyond the lowest or highest while that one is the best.
+    From the rates of `METHODS` on, one more at a time beyond the lowest or highest while that one is the best, and
+    below the lowest while all diverge.
 
     Args:
         tuned: whose rate is swept.
@@ -141,7 +142,7 @@ def sweep(tuned: Job, score: Callable[[Job], float | None]) -> list[Job]:
             known = [value for value in scores if value is not None]
             if len(known) < len(scores) or len(rates) >= MOST_RATES:
                 break
-            if known[0] == max(known) > max(known[1:]):
+            if known[0] == max(known) > max(known[1:]) or max(known) == -math.inf:
                 rates.insert(0, next_rate(rates[0], up=False))
             elif known[-1] == max(known) > max(known[:-1]):
                 rates.append(next_rate(rates[-1], up=True))
