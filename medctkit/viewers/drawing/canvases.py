@@ -87,7 +87,8 @@ class MouseCanvas:
         known = self.widget.picture
         self.widget.picture = picture
         if known is None or known.size != picture.size:
-            inches = (n * self.widget.device_pixel_ratio / self._figure.dpi for n in picture.size)
+            ratio = self.widget.device_pixel_ratio / self._figure.dpi
+            inches = ((n + 0.01) * ratio for n in picture.size)  # matplotlib rounds down, and 509.99 is not 510
             self._figure.set_size_inches(*inches)
         self.widget.draw()
 
