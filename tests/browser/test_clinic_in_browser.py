@@ -1,6 +1,7 @@
 """The page for a person, under voila with its own settings: zip in, picture and 18 scores out, nothing on disk."""
 
 import zipfile
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -37,13 +38,11 @@ def clinic(browser, root, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", str(temporary))
         server = Server("voila", root / "notebooks" / "clinic", tmp_path_factory.mktemp("voila-clinic"))
-    tab = browser.new_page(viewport={"width": 1300, "height": 1300})
-    page = NotebookPage(tab, server, "page.ipynb", PICTURES)
-    page.begin("clinic")
-    page.open()
-    yield page, temporary
-    tab.close()
-    server.close()
+    with closing(server), closing(browser.new_page(viewport={"width": 1300, "height": 1300})) as tab:
+        page = NotebookPage(tab, server, "page.ipynb", PICTURES)
+        page.begin("clinic")
+        page.open()
+        yield page, temporary
 
 
 def upload(page, path):
