@@ -142,8 +142,8 @@ def table(found):
 def with_table(page, found):
     """The page with its measured table made anew."""
     before, begin, rest = page.partition("<!-- measured -->\n")
-    _, end, after = rest.partition("\n<!-- until here -->")
-    return f"{before}{begin}{table(found)}{end}{after}"
+    _, end, after = rest.partition("<!-- until here -->\n")
+    return f"{before}{begin}{table(found)}\n{end}{after}"
 
 
 def processor():
