@@ -37,7 +37,7 @@ FRACTIONS = (0.02, 0.05, 0.1, 0.2, 0.5)  # of the patches; 0 and 1 are known for
 NOISE = 0.03  # standard deviation in the model's input, where 1 is 1,000 HU: that of a scan of a low dose
 CHANGE = 0.01  # the least change of a voxel that counts
 CHUNK = 10  # volumes in the image encoder
-LOWER_IS_BETTER = ("deletion",)
+LOWER_IS_BETTER = ("deletion", "likeness to another study")
 
 
 def some_of_each(regions: Regions, each: int, seed: int = 0) -> Regions:
