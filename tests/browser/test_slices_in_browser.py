@@ -183,6 +183,7 @@ def test_everything_is_reached_without_a_mouse(visit):
 
 def drag(page, start, end, button="left"):
     """From one place of the picture to another, pixels of the page."""
+    page.find(CANVAS).scroll_into_view_if_needed()  # the mouse moves on the screen only
     mouse, box = page.tab.mouse, page.find(CANVAS).bounding_box()
     mouse.move(box["x"] + start[0], box["y"] + start[1])
     mouse.down(button=button)
@@ -206,6 +207,7 @@ def test_a_distance_and_a_region_are_drawn_and_the_page_stays_where_it_is(course
     below = course.tab.get_by_text(re.compile("window centre")).first
     mouse.select_option("distance")
     course.text_appears(r"distance 0\.0 mm")
+    canvas.scroll_into_view_if_needed()
     at = below.bounding_box()["y"]
     assert does(course, canvas, lambda: drag(course, (150, 150), (300, 200)))
     assert float(re.search(r"[\d.]+", course.text_appears(r"distance \d+\.\d mm")).group()) > 50
