@@ -36,10 +36,13 @@ def characteristics(rows: Sequence[dict]) -> "pd.DataFrame":
         if has_file(row):
             found.append([row.get(column) for column in COLUMNS.values()])
             continue
-        who = (row["patient"], row["hospital"])
-        person = people[who] = people.get(who) or person_of(*who)
+        sex = age = None
+        if row.get("drawing") == 2:  # the first drawing has neither
+            who = (row["patient"], row["hospital"])
+            person = people[who] = people.get(who) or person_of(*who)
+            sex, age = person.sex, person.age
         kernel = KERNELS[int(row["reconstruction"]) % len(KERNELS)]
-        found.append([person.sex, person.age, f"phantom, {row['hospital']}", kernel])
+        found.append([sex, age, f"phantom, {row['hospital']}", kernel])
     table = pd.DataFrame(found, columns=list(COLUMNS)).astype(object)
     years = pd.to_numeric(table["age"], errors="coerce")
     table["age"] = pd.cut(years, [*AGES.values(), 150], right=False, labels=list(AGES)).astype(object)

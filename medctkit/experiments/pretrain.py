@@ -306,8 +306,8 @@ class Pretraining:
         # projection has 144 times those of the other layers, and gets a rate so much smaller (Yang et al. 2022, arXiv
         # 2203.03466). Text encoder and map to phrases have been trained to the end on images that change now.
         wide = self.model.to_visual_latent.weight
-        text = [*self.model.text_encoder.parameters(), *self.model.to_text_latent.parameters(), *self.head.parameters()]
-        share = dict.fromkeys(text, config.text_share) | {wide: MINI_VISION["dim"] / wide.shape[1]}
+        slow = [*self.model.text_encoder.parameters(), *self.model.to_text_latent.parameters(), *self.head.parameters()]
+        share = dict.fromkeys(slow, config.text_share) | {wide: MINI_VISION["dim"] / wide.shape[1]}
         groups = [
             {"params": [p], "share": share.get(p, 1.0), "weight_decay": config.weight_decay * (p.ndim > 1)}
             for p in (*self.model.parameters(), *self.head.parameters())

@@ -8,7 +8,7 @@ import pytest
 from medctkit.cohort.patients import characteristics
 from medctkit.phantom.study import generate
 
-PHANTOM = {"patient": "p", "hospital": "target", "reconstruction": 1, "path": float("nan")}
+PHANTOM = {"patient": "p", "hospital": "target", "reconstruction": 1, "path": float("nan"), "drawing": 2}
 
 
 def test_a_phantoms_characteristics_are_those_that_were_drawn():
