@@ -11,7 +11,7 @@ PY := "$(ENV)/bin/python"
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -rs --durations=10 -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all coverage test-browser test-pacs test-colab notebooks render docs docs-links bench style clean
+.PHONY: help setup demo test test-all coverage test-browser test-pacs test-open test-colab notebooks render docs docs-links bench bench-open style clean
 
 help:  ## list these targets
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  ##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,6 +40,10 @@ test-pacs: setup  ## send phantoms through a PACS and back; installs Orthanc if 
 	@$(PY) tests/deploy/orthanc.py
 	$(PY) -m pytest -rs -m pacs tests/deploy/test_pacs.py
 
+test-open: setup  ## test COLIPRI and Imaging Data Commons by their own packages, in a layer of 400 MB, .venv-open
+	@$(PY) -m tools.open_env .venv-open
+	OMP_NUM_THREADS=1 .venv-open/bin/python -m pytest -rs -m open tests/model tests/cohort
+
 test-colab: setup  ## run notebooks 00 and 02 with the packages that Colab has (2 GB, minutes)
 	MEDCTKIT_TEST_COLAB=runs/colab $(PY) -m pytest -rs tests/course/test_colab.py
 
@@ -58,13 +62,18 @@ docs-links: setup  ## check the links that lead out of the site; needs a network
 	@$(PY) -m pip install --quiet -c constraints.txt -e ".[docs]"
 	$(PY) -m sphinx -c docs -b linkcheck -E -q . build/links
 
-bench: setup  ## measure speed and memory, check the bars, write bench/*.json: about 6 minutes
+bench: setup  ## measure speed and memory, check the bars, write bench/*.json: about 10 minutes
 	$(PY) bench/data.py
 	$(PY) bench/model.py
 	$(PY) bench/memory.py
 	$(PY) bench/gpu.py
 	$(PY) bench/viewers.py
 	$(PY) bench/phantoms.py
+	$(PY) bench/adapters.py
+
+bench-open: setup  ## measure three base models side by side, write bench/base_models.json: about 15 minutes
+	@$(PY) -m tools.open_env .venv-open
+	.venv-open/bin/python bench/base_models.py
 
 style: setup  ## check lint, formatting, which wing imports which, and types
 	$(PY) -m ruff check

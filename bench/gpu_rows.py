@@ -20,6 +20,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from medctkit.lora.adapter import add_lora, merge_lora
+from medctkit.lora.counting import count_trainable
+from medctkit.lora.methods import METHODS, apply_method
 from medctkit.lora.placement import lora_config
 from medctkit.model import fast_paths
 from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel
@@ -176,18 +178,18 @@ def recorded(run):
 # --- LoRA step
 
 
-def lora_model(lab):
-    """A CT-CLIP with preset "paper" in training mode, frozen weights in bf16, with its optimiser."""
-    model = add_lora(lab.fresh(), "paper").train()
+def lora_model(lab, method=None):
+    """A CT-CLIP with preset "paper" or another method in training mode, frozen weights in bf16, with its optimiser."""
+    model = (apply_method(lab.fresh(), method) if method else add_lora(lab.fresh(), "paper")).train()
     cast_frozen(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     return model, optimizer, Accelerator(cpu=not lab.gpu, mixed_precision="bf16")
 
 
-def lora_stepper(lab, batch, micro, checkpointing):
+def lora_stepper(lab, batch, micro, checkpointing, method=None):
     """A function that does one step of the contrastive loss, as `finetune` does it."""
-    model, optimizer, accelerator = lab.hold("LoRA", partial(lora_model, lab))
-    base = model.get_base_model()
+    model, optimizer, accelerator = lab.hold(method or "LoRA", partial(lora_model, lab, method))
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     base.gradient_checkpointing_enable() if checkpointing else base.gradient_checkpointing_disable()
     small = small_batch(lab.config, micro) | {"pixel_values": lab.volumes(micro)}
     small["input_ids"] = torch.randint(1, lab.config.text_config["vocab_size"], (micro, WORDS))
@@ -228,6 +230,13 @@ def lora_step(lab, batch, micro, checkpointing, profile=False):
     if profile:
         found["kernels"] = lab.kernels(step)
     return found
+
+
+def method_step(lab, method, batch=4):
+    """One optimiser step of a way to fine-tune, and what it trains."""
+    step = lora_stepper(lab, batch, batch, checkpointing=True, method=method)
+    model, _, _ = lab.hold(method, None)
+    return lab.time(step, **FEW) | {"batch": batch, "trained": count_trainable(model)}
 
 
 def optimisers(lab):
@@ -458,6 +467,7 @@ def rows():
         adapter_row("merged and unmerged, batch 1", 2, partial(merged, batch=1)),
         adapter_row("8 adapters, one after the other", 5, one_after_the_other),
         adapter_row("8 adapters in one batch", 3, mixed),
+        *(Row("method step", name, 5, partial(method_step, method=name), holds=name) for name in METHODS),
         *lora_rows([(8, 2, False, 5), (1, 1, False, 1)]),
         Row("optimiser", "AdamW", 1, optimisers, holds="LoRA"),
         *lora_rows([(32, 8, True, 18), (32, 8, False, 12), (32, 2, False, 17)]),

@@ -1,4 +1,20 @@
-"""How the measuring programs print what they found."""
+"""How the measuring programs print what they found, and put it on a page."""
+
+from pathlib import Path
+
+PAGES = Path(__file__).resolve().parent.parent / "docs"
+
+
+def block(name, lines):
+    """Lines of Markdown between the marks that a page has for them."""
+    return "\n".join([f"<!-- {name}: begin -->", "", *lines, "", f"<!-- {name}: end -->"])
+
+
+def write_block(page, name, lines):
+    """Put the lines where a page of docs/ has the marks."""
+    path, begin, end = PAGES / page, f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, _, rest = path.read_text(encoding="utf-8").partition(begin)
+    path.write_text(before + block(name, lines) + rest.partition(end)[2], encoding="utf-8")
 
 
 def show(name, values, indent=0):

@@ -49,13 +49,15 @@ html_theme = "sphinx_book_theme"
 html_title = "medctkit"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
-html_extra_path = ["static/index.html"]
-html_copy_source = False
+html_extra_path = ["static/index.html", "../notebooks/images/viewer.html"]
 html_theme_options = {
     "home_page_in_toc": True,
     "navbar_persistent": [],
     "show_toc_level": 2,
-    "use_download_button": False,
+    # above each notebook: open it in Colab, download it
+    "repository_url": "https://github.com/medctkit/medctkit",
+    "repository_branch": "main",
+    "launch_buttons": {"colab_url": "https://colab.research.google.com"},
     "use_fullscreen_button": False,
 }
 

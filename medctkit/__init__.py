@@ -13,6 +13,7 @@ _HOME = {
     "PreprocessConfig": "scans",
     "preprocess": "scans",
     "CTReportDataset": "cohort",
+    "sample_ct": "cohort",
     "CTCLIPConfig": "model",
     "CTCLIPModel": "model",
     "load_base": "model",

@@ -15,6 +15,7 @@ from medctkit import training as training
 from medctkit import viewers as viewers
 from medctkit import zero_shot as zero_shot
 from medctkit.cohort import CTReportDataset as CTReportDataset
+from medctkit.cohort import sample_ct as sample_ct
 from medctkit.findings import FINDINGS as FINDINGS
 from medctkit.lora import add_lora as add_lora
 from medctkit.lora import load_adapter as load_adapter

@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields
 from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -16,6 +16,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from medctkit.cli_deploy import deploying, say
+from medctkit.cli_maintain import maintaining
+from medctkit.cli_measure import DEFAULT_MANIFEST, Adapted, Cache, Manifest, Model, Seed, Tokenizer, measuring
 
 
 @contextmanager
@@ -60,7 +62,9 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     cls=_Commands, no_args_is_help=True, add_completion=False, help="LoRA on 3D chest CT, from data to evaluation."
 )
+app.add_typer(measuring)  # evaluate, localise, embed, compare
 app.add_typer(deploying)  # predict, answer, export, gateway
+app.add_typer(maintaining)  # manifest, pretrain, gallery
 
 
 def _options_of_settings() -> list[Any]:
@@ -126,18 +130,6 @@ def doctor() -> None:
     say("\nAll fine.")
 
 
-Adapted = Annotated[Path, typer.Argument(help="Folder of the adaptation: adapter, history, metrics.")]
-Manifest = Annotated[Path, typer.Option(help="The cohort.")]
-Seed = Annotated[int, typer.Option(help="Of the adapter's start, batches and wordings, and of the bootstrap.")]
-Cache = Annotated[
-    Path | None, typer.Option(help="Prepared volumes; if not given, `prepared` beside the manifest or in OUTPUT_DIR.")
-]
-Model = Annotated[str, typer.Option(help="mini, a model's folder, or a file such as CT-CLIP_v2.pt.")]
-Tokenizer = Annotated[Path | None, typer.Option(help="Its folder, for a file of weights.")]
-AtATime = Annotated[int, typer.Option(help="Volumes at a time; 1 or 2 at full size.", min=1)]
-DEFAULT_MANIFEST, POOL = Path("data_manifest.csv"), Path("runs/pretraining")
-
-
 @app.command(cls=_TakesSettings)
 def finetune(
     ctx: typer.Context,
@@ -148,6 +140,9 @@ def finetune(
     model: Model = "mini",
     tokenizer: Tokenizer = None,
     hospital: Annotated[str | None, typer.Option(help="Of the manifest; by default target for mini, else all.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A run.yaml, as it lies beside each adapter; options given go before it.")
+    ] = None,
 ) -> None:
     """Adapt a base model to a hospital, as notebook 03 does. Stop it and start it again as you like.
 
@@ -157,149 +152,26 @@ def finetune(
     from accelerate.utils import is_tensorboard_available
 
     from medctkit.common.processes import accelerator_for
-    from medctkit.experiments.adapt import DEFAULT, FULL_SIZE, Origin, adapt
+    from medctkit.experiments.adapt import Origin, adapt
+    from medctkit.experiments.run_file import ASKED, NAME, read_run_file, settings_of, write_run_file
 
-    mini = model == "mini"
-    given = {"steps": None} | ctx.obj if "epochs" in ctx.obj else ctx.obj
-    settings = replace(DEFAULT if mini else FULL_SIZE, **given)
-    hospital = hospital or ("target" if mini else None)
-    origin = Origin(model, None if tokenizer is None else str(tokenizer), hospital)
+    in_file, chosen = read_run_file(config) if config else ({}, {})
+    default = [name for name in ASKED if ctx.get_parameter_source(name).name == "DEFAULT"]  # type: ignore[union-attr]
+    asked = {name: ctx.params[name] for name in ASKED} | {name: in_file[name] for name in default if name in in_file}
+    manifest, seed, cache_dir, model = (asked[name] for name in ("manifest", "seed", "cache_dir", "model"))
+    settings = settings_of(model, chosen | ({"epochs": None} if "steps" in ctx.obj else {}) | ctx.obj)
+    asked["hospital"] = asked["hospital"] or ("target" if model == "mini" else None)
+    tokenizer = asked["tokenizer"]
+    origin = Origin(model, None if tokenizer is None else str(tokenizer), asked["hospital"])
     first = accelerator_for().is_main_process
     if first:
         there = is_tensorboard_available()
         to_watch = f"tensorboard --logdir {output_dir}" if there else "pip install 'medctkit[tensorboard]'"
-        say(f"{settings}\nTo watch: {to_watch}")
+        say(f"{settings}\nTo watch: {to_watch if settings.tracker == 'tensorboard' else settings.tracker}")
     result = adapt(manifest, output_dir, seed, settings, cache_dir, origin)
     if first:
+        write_run_file(output_dir / NAME, asked, settings)
         say(f"best validation AUROC {result.best_score:.3f} at step {result.best_step}: {result.adapter_dir}")
-
-
-@app.command()
-def evaluate(
-    output_dir: Adapted,
-    manifest: Manifest = DEFAULT_MANIFEST,
-    seed: Seed = 0,
-    cache_dir: Cache = None,
-    batch_size: AtATime = 32,
-    audit_volumes: Annotated[
-        int | None, typer.Option(help="Scans for the audit; by default 30 phantoms, no real ones.", min=0)
-    ] = None,
-    home: Annotated[
-        str | None, typer.Option(help="Hospital of the base model, to see what it lost; by default source or CT-RATE.")
-    ] = None,
-) -> None:
-    """Score base and adapted model on the hospital's test patients, as notebook 04 does; write the report."""
-    from medctkit.common.processes import accelerator_for
-    from medctkit.experiments.measure import measure
-    from medctkit.experiments.report.claims import write_report
-    from medctkit.metrics.scores import result_table
-
-    measured = measure(manifest, output_dir, seed, cache_dir, batch_size, audit_volumes, home)
-    if accelerator_for().is_main_process:
-        say(result_table(measured.summary))
-        say(f"report: {write_report(measured, output_dir)}")
-
-
-@app.command()
-def localise(
-    output_dir: Adapted,
-    manifest: Manifest = DEFAULT_MANIFEST,
-    seed: Seed = 0,
-    cache_dir: Cache = None,
-    studies: Annotated[int | None, typer.Option(help="Test studies; by default all.", min=1)] = None,
-) -> None:
-    """Hold the maps of base and adapted model against the masks of test phantoms, as notebook 05 does.
-
-    About 5 minutes for all 446 on two cores. Writes localisation.csv, .json and .png.
-    """
-    from medctkit.experiments.localise import measure_localisation
-
-    for table in measure_localisation(manifest, output_dir, seed, cache_dir, studies).values():
-        say(f"{table.round(3).to_string(index=False)}\n")
-
-
-@app.command()
-def embed(
-    out: Annotated[Path, typer.Argument(help="The .safetensors file to write, or to go on with.", dir_okay=False)],
-    manifest: Manifest = DEFAULT_MANIFEST,
-    cache_dir: Cache = None,
-    model: Model = "mini",
-    tokenizer: Tokenizer = None,
-    adapter: Annotated[Path | None, typer.Option(help="Folder of an adapter; by default the base model alone.")] = None,
-    split: Annotated[str, typer.Option(help="Of the manifest: train, valid or test.")] = "test",
-    hospital: Annotated[str | None, typer.Option(help="Of the manifest; by default all.")] = None,
-    batch_size: AtATime = 32,
-    workers: Annotated[int, typer.Option(help="Processes that load volumes ahead.", min=0)] = 0,
-) -> None:
-    """Encode every volume once and keep the embeddings in a file. Stop it and start it again as you like."""
-    from medctkit.cohort.dataset import load_split, prepared_dir
-    from medctkit.cohort.manifest import load_manifest
-    from medctkit.common.processes import accelerator_for
-    from medctkit.lora.adapter import load_adapter
-    from medctkit.model.base_model import load_base
-    from medctkit.zero_shot.classifier import ZeroShotClassifier
-    from medctkit.zero_shot.embeddings import embed_manifest
-
-    base = load_base(model, tokenizer)
-    loaded = base.model if adapter is None else load_adapter(base.model, adapter)
-    prepared = prepared_dir(manifest, out.parent, cache_dir)
-    dataset = load_split(load_manifest(manifest), hospital, split, base.preprocess_config, prepared)
-    classifier = ZeroShotClassifier(loaded.to(accelerator_for().device), base.tokenizer)
-    embedded = embed_manifest(classifier, dataset, out, batch_size, workers)
-    if accelerator_for().is_main_process:
-        n, width = embedded.embeddings.shape
-        say(f"{n:,} volumes, {width} numbers each ({out.stat().st_size / 1e6:,.1f} MB): {out}")
-
-
-@app.command("compare")
-def compare(
-    output_dir: Annotated[Path, typer.Argument(help="Gets a file for each run, the tables and the figures.")],
-    manifest: Manifest = DEFAULT_MANIFEST,
-    cache_dir: Cache = None,
-    only: Annotated[
-        str | None, typer.Option(help="Of learning-rates,methods,rivals,unseen,ranks,studies; by default all.")
-    ] = None,
-    seeds: Annotated[int, typer.Option(help="Runs of each.", min=1)] = 3,
-    steps: Annotated[int, typer.Option(help="Optimiser steps of a run.", min=1)] = 100,
-    jobs: Annotated[int, typer.Option(help="Runs side by side, each with its share of the cores.", min=1)] = 1,
-) -> None:
-    """Compare ways to bridge two hospitals (phantom). Stop it and start it again as you like.
-
-    methods: ways to fine-tune. rivals: free fixes, and what else the same labels give, beside LoRA. unseen: LoRA with
-    four findings held out. ranks, studies: of LoRA. learning-rates: of all methods.
-    """
-    from medctkit.experiments.compare.figures import write_figures
-    from medctkit.experiments.compare.results import load_results, show_all
-    from medctkit.experiments.compare.run_all import GROUPS, SETTINGS, compare_methods
-
-    groups = GROUPS if only is None else [name.strip() for name in only.split(",")]
-    compare_methods(manifest, output_dir, groups, seeds, replace(SETTINGS, steps=steps), jobs, cache_dir)
-    results = load_results(output_dir)
-    written = write_figures(results, output_dir)
-    say(show_all(results))
-    say(f"tables: {output_dir / 'comparison.csv'}, costs.csv; figures: {', '.join(p.name for p in written)}")
-
-
-@app.command("manifest")
-def write_default_manifest(
-    path: Annotated[Path, typer.Argument(help="CSV to write.")] = DEFAULT_MANIFEST,
-) -> None:
-    """Write the default phantom cohort's manifest: about two minutes on two cores."""
-    from medctkit.cohort.manifest import build_default_manifest, write_manifest
-
-    say(f"wrote {write_manifest(build_default_manifest(), path)}")
-
-
-@app.command()
-def pretrain(
-    output_dir: Annotated[Path, typer.Argument(help="For the model; the shipped one is in medctkit/assets/mini.")],
-    pool_dir: Annotated[Path, typer.Option(help="Phantom studies (4 GB) and the checkpoint.")] = POOL,
-) -> None:
-    """Make the mini base model anew: on two cores about 15 minutes of phantoms and 45 of training."""
-    from medctkit.experiments.pretrain import pretrain as run
-
-    record = run(output_dir, pool_dir)
-    say(f"validation AUROC {record['validation_auroc']:.3f} after {record['minutes']} min: {output_dir}")
 
 
 @app.command("prepare")
@@ -361,19 +233,6 @@ def _model_input(model: str | None, real: bool) -> Any:
     return preprocess_config_of(model or ("released" if real else "mini"))
 
 
-@app.command()
-def gallery(
-    folder: Annotated[Path, typer.Argument(help="Where the pages are written.", file_okay=False)],
-    real: Annotated[Path | None, typer.Option(help="A real scan: one page more, beside a phantom.")] = None,
-) -> None:
-    """Draw pages to judge phantoms by: each finding in three planes, beside the same patient without it."""
-    from medctkit.viewers.gallery import draw_beside_real, draw_twins
-
-    pages = draw_twins(folder)
-    for page in [*pages, *([draw_beside_real(folder / "beside_real.png", real)] if real else [])]:
-        say(f"wrote {page}")
-
-
 WHAT_TO_DOWNLOAD = """Choose what to fetch; all of CT-RATE is 50,188 volumes of 12 to 162 MB:
   --patients N        whole patients of --split (valid, if none is given)
   --studies NAMES     patients, scans or volumes: valid_1,valid_2_a, or a file with one name a line
@@ -381,6 +240,7 @@ WHAT_TO_DOWNLOAD = """Choose what to fetch; all of CT-RATE is 50,188 volumes of 
   --split train       20,000 patients, 47,149 volumes
   --weights           CT-CLIP_v2.pt, about 1.77 GB
   --tokenizer         vocabulary of its text encoder
+Without an account: --source idc (--collection lidc_idri), or --source rad-chestct, which is given on request.
 With --dry-run the exact size is shown, and no volume is fetched."""
 
 
@@ -398,11 +258,22 @@ def download(
     workers: Annotated[int, typer.Option(help="Files at a time.", min=1, max=32)] = 4,
     verify: Annotated[bool, typer.Option("--verify", help="Read and verify files that are there again.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Fetch only the tables, and show the plan.")] = False,
+    source: Annotated[str, typer.Option(help="ct-rate, idc (Imaging Data Commons) or rad-chestct.")] = "ct-rate",
+    collection: Annotated[str, typer.Option(help="Of Imaging Data Commons, such as lidc_idri or nlst.")] = "lidc_idri",
 ) -> None:
-    """Fetch a part of CT-RATE, verified; run again, it goes on. Needs a Hugging Face token and accepted terms."""
+    """Fetch a part of CT-RATE, verified; run again, it goes on. Needs a Hugging Face token and accepted terms.
+
+    Or chest CTs that need no account, with a manifest: --source idc and --source rad-chestct; licences are shown first.
+    """
     from medctkit.cohort import download as hub
     from medctkit.cohort.selection import study_names
 
+    if source != "ct-rate":
+        if studies or weights or tokenizer or keep_no_chest or verify or (split and source == "idc"):
+            of_ct_rate = "--studies, --weights, --tokenizer, --keep-no-chest, --verify and, with idc, --split"
+            raise ValueError(f"{of_ct_rate} are for CT-RATE")
+        _download_open(source, destination, patients, split, seed, collection, dry_run)
+        return
     subset = patients is not None or bool(studies) or split is not None
     if not (subset or weights or tokenizer):
         say(WHAT_TO_DOWNLOAD, err=True)
@@ -426,6 +297,34 @@ def download(
         say(str(outcome))
     if any(outcome.failures for outcome in outcomes):
         say("Not all was fetched; the same command goes on from here.", err=True)
+        raise typer.Exit(1)
+
+
+def _download_open(
+    source: str,
+    destination: Path,
+    patients: int | None,
+    split: str | None,
+    seed: int | None,
+    collection: str,
+    dry: bool,
+) -> None:
+    from medctkit.cohort import idc, open_data, rad_chestct
+
+    if source == "idc":
+        plan = idc.plan_idc(destination, collection, patients, seed)
+    elif source == "rad-chestct":
+        plan = rad_chestct.plan_rad_chestct(destination, patients, split, seed)
+    else:
+        raise ValueError(f"--source {source}: expected ct-rate, idc or rad-chestct")
+    say(str(plan))
+    if dry:
+        return
+    manifest, failures = open_data.fetch(plan)
+    say(f"manifest: {manifest}")
+    for study, why in failures.items():
+        say(f"{study}: {why}", err=True)
+    if failures:
         raise typer.Exit(1)
 
 

@@ -2,12 +2,12 @@
 
 import threading
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from medctkit.common.extras import require
 from medctkit.common.text import printable
 
 deploying = typer.Typer(add_completion=False)
@@ -23,20 +23,14 @@ def say(text: object, err: bool = False) -> None:
     typer.echo(printable(text), err=err)
 
 
-def _check_extra(*names: str) -> None:
-    """Before a model is loaded: is what a command needs installed?"""
-    for name in names:
-        try:
-            import_module(name)
-        except ImportError:
-            raise ImportError(f"this needs {name}, which is not installed: pip install 'medctkit[deploy]'") from None
-
-
-def _with_adapter(model: str, tokenizer: Path | None, adapter: Path | None) -> Any:
-    """A base model, with its adapter where there is one."""
+def with_adapter(model: str, tokenizer: Path | None, adapter: Path | None) -> Any:
+    """A base model, with its adapter where there is one; says so where that is of a run that is not finished."""
     from medctkit.lora.adapter import load_adapter
     from medctkit.model.base_model import load_base
+    from medctkit.training.checkpoints import WORK
 
+    if adapter is not None and adapter.resolve().parent.name == WORK:
+        say(f"{adapter} is the best so far of a run that is not finished", err=True)
     base = load_base(model, tokenizer)
     return base if adapter is None else replace(base, model=load_adapter(base.model, adapter))
 
@@ -53,7 +47,7 @@ def predict(
     """Score one scan; results.json has the form of the VLM3D challenge. For research, not for diagnosis."""
     from medctkit.quickstart import predict_study
 
-    say(predict_study(study, out, _with_adapter(model, tokenizer, adapter), series))
+    say(predict_study(study, out, with_adapter(model, tokenizer, adapter), series))
 
 
 @deploying.command()
@@ -67,11 +61,11 @@ def answer(
     with_map: Annotated[bool, typer.Option("--map/--no-map", help="Where the model looked; 8 GB at full size.")] = True,
 ) -> None:
     """Answer one DICOM study in DICOM: report, picture, segmentation. For research, not for diagnosis."""
-    _check_extra("highdicom")
+    require("deploy", "highdicom")
     from medctkit.deploy.answer import write_answer
     from medctkit.quickstart import answer_study
 
-    found = answer_study(study, _with_adapter(model, tokenizer, adapter), series, with_map=with_map)
+    found = answer_study(study, with_adapter(model, tokenizer, adapter), series, with_map=with_map)
     for path in write_answer(found, out):
         say(f"wrote {path}")
 
@@ -91,6 +85,32 @@ def export(
     base = Origin.of(run).load()
     model = load_adapter(base.model, run.expanduser() / "adapter")
     say(f"wrote {write(model, base.tokenizer, out, prompts, text)}, equal for batches of 1, 2 and 3")
+
+
+@deploying.command("deploy-table")
+def deploy_table(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished fine-tuning; RUN/deploy gets the table.")],
+    manifest: Annotated[Path, typer.Option(help="The cohort.")] = Path("data_manifest.csv"),
+    cache_dir: Annotated[Path | None, typer.Option(help="Prepared volumes; see `medctkit finetune`.")] = None,
+) -> None:
+    """Measure each way to deploy: size, memory, time, and what changes; what changes too much is not left there.
+
+    Test studies go through eight variants, one of which takes several times as long: the minutes are told first.
+    """
+    from medctkit.cohort.dataset import load_split, prepared_dir
+    from medctkit.cohort.manifest import load_manifest
+    from medctkit.deploy.deploy_table import as_text
+    from medctkit.deploy.deploy_table import deploy_table as measure
+    from medctkit.deploy.export import NEEDED
+    from medctkit.experiments.adapt import Origin
+
+    require("deploy", *NEEDED)
+    origin, cohort, cache = Origin.of(run), load_manifest(manifest), prepared_dir(manifest, run, cache_dir)
+    base = origin.load()
+    valid, test = (
+        load_split(cohort, origin.hospital, split, base.preprocess_config, cache) for split in ("valid", "test")
+    )
+    say(as_text(measure(base, run / "adapter", valid, test, run / "deploy")))
 
 
 @deploying.command()
@@ -115,7 +135,7 @@ def gateway(
 
     For research, not for diagnosis. The log names no patient.
     """
-    _check_extra("highdicom", "pynetdicom")
+    require("deploy", "highdicom", "pynetdicom")
     import logging
 
     from medctkit.deploy.gateway import Gateway, Limits, Peer
@@ -126,7 +146,7 @@ def gateway(
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     to, allowed, limits = Peer.of(destination), None if allow_all else allow or [], Limits(queue, quiet, retry)
-    base = _with_adapter(model, tokenizer, adapter)
+    base = with_adapter(model, tokenizer, adapter)
     service = Gateway(folder, lambda path: answer_study(path, base, with_map=False), to, allowed, title, limits)
     with service.serving(port, host) as at:
         say(f"listening at {title}@{host}:{at}; Ctrl-C ends it")

@@ -144,8 +144,8 @@ def classify(
         raise ValueError(
             f"{', '.join(volume.provenance[:1]) or 'this volume'}: the mini model knows phantoms only, and what it "
             "says about any other scan means nothing. Give the model to ask, for example "
-            'base=load_base("CT-CLIP_v2.pt", "BiomedVLP-CXR-BERT-specialized") from medctkit.model.base_model; '
-            "base=load_mini_base() if this is a phantom that was saved to a file"
+            'base=medctkit.load_base("colipri"), which needs no account, or load_base("CT-CLIP_v2.pt", '
+            '"BiomedVLP-CXR-BERT-specialized"); base=load_mini_base() if this is a phantom that was saved to a file'
         )
     base = load_mini_base() if base is None else base
     classifier = ZeroShotClassifier(base.model, base.tokenizer, prompts)
@@ -154,7 +154,7 @@ def classify(
     table["truth"] = [TRUTH.get(known.get(name, -1), "unknown") for name in FINDINGS]
     table["usual"] = [PREVALENCE[name] for name in FINDINGS]
     what, parameters = ", ".join(volume.provenance[:1]) or "a scan", sum(p.numel() for p in base.model.parameters())
-    title = f"{what}; CT-CLIP of {parameters / 1e6:,.1f} M parameters in use"
+    title = f"{what}; a model of {parameters / 1e6:,.1f} M parameters in use"
     return Classified(volume, table, title, masks)
 
 

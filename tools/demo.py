@@ -1,6 +1,7 @@
 """`make demo`: the paper's story on this machine, by running the lessons themselves.
 
-Executes notebooks 01 to 04 in order, leaves each as HTML, and prints the table that notebook 04 measured.
+Executes notebooks 01 to 04 in order, leaves each as a page that needs no kernel and no network, with `index.html` to
+open first, and prints the table that notebook 04 measured.
 """
 
 import json
@@ -15,6 +16,7 @@ import typer
 from medctkit.cli import told
 from medctkit.metrics.scores import COLUMNS, ROWS, result_table
 from tools.notebooks import ROOT, execute, this_interpreter_as_kernel
+from tools.offline_pages import with_stacks_kept, write_index, write_page
 
 NOTEBOOKS = (
     "01_data_prep.ipynb",
@@ -64,6 +66,8 @@ def execute_all(notebooks: Sequence[Path], output_dir: Path, seed: int) -> dict:
         FileNotFoundError: a notebook is not there, or none of them wrote metrics.json.
         RuntimeError: a cell failed.
     """
+    import nbformat
+
     missing = [str(path) for path in notebooks if not path.is_file()]
     if missing:
         raise FileNotFoundError(
@@ -74,10 +78,16 @@ def execute_all(notebooks: Sequence[Path], output_dir: Path, seed: int) -> dict:
     metrics = output_dir / "metrics.json"
     metrics.unlink(missing_ok=True)  # an earlier run's figures must not pass for this one's
     with this_interpreter_as_kernel():
-        parameters = {"output_dir": str(output_dir), "seed": seed}
-        pages = [execute(path, output_dir / path.name, parameters) for path in notebooks]
-    print("\nTo read in a browser:", *pages, sep="\n  ")
-    return read_metrics(metrics)
+        parameters, pages = {"output_dir": str(output_dir), "seed": seed}, {}
+        for path in notebooks:
+            executed = output_dir / path.name
+            nbformat.write(with_stacks_kept(path, output_dir), executed)
+            execute(executed, executed, parameters, path.parent)
+            page, picture = write_page(path, executed, parameters, [lesson.name for lesson in notebooks])
+            pages[page] = picture
+    found = read_metrics(metrics)
+    print(f"\nTo read in a browser: {write_index(output_dir, found, pages)}")
+    return found
 
 
 def demo(

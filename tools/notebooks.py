@@ -9,6 +9,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -86,10 +87,12 @@ def students(source: str) -> str:
 
 # The cell for Colab, which no lesson is about: folded in JupyterLab, in Colab and on the site.
 FOLDED = {"tags": ["colab", "hide-input"], "jupyter": {"source_hidden": True}, "cellView": "form"}
+# The cell after a question: its committed outputs, the answer, stay folded until it is run or they are opened.
+QUESTION, ANSWER = "**Predict, then run:**", {"tags": ["hide-output"], "jupyter": {"outputs_hidden": True}}
 
 
 def assembled(notebook, solutions: Mapping[str, str], solved: bool = False):
-    """A notebook with the cell for Colab and with its exercises, as the student gets them or solved.
+    """A notebook with the cell for Colab, folded answers and its exercises, as the student gets them or solved.
 
     Args:
         notebook: of nbformat; left as it is.
@@ -116,6 +119,9 @@ def assembled(notebook, solutions: Mapping[str, str], solved: bool = False):
         cells = [nbformat.v4.new_code_cell(id="colab")]
         notebook.cells.insert(1, cells[0])
     cells[0].metadata = nbformat.from_dict(FOLDED)
+    for question, answer in pairwise(notebook.cells):
+        if QUESTION in question.source and answer.cell_type == "code":
+            answer.metadata = nbformat.from_dict(ANSWER)
     _set_source(cells[0], COLAB_CELL.read_text(encoding="utf-8").strip())
     return notebook
 

@@ -1,4 +1,4 @@
-"""Is attention right? Maps of a model against the masks of phantoms, which know where each finding is.
+"""Is attention right? Maps of a model against masks: of phantoms, which know where each finding is, and of LIDC-IDRI.
 
 Everything is counted in patches, the grain of the model: of each patch the mask fills a share. Three scores for a map
 and a mask, each with the value that a map without any knowledge has on average ("chance"):
@@ -8,8 +8,8 @@ and a mask, each with the value that a map without any knowledge has on average 
 - in-mask mass: the share of the map that lies inside the mask.
 
 Two controls show what a good score is worth: a map that knows neither model nor prompt (the local contrast of the scan,
-smoothed), and the map of another finding's prompt. The sanity check shuffles weights, after which a map that explains
-the model must be another map (Adebayo et al. 2018, arXiv 1810.03292).
+smoothed), and the maps of the 17 other findings' prompts. The sanity check shuffles weights, after which a map that
+explains the model must be another map (Adebayo et al. 2018, arXiv 1810.03292).
 """
 
 import copy
@@ -22,9 +22,9 @@ import pandas as pd
 import torch
 from torch import nn
 
-from medctkit.attention.maps import attend, relevance_maps
+from medctkit.attention.maps import attend, has_rollout, relevance_maps
 from medctkit.cohort.dataset import CTReportDataset
-from medctkit.cohort.manifest import has_file, study_from_row
+from medctkit.cohort.nodules import known_masks
 from medctkit.findings import FINDINGS
 from medctkit.metrics.bootstrap import interval, patient_weights, weighted_means
 from medctkit.model.protocol import Model
@@ -36,7 +36,7 @@ from medctkit.zero_shot.prompts import Prompts
 SCORES = ("pointing game", "AUPRC", "in-mask mass")
 CONTRAST = "smoothed contrast"
 PART_OF_A_PATCH = 0.01  # the least share of a patch that counts as holding a finding; or the largest share, if less
-AT_A_TIME = 32  # volumes of the mini model in one backward pass
+AT_A_TIME = 8  # volumes of the mini model in one backward pass
 
 
 @dataclass(frozen=True)
@@ -68,20 +68,17 @@ def patch_shares(
 def find_regions(
     rows: Sequence[Mapping], preprocess_config: PreprocessConfig, grid: Sequence[int], progress: bool = True
 ) -> Regions:
-    """The masks of phantoms, made anew from their rows of a manifest, on a `grid` of patches (t, h, w).
+    """The masks of phantoms and of scans with `masks`, by their rows of a manifest, on a `grid` of patches (t, h, w).
 
     Raises:
-        ValueError: a row of a real scan, of which no mask is known; no finding at all.
+        ValueError: a row of a real scan without masks; no finding at all.
     """
     from tqdm.auto import tqdm
 
     found = []
     for index, row in enumerate(tqdm(rows, desc="masks", unit="study", disable=not progress)):
-        if has_file(row):
-            raise ValueError(f"study {row['study']} is a real scan: only phantoms know where their findings are")
-        study = study_from_row(row)
-        for name, mask in study.masks.items():
-            shares = patch_shares(mask, study.volume, preprocess_config, grid)
+        for name, mask, volume in known_masks(row):
+            shares = patch_shares(mask, volume, preprocess_config, grid)
             if shares.max() > 0:  # else it lies outside of what the model sees
                 found.append((index, FINDINGS.index(name), row["patient"], shares))
     if not found:
@@ -95,24 +92,33 @@ def relevance_of_regions(
     dataset: CTReportDataset,
     regions: Regions,
     prompts: Prompts = "paper",
-    shift: int = 0,
+    every: bool = False,
     progress: bool = True,
 ) -> np.ndarray:
     """Gradient-weighted relevance of each region's own prompt pair: (m, t, h, w), by `attention.maps.relevance`.
 
-    With a `shift` of k, the pair of the k-th finding after it, as a control. The `dataset` holds the studies of
-    `regions`; for `model`, `tokenizer` and `prompts` see `ZeroShotClassifier`; `progress` shows it.
+    With `every`, of the pairs of all findings: (m, 18, t, h, w), for `own_and_others`. The `dataset` holds the studies
+    of `regions`; for `model`, `tokenizer` and `prompts` see `ZeroShotClassifier`; `progress` shows it.
     """
     from tqdm.auto import tqdm
 
     stating, denying = ZeroShotClassifier(model, tokenizer, prompts).text_embeds()
-    directions = (stating - denying)[(regions.finding + shift) % len(FINDINGS)]
+    directions, studies, of = stating - denying, regions.study, np.arange(len(regions.study))
+    if every:  # each study once, for all its regions
+        studies, of = np.unique(studies, return_inverse=True)
     found = []
-    for start in tqdm(range(0, len(directions), AT_A_TIME), desc="relevance", disable=not progress):
+    for start in tqdm(range(0, len(studies), AT_A_TIME), desc="relevance", disable=not progress):
         part = slice(start, start + AT_A_TIME)
-        pixels = torch.stack([dataset[i]["pixel_values"] for i in regions.study[part]])
-        found.append(relevance_maps(model, pixels, directions[part]))
-    return np.concatenate(found)
+        pixels = torch.stack([dataset[i]["pixel_values"] for i in studies[part]])
+        asked = directions.expand(len(pixels), -1, -1) if every else directions[regions.finding[part]]
+        found.append(relevance_maps(model, pixels, asked))
+    return np.concatenate(found)[of]
+
+
+def own_and_others(every: np.ndarray, regions: Regions) -> tuple[np.ndarray, np.ndarray]:
+    """Of maps for `every` finding (m, 18, t, h, w) those of each region's own (m, t, h, w), and the others."""
+    own = np.arange(every.shape[1]) == regions.finding[:, None]
+    return every[own], every[~own].reshape(len(every), -1, *every.shape[2:])
 
 
 def rollout_of_regions(model: nn.Module, dataset: CTReportDataset, regions: Regions) -> np.ndarray:
@@ -123,23 +129,31 @@ def rollout_of_regions(model: nn.Module, dataset: CTReportDataset, regions: Regi
 
 def contrast_of_regions(dataset: CTReportDataset, regions: Regions, grid: Sequence[int]) -> np.ndarray:
     """A map without a model: the gradient of the scan, smoothed to the grain of the patches: (m, t, h, w), sum 1."""
+    studies, of = np.unique(regions.study, return_inverse=True)
+    return np.stack([contrast_map(dataset[i]["pixel_values"], grid) for i in studies])[of]
+
+
+def contrast_map(pixels: torch.Tensor, grid: Sequence[int]) -> np.ndarray:
+    """The gradient of one scan (1, D, H, W), smoothed to a `grid` of patches: (t, h, w), sum 1."""
     from scipy.ndimage import gaussian_gradient_magnitude
 
-    studies, of = np.unique(regions.study, return_inverse=True)
-    edges = (gaussian_gradient_magnitude(dataset[i]["pixel_values"].numpy(), 1.0, axes=(1, 2, 3)) for i in studies)
+    edges = torch.from_numpy(gaussian_gradient_magnitude(pixels.numpy(), 1.0, axes=(1, 2, 3)))
     t, h, w = grid
-    maps = np.concatenate([nn.functional.adaptive_avg_pool3d(torch.from_numpy(e), (t, h, w)) for e in edges])
-    return (maps / maps.sum((1, 2, 3), keepdims=True))[of]
+    found = nn.functional.adaptive_avg_pool3d(edges, (t, h, w))[0].numpy()
+    return found / found.sum()
 
 
 def score_maps(maps: np.ndarray, shares: np.ndarray) -> dict[str, np.ndarray]:
     """Each score of `SCORES`, and "<score> by chance", of maps (m, t, h, w) against shares (m, t, h, w): (m,) each.
 
+    Of several maps for each region, (m, c, t, h, w), it is their mean score.
+
     Raises:
         ValueError: unequal shapes; a map with negative or missing values, or none above 0.
     """
-    from sklearn.metrics import average_precision_score
-
+    if maps.ndim == 5:
+        several = score_maps(maps.reshape(-1, *maps.shape[2:]), np.repeat(shares, maps.shape[1], axis=0))
+        return {name: values.reshape(maps.shape[:2]).mean(1) for name, values in several.items()}
     if maps.shape != shares.shape or maps.ndim != 4:
         raise ValueError(f"maps of shape {maps.shape} and shares of shape {shares.shape}: expected (m, t, h, w) twice")
     maps, shares = (x.reshape(len(x), -1).astype(float) for x in (maps, shares))
@@ -147,14 +161,16 @@ def score_maps(maps: np.ndarray, shares: np.ndarray) -> dict[str, np.ndarray]:
         raise ValueError("maps must be finite, not negative, and not all 0")
     held = shares >= np.minimum(PART_OF_A_PATCH, shares.max(1, keepdims=True))
     highest = maps == maps.max(1, keepdims=True)
-    inside = np.tile([1, 0], shares.shape[1])  # each patch is a positive of weight share and a negative of the rest
-    precision = [
-        average_precision_score(inside, np.repeat(m, 2), sample_weight=np.stack([s, 1 - s], 1).ravel())
-        for m, s in zip(maps, shares, strict=True)
-    ]
+    # average precision as scikit-learn has it, of all maps at once; a patch is its share of positives, ties one step
+    order, places = np.argsort(-maps, axis=1), np.arange(maps.shape[1])
+    ranked, hits = (np.take_along_axis(x, order, axis=1) for x in (maps, shares))
+    last = np.where(np.diff(ranked, axis=1, append=-1) != 0, places, len(places))
+    last = np.minimum.accumulate(last[:, ::-1], axis=1)[:, ::-1]
+    precision = np.take_along_axis(hits.cumsum(1) / (places + 1), last, axis=1)
+    precision = (hits * precision).sum(1) / hits.sum(1)
     return {
         "pointing game": (held & highest).sum(1) / highest.sum(1),
-        "AUPRC": np.array(precision),
+        "AUPRC": precision,
         "in-mask mass": (maps * shares).sum(1) / maps.sum(1),
         "pointing game by chance": held.mean(1),
         "AUPRC by chance": shares.mean(1),
@@ -178,7 +194,7 @@ def localisation_table(
     for name, of_map in maps.items():
         scores = score_maps(of_map, regions.shares)
         for score in SCORES:
-            values, chance = (_draws(scores[s], regions, weights) for s in (score, f"{score} by chance"))
+            values, chance = (means_of_findings(scores[s], regions, weights) for s in (score, f"{score} by chance"))
             for k, finding in enumerate([*FINDINGS, "mean"]):
                 if counts[k]:
                     ends = interval(values[:, k])
@@ -194,13 +210,16 @@ def paired_difference(
     weights, rows = patient_weights(regions.patients, resamples, seed), []
     before, after = score_maps(first, regions.shares), score_maps(second, regions.shares)
     for score in SCORES:
-        draws = _draws(after[score] - before[score], regions, weights)[:, -1]
+        draws = means_of_findings(after[score] - before[score], regions, weights)[:, -1]
         rows.append((score, draws[0], *interval(draws)))
     return pd.DataFrame(rows, columns=["score", "value", "low", "high"])
 
 
-def _draws(values: np.ndarray, regions: Regions, weights: np.ndarray) -> np.ndarray:
-    """Means for each finding and, last, their mean, on the data and each resample: (1 + resamples, 19)."""
+def means_of_findings(values: np.ndarray, regions: Regions, weights: np.ndarray) -> np.ndarray:
+    """Means of the values (m,) of `regions` for each finding and, last, their mean: (1 + resamples, 19).
+
+    `weights` (m, 1 + resamples) are those of `patient_weights`.
+    """
     of_finding = np.arange(len(FINDINGS)) == regions.finding[:, None]  # (m, 18)
     return weighted_means(np.where(of_finding, values[:, None], np.nan), weights)
 
@@ -222,10 +241,10 @@ def sanity_check(
 ) -> pd.DataFrame:
     """How much of a map is left as weights are shuffled from the output down.
 
-    A row for each more part that is shuffled; columns relevance and rollout: the mean rank correlation (Spearman) with
-    the map before, 1 for the same; and "in-mask mass" of the relevance, mean of findings, with its chance. The `model`
-    is a plain one (of an adapted one, what `merge_lora` gives) with its `tokenizer`, the `dataset` holds the studies of
-    `regions`, `seed` is of the shuffling, and `progress` shows it.
+    A row for each more part that is shuffled; columns relevance and, where the model has one, rollout: the mean rank
+    correlation (Spearman) with the map before, 1 for the same; and "in-mask mass" of the relevance, mean of findings,
+    with its chance. The `model` is a plain one (of an adapted one, what `merge_lora` gives) with its `tokenizer`, the
+    `dataset` holds the studies of `regions`, `seed` is of the shuffling, and `progress` shows it.
     """
     from scipy.stats import rankdata
 
@@ -240,14 +259,13 @@ def sanity_check(
     for stage, parts in {"nothing": (), **model.parts.stages}.items():
         prefixes += parts
         blind = shuffled(model, prefixes, seed)
-        maps = {
-            "relevance": relevance_of_regions(blind, tokenizer, dataset, regions, progress=progress),
-            "rollout": rollout_of_regions(blind, dataset, regions),
-        }
+        maps = {"relevance": relevance_of_regions(blind, tokenizer, dataset, regions, progress=progress)}
+        if has_rollout(blind):
+            maps["rollout"] = rollout_of_regions(blind, dataset, regions)
         before = before or {name: ranks(of) for name, of in maps.items()}
         alike = {name: float((ranks(of) * before[name]).sum(1).mean()) for name, of in maps.items()}
         scores, once = score_maps(maps["relevance"], regions.shares), np.ones((len(regions.study), 1))
         columns = ("in-mask mass", "in-mask mass by chance")
-        mass = {name: float(_draws(scores[name], regions, once)[0, -1]) for name in columns}
+        mass = {name: float(means_of_findings(scores[name], regions, once)[0, -1]) for name in columns}
         rows.append({"shuffled": f"{'+ ' if len(rows) > 1 else ''}{stage}", **alike, **mass})
     return pd.DataFrame(rows).set_index("shuffled")

@@ -106,8 +106,14 @@ def attend(model: Model, pixels: torch.Tensor) -> Attention:
     a batch of one.
 
     Raises:
-        ValueError: another shape, or more than one volume.
+        ValueError: another shape, or more than one volume; a base model of another architecture.
     """
+    if not has_rollout(model):
+        raise ValueError(
+            "maps of attention and their rollout are those of CT-CLIP, which attends within slabs of patches and along "
+            "depth. This model's patches all attend to each other, in one matrix of (patches, patches) for each head "
+            "and layer, too large to look at: see what speaks for a sentence, with relevance(), instead"
+        )
     pixels = _one_volume(pixels)
     with evaluating(model), _explicit(model) as layers:
         model.encode_image(pixels.to(model.temperature.device))
@@ -124,6 +130,9 @@ def relevance(
     $\bar A = \mathrm{E}_\text{heads}\,(\nabla_{\!A}\, y \odot A)^+$ and $R \leftarrow R + \bar A R$ from $R = I$. Each
     output token starts with what it adds to the score, $(\nabla_{\!z}\, y \cdot z)^+$. The quantiser is passed straight
     through, as in training. The full-size model needs 8 GB for it, and on a CPU the time of four or five encodings.
+    Of a model with `patches` in place of CT-CLIP's transformers, such as COLIPRI, it is what each patch adds to the
+    score, $(\nabla_{\!z}\, y \cdot z)^+$, where it enters the pooling, not followed back through the layers before:
+    the time of one encoding.
 
     `model` and `pixels` are those of `attend`; `stating` is for instance "Pleural effusion is present."; without
     `denying` the sentence counts alone.
@@ -152,24 +161,60 @@ def embed_sentences(model: Model, tokenizer: Any, sentences: Sequence[str]) -> t
 
 
 def relevance_maps(model: Model, pixels: torch.Tensor, directions: torch.Tensor) -> np.ndarray:
-    """`relevance` of several volumes (b, 1, D, H, W), each for a direction of its own (b, p): (b, t, h, w)."""
-    device, z = model.temperature.device, list[torch.Tensor]()
+    """`relevance` of several volumes (b, 1, D, H, W), each for a direction of its own (b, p): (b, t, h, w).
+
+    Directions (b, k, p), k for each volume, which is encoded once for all of them, give (b, k, t, h, w).
+
+    Raises:
+        ValueError: a base model that has neither CT-CLIP's transformers nor `patches`.
+    """
+    device = model.temperature.device
+    of = _followed_back if has_rollout(model) else _added_by_patches
+    found = of(model, pixels.to(device), directions.to(device).reshape(len(pixels), -1, directions.shape[-1]))
+    total = found.sum((2, 3, 4), keepdims=True)
+    found = np.divide(found, total, out=np.full_like(found, 1 / found[0, 0].size), where=total > 0)
+    return found if directions.ndim == 3 else found[:, 0]
+
+
+def _followed_back(model: Model, pixels: torch.Tensor, directions: torch.Tensor) -> np.ndarray:
+    """Through both transformers of CT-CLIP, for directions (b, k, p): (b, k, t, h, w)."""
+    z, found, b = list[torch.Tensor](), [], len(pixels)
     with evaluating(model), torch.enable_grad(), _explicit(model) as layers:
         handle = model.vision_encoder.register_forward_hook(lambda module, given, out: z.append(out))
         try:
-            image = model.encode_image(pixels.to(device).requires_grad_())
+            image = model.encode_image(pixels.requires_grad_())
         finally:
             handle.remove()
-        score = model.temperature.exp() * (image * directions.to(device)).sum()
-        kept = [*layers["spatial"], *layers["temporal"]]
-        gradients = torch.autograd.grad(score, [*kept, *z])
-    b = len(pixels)
-    tokens, n = (gradients[-1] * z[0]).sum(-1).clamp(min=0).flatten(2), len(layers["spatial"])  # (b, t, n)
-    spatial = _related(layers["spatial"], gradients[:n]).unflatten(0, (b, -1))  # (b, t, n, n)
-    temporal = _related(layers["temporal"], gradients[n:-1]).unflatten(0, (b, -1))  # (b, n, t, t)
-    found = _through(tokens.transpose(1, 2), temporal, spatial, model.config.grid)
-    total = found.sum((1, 2, 3), keepdims=True)
-    return np.divide(found, total, out=np.full_like(found, 1 / found[0].size), where=total > 0)
+        scores = model.temperature.exp() * (image[:, None] * directions).sum((0, 2))  # (k,)
+        kept, n = [*layers["spatial"], *layers["temporal"]], len(layers["spatial"])
+        for k, score in enumerate(scores):
+            gradients = torch.autograd.grad(score, [*kept, *z], retain_graph=k + 1 < len(scores))
+            tokens = (gradients[-1] * z[0].detach()).sum(-1).clamp(min=0).flatten(2)  # (b, t, n)
+            spatial = _related(layers["spatial"], gradients[:n]).unflatten(0, (b, -1))  # (b, t, n, n)
+            temporal = _related(layers["temporal"], gradients[n:-1]).unflatten(0, (b, -1))  # (b, n, t, t)
+            found.append(_through(tokens.transpose(1, 2), temporal, spatial, model.config.grid))
+    return np.stack(found, 1)
+
+
+def _added_by_patches(model: Model, pixels: torch.Tensor, directions: torch.Tensor) -> np.ndarray:
+    """Of a model whose `patches` puts out a vector for each patch, (b, c, t, h, w): (b, k, t, h, w)."""
+    if not hasattr(model, "patches"):
+        raise ValueError("this base model does not say where its patches are, so there is no map of them")
+    z = list[torch.Tensor]()
+
+    def start_here(module: torch.nn.Module, given: Any, out: torch.Tensor) -> torch.Tensor:
+        torch.set_grad_enabled(True)  # nothing before the patches is kept for a backward pass
+        z.append(out.detach().requires_grad_())
+        return z[0]
+
+    with evaluating(model):
+        handle = model.patches.register_forward_hook(start_here)
+        try:
+            scores = model.temperature.exp() * (model.encode_image(pixels)[:, None] * directions).sum((0, 2))  # (k,)
+        finally:
+            handle.remove()
+    gradients = [torch.autograd.grad(score, z, retain_graph=True)[0] for score in scores]
+    return torch.stack([(g * z[0]).sum(1).clamp(min=0) for g in gradients], 1).detach().float().cpu().numpy()
 
 
 def patch_map(
@@ -211,6 +256,11 @@ def _one_volume(pixels: torch.Tensor) -> torch.Tensor:
     if pixels.ndim != 5 or len(pixels) != 1:
         raise ValueError(f"volumes of shape {tuple(pixels.shape)}: expected one, (1, D, H, W), as preprocess gives it")
     return pixels
+
+
+def has_rollout(model: Model) -> bool:
+    """Whether a model has CT-CLIP's two transformers, whose attention `attend` captures."""
+    return hasattr(model.vision_encoder, "attention_layers")
 
 
 @contextmanager

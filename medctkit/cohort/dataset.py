@@ -110,7 +110,8 @@ def collate(tokenizer: Any, max_length: int = 128) -> Callable[[Sequence[dict]],
 
     Returns:
         A function from b items to a dict: `study` and `patient` (lists), `pixel_values` (b, 1, D, H, W),
-        `input_ids` and `attention_mask` (b, n), `report_id` (b,) equal for equal reports, `labels` (b, 18).
+        `input_ids` and `attention_mask` (b, n), `report_id` (b,) equal for equal reports, `labels` (b, 18);
+        `anchor` (b, p), if the items have one.
     """
     return partial(_to_batch, tokenizer, max_length)
 
@@ -118,14 +119,14 @@ def collate(tokenizer: Any, max_length: int = 128) -> Callable[[Sequence[dict]],
 def _to_batch(tokenizer: Any, max_length: int, items: Sequence[dict]) -> dict[str, Any]:
     reports = [item["report"] for item in items]
     words = tokenizer(reports, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+    tensors = [name for name in ("pixel_values", "labels", "anchor") if name in items[0]]
     return {
         "study": [item["study"] for item in items],
         "patient": [item["patient"] for item in items],
-        "pixel_values": torch.stack([item["pixel_values"] for item in items]),
         "input_ids": words["input_ids"],
         "attention_mask": words["attention_mask"],
         "report_id": report_ids(words["input_ids"], words["attention_mask"]),
-        "labels": torch.stack([item["labels"] for item in items]),
+        **{name: torch.stack([item[name] for item in items]) for name in tensors},
     }
 
 

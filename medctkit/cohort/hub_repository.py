@@ -108,6 +108,8 @@ class HubRepository:
         if status is not None:
             advice = "check the token's rights" if status == 403 else "try again later"
             return OSError(f"{about}: {self.endpoint} answers {status}; {advice}")
+        if isinstance(error, ValueError) and "Invalid metadata" in str(error):  # of a card that is uploaded
+            return ValueError(f"{about}: {error}")
         if isinstance(error, (errors.FileMetadataError, ValueError, KeyError)):
             return OSError(
                 f"{about}: what answers at {self.endpoint} is not a hub; check HF_ENDPOINT, and whether a proxy or a "

@@ -3,8 +3,8 @@
 A row holds study, patient, split, hospital, seed, scan, reconstruction, the 18 labels, the report and a
 checksum. A phantom can be made again from its row. A real scan has a `path`: of it, `seed` may be empty, the
 hospital has any name, the checksum is the SHA-256 of the file (empty until `medctkit prepare` fills it in),
-and further columns say how to read the file (`READING`, empty where the file itself knows). A table may hold
-both. Other columns are kept as they are.
+and further columns say how to read the file (`READING`, empty where the file itself knows) and where its `masks` are
+(see `nodules`). A table may hold both. Other columns are kept as they are.
 Names imitate CT-RATE's: patient, scan letter, reconstruction number, as in `target_train_0012_a_1`.
 """
 
@@ -48,7 +48,8 @@ DEFAULT_PATIENTS = {
     ("target", "valid"): 150,
     ("target", "test"): 300,
 }
-_NAMES = ("study", "patient", "split", "hospital", "scan", "checksum", "path", *_CHOICES)
+_FILES = ("path", "masks")
+_NAMES = ("study", "patient", "split", "hospital", "scan", "checksum", *_FILES, *_CHOICES)
 _NUMBERS = ("seed", "reconstruction", *FINDINGS, *READING[:5], "largest_gap", "resample")
 _ORIENTATIONS = {
     "stored",
@@ -68,7 +69,7 @@ def study_from_row(row: Mapping, shape: tuple[int, int, int] = TRAINING_SHAPE) -
     Raises:
         ValueError: the row is a real scan's and has no seed.
     """
-    if _empty(row["seed"]):
+    if is_empty(row["seed"]):
         raise ValueError(f"study {row['study']} has no seed: it is a real scan, which volume_from_row reads")
     present = [name for name in FINDINGS if row[name]]
     return generate(
@@ -83,7 +84,7 @@ def study_from_row(row: Mapping, shape: tuple[int, int, int] = TRAINING_SHAPE) -
 
 def reading_arguments(row: Mapping) -> dict[str, Any]:
     """Keyword arguments of `read_volume` for a row with a `path`, as far as it gives them; spacing (d, h, w) in mm."""
-    here = {name: row[name] for name in READING if name in row and not _empty(row[name])}
+    here = {name: row[name] for name in READING if name in row and not is_empty(row[name])}
     arguments: dict[str, Any] = {"path": str(row["path"])}
     numbers = ("rescale_slope", "rescale_intercept", "largest_gap")
     arguments |= {name: float(here[name]) for name in numbers if name in here}
@@ -105,10 +106,10 @@ def volume_from_row(row: Mapping) -> CTVolume:
 
 def has_file(row: Mapping) -> bool:
     """Whether a row is a real scan, which is read from its `path`; a phantom is made from its seed."""
-    return not _empty(row.get("path"))
+    return not is_empty(row.get("path"))
 
 
-def _empty(value: Any) -> bool:
+def is_empty(value: Any) -> bool:
     """None, NaN, pandas' NA, or a blank text."""
     import pandas as pd
 
@@ -347,7 +348,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def load_manifest(path: str | os.PathLike) -> "pd.DataFrame":
-    """Read and check a manifest. A relative `path` in it counts from the manifest's own folder.
+    """Read and check a manifest. A relative `path` or `masks` in it counts from the manifest's own folder.
 
     Raises:
         FileNotFoundError: no such file.
@@ -363,9 +364,9 @@ def load_manifest(path: str | os.PathLike) -> "pd.DataFrame":
         table[name] = to_numbers(table[name])
         if name in FINDINGS and str(table[name].dtype) == "Int64":
             table[name] = table[name].astype(float)  # NaN: unknown
-    if "path" in table:
-        folder = os.path.abspath(path.parent)
-        table["path"] = [p and os.path.abspath(os.path.join(folder, os.path.expanduser(p))) for p in table["path"]]
+    folder = os.path.abspath(path.parent)
+    for name in table.columns.intersection(_FILES):
+        table[name] = [p and os.path.abspath(os.path.join(folder, os.path.expanduser(p))) for p in table[name]]
     try:
         return validate_manifest(table.reset_index(drop=True), rows=table.index)
     except ValueError as error:
@@ -375,13 +376,13 @@ def load_manifest(path: str | os.PathLike) -> "pd.DataFrame":
 def write_manifest(table: "pd.DataFrame", path: str | os.PathLike) -> Path:
     """Check a manifest and write it, whole or not at all.
 
-    A `path` inside the manifest's folder is written relative to it, so that both can move together.
+    A `path` or `masks` inside the manifest's folder is written relative to it, so that all can move together.
     """
     path = Path(path).expanduser()
     validate_manifest(table)
-    if "path" in table:
-        folder = Path(os.path.abspath(path.parent))
-        table["path"] = ["" if _empty(file) else _from_folder(str(file), folder) for file in table["path"]]
+    folder = Path(os.path.abspath(path.parent))
+    for name in table.columns.intersection(_FILES):
+        table[name] = ["" if is_empty(file) else _from_folder(str(file), folder) for file in table[name]]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_table(table, path)
     return path

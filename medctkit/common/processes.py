@@ -16,22 +16,32 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def accelerator_for(mixed_precision: str = "no", output_dir: str | os.PathLike | None = None) -> Accelerator:
+def accelerator_for(
+    mixed_precision: str = "no", output_dir: str | os.PathLike | None = None, tracker: str = "tensorboard"
+) -> Accelerator:
     """This process's device, and the other processes that `accelerate launch` started.
 
     Args:
         mixed_precision: "no", "bf16" or "fp16". accelerate fixes it at its first use in a process; here it may change,
             as it does in notebooks.
-        output_dir: for TensorBoard's files; None, or no TensorBoard: no logging.
+        output_dir: for a tracker's files; None: no logging.
+        tracker: "tensorboard" (where it is missing: no logging), "none", or another that accelerate knows.
+
+    Raises:
+        ValueError: a tracker that is not known here, or not installed.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
     from accelerate.utils import is_tensorboard_available
 
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
         AcceleratorState._reset_state()
-    logs = output_dir is not None and is_tensorboard_available()
-    board = {"log_with": "tensorboard", "project_dir": output_dir} if logs else {}
+    if tracker not in ("none", "tensorboard", *map(str, get_available_trackers())):
+        known = ", ".join(LOGGER_TYPE_TO_CLASS)
+        raise ValueError(f"tracker {tracker!r} is not installed (pip install {tracker}), or not one of none, {known}")
+    logs = output_dir is not None and (is_tensorboard_available() if tracker == "tensorboard" else tracker != "none")
+    board = {"log_with": tracker, "project_dir": output_dir} if logs else {}
     return Accelerator(mixed_precision=mixed_precision, **board)
 
 

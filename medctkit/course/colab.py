@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 # Of the extra "notebooks": servers and tools, for which Colab has its own; ipympl, which its page does not show as is.
-NOT_IN_COLAB = {"ipykernel", "ipympl", "jupyterlab", "nbconvert", "nbformat", "papermill"}
+NOT_IN_COLAB = {"ipykernel", "ipympl", "jupyterlab", "nbconvert", "nbformat", "papermill", "sphinx-mathjax-offline"}
 # The kernel that runs, and its page: kept even where they are older than we ask for elsewhere.
 COLABS_OWN = {"ipython", "ipywidgets"}
 # Large, and imported before the first cell runs: too old, only another runtime helps.
@@ -49,6 +49,7 @@ def needed(project: Mapping) -> dict[str, str]:
     """
     extras = project["project"]["optional-dependencies"]
     listed = [*extras["cluster"], *project["project"]["dependencies"], *extras["tensorboard"], *extras["notebooks"]]
+    listed += extras["deploy"]  # notebook 07
     lowest = {}
     for requirement in listed:
         found = _REQUIREMENT.fullmatch(requirement.strip())
@@ -125,6 +126,25 @@ def install(root: Path = ROOT) -> None:
     importlib.invalidate_caches()
     newer = [requirement for requirement in lacking if requirement.partition(">=")[0] in there]
     print(f"Ready; replaced: {', '.join(newer)}." if newer else "Ready; nothing that was here has been replaced.")
+
+
+def upload(folder: str | os.PathLike = "../data/mine") -> Path:
+    """In Colab: a button to choose your own CT (a file, or a zip of a DICOM folder); it is moved to `folder`.
+
+    Returns:
+        Where it is now, for `my_ct`.
+
+    Raises:
+        ModuleNotFoundError: not in Colab; there, a file is simply named.
+        ValueError: nothing was chosen, or several.
+    """
+    from google.colab import files  # type: ignore[import-not-found]
+
+    names = [Path(name) for name in files.upload()]
+    if len(names) != 1:
+        raise ValueError(f"{len(names)} files were chosen; choose one, and a zip where a scan has many")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return names[0].replace(Path(folder) / names[0].name)
 
 
 def _pip(*arguments: str) -> str | None:

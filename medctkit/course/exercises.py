@@ -25,6 +25,7 @@ CHECKS = {
     "04": "checks_evaluation",
     "05": "checks_evaluation",
     "06": "checks_training",
+    "07": "checks_deploy",
 }
 STRICT = "MEDCTKIT_STRICT_EXERCISES"
 _REGISTERED: dict[str, Callable[..., str]] = {}

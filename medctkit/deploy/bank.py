@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from medctkit.findings import FINDINGS
 from medctkit.lora.adapter import load_adapter
 from medctkit.model.base_model import BaseModel
-from medctkit.zero_shot.classifier import ZeroShotClassifier, evaluating, refuse_non_finite
+from medctkit.zero_shot.classifier import ZeroShotClassifier, refuse_non_finite
 from medctkit.zero_shot.prompts import Prompts
 
 BASE = "__base__"  # peft's name for no adapter
@@ -37,7 +38,7 @@ class AdapterBank:
         model: Any = base.model
         for name, folder in folders.items():
             model = load_adapter(model, folder, name)
-        self.model, self.names = model, tuple(folders)
+        self.model, self.names, self._layers = model, tuple(folders), _adapted(model)
         self._classifiers: dict[str, ZeroShotClassifier] = {}
         self._prompts, self._tokenizer = prompts, base.tokenizer
 
@@ -50,8 +51,8 @@ class AdapterBank:
         if len(adapters) != len(volumes):
             raise ValueError(f"{len(volumes)} volumes and {len(adapters)} names of adapters; give one for each")
         if unknown := sorted(set(adapters) - {*self.names, BASE}):
-            raise ValueError(f"no adapter {unknown[0]!r}; the bank has {', '.join(self.names)}, and {BASE} for none")
-        with evaluating(self.model), _each_its_own(self.model, adapters):
+            raise ValueError(f"no adapter {unknown[0]!r}; the bank has {self._aboard()}, and {BASE} for none")
+        with self._each_its_own(adapters):
             return self.model.encode_image(volumes)
 
     def scores(self, volumes: torch.Tensor, adapters: Sequence[str]) -> np.ndarray:
@@ -63,46 +64,98 @@ class AdapterBank:
         """
         embeds = self.embed(volumes, adapters).float()
         refuse_non_finite(embeds, [f"volume {i}, adapter {name}" for i, name in enumerate(adapters)])
-        found = [
-            self._prompts_of(name).scores_from_embeddings(e[None]) for name, e in zip(adapters, embeds, strict=True)
-        ]
-        return np.concatenate(found)
+        found = np.empty((len(embeds), len(FINDINGS)), np.float32)
+        for name in set(adapters):
+            mine = [i for i, other in enumerate(adapters) if other == name]
+            found[mine] = self._prompts_of(name).scores_from_embeddings(embeds[mine])
+        return found
+
+    def combine(
+        self, name: str, weights: Mapping[str, float], how: str = "svd", density: float = 0.5, seed: int = 0
+    ) -> None:
+        """Put one more adapter on board, made of LoRAs that are, by peft's `add_weighted_adapter`.
+
+        `cat` adds the updates B A up exactly, and the ranks with them; `svd` comes as near as the higher rank allows.
+        `linear`, `ties`, `dare_linear` and `dare_ties` mix the A of adapters of one rank and, apart from them, the B,
+        so that each A meets the B of the others, too; with `_svd` behind their names the last three mix updates.
+        `save_adapter(bank.model, folder, name)` saves it.
+
+        Args:
+            name: of the new adapter.
+            weights: name of each adapter in it, and its factor.
+            how: peft's `combination_type`.
+            density: share of the numbers that TIES and DARE keep; `seed` says which those of DARE are.
+            seed: see `density`.
+
+        Raises:
+            ValueError: a name that is taken, or unknown; no plain LoRA; what peft cannot combine.
+        """
+        known = self.model.peft_config
+        if name in (*known, BASE) or not weights or not set(weights) <= set(known):
+            raise ValueError(f"{name!r} of {', '.join(weights) or 'none'}: expected a new name, of {self._aboard()}")
+        for each in weights:  # peft would keep the scaling of rsLoRA and the lengths of DoRA, and both were wrong
+            if known[each].peft_type != "LORA" or known[each].use_rslora or known[each].use_dora:
+                raise ValueError(f"{each!r} is no plain LoRA ({known[each].peft_type}, rsLoRA or DoRA); those add up")
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            of = list(weights), list(weights.values())
+            self.model.add_weighted_adapter(*of, name, how, density=density, svd_full_matrices=False)
+        self.model.requires_grad_(False).eval()
+        self.names, self._layers = (*self.names, name), _adapted(self.model)
+
+    def _aboard(self) -> str:
+        return ", ".join(self.names)
 
     def _prompts_of(self, name: str) -> ZeroShotClassifier:
         """A classifier whose prompts were encoded with this adapter."""
         if name not in self._classifiers:
-            self._classifiers[name] = ZeroShotClassifier(_Through(self.model, name), self._tokenizer, self._prompts)
+            self._classifiers[name] = ZeroShotClassifier(_Through(self, name), self._tokenizer, self._prompts)
         return self._classifiers[name]
 
+    @contextmanager
+    def _each_its_own(self, adapters: Sequence[str]) -> Iterator[None]:
+        """Adapted layers take each element of the batch through the adapter named for it.
 
-class _Through(nn.Module):
-    """The model's text encoder as one adapter has it."""
+        The towers fold depth or places into the batch, element after element, so that a name counts for as many rows.
+        """
 
-    def __init__(self, model: Any, name: str):
-        super().__init__()
-        self.model, self.name = model, name
+        def name_rows(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            rows = len(args[0]) // len(adapters)
+            return args, kwargs | {"adapter_names": [name for name in adapters for _ in range(rows)]}
+
+        if self.model.training:
+            self.model.eval()
+        hooks = [layer.register_forward_pre_hook(name_rows, with_kwargs=True) for layer in self._layers]
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+class _Through:
+    """The text encoder as one adapter has it; of a hundred, only its own tensors are looked through for changes."""
+
+    def __init__(self, bank: AdapterBank, name: str):
+        self._bank, self._name, model = bank, name, bank.model
         self.temperature, self.longest_text = model.temperature, model.longest_text
+        others = {*model.peft_config} - {name}
+        self._tensors = [p for key, p in model.named_parameters() if others.isdisjoint(key.split("."))]
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return iter(self._tensors)
+
+    def modules(self) -> Iterator[nn.Module]:
+        return iter(())
+
+    def eval(self) -> None:
+        pass
 
     def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        with _each_its_own(self.model, [self.name] * len(input_ids)):
-            return self.model.encode_text(input_ids, attention_mask)
+        with self._bank._each_its_own([self._name] * len(input_ids)):
+            return self._bank.model.encode_text(input_ids, attention_mask)
 
 
-@contextmanager
-def _each_its_own(model: nn.Module, adapters: Sequence[str]) -> Iterator[None]:
-    """Adapted layers take each element of the batch through the adapter named for it.
-
-    The towers fold depth or places into the batch, element after element, so that a name counts for as many rows.
-    """
-
-    def name_rows(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        rows = len(args[0]) // len(adapters)
-        return args, kwargs | {"adapter_names": [name for name in adapters for _ in range(rows)]}
-
-    layers = [module for module in model.modules() if hasattr(module, "adapter_layer_names")]
-    hooks = [layer.register_forward_pre_hook(name_rows, with_kwargs=True) for layer in layers]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _adapted(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if hasattr(module, "adapter_layer_names")]

@@ -4,11 +4,14 @@ The adapter is merged into the vision tower. Of the text tower only what it says
 finding the difference of two embeddings.
 """
 
+import copy
 import hashlib
 import json
 import os
 import tempfile
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from medctkit.common.atomic import replacing
+from medctkit.common.extras import require
 from medctkit.common.provenance import made_with, write_json
 from medctkit.common.templates import filled
+from medctkit.deploy.exported import FACTS, PROMPTS, VISION, Exported
 from medctkit.lora.adapter import merge_lora
 from medctkit.model.fingerprint import digests, vocabulary_of
 from medctkit.model.vision_tower import VisionTransformer
@@ -26,6 +32,7 @@ from medctkit.zero_shot.prompts import Prompts
 
 TOLERANCE = 1e-6  # of an embedding's numbers
 OPSET = 20
+NEEDED = ("onnx", "onnxscript", "onnxruntime")
 
 
 class ExportDiffers(ValueError):
@@ -62,19 +69,15 @@ def export(
     Raises:
         ValueError: a model whose vision tower is not CT-CLIP's; `folder` holds something else.
         ExportDiffers: an embedding off by more than 1e-6, or a token with another code, for a batch of 1, 2 or 3.
-        ModuleNotFoundError: the extra [deploy] is not installed.
+        ImportError: the extra [deploy] is not installed.
     """
-    from medctkit.deploy.exported import FACTS, PROMPTS, VISION, Exported
-
-    folder = Path(folder).expanduser()
-    if folder.exists() and not (folder / FACTS).is_file() and any(folder.iterdir()):
-        raise ValueError(f"{folder} holds something else than an export; give an empty or another folder")
+    require("deploy", *NEEDED)
     if not isinstance(getattr(model, "vision_encoder", None), VisionTransformer):
         raise ValueError(f"{type(model).__name__} has no vision tower of CT-CLIP, which alone can be exported")
     base, adapter = digests(model)
     classifier = ZeroShotClassifier(model, tokenizer, prompts)
     stating, denying = classifier.text_embeds()
-    plain = (merge_lora(model) if hasattr(model, "peft_config") else model).cpu()
+    plain = on_cpu(merge_lora(model) if hasattr(model, "peft_config") else model)
     config = plain.preprocess_config
     facts: dict[str, Any] = {
         "findings": classifier.findings,
@@ -82,11 +85,8 @@ def export(
         "base": base, "adapter": adapter, "vocabulary": vocabulary_of(tokenizer),
         "prompts": prompts if isinstance(prompts, str) else "own", "made_with": made_with(0, "none"),
     }  # fmt: skip
-    facts["digest"] = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        building = Path(scratch) / "export"
-        building.mkdir()
+    facts["digest"] = digest_of(facts)
+    with replacing_export(folder) as building:
         difference = (stating - denying).cpu().numpy()
         scale = np.float32(plain.temperature.detach().exp())
         np.savez(building / PROMPTS, differences=difference, scale=scale, digest=facts["digest"])
@@ -95,18 +95,51 @@ def export(
         with evaluating(plain):
             vision = Vision(plain).eval()
             _to_onnx(vision, torch.zeros(2, *shape), building / VISION, facts["digest"])
-            checked = prove(Exported(building), vision, shape)
+            facts["checked"] = prove(Exported(building), vision, shape)
         if text:
             tokenizer.save_pretrained(building / "text")
             _text_to_onnx(plain, tokenizer, building / "text" / "text.onnx", facts["digest"])
-        write_json(facts | {"checked": checked}, building / FACTS)
-        size = (building / VISION).stat().st_size / 1e6
-        card = filled("export.md", facts=facts, checked=checked, megabytes=size, tolerance=TOLERANCE)
-        (building / "README.md").write_text(card, encoding="utf-8")
+        write_facts(building, facts)
+    return Path(folder).expanduser()
+
+
+def on_cpu(model: Any) -> Any:
+    """The model if it is on the CPU, else a copy of it there: whoever gave it goes on with it where it is."""
+    return model if next(model.parameters()).device.type == "cpu" else copy.deepcopy(model).cpu()
+
+
+def digest_of(facts: Mapping[str, Any]) -> str:
+    """A digest of what is known of an export; each of its files carries it."""
+    return hashlib.sha256(json.dumps(dict(facts), sort_keys=True).encode()).hexdigest()[:32]
+
+
+@contextmanager
+def replacing_export(folder: str | os.PathLike) -> Iterator[Path]:
+    """A folder to write an export to; at the end of the block it takes the place of `folder`, or nothing has happened.
+
+    Raises:
+        ValueError: `folder` holds something else.
+    """
+    folder = Path(folder).expanduser()
+    if folder.exists() and not (folder / FACTS).is_file() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds something else than an export; give an empty or another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        building = Path(scratch) / "export"
+        building.mkdir()
+        yield building
         if folder.exists():
             folder.rename(Path(scratch) / "old")
         os.replace(building, folder)
-    return folder
+
+
+def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write export.json and, from it, the model card."""
+    write_json(dict(facts), folder / FACTS)
+    size = sum(file.stat().st_size for file in folder.glob("vision.*")) / 1e6
+    card = filled("export.md", facts=facts, megabytes=size, tolerance=TOLERANCE)
+    with replacing(folder / "README.md") as temporary:
+        temporary.write_text(card, encoding="utf-8")
 
 
 def prove(exported: Any, vision: nn.Module, shape: tuple[int, ...], seed: int = 0) -> dict[str, float]:

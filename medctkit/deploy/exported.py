@@ -1,21 +1,26 @@
-"""An exported model: ONNX Runtime and NumPy, and nothing else of what it was trained with."""
+"""An exported model: ONNX Runtime or OpenVINO, and NumPy; nothing else of what it was trained with."""
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from medctkit.common.extras import require
+
 VISION, PROMPTS, FACTS = "vision.onnx", "prompts.npz", "export.json"
+OPENVINO = "vision.xml"  # in place of VISION, with its weights in vision.bin
+Run = Callable[[np.ndarray], list[np.ndarray]]  # volumes to embeddings and codes
 
 
 class Exported:
-    """What `medctkit export` wrote, ready to score.
+    """What `medctkit export` wrote, or `quantise` made of it, ready to score.
 
     Args:
         folder: of the export.
-        threads: of a run; None: ONNX Runtime's choice.
+        threads: of a run; None: the runtime's choice.
 
     Attributes:
         facts: what was exported: findings, the volumes it wants, digests of base model, adapter and vocabulary.
@@ -23,23 +28,20 @@ class Exported:
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: files of different exports.
+        ImportError: the runtime is not installed.
     """
 
     def __init__(self, folder: str | os.PathLike, threads: int | None = None):
         folder = Path(folder).expanduser()
-        for name in (VISION, PROMPTS, FACTS):
+        vision = OPENVINO if (folder / OPENVINO).is_file() else VISION
+        for name in (vision, PROMPTS, FACTS):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} has no {name}; expected a folder that `medctkit export` wrote")
         self.facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or 0
-        self._session = onnxruntime.InferenceSession(folder / VISION, options, providers=["CPUExecutionProvider"])
+        self._run, own = (_openvino if vision == OPENVINO else _onnx_runtime)(folder / vision, threads)
         with np.load(folder / PROMPTS, allow_pickle=False) as file:
             self._differences, scale, digest = file["differences"], file["scale"], str(file["digest"])
         self._scale = float(scale)
-        own = self._session.get_modelmeta().custom_metadata_map.get("digest")
         if not own == digest == self.facts["digest"]:
             raise ValueError(f"{folder} mixes files of different exports; export anew into an empty folder")
         self.findings: tuple[str, ...] = tuple(self.facts["findings"])
@@ -60,7 +62,7 @@ class Exported:
                 f"volumes are {volumes.dtype} {volumes.shape}; expected float32 (batch, "
                 f"{', '.join(map(str, expected))})"
             )
-        embeds, codes = self._session.run(None, {"volumes": volumes})
+        embeds, codes = self._run(volumes)
         return embeds, codes
 
     def scores(self, volumes: np.ndarray) -> np.ndarray:
@@ -74,3 +76,27 @@ class Exported:
         if not np.isfinite(embeds).all():
             raise FloatingPointError("an embedding is not finite: a voxel is NaN or infinite; look at the volumes")
         return 1 / (1 + np.exp(-self._scale * embeds @ self._differences.T))
+
+
+def _onnx_runtime(path: Path, threads: int | None) -> tuple[Run, str | None]:
+    """What runs a file, and the digest in it."""
+    require("deploy", "onnxruntime")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    digest = session.get_modelmeta().custom_metadata_map.get("digest")
+    return lambda volumes: session.run(None, {"volumes": volumes}), digest
+
+
+def _openvino(path: Path, threads: int | None) -> tuple[Run, str | None]:
+    """What runs a file, in float32 whatever the processor would rather do, and the digest in it."""
+    require("openvino", "openvino")
+    import openvino
+
+    model = openvino.Core().read_model(path)
+    digest = model.get_rt_info("digest").astype(str) if model.has_rt_info("digest") else None
+    options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads or 0}
+    compiled = openvino.Core().compile_model(model, "CPU", options)
+    return lambda volumes: list(compiled(volumes).values()), digest

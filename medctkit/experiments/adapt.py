@@ -9,18 +9,22 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from torch.utils.data import Dataset
 
 from medctkit.cohort.dataset import load_split, prepared_dir
 from medctkit.cohort.manifest import load_manifest
 from medctkit.common.processes import accelerator_for
 from medctkit.common.provenance import write_json
+from medctkit.experiments.compare.data import with_embeddings
 from medctkit.lora.adapter import add_lora
+from medctkit.lora.methods import METHODS, apply_method
 from medctkit.model.base_model import BaseModel, load_base
-from medctkit.training.checkpoints import RECORD, finished_run
+from medctkit.model.protocol import Model
+from medctkit.training.checkpoints import RECORD, finished_run, refuse_other_settings
 from medctkit.training.loop import FineTuneResult, finetune
 from medctkit.training.memory import cast_frozen
 from medctkit.training.settings import FineTuneConfig
-from medctkit.zero_shot.classifier import validation_score
+from medctkit.zero_shot.classifier import ZeroShotClassifier, validation_score
 
 
 @dataclass(frozen=True)
@@ -28,18 +32,46 @@ class Adaptation(FineTuneConfig):
     """Settings of an adaptation: those of fine-tuning, and of what is trained.
 
     Args:
-        preset: LoRA placement: "paper", "vision", "text" or "all-attention".
-        rank: of the adapter.
+        preset: LoRA placement: "paper", "vision", "text", "all-attention", "mlp" or "all-linear".
+        method: what is trained, one of `medctkit.lora.methods.METHODS`, such as "lora", "dora" or "full"; each wants a
+            learning rate of its own.
+        rank: of the adapter, where the method has one.
+        alpha: of LoRA, which scales the update by alpha / rank; None: twice the rank.
+        dropout: of what enters a LoRA, 0 to below 1.
         gradient_checkpointing: compute activations again instead of keeping them; for the full-size model.
     """
 
     preset: str = "paper"
+    method: str = "lora"
     rank: int = 16
+    alpha: float | None = None
+    dropout: float = 0.0
     gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method not in METHODS:
+            raise ValueError(f"unknown method {self.method!r}; choose one of {', '.join(METHODS)}")
+        if self.preset != "paper" and self.method != "lora":
+            raise ValueError(f"preset {self.preset!r} is a placement of method 'lora'; {self.method!r} has its own")
+
+    def apply(self, model: Model) -> Model:
+        """A plain model with what is trained, in place.
+
+        Raises:
+            ValueError: see `add_lora` and `apply_method`; a setting that the method does not have.
+        """
+        lora = {"lora_alpha": self.alpha, "lora_dropout": self.dropout or None}
+        given = {name: value for name, value in lora.items() if value is not None}
+        if self.method == "lora":
+            return add_lora(model, self.preset, r=self.rank, **given)
+        rank = {} if METHODS[self.method].rank is None else {"r": self.rank}
+        return apply_method(model, self.method, **rank | given)
 
     def config(self, seed: int) -> FineTuneConfig:
         """The settings as `finetune` takes them, on this device."""
-        return FineTuneConfig(**self.values() | {"seed": seed}).for_this_device()
+        rate_of_b = self.rate_of_b * METHODS[self.method].rate_of_b
+        return FineTuneConfig(**self.values() | {"seed": seed, "rate_of_b": rate_of_b}).for_this_device()
 
 
 # The kit's experiment, chosen on its validation patients.
@@ -120,13 +152,20 @@ def adapt(
     ended = (output_dir / ORIGIN).is_file() and (output_dir / RECORD).is_file()
     if ended and (there := Origin.of(output_dir)) != origin:
         raise ValueError(f"{output_dir} is of {there}, not of {origin}. Give another output_dir, or delete it")
+    config = settings.config(seed)
+    refuse_other_settings(output_dir, config)
+    accelerator_for(config.mixed_precision, tracker=config.tracker)  # refuses a tracker that is not here
     cache_dir = prepared_dir(manifest_path, output_dir, cache_dir)
-    config, base, manifest = settings.config(seed), origin.load(), load_manifest(manifest_path)
+    base, manifest = origin.load(), load_manifest(manifest_path)
     train, valid = (
         load_split(manifest, origin.hospital, split, base.preprocess_config, cache_dir) for split in ("train", "valid")
     )
+    studies: Dataset = train
+    if config.anchor_weight:
+        before = ZeroShotClassifier(base.model.to(accelerator_for().device), base.tokenizer)
+        studies = with_embeddings(train, [before.embed(train, config.micro_batch_size or config.batch_size)])
     torch.manual_seed(seed)
-    model = add_lora(base.model, settings.preset, r=settings.rank)
+    model = settings.apply(base.model)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     if config.mixed_precision != "no":
@@ -134,7 +173,9 @@ def adapt(
     at_a_time = config.micro_batch_size or config.batch_size
     score = validation_score(valid, base.tokenizer, batch_size=at_a_time, workers=config.workers)
     if accelerator_for().is_main_process:
-        trained, total = model.get_nb_trainable_parameters()
+        trained, total = (
+            sum(p.numel() for p in model.parameters() if p.requires_grad >= only) for only in (True, False)
+        )
         steps = config.steps_for(len(train))
         passes, validations = steps * config.batch_size / len(train), 1 + steps // config.evaluate_every
         print(
@@ -142,7 +183,7 @@ def adapt(
             f"({passes:.1f} passes over {len(train):,} studies), {validations} validations on {len(valid):,}",
             flush=True,
         )
-    result = finetune(model, train, base.tokenizer, config, output_dir, score)
+    result = finetune(model, studies, base.tokenizer, config, output_dir, score)
     if accelerator_for().is_main_process:
         write_json(asdict(origin), output_dir / ORIGIN)  # now that the folder is this run's
         if result.best_step == 0:

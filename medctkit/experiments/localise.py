@@ -1,11 +1,15 @@
 """Base and adapted model on a hospital's test phantoms: do their maps lie on the findings, and mean anything?"""
 
+import hashlib
 import os
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from medctkit.attention.faithfulness import LOWER_IS_BETTER, faithfulness, faithfulness_table, some_of_each
 from medctkit.attention.localisation import (
     CONTRAST,
     SCORES,
@@ -13,23 +17,34 @@ from medctkit.attention.localisation import (
     contrast_of_regions,
     find_regions,
     localisation_table,
+    own_and_others,
     paired_difference,
     relevance_of_regions,
     rollout_of_regions,
     sanity_check,
 )
+from medctkit.attention.maps import has_rollout
 from medctkit.cohort.dataset import load_split, prepared_dir
 from medctkit.cohort.manifest import load_manifest
 from medctkit.common.atomic import replacing
 from medctkit.common.csv_tables import write_table
 from medctkit.common.provenance import made_with, write_json
+from medctkit.common.templates import filled
 from medctkit.experiments.adapt import Origin
-from medctkit.findings import FINDINGS
+from medctkit.experiments.report.page import with_ends
 from medctkit.lora.adapter import load_adapter, merge_lora
+from medctkit.model.fingerprint import digests
+from medctkit.model.protocol import Model
+from medctkit.scans.preprocessing import PreprocessConfig
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+
+
+FEW = 60  # regions of the sanity check
+EACH = 3  # regions of each finding whose maps are tested for faithfulness
+OTHERS = "17 other prompts"
 
 
 def measure_localisation(
@@ -39,24 +54,26 @@ def measure_localisation(
     cache_dir: str | os.PathLike | None = None,
     studies: int | None = None,
 ) -> "dict[str, pd.DataFrame]":
-    """Base and adapted model on the test phantoms of a hospital: do their maps lie on the findings?
+    """Base and adapted model on the test studies of a hospital: do their maps lie on the findings, and mean anything?
 
-    Writes `localisation.csv`, `localisation.json` and `localisation.png` into `output_dir`.
+    Writes `localisation.csv`, `localisation.json`, `localisation.md` and `localisation.png` into `output_dir`. What an
+    interrupted run has done lies there in `localisation_work` until the end, and the same run goes on from it.
 
     Args:
         manifest_path: usually `data_manifest.csv`.
         output_dir: where `adapt` wrote.
-        seed: of the bootstrap, and of the shuffling.
+        seed: of the bootstrap, and of what is drawn.
         cache_dir: see `prepared_dir`.
         studies: how many test studies; None: all.
 
     Returns:
         `means`: rows of `localisation_table` over all findings; `differences`: see `paired_difference`, adapted minus
-        base, and for each model its own prompt minus another finding's; `sanity`: see `sanity_check`.
+        base, and for each model its own prompt minus the others; `faithfulness`: see `faithfulness_table`; `sanity`:
+        see `sanity_check`.
 
     Raises:
         FileNotFoundError: no finished run in `output_dir`.
-        ValueError: a run whose files were changed since; real scans, of which no masks are known.
+        ValueError: a run whose files were changed since; real scans without masks.
     """
     import pandas as pd
 
@@ -66,27 +83,54 @@ def measure_localisation(
     manifest = load_manifest(manifest_path)
     grid, config = base.model.config.grid, base.preprocess_config
     dataset = load_split(manifest, origin.hospital, "test", config, prepared_dir(manifest_path, output_dir, cache_dir))
-    regions = find_regions(dataset.rows[:studies], config, grid)
-    maps = {}
+    rows = dataset.rows[:studies]
+    key = repr([seed, [digests(m) for m in models.values()], [(row["study"], row["checksum"]) for row in rows]])
+    work = output_dir / "localisation_work" / hashlib.sha256(key.encode()).hexdigest()[:12]
+    work.mkdir(parents=True, exist_ok=True)
+
+    def kept(name: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """Arrays that an interrupted run made, or `make` makes now."""
+        file = work / f"{name}.npz"
+        if not file.exists():
+            with replacing(file) as temporary, temporary.open("wb") as stream:
+                np.savez(stream, allow_pickle=False, **make())
+        with np.load(file) as arrays:
+            return dict(arrays)
+
+    def columns(table: "pd.DataFrame") -> dict[str, np.ndarray]:
+        numeric = pd.api.types.is_numeric_dtype
+        return {name: part.to_numpy(None if numeric(part) else str) for name, part in table.items()}
+
+    regions = Regions(**kept("regions", lambda: vars(find_regions(rows, config, grid))))
+    chosen, few = some_of_each(regions, EACH, seed), Regions(*(part[:FEW] for part in vars(regions).values()))
+    maps: dict[str, np.ndarray] = {}
+    checks, faithful = [], []
     for name, model in models.items():
-        for kind, shift in (("relevance", 0), ("another prompt", len(FINDINGS) // 2)):
-            maps[f"{name}, {kind}"] = relevance_of_regions(model, base.tokenizer, dataset, regions, shift=shift)
-        maps[f"{name}, rollout"] = rollout_of_regions(model, dataset, regions)
+
+        def relevant(model: Model = model) -> dict[str, np.ndarray]:
+            every = relevance_of_regions(model, base.tokenizer, dataset, regions, every=True)
+            own, others = own_and_others(every, regions)
+            rollout = {"rollout": rollout_of_regions(model, dataset, regions)} if has_rollout(model) else {}
+            return {"relevance": own, OTHERS: others} | rollout
+
+        def tested(model: Model = model) -> dict[str, np.ndarray]:
+            return columns(faithfulness(model, base.tokenizer, dataset, chosen, seed=seed))
+
+        def sane(name: str = name) -> dict[str, np.ndarray]:
+            plain = merge_lora(models[name]) if name == "adapted" else models[name]
+            return columns(sanity_check(plain, base.tokenizer, dataset, few, seed).reset_index())
+
+        maps |= {f"{name}, {kind}": of for kind, of in kept(f"{name}_maps", relevant).items()}
+        values = pd.DataFrame(kept(f"{name}_faithfulness", tested))
+        faithful.append(faithfulness_table(chosen, values, seed=seed).assign(model=name))
+        checks.append(pd.DataFrame(kept(f"{name}_sanity", sane)).assign(model=name))
     maps[CONTRAST] = contrast_of_regions(dataset, regions, grid)
     compared = [("adapted minus base", "base, relevance", "adapted, relevance")]
-    compared += [
-        (f"{name}: own minus another prompt", f"{name}, another prompt", f"{name}, relevance") for name in models
-    ]
+    compared += [(f"{name}: own minus {OTHERS}", f"{name}, {OTHERS}", f"{name}, relevance") for name in models]
     differences = [
         paired_difference(regions, maps[a], maps[b], seed=seed).assign(difference=said) for said, a, b in compared
     ]
-    few = Regions(*(part[:200] for part in vars(regions).values()))
-    checks = [
-        sanity_check(model, base.tokenizer, dataset, few, seed).assign(model=name)
-        for name, model in (("base", base.model), ("adapted", merge_lora(models["adapted"])))
-    ]
-    command = f"medctkit localise {output_dir} --manifest {manifest_path} --seed {seed}"
-    command += "" if studies is None else f" --studies {studies}"
+    command = f"medctkit localise {output_dir} --manifest {manifest_path} --seed {seed} --studies {len(rows)}"
     table = localisation_table(regions, maps, seed=seed)
     write_table(table, output_dir / "localisation.csv")
     with replacing(output_dir / "localisation.png") as temporary:
@@ -94,12 +138,60 @@ def measure_localisation(
     found = {
         "means": table[table["finding"] == "mean"].drop(columns="finding"),
         "differences": pd.concat(differences, ignore_index=True),
-        "sanity": pd.concat(checks).reset_index(),
+        "faithfulness": pd.concat(faithful, ignore_index=True),
+        "sanity": pd.concat(checks, ignore_index=True),
     }
     made = {"command": command, "studies": len(np.unique(regions.study)), "regions": len(regions.study)}
-    records = {name: part.to_dict("records") for name, part in found.items()}
-    write_json(records | {"made_with": made_with(seed) | made}, output_dir / "localisation.json")
+    records: dict[str, Any] = {
+        name: part.astype(object).where(part.notna(), None).to_dict("records") for name, part in found.items()
+    }
+    records["made_with"] = made_with(seed) | made | {"patch_mm": patch_in_mm(config, grid)}
+    write_json(records, output_dir / "localisation.json")
+    with replacing(output_dir / "localisation.md") as temporary:
+        temporary.write_text(localisation_page(records), encoding="utf-8")
+    shutil.rmtree(output_dir / "localisation_work")
     return found
+
+
+def patch_in_mm(preprocess_config: PreprocessConfig, grid: Sequence[int]) -> list[float]:
+    """Sides of one of a `grid` of patches (t, h, w), mm."""
+    steps = zip(preprocess_config.spacing, preprocess_config.shape, grid, strict=True)
+    return [round(step * n / g, 1) for step, n, g in steps]
+
+
+def conclusions(found: dict) -> list[str]:
+    """A sentence for each comparison in the records `found` of `localisation.json`, flattering or not."""
+
+    def told(name: str, row: dict, column: str, better: int = 1) -> str:
+        prefix = "" if column == "value" else f"{column}_"
+        low, high = row[f"{prefix}low"], row[f"{prefix}high"]
+        side = np.sign(low) * better if low * high > 0 else 0
+        word = {-1: "worse", 0: "no difference that can be told from chance", 1: "better"}[int(side)]
+        return f"{name}: {with_ends(row, column, '+')}, {word}."
+
+    said: list[str] = []
+    first: dict[tuple[str, str], str] = {}
+    for row in found["differences"]:
+        said.append(told(f"{row['difference']}, {row['score']}", row, "value"))
+    for row in found.get("faithfulness", []):
+        subject = first.setdefault((row["model"], row["measure"]), row["map"])
+        if subject != row["map"] and row["difference"] is not None and row["difference"] == row["difference"]:
+            name = f"{row['model']}, {row['measure']}, {subject} minus {row['map']}"
+            said.append(told(name, row, "difference", -1 if row["measure"] in LOWER_IS_BETTER else 1))
+    return said
+
+
+def localisation_page(found: dict) -> str:
+    """The page docs/localisation.md, of the records `found` in `localisation.json`: tables, and what follows."""
+    scores = {row["score"]: row["chance"] for row in found["means"]}
+    cells: dict[str, list[str]] = {}
+    faithful: dict[tuple[str, str], dict[str, str]] = {}
+    for row in found["means"]:
+        cells.setdefault(row["method"], []).append(with_ends(row, "value"))
+    for row in found.get("faithfulness", []):
+        faithful.setdefault((row["measure"], row["map"]), {})[row["model"]] = with_ends(row, "value")
+    values = found | {"scores": scores, "cells": cells, "faithful": faithful, "conclusions": conclusions(found)}
+    return filled("localisation.md", **values)
 
 
 def localisation_figure(table: "pd.DataFrame") -> "Figure":

@@ -14,16 +14,17 @@ import numpy as np
 from medctkit.cohort import ct_rate as ctrate
 from medctkit.cohort.dataset import CTReportDataset, load_split, prepared_dir
 from medctkit.cohort.manifest import has_file, load_manifest, volume_from_row
+from medctkit.cohort.patients import characteristics
 from medctkit.common.processes import accelerator_for
 from medctkit.common.provenance import made_with, write_json
 from medctkit.experiments.adapt import Origin
 from medctkit.experiments.audit import Answers, Defect, audit, audit_scans, prompt_mismatch
-from medctkit.lora.adapter import load_adapter
-from medctkit.lora.methods import trained_bytes
+from medctkit.experiments.clinical import Clinical, clinical_statistics
+from medctkit.lora.methods import load_trained, trained_bytes, trained_count
 from medctkit.metrics.bootstrap import RESAMPLES, interval
 from medctkit.metrics.scores import HOME_ROWS, compare, evaluate, mean_draws, summary, thresholds_from_validation
 from medctkit.model.protocol import Model
-from medctkit.training.checkpoints import finished_run
+from medctkit.training.checkpoints import described, finished_run
 from medctkit.zero_shot.classifier import Embedded, ZeroShotClassifier
 from medctkit.zero_shot.embeddings import same_studies
 from medctkit.zero_shot.prompts import PROMPTS
@@ -63,6 +64,7 @@ class Measurement:
     Attributes:
         labels: (n, 18) of the test studies.
         patients: (n,) names.
+        studies: (n,) names.
         scores: (n, 18) probabilities for "base" and "adapted".
         tables: see `medctkit.metrics.scores.evaluate`, for both; thresholds are from validation studies.
         difference: see `medctkit.metrics.scores.compare`, adapted minus base.
@@ -75,10 +77,12 @@ class Measurement:
         made_with: see `made_with`, and the command.
         supervised: whether the adapted model learnt from labels, by the per-finding loss; else from reports alone.
         home: both models where the base model comes from; None where the manifest has no such test studies.
+        clinical: see `Clinical`.
     """
 
     labels: np.ndarray
     patients: np.ndarray
+    studies: np.ndarray
     scores: dict[str, np.ndarray]
     tables: dict[str, "pd.DataFrame"]
     difference: "pd.DataFrame"
@@ -90,12 +94,14 @@ class Measurement:
     made_with: dict
     supervised: bool = True
     home: Home | None = None
+    clinical: Clinical | None = None
 
     @property
     def summary(self) -> dict:
         """What is in metrics.json."""
         means = summary(self.tables["base"], self.tables["adapted"], self.difference)
-        return means | {"made_with": self.made_with} | ({"home": self.home.summary} if self.home else {})
+        more = {"home": self.home, "clinical": self.clinical}
+        return means | {"made_with": self.made_with} | {name: part.summary for name, part in more.items() if part}
 
 
 def measure(
@@ -149,7 +155,7 @@ def measure(
     scores: dict[str, dict[str, np.ndarray]] = {split: {} for split in data}
     limits, prompts, retrieved, tests = {}, [], [], {}
     for name in ("base", "adapted"):
-        model = base.model if name == "base" else load_adapter(base.model, output_dir / "adapter")
+        model = base.model if name == "base" else load_trained(base.model, output_dir / "adapter")
         classifier = ZeroShotClassifier(model.to(accelerator.device), base.tokenizer)
         seen = {split: classifier.embed(dataset, batch_size) for split, dataset in data.items()}
         for split, embedded in seen.items():
@@ -178,6 +184,7 @@ def measure(
     measured = Measurement(
         labels=test.labels,
         patients=test.patients,
+        studies=test.studies,
         scores=scores["test"],
         tables=tables,
         difference=difference,
@@ -186,9 +193,12 @@ def measure(
         adapter=_adapter_facts(model, output_dir / "adapter") | {"base_parameters": base_parameters},
         defects=defects,
         origin=origin,
-        made_with=made_with(seed, world) | {"command": command},
+        made_with=made_with(seed, world) | {"command": command, "run": described(output_dir)},
         supervised=finished_run(output_dir)["made_of"]["prompt_weight"] > 0,
         home=at_home,
+        clinical=clinical_statistics(
+            seen["valid"], test, scores, limits, characteristics(data["test"].rows), resamples, seed
+        ),
     )
     if accelerator.is_main_process:
         write_json(measured.summary, output_dir / "metrics.json")
@@ -234,10 +244,9 @@ class _Volumes(Sequence):
 
 
 def _adapter_facts(model: Model, folder: Path) -> dict[str, int]:
-    """Layers of each encoder that carry the adapter, its parameters, and its bytes on disk."""
-    names, encoders = model.active_adapters, {"vision": model.vision_encoder, "text": model.text_encoder}
+    """Layers of each encoder that carry the adapter, what was trained (0 layers, where it is no adapter), its bytes."""
+    names = getattr(model, "peft_config", ())
+    encoders = {"vision": model.vision_encoder, "text": model.text_encoder}
     layers = {side: sum(hasattr(m, "adapter_layer_names") for m in tower.modules()) for side, tower in encoders.items()}
-    return layers | {
-        "trainable": sum(p.numel() for key, p in model.named_parameters() if set(names) & set(key.split("."))),
-        "bytes": trained_bytes(folder),
-    }
+    trained = sum(p.numel() for key, p in model.named_parameters() if set(names) & set(key.split(".")))
+    return layers | {"trainable": trained or trained_count(folder), "bytes": trained_bytes(folder)}

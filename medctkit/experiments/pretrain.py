@@ -68,7 +68,8 @@ class PretrainConfig:
         warm: of the warm start.
         steps: optimiser steps.
         batch_size: volumes per step.
-        learning_rate: that of most steps.
+        learning_rate: that of most steps; the image projection's is smaller by its number of inputs.
+        text_share: of that rate, for the text encoder, its projection and the map to phrases.
         warmup_steps: in which it rises.
         decay_fraction: share of all steps, the last ones, in which it falls to zero. Until then a run does not depend
             on `steps`, and can be made longer.
@@ -91,7 +92,8 @@ class PretrainConfig:
     steps: int = 1_000
     batch_size: int = 32
     learning_rate: float = 5e-4
-    warmup_steps: int = 50
+    text_share: float = 0.1
+    warmup_steps: int = 20
     decay_fraction: float = 0.4
     weight_decay: float = 0.05
     max_grad_norm: float = 1.0
@@ -300,10 +302,17 @@ class Pretraining:
         self.head.bias.data = torch.tensor(list(self.phrases.values())).logit()
         torch.nn.init.constant_(self.model.temperature, 2.3)  # cosines times 10: CLIP starts at 14
         self.codebook = CodebookLearner(self.model, config.codebook_decay, config.seed)
-        learnt = [*self.model.parameters(), *self.head.parameters()]
-        matrices = {"params": [p for p in learnt if p.ndim > 1], "weight_decay": config.weight_decay}
-        vectors = {"params": [p for p in learnt if p.ndim <= 1], "weight_decay": 0.0}
-        self.optimizer = torch.optim.AdamW([matrices, vectors], lr=config.learning_rate, betas=(0.9, 0.98))
+        # AdamW moves each number by about the rate, so that a layer's output moves by the rate times its inputs: the
+        # projection has 144 times those of the other layers, and gets a rate so much smaller (Yang et al. 2022, arXiv
+        # 2203.03466). Text encoder and map to phrases have been trained to the end on images that change now.
+        wide = self.model.to_visual_latent.weight
+        slow = [*self.model.text_encoder.parameters(), *self.model.to_text_latent.parameters(), *self.head.parameters()]
+        share = dict.fromkeys(slow, config.text_share) | {wide: MINI_VISION["dim"] / wide.shape[1]}
+        groups = [
+            {"params": [p], "share": share.get(p, 1.0), "weight_decay": config.weight_decay * (p.ndim > 1)}
+            for p in (*self.model.parameters(), *self.head.parameters())
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
         self.step, self.seconds = 0, 0.0
         self.history: list[dict[str, float]] = []
 
@@ -363,7 +372,7 @@ class Pretraining:
             self.codebook.start()
         left = (config.steps - self.step + 1) / (config.decay_fraction * config.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * min(1.0, self.step / config.warmup_steps, left)
+            group["lr"] = config.learning_rate * group["share"] * min(1.0, self.step / config.warmup_steps, left)
         self.model.train()
         index, epoch = self.batch(self.step)
         losses = self.losses(index, epoch, self.generator("moves", self.step))

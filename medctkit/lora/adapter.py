@@ -69,6 +69,7 @@ def add_adapter(model: Model, config: PeftConfig) -> PeftModel:
 
     with _quiet():
         adapted = get_peft_model(model, config)
+    adapted.register_forward_pre_hook(_refuse_names, with_kwargs=True)
     (config,) = adapted.peft_config.values()
     config.base_model_name_or_path = _digest(adapted) if _has_exact_weights(adapted) else None
     return adapted
@@ -85,10 +86,23 @@ def _has_exact_weights(model: nn.Module) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the FutureWarning that peft earns by asking transformers 5 for gradient checkpointing by an old name."""
+    """Without the FutureWarning that peft earns by asking transformers 5 for gradient checkpointing by an old name.
+
+    Nor the one of OFT, which takes the next size of its blocks that divides the width of a layer.
+    """
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Invalid `oft_block_size`")
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         yield
+
+
+def _refuse_names(_: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Before peft puts hooks on every layer and leaves them there."""
+    if kwargs.get("adapter_names") is not None:
+        raise ValueError(
+            "adapter_names: the towers fold depth and places into the batch, so that one name for each volume is not "
+            "one for each row. Batches that mix adapters go through medctkit.deploy.bank.AdapterBank"
+        )
 
 
 def _refuse_unmatched(model: nn.Module, patterns: Mapping[str, str]) -> None:
@@ -168,6 +182,9 @@ def load_adapter(
     with torch.device("meta"), _quiet():  # shapes only: what this adapter would look like on this architecture
         shapes = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
         shapes |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+        for layer in model.modules():  # what other adapters hold is not copied only to be thrown away
+            parts = [getattr(layer, name) for name in getattr(layer, "adapter_layer_names", ())]
+            shapes |= {id(part): type(part)() for part in parts}
         twin = copy.deepcopy(model, shapes)
         twin = twin.unload() if wrapped else twin
         patterns = {field: getattr(config, field) for field in with_names(saved, ())}
@@ -199,6 +216,7 @@ def load_adapter(
             model.add_adapter(name, config)
         else:
             model = get_peft_model(model, config, name)
+            model.register_forward_pre_hook(_refuse_names, with_kwargs=True)
     set_peft_model_state_dict(model, found, name)
     model.set_adapter(name)
     vars(model.peft_config[name]).update(patterns, base_model_name_or_path=saved.made_on or None)

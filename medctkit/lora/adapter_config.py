@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import peft
 import regex
 
-KINDS = {"LORA": peft.LoraConfig, "VERA": peft.VeraConfig, "IA3": peft.IA3Config}
+KINDS = {"LORA": peft.LoraConfig, "VERA": peft.VeraConfig, "IA3": peft.IA3Config, "OFT": peft.OFTConfig}
 SECONDS = 2.0  # that the patterns of one adapter may take
 _PATTERNS = ("target_modules", "feedforward_modules")
 # What a folder says and no model depends on; an adapter is what its tensors are, however they were begun
@@ -63,6 +63,7 @@ _FIELDS: dict[str, tuple[Check, str]] = {
     "r": (_RANK, "a whole number of 1 to 65,536"),
     "rank_pattern": (_by_name(_RANK), "ranks by plain names"),
     "alpha_pattern": (_by_name(_number), "numbers by plain names"),
+    "oft_block_size": (_RANK, "a whole number of 1 to 65,536"),
     "projection_prng_key": (_whole(0, 2**63), "a whole number"),
     "layers_to_transform": (_list_of(_whole(0, 2**16)), "a list of whole numbers"),
     "bias": (lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),

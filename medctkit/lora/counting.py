@@ -69,9 +69,10 @@ def search_placements(
         projection: sum(m.in_features + m.out_features for name, m in linear.items() if re.fullmatch(pattern, name))
         for projection, pattern in paper.parts.projections.items()
     }
+    attention = PRESETS["all-attention"]
     total = sum(math.prod(e.shape) for e in released_layout(config).values() if e.kind == "parameter")
     rows = []
-    for vision, text, r in product(_subsets(paper.parts.vision), _subsets(paper.parts.text), ranks):
+    for vision, text, r in product(_subsets(attention.vision), _subsets(attention.text), ranks):
         if trainable := r * sum(per_rank[name] for name in (*vision, *text)):
             rows.append(
                 {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ class Method:
     apply: Callable[..., nn.Module]  # freezes what has to be frozen: a plain model in, the model to train out
     learning_rates: tuple[float, ...]  # peak rates worth a try, lowest first
     rank: int | None = None  # r if none is given; None: it has no rank
+    rate_of_b: float = 1.0  # see `FineTuneConfig`
 
 
 def _bitfit(model: nn.Module) -> nn.Module:
@@ -53,6 +55,13 @@ def _vera(model: nn.Module, r: int, **fields: Any) -> nn.Module:
     return add_adapter(model, VeraConfig(r=r, **{"projection_prng_key": key, "target_modules": targets, **fields}))
 
 
+def _oft(model: nn.Module, r: int, **fields: Any) -> nn.Module:
+    from peft import OFTConfig
+
+    targets = "|".join(presets_of(parts_of(model))["paper"].patterns.values())
+    return add_adapter(model, OFTConfig(**{"r": 0, "oft_block_size": r, "target_modules": targets, **fields}))
+
+
 def _ia3(model: nn.Module, **fields: Any) -> nn.Module:
     from peft import IA3Config
 
@@ -62,17 +71,36 @@ def _ia3(model: nn.Module, **fields: Any) -> nn.Module:
     return add_adapter(model, IA3Config(**{"target_modules": targets, "feedforward_modules": narrowing, **fields}))
 
 
+def _per_rank(model: nn.Module, preset: str) -> int:
+    """What a preset trains at rank 1."""
+    pattern = re.compile("|".join(presets_of(parts_of(model))[preset].patterns.values()))
+    layers: list[Any] = [layer for name, layer in model.named_modules() if pattern.fullmatch(name)]
+    return sum(layer.in_features + layer.out_features for layer in layers)
+
+
 def _lora(
-    label: str, trains: str, paper: str = "Hu et al. 2021, arXiv 2106.09685", preset: str = "paper", **fixed: Any
+    label: str,
+    trains: str,
+    paper: str = "Hu et al. 2021, arXiv 2106.09685",
+    preset: str = "paper",
+    as_many: bool = False,
+    rate_of_b: float = 1.0,
+    **fixed: Any,
 ) -> Method:
-    """LoRA or one of its kind: a preset, and what is fixed in its configuration."""
+    """LoRA or one of its kind: a preset, and what is fixed in its configuration.
+
+    With `as_many`, r is that of "paper", and the preset's own is chosen to train as many numbers.
+    """
 
     def apply(model: nn.Module, r: int, **fields: Any) -> nn.Module:
+        if as_many:
+            r = max(1, round(r * _per_rank(model, "paper") / _per_rank(model, preset)))
         return add_lora(model, preset, r=r, **fixed | fields)
 
-    return Method(label, trains, paper, apply, (1e-3, 3e-3, 1e-2), 16)
+    return Method(label, trains, paper, apply, (1e-3, 3e-3, 1e-2), 16, rate_of_b)
 
 
+_NO_REGRET = "Schulman et al. 2025, LoRA Without Regret, thinkingmachines.ai/blog/lora"
 METHODS: dict[str, Method] = {
     "full": Method(
         "full fine-tuning",
@@ -97,6 +125,20 @@ METHODS: dict[str, Method] = {
         "LoRA in the text encoder; the images are seen as before, and only what is asked of them changes.",
         preset="text",
     ),
+    "lora-mlp": _lora(
+        "LoRA, feed-forward",
+        "LoRA in both layers of each feed-forward instead of the attention, with as many numbers.",
+        _NO_REGRET,
+        "mlp",
+        as_many=True,
+    ),
+    "lora-all": _lora(
+        "LoRA, all layers",
+        "LoRA in every linear layer of both encoders, at a lower rank: with as many numbers.",
+        _NO_REGRET,
+        "all-linear",
+        as_many=True,
+    ),
     "dora": _lora(
         "DoRA",
         "LoRA's direction of each weight column, and its length as a number of its own.",
@@ -108,6 +150,26 @@ METHODS: dict[str, Method] = {
         "What LoRA trains, with the update scaled by alpha / sqrt(r) in place of alpha / r.",
         "Kalajdzievski 2023, arXiv 2312.03732",
         use_rslora=True,
+    ),
+    "lora+": _lora(
+        "LoRA+",
+        "What LoRA trains, its B matrices at 16 times the rate.",
+        "Hayou et al. 2024, arXiv 2402.12354",
+        rate_of_b=16.0,
+    ),
+    "pissa": _lora(
+        "PiSSA",
+        "What LoRA trains, begun at the leading singular vectors of each weight, which the frozen rest lacks.",
+        "Meng et al. 2024, arXiv 2404.02948",
+        init_lora_weights="pissa",
+    ),
+    "oft": Method(
+        "OFT",
+        "A rotation of what enters each query, key and value projection, in blocks of 32 channels.",
+        "Qiu et al. 2023, arXiv 2306.07280",
+        _oft,
+        (1e-3, 3e-3, 1e-2),
+        32,
     ),
     "vera": Method(
         "VeRA",
@@ -158,6 +220,11 @@ def apply_method(model: Model, name: str, **settings: Any) -> Model:
 def trained_bytes(directory: str | os.PathLike) -> int:
     """Size on disk, in bytes, of the weights that `save_trained` wrote."""
     return _weights_file(Path(directory)).stat().st_size
+
+
+def trained_count(directory: str | os.PathLike) -> int:
+    """How many numbers `save_trained` wrote."""
+    return sum(tensor.numel() for tensor in read_weights(_weights_file(Path(directory))).values())
 
 
 def save_trained(model: Model, directory: str | os.PathLike) -> Path:

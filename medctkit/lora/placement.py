@@ -1,6 +1,6 @@
-"""Where in a model a LoRA goes: projections of its attention by name, presets of them, and peft's configuration.
+"""Where in a model a LoRA goes: linear layers by name, presets of them, and peft's configuration.
 
-A model says in its `parts` what its projections are called and which presets it has; without a model, CT-CLIP's are
+A model says in its `parts` what these layers are called and which presets it has; without a model, CT-CLIP's are
 meant. The paper (MedCT-VLM, arXiv 2512.00597) reports 1.67 M trainable parameters, 0.38 % of 440 M. Its full text was
 not at hand, so the placement of preset "paper" is inferred: `counting.search_placements` shows that of all ranks and
 attention projections only rank 24 fits, and of those only one set is "q, k and v of both encoders". Its alpha is not
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Placement:
-    """Which attention projections of each encoder, by name, get a LoRA in all layers, and its rank."""
+    """Which linear layers of each encoder, by name, get a LoRA in all its layers, and its rank."""
 
     vision: tuple[str, ...] = ()
     text: tuple[str, ...] = ()
@@ -69,8 +69,8 @@ def lora_config(preset: str = "paper", parts: Parts = PARTS, **overrides: Any) -
     """A peft configuration for CT-CLIP, or for a model with other `parts`.
 
     Args:
-        preset: "paper" (r = 24 on q, k, v of both encoders), "vision", "text" (one encoder of it) or
-            "all-attention" ("paper" plus both output projections).
+        preset: "paper" (r = 24 on q, k, v of both encoders), "vision", "text" (one encoder of it), "all-attention"
+            ("paper" plus both output projections), "mlp" (both layers of each feed-forward) or "all-linear" (both).
         parts: of the model, `model.parts`.
         **overrides: `r`; `vision` and `text`, projection names in place of the preset's; and any field of
             `peft.LoraConfig` (`lora_alpha`, default 2 r; `lora_dropout`, default 0; `use_dora`, `use_rslora`;

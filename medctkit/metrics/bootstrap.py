@@ -63,6 +63,17 @@ def metric_draws(
     return found
 
 
+def auroc_draws(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """AUROC alone, for each resample and finding, as `metric_draws`: (1 + resamples, k)."""
+    found = np.full((weights.shape[1], labels.shape[1]), np.nan)
+    for k in range(labels.shape[1]):
+        known = ~np.isnan(labels[:, k])
+        if len(np.unique(labels[known, k])) == 2:
+            with np.errstate(invalid="ignore"):
+                found[:, k] = _ranked(labels[known, k], scores[known, k], weights[known])["auroc"]
+    return found
+
+
 def _ranked(label: np.ndarray, score: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
     """AUROC and average precision for each column of weights (n, m).
 

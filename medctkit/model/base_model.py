@@ -6,8 +6,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from medctkit.model.colipri import colipri_input, load_colipri
 from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel
 from medctkit.model.fingerprint import vocabulary_of
+from medctkit.model.processing import CTCLIPProcessor, CTImageProcessor
 from medctkit.model.protocol import VisionLanguageModel
 from medctkit.scans.preprocessing import PreprocessConfig
 
@@ -27,6 +29,11 @@ class BaseModel:
         """The volumes that the model wants."""
         return self.model.preprocess_config
 
+    @property
+    def processor(self) -> CTCLIPProcessor:
+        """Scans and texts to model input, for `transformers.pipeline` and `processor.save_pretrained`."""
+        return CTCLIPProcessor(CTImageProcessor.of(self.preprocess_config), self.tokenizer)
+
 
 def load_mini_base(folder: str | Path = FOLDER) -> BaseModel:
     """Load the mini base model, fresh each time: a small CT-CLIP that knows phantoms, and nothing else.
@@ -44,15 +51,22 @@ def load_mini_base(folder: str | Path = FOLDER) -> BaseModel:
     return _with_tokenizer(CTCLIPModel.from_pretrained(folder), folder)
 
 
-BASES: dict[str, Callable[[], BaseModel]] = {"mini": load_mini_base}  # what `load_base` knows by name; add your own
+def _load_colipri() -> BaseModel:
+    model, folder = load_colipri()
+    return BaseModel(model, _tokenizer_in(folder))
+
+
+# What `load_base` knows by name; add your own
+BASES: dict[str, Callable[[], BaseModel]] = {"mini": load_mini_base, "colipri": _load_colipri}
 
 
 def load_base(model: str | Path = "mini", tokenizer: str | Path | None = None) -> BaseModel:
     """Load a base model by name or place.
 
     Args:
-        model: a name out of `BASES`, such as "mini"; a CT-CLIP's folder in Hugging Face's layout; or a file in the
-            layout of the released CT-CLIP_v2.pt (.pt or .safetensors).
+        model: a name out of `BASES`, "mini" or "colipri" (1 GB, downloaded once; see `load_colipri`); a CT-CLIP's
+            folder in Hugging Face's layout; or a file in the layout of the released CT-CLIP_v2.pt (.pt or
+            .safetensors).
         tokenizer: folder with the files of the text encoder's tokenizer (`medctkit download --tokenizer` fetches the
             released one); by default the model's own folder.
 
@@ -90,8 +104,8 @@ def preprocess_config_of(model: str | Path) -> PreprocessConfig:
     Raises:
         FileNotFoundError: no such model.
     """
-    if str(model) == "released":
-        return PreprocessConfig()
+    if str(model) in ("released", "colipri"):
+        return PreprocessConfig() if str(model) == "released" else colipri_input()
     folder = FOLDER if str(model) == "mini" else Path(model).expanduser()
     if (folder / "config.json").is_file():
         return CTCLIPConfig.from_pretrained(folder).preprocess_config
@@ -102,16 +116,8 @@ def preprocess_config_of(model: str | Path) -> PreprocessConfig:
 
 def _with_tokenizer(model: CTCLIPModel, folder: Path) -> BaseModel:
     """A CT-CLIP and the WordPiece tokenizer in a folder; the model keeps its digest, and knows it when it is saved."""
-    from transformers import BertTokenizerFast  # type: ignore[attr-defined]
-
-    folder = folder.expanduser()
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
-        raise FileNotFoundError(f"{folder} has no tokenizer: expected a tokenizer.json or vocab.txt there")
-    try:
-        tokenizer = BertTokenizerFast.from_pretrained(folder)
-        found = vocabulary_of(tokenizer)
-    except Exception as error:  # tokenizers raises nothing more special
-        raise ValueError(f"the tokenizer in {folder} cannot be read: {error}. Download it again") from error
+    tokenizer = _tokenizer_in(folder)
+    found = vocabulary_of(tokenizer)
     words, known = model.config.text_config["vocab_size"], model.config.vocabulary
     if not words - _PADDING < len(tokenizer) <= words or known not in (None, found):
         has = f"has {len(tokenizer):,} words, the model knows {words:,}" + (
@@ -120,3 +126,18 @@ def _with_tokenizer(model: CTCLIPModel, folder: Path) -> BaseModel:
         raise ValueError(f"the tokenizer in {folder} {has}; it is the tokenizer of another model")
     model.config.vocabulary = found
     return BaseModel(model.eval(), tokenizer)
+
+
+def _tokenizer_in(folder: Path) -> Any:
+    """The WordPiece tokenizer whose files lie in a folder."""
+    from transformers import BertTokenizerFast  # type: ignore[attr-defined]
+
+    folder = folder.expanduser()
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+        raise FileNotFoundError(f"{folder} has no tokenizer: expected a tokenizer.json or vocab.txt there")
+    try:
+        tokenizer = BertTokenizerFast.from_pretrained(folder)
+        tokenizer(["words"])
+    except Exception as error:  # tokenizers raises nothing more special
+        raise ValueError(f"the tokenizer in {folder} cannot be read: {error}. Download it again") from error
+    return tokenizer

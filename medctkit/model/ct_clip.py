@@ -22,10 +22,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertModel, PretrainedConfig, PreTrainedModel
+from transformers.models.auto import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
 from transformers.utils import ModelOutput, cached_file, logging
 
 from medctkit.model.ct_clip_parts import COMPONENTS, PARTS
 from medctkit.model.fast_paths import quicken
+from medctkit.model.processing import CTCLIPProcessor, CTImageProcessor
 from medctkit.model.released_checkpoint import ReleasedTensor, never_used, released_state_dict
 from medctkit.model.vision_tower import Attention, Codebook, ScaleNorm, VisionTransformer
 from medctkit.model.weights import write_sum
@@ -278,6 +280,14 @@ class CTCLIPModel(PreTrainedModel):
         hidden = self.text_transformer(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         return F.normalize(self.to_text_latent(hidden[:, 0]), dim=-1)
 
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """What transformers' CLIP calls `encode_image`: (b, 1, d, h, w) to (b, projection_dim), L2-normalised."""
+        return self.encode_image(pixel_values)
+
+    def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """What transformers' CLIP calls `encode_text`: (b, n) to (b, projection_dim), L2-normalised."""
+        return self.encode_text(input_ids, attention_mask)
+
     def forward(
         self,
         pixel_values: torch.Tensor,
@@ -344,9 +354,15 @@ class CTCLIPModel(PreTrainedModel):
 
         Raises:
             OSError: no such folder or repository, or no weights in it.
-            ValueError: as `from_released_checkpoint`; another SHA-256 than was written beside the weights.
+            ValueError: as `from_released_checkpoint`; another SHA-256 than was written beside the weights; the digest
+                by which an adapter names its base model, which peft's AutoPeftModel takes for a place.
         """
         name = os.path.expanduser(pretrained_model_name_or_path)
+        if name.startswith("sha256:"):
+            raise ValueError(
+                f"{name} says which base model an adapter was trained on, not where it is. Load that model, then put "
+                "the adapter on it with medctkit.lora.load_adapter(model, folder)"
+            )
         place = {key: kwargs.pop(key) for key in _PLACE if key in kwargs}
         config = config or cls.config_class.from_pretrained(name, **place)
         weights = cached_file(name, "model.safetensors", **place)
@@ -364,9 +380,10 @@ class CTCLIPModel(PreTrainedModel):
                 logging.enable_progress_bar()
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Write configuration and weights as transformers does, and the SHA-256 of the weights beside them."""
+        """Write configuration, weights and image processor as transformers does, and the SHA-256 of the weights."""
         folder = Path(save_directory).expanduser()
         super().save_pretrained(folder, *args, **kwargs)
+        CTImageProcessor.of(self.preprocess_config).save_pretrained(folder)
         if (weights := folder / "model.safetensors").is_file():
             write_sum(weights)
 
@@ -386,3 +403,10 @@ def released_layout(config: CTCLIPConfig | None = None) -> dict[str, ReleasedTen
     }
     layout = live | never_used(config.vision_config, config.text_config, live)
     return dict(sorted(layout.items(), key=lambda entry: COMPONENTS.index(entry[0].split(".")[0])))
+
+
+# For anyone who imports `medctkit.model`: transformers' Auto classes know CT-CLIP.
+AutoConfig.register(CTCLIPConfig.model_type, CTCLIPConfig)
+AutoModel.register(CTCLIPConfig, CTCLIPModel)
+AutoImageProcessor.register(CTCLIPConfig, CTImageProcessor)
+AutoProcessor.register(CTCLIPConfig, CTCLIPProcessor)

@@ -22,7 +22,7 @@ Model = Any
 class Parts:
     """Where things are in a model, by name: regular expressions, each for the whole name of a module."""
 
-    vision: Mapping[str, str]  # projections of the attention in the vision encoder, in all of its layers
+    vision: Mapping[str, str]  # linear layers in all layers of the vision encoder that an adapter may go beside
     text: Mapping[str, str]  # the same in the text encoder
     # Name -> (names out of `vision`, names out of `text`): what `add_lora` takes by that name. "paper", q, k and v of
     # both encoders, is its default.

@@ -165,6 +165,11 @@ def draw_labels(
     return {name: int(score[name] < NormalDist().inv_cdf(share[name])) for name in names}
 
 
+def person_of(patient: str, hospital: str) -> Patient:
+    """The patient of that name in a hospital, "source" or "target": sex, age and build, as `generate` draws them."""
+    return Patient.sample(named_rng("person", patient), HOSPITALS[hospital].age)
+
+
 def _check(seed, hospital, findings, shape, registry) -> None:
     if hospital not in HOSPITALS:
         raise ValueError(f"hospital={hospital!r} is unknown; choose one of {sorted(HOSPITALS)}")
@@ -221,7 +226,7 @@ def generate(
     noise = named_rng("noise", patient, seed, hospital, reconstruction)
     breath = named_rng("breath", patient, seed, hospital)
     raised, density = breath.normal(*scanner.raised), breath.uniform(*scanner.density)
-    person = Patient.sample(named_rng("person", patient), scanner.age).breathing(raised)
+    person = person_of(patient, hospital).breathing(raised)
     tissue = replace(tissue, lung=tissue.lung + 0.8 * raised)  # less air, the same tissue
     body, masks, details, changed = draw(
         person,

@@ -202,7 +202,7 @@ def chosen_series(path: Path, wanted: str | None = None) -> tuple[list[Slice], l
             a CT, or a damaged file.
     """
     found, left_out = _sorted_out(path)
-    listing = "".join(f"\n  {_described(slices)}" for slices in found)
+    listing = "".join(f"\n  {_to_choose(slices, found)}: {_described(slices)}" for slices in found)
     counts = sorted(Counter(kind for kind, *_ in left_out).items())
     others = ", ".join(f"{kind} ({n})" for kind, n in counts)
     if not found:
@@ -214,7 +214,7 @@ def chosen_series(path: Path, wanted: str | None = None) -> tuple[list[Slice], l
     if wanted is not None:
         matches = [slices for slices in found if name in {slices[0].text(tag) for tag in _NAMES} - {""}]
         many = f"{len(matches) or 'no'} series in it called {name!r}"
-    matches = [slices for slices in matches if any(item.modality == "CT" for item in slices)] or matches
+    matches = _of_ct(matches)
     if len(matches) != 1:
         raise ValueError(f"{many}; choose one by series='its UID, number or description':{listing}")
     slices = matches[0]
@@ -312,6 +312,17 @@ def _check_no_slice(path: Path, name: str, like_slices: bool) -> None:
         raise ValueError(f"{name} is {found}")
     if path.suffix.lower() in _SUFFIXES or not start or b"\0" in start:  # a text without suffix may be a read-me
         raise damaged(f"{path.stat().st_size} bytes without a DICOM header; if it is no slice, take it away", name)
+
+
+def _of_ct(found: list[list[Slice]]) -> list[list[Slice]]:
+    return [slices for slices in found if any(item.modality == "CT" for item in slices)] or found
+
+
+def _to_choose(slices: list[Slice], found: list[list[Slice]]) -> str:
+    """What to write to get these and no others: by number, where that is enough."""
+    number, uid = (slices[0].text(tag) for tag in ("SeriesNumber", "SeriesInstanceUID"))
+    alike = _of_ct([each for each in found if each[0].text("SeriesNumber") == number])
+    return f"series={number}" if number.isdigit() and alike == [slices] else f"series={uid!r}"
 
 
 def _described(slices: list[Slice]) -> str:

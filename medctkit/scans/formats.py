@@ -13,6 +13,7 @@ from medctkit.scans.dicom_files import is_dicom
 from medctkit.scans.dicom_series import read_dicom
 from medctkit.scans.itk import read_itk
 from medctkit.scans.nifti import read_nifti
+from medctkit.scans.numpy_files import read_npz
 from medctkit.scans.stored import NOT_ANALYZE, Stored
 
 
@@ -48,6 +49,7 @@ def register_reader(reader: Reader) -> None:
 
 register_reader(Reader("DICOM series", (".zip",), read_dicom, True, ("series", "acquisition", "resample")))
 register_reader(Reader("NRRD or MetaImage file", (".nrrd", ".nhdr", ".mha", ".mhd"), read_itk))
+register_reader(Reader("NumPy archive", (".npz",), read_npz, choices=("stored_as",)))
 register_reader(Reader("NIfTI file", (".nii", ".nii.gz"), read_nifti, choices=("stored_as",)))
 
 

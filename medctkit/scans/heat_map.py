@@ -18,11 +18,13 @@ class HeatMap:
         values: finite numbers of any scale, shape (d, h, w) of the map's own grid.
         affine: 4 x 4 matrix from the grid's index to patient coordinates in mm, as that of a `CTVolume`.
         name: what is shown, for legends.
+        smooth: linear between the middles of cells; else each cell has one value up to its edges.
     """
 
     values: np.ndarray
     affine: np.ndarray
     name: str = "heat map"
+    smooth: bool = True
 
     def __post_init__(self) -> None:
         values, affine = np.asarray(self.values, np.float32), np.array(self.affine, float)
@@ -50,8 +52,8 @@ class HeatMap:
     def at(self, points: np.ndarray) -> np.ndarray:
         """Values at patient coordinates (..., 3) in mm.
 
-        Linear between the middles of cells, flat in the outer half of the outermost cells, NaN outside of the grid,
-        where the map says nothing.
+        Between the middles of cells linear where the map is `smooth`, flat in the outer half of the outermost cells,
+        NaN outside of the grid, where the map says nothing.
         """
         from scipy.ndimage import map_coordinates
 
@@ -59,7 +61,7 @@ class HeatMap:
         inverse = np.linalg.inv(self.affine)
         index = points @ inverse[:3, :3].T + inverse[:3, 3]
         places = np.moveaxis(np.atleast_2d(index), -1, 0)
-        found = map_coordinates(self.values, places, order=1, mode="nearest").reshape(points.shape[:-1])
+        found = map_coordinates(self.values, places, order=int(self.smooth), mode="nearest").reshape(points.shape[:-1])
         last = np.array(self.values.shape) - 0.5
         return np.where(((index >= -0.5 - 1e-6) & (index <= last + 1e-6)).all(-1), found, np.nan)
 

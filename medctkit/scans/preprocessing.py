@@ -36,7 +36,8 @@ class PreprocessConfig:
             model by more than a factor 1.5. The released pipeline does not, and its factors are near 1; a model
             of coarse voxels needs it, because two of 15 fine slices show their noise, not their average.
         hu_range: HU below and above are clipped; these two become -1 and 1.
-        axes: the order of the model's axes, some order of z (towards the head), y (the back) and x (the left).
+        axes: the order of the model's axes, some order of z (towards the head), y (the back) and x (the left); a
+            capital letter: the other way. "XYz" is what others call RAS.
     """
 
     spacing: tuple[float, float, float] = (1.5, 0.75, 0.75)
@@ -51,8 +52,8 @@ class PreprocessConfig:
         low, high = (float(end) for end in self.hu_range)
         if not low < high:
             raise ValueError(f"hu_range={self.hu_range}: expected the lower end, then the higher, in HU")
-        if sorted(self.axes) != sorted("zyx"):
-            raise ValueError(f"axes={self.axes!r}: expected z, y and x in some order, such as 'zxy'")
+        if sorted(self.axes.lower()) != sorted("zyx"):
+            raise ValueError(f"axes={self.axes!r}: expected z, y and x in some order, such as 'zxy' or 'XYz'")
         object.__setattr__(self, "spacing", checked_spacing(self.spacing, "(z, x, y)"))
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
         object.__setattr__(self, "hu_range", (low, high))
@@ -60,7 +61,13 @@ class PreprocessConfig:
     @property
     def seen_as(self) -> tuple[int, int, int]:
         """Which of the model's axes d, h and w of a canonical scan are."""
-        return self.axes.index("z"), self.axes.index("y"), self.axes.index("x")
+        axes = self.axes.lower()
+        return axes.index("z"), axes.index("y"), axes.index("x")
+
+    @property
+    def backwards(self) -> list[int]:
+        """Those of the model's axes that run against the canonical scan's."""
+        return [axis for axis, letter in enumerate(self.axes) if letter.isupper()]
 
     @property
     def scale(self) -> tuple[float, float]:
@@ -126,7 +133,8 @@ def preprocess(volume: CTVolume, config: PreprocessConfig | None = None, *, chec
         # d h w -> d w h = z x y. Now, because whole rows are quicker to gather than single voxels
         values = columns.resample(values.transpose(1, 2).contiguous(), 1)
         filled[start : start + _SLAB] = values.clamp_(-1, 1)  # weights add up to 1 but for the last digit
-    return model_input.permute(0, *("zxy".index(axis) + 1 for axis in config.axes)).contiguous()
+    model_input = model_input.permute(0, *("zxy".index(axis) + 1 for axis in config.axes.lower()))
+    return (model_input.flip([axis + 1 for axis in config.backwards]) if config.backwards else model_input).contiguous()
 
 
 def model_affine(volume: CTVolume, config: PreprocessConfig | None = None) -> np.ndarray:
@@ -139,7 +147,8 @@ def model_affine(volume: CTVolume, config: PreprocessConfig | None = None) -> np
     config = PreprocessConfig() if config is None else config
     hu, spacing, affine = turned(volume)
     for axis, seen_as, plan in zip(range(3), config.seen_as, _plan(hu.shape, spacing, config), strict=True):
-        to_scan[axis, seen_as], to_scan[axis, 3] = plan.scale, plan.origin
+        last = plan.scale * (config.shape[seen_as] - 1) if seen_as in config.backwards else 0
+        to_scan[axis, seen_as], to_scan[axis, 3] = -plan.scale if last else plan.scale, plan.origin + last
     return affine @ to_scan
 
 
@@ -150,6 +159,7 @@ def as_seen(volume: CTVolume, config: PreprocessConfig | None = None) -> CTVolum
         HU clipped to `config.hu_range`, float32, canonical, each voxel at its place in the patient.
     """
     config = PreprocessConfig() if config is None else config
+    config = replace(config, axes=config.axes.lower())  # the same voxels, in canonical order
     (middle, half), (low, high) = config.scale, config.hu_range
     hu = preprocess(volume, config, check=False)[0].mul_(half).add_(middle).permute(config.seen_as).contiguous().numpy()
     affine = model_affine(volume, config)[:, [*config.seen_as, 3]]

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 NAME, WORK, RECORD = "checkpoint.safetensors", "unfinished", "run.json"
+CHANGES_NOTHING = ("prompts", "workers", "checkpoint_every", "tracker")  # of settings; prompts have a digest
 _COUNTS = ("step", "history", "best_step", "best_score", "seconds")  # written as JSON
 _AVERAGES = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
 
@@ -239,6 +240,37 @@ def finished_run(output_dir: str | os.PathLike) -> dict[str, Any]:
     return record
 
 
+def described(output_dir: str | os.PathLike) -> str:
+    """The finished run of a folder in a line: its steps, and of which one the adapter is; see `finished_run`."""
+    record = finished_run(output_dir)
+    return (
+        f"{output_dir}: a run finished after {record['step']:,} steps; its adapter is of step {record['best_step']:,}, "
+        f"with a validation score of {record['best_score']:.3f}"
+    )
+
+
+def refuse_other_settings(output_dir: str | os.PathLike, config: FineTuneConfig) -> None:
+    """Before anything is loaded or prepared: refuse a folder whose run, finished or not, has other settings.
+
+    Raises:
+        ValueError: it has; see also `finished_run`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    output_dir = Path(output_dir).expanduser()
+    try:
+        if (output_dir / RECORD).is_file():
+            there = finished_run(output_dir)["made_of"]
+        else:
+            with safe_open(str(output_dir / WORK / NAME), "pt") as file:
+                there = json.loads(file.metadata()["medctkit"])["made_of"]
+    except (OSError, SafetensorError, KeyError, TypeError):  # nothing there, or damaged, which `read` will say
+        return
+    here = config.values(*CHANGES_NOTHING)
+    what, way_out = f"{output_dir} is of another run", "Give another output_dir, or delete it"
+    refuse_other_run(what, {name: there.get(name) for name in here}, here, way_out)
+
+
 def refuse_other_run(what: str, there: Mapping[str, Any], here: Mapping[str, Any], way_out: str) -> None:
     """Refuse what belongs to a run which was made of something else."""
     if different := differences(there, here):
@@ -290,7 +322,7 @@ def made_of(model: Model, dataset: Any, config: FineTuneConfig, tokenizer: Any, 
         "training studies": _digest_of_studies(dataset),
         "validation studies": _digest_of_studies(getattr(score_fn, "dataset", ())),
     }
-    return config.values("prompts", "workers", "checkpoint_every") | {key: text[:22] for key, text in found.items()}
+    return config.values(*CHANGES_NOTHING) | {key: text[:22] for key, text in found.items()}
 
 
 def _in_order(value: Any) -> Any:

@@ -29,6 +29,8 @@ from medctkit.training.settings import FineTuneConfig
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+KNOWN = ("report_id", "labels", "anchor")  # of a batch, what the loss needs beside embeddings
+
 
 def seed_from(*parts: Any) -> int:
     """A seed below 2**63 from anything that can be written down; the same on every machine."""
@@ -53,7 +55,8 @@ class EmbeddedBatch:
         step: number of the optimiser step.
 
     Of the joint batch of all processes it has `images` and `texts` (b, p) and `prompts` (36, p), L2-normalised, and as
-    `known` its `report_id` (b,) and `labels` (b, 18). Texts and prompts are None where they have no weight.
+    `known` its `report_id` (b,), `labels` (b, 18) and, if there is one, `anchor` (b, p). Texts and prompts are None
+    where they have no weight.
     """
 
     def __init__(
@@ -75,7 +78,7 @@ class EmbeddedBatch:
         for part in range(parts):
             batch = next(small_batches)
             self._own.append(self._embed(batch, part, gradients=parts == 1))
-            known.append({name: batch[name].to(accelerator.device) for name in ("report_id", "labels")})
+            known.append({name: batch[name].to(accelerator.device) for name in KNOWN if name in batch})
             self._studies += batch["study"]
         del batch  # its volumes need not wait beside the next ones
         torch.manual_seed(seed_from(*self._seed, "prompts"))

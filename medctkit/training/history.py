@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from medctkit.training.checkpoints import Run
 class History:
     """Adds rows to a run's history, and tells them. Rows of before an interruption are told first.
 
-    TensorBoard gets them where it is installed. `run` is restored already, if there was something to restore.
+    The settings' tracker gets them too, in Weights & Biases as the same run after an interruption. `run` is restored
+    already, if there was something to restore.
     """
 
     def __init__(self, run: Run, steps: int, callback: Callable[[dict[str, float]], None] | None = None):
@@ -20,7 +22,14 @@ class History:
 
         self._run, self._callback = run, callback
         # rows that an interrupted run logged after its last checkpoint are logged anew
-        run.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": run.step + 1}})
+        folder = run.output_dir.resolve()
+        goes_on = {"id": hashlib.sha256(str(folder).encode()).hexdigest()[:16], "resume": "allow"}
+        kwargs = {
+            "tensorboard": {"purge_step": run.step + 1},
+            "wandb": {"dir": str(folder), "name": folder.name, "config": dict(run.made_of)} | goes_on,
+        }
+        board = "tensorboard" in map(str, run.accelerator.log_with)  # its project is the name of its folder
+        run.accelerator.init_trackers("tensorboard" if board else "medctkit", init_kwargs=kwargs)
         silent = not run.accelerator.is_local_main_process
         self._bar = tqdm(total=steps, initial=run.step, desc="fine-tuning", unit="step", disable=silent)
         if callback is not None:

@@ -106,11 +106,16 @@ def finetune(
     if not trainable:
         raise ValueError("the model has no trainable adapter; make one with add_lora(model, 'paper')")
     config, output_dir, studies = config.for_this_device(), Path(output_dir).expanduser(), len(train_dataset)
-    accelerator = accelerator_for(config.mixed_precision, output_dir)
+    accelerator = accelerator_for(config.mixed_precision, output_dir, config.tracker)
     model.to(accelerator.device)
     for parameter in trainable.values():
         broadcast(parameter.data)  # all processes start from the first one's
-    adamw = torch.optim.AdamW(trainable.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    factors = {name: config.rate_of_b if ".lora_B." in name else 1.0 for name in trainable}
+    groups = [
+        {"factor": factor, "params": [p for name, p in trainable.items() if factors[name] == factor]}
+        for factor in sorted(set(factors.values()))
+    ]
+    adamw = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
     optimizer = accelerator.prepare_optimizer(adamw)  # for fp16's loss scale
     run = Run(model, optimizer, accelerator, output_dir, made_of(model, train_dataset, config, tokenizer, score_fn))
     steps = config.steps_for(studies)
@@ -152,7 +157,7 @@ def finetune(
                 refuse_non_finite("gradient norm", norm, step, whole_batch)
             rate = config.learning_rate * learning_rate_factor(step - 1, steps, config.warmup_fraction)
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["factor"]
             optimizer.step()
             optimizer.zero_grad()
             # validate, and write down where the run stands
@@ -186,7 +191,7 @@ def step_gradients(
     Arguments are those of `gradients.EmbeddedBatch`.
 
     Returns:
-        `contrastive`, `prompts` (those with a weight) and `loss`, of the joint batch of all processes.
+        `contrastive`, `prompts`, `moved` (those with a weight) and `loss`, of the joint batch of all processes.
 
     Raises:
         FloatingPointError: the loss is not finite; names the step and this process's studies.
@@ -194,7 +199,7 @@ def step_gradients(
     batch = EmbeddedBatch(model, small_batches, parts, config, accelerator, prompts, step)  # forward: (b, p) each
     losses = joint_loss(
         batch.images, batch.texts, batch.prompts, batch.known, model.temperature.float(),
-        config.contrastive_weight, config.prompt_weight,
+        config.contrastive_weight, config.prompt_weight, config.anchor_weight,
     )  # fmt: skip
     refuse_non_finite("loss", losses["loss"], step, batch.suspects)
     accelerator.backward(losses["loss"])  # from the loss back to the embeddings

@@ -137,25 +137,30 @@ def joint_loss(
     temperature: torch.Tensor,
     contrastive_weight: float,
     prompt_weight: float,
+    anchor_weight: float = 0.0,
 ) -> dict[str, torch.Tensor]:
-    """Both objectives and their weighted sum `loss`; an objective of weight 0 is left out.
+    """The objectives and their weighted sum `loss`; an objective of weight 0 is left out.
 
     Args:
         images: (b, p), L2-normalised.
         texts: (b, p), reports in the same order; needed with a contrastive weight.
         prompts: (36, p), 18 sentences that state the findings, then 18 that deny them; needed with a prompt weight.
-        batch: `report_id` (b,), equal for equal reports, and `labels` (b, 18).
+        batch: `report_id` (b,), equal for equal reports, `labels` (b, 18), and with an anchor weight `anchor` (b, p).
         temperature: the logarithm of the factor on the cosines.
         contrastive_weight: of `contrastive`.
         prompt_weight: of `prompts`.
+        anchor_weight: of `moved`, how far the volumes' embeddings are from their anchors.
     """
-    if (contrastive_weight and texts is None) or (prompt_weight and prompts is None):
-        raise ValueError("an objective with a weight needs its embeddings: contrastive texts, or prompts")
+    lacking = (contrastive_weight and texts is None) or (prompt_weight and prompts is None)
+    if lacking or (anchor_weight and "anchor" not in batch):
+        raise ValueError("an objective with a weight needs its embeddings: contrastive texts, prompts, or an anchor")
     losses: dict[str, torch.Tensor] = {}
     if contrastive_weight and texts is not None:
         losses["contrastive"] = contrastive_loss(images, texts, temperature, batch["report_id"])
     if prompt_weight and prompts is not None:
         stated, denied = prompts.chunk(2)  # (36, p) -> 2 of (18, p)
         losses["prompts"] = finding_prompt_loss(images, stated, denied, batch["labels"], temperature.exp())
-    weights = {"contrastive": contrastive_weight, "prompts": prompt_weight}
+    if anchor_weight:
+        losses["moved"] = 1 - F.cosine_similarity(images, batch["anchor"]).mean()
+    weights = {"contrastive": contrastive_weight, "prompts": prompt_weight, "moved": anchor_weight}
     return losses | {"loss": torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()}

@@ -29,10 +29,14 @@ class FineTuneConfig:
             Gradients are the same, for one more forward pass.
         learning_rate: its peak, after warm-up; falls to zero along a cosine.
         warmup_fraction: share of all steps in which the rate rises, 0 to below 1.
+        rate_of_b: factor on the learning rate of LoRA's B matrices, which start at zero; LoRA+ has 16 (Hayou et al.
+            2024, arXiv 2402.12354).
         weight_decay: AdamW's.
         max_grad_norm: longer gradients are scaled down to this norm.
         contrastive_weight: weight of `contrastive_loss`.
         prompt_weight: weight of `finding_prompt_loss`.
+        anchor_weight: weight of the mean distance, 1 - cosine, of each volume's embedding from its `anchor`, the base
+            model's, which each study of the data set then has to have.
         prompts: for each of the 18 findings, sentences that state and that deny it; every step draws one of each. Not
             the prompts of the evaluation.
         max_length: tokens a report is cut to.
@@ -42,6 +46,8 @@ class FineTuneConfig:
         mixed_precision: "no", "bf16", "fp16", or "auto": what the device is quick at.
         seed: of batches, prompt wordings and dropout.
         workers: processes that load volumes ahead; 0: none, right for data in memory.
+        tracker: who gets the curves: "tensorboard" (where it is installed), or another that accelerate knows, such as
+            "wandb"; "none".
     """
 
     steps: int | None = None
@@ -49,11 +55,13 @@ class FineTuneConfig:
     batch_size: int = 16
     micro_batch_size: int | None = None
     learning_rate: float = 5e-4
+    rate_of_b: float = 1.0
     warmup_fraction: float = 0.1
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     contrastive_weight: float = 1.0
     prompt_weight: float = 1.0
+    anchor_weight: float = 0.0
     prompts: Prompts = field(default_factory=report_prompts, repr=False)
     max_length: int = 128
     evaluate_every: int = 25
@@ -62,6 +70,7 @@ class FineTuneConfig:
     mixed_precision: str = "no"
     seed: int = 0
     workers: int = 0
+    tracker: str = "tensorboard"
 
     def __post_init__(self) -> None:
         def require(ok: bool, name: str, expected: str) -> None:
@@ -78,10 +87,10 @@ class FineTuneConfig:
         require(micro is None or (micro >= 1 and self.batch_size % micro == 0), "micro_batch_size", divisor)
         require(self.workers >= 0, "workers", "at least 0")
         require(self.patience is None or self.patience >= 1, "patience", "at least 1, or None")
-        for name in ("learning_rate", "max_grad_norm"):
+        for name in ("learning_rate", "rate_of_b", "max_grad_norm"):
             require(0 < getattr(self, name) < math.inf, name, "a number above 0")
         require(0 <= self.warmup_fraction < 1, "warmup_fraction", "at least 0 and below 1")
-        for name in ("weight_decay", "contrastive_weight", "prompt_weight"):
+        for name in ("weight_decay", "contrastive_weight", "prompt_weight", "anchor_weight"):
             require(0 <= getattr(self, name) < math.inf, name, "a number of at least 0")
         precisions = ("no", "bf16", "fp16", "auto")
         require(self.mixed_precision in precisions, "mixed_precision", "'no', 'bf16', 'fp16' or 'auto'")

@@ -4,14 +4,16 @@ The maps are computed in `medctkit.attention`; here one chooses which, and sees 
 when a map first needs it, and kept until `close`: a viewer that shows nothing costs the model nothing.
 """
 
-import html
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from medctkit.scans.volumes import CTVolume
+from medctkit.viewers.drawing.hints import lines
 from medctkit.viewers.drawing.messages import Messages
 from medctkit.viewers.drawing.rendering import place_of
 from medctkit.viewers.slice_viewer import SliceViewer
@@ -38,9 +40,11 @@ MEAN = "mean of heads"
 class AttentionViewer:
     """Slices of a scan with a map of what a model looks at.
 
-    Choose a model and what to show. The patch whose attention is shown is the one under the crosshair: click a place.
-    A prompt is one of the findings, or any sentence with or without its negation. The caption says what the map is, its
-    range, and how much of it lies inside each mask. The widget is `.widget`, the slices are `.slices`.
+    Choose a model, how strong its LoRA is to be, if it has one, and what to show. It starts at the first finding that
+    has a mask, outlined. The patch whose attention is shown is the one under the crosshair: click a place. A prompt is
+    one of the findings, or any sentence with or without its negation. Patches are shown as the squares that they are,
+    in multiples of what each would have if all were alike; the caption says what the map is and how much of it lies
+    inside each mask. The widget is `.widget`, the slices are `.slices`.
 
     Args:
         volume: the scan, as `preprocess` is to be given it.
@@ -50,7 +54,7 @@ class AttentionViewer:
         masks: named boolean arrays with the volume's shape.
         prompts: a name for each pair (stating, denying) to choose from; by default the 18 findings in the paper's
             wording. The first that has a mask is chosen to start with.
-        height: of the picture, pixels.
+        height: see `SliceViewer`.
         show: one of `SHOWN`, to start with. "nothing" runs no model.
 
     Raises:
@@ -73,7 +77,7 @@ class AttentionViewer:
             raise TypeError(f"models: expected a dict such as {{'base': model}}, got {models!r:.80}")
         if show not in SHOWN:
             raise ValueError(f"show={show!r}: expected one of {', '.join(SHOWN)}")
-        self.slices = SliceViewer(volume, masks, height=height)
+        self.slices = SliceViewer(volume, masks, height=height, folded=True)
         self.volume, self.models, self.tokenizer, self.config = volume, dict(models), tokenizer, preprocess_config
         self.masks, self.prompts = dict(masks or {}), dict(_of_findings() if prompts is None else prompts)
         self._patch: tuple[int, int, int] | None = None
@@ -84,11 +88,15 @@ class AttentionViewer:
     def _build(self, show: str) -> None:
         import ipywidgets as w
 
-        wide = {"width": "420px"}
+        wide = {"width": "320px"}
         self.model = w.ToggleButtons(options=list(self.models), style={"button_width": "auto"})
         self.shown = w.Dropdown(options=list(SHOWN), value=show, description="show", layout=wide)
         self.layer = w.IntSlider(min=0, max=0, description="layer", tooltip="layers count from 0", layout=wide)
         self.head = w.Dropdown(description="head", options=[MEAN])
+        self.strength = w.FloatSlider(
+            1.0, min=0, max=1.5, step=0.25, description="strength", continuous_update=False, layout=wide,
+            tooltip="of the adapter: 0 is the base model, 1 what was trained",
+        )  # fmt: skip
         marked = next((name for name in self.prompts if name in self.masks), next(iter(self.prompts), OWN))
         self.prompt = w.Dropdown(options=[*self.prompts, OWN], value=marked, description="prompt", layout=wide)
         first = self.prompts.get(marked, ("", ""))
@@ -97,17 +105,22 @@ class AttentionViewer:
         self.denying = w.Text(first[1], description="denies", placeholder="its negation, or nothing", **text)
         self.caption, self.messages = w.HTML(), Messages()
         for react, controls in (
-            (self._draw, (self.model, self.shown, self.layer, self.head)),
+            (self._draw, (self.model, self.strength, self.shown, self.layer, self.head)),
             (self._chose_prompt, (self.prompt,)),
             (self._typed, (self.stating, self.denying)),
         ):
             for control in controls:
                 self.messages.observe(control, react)
         self.slices.on_move(self._moved)
-        first_row = [w.Label("model"), self.model, self.shown]
-        rows = first_row, [self.layer, self.head], [self.prompt], [self.stating, self.denying]
-        lines = [w.HBox(row, layout={"flex_flow": "row wrap"}) for row in rows]
-        self.widget = w.VBox([*lines, self.messages.widget, self.caption, self.slices.widget])
+        rows = (
+            [w.Label("model"), self.model, self.strength, self.shown],
+            [self.layer, self.head, self.prompt, self.stating, self.denying],
+        )
+        boxes = [w.HBox(row, layout={"flex_flow": "row wrap"}) for row in rows]
+        self.widget = w.VBox([*boxes, self.slices.widget, self.messages.widget, self.caption])
+        if marked in self.masks:  # its outline, where most of it is
+            self.slices.opacity.value = 0
+            self.slices.mask_boxes[marked].value = True
 
     # --- what happens when ---
 
@@ -135,7 +148,7 @@ class AttentionViewer:
     def _draw(self) -> None:
         with self.messages.quietly():
             self._offer_controls()
-        self.caption.value = "computing the map ..."
+        self.caption.value = lines(["computing the map ...", *[""] * (1 + len(self.masks))])  # as many as will be
         try:
             heat_map = self.heat_map()
         except ValueError as error:  # what was given does not fit: no map, and the reason
@@ -146,6 +159,9 @@ class AttentionViewer:
 
     def _offer_controls(self) -> None:
         """Show the controls that the choice needs, with as many layers and heads as the model has."""
+        from medctkit.lora.strength import can_be_scaled
+
+        self.strength.layout.display = None if can_be_scaled(self.models[self.model.value]) else "none"
         needed = SHOWN[self.shown.value]
         for name in {control for controls in SHOWN.values() for control in controls}:
             getattr(self, name).layout.display = None if name in needed else "none"
@@ -163,7 +179,8 @@ class AttentionViewer:
         Raises:
             ValueError: a model of another input size, a crosshair outside of what it sees, no sentence or one too long.
         """
-        from medctkit.attention.maps import attend, patch_map, relevance
+        from medctkit.attention.maps import attend, relevance
+        from medctkit.lora.strength import at_strength, can_be_scaled
         from medctkit.scans.preprocessing import preprocess
 
         shown, name = self.shown.value, self.model.value
@@ -172,13 +189,18 @@ class AttentionViewer:
         if shown == "nothing":
             return None
         pixels = self._once(preprocess, lambda: preprocess(self.volume, self.config))
+        model, strength = self.models[name], self.strength.value
+        scaled = strength != 1 and can_be_scaled(model)
+
+        def once(see: Callable[[], Any], *of: str | None) -> Any:
+            with at_strength(model, strength) if scaled else nullcontext():
+                return self._once((name, strength if scaled else 1, *of), see)
+
         if shown == "speaks for a prompt":
             sentences = self.stating.value.strip(), self.denying.value.strip() or None
-            values = self._once(
-                (name, *sentences), lambda: relevance(self.models[name], self.tokenizer, pixels, *sentences)
-            )
-            return patch_map(values, self.volume, self.config, f"{name}: {shown}")
-        attention: Attention = self._once(name, lambda: attend(self.models[name], pixels))
+            values = once(lambda: relevance(model, self.tokenizer, pixels, *sentences), *sentences)
+            return self._as_squares(values)
+        attention: Attention = once(lambda: attend(model, pixels))
         if shown == "rollout":
             values = attention.rollout()
         elif shown.endswith("received"):
@@ -188,7 +210,14 @@ class AttentionViewer:
             if self._patch is None:
                 raise ValueError("the crosshair is outside of what the model sees; click a place further inside")
             values = attention.of_query(shown.split()[0], self.layer.value, head, self._patch)
-        return patch_map(values, self.volume, self.config, f"{name}: {shown}")
+        return self._as_squares(values)
+
+    def _as_squares(self, values: np.ndarray) -> "HeatMap":
+        """A map (t, h, w) of sum 1 over the scan, in multiples of what every patch would have if all were alike."""
+        from medctkit.attention.maps import patch_map
+
+        name = f"{self.model.value}: {self.shown.value}, times chance"
+        return replace(patch_map(values * values.size, self.volume, self.config, name), smooth=False)
 
     def _patch_under(self, point: np.ndarray) -> tuple[int, int, int] | None:
         from medctkit.attention.maps import patch_at
@@ -218,15 +247,15 @@ class AttentionViewer:
         if shown == "speaks for a prompt":
             against = f" against {self.denying.value.strip()!r}" if self.denying.value.strip() else ""
             what += f": {self.stating.value.strip()!r}{against}"
-        low, high = map(_percent, heat_map.limits)
-        lines = [what, f"{low} to {high} of the map in a patch; {_percent(1 / values.size)} if all were alike"]
+        low, high = heat_map.limits
+        said = [what, f"a patch has {low:.2g} to {high:.2g} times what it would have if all were alike (chance)"]
         for name, mask in self.masks.items():
             made = partial(patch_shares, mask, self.volume, self.config, values.shape)
             filled = self._once((patch_shares, name, values.shape), made)  # of each patch
-            share = (values * filled).sum() / values.sum()
-            size = _percent(filled.mean())
-            lines.append(f"{_percent(share)} of the map lies in {name}, which is {size} of what the model sees")
-        return f'<div style="line-height:1.4">{"<br>".join(map(html.escape, lines))}</div>'
+            share, size = float((values * filled).sum() / values.sum()), float(filled.mean())
+            times = f"{share / size:.1f} times chance" if size else "nothing that the model sees"
+            said.append(f"{name}: {times}; {share:.1%} of the map in {size:.1%} of what the model sees")
+        return lines(said)
 
     def close(self) -> None:
         """Free what was captured, and the widget."""
@@ -236,10 +265,6 @@ class AttentionViewer:
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         return self.widget._repr_mimebundle_(**kwargs)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
 
 
 def _of_findings() -> dict[str, tuple[str, str]]:

@@ -161,7 +161,7 @@ class CaseBrowser:
             self.messages.say(f"study {study} can't be shown: {error}")
             return ()
         if self.slices is None:
-            self.slices = SliceViewer(volume, masks, height=self.height)
+            self.slices = SliceViewer(volume, masks, height=self.height, folded=True)
         else:
             self.slices.set_volume(volume, masks)
         return (self.slices.widget,)
@@ -227,4 +227,5 @@ def sentence_table(sentence: "Sentence", index: int, studies: Sequence[str]) -> 
         others = "no other studies" if np.isnan(share) else f"{share:.0%} of the other {known - 1:,} studies"
         best = f"{studies[int(np.nanargmax(values))]} ({np.nanmax(values):.2f})" if known else "none"
         rows[name] = ("?" if np.isnan(values[index]) else f"{values[index]:.2f}", others, best)
-    return filled("sentence.html", what=sentence.what, rows=rows, tokens=sentence.tokens)
+    strange = sentence.unknown and 2 * len(sentence.unknown) >= sentence.words
+    return filled("sentence.html", sentence=sentence, rows=rows, strange=strange)

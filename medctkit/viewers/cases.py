@@ -7,6 +7,7 @@ a matter of milliseconds. With a folder, both are kept there, so that the next b
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
 VIEW_SHAPE = (80, 160, 160)  # voxels at which a phantom is made to be looked at
 PRESENCE = ("any", "present", "absent", "unknown")
+EMPTY_WORDS = frozenset(
+    "a an and are at has have in is it no not of on or present seen the there to with without".split()
+)
 WRITE_EVERY = 10.0  # seconds: what an interruption costs at most
 
 
@@ -43,11 +47,15 @@ class Sentence:
         what: "probability" of the sentence against its negation, else "cosine" of sentence and volume.
         values: for each model (n,); NaN for studies that could not be read.
         tokens: what the text encoder reads of the sentence: a word it has not learned falls into pieces.
+        unknown: words of the sentence and of its negation that are not in the model's vocabulary.
+        words: how many there are in both; neither counts those that carry no content, such as "there is no".
     """
 
     what: str
     values: dict[str, np.ndarray]
     tokens: tuple[str, ...]
+    unknown: tuple[str, ...] = ()
+    words: int = 0
 
     def share_below(self, model: str, index: int) -> float:
         """Of the other studies, the share that a model finds less near to the sentence; NaN where none can be told."""
@@ -276,7 +284,14 @@ class Cases:
             else:
                 values[name] = (embeds.to(classifier.device) @ classifier.text_embeds()[0, 0]).cpu().numpy()
         what = "probability" if denying else "cosine"
-        return Sentence(what, values, tuple(self.tokenizer.tokenize(stating)))
+        words = re.findall(r"\w+", f"{stating} {denying}")
+        told = {word: self._knows(word) for word in words if word.lower() not in EMPTY_WORDS}
+        unknown = tuple(word for word, known in told.items() if not known)
+        return Sentence(what, values, tuple(self.tokenizer.tokenize(stating)), unknown, len(told))
+
+    def _knows(self, word: str) -> bool:
+        pieces = self.tokenizer.tokenize(word)
+        return len(pieces) == 1 and pieces[0] != self.tokenizer.unk_token
 
     def view(self, index: int) -> tuple[CTVolume, dict[str, np.ndarray]]:
         """A study to look at: a phantom, made again at `VIEW_SHAPE`, with its masks (d, h, w); a real scan without.

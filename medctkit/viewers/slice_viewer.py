@@ -1,8 +1,8 @@
 """The slice viewer: a CT in three linked planes in a notebook."""
 
-import html
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +13,14 @@ from medctkit.scans.heat_map import HeatMap
 from medctkit.scans.volumes import CTVolume
 from medctkit.viewers.drawing.canvases import KINDS, MouseCanvas, PlainCanvas, kind_that_works
 from medctkit.viewers.drawing.composition import Composition, Panel
-from medctkit.viewers.drawing.linked_scans import LinkedScans
+from medctkit.viewers.drawing.hints import STEPS, ZOOMS, help_of, lines
+from medctkit.viewers.drawing.linked_scans import LinkedScans, heat_maps_of
+from medctkit.viewers.drawing.measuring import TOOLS, Measurement
 from medctkit.viewers.drawing.messages import Messages
 from medctkit.viewers.drawing.rendering import (
     COLOUR_MAPS,
     PLANES,
+    SLABS,
     WINDOWS,
     Look,
     Voxel,
@@ -31,19 +34,15 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 ALL_PLANES = "three planes"
-_KEYS = {"up": 1, "right": 1, "down": -1, "left": -1, "pageup": 10, "pagedown": -10}
-_HELP = (
-    "Over the picture: the wheel changes the slice, a click or drag moves the crosshair. After a click, keys too: "
-    "arrows, page up and page down for the slice; 1, 2, 3 for the windows; c for the crosshair; m for the masks."
-)
 
 
 class SliceViewer:
     """Look through a volume in a notebook: axial, coronal and sagittal slices, linked by a crosshair.
 
     Sliders (or their arrow keys) do everything, also in Colab. Where ipympl is installed the picture hears the mouse
-    and keys too: wheel, click, drag, and the HU and position under the cursor. Slices hang as radiologists hang them.
-    The first picture also shows in exported HTML. The widget is `.widget`; `.messages` says what went wrong.
+    and keys too, all of which "?" lists: slices by the wheel, window and level by the right button, zoom, distances in
+    mm, HU of a region. Slices hang as radiologists hang them. The first picture also shows in exported HTML. The widget
+    is `.widget`; `.messages` says what went wrong.
 
     A second volume is shown below, or beside it in a single plane, and moves along: by patient coordinates, or by the
     distance from the middle of each scan. `LinkedScans` says when; the lines under the picture say which.
@@ -53,11 +52,12 @@ class SliceViewer:
         masks: named arrays with the volume's shape, filled where they are not 0. Choosing one moves the crosshair to
             where most of it is.
         window: preset to start with, or (centre, width) in HU.
-        height: of the picture's rows, pixels; a single plane is 1.5 times as tall.
+        height: of a row of planes, pixels; the first of three planes is 1.5 times as tall, a single one 1.8 times.
         other: a second volume to compare with.
         names: what to call the two volumes.
         heat_maps: named maps to lay over the volume; the first is shown.
         canvas: "ipympl", "plain", or None for what works here.
+        folded: keep all controls but the first line folded away.
 
     Raises:
         TypeError: not a CTVolume, or not a HeatMap.
@@ -69,17 +69,18 @@ class SliceViewer:
         volume: CTVolume,
         masks: Mapping[str, np.ndarray] | None = None,
         window: Window = "lung",
-        height: int = 360,
+        height: int = 340,
         *,
         other: CTVolume | None = None,
         names: Sequence[str] | None = None,
         heat_maps: Mapping[str, HeatMap] | None = None,
         canvas: str | None = None,
+        folded: bool = False,
     ):
         if canvas not in (None, *KINDS):
             raise ValueError(f"unknown canvas {canvas!r}; choose one of {', '.join(KINDS)}, or None for what works")
         centre, width = window_of(window)
-        linked, heat_maps = LinkedScans(volume, masks, other, names), _heat_maps(heat_maps)
+        linked, heat_maps = LinkedScans(volume, masks, other, names), heat_maps_of(heat_maps)
         self.height, self.messages = height, Messages()
         self._linked: Any  # of LinkedScans; None once closed, as the next
         self._composition: Any
@@ -87,26 +88,27 @@ class SliceViewer:
         self._touched = "axial"
         self._hidden: tuple[str, ...] = ()  # masks that a key has put out
         self._cursor: tuple[float, float] | None = None
+        self._start: np.ndarray | None = None  # of a measurement, RAS in mm
         kind = kind_that_works() if canvas is None else canvas
         self.canvas = PlainCanvas() if kind == "plain" else MouseCanvas(self._on_canvas)
-        self._build(window if isinstance(window, str) else "free", round(centre), max(1, round(width)))
+        self._build(window if isinstance(window, str) else "free", round(centre), max(1, round(width)), folded)
         self._show_scans(linked, heat_maps)
 
-    def _build(self, preset: str, centre: int, width: int) -> None:
+    def _build(self, preset: str, centre: int, width: int, folded: bool) -> None:
         import ipywidgets as w
 
         def slider(kind: Any, description: str, tooltip: str, **values: Any) -> Any:
             return kind(description=description, tooltip=tooltip, layout={"width": "280px"}, **values)
 
+        dropdown: Any = partial(w.Dropdown, layout={"width": "210px"})
         self.view = w.ToggleButtons(
-            options=[ALL_PLANES, *PLANES], tooltips=["side by side", *(f"{plane} only, larger" for plane in PLANES)],
+            options=[ALL_PLANES, *PLANES], tooltips=["axial large", *(f"{plane} only" for plane in PLANES)],
             style={"button_width": "auto"},
         )  # fmt: skip
         self.sliders = {name: slider(w.IntSlider, name, f"{name} slice", min=0, max=0) for name in PLANES}
-        self.preset = w.Dropdown(
-            options=[*WINDOWS, "free"], value=preset, description="window", tooltip="which HU are black and white",
-            layout={"width": "210px"},
-        )  # fmt: skip
+        self.preset = dropdown(
+            options=[*WINDOWS, "free"], value=preset, description="window", tooltip="HU that are seen"
+        )
         self.centre = slider(w.IntSlider, "centre HU", "HU that are shown as middle grey", min=-1000, max=1000, step=10)
         self.width = slider(w.IntSlider, "width HU", "HU from black to white", min=10, max=4000, step=10)
         for control, value in ((self.centre, centre), (self.width, width)):  # they reach as far as what was asked for
@@ -115,26 +117,39 @@ class SliceViewer:
         self.mask_boxes: dict[str, w.Checkbox] = {}
         share: dict[str, Any] = {"min": 0, "max": 1, "step": 0.05}
         self.opacity = slider(w.FloatSlider, "mask tint", "opacity of the masks", value=0.35, **share)
-        self.heat_map = w.Dropdown(options=["none"], description="heat map", tooltip="which map lies over the slices")
+        self.heat_map = w.Dropdown(options=["none"], description="heat map")
         self.heat_opacity = slider(w.FloatSlider, "map tint", "opacity where the map is highest", value=0.6, **share)
-        self.colour_map = w.Dropdown(options=COLOUR_MAPS, description="colours", layout={"width": "210px"})
-        self.readout, self.hover = w.HTML(), w.HTML(_HELP if isinstance(self.canvas, MouseCanvas) else "")
+        self.colour_map = dropdown(options=COLOUR_MAPS, description="colours")
+        self.zoom = slider(w.FloatSlider, "zoom", "around the crosshair", value=1, min=1, max=8, step=0.25)
+        self.slab = dropdown(options=SLABS, description="slab", tooltip="of HU through several slices")
+        self.thickness = slider(w.IntSlider, "slab mm", "thickness of the slab", value=10, min=2, max=60)
+        self.tool = dropdown(options=TOOLS, description="mouse", tooltip="what a drag does")
+        self.help = w.ToggleButton(description="?", tooltip="mouse and keys", layout={"width": "36px"})
+        self._help = w.HTML(help_of(isinstance(self.canvas, MouseCanvas)), layout={"display": "none"})
+        self.readout, self.hover = w.HTML(), w.HTML(lines(["? lists what mouse and keys do"]))
         for react, controls in (
-            (self._moved, self.sliders.values()), (self._arrange, [self.view]), (self._change_preset, [self.preset]),
+            (self._moved, self.sliders.values()), (self._compose, [self.zoom]), (self._start_to_measure, [self.tool]),
+            (self._show_help, [self.help]), (self._arrange, [self.view]), (self._change_preset, [self.preset]),
             (self._change_window, [self.centre, self.width]),
-            (self._draw, [self.crosshair, self.opacity, self.heat_map, self.heat_opacity, self.colour_map]),
+            (self._draw, [self.crosshair, self.opacity, self.heat_map, self.heat_opacity, self.colour_map, self.slab]),
+            (self._draw, [self.thickness]),
         ):  # fmt: skip
             for control in controls:
                 self.messages.observe(control, react)
 
         wrapping = {"flex_flow": "row wrap", "align_items": "center"}
         rows: tuple[list[Any], ...] = (
-            [self.view, self.crosshair], [*self.sliders.values()], [self.preset, self.centre, self.width], [],
+            [self.view, self.crosshair, self.help], [*self.sliders.values()], [self.preset, self.centre, self.width],
+            [self.slab, self.thickness, self.zoom, self.tool], [],
             [self.heat_map, self.heat_opacity, self.colour_map],
         )  # fmt: skip
-        boxes = [w.HBox(row, layout=wrapping) for row in rows]
+        first, *boxes = [w.HBox(row, layout=wrapping) for row in rows]
         self._mask_row, self._heat_row = boxes[-2:]
-        self.widget = w.VBox([*boxes, self.canvas.widget, self.readout, self.hover, self.messages.widget])
+        if folded:
+            boxes = [w.Accordion([w.VBox(boxes)], titles=["slices, window, slab, zoom, measuring, masks"])]
+        self.widget = w.VBox(
+            [first, self._help, *boxes, self.canvas.widget, self.readout, self.hover, self.messages.widget]
+        )
 
     # --- what is shown ------------------------------------------------------------------------------------
 
@@ -150,7 +165,7 @@ class SliceViewer:
 
         Callbacks of `on_move` are not called. Input is refused as by the class; then the old study stays.
         """
-        self._show_scans(LinkedScans(volume, masks, other, names), _heat_maps(heat_maps))
+        self._show_scans(LinkedScans(volume, masks, other, names), heat_maps_of(heat_maps))
 
     def set_heat_maps(self, heat_maps: Mapping[str, HeatMap] | None) -> None:
         """Lay other maps over the volume, and show the first; opacity and colours stay.
@@ -158,7 +173,7 @@ class SliceViewer:
         Raises:
             TypeError: not a HeatMap.
         """
-        self._take_heat_maps(_heat_maps(heat_maps))
+        self._take_heat_maps(heat_maps_of(heat_maps))
         self._draw()
 
     def _show_scans(self, linked: LinkedScans, heat_maps: dict[str, HeatMap]) -> None:
@@ -166,6 +181,7 @@ class SliceViewer:
 
         self._linked, self.scans = linked, linked.scans
         with self.messages.quietly():
+            self.tool.value, self._start = TOOLS[0], None
             for slider, n in zip(self.sliders.values(), self.scans[0].volume.shape, strict=True):
                 slider.max = n - 1
                 slider.value = slider.max // 2
@@ -201,11 +217,23 @@ class SliceViewer:
         """How the slices are drawn now."""
         window, heat_map = (self.centre.value, self.width.value), self.heat_maps.get(self.heat_map.value)
         tints = self.opacity.value, heat_map, self.heat_opacity.value
-        return Look(window, self.chosen_masks, *tints, self.colour_map.value)
+        return Look(window, self.chosen_masks, *tints, self.colour_map.value, self.slab.value, self.thickness.value)
 
     def picture(self) -> "Image":
         """The picture now shown (PIL image, RGB)."""
-        return self._composition.picture(self._linked.voxels(self.voxel), self.look, self.crosshair.value)
+        lines_too = self.crosshair.value and self._start is None  # they would lie over what is measured
+        picture = self._composition.picture(self._linked.voxels(self.voxel), self.look, lines_too)
+        if self.measurement is not None:
+            self.measurement.draw(picture, self._composition.panels, self.scans[0])
+        return picture
+
+    @property
+    def measurement(self) -> Measurement | None:
+        """What is measured now, up to the crosshair: `.described(viewer.scans[0])` says it in words. None: nothing."""
+        if self._start is None:
+            return None
+        start = self.scans[0].nearest(self.scans[0].voxel_of(self._start))
+        return Measurement(self.tool.value, start, self.voxel, self._touched)
 
     # --- the crosshair ------------------------------------------------------------------------------------
 
@@ -254,8 +282,21 @@ class SliceViewer:
     def _arrange(self) -> None:
         planes = tuple(PLANES) if self.view.value == ALL_PLANES else (self.view.value,)
         self._touched = planes[0]
-        self._composition = Composition(self.scans, planes, self.height)
+        self._compose()
+
+    def _compose(self) -> None:
+        planes = tuple(PLANES) if self.view.value == ALL_PLANES else (self.view.value,)
+        voxels = self._linked.voxels(self.voxel)
+        self._composition = Composition(self.scans, planes, self.height, self.zoom.value, voxels)
         self._draw()
+
+    def _start_to_measure(self) -> None:
+        """From where the crosshair is."""
+        self._start = None if self.tool.value == TOOLS[0] else self.position
+        self._draw()
+
+    def _show_help(self) -> None:
+        self._help.layout.display = None if self.help.value else "none"
 
     def _change_preset(self) -> None:
         if self.preset.value != "free":
@@ -292,7 +333,21 @@ class SliceViewer:
             self._touched = panel.plane
             self._go_to(self._linked.in_first(panel.scan, voxel))
 
-    _press = _drag
+    def _press(self, x: float, y: float, _: None) -> None:
+        found = self._under(x, y)
+        if found and self._start is not None:
+            self._start = self.scans[0].point_of(self._linked.in_first(found[0].scan, found[1]))
+        self._drag(x, y, None)
+
+    def _level(self, x: float, y: float, by: tuple[float, float]) -> None:
+        step = max(1.0, self.width.value / 250)
+        with self.messages.quietly():
+            self.width.value += round(step * by[0])
+            self.centre.value += round(step * by[1])
+        self._change_window()
+
+    def _zoom(self, x: float, y: float, step: int) -> None:
+        self.zoom.value *= 1.5**step
 
     def _scroll(self, x: float, y: float, step: int) -> None:
         if found := self._under(x, y):
@@ -307,15 +362,22 @@ class SliceViewer:
         self._cursor = x, y
         if found := self._under(x, y):
             panel, voxel = found
-            self.hover.value = f"under the cursor: {self.scans[panel.scan].described(voxel)}"
+            self.hover.value = lines([f"under the cursor: {self.scans[panel.scan].described(voxel)}"])
 
     def _key(self, x: float, y: float, key: str) -> None:
-        if key in _KEYS:
-            self._step(_KEYS[key])
+        if key in STEPS:
+            self._step(STEPS[key])
+        elif key in ZOOMS:
+            self.zoom.value *= ZOOMS[key]
         elif key in ("1", "2", "3"):
             self.preset.value = [*WINDOWS][int(key) - 1]
-        elif key == "c":
-            self.crosshair.value = not self.crosshair.value
+        elif key in ("x", "d", "r"):
+            self.tool.value = TOOLS["xdr".index(key)]
+        elif key == "s":
+            self.slab.index = (self.slab.index + 1) % len(SLABS)
+        elif key in ("c", "?"):
+            box = self.crosshair if key == "c" else self.help
+            box.value = not box.value
         elif key == "m":
             shown, self._hidden = self._hidden or tuple(self.mask_boxes), self.chosen_masks
             with self.messages.quietly():
@@ -324,18 +386,24 @@ class SliceViewer:
             self._draw()
 
     def _draw(self) -> None:
+        voxels = self._linked.voxels(self.voxel)
+        if self.zoom.value > 1 and not self._composition.shows(voxels):
+            self._compose()  # follow the crosshair, which draws
+            return
         self.canvas.show(self.picture())
         first = self.scans[0]
         slices = ", ".join(f"{plane} {slider.value} of 0 to {slider.max}" for plane, slider in self.sliders.items())
-        said = [f"{slices} · {first.described(self.voxel)}"]
-        if inside := [name for name in self.chosen_masks if first.masks[name][self.voxel]]:
-            said.append(f"inside of {', '.join(inside)}")
+        inside = [name for name in self.chosen_masks if first.masks[name][self.voxel]]
+        look = f"window centre {self.centre.value} HU, width {self.width.value} HU"
+        if self.slab.value != SLABS[0]:
+            look += f" · {self.slab.value} of {self.thickness.value} mm"
+        said = [slices, first.described(self.voxel) + (f" · inside of {', '.join(inside)}" if inside else ""), look]
         if (heat_map := self.look.heat_map) is not None:
             value = float(heat_map.at(self.position[None])[0])
             said.append(f"{heat_map.name}: {'does not reach this place' if np.isnan(value) else f'{value:.3g}'}")
-        said.append(f"window centre {self.centre.value} HU, width {self.width.value} HU")
         said += self._linked.described(self.voxel)
-        self.readout.value = "<br>".join(map(html.escape, said))
+        said.append("" if self.measurement is None else self.measurement.described(first))
+        self.readout.value = lines(said)
         if self._cursor is not None:  # another slice lies under it now
             self._hover(*self._cursor, None)
 
@@ -365,11 +433,7 @@ class SliceViewer:
     def close(self) -> None:
         """Remove the widget, and let go of the volumes."""
         self.canvas.close()
-        for row in self.widget.children:
-            for control in getattr(row, "children", ()):
-                control.close()
-            row.close()
-        self.widget.close()
+        _close(self.widget)
         self.scans, self.heat_maps, self._callbacks = (), {}, []
         self._linked = self._composition = None
 
@@ -377,11 +441,7 @@ class SliceViewer:
         return self.widget._repr_mimebundle_(**kwargs)
 
 
-def _heat_maps(heat_maps: Mapping[str, HeatMap] | None) -> dict[str, HeatMap]:
-    for name, heat_map in (heat_maps or {}).items():
-        if not isinstance(heat_map, HeatMap):
-            raise TypeError(
-                f"heat map {name!r} is of type {type(heat_map).__name__}, expected a HeatMap; "
-                "HeatMap.of_voxels(values, volume) makes one of an array with the volume's shape"
-            )
-    return dict(heat_maps or {})
+def _close(widget: Any) -> None:
+    for child in getattr(widget, "children", ()):
+        _close(child)
+    widget.close()

@@ -146,17 +146,23 @@ def test_shuffling_destroys_a_map_and_touches_only_what_it_should():
     assert table.loc["+ patches", "relevance"] < 0.9
 
 
-def test_the_control_asks_for_another_finding():
+def test_the_controls_are_the_maps_of_all_other_findings():
     model, data, words = tiny_model().eval(), tiny_data(2), tiny_tokenizer()
-    regions = loc.Regions(np.array([0, 1]), np.array([0, 3]), np.array(["a", "b"]), np.ones((2, 2, 2, 2)))
-    moved = loc.Regions(regions.study, np.array([9, 12]), regions.patients, regions.shares)
+    regions = loc.Regions(
+        np.array([0, 1, 1]), np.array([0, 3, 17]), np.array(["a", "b", "b"]), np.ones((3, 2, 2, 2))
+    )  # fmt: skip
     kinds = {"stating": ["{finding} seen"], "denying": ["no {finding}"]}
-    own, control, asked = (
-        loc.relevance_of_regions(model, words, data, r, kinds, shift, progress=False)
-        for r, shift in ((regions, 0), (regions, 9), (moved, 0))
-    )
-    np.testing.assert_array_equal(control, asked)
-    assert not np.allclose(own, control, atol=1e-3)
+    every = loc.relevance_of_regions(model, words, data, regions, kinds, every=True, progress=False)
+    own, others = loc.own_and_others(every, regions)
+    asked = loc.relevance_of_regions(model, words, data, regions, kinds, progress=False)
+    np.testing.assert_allclose(own, asked, rtol=1e-4, atol=1e-6)
+    moved = loc.Regions(regions.study, np.array([9, 12, 3]), regions.patients, regions.shares)
+    again = loc.relevance_of_regions(model, words, data, moved, kinds, progress=False)
+    np.testing.assert_allclose(others[[0, 1, 2], [8, 11, 3]], again, rtol=1e-4, atol=1e-6)
+    assert others.shape == (3, 17, 2, 2, 2) and not np.allclose(own, again, atol=1e-3)
+    shares = np.random.default_rng(0).random((3, 2, 2, 2))
+    together, single = loc.score_maps(others, shares), [loc.score_maps(others[:, i], shares) for i in range(17)]
+    np.testing.assert_allclose(together["AUPRC"], np.mean([s["AUPRC"] for s in single], axis=0))
 
 
 def test_contrast_and_rollout_know_no_prompt():

@@ -75,7 +75,7 @@ class Server:
             )
         self._wait()
 
-    def _wait(self, seconds: float = 90) -> None:
+    def _wait(self, seconds: float = 240) -> None:
         """Until it answers."""
         page = {"lab": "/api", "voila": f"/?token={TOKEN}"}[self.kind]
         end = time.monotonic() + seconds

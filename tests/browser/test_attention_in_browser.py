@@ -39,9 +39,12 @@ def show(page, what, model="base"):
 def test_it_opens_with_a_map_and_says_what_it_is(viewer):
     assert viewer.pixels(viewer.find(CANVAS)).startswith("data:image")
     said = viewer.text_appears("base: rollout")
-    assert "0.391 % if all were alike" in said, "of 4 x 8 x 8 patches"
+    said = viewer.find(".jp-OutputArea-output:has(canvas), .widget-vbox:has(canvas)").inner_text()
     for mask in ("Consolidation", "Pleural effusion"):
-        assert re.search(rf"[\d.]+ % of the map lies in {mask}, which is [\d.]+ % of what the model sees", said)
+        assert re.search(rf"{mask}: [\d.]+ times chance; [\d.]+% of the map in [\d.]+% of what the model sees", said)
+    assert re.search("inside of (Consolidation|Pleural effusion)", said), "it starts at a finding"
+    top, bottom = (box["y"] for box in (viewer.control("show").bounding_box(), viewer.find(CANVAS).bounding_box()))
+    assert bottom - top < 250, "controls are folded"
     viewer.screenshot("rollout", full_page=True)
 
 
@@ -72,9 +75,11 @@ def test_a_click_asks_the_patch_at_that_place(viewer):
     show(viewer, "spatial attention of a patch")
     viewer.text_appears("base: spatial attention of a patch")
     canvas = viewer.find(CANVAS)
-    for across, patch in ((0.10, r"\(1, 2, 5\) .* around R"), (0.24, r"\(1, 5, 5\) .* around L")):
-        assert does(viewer, canvas, lambda x=across: mouse_on(viewer).click(position=in_panel(canvas, x, 0.6)))
-        viewer.text_appears(rf"patch \(t, i, j\) = {patch} \d+ mm, P \d+ mm, I \d+ mm")
+    for across, side in ((0.2, "R"), (0.45, "L")):
+        assert does(viewer, canvas, lambda x=across: mouse_on(viewer).click(position=in_panel(canvas, x, 0.7)))
+        viewer.text_appears(
+            rf"patch \(t, i, j\) = \(\d+, \d+, \d+\) under the crosshair, around {side} \d+ mm, P \d+ mm"
+        )
         viewer.screenshot("clicked")
 
 

@@ -155,7 +155,7 @@ def test_where_everything_fails_the_rest_is_not_tried(tmp_path, monkeypatch):
         (["{manifest}", "out", "--version", "1"], "--version and --one-reconstruction are for CT-RATE's folder"),
         (
             ["{manifest}", "out", "--model", "huge"],
-            "huge: expected mini, released, or a folder",
+            "huge: expected mini, colipri, released, or a folder",
         ),
         (["{manifest}", "out", "--scheduler", "ftp://x"], "no dask scheduler answers at ftp://x"),
         (["{manifest}", "out", "--scheduler", "tcp://127.0.0.1:9", "--workers", "2"], "workers of its own"),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -22,9 +23,10 @@ LISTED = (ROOT / "tests" / "colab_2026_01.txt").read_text().splitlines()
 COLAB = {
     colab.normal(name): version for name, _, version in (line.partition("==") for line in LISTED if line[0] != "#")
 }
-LACKING = ["distributed", "monai", "numba", "peft", "pydicom", "pylibjpeg", "pylibjpeg-openjpeg", "regex", "simpleitk"]
+LACKING = "distributed monai numba peft pydicom pylibjpeg pylibjpeg-openjpeg regex simpleitk".split()
+LACKING += "highdicom onnx onnxruntime onnxscript pynetdicom".split()  # notebook 07
 CELL = course.COLAB_CELL.read_text()
-EXTRAS = ("cluster", "tensorboard", "notebooks")
+EXTRAS = ("cluster", "tensorboard", "notebooks", "deploy")
 SLOW = "MEDCTKIT_TEST_COLAB"
 
 
@@ -123,6 +125,11 @@ def test_where_tested_versions_do_not_fit_others_are_taken(pip, monkeypatch, cap
             "pylibjpeg-openjpeg>=2.0",
             "regex>=2024.11",
             "simpleitk>=2.4",
+            "highdicom>=0.27",
+            "onnx>=1.20",
+            "onnxruntime>=1.20",
+            "onnxscript>=0.6",
+            "pynetdicom>=3.0",
             "--constraint",
         ]
     )
@@ -146,7 +153,7 @@ def test_it_needs_nothing_but_python():
     tree = ast.parse(Path(colab.__file__).read_text())
     names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    assert {name.partition(".")[0] for name in names} <= sys.stdlib_module_names
+    assert {name.partition(".")[0] for name in names} <= sys.stdlib_module_names | {"google"}  # Colab's own
 
 
 # --- the cell -------------------------------------------------------------------------------------------------
@@ -259,3 +266,21 @@ def versions(python):
     code = "from importlib.metadata import distributions as d; [print(x.name.lower(), x.version) for x in d()]"
     done = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True, check=True)
     return {colab.normal(name): version for name, version in (line.split() for line in done.stdout.splitlines())}
+
+
+def test_a_scan_is_uploaded_by_a_button(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def choose(*names):
+        for name in names:
+            Path(name).write_bytes(b"scan")
+        files = SimpleNamespace(upload=lambda: dict.fromkeys(names, b"scan"))
+        monkeypatch.setitem(sys.modules, "google", SimpleNamespace())
+        monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace(files=files))
+
+    choose("ct.zip")
+    assert colab.upload("mine") == Path("mine/ct.zip") and not Path("ct.zip").exists()
+    assert Path("mine/ct.zip").read_bytes() == b"scan"
+    choose("a.dcm", "b.dcm")
+    with pytest.raises(ValueError, match="2 files were chosen; choose one, and a zip"):
+        colab.upload("mine")

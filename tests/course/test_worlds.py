@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import typer
@@ -15,6 +16,7 @@ from ct_rate_imitation import write_ct_rate
 from medctkit import cli
 from medctkit.cohort.ct_rate import manifest_from_ct_rate, read_ct_rate
 from medctkit.cohort.manifest import load_manifest, study_from_row, write_manifest
+from medctkit.cohort.open_data import manifest_row
 from medctkit.course import worlds
 from medctkit.experiments.adapt import DEFAULT, FULL_SIZE, Origin
 from medctkit.scans.preprocessing import PreprocessConfig
@@ -93,7 +95,7 @@ def test_studies_of_a_split_are_the_cohort_of_the_experiment(tmp_path, monkeypat
 
 
 def test_another_world_is_refused_and_without_a_manifest_near_it_says_where_it_comes_from(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="world='real': expected phantom or released"):
+    with pytest.raises(ValueError, match="world='real': expected phantom, released, open"):
         worlds.open_world("real")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(worlds, "__file__", str(tmp_path / "site-packages" / "medctkit" / "worlds.py"))
@@ -177,3 +179,60 @@ def test_what_is_missing_or_of_the_wrong_kind_is_named_before_anything_is_comput
     shutil.rmtree(copy / "ct-rate" / "BiomedVLP-CXR-BERT-specialized")
     with pytest.raises(worlds.NotReady, match=r"lacks: tokenizer.\n\n  there    weights: .*\n  missing  tokenizer: "):
         worlds.open_world("released", copy)
+
+
+# --- open ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def online(monkeypatch):
+    monkeypatch.setattr(worlds, "_answers", lambda site: True)
+
+
+def test_the_open_world_lists_packages_licences_disk_and_time_and_commands_that_exist(tmp_path, online, monkeypatch):
+    monkeypatch.setattr(worlds, "find_spec", lambda name: None)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *names: None)
+    with pytest.raises(worlds.NotReady) as caught:
+        worlds.open_world("open", tmp_path / "my data", seed=4)
+    said = str(caught.value)
+    assert said.startswith("The open world lacks: packages, weights, manifest.") and "No network" not in said
+    for step in (
+        'pip install "medctkit[open]"',
+        "CC BY 3.0",
+        "COLIPRI MIT",
+        "about 13 GB of scans",
+        "a token or a secret",
+    ):
+        assert step in said
+    commands = [shlex.split(line) for line in map(str.strip, said.splitlines()) if line.startswith("medctkit ")]
+    assert [command[1] for command in commands] == ["download", "download", "prepare"]
+    for _, name, *arguments in commands:
+        context = typer.main.get_command(cli.app).commands[name].make_context(name, arguments)
+    assert context.params["source"] == tmp_path / "my data" / "idc" / "manifest.csv"
+    assert not (tmp_path / "my data").exists()
+
+
+def test_without_a_network_the_open_world_says_so_first(tmp_path, monkeypatch):
+    def refuse(site, timeout):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(worlds, "urlopen", refuse)
+    with pytest.raises(worlds.NotReady, match="^No network here: https://huggingface.co, .* did not answer"):
+        worlds.open_world("open", tmp_path)
+
+
+def test_with_everything_there_the_open_world_opens_and_asks_no_network(tmp_path, monkeypatch):
+    scans, folder = tmp_path / "idc", tmp_path / "idc-prepared"
+    rows = [
+        manifest_row(
+            split, split, split, "lidc_idri", {"Lung nodule": n % 2}, path=str(scans / f"{split}.nii.gz"), masks=""
+        )
+        for n, split in enumerate(("train", "valid", "test"))
+    ]
+    write_manifest(pd.DataFrame(rows), folder / "manifest.csv")
+    parts = {"packages": tmp_path, "weights": tmp_path, "manifest": folder / "manifest.csv"}
+    monkeypatch.setattr(worlds, "_open_parts", lambda data_dir: parts)
+    world = worlds.open_world("open", tmp_path, tmp_path)
+    assert (world.name, world.hospital, world.origin.model, world.settings) == ("open", None, "colipri", FULL_SIZE)
+    assert world.said.startswith("open: COLIPRI, and 3 scans of 3 patients") and world.knows_where
+    assert world.manifest["Lung nodule"].notna().all() and world.manifest["Emphysema"].isna().all()

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from peft import AutoPeftModel, PeftModel
+from tiny import tiny_batch, tiny_model
 
 from medctkit.deploy.bank import BASE, AdapterBank
 from medctkit.lora.adapter import add_lora, load_adapter, save_adapter
@@ -10,6 +12,10 @@ from medctkit.model.base_model import load_mini_base
 from medctkit.zero_shot.classifier import ZeroShotClassifier
 
 NAMES = ("north", "south")
+
+
+def hooks_on(model):
+    return [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +55,7 @@ def test_no_hook_stays_whatever_happens(folders, volumes, monkeypatch):
     monkeypatch.setattr(type(bank.model.get_base_model()), "encode_image", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         bank.embed(volumes, ["north"] * 4)
-    assert not any(module._forward_pre_hooks for module in bank.model.modules())
+    assert not any(hooks_on(bank.model.get_base_model()))
 
 
 def test_names_are_checked(folders, volumes):
@@ -61,3 +67,62 @@ def test_names_are_checked(folders, volumes):
     for wrong in ({}, {BASE: folders["north"]}):
         with pytest.raises(ValueError, match="expected names other than"):
             AdapterBank(load_mini_base(), wrong)
+
+
+def updates(model, name):
+    return {key: m.get_delta_weight(name) for key, m in model.named_modules() if hasattr(m, "lora_A")}
+
+
+def test_adapters_add_up_and_what_comes_out_is_an_adapter_like_others(folders, volumes, tmp_path):
+    bank = AdapterBank(load_mini_base(), folders)
+    north, south = (updates(bank.model, name) for name in NAMES)
+    off, state = {}, torch.get_rng_state()
+    for how in ("cat", "svd", "linear", "ties", "dare_linear", "dare_ties_svd"):
+        bank.combine(how, {"north": 0.7, "south": -0.4}, how)
+        found = updates(bank.model, how)
+        off[how] = max((found[key] - (0.7 * north[key] - 0.4 * south[key])).norm() / found[key].norm() for key in found)
+    assert off["cat"] < 1e-5 < off["svd"] < min(off[how] for how in ("linear", "ties", "dare_linear"))
+    assert not any(p.requires_grad for p in bank.model.parameters()) and torch.equal(state, torch.get_rng_state())
+    mixed = bank.scores(volumes, ["cat", "north", "svd", BASE])
+    save_adapter(bank.model, tmp_path, "cat")
+    again = AdapterBank(load_mini_base(), {"both": tmp_path})
+    np.testing.assert_allclose(again.scores(volumes[:1], ["both"]), mixed[:1], atol=1e-6)
+
+
+def test_only_plain_loras_of_known_names_add_up(tmp_path, folders):
+    torch.manual_seed(0)
+    scaled = save_adapter(add_lora(load_mini_base().model, "paper", r=4, use_rslora=True), tmp_path)
+    bank = AdapterBank(load_mini_base(), folders | {"scaled": scaled})
+    for name, weights in {"north": {"south": 1.0}, "new": {"west": 1.0}, "empty": {}, BASE: {"north": 1.0}}.items():
+        with pytest.raises(ValueError, match="expected a new name, of north, south, scaled"):
+            bank.combine(name, weights)
+    with pytest.raises(ValueError, match="'scaled' is no plain LoRA"):
+        bank.combine("new", {"north": 0.5, "scaled": 0.5})
+    assert bank.names == ("north", "south", "scaled")
+
+
+def test_prompts_are_encoded_again_once_an_adapter_has_changed(folders, volumes):
+    bank = AdapterBank(load_mini_base(), folders)
+    before = bank.scores(volumes[:1], ["north"])
+    with torch.no_grad():
+        for key, parameter in bank.model.named_parameters():
+            if "text_transformer" in key and ".lora_B.north." in key:
+                parameter.mul_(2)
+    assert np.abs(bank.scores(volumes[:1], ["north"]) - before).max() > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's
+def test_pefts_own_ways_behave_or_say_why_not(folders, volumes):
+    """Loading on a base model gives the same; `adapter_names` and AutoPeftModel can not, and say what does."""
+    pefts = PeftModel.from_pretrained(load_mini_base().model, folders["north"]).eval()
+    own = load_adapter(load_mini_base().model, folders["north"])
+    with torch.no_grad():
+        assert torch.equal(pefts.encode_image(volumes[:1]), own.encode_image(volumes[:1]))
+    model = tiny_model().eval()
+    with pytest.raises(ValueError, match="one name for each volume.*AdapterBank"):
+        model(**tiny_batch(model), adapter_names=["default"] * 3)
+    assert not hooks_on(model.get_base_model())
+    with pytest.raises(ValueError, match="import_allowlist=.'medctkit.model.ct_clip'"):
+        AutoPeftModel.from_pretrained(folders["north"])
+    with pytest.raises(ValueError, match="sha256:.*not where it is.*load_adapter"):
+        AutoPeftModel.from_pretrained(folders["north"], import_allowlist=["medctkit"])

@@ -134,3 +134,18 @@ def test_the_command_exports_a_finished_run(adapted, tmp_path, monkeypatch):
     done = CliRunner().invoke(app, ["export", str(tmp_path / "run"), str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
     assert json.loads((tmp_path / "out" / FACTS).read_text())["adapter"] == digests(adapted[0])[1]
+
+
+def test_a_missing_extra_is_told_in_one_line_before_anything_is_done(adapted, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ImportError, match=r"needs onnxscript.*pip install 'medctkit\[deploy\]'$"):
+        export(*adapted, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_elsewhere_stays_there(adapted, monkeypatch):
+    moved = []
+    monkeypatch.setattr(torch.nn.Module, "cpu", lambda self: moved.append(self) or self)
+    here, elsewhere = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, device="meta")
+    assert exporting.on_cpu(here) is here and not moved
+    assert exporting.on_cpu(elsewhere) is moved[0] is not elsewhere

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import asdict, fields, replace
 
+import pandas as pd
 import pytest
 import torch
 import typer
@@ -80,7 +81,7 @@ def test_only_a_finished_run_is_measured_and_a_refused_command_leaves_it_as_it_i
     adapt(few, tmp_path, settings=QUICK)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for changes in ({"settings": replace(QUICK, learning_rate=1e-4)}, {"origin": Origin(hospital=None)}):
-        with pytest.raises(ValueError, match="of a run that is finished, and not this one|is of Origin"):
+        with pytest.raises(ValueError, match="is of another run, and not this one|is of Origin"):
             adapt(few, tmp_path, **{"settings": QUICK} | changes)
     adapt(few, tmp_path, settings=QUICK)
     after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -143,11 +144,59 @@ def test_the_commands_adapt_measure_and_say_how_to_watch(few, tmp_path, monkeypa
     assert f"tensorboard --logdir {tmp_path}" in done.stdout and (tmp_path / "tensorboard").is_dir()
     done = run("evaluate", tmp_path, "--manifest", few, "--audit-volumes", 0)
     assert done.exit_code == 0 and "mean AUROC" in done.stdout and "report.html" in done.stdout
+    assert "a run finished after 2 steps; its adapter is of step" in done.stdout
+    scores = pd.read_csv(tmp_path / "scores.csv")
+    assert len(scores) == 24 * 18 and {"study", "finding", "label", "base", "adapted"} < set(scores)
+    table = pd.read_csv(tmp_path / "findings.csv", index_col="finding")
+    mean = json.loads((tmp_path / "metrics.json").read_text())["difference"]["auroc"]
+    assert table.loc["mean", "difference auroc_low"] == pytest.approx(mean["low"], abs=1e-3)
+    assert r"\begin{tabular}" in (tmp_path / "findings.tex").read_text()
     monkeypatch.setattr("accelerate.utils.is_tensorboard_available", lambda: False)
     other = tmp_path / "without"
-    done = run("finetune", other, *small[2:])
+    done = run("finetune", other, "--config", tmp_path / "run.yaml")  # the same run by its file
     assert done.exit_code == 0 and "pip install 'medctkit[tensorboard]'" in done.stdout
-    assert sorted(path.name for path in other.iterdir()) == ["adapter", "history.csv", "origin.json", "run.json"]
+    assert sorted(path.name for path in other.iterdir()) == [
+        "adapter", "history.csv", "origin.json", "run.json", "run.yaml",
+    ]  # fmt: skip
+    assert (other / "run.yaml").read_text() == (tmp_path / "run.yaml").read_text()
+    histories = [pd.read_csv(folder / "history.csv").drop(columns="seconds") for folder in (tmp_path, other)]
+    pd.testing.assert_frame_equal(*histories)
+
+
+def test_a_base_model_is_measured_alone(few, tmp_path):
+    done = run("evaluate", tmp_path, "--base", "--manifest", few, "--hospital", "target")
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "base.json").read_text())
+    assert found["studies"] == 24 and f"mean AUROC {found['auroc']['value']:.3f}" in done.stdout
+    assert "0.731" not in done.stdout, "that is of CT-RATE"
+    scores = pd.read_csv(tmp_path / "scores.csv")
+    assert scores["base"].between(0, 1).all() and "adapted" not in scores
+
+
+def test_other_methods_are_adapted_and_measured_too(few, tmp_path):
+    settings = replace(QUICK, method="bitfit", learning_rate=1e-3)
+    assert adapt(few, tmp_path, settings=settings).best_step >= 0
+    measured = measure(few, tmp_path, audit_volumes=0, resamples=2)
+    assert measured.adapter["vision"] == 0 and measured.adapter["trainable"] > 0
+    for changes, message in (
+        ({"method": "lorra"}, "unknown method 'lorra'; choose one of full"),
+        ({"method": "dora", "preset": "vision"}, "preset 'vision' is a placement of method 'lora'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(QUICK, **changes)
+    scaled = replace(QUICK, alpha=8, dropout=0.1).apply(load_mini_base().model).peft_config["default"]
+    assert (scaled.lora_alpha, scaled.lora_dropout, scaled.r) == (8, 0.1, 2)
+    with pytest.raises(ValueError, match="method 'bitfit' does not know one of the settings"):
+        replace(settings, alpha=8).apply(load_mini_base().model)
+
+
+def test_a_folder_of_another_run_is_refused_before_anything_is_loaded(few, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Run, "finish", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
+        adapt(few, tmp_path, settings=QUICK)
+    monkeypatch.setattr(Origin, "load", None)  # fails when called
+    with pytest.raises(ValueError, match=r"is of another run.*learning_rate: 0.003 there, 0.0001 here"):
+        adapt(few, tmp_path, settings=replace(QUICK, learning_rate=1e-4))
 
 
 @pytest.mark.parametrize(
@@ -159,6 +208,8 @@ def test_the_commands_adapt_measure_and_say_how_to_watch(few, tmp_path, monkeypa
         (("--preset", "papre"), "unknown LoRA preset 'papre'"),
         (("--mixed-precision", "fp8"), "'auto', got 'fp8'"),
         (("--model", "nothing.pt"), "nothing.pt: expected mini"),
+        (("--tracker", "wandbb"), "tracker 'wandbb' is not installed"),
+        (("--config", "nowhere.yaml"), "no run file at nowhere.yaml"),
     ],
 )
 def test_a_command_tells_what_is_wrong_without_a_traceback(few, tmp_path, arguments, message):
@@ -171,7 +222,9 @@ def test_options_are_those_of_the_declaration():
     options = {option.name: option for option in command.params}
     names = {field.name for field in fields(Adaptation)} - {"prompts", "seed"}
     assert names < set(options) and all(options[name].help and options[name].default is None for name in names)
-    assert Adaptation.help()["rank"] == "of the adapter." and "halved" not in Adaptation.help()["warmup_fraction"]
+    assert (
+        Adaptation.help()["rank"].startswith("of the adapter") and "halved" not in Adaptation.help()["warmup_fraction"]
+    )
     assert options["rank"].show_default == "16 for mini, else 24" and options["weight_decay"].show_default == "0.01"
     assert {*options["gradient_checkpointing"].opts, *options["gradient_checkpointing"].secondary_opts} == {
         "--gradient-checkpointing",

@@ -1,25 +1,30 @@
 """The comparison of methods: which runs, what chooses, what is pooled; and the command, killed and resumed."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
+from torch.utils.data import Subset
 from typer.testing import CliRunner
 
 from medctkit.cli import app
 from medctkit.experiments.compare import run_all as comparison
 from medctkit.experiments.compare import runs as one_run
-from medctkit.experiments.compare.data import HELD_OUT, Data
+from medctkit.experiments.compare.data import HELD_OUT, VARIANTS, Data, flipped, replayed
 from medctkit.experiments.compare.results import load_results
 from medctkit.experiments.compare.rivals import RIVALS
 from medctkit.experiments.compare.run_all import collect, compare_methods, measure_costs, read_result, result_file
@@ -31,21 +36,20 @@ from medctkit.experiments.compare.runs import (
     PROBE,
     SETTINGS,
     Job,
-    jobs,
     run_job,
-    tuned_for,
-    tuning_jobs,
     unpacked,
 )
 from medctkit.findings import FINDINGS
-from medctkit.lora.methods import METHODS
+from medctkit.lora.methods import METHODS, apply_method
 from medctkit.metrics import scores as metrics
+from medctkit.model.base_model import load_mini_base
+from medctkit.training.loop import finetune
+from medctkit.training.objectives import joint_loss
+from medctkit.zero_shot.classifier import validation_score
 from medctkit.zero_shot.prompts import PROMPTS
 
 pytestmark = pytest.mark.usefixtures("one_thread", "on_the_cpu")
 
-TUNED = tuned_for()
-CHOSEN = {name: (METHODS[name.removesuffix("-unseen")].learning_rates[-1], DIALECTS[0]) for name in TUNED}
 TOY = replace(SETTINGS, steps=1, batch_size=4, evaluate_every=1)
 
 
@@ -57,40 +61,71 @@ def data(toy_cohort):
 # --- which runs -----------------------------------------------------------------------------------------
 
 
-def test_a_run_shared_by_two_groups_is_one_run():
-    names = {job.name for job in [*tuning_jobs(TUNED), *jobs(GROUPS, 3, CHOSEN)]}
-    sizes = len(one_run.SIZES) - 1  # "all" is the run of the methods
-    grids = [len(METHODS[job.method].learning_rates) for job in tuning_jobs(TUNED)]
-    tuning = len(grids) - len(TUNED)  # the chosen one is seed 0 of the method
-    gradient = tuning + 3 * len(TUNED) + 3 * (len(one_run.RANKS) - 1) + 3 * 2 * sizes
-    assert len(names) == gradient + 1 + len(RIVALS) + 3 * sizes  # the base model; rivals, probes of few studies
+def nothing(job):
+    """No run is there yet."""
+    return None
 
 
-def test_each_encoder_has_its_own_rate_and_dialect_and_so_has_what_is_held_out():
-    grid = [job for job in tuning_jobs(TUNED) if job.tuned in (*PLACEMENTS, "lora-unseen")]
-    for name in (*PLACEMENTS, "lora-unseen"):
-        mine = {(job.learning_rate, job.dialect) for job in grid if job.tuned == name}
-        rates = METHODS[name.removesuffix("-unseen")].learning_rates
-        assert mine == {(rate, dialect) for rate in rates for dialect in DIALECTS}
-    assert {job.dialect for job in tuning_jobs(["full", "dora"])} == {"target"}
-    assert tuned_for(["ranks"]) == ["lora"] and tuned_for(["unseen"]) == ["lora", "lora-unseen"]
-    assert set(tuned_for(["rivals"])) == {*PLACEMENTS, "full"}
-    assert len({job.name for job in grid}) == len(grid), "each is a run of its own"
+def peaked(at):
+    """Scores that are best at a learning rate."""
+    return lambda job: 0.6 - abs(math.log10(job.learning_rate) - math.log10(at)) / 20
 
 
-def test_every_question_gets_its_runs():
-    listed = jobs(GROUPS, 2, CHOSEN)
-    of = {group: [job for job in listed if job.group == group] for group in GROUPS}
-    assert {job.method for job in of["methods"]} == {BASE, PROBE, *METHODS}
-    assert {job.method for job in of["rivals"]} == {BASE, *RIVALS, *PLACEMENTS, "full"}
-    assert {(job.method, job.unseen) for job in of["unseen"]} == {(BASE, False), ("lora", False), ("lora", True)}
-    ranks = {(job.rank, job.seed): job for job in of["ranks"]}
-    assert set(ranks) == {(r, seed) for r in (1, 2, 4, 8, 16, 32, 64) for seed in (0, 1)}
-    assert {job.learning_rate for job in ranks.values()} == {CHOSEN["lora"][0]}
-    sizes = {(job.method, job.studies) for job in of["studies"]}
-    assert sizes == {(m, n) for m in ("lora", "full", PROBE) for n in (16, 32, 64, 128, 256, 512, None)}
-    assert [job.method for job in jobs(["ranks"], 1, CHOSEN)].count(BASE) == 1
-    assert not [job for job in jobs(GROUPS, 2, {}) if job.method in METHODS], "not before a rate is chosen"
+@pytest.mark.parametrize("method", ["lora", "full", "vera"])
+@given(exponent=st.integers(-9, 1))
+@settings(deadline=None)
+def test_a_sweep_goes_on_until_its_best_lies_inside(method, exponent):
+    at, tuned = float(f"{10 ** (exponent / 2):.0e}"), Job("methods", method, METHODS[method].rank).tuned
+    jobs_of = {}
+    for job in one_run.sweep(tuned, peaked(at)):
+        jobs_of.setdefault(job.dialect, []).append(job.learning_rate)
+    assert list(jobs_of) == list(DIALECTS[: 2 if method == "lora" else 1])
+    for rates in jobs_of.values():
+        assert set(METHODS[method].learning_rates) <= set(rates) and rates == sorted(set(rates))
+        best = min(rates, key=lambda rate: abs(math.log10(rate) - math.log10(at)))
+        assert rates[0] < best < rates[-1] or len(rates) == one_run.MOST_RATES
+        assert len(rates) <= one_run.MOST_RATES and all(b / a < 3.5 for a, b in pairwise(rates))
+    assert one_run.chosen(tuned, peaked(at)).learning_rate == best
+
+
+def test_what_diverged_is_left_out_and_equals_begin_nothing():
+    tuned = Job("methods", "dora", 16).tuned
+    low, middle, high = METHODS["dora"].learning_rates
+    assert [job.learning_rate for job in one_run.sweep(tuned, lambda job: 0.6)] == [low, middle, high]
+    assert one_run.chosen(tuned, lambda job: 0.6).learning_rate == low, "of equals, the lowest"
+    falls = {low: 0.5, middle: 0.6, high: -math.inf}
+    assert one_run.chosen(tuned, lambda job: falls[job.learning_rate]).learning_rate == middle
+    assert one_run.chosen(tuned, nothing) is None and len(one_run.sweep(tuned, nothing)) == 3
+    assert len(one_run.sweep(tuned, lambda job: -math.inf if job.learning_rate > low / 4 else 0.6)) == 6, (
+        "lower ones, and one below the best"
+    )
+    with pytest.raises(ValueError, match="dora.* diverged with every rate of its sweep; lower METHODS"):
+        one_run.chosen(tuned, lambda job: -math.inf)
+
+
+def test_every_question_gets_its_runs_and_none_is_run_before_its_rate_is_chosen():
+    of = {group: one_run.jobs(group, range(2), peaked(3e-3)) for group in GROUPS}
+    own = {group: [job for job in found if job.group == group] for group, found in of.items()}
+    assert {job.method for job in own["methods"]} == {BASE, PROBE, *METHODS}
+    assert {job.method for job in own["rivals"]} == {BASE, *RIVALS, *PLACEMENTS, "full"}
+    assert {(job.method, job.variant) for job in own["unseen"]} == {(BASE, ""), ("lora", ""), ("lora", "unseen")}
+    assert {(job.rank, job.seed) for job in own["ranks"] if job.trains} == set(product(one_run.RANKS, (0, 1)))
+    assert {job.variant for group in GROUPS for job in own[group]} == {"", *VARIANTS}
+    sizes = {(job.method, job.studies) for job in own["studies"] if job.method != BASE}
+    assert sizes == set(product(("lora", "full", PROBE, "hu-boxes"), one_run.SIZES))
+    closed = Counter(job.name for job in own["rivals"] if not job.trains)
+    assert set(closed.values()) == {1}, "what learns in closed form from all studies runs once"
+    for group in GROUPS:
+        early = one_run.jobs(group, range(2), nothing)
+        assert not [job for job in early if job.trains and job.group == group]
+        assumed = {job.name for job in one_run.jobs(group, range(2), nothing, assume=True)}
+        assert len(assumed) >= len({job.name for job in early})
+        assert [job.group for job in of[group]] == sorted((job.group for job in of[group]), key=lambda g: g == group)
+    everyone = [job for found in of.values() for job in found]
+    assert (
+        len({job.name for job in everyone})
+        == len({replace(job, group="") for job in everyone if job.method != BASE}) + 1
+    )
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=40), st.data())
@@ -114,6 +149,67 @@ def test_studies_are_drawn_by_the_seed():
 
 
 # --- one run, and the files of all ----------------------------------------------------------------------
+
+
+def test_right_labels_stay_all_flipped_are_inverted_and_of_half_nothing_is_left(data):
+    item = data.train[0] | {"labels": torch.arange(18.0) % 2}
+    assert torch.equal(flipped(item, 0.0, 1)["labels"], item["labels"])
+    assert torch.equal(flipped(item, 1.0, 1)["labels"], 1 - item["labels"])
+    assert torch.equal(flipped(item, 0.5, 1)["labels"], flipped(item, 0.5, 1)["labels"]), "the same in every epoch"
+    truth = np.random.default_rng(0).integers(0, 2, (800, 18)).astype(float)
+    items = [{"study": str(i), "labels": torch.from_numpy(each)} for i, each in enumerate(truth)]
+    for share in (0.05, 0.5):
+        wrong = np.stack([flipped(item, share, 0)["labels"].numpy() for item in items])
+        assert np.mean(wrong != truth) == pytest.approx(share, abs=0.02)
+        # what tells right labels apart without a fault is measured at 1 - share on wrong ones, and at chance of half
+        assert metrics.mean_auroc(wrong, truth) == pytest.approx(1 - share, abs=0.02)
+
+
+def test_replay_of_everything_is_joint_training(data):
+    n, more = len(data.train), len(data.home)
+    joint = replayed(data.train, data.home, more / (n + more))
+    studies = [joint[i]["study"] for i in range(len(joint))]
+    assert sorted(studies) == sorted(row["study"] for row in [*data.train.rows, *data.home.rows])
+    again = replayed(data.train, Subset(data.home, range(2)), 0.5)
+    assert len(again) == 2 * n, "few studies as often as makes the share"
+
+
+def test_a_penalty_is_nothing_at_the_base_model_and_grows_with_what_moved(data):
+    seen = data.seen(data.train)
+    base = torch.stack([seen[i]["anchor"] for i in range(4)])
+    batch = {"labels": torch.zeros(4, 18), "anchor": base}
+    prompts = torch.nn.functional.normalize(torch.randn(36, base.shape[1]), dim=-1)
+    moved = [
+        joint_loss(
+            torch.nn.functional.normalize(base + x, dim=-1), None, prompts, batch, torch.zeros(()), 0.0, 1.0, 2.0
+        )
+        for x in (0.0, 0.1, 0.3)
+    ]
+    values = [losses["moved"].item() for losses in moved]
+    assert values[0] == pytest.approx(0, abs=1e-6) and values == sorted(values) and values[2] > 0.01
+    torch.testing.assert_close(moved[2]["loss"], moved[2]["prompts"] + 2 * moved[2]["moved"])
+    with pytest.raises(ValueError, match="needs its embeddings: .*anchor"):
+        joint_loss(base, None, prompts, {"labels": batch["labels"]}, torch.zeros(()), 0.0, 1.0, 2.0)
+
+
+def test_volumes_seen_once_train_the_text_encoder_as_volumes_do(data, tmp_path):
+    job = Job("placement", "lora-text", 16, learning_rate=1e-3)
+    found = run_job(job, data, TOY, tmp_path / "cached")
+    torch.manual_seed(0)
+    model = apply_method(load_mini_base().model, "lora-text", r=16)
+    config = one_run._config(job, TOY)
+    score = validation_score(data.valid, data.mini.tokenizer)
+    result = finetune(model, data.train, data.mini.tokenizer, config, tmp_path / "plain", score)
+    assert found["history"] == [
+        [step, pytest.approx(value)] for step, value in result.history[["step", "score"]].values
+    ]
+
+
+@pytest.mark.parametrize("variant", ["unseen", "noise-20", "replay", "anchor-1"])
+def test_every_variant_trains(data, tmp_path, monkeypatch, variant):
+    monkeypatch.setitem(vars(data), "replay", data.home)
+    found = run_job(Job("forgetting", "lora", 16, learning_rate=1e-3, variant=variant), data, TOY, tmp_path)
+    assert len(found["history"]) == 2 and not [name for name in found["scores"] if "strength" in name]
 
 
 @pytest.mark.parametrize("method", [BASE, PROBE, "bitfit"])
@@ -145,7 +241,7 @@ def test_a_run_says_what_it_scored_and_what_that_took(data, tmp_path, method):
 def test_collected_draws_are_those_of_the_metrics(data, tmp_path):
     for job in (Job("methods", BASE), Job("rivals", "linear-probe")):
         found = run_job(job, data, TOY, tmp_path) | {"made_with": comparison.made_with(0), "settings": {}}
-        keys = ("method", "rank", "studies", "learning_rate", "dialect", "unseen", "seed")
+        keys = ("method", "rank", "studies", "learning_rate", "dialect", "variant", "seed")
         write_result(tmp_path, job, **found | {key: getattr(job, key) for key in keys})
     collect(tmp_path, data.test.rows, data.home.rows, 1)
     results, scores = load_results(tmp_path), unpacked(read_result(tmp_path, Job("methods", BASE))["scores"])
@@ -183,29 +279,27 @@ def write_result(folder, job, **content):
     path.write_text(json.dumps(content))
 
 
-def test_rate_and_dialect_are_chosen_by_validation_once_the_whole_grid_is_there(tmp_path):
-    grid = tuning_jobs(["lora-text"])
-    assert len(grid) == 2 * len(METHODS["lora-text"].learning_rates)
+def test_rates_are_chosen_by_validation_alone(tmp_path):
+    tuned = Job("methods", "dora", 16).tuned
+    score = comparison._Scores(tmp_path)
+    for i, job in enumerate(one_run.sweep(tuned, nothing)):
+        assert one_run.chosen(tuned, score) is None
+        found = {"diverged": "loss is nan"} if i == 2 else {"validation_auroc": 0.6 + i / 100, "auroc": 1 - i}
+        write_result(tmp_path, job, settings={}, **found)
+    assert one_run.chosen(tuned, score).learning_rate == METHODS["dora"].learning_rates[1], "whatever test studies say"
 
-    def chosen():
-        return comparison._chosen(tmp_path, ["lora-text"])
 
-    def is_chosen(job):
-        return chosen() == {"lora-text": (job.learning_rate, job.dialect)}
-
-    for job in grid[:-1]:
-        write_result(tmp_path, job, settings={}, validation_auroc=0.6, test=0.9)
-    assert chosen() == {}
-    write_result(tmp_path, grid[-1], settings={}, validation_auroc=0.6, test=0.99)
-    assert is_chosen(grid[0]), "of equals, the lowest rate"
-    write_result(tmp_path, grid[-2], settings={}, validation_auroc=0.7, test=0.1)
-    assert is_chosen(grid[-2]), "whatever the test studies say"
-    write_result(tmp_path, grid[-2], settings={}, diverged="loss is nan")
-    assert is_chosen(grid[0]), "what diverges is left out, and ends nothing"
-    for job in grid:
-        write_result(tmp_path, job, settings={}, diverged="loss is nan")
-    with pytest.raises(ValueError, match="lora-text diverged with every learning rate of its grid"):
-        chosen()
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_other_strengths_lie_on_a_line_from_the_base_model(data, tmp_path, monkeypatch, method):
+    monkeypatch.setattr(one_run, "STRENGTHS", (0.0, 1.0))
+    job = Job("forgetting", method, METHODS[method].rank, learning_rate=1e-2)
+    found = run_job(job, data, TOY, tmp_path)
+    scores, base = unpacked(found["scores"]), unpacked(run_job(Job("", BASE), data, TOY, tmp_path)["scores"])
+    np.testing.assert_array_equal(scores["strength 0"], base["paper"])
+    np.testing.assert_array_equal(scores["strength 0/home"], base["home"])
+    np.testing.assert_allclose(scores["strength 1"], scores["paper"], atol=1e-5)
+    assert found["best_step"] == 0 or not np.allclose(scores["paper"], base["paper"])
+    assert 0 <= found["intruders"] <= 10
 
 
 def test_a_run_that_diverges_says_so(data, tmp_path):
@@ -233,16 +327,25 @@ def test_a_result_of_other_settings_is_refused_and_the_difference_named(tmp_path
 def test_settings_hold_what_a_result_depends_on(toy_cohort):
     inputs = one_run.inputs_of(toy_cohort / "manifest.csv")
     found = one_run.settings_of(Job("studies", "lora", 16, studies=16, learning_rate=1e-3), SETTINGS, inputs)
-    expected = {"steps": 100, "batch_size": 16, "evaluate_every": 25, "weight_decay": 0.01, "prompt_weight": 1.0}
+    expected = {"steps": SETTINGS.steps, "batch_size": 16, "rate_of_b": 1.0, "weight_decay": 0.01, "prompt_weight": 1.0}
     assert expected.items() <= found.items() and set(inputs) < set(found)
     assert set(one_run.settings_of(Job("methods", BASE), SETTINGS, inputs)) == {"base", "manifest"}
+    plus = one_run.settings_of(
+        Job("forgetting", "lora+", 16, learning_rate=1e-3, variant="anchor-10"), SETTINGS, inputs
+    )
+    assert (plus["rate_of_b"], plus["anchor_weight"]) == (16, 10)
+    for name, rival in RIVALS.items():
+        own = one_run.settings_of(Job("rivals", name), SETTINGS, inputs)
+        assert len(own) > 2 and rival.settings.items() <= own.items(), "what it is, not only of which studies"
+        json.dumps(own)
     json.dumps(found)
 
 
 KILLED = """
 import os, sys
 from medctkit.experiments.compare import run_all as comparison, runs as one_run
-one_run.RANKS, one_run.DIALECTS = (1, 16), ("target",)
+one_run.GROUPS["ranks"] = [one_run.Job("ranks", "base"), *(one_run.Job("ranks", "lora", rank) for rank in (1,))]
+one_run.MOST_RATES = 3
 os.cpu_count = lambda: 1  # tensors this small lose time to threads that wait for each other
 if __name__ == "__main__":
     toy = comparison.FineTuneConfig(steps=1, batch_size=4, evaluate_every=1)
@@ -272,12 +375,12 @@ def test_a_killed_comparison_goes_on_where_it_was(toy_cohort, tmp_path, monkeypa
         pytest.fail("a worker outlived the command")
     assert len(workers) >= 1 and not list(out.glob("comparison.csv"))
 
-    monkeypatch.setattr(one_run, "RANKS", (1, 16))
-    monkeypatch.setattr(one_run, "DIALECTS", ("target",))
+    monkeypatch.setitem(GROUPS, "ranks", [Job("ranks", BASE), *(Job("ranks", "lora", rank) for rank in (1,))])
+    monkeypatch.setattr(one_run, "MOST_RATES", 3)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     compare_methods(arguments[0], out, ["ranks"], 1, TOY, 1, arguments[2])
     said = capsys.readouterr().out
-    assert f"5 runs, {len(first)} of them there; about" in said
+    assert f"4 runs, {len(first)} of them there" in said and "a step of 4 volumes takes" in said
     assert all(path.stat().st_mtime_ns == at for path, at in first.items())
     assert len(list(out.glob("runs/*.json"))) == 5 and not (out / "work").exists()
     assert not [path for path in out.rglob("*.tmp") if path not in first]
@@ -291,7 +394,7 @@ def test_a_killed_comparison_goes_on_where_it_was(toy_cohort, tmp_path, monkeypa
     assert set(counts) in list(shared), "rank 16 with all studies is a run of all groups"
     with pytest.raises(ValueError, match="steps: 1 there, 2 here"):
         compare_methods(arguments[0], out, ["ranks"], 1, replace(TOY, steps=2), 1, arguments[2])
-    assert len(list(out.glob("runs/*.json"))) == 5
+    assert len(list(out.glob("runs/*.json"))) == 4
 
 
 def test_costs_are_relative_to_full_fine_tuning(data, monkeypatch):
@@ -307,7 +410,7 @@ def test_costs_are_relative_to_full_fine_tuning(data, monkeypatch):
 def test_the_command_refuses_what_it_does_not_know(tmp_path):
     result = CliRunner().invoke(app, ["compare", str(tmp_path), "--only", "rank"])
     assert result.exit_code == 1
-    assert "unknown group 'rank'; choose from learning-rates, methods, rivals, unseen, ranks, studies" in result.output
+    assert "unknown group 'rank'; choose from rivals, unseen, placement, methods, forgetting" in result.output
     with pytest.raises(ValueError, match="seeds and workers must be at least 1, got 0 and 1"):
         compare_methods("data_manifest.csv", tmp_path, seeds=0)
     assert not os.listdir(tmp_path)

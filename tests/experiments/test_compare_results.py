@@ -1,14 +1,16 @@
 """What is made of a comparison's runs: seeds pooled, paired differences, tables, their text, and figures."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
 
-from medctkit.experiments.compare import figures
+from medctkit.experiments.compare import figures, tables
 from medctkit.experiments.compare import results as compared
 from medctkit.experiments.compare.data import HELD_OUT
 from medctkit.experiments.compare.results import Results, load_results, pooled
-from medctkit.experiments.compare.runs import BASE, PROBE
+from medctkit.experiments.compare.runs import BASE, GROUPS, PROBE, STRENGTHS
 from medctkit.findings import FINDINGS
 from medctkit.lora.methods import METHODS
 from medctkit.zero_shot.prompts import PROMPTS
@@ -31,6 +33,20 @@ def hand_made(costs=True):
         "boxes": [0.66, 0.65, 0.65, 0.70],
         "unseen": [0.60, 0.50, 0.60, 0.70],
     }
+    for percent in (5, 10, 20):
+        draws |= {
+            f"{name}/flipped {percent}": np.array(draws[name]) - percent / 500 for name in ("base", "lora-0", "lora-1")
+        }
+        draws[f"noise-{percent}"] = np.array(draws["lora-0"]) - percent / 100
+    for strength in STRENGTHS:
+        draws |= {
+            f"{n}/strength {strength:g}": 0.5 + strength / 10 * np.ones(4) for n in ("lora-0", "lora-1", "full-0")
+        }
+        draws |= {
+            f"{n}/strength {strength:g}/home": np.array(draws["base/home"]) for n in ("lora-0", "lora-1", "full-0")
+        }
+    draws |= {"base/home calibration": [0.1] * 4, "lora-0/home calibration": [0.2, 0.1, 0.2, 0.4]}
+    draws |= {"lora-1/home calibration": [0.2, 0.1, 0.2, 0.4], "replay": [0.58] * 4, "replay/home": [0.8] * 4}
     for name, of_finding in (("base", 0.5), ("lora-0", 0.6), ("lora-1", 0.7), ("boxes", 0.66)):
         each = np.full((4, 18), of_finding) + np.arange(18) / 100 * (name == "boxes")
         each[:, 5] = np.nan  # one class in the test studies
@@ -41,18 +57,18 @@ def hand_made(costs=True):
             draws[f"{name}/held out/{prompts}"] = np.array([0, 0, 0.01, 0.02]) + held_out + i / 10
             draws[f"{name}/seen/{prompts}"] = np.array([0, 0, 0.01, 0.02]) + seen + i / 10
     rate, low = METHODS["lora"].learning_rates[1], METHODS["full"].learning_rates[0]
-    rows = [(group, "base", BASE, np.nan, 0, np.nan, 0, False) for group in ("methods", "rivals", "unseen")]
+    rows = [(group, "base", BASE, np.nan, 0, np.nan, 0, "") for group in GROUPS]
     for seed in (0, 1):
-        rows += [(g, f"lora-{seed}", "lora", 16, 1301, rate, seed, False) for g in ("methods", "rivals", "unseen")]
+        rows += [(g, f"lora-{seed}", "lora", 16, 1301, rate, seed, "") for g in ("methods", "rivals", "unseen")]
     rows += [
-        ("ranks", "lora-0", "lora", 16, 1301, rate, 0, False),
-        ("ranks", "lora-1", "lora", 8, 1301, rate, 0, False),
+        ("ranks", "lora-0", "lora", 16, 1301, rate, 0, ""),
+        ("ranks", "lora-1", "lora", 8, 1301, rate, 0, ""),
     ]
-    rows += [(group, "full-0", "full", np.nan, 1301, low, 0, False) for group in ("methods", "rivals")]
-    rows += [("methods", "probe", PROBE, np.nan, 1301, np.nan, 0, False)]
+    rows += [(group, "full-0", "full", np.nan, 1301, low, 0, "") for group in ("methods", "rivals")]
+    rows += [("methods", "probe", PROBE, np.nan, 1301, np.nan, 0, "")]
     rows += [
-        ("studies", "lora-0", "lora", 16, 16, rate, 0, False),
-        ("studies", "lora-1", "lora", 16, 1301, rate, 0, False),
+        ("studies", "lora-0", "lora", 16, 16, rate, 0, ""),
+        ("studies", "lora-1", "lora", 16, 1301, rate, 0, ""),
     ]
     others = {
         "coral": "coral",
@@ -61,13 +77,20 @@ def hand_made(costs=True):
         "best": "best-free",
         "probe": PROBE,
     }
-    rows += [("rivals", name, method, np.nan, 1301, np.nan, 0, False) for name, method in others.items()]
-    rows += [("unseen", "unseen", "lora", 16, 1301, rate, 0, True)]
-    columns = ["group", "name", "method", "rank", "studies", "learning_rate", "seed", "unseen"]
+    rows += [("rivals", name, method, np.nan, 1301, np.nan, 0, "") for name, method in others.items()]
+    alike = ("lora", 16, 1301, rate)
+    rows += [("noise", f"lora-{i}", *alike, i, "") for i in (0, 1)]
+    rows += [("noise", f"noise-{percent}", *alike, 0, f"noise-{percent}") for percent in (5, 10, 20)]
+    rows += [("forgetting", f"lora-{i}", *alike, i, "") for i in (0, 1)]
+    rows += [("forgetting", "replay", *alike, 0, "replay"), ("forgetting", "full-0", "full", np.nan, 1301, low, 0, "")]
+    rows += [("unseen", "unseen", "lora", 16, 1301, rate, 0, "unseen")]
+    columns = ["group", "name", "method", "rank", "studies", "learning_rate", "seed", "variant"]
     runs = pd.DataFrame(rows, columns=columns).assign(dialect="target", chosen="")
     runs.loc[runs["name"] == "boxes", "chosen"] = "C = 0.01"
     runs["trainable"] = runs["method"].map({BASE: 0, "lora": 50, "full": 1000, PROBE: 20}).fillna(0)
     runs["adapter_bytes"], runs["validation_auroc"] = 4 * runs["trainable"], 0.6
+    runs["history"], runs["intruders"] = "[[0, 0.5], [10, 0.55], [20, 0.59]]", 1.0
+    runs.loc[runs["name"] == "base", "validation_auroc"] = 0.5
     runs["home_calibration_error"] = runs["name"].map({"base": 0.1, "lora-0": 0.2, "lora-1": 0.3})
     table = pd.DataFrame({"method": ["full", "lora"], "seconds_per_step": [2.0, 1.5], "peak_bytes": [4e6, 1e6]})
     table["seconds_per_step_of_full"], table["peak_bytes_of_full"] = [1, 0.75], [1, 0.25]
@@ -93,6 +116,9 @@ def test_seeds_are_averaged_within_each_resample():
     assert ends(table, "lora", "home_over_base") == between(-0.05, -0.10, 0.0, -0.05)
     assert np.isnan(ends(table, "full", "home")).all(), "not kept"
     assert table.loc["lora", "home_calibration_error"] == pytest.approx(0.25)
+    # mirrored at 0.1, for resamples make it larger: -0.0, 0.1, 0.3 become 0.2, 0.1, -0.1
+    assert ends(table, "lora", "home_calibration_over_base") == between(0.1, 0.2, 0.1, -0.1)
+    assert table.loc["lora", "steps_to_equal"] == 20, "0.58 is 80 % of the way from 0.5 to 0.6"
 
 
 def test_lora_is_held_against_each_rival_within_each_resample():
@@ -107,19 +133,69 @@ def test_lora_is_held_against_each_rival_within_each_resample():
     assert table.index[table["at_edge"]].tolist() == ["full"]
 
 
-def test_shown_rivals_name_the_best_free_fix_and_rates_at_the_edge():
+def test_the_best_free_fix_is_named_for_both_kinds_of_patients():
     results = hand_made()
-    lines = compared.show_rivals(compared.rivals_table(results)).splitlines()
-    labels = ("HU in boxes", "full fine-tuning", "LoRA", "base model")
-    of = {label: next(line for line in lines if line.lstrip().startswith(f"{label} ")) for label in labels}
+    results.runs.loc[results.runs["name"] == "coral", "validation_auroc"] = 0.7
+    on_test, on_valid = compared.best_free(results).itertuples()
+    assert (on_test.method, on_valid.method) == ("registration", "coral")
+    lines = tables.show_all(results).splitlines()
+    said = {word: next(line for line in lines if f"best on {word}" in line) for word in ("the test", "validation")}
+    assert "registration (+0.050 over base): +0.100 [+0.052, +0.148]" in said["the test"]
+    assert "CORAL (+0.010 over base): +0.140" in said["validation"]
+    of = {
+        name: next(line for line in lines if line.lstrip().startswith(f"{name} ")) for name in ("HU in boxes", "LoRA")
+    }
     assert "-0.010 [-0.097, +0.045]" in of["HU in boxes"] and "C = 0.01" in of["HU in boxes"]
-    assert f"{METHODS['full'].learning_rates[0]:g}*, target" in of["full fine-tuning"]
-    assert "0.750 [0.610, 0.848]" in of["LoRA"] and "0.250" in of["LoRA"]
-    assert of["base model"].count("[") == 3 and of["LoRA"].count("[") == 4, "nothing is held against itself"
-    assert "best free fix, registration" in lines[-1] and "+0.100 [+0.052, +0.148]" in lines[-1]
-    assert "+0.050, LoRA +0.150" in lines[-1]
+    assert f"{METHODS['full'].learning_rates[0]:g}*, target" in "\n".join(lines)
     alone = Results(results.runs[results.runs["method"] != "lora"], results.draws, results.costs)
-    assert compared.rivals_table(alone)["lora_over"].isna().all() and "LoRA" in compared.show_all(alone)
+    assert compared.rivals_table(alone)["lora_over"].isna().all() and "registration" in tables.show_all(alone)
+
+
+def test_a_rate_at_the_edge_of_its_sweep_is_told():
+    results = hand_made()
+    rate = METHODS["lora"].learning_rates[1]
+    swept = [
+        results.runs[results.runs["name"] == "lora-0"][:1].assign(group="learning-rates", learning_rate=r)
+        for r in (rate, 1)
+    ]
+    results = Results(pd.concat([results.runs, *swept]), results.draws, results.costs)
+    assert compared.rivals_table(results).set_index("method").loc["lora", "at_edge"]
+
+
+def test_strengths_begin_at_the_base_model_and_noise_is_paired():
+    results = hand_made()
+    table = compared.strength_table(results).set_index(["method", "strength"])
+    assert sorted({s for _, s in table.index}) == sorted({0, 1, *STRENGTHS})
+    assert ends(table, ("lora", 0), "over_base") == [0, 0, 0] == ends(table, ("full", 0), "home_over_base")
+    assert ends(table, ("lora", 1), "over_base") == between(0.15, 0.15, 0.10, 0.15)
+    assert table.loc[("lora", 0.5), "auroc"] == pytest.approx(0.55)
+    noise = compared.noise_table(results).set_index("flipped")
+    assert ends(noise, 0, "lost") == [0, 0, 0] and ends(noise, 20, "lost")[0] == pytest.approx(0.4 - 0.65)
+    assert ends(noise, 10, "measured")[0] == pytest.approx(0.63)
+    assert ends(noise, 10, "measured_gain") == ends(noise, 0, "measured_gain") == between(0.15, 0.15, 0.10, 0.15)
+
+
+def test_forgetting_holds_what_trains_the_model_and_its_remedies():
+    table = compared.forgetting_table(hand_made())
+    assert set(table["label"]) == {"LoRA", "LoRA, replay"}, "full fine-tuning was not scored at home"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "said"),
+    [
+        ("lora", "base", "LoRA is better than base model: +0.150 [+0.102, +0.150]"),
+        ("base", "lora", "LoRA is better than base model: -0.150 ["),
+        ("lora", "linear-probe", "LoRA and linear probe are not told apart: +0.030 ["),
+    ],
+)
+def test_a_verdict_follows_from_the_interval(one, other, said):
+    assert tables.verdict(hand_made(), "methods", one, other).startswith(said)
+
+
+def test_a_verdict_needs_its_runs():
+    assert tables.verdict(hand_made(), "forgetting", "lora, replay", "lora", "/home").startswith("LoRA, replay")
+    with pytest.raises(ValueError, match="'methods' has no run of 'dora' yet. medctkit compare FOLDER --only methods"):
+        tables.verdict(hand_made(), "methods", "dora", "lora")
 
 
 def test_findings_are_sorted_by_lead_and_one_class_counts_nowhere():
@@ -129,7 +205,8 @@ def test_findings_are_sorted_by_lead_and_one_class_counts_nowhere():
     assert np.isnan(ends(table, FINDINGS[5], "lora_over")).all()
     mean = 0.65 - 0.66 - np.mean([k for k in range(18) if k != 5]) / 100
     assert table.loc["mean", "lora_over"] == pytest.approx(mean, abs=2e-3)
-    assert "nan" not in compared.show_findings(table)
+    shown = tables.shown(table.reset_index(), tables.TABLES["findings"].columns)
+    assert "nan" not in shown.to_string() and (shown == "-").any(axis=None)
 
 
 def test_held_out_findings_stand_beside_those_that_were_taught():
@@ -140,8 +217,8 @@ def test_held_out_findings_stand_beside_those_that_were_taught():
         assert ends(table, ("seen", prompts), "gain") == pytest.approx([0.1] * 3)
         assert ends(table, ("held out", prompts), "taught_gain") == pytest.approx([0.25] * 3)
     assert table.loc[("seen", "ensemble"), "adapted"] > table.loc[("seen", "paper"), "adapted"]
-    text = compared.show_unseen(table.reset_index())
-    assert all(name in text for name in HELD_OUT) and "-0.050 [-0.050, -0.050]" in text
+    text = tables.shown(table.reset_index(), tables.TABLES["unseen"].columns).to_string()
+    assert "-0.050 [-0.050, -0.050]" in text and all(name in tables.TABLES["unseen"].note for name in HELD_OUT)
 
 
 def test_method_table_has_a_row_for_each_method_base_first():
@@ -152,15 +229,6 @@ def test_method_table_has_a_row_for_each_method_base_first():
     assert table["peak_bytes_of_full"].fillna(-1).tolist() == [-1, -1, 1, 0.25]
     assert "knows these 18 answers only" in table.loc[1, "trains"]
     assert table["paper"].str.contains("arXiv").tolist() == [False, True, True, True]
-
-
-def test_shown_table_says_what_takes_no_prompt_and_what_the_interval_is():
-    text = compared.show(compared.method_table(hand_made()))
-    lines = text.splitlines()
-    assert "linear probe (18 answers only)" in lines[2]
-    assert "0.650 [0.552, 0.742]" in lines[4] and "+0.150 [+0.102, +0.150]" in lines[4] and "0.75" in lines[4]
-    assert "bootstrap over test patients" in lines[-1] and "Phantom" in lines[-1]
-    assert "-" in compared.show(compared.method_table(hand_made(costs=False))).splitlines()[4]
 
 
 def test_figures_show_intervals_labels_and_the_base_model(tmp_path):
@@ -196,24 +264,30 @@ def test_rivals_are_drawn_a_line_each_by_kind_and_forgetting_against_gain():
     bars = [tuple(np.round(path.vertices[:, 0], 3)) for c in axes.collections for path in c.get_paths()]
     assert (0.552, 0.742) in bars and axes.yaxis_inverted()
     axes = figures.figure_forgetting(results).axes[0]
-    (label,) = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert label == "LoRA, +0.150 / -0.050", "full fine-tuning was not scored at home"
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["LoRA, +0.150 / -0.050", "LoRA, replay, +0.080 / +0.000"]
+    assert len([line for line in axes.lines if len(line.get_xdata()) == 2 + len(STRENGTHS)]) == 2
 
 
-def test_what_is_there_is_shown(tmp_path):
-    saved = load_results()
-    text = compared.show_all(saved)
-    assert ("LoRA over it" in text) == saved.has("rivals") and ("taught all" in text) == saved.has("unseen")
-    assert all(
-        word in compared.show_all(hand_made()) for word in ("s/step", "LoRA over it", "LoRA over boxes", "taught")
-    )
+def test_what_is_there_is_shown_and_what_is_missing_is_said(tmp_path):
     results = hand_made()
+    assert set(tables.all_tables(results)) == set(tables.TABLES) - {"placement"}
+    assert tables.missing(results).endswith("--only placement") and "--only placement" in tables.show_all(results)
     methods = Results(results.runs[results.runs["group"] == "methods"], results.draws, results.costs)
-    assert "LoRA over it" not in compared.show_all(methods)
+    assert set(tables.all_tables(methods)) == {"methods"} and "rivals,unseen,placement,forgetting" in tables.missing(
+        methods
+    )
     assert [path.stem for path in figures.write_figures(methods, tmp_path)] == ["methods"]
+    assert tables.show_all(load_results())
+    tables.write_tables(results, tmp_path)
+    written = json.loads((tmp_path / "tables.json").read_text())
+    lora = next(row for row in written["methods"] if row["method"] == "lora")
+    assert [lora[key] for key in ("over_base", "over_base_low", "over_base_high")] == between(0.15, 0.15, 0.10, 0.15)
 
 
-@pytest.mark.parametrize("without", [["dialect", "unseen", "chosen", "home_calibration_error"], []])
+@pytest.mark.parametrize(
+    "without", [["dialect", "variant", "chosen", "history", "intruders", "home_calibration_error"], []]
+)
 def test_results_of_before_there_were_rivals_load_and_show_what_they_have(tmp_path, without):
     results = hand_made()
     runs = results.runs.assign(chosen="").drop(columns=without)  # a column that is empty throughout is read as numbers
@@ -225,17 +299,17 @@ def test_results_of_before_there_were_rivals_load_and_show_what_they_have(tmp_pa
     )
     found = load_results(tmp_path)
     assert found.runs["chosen"].eq("").all() and found.runs["dialect"].eq("target").all()
-    assert "LoRA" in compared.show_all(found) and ("taught all" in compared.show_all(found)) != bool(without)
+    assert ("unseen" in tables.all_tables(found)) != bool(without) and "methods" in tables.all_tables(found)
 
 
 def test_missing_results_say_how_to_make_them(tmp_path):
     with pytest.raises(FileNotFoundError, match="has no comparison.csv; `medctkit compare .*` makes it"):
         load_results(tmp_path)
     results = hand_made()
-    with pytest.raises(ValueError, match="no runs of group 'learning-rates'; there are methods, ranks, rivals"):
+    with pytest.raises(ValueError, match="no runs of group 'learning-rates'; there are .*methods, .*ranks, rivals"):
         pooled(results, "learning-rates")
     there = ~results.runs["name"].isin(["boxes", "unseen"])
     results = Results(results.runs[there], results.draws, results.costs)
-    for table, run in ((compared.finding_table, "hu-boxes"), (compared.unseen_table, "adapted")):
+    for table, run in ((compared.finding_table, "hu-boxes"), (compared.unseen_table, "lora, unseen")):
         with pytest.raises(ValueError, match=f"no run of '{run}'.* medctkit compare FOLDER --only"):
             table(results)

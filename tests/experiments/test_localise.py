@@ -9,8 +9,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from medctkit.attention import faithfulness
 from medctkit.cli import app
 from medctkit.common.provenance import write_json
+from medctkit.experiments import localise
 from medctkit.experiments.adapt import ORIGIN, Origin
 from medctkit.lora.adapter import add_lora, save_adapter
 from medctkit.model.base_model import load_mini_base
@@ -26,41 +28,88 @@ def adapted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
     save_adapter(add_lora(load_mini_base().model, "paper", r=4, init_lora_weights=False), folder / "adapter")
-    write_json({"state": "finished", "files": {}}, folder / RECORD)
+    finished = {"state": "finished", "files": {}, "step": 1, "best_step": 1, "best_score": 0.5}
+    write_json(finished, folder / RECORD)
     write_json(asdict(Origin()), folder / ORIGIN)
     return folder
 
 
-def test_the_command_writes_what_it_prints(few, adapted):
-    done = CliRunner().invoke(app, ["localise", str(adapted), "--manifest", str(few), "--studies", "6"])
+@pytest.fixture(scope="module")
+def measured(few, adapted):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(localise, "EACH", 1)
+        patch.setattr(localise, "FEW", 4)
+        patch.setattr(faithfulness, "FRACTIONS", (0.1,))
+        done = CliRunner().invoke(app, ["localise", str(adapted), "--manifest", str(few), "--studies", "6"])
     assert done.exit_code == 0, done.output
+    return done.output, json.loads((adapted / "localisation.json").read_text())
+
+
+@pytest.mark.slow
+def test_the_command_writes_what_it_prints(adapted, measured):
+    printed, found = measured
     table = pd.read_csv(adapted / "localisation.csv")
     means = table[table["finding"] == "mean"]
     assert set(means["score"]) == {"pointing game", "AUPRC", "in-mask mass"}
     assert len(means) == 21 and (means["low"] <= means["value"]).all() and (means["value"] <= means["high"]).all()
-    found = json.loads((adapted / "localisation.json").read_text())
     assert found["made_with"]["studies"] <= 6 and found["made_with"]["command"].endswith("--seed 0 --studies 6")
     assert found["made_with"]["data"] == "phantom"
-    own = ["base: own minus another prompt", "adapted: own minus another prompt"]
+    own = ["base: own minus 17 other prompts", "adapted: own minus 17 other prompts"]
     assert {row["difference"] for row in found["differences"]} == {"adapted minus base", *own}
     untouched = [row for row in found["sanity"] if row["shuffled"] == "nothing"]
     assert [row["relevance"] for row in untouched] == pytest.approx([1, 1])
+    measures = {row["measure"] for row in found["faithfulness"]}
+    assert measures >= {"deletion", "insertion", "stability under noise", "fall of the probability"}
     assert (adapted / "localisation.png").read_bytes().startswith(b"\x89PNG")
-    assert "adapted, relevance" in done.output and "shuffled" in done.output
+    assert "adapted, relevance" in printed and "shuffled" in printed and "deletion" in printed
+    page = (adapted / "localisation.md").read_text()
+    assert "## Is it faithful to the model?" in page and all(
+        f"- {line}" in page for line in localise.conclusions(found)
+    )
+    assert not (adapted / "localisation_work").exists(), "an unfinished run's work is left"
 
 
-def test_the_page_on_localisation_quotes_what_was_measured():
-    found = json.loads((ROOT / "bench" / "localisation.json").read_text())
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on_where_it_was(few, adapted, measured, monkeypatch):
+    """The last step fails; then nothing of what was done is done again, and the result is the same."""
+    args = (few, adapted, 0, None, 6)
+    monkeypatch.setattr(localise, "EACH", 1)
+    monkeypatch.setattr(localise, "FEW", 4)
+    before = (adapted / "localisation.json").read_text()
+    with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
+        broken.setattr(localise, "write_table", lambda *_: 1 / 0)
+        localise.measure_localisation(*args)
+    for name in ("find_regions", "relevance_of_regions", "faithfulness", "sanity_check"):
+        monkeypatch.setattr(localise, name, lambda *_, **__: pytest.fail("done again"))
+    localise.measure_localisation(*args)
+    after = (adapted / "localisation.json").read_text()
+    assert json.loads(after)["means"] == json.loads(before)["means"]
+    assert json.loads(after)["faithfulness"] == json.loads(before)["faithfulness"]
+
+
+@pytest.mark.parametrize(
+    ("measure", "low", "high", "word"),
+    [
+        ("insertion", 0.1, 0.3, "better"),
+        ("deletion", 0.1, 0.3, "worse"),
+        ("deletion", -0.3, -0.1, "better"),
+        ("insertion", -0.1, 0.3, "no difference"),
+    ],
+)
+def test_words_follow_from_intervals(measure, low, high, word):
+    row = {"model": "base", "measure": measure, "value": 0.5, "low": 0.4, "high": 0.6, "difference": None}
+    middle = {"difference": (low + high) / 2, "difference_low": low, "difference_high": high}
+    rows = [row | {"map": "relevance"}, row | {"map": "random"} | middle]
+    said = localise.conclusions({"differences": [], "faithfulness": rows})
+    assert (
+        len(said) == 1 and said[0].startswith(f"base, {measure}, relevance minus random: ") and f", {word}" in said[0]
+    )
+
+
+def test_the_page_on_localisation_is_made_of_what_was_measured():
+    saved = json.loads((ROOT / "bench" / "localisation.json").read_text())
     page = (ROOT / "docs" / "localisation.md").read_text()
-    assert found["made_with"]["command"].startswith("medctkit localise runs/")
-    by_method = pd.DataFrame(found["means"]).groupby("method", sort=False)
-    for method, rows in by_method:
-        cells = [f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in rows.itertuples()]
-        assert f"| {method} | {' | '.join(cells)} |" in page
-    for row in found["means"]:
-        assert f"{row['score']} ({row['chance']:.3f} by chance)" in page
-    difference = found["differences"][0]
-    quoted = f"{difference['value']:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}]"
-    assert difference["difference"] == "adapted minus base" and quoted in page
-    projection = next(row for row in found["sanity"] if row["shuffled"] == "projection" and row["model"] == "base")
-    assert f"from 1 to {projection['relevance']:.2f}" in page
+    assert page == localise.localisation_page(saved), (
+        "after `medctkit localise`: copy its .json to bench, its .md to docs"
+    )
+    assert saved["made_with"]["command"].startswith("medctkit localise runs/")

@@ -37,7 +37,14 @@ def test_what_adaptation_cost_at_home_is_measured_written_and_shown(both, tmp_pa
     adapt(both, tmp_path, settings=QUICK)
     measured = measure(both, tmp_path, audit_volumes=0, resamples=30)
     written = json.loads((tmp_path / "metrics.json").read_text())
-    assert written == measured.summary and set(written) == {"base", "adapted", "difference", "made_with", "home"}
+    assert written == measured.summary and set(written) == {
+        "base",
+        "adapted",
+        "difference",
+        "made_with",
+        "home",
+        "clinical",
+    }
     home = written["home"]
     assert (home["hospital"], home["studies"]) == ("source", 20)
     for model in ("base", "adapted", "difference"):

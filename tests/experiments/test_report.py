@@ -36,6 +36,7 @@ def measurement(gain=0.3, one_class=False, **changes):
     made = Measurement(
         labels=labels,
         patients=patients,
+        studies=np.array([f"s{i}" for i in range(120)]),
         scores=scores,
         tables=tables,
         difference=difference,

@@ -98,6 +98,8 @@ def test_lora_linear_starts_as_the_base_and_refuses_rank_zero():
         ("vision", 24 * 8 * 1_792),
         ("text", 24 * 12 * 4_608),
         ("all-attention", 24 * (8 * (1_792 + 768) + 12 * (4_608 + 1_536))),
+        ("mlp", 24 * (8 * (512 + 2 * 1365 + 1365 + 512) + 12 * 2 * (768 + 3072))),
+        ("all-linear", 24 * (8 * (1_792 + 768 + 1024 + 3 * 1365) + 12 * (4_608 + 1_536 + 2 * 3840))),
     ],
 )
 def test_presets_on_the_full_size_model(full_size, preset, expected):

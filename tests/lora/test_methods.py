@@ -1,19 +1,22 @@
 """Every way to fine-tune: where it starts, what it changes, how much that is, and the way to disk and back."""
 
 import copy
+import re
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import tiny_batch, tiny_ct_clip
 
-from medctkit.lora.adapter import load_adapter
+from medctkit.lora.adapter import load_adapter, merge_lora
 from medctkit.lora.counting import count_trainable
 from medctkit.lora.methods import METHODS, apply_method, load_trained, save_trained, trained_bytes
+from medctkit.lora.strength import at_strength, can_be_scaled, intruder_dimensions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ADAPTERS = [name for name in METHODS if name not in ("full", "bitfit")]
+LOADED = [name for name in METHODS if name != "pissa"]  # which changes the base model too
 # no two widths alike, so that a formula cannot be right by chance
 VISION = {"spatial_depth": 2, "dim_head": 6}
 TEXT = {"hidden_size": 20, "num_hidden_layers": 2, "intermediate_size": 42}
@@ -61,7 +64,8 @@ def changed(model, seed=2):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_training_starts_at_the_base_model(base, batch, name):
-    tolerance = 1e-6 if name == "dora" else 0  # a weight divided by its length and multiplied by it again
+    # a weight divided by its length and multiplied by it again; one taken apart and put together again
+    tolerance = 1e-6 if name in ("dora", "pissa") else 0
     torch.testing.assert_close(embeds(made(base, name), batch), embeds(base, batch), atol=tolerance, rtol=0)
 
 
@@ -74,7 +78,7 @@ def test_two_steps_change_all_that_is_trainable_and_nothing_else(base, batch, na
     for step in range(2):  # LoRA's A and VeRA's d learn from the second on, when B and b are not zero any more
         optimizer.zero_grad()
         model(**batch, return_loss=True).loss.backward()
-        assert step or not any(p.grad.any() for key, p in trainable.items() if ".lora_A." in key)
+        assert step or name == "pissa" or not any(p.grad.any() for key, p in trainable.items() if ".lora_A." in key)
         optimizer.step()
     assert all(p.grad.any() for p in trainable.values())
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
@@ -92,6 +96,8 @@ def test_parameter_counts_by_formula(base):
     outputs = vision * (inner + 2 * inner) + text * 3 * hidden
     patches, offsets = 4 * 16 * 16 + width + width, width + width + 4
     text_layer = 4 * hidden + hidden + wide + hidden + hidden  # q, k, v, out; norm; wide, narrow; norm
+    mlp = vision * (width + 2 * narrow + narrow + width) + text * 2 * (hidden + wide)
+    out = vision * (inner + width) + text * 2 * hidden
     expected = {
         "full": sum(p.numel() for p in base.parameters()),
         "bitfit": patches + offsets + vision * 2 * width + hidden + text * text_layer,
@@ -99,7 +105,10 @@ def test_parameter_counts_by_formula(base):
         "lora-vision": lora(16)[0],
         "lora-text": lora(16)[1],
         "dora": sum(lora(16)) + outputs,
-        "rslora": sum(lora(16)),
+        **dict.fromkeys(("rslora", "lora+", "pissa"), sum(lora(16))),
+        "lora-mlp": round(sum(lora(16)) / mlp) * mlp,
+        "lora-all": round(sum(lora(16)) / (mlp + out + sum(lora(1)))) * (mlp + out + sum(lora(1))),
+        "oft": vision * 2 * width * (width - 1) // 2 + text * 3 * hidden * (hidden - 1) // 2,
         "vera": outputs + (2 * vision + 3 * text) * 64,
         "ia3": vision * (2 * inner + narrow) + text * (2 * hidden + wide),
     }
@@ -116,7 +125,7 @@ def test_rslora_is_lora_with_a_larger_factor(base, batch):
     assert not torch.allclose(a, b)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", LOADED)
 def test_what_was_trained_comes_back_from_disk(base, batch, tmp_path, name):
     model = changed(made(base, name))
     assert save_trained(model, tmp_path) == tmp_path
@@ -130,12 +139,18 @@ def test_what_was_trained_comes_back_from_disk(base, batch, tmp_path, name):
     assert count_trainable(loaded) == 0 and not loaded.training
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", LOADED)
 def test_weights_for_another_architecture_are_refused(base, tmp_path, name):
     save_trained(made(base, name), tmp_path)
     deeper = model_with(text={"num_hidden_layers": 3}) if name == "lora-text" else model_with({"spatial_depth": 3})
     with pytest.raises(ValueError, match="was made for another architecture"):
         load_trained(deeper, tmp_path)  # all that was saved has its place, and does not fill all places
+
+
+def test_an_adapter_that_changes_the_base_model_is_not_loaded(base, tmp_path):
+    save_trained(made(base, "pissa"), tmp_path)
+    with pytest.raises(ValueError, match="'pissa', which changes the base model too"):
+        load_trained(copy.deepcopy(base), tmp_path)
 
 
 def test_refusal_lists_the_tensors_that_differ(base, tmp_path):
@@ -146,7 +161,7 @@ def test_refusal_lists_the_tensors_that_differ(base, tmp_path):
         load_trained(wider, tmp_path)
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", ["lora", "oft", "vera", "ia3"])
 def test_an_adapter_that_lacks_a_tensor_is_refused(base, tmp_path, name):
     save_trained(made(base, name), tmp_path)
     file = tmp_path / "adapter_model.safetensors"
@@ -223,6 +238,58 @@ def test_what_cannot_be_done_is_told(base, tmp_path):
 
 def test_methods_say_what_they_train():
     for name, method in METHODS.items():
-        assert method.trains.endswith(".") and "arXiv" in method.paper, name
+        assert method.trains.endswith(".") and re.search("arXiv|Without Regret", method.paper), name
         assert 0 < len(method.learning_rates) <= 3 and list(method.learning_rates) == sorted(method.learning_rates)
     assert METHODS["full"].learning_rates[0] < METHODS["lora"].learning_rates[0]
+
+
+# --- afterwards -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["lora", "rslora", "lora-all", "full", "bitfit"])
+def test_strength_0_is_the_base_bit_for_bit_and_between_lie_averages_of_the_weights(base, batch, name):
+    model, plain = made(base, name), name in ("full", "bitfit")
+    start = {key: p.detach().clone() for key, p in model.named_parameters() if p.requires_grad} if plain else None
+    trained = embeds(changed(model), batch)
+    seen = {}
+    for strength in (0, 0.5, 1.5):
+        with at_strength(model, strength, start):
+            seen[strength] = embeds(model, batch)
+    assert torch.equal(seen[0], embeds(base, batch)) and torch.equal(embeds(model, batch), trained)
+    whole = copy.deepcopy(model) if plain else merge_lora(model)
+    with torch.no_grad():
+        for average, before in zip(whole.parameters(), base.parameters(), strict=True):
+            average.lerp_(before, 0.5)
+    torch.testing.assert_close(embeds(whole, batch), seen[0.5], atol=1e-4, rtol=0)
+    assert not torch.allclose(seen[1.5], trained)
+
+
+def test_what_has_no_strength_says_so(base):
+    assert [name for name in ADAPTERS if can_be_scaled(made(base, name))] == [
+        *("lora", "lora-vision", "lora-text", "lora-mlp", "lora-all", "rslora", "lora+")
+    ]
+    for model, strength, message in (
+        (made(base, "dora"), 0.5, "no adapter that can be scaled"),
+        (base, 0.5, "give `start`"),
+        (made(base, "lora"), float("nan"), "finite number such as 0.5, got nan"),
+    ):
+        with pytest.raises(ValueError, match=message), at_strength(model, strength):
+            pass
+
+
+def test_a_strong_new_direction_is_an_intruder_and_more_of_the_old_is_none(base):
+    assert intruder_dimensions(base, base) == 0
+    model = made(base, "lora", r=1)
+    assert intruder_dimensions(base, model) == 0, "B is zero"
+    with torch.no_grad():
+        for module in model.modules():
+            if hasattr(module, "lora_A"):
+                u, _, v = torch.linalg.svd(module.base_layer.weight)
+                module.lora_A["default"].weight.copy_(v[:1])
+                module.lora_B["default"].weight.copy_(9 * u[:, :1])
+        assert intruder_dimensions(base, model) == 0
+        for module in model.modules():
+            if hasattr(module, "lora_A"):
+                mixed = torch.linalg.svd(module.base_layer.weight)[0].sum(1, keepdim=True)  # a little of all
+                module.lora_B["default"].weight.copy_(9 * mixed)
+    assert intruder_dimensions(base, model) == 1

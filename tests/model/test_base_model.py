@@ -61,7 +61,9 @@ def test_the_tokenizer_knows_every_word_of_prompts_and_reports():
 def test_a_missing_model_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="has no model.safetensors"):
         load_mini_base(tmp_path)
-    with pytest.raises(FileNotFoundError, match="nowhere: expected mini, released, or a folder with a config.json"):
+    with pytest.raises(
+        FileNotFoundError, match="nowhere: expected mini, colipri, released, or a folder with a config.json"
+    ):
         preprocess_config_of("nowhere")
 
 

@@ -101,9 +101,9 @@ def three_series(tmp_path):
 
 
 LISTING = r"""
-  CT 'chest', 8 slices, number 2, kernel B30f, UID 1\.2\.3, such as a/000\.dcm
-  CT 'sharp', 3 slices, number 3, kernel B70f/3, UID 1\.2\.4, such as b/000\.dcm
-  MR 'T2', 5 slices, number 2, kernel not given, UID 1\.2\.5, such as c/000\.dcm$"""
+  series=2: CT 'chest', 8 slices, number 2, kernel B30f, UID 1\.2\.3, such as a/000\.dcm
+  series=3: CT 'sharp', 3 slices, number 3, kernel B70f/3, UID 1\.2\.4, such as b/000\.dcm
+  series='1\.2\.5': MR 'T2', 5 slices, number 2, kernel not given, UID 1\.2\.5, such as c/000\.dcm$"""
 
 
 def test_several_series_are_listed(three_series):

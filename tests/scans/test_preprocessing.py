@@ -246,3 +246,17 @@ def test_another_model_may_want_other_axes_and_another_range():
     seen, same = as_seen(volume, other), as_seen(volume, usual)
     np.testing.assert_allclose(seen.affine, same.affine)
     assert seen.shape == same.shape and seen.hu.max() == pytest.approx(200)
+
+
+def test_axes_may_run_the_other_way():
+    volume = generate(3, shape=(36, 40, 44)).volume
+    usual = PreprocessConfig((10.0, 8.0, 6.0), (30, 40, 50), axes="zxy")
+    ras = PreprocessConfig((8.0, 6.0, 10.0), (40, 50, 30), axes="XYz")
+    found, expected = preprocess_any(volume, ras), preprocess_any(volume, usual)
+    torch.testing.assert_close(found, expected.permute(0, 2, 3, 1).flip(1, 2), rtol=0, atol=0)
+    affine = model_affine(volume, ras)
+    assert (np.sign(affine[:3, :3]).round() == np.eye(3)).all()  # right, anterior, superior
+    index = np.array([3, 5, 7, 1])
+    z, x, y = 7, 39 - 3, 49 - 5
+    np.testing.assert_allclose(affine @ index, model_affine(volume, usual) @ [z, x, y, 1])
+    np.testing.assert_array_equal(as_seen(volume, ras).hu, as_seen(volume, usual).hu)

@@ -9,6 +9,7 @@ port, to which it redirects for large files. Both count what they are asked for 
         ...  # HF_ENDPOINT=hub.url, HF_TOKEN=hub.token
 """
 
+import base64
 import hashlib
 import json
 import re
@@ -21,7 +22,12 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "5c0ffee" + 33 * "0"
-LARGE = (".gz", ".pt", ".bin")  # kept outside git, with a SHA-256
+LARGE = (".gz", ".pt", ".bin", ".safetensors")  # kept outside git, with a SHA-256
+
+
+UPLOAD = re.compile(
+    r"/api/repos/create|/api/validate-yaml|/api/models/(.+)/(?:preupload|commit)/main|/(.+)\.git/info/lfs/objects/batch"
+)
 
 
 class HubImitation:
@@ -35,6 +41,8 @@ class HubImitation:
         self.faults = defaultdict(list)
         self.pause = 0.0  # seconds between pieces of 1,000 bytes
         self.storage_saw_token = False
+        self.uploads = None  # folder for repositories that are made
+        self.made = {}  # id -> who may see it
         self.lock, self.closing = threading.Lock(), threading.Event()
         self.forget()
 
@@ -111,12 +119,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def serve(self):
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        while self.headers.get("Transfer-Encoding") == "chunked" and (size := int(self.rfile.readline(), 16)):
+            self.body += self.rfile.read(size + 2)[:-2]
         path = unquote(urlsplit(self.path).path)
         with self.imitation.lock:
             self.imitation.requests[f"{self.command} {path}"] += 1
         self.route(path)
 
-    do_HEAD = do_GET = do_POST = serve
+    do_HEAD = do_GET = do_POST = do_PUT = serve
 
     def reply(self, status, content=b"", **headers):
         if not isinstance(content, bytes):
@@ -173,6 +183,9 @@ class _Storage(_Handler):
         repo_id, _, name = path.removeprefix("/").partition("//")
         if "signature" not in self.path:
             self.refuse(403, None, "the address is not signed")
+        elif self.command == "PUT":
+            (self.imitation.uploads / name).write_bytes(self.body)
+            self.reply(200)
         else:
             self.send_file(self.imitation.repositories[repo_id][0] / name, name)
 
@@ -184,6 +197,11 @@ class _Hub(_Handler):
         api = re.fullmatch(r"/api/(dataset|model)s/([^/]+/[^/]+)(?:/([^/]+))?(?:/([^/]+))?", path)
         resolve = re.fullmatch(r"/(?:(dataset)s/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if self.imitation.uploads and (found := UPLOAD.fullmatch(path)):
+            self.take(path, found[1] or found[2]) if token == self.imitation.token else self.refuse(
+                403, None, "no right"
+            )
+            return
         kind, status, says = self.imitation.take_fault("/api") if api or self.command == "HEAD" else 3 * [None]
         repo_type, repo_id, *rest = (api or resolve).groups()
         folder, known_type, gated = self.imitation.repositories.get(repo_id, (None, None, False))
@@ -203,6 +221,35 @@ class _Hub(_Handler):
             self.refuse(403, "GatedRepo", "Access is restricted and you are not in the authorized list.")
         else:
             self.resolve(folder / rest[1], repo_id, rest[1])
+
+    def take(self, path, repo_id):
+        """What is uploaded: a repository is made, its card is looked at, files come in the commit or by the storage."""
+        hub, (asked, *lines) = self.imitation, map(json.loads, self.body.splitlines())
+        if path == "/api/repos/create":
+            repo_id = f"{asked['organization']}/{asked['name']}"
+            hub.made[repo_id] = asked.get("visibility")
+            hub.add(repo_id, hub.uploads / repo_id, "model")
+            (hub.uploads / repo_id).mkdir(parents=True, exist_ok=True)
+            self.reply(200, {"url": f"{hub.url}/{repo_id}"})
+        elif path == "/api/validate-yaml":
+            wrong = [] if "\nlicense: " in asked["content"] else [{"message": "there is no license"}]
+            self.reply(400 if wrong else 200, {"errors": wrong, "warnings": []})
+        elif "/preupload/" in path:
+            mode = {True: "lfs", False: "regular"}
+            files = [{"path": f["path"], "uploadMode": mode[f["path"].endswith(LARGE)]} for f in asked["files"]]
+            self.reply(200, {"files": [file | {"shouldIgnore": False} for file in files]})
+        elif path.endswith("/batch"):
+            there = f"{hub.storage_url}/{repo_id}//%s?signature=of-the-storage"
+            found = [o | {"actions": {"upload": {"href": there % o["oid"]}}} for o in asked["objects"]]
+            self.reply(200, {"transfer": "basic", "objects": found})
+        else:
+            for line in lines:
+                file, to = line["value"], hub.uploads / repo_id / line["value"]["path"]
+                if line["key"] == "lfsFile":
+                    (hub.uploads / file["oid"]).rename(to)
+                else:
+                    to.write_bytes(base64.b64decode(file["content"]))
+            self.reply(200, {"commitUrl": f"{hub.url}/{repo_id}/commit/{COMMIT}", "commitOid": COMMIT})
 
     def answer_question(self, folder, repo_id, gated, what):
         if what == "tree":

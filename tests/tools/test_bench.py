@@ -242,3 +242,10 @@ def test_what_the_repository_says_about_the_viewer_is_within_the_bars_and_of_a_v
     found = json.loads((BENCH / "viewers.json").read_text())
     assert all(met for met, _ in bench("viewers").bars(found))
     assert found["made_with"]["volume"] == "240 x 480 x 480" and found["memory"]["steps"] == 300
+
+
+def test_the_page_of_base_models_says_what_was_measured(bench):
+    base_models, found = bench("base_models"), json.loads((BENCH / "base_models.json").read_text())
+    page = base_models.PAGE.read_text(encoding="utf-8")
+    assert base_models.with_table(page, found) == page and base_models.table(found) in page
+    assert found["CT-CLIP"]["lora"]["paper"] == 1_671_168

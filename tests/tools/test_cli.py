@@ -1,8 +1,10 @@
 """The command line and the demo, on small stand-in notebooks."""
 
 import errno
+import html
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +19,7 @@ from typer.testing import CliRunner
 from medctkit import cli
 from medctkit.cohort.manifest import load_manifest, write_manifest
 from medctkit.course import doctor
-from tools import demo
+from tools import demo, offline_pages
 
 MANIFEST = Path(__file__).resolve().parents[2] / "data_manifest.csv"
 
@@ -61,6 +63,20 @@ def test_the_home_folder_is_found_in_every_argument(tmp_path, monkeypatch, argum
     monkeypatch.setenv("HOME", str(tmp_path))
     result = run(*arguments)
     assert result.exit_code == 1 and f"error: no manifest at {tmp_path}/m.csv" in result.output
+
+
+def test_an_adapter_of_a_run_that_is_not_finished_is_marked(tmp_path):
+    adapter = tmp_path / "unfinished" / "adapter"
+    result = run("embed", tmp_path / "e.safetensors", "--manifest", MANIFEST, "--adapter", adapter)
+    assert result.exit_code == 1 and "the best so far of a run that is not finished" in result.output
+
+
+def test_maintainers_commands_stand_apart():
+    text = run("--help").output
+    ordinary, apart = text.split("For maintainers")
+    assert {"finetune", "evaluate"} <= set(ordinary.split()) and {"gallery", "pretrain", "manifest"} <= set(
+        apart.split()
+    )
 
 
 def test_a_name_does_not_steer_the_terminal():
@@ -130,7 +146,41 @@ def test_demo_runs_all_four_and_prints_what_04_measured(folders, monkeypatch):
         assert (folders[1] / name).with_suffix(".html").stat().st_size > 10_000
     page = (folders[1] / "01_data_prep.html").read_text()
     assert f"here {sys.executable} {folders[0]} 5" in page, "another interpreter, folder or seed than asked for"
-    assert "application/vnd.jupyter.widget-state+json" in page and '"IntSliderModel"' in page
+    index = (folders[1] / "index.html").read_text()
+    assert "+0.090 <small>+0.070 to +0.110</small>" in index and 'href="01_data_prep.html"' in index
+
+
+def test_the_demo_s_pages_need_no_network_and_no_kernel(tmp_path):
+    """Viewers are stacks, equations are set by what lies beside, parameters are shown once, Colab's cell not at all."""
+    colab = new_code_cell("import os", metadata={"tags": ["colab"]})
+    parameters = new_code_cell("seed = 0  # of all\noutput_dir = '../runs'", metadata={"tags": ["parameters"]})
+    viewer = """import numpy as np
+from medctkit.scans.volumes import CTVolume
+from medctkit.viewers import SliceViewer
+SliceViewer(CTVolume(np.zeros((4, 6, 6), np.int16), (2.0, 2.0, 2.0)))"""
+    links = "[of CT](../docs/glossary.md), [next](b.ipynb#more), [out](https://example.org)"
+    cells = [new_markdown_cell(f"# Slices\n\n$x^2$ and $$y$$ {links}"), colab, parameters, new_code_cell(viewer)]
+    source, out = tmp_path / "a.ipynb", tmp_path / "out"
+    out.mkdir()
+    nbformat.write(new_notebook(cells=cells), source)
+    nbformat.write(offline_pages.with_stacks_kept(source, out), out / "a.ipynb")
+    used = {"seed": 7, "output_dir": "C:\\out"}
+    with demo.this_interpreter_as_kernel():
+        demo.execute(out / "a.ipynb", out / "a.ipynb", used, tmp_path)
+    page, picture = offline_pages.write_page(source, out / "a.ipynb", used, ["a.ipynb", "b.ipynb"])
+    text = page.read_text()
+    assert 'href="b.html#more"' in text and "glossary" not in text and 'href="https://example.org"' in text
+    assert not re.findall(r"src=.https?:|cdn|import os|keep_stacks|widget-state", text)
+    assert len(re.findall("a-stack-1.html", text)) == 1 and picture.startswith("data:image/")
+    assert "axial slice 2 of 0 to 3" in (out / "a-stack-1.html").read_text()
+    shown = html.unescape(re.sub("<[^>]+>", "", text))
+    assert (
+        shown.count("seed = ") == 1
+        and "seed = 7  # of all" in shown
+        and f"output_dir = {used['output_dir']!r}" in shown
+    )
+    index = offline_pages.write_index(out, METRICS, {page: picture})
+    assert "<b>Slices</b>" in index.read_text() and (out / "mathjax.js").stat().st_size > 1e6
 
 
 def test_demo_stops_at_the_first_failing_cell_and_names_it(folders):

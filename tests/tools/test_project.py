@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 import nbformat
@@ -424,8 +425,10 @@ def test_outputs_are_committed_as_make_render_leaves_them(path):
     assert set(notebook.metadata) <= {"kernelspec", "language_info"}
     counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
     assert counts in ([None] * len(counts), list(range(1, len(counts) + 1))), "not of one run from top to bottom"
+    asked = [b.id for a, b in pairwise(notebook.cells) if course.QUESTION in a.source and b.cell_type == "code"]
     for cell in notebook.cells:
-        assert cell.metadata == course.FOLDED if course.is_tagged(cell, "colab") else set(cell.metadata) <= {"tags"}
+        folded = course.FOLDED if course.is_tagged(cell, "colab") else course.ANSWER if cell.id in asked else None
+        assert cell.metadata == folded if folded else set(cell.metadata) <= {"tags"}
         for output in cell.get("outputs", []):
             assert output.output_type != "error", f"{cell.source}\n{output.get('evalue')}"
             assert output.get("name") != "stderr" and not any("widget" in mime for mime in output.get("data", ()))

@@ -2,14 +2,16 @@
 
 import numpy as np
 import pytest
+import torch
 from tiny import tiny_ct_clip, tiny_model, tiny_tokenizer
 
 from medctkit.attention import maps as attention
 from medctkit.attention.localisation import patch_shares
+from medctkit.lora.adapter import add_lora
 from medctkit.phantom.study import generate
 from medctkit.scans.preprocessing import PreprocessConfig, preprocess
 from medctkit.viewers.attention_viewer import MEAN, OWN, SHOWN, AttentionViewer
-from medctkit.viewers.drawing.rendering import place_of
+from medctkit.viewers.drawing.rendering import heat_share, place_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PATCH = (1, 1, 0)
@@ -78,10 +80,10 @@ def test_every_map_is_the_one_that_the_package_computes(viewer, study, models, c
     assert {"nothing", *expected} == set(SHOWN)
     for show, values in expected.items():
         ask(viewer, show, "deep", layer if "spatial" in show else 0, head)
-        np.testing.assert_allclose(shown(viewer).values, values, atol=1e-6, err_msg=show)
+        np.testing.assert_allclose(shown(viewer).values, 8 * values, atol=1e-5, err_msg=show)  # times chance
         there = attention.patch_map(values, study.volume, config)
         np.testing.assert_array_equal(shown(viewer).affine, there.affine)
-        assert show in viewer.caption.value and shown(viewer).name == f"deep: {show}"
+        assert show in viewer.caption.value and shown(viewer).name == f"deep: {show}, times chance"
         if "layer" in SHOWN[show]:
             named = "mean of heads" if head is None else "head 1"
             assert f"layer {viewer.layer.value} of 0 to {viewer.layer.max}, {named}" in viewer.caption.value
@@ -111,8 +113,8 @@ def test_the_patch_is_the_one_under_the_crosshair(viewer, study, config, monkeyp
     for patch in ((0, 0, 1), (1, 1, 1)):
         point = middle_of(patch, study, config)
         viewer.slices.move_to(point)
-        assert f"patch (t, i, j) = {patch} under the crosshair, around {place_of(point)}<br>" in viewer.caption.value
-        assert shown(viewer).values[patch[0]].sum() == pytest.approx(1, abs=1e-5)
+        assert f"patch (t, i, j) = {patch} under the crosshair, around {place_of(point)}</div>" in viewer.caption.value
+        assert shown(viewer).values[patch[0]].sum() == pytest.approx(8, abs=1e-4)
     monkeypatch.setattr(viewer, "_draw", None)  # fails when called
     viewer.slices.move_to(middle_of((1, 1, 1), study, config) + 20)  # in the same patch
 
@@ -141,6 +143,27 @@ def test_controls_offer_what_the_model_has_and_the_choice_needs(viewer):
     assert viewer.prompt.layout.display is None and viewer.layer.layout.display == "none"
 
 
+def test_an_adapter_has_a_strength_of_which_0_is_the_base_model(study, models, config):
+    adapted = add_lora(tiny_ct_clip({"heads": 2}), "paper", r=2).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            parameter.add_(0.5 * (".lora_B." in name))
+    both = {"plain": models["deep"], "adapted": adapted}
+    viewer = AttentionViewer(study.volume, both, tiny_tokenizer(), config, height=120)
+    assert viewer.strength.layout.display == "none"
+    viewer.model.value = "adapted"
+    seen = {}
+    for strength in (1.0, 0.0, 0.5):
+        viewer.strength.value = strength
+        assert viewer.strength.layout.display is None
+        seen[strength] = shown(viewer).values
+    with adapted.disable_adapter():
+        base = attention.attend(adapted, preprocess(study.volume, config)).rollout()
+    np.testing.assert_array_equal(seen[0], base * base.size)
+    assert not np.allclose(seen[1], seen[0]) and not np.allclose(seen[0.5], seen[1])
+    viewer.close()
+
+
 def test_a_prompt_is_a_finding_or_any_sentence(viewer, study, models, config):
     ask(viewer, "speaks for a prompt")
     viewer.prompt.value = "Emphysema"
@@ -154,7 +177,7 @@ def test_a_prompt_is_a_finding_or_any_sentence(viewer, study, models, config):
     expected = attention.relevance(
         models["base"], viewer.tokenizer, preprocess(study.volume, config), "there is consolidation"
     )
-    np.testing.assert_allclose(shown(viewer).values, expected, atol=1e-6)
+    np.testing.assert_allclose(shown(viewer).values, 8 * expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -185,14 +208,22 @@ def test_the_caption_says_how_much_of_the_map_lies_in_each_mask(study, models, c
     masks = {"effusion": effusion, "everything": effusion | True, "nothing": effusion & False}
     viewer = AttentionViewer(study.volume, models, tiny_tokenizer(), config, masks, height=120)
     filled = patch_shares(effusion, study.volume, config, (2, 2, 2))
-    share = (shown(viewer).values * filled).sum()
-    assert 0 < share < 1 and share != pytest.approx(filled.mean(), rel=1e-3)
+    share, size = (shown(viewer).values * filled).sum() / 8, filled.mean()
+    assert 0 < share < 1 and share != pytest.approx(size, rel=1e-3)
     said = viewer.caption.value
-    part, size = 100 * share, 100 * filled.mean()
-    assert f"{part:.3g} % of the map lies in effusion, which is {size:.3g} % of what the model" in said
-    assert "100 % of the map lies in everything, which is 100 % of" in said
-    assert "0 % of the map lies in nothing, which is 0 % of" in said
-    assert "12.5 % if all were alike" in said
+    assert f"effusion: {share / size:.1f} times chance; {share:.1%} of the map in {size:.1%} of what the model" in said
+    assert "everything: 1.0 times chance; 100.0% of the map in 100.0% of" in said
+    assert "nothing: nothing that the model sees; 0.0% of" in said
+
+
+def test_it_starts_at_the_finding_outlined_and_shows_patches_as_squares(viewer, study):
+    mask = viewer.slices.scans[0].masks["Pleural effusion"]
+    assert mask[viewer.slices.voxel] and viewer.slices.look.masks == ("Pleural effusion",)
+    assert viewer.slices.look.opacity == 0 and viewer.prompt.value == "Pleural effusion"
+    slab = heat_share(shown(viewer), study.volume, "axial", 12)
+    assert len(np.unique(slab)) <= 4, "2 x 2 patches, nothing between them"
+    assert "Accordion" in {type(child).__name__ for child in viewer.slices.widget.children}, "controls are folded"
+    assert viewer.caption.value.count("<div") == 3
 
 
 def test_an_error_in_a_callback_is_shown_and_raised(viewer, monkeypatch):

@@ -160,6 +160,7 @@ def test_a_sentence_with_its_negation_is_a_prompt_pair(cases):
 def test_a_sentence_alone_has_a_cosine_and_a_place_among_the_studies(cases, models, tokenizer):
     found = cases.score(" there is emphysema ")
     assert found.tokens == ("there", "is", "emphysema")
+    assert found.unknown == () and found.words == 1
     words = tokenizer(["there is emphysema"], return_tensors="pt")
     for name, model in models.items():
         with torch.no_grad():
@@ -328,6 +329,17 @@ def test_a_sentence_too_long_gives_a_message_and_the_next_one_a_score(browser):
     assert not browser.typing.text and "cosine" in browser.scores.value
     browser.stating.value, browser.denying.value = "", "no scan"
     assert "type a sentence" in browser.typing.text
+
+
+def test_words_that_the_model_does_not_know_are_told(browser):
+    browser.stating.value = "lung nodule is there, zebra"
+    assert "read in pieces: zebra." in browser.scores.value and "means little" not in browser.scores.value
+    browser.denying.value = "no <b>giraffe</b> okapi"
+    assert "zebra, b, giraffe, okapi." in browser.scores.value
+    browser.stating.value = "there is a zebra in the lung"
+    assert "words that the model does not know: the score means little" in browser.scores.value
+    browser.stating.value, browser.denying.value = "there is emphysema", ""
+    assert "medctkit-unknown" not in browser.scores.value
 
 
 def test_an_error_in_a_callback_is_shown_and_raised(browser, rows, monkeypatch):

@@ -67,7 +67,16 @@ def test_two_scans_of_one_plane_lie_side_by_side():
     left, right = Composition([scan(), scan()], ["axial"], height=200).panels
     assert (left.top, left.size) == (right.top, right.size) and right.left == left.size[0] + composition.GAP
     single = Composition([scan()], ["axial"], height=200).panels[0]
-    assert single.size == (400, 300)  # 1.5 times as tall as three planes
+    assert single.size == (470, 352)  # 1.8 times as tall, but for a picture that is 2.35 heights wide
+
+
+def test_the_first_of_three_planes_is_large_and_the_others_lie_beside_it():
+    whole = Composition([scan()], height=200)
+    large, *small = whole.panels
+    assert all(panel.left == large.size[0] + composition.GAP for panel in small)
+    assert small[1].top == small[0].size[1] + composition.GAP
+    assert large.size[1] - 2 <= small[1].top + small[1].size[1] <= large.size[1] + 2 or large.size[1] == whole.size[1]
+    assert small[0].size[0] < large.size[0] <= 2.35 * 200
 
 
 def test_head_is_up_and_the_patients_left_is_right():

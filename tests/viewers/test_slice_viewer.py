@@ -1,5 +1,6 @@
 """A viewer that reacts: sliders, mouse, keys, a second volume, other studies."""
 
+import html
 import io
 import re
 import subprocess
@@ -13,7 +14,8 @@ from medctkit.phantom.study import generate
 from medctkit.scans.heat_map import HeatMap
 from medctkit.scans.preprocessing import PreprocessConfig, as_seen
 from medctkit.scans.volumes import CTVolume
-from medctkit.viewers.drawing.rendering import PLANES, WINDOWS
+from medctkit.viewers.drawing.hints import HELP
+from medctkit.viewers.drawing.rendering import PLANES, SLABS, WINDOWS, slab_of
 from medctkit.viewers.slice_viewer import SliceViewer
 
 # ipympl's toolbar, which is never shown
@@ -88,7 +90,7 @@ def test_every_control_says_what_it_is(viewer):
     rows = [child for row in viewer.widget.children for child in getattr(row, "children", ())]
     kinds = ("IntSlider", "FloatSlider", "Dropdown", "Checkbox")
     controls = [widget for widget in rows if type(widget).__name__ in kinds]
-    assert len(controls) == 13 and all(widget.description for widget in controls)
+    assert len(controls) == 17 and all(widget.description for widget in controls)
 
 
 def test_choosing_a_preset_sets_both_sliders_and_stays(viewer):
@@ -186,12 +188,13 @@ def test_a_click_moves_the_crosshair_and_a_drag_takes_it_along(clicked):
     assert clicked.voxel[2] < 31 and len(told) == 2
     clicked.happens("button_release", x - 40, y - 30)
     at = clicked.voxel
+    x, y = x + 1, y + 1
     clicked.happens("motion_notify", x, y)
     assert clicked.voxel == at  # only a look
     voxel = panel.voxel(x, y, at[1])
-    assert clicked.hover.value == f"under the cursor: {clicked.scans[0].described(voxel)}"
+    assert f"under the cursor: {clicked.scans[0].described(voxel)}<" in clicked.hover.value
     clicked.sliders["coronal"].value = 40  # another slice comes under the cursor
-    assert clicked.hover.value == f"under the cursor: {clicked.scans[0].described(panel.voxel(x, y, 40))}"
+    assert f"under the cursor: {clicked.scans[0].described(panel.voxel(x, y, 40))}<" in clicked.hover.value
 
 
 def test_the_wheel_turns_the_slice_under_the_mouse_and_stops_at_the_ends(clicked):
@@ -211,8 +214,9 @@ def test_the_wheel_turns_the_slice_under_the_mouse_and_stops_at_the_ends(clicked
 
 
 def test_keys_do_what_the_help_says(clicked):
-    for word in ("wheel", "drag", "arrows", "page up", "1, 2, 3", "c for the crosshair", "m for the masks"):
-        assert word in clicked.hover.value
+    assert clicked._help.layout.display == "none"
+    clicked.happens("key_press", key="shift+k?")
+    assert clicked._help.layout.display is None and all(html.escape(word) in clicked._help.value for word in HELP)
     x, y = middle_of(clicked, "sagittal")
     clicked.happens("button_press", x, y, buttons=1)
     at = clicked.sliders["sagittal"].value
@@ -230,8 +234,87 @@ def test_keys_do_what_the_help_says(clicked):
     assert clicked.chosen_masks == ()
     clicked.happens("key_press", key="km")
     assert clicked.chosen_masks == ("Lung nodule",)
+    for key, tool in (("d", "distance"), ("r", "region"), ("x", "crosshair")):
+        clicked.happens("key_press", key=f"k{key}")
+        assert clicked.tool.value == tool
+    clicked.happens("key_press", key="k+")
+    assert clicked.zoom.value == 1.5
+    clicked.happens("key_press", key="k0")
+    clicked.happens("key_press", key="ks")
+    assert (clicked.zoom.value, clicked.slab.value) == (1, "maximum")
     clicked.happens("key_press", key="kq")  # matplotlib's key for closing a figure
     assert clicked.canvas.widget.comm is not None
+
+
+def test_a_drag_with_the_right_button_changes_window_and_level(clicked):
+    x, y = middle_of(clicked, "axial")
+    at, (centre, width) = clicked.voxel, WINDOWS["lung"]
+    clicked.happens("button_press", x, y, button=2, buttons=2)
+    for i in (1, 2):
+        clicked.happens("motion_notify", x + 10 * i, y + 20 * i, button=2, buttons=2)
+    assert width < clicked.width.value < 1.2 * width and centre < clicked.centre.value
+    assert clicked.preset.value == "free" and clicked.voxel == at
+    clicked.happens("button_release", x, y, button=2)
+
+
+def test_the_zoom_keeps_the_crosshair_in_sight_and_a_click_means_what_is_seen(clicked):
+    clicked.move_to(clicked.scans[0].point_of((4, 50, 10)))
+    x, y = middle_of(clicked, "axial")
+    clicked.happens("scroll", x, y, step=1, modifiers=["ctrl"])
+    assert clicked.zoom.value == 1.5 and clicked.voxel[0] == 4
+    clicked.zoom.value = 4
+    panel = clicked._composition.panel_at(x, y)
+    assert clicked._composition.panel_at(*panel.place(clicked.voxel)) == panel
+    clicked.happens("button_press", x, y, buttons=1)
+    assert np.hypot(*np.subtract(panel.place(clicked.voxel), (x, y))) <= panel.size[0] * 4 / 64
+    clicked.move_to(clicked.scans[0].point_of((28, 5, 60)))  # far out of what was seen
+    assert clicked._composition.shows([clicked.voxel])
+    clicked.zoom.value = 1
+    assert all(panel.view == (0, 0, 1, 1) for panel in clicked._composition.panels)
+
+
+def test_a_distance_is_in_millimetres_and_a_region_has_the_hu_inside(clicked):
+    scan = clicked.scans[0]
+    panel = clicked._composition.panels[0]
+    ends = [tuple(n + 1 for n in panel.place(voxel)) for voxel in ((20, 20, 20), (20, 40, 35))]
+    clicked.tool.value = "distance"
+    before = np.asarray(clicked.picture())
+    clicked.happens("button_press", *ends[0], buttons=1)
+    clicked.happens("motion_notify", *ends[1], buttons=1)
+    clicked.happens("button_release", *ends[1])
+    start, end = (np.array(panel.voxel(*at, clicked.voxel[0])) for at in ends)
+    expected = np.linalg.norm((end - start) * scan.volume.spacing)
+    assert f"distance {expected:.1f} mm" in clicked.readout.value and expected > 50
+    assert (np.asarray(clicked.picture()) != before).any()
+    clicked.tool.value = "region"
+    clicked.happens("button_press", *ends[0], buttons=1)
+    clicked.happens("motion_notify", *ends[1], buttons=1)
+    inside = clicked.measurement.inside(scan)
+    box = scan.volume.hu[end[0], start[1] : end[1] + 1, start[2] : end[2] + 1]
+    assert inside.size == pytest.approx(np.pi / 4 * box.size, rel=0.05)
+    assert f"mean {inside.mean():.0f} HU, deviation {inside.std():.0f} HU" in clicked.readout.value
+    clicked.tool.value = "crosshair"
+    assert "region" not in clicked.readout.value and clicked.measurement is None
+
+
+def test_a_slab_shows_the_most_the_least_or_the_mean_through_it():
+    hu = np.zeros((9, 12, 14), np.int16)
+    hu[2, 3, 4] = 1000
+    volume = CTVolume(hu, (2.0, 5.0, 5.0))
+    found = {how: slab_of(volume, "axial", 4, how, 9.0)[3, 4] for how in SLABS}
+    assert found == {"one slice": 0, "maximum": 1000, "minimum": 0, "mean": 200}  # of 5 slices
+    assert slab_of(volume, "coronal", 5, "maximum", 20.0)[9 - 1 - 2, 4] == 1000  # head up
+    with pytest.raises(ValueError, match="unknown slab 'sum'; choose one of one slice, maximum"):
+        slab_of(volume, "axial", 4, "sum", 9.0)
+
+
+def test_the_page_does_not_move_while_one_looks(viewer):
+    viewer.set_heat_maps({})
+    height = viewer.readout.value.count("<div")
+    viewer.mask_boxes["Lung nodule"].value = True
+    viewer.tool.value = "distance"
+    viewer.slab.value = "mean"
+    assert viewer.readout.value.count("<div") == height and "<br" not in viewer.readout.value
 
 
 def test_both_canvases_show_the_same_picture(clicked, study):

@@ -1,22 +1,23 @@
-"""The studies of a comparison, and what the base model makes of them."""
+"""The studies of a comparison, what the base model makes of them, and what is done to them before a run learns."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from medctkit.cohort.dataset import CTReportDataset
-from medctkit.cohort.manifest import load_manifest
+from medctkit.cohort.manifest import build_default_manifest, load_manifest
 from medctkit.experiments.compare.fixes import body_quantiles, lung_centre, matched, registered
 from medctkit.findings import FINDINGS
 from medctkit.model.base_model import BaseModel, load_mini_base
+from medctkit.training.gradients import seed_from
 from medctkit.zero_shot.classifier import Embedded, ZeroShotClassifier
 
 if TYPE_CHECKING:
@@ -24,6 +25,16 @@ if TYPE_CHECKING:
 
 # Kept out of every loss in the runs of "unseen": one of each group that has several findings or none like it.
 HELD_OUT = ("Pleural effusion", "Emphysema", "Hiatal hernia", "Bronchiectasis")
+REPLAYED, REPLAY_SHARE = 64, 0.25  # patients of the source hospital; their share of what is learnt from
+VARIANTS = {  # of a run: what is done to the studies that it learns from
+    "unseen": "no label of four findings, and no report, which speaks of them",
+    "noise-5": "5 % of the labels flipped",
+    "noise-10": "10 % of the labels flipped",
+    "noise-20": "20 % of the labels flipped",
+    "replay": f"studies of {REPLAYED} source patients among them, again and again, a quarter of all",
+    "anchor-1": "a penalty of weight 1 on moved embeddings",
+    "anchor-10": "a penalty of weight 10 on moved embeddings",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,13 +48,18 @@ class Data:
     mini: BaseModel
 
     @classmethod
-    def load(cls, manifest_path: str | os.PathLike, cache_dir: str | os.PathLike) -> Data:
-        """From a manifest and a folder of prepared volumes, which are made where missing."""
+    def load(cls, manifest_path: str | os.PathLike, cache_dir: str | os.PathLike, in_memory: bool = True) -> Data:
+        """From a manifest and a folder of prepared volumes, which are made where missing.
+
+        Volumes that are seen again and again are kept in memory, if that is wanted.
+        """
         mini = load_mini_base()
         train, valid, test, home = (
             CTReportDataset(rows, mini.preprocess_config, cache_dir) for rows in parts(load_manifest(manifest_path))
         )
-        return cls(train.in_memory(), valid.in_memory(), test, home, mini)  # the last two are seen once a run
+        if in_memory:
+            train, valid = train.in_memory(), valid.in_memory()  # the other two are seen once a run
+        return cls(train, valid, test, home, mini)
 
     @cache  # noqa: B019 (one object, as long as the process)
     def embedded(self, split: str, *changes: str) -> Embedded:
@@ -60,6 +76,29 @@ class Data:
     def labels(self, split: str) -> np.ndarray:
         """Labels (n, 18) of a split."""
         return truth(getattr(self, split).rows)[0]
+
+    @cached_property
+    def replay(self) -> CTReportDataset:
+        """Studies of further patients of the source hospital, none of them in `home`."""
+        rows = build_default_manifest({("source", "train"): REPLAYED}, workers=1)
+        cache_dir = None if self.train.cache is None else self.train.cache.folder
+        return CTReportDataset(rows, self.mini.preprocess_config, cache_dir).in_memory()
+
+    def learnt_from(self, indices: Sequence[int], variant: str, seed: int) -> Dataset:
+        """Training studies, changed as one of `VARIANTS` says; "": as they are."""
+        train: Dataset = Subset(self.train, indices)
+        kind, _, amount = variant.partition("-")
+        if kind == "noise":
+            return Changed(train, partial(flipped, share=int(amount) / 100, seed=seed))
+        if kind == "replay":
+            return replayed(train, self.replay)
+        if kind == "anchor":
+            return self.seen(train)
+        return Changed(train, held_out) if kind == "unseen" else train
+
+    def seen(self, dataset: Dataset, of: Sequence[str] = ("train",), name: str = "anchor") -> Dataset:
+        """A data set whose items have the base model's embedding of their volume by a name."""
+        return with_embeddings(dataset, [self.embedded(split) for split in of], name)
 
     @cached_property
     def centre(self) -> np.ndarray:
@@ -109,6 +148,25 @@ def held_out(item: dict[str, Any], findings: Sequence[str] = HELD_OUT) -> dict[s
     labels = item["labels"].clone()
     labels[[FINDINGS.index(name) for name in findings]] = float("nan")
     return item | {"labels": labels}
+
+
+def with_embeddings(dataset: Dataset, embedded: Sequence[Embedded], name: str = "anchor") -> Dataset:
+    """A data set whose items have, by that name, the embedding of their study out of `embedded`."""
+    known = {study: vector for each in embedded for study, vector in zip(each.studies, each.embeddings, strict=True)}
+    return Changed(dataset, lambda item: item | {name: known[item["study"]]})
+
+
+def flipped(item: dict[str, Any], share: float, seed: int) -> dict[str, Any]:
+    """A study of which each label is wrong by chance, as a report classifier's may be; its report is right."""
+    generator = torch.Generator().manual_seed(seed_from(seed, "flipped", item["study"]))
+    wrong = torch.rand(len(item["labels"]), generator=generator) < share
+    return item | {"labels": torch.where(wrong, 1 - item["labels"], item["labels"])}
+
+
+def replayed(dataset: Dataset, studies: Dataset, share: float = REPLAY_SHARE) -> Dataset:
+    """A data set with further studies, as often as makes them this share of it; at least once."""
+    n, more = len(dataset), len(studies)  # type: ignore[arg-type]
+    return ConcatDataset([dataset, *[studies] * max(1, round(share / (1 - share) * n / more))])
 
 
 def parts(table: pd.DataFrame) -> list[pd.DataFrame]:

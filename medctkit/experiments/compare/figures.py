@@ -3,146 +3,160 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medctkit.common.atomic import replacing
-from medctkit.experiments.compare.results import KINDS, TEXTS, Results, method_table, pooled, rivals_table
+from medctkit.experiments.compare.results import (
+    KINDS,
+    TEXTS,
+    Results,
+    forgetting_table,
+    method_table,
+    pooled,
+    rivals_table,
+    strength_table,
+)
 from medctkit.experiments.compare.runs import BASE, PROBE
+from medctkit.lora.methods import METHODS
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MARKS = {  # colours of Okabe and Ito, which the colour-blind can tell apart; where one comes twice, another marker
-    BASE: ("#555555", ""),
-    PROBE: ("#009E73", "s"),
-    "full": ("#D55E00", "^"),
-    "bitfit": ("#000000", "v"),
-    "lora": ("#0072B2", "o"),
-    "lora-vision": ("#56B4E9", "<"),
-    "lora-text": ("#E69F00", ">"),
-    "dora": ("#CC79A7", "D"),
-    "rslora": ("#000000", "P"),
-    "vera": ("#D55E00", "X"),
-    "ia3": ("#009E73", "*"),
-}
-_COLOURS = dict(zip(KINDS, ("#E69F00", "#009E73", "#0072B2"), strict=True))
+AUROC = "mean test AUROC of 18 findings"
+# Colours of Okabe and Ito, which the colour-blind can tell apart; where one comes twice, another marker
+_OKABE = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#000000")
+_METHODS = ("lora", "full", PROBE, "lora-vision", "lora-text", "dora", "bitfit")
+_OTHERS = [name for name in (*METHODS, "hu-boxes") if name not in _METHODS]
+MARKS = {BASE: ("#555555", "")}
+MARKS |= {name: (_OKABE[i % 7], "o^s<>Dv"[i % 7]) for i, name in enumerate(_METHODS)}
+MARKS |= {name: (_OKABE[i % 7], "PX*hdp8H"[i % 8]) for i, name in enumerate(_OTHERS)}
 
 
-def _axes(results: Results, title: str) -> tuple[Figure, Axes]:
-    """A figure with the base model as a dashed line."""
+def _axes(title: str, x: str, y: str, size: tuple[float, float] = (9, 5)) -> tuple[Figure, Axes]:
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
-    base = results.draws[results.runs.loc[results.runs["method"] == BASE, "name"].iloc[0]][0]
-    axes.axhline(base, color=MARKS[BASE][0], linestyle="--", linewidth=1.2, label=f"base model, {base:.3f}")
-    axes.set_xscale("log")
-    axes.set_ylabel("mean test AUROC of 18 findings")
-    axes.set_title(title, fontsize=11)
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    axes.set(title=f"Phantom studies: {title}", xlabel=x, ylabel=y)
+    axes.title.set_fontsize(11)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
-def figure_methods(results: Results) -> Figure:
+def _base_line(results: Results, axes: Axes, draw: str = "axhline") -> None:
+    base = results.draws[results.runs.loc[results.runs["method"] == BASE, "name"].iloc[0]][0]
+    getattr(axes, draw)(base, color=MARKS[BASE][0], linestyle="--", linewidth=1.2, label=f"base model, {base:.3f}")
+
+
+def _errors(row: Any, name: str) -> list[list[float]]:
+    """Lengths of both ends of an interval."""
+    value, low, high = (getattr(row, name + end) for end in ("", "_low", "_high"))
+    return [[value - low], [high - value]]
+
+
+def _legend(axes: Axes, title: str) -> None:
+    axes.legend(frameon=False, fontsize=9, title=title, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _band(axes: Axes, table: pd.DataFrame, x: str, colour: str, **line: Any) -> None:
+    axes.plot(table[x], table["auroc"], color=colour, **line)
+    axes.fill_between(table[x], table["auroc_low"], table["auroc_high"], color=colour, alpha=0.1, linewidth=0)
+
+
+def figure_methods(results: Results, groups: Sequence[str] = ("methods", "placement")) -> Figure:
     """AUROC with its interval against the number of trainable parameters; ranks of LoRA are joined by a line."""
-    table = method_table(results)
-    table = table[table["method"] != BASE].sort_values("trainable", kind="stable")
-    figure, axes = _axes(results, "Phantom studies: what each way to fine-tune reaches, and what it trains")
-    if (results.runs["group"] == "ranks").any():
-        ranks = pooled(results, "ranks").sort_values("rank")
-        line: dict[str, Any] = {"color": MARKS["lora"][0], "linewidth": 0}
-        axes.plot(ranks["trainable"], ranks["auroc"], ".-", zorder=2, **line | {"linewidth": 1})
-        axes.fill_between(ranks["trainable"], ranks["auroc_low"], ranks["auroc_high"], alpha=0.1, **line)
+    import pandas as pd
+
+    table = pd.concat([method_table(results, group) for group in groups if results.has(group)])
+    table = table[table["method"] != BASE].drop_duplicates("method").sort_values("trainable", kind="stable")
+    what = "what each way to fine-tune reaches, and what it trains"
+    x_label, y_label = (
+        "trainable parameters (moved aside a little where they coincide)",
+        "mean test AUROC of 18 findings",
+    )
+    figure, axes = _axes(what, x_label, y_label)
+    axes.set_xscale("log")
+    _base_line(results, axes)
+    if results.has("ranks"):
+        ranks = pooled(results, "ranks").dropna(subset="rank").sort_values("rank")
+        _band(axes, ranks, "trainable", MARKS["lora"][0], marker=".", zorder=2, linewidth=1)
         for row in ranks.itertuples():
             place: dict[str, Any] = {"xytext": (0, -10), "textcoords": "offset points", "ha": "center", "fontsize": 8}
             axes.annotate(f"r={row.rank:.0f}", (row.trainable, row.auroc_low), color=MARKS["lora"][0], **place)
     x = 0.0
     for row in table.itertuples():
         x = max(row.trainable, 1.2 * x)  # side by side, where methods train (nearly) as much
-        colour, marker = MARKS.get(row.method, ("#999999", "h"))
-        ends = [[row.auroc - row.auroc_low], [row.auroc_high - row.auroc]]
+        colour, marker = MARKS[row.method]
         label = f"{row.label}, {row.auroc:.3f}" + ("" if row.any_prompt else " (18 answers only)")
-        axes.errorbar(x, row.auroc, ends, color=colour, capsize=2, linewidth=1.2, zorder=3, marker=marker, label=label)
+        axes.errorbar(
+            x, row.auroc, _errors(row, "auroc"), color=colour, capsize=2, zorder=3, marker=marker, label=label
+        )
     axes.margins(x=0.08, y=0.12)
-    axes.set_xlabel("trainable parameters (moved aside a little where they coincide)")
-    aside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
-    axes.legend(frameon=False, fontsize=9, title="mean AUROC, 95 % interval", **aside)
+    _legend(axes, "mean AUROC, 95 % interval")
     return figure
 
 
 def figure_studies(results: Results) -> Figure:
     """AUROC against the number of training studies, a line and a band for each method."""
     table = pooled(results, "studies").sort_values("studies")
-    figure, axes = _axes(results, "Phantom studies: how AUROC grows with the number of training studies")
-    for name in ("lora", "full", PROBE):
+    x_label = "training studies (band: 95 % interval over test patients, of the mean over seeds)"
+    title = "how AUROC grows with the number of training studies"
+    figure, axes = _axes(title, x_label, AUROC)
+    axes.set_xscale("log")
+    _base_line(results, axes)
+    for name in ("lora", "full", PROBE, "hu-boxes"):
         rows, (colour, marker) = table[table["method"] == name], MARKS[name]
+        label = TEXTS[name][0] + (" (18 answers only)" if name in (PROBE, "hu-boxes") else "")
         if len(rows):
-            label = TEXTS[name][0] + (" (18 answers only)" if name == PROBE else "")
-            axes.plot(rows["studies"], rows["auroc"], marker=marker, color=colour, label=label)
-            band: dict[str, Any] = {"color": colour, "alpha": 0.15, "linewidth": 0}
-            axes.fill_between(rows["studies"], rows["auroc_low"], rows["auroc_high"], **band)
-    sizes = sorted(table["studies"].unique())
+            _band(axes, rows, "studies", colour, marker=marker, label=label)
+    sizes = sorted(set(table["studies"]) - {0})
     axes.set_xticks(sizes, [f"{n:,.0f}" for n in sizes])
     axes.minorticks_off()
-    axes.set_xlabel("training studies (band: 95 % interval over test patients, of the mean over seeds)")
     axes.legend(loc="upper left", frameon=False, fontsize=9)
     return figure
 
 
 def figure_rivals(results: Results) -> Figure:
     """AUROC with its interval, a line for everything that LoRA is held against: free, same labels, trained."""
-    import matplotlib.pyplot as plt
-
     table = rivals_table(results)
-    base = table.loc[table["method"] == BASE, "auroc"].iloc[0]
     table = table[table["method"] != BASE].sort_values("kind", key=lambda kinds: kinds.map(KINDS.index), kind="stable")
-    figure, axes = plt.subplots(figsize=(9, 0.4 * len(table) + 1.5), layout="constrained")
-    axes.axvline(base, color=MARKS[BASE][0], linestyle="--", linewidth=1.2, label=f"base model, {base:.3f}")
-    for kind in KINDS:
+    label = f"{AUROC}, 95 % interval over patients"
+    figure, axes = _axes("what else would do", label, "", (9, 0.4 * len(table) + 1.5))
+    _base_line(results, axes, "axvline")
+    for kind, colour in zip(KINDS, ("#E69F00", "#009E73", "#0072B2"), strict=True):
         rows = table[table["kind"] == kind]
         if len(rows):
             ends = [rows["auroc"] - rows["auroc_low"], rows["auroc_high"] - rows["auroc"]]
             places = [list(table.index).index(i) for i in rows.index]
-            axes.errorbar(rows["auroc"], places, xerr=ends, fmt="o", capsize=3, color=_COLOURS[kind], label=kind)
-    names = [f"{row.label}  {row.auroc:.3f}" for row in table.itertuples()]
-    axes.set_yticks(range(len(table)), names)
+            axes.errorbar(rows["auroc"], places, xerr=ends, fmt="o", capsize=3, color=colour, label=kind)
+    axes.set_yticks(range(len(table)), [f"{row.label}  {row.auroc:.3f}" for row in table.itertuples()])
     axes.invert_yaxis()
-    axes.set_xlabel("mean test AUROC of 18 findings, 95 % interval over patients")
-    axes.set_title("Phantom studies: what else would do", fontsize=11)
-    axes.grid(alpha=0.25, axis="x")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
+    _legend(axes, "")
     return figure
 
 
 def figure_forgetting(results: Results) -> Figure:
-    """Gain at the target hospital against what is lost at the source hospital, for each method that trains."""
-    import matplotlib.pyplot as plt
-    import pandas as pd
-
-    there = [pooled(results, group) for group in ("methods", "rivals") if results.has(group)]
-    table = pd.concat(there).drop_duplicates("method")
-    table = table[table["home_over_base"].notna() & (table["method"] != BASE)]
-    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    """Gain at the target hospital against what is lost at the source hospital; lines join the strengths of a method."""
+    title, where = "gain at the target against loss at home", "mean AUROC at the {} hospital, over the base model"
+    figure, axes = _axes(title, where.format("source"), where.format("target"))
     for line in (axes.axhline, axes.axvline):  # where nothing changes
         line(0, color=MARKS[BASE][0], linewidth=0.8, linestyle=":")
-    for row in table.itertuples():
-        colour, marker = MARKS.get(row.method, ("#999999", "h"))
-        x, y = (
-            [[getattr(row, name) - getattr(row, f"{name}_low")], [getattr(row, f"{name}_high") - getattr(row, name)]]
-            for name in ("home_over_base", "over_base")
-        )
-        label = f"{TEXTS[row.method][0]}, {row.over_base:+.3f} / {row.home_over_base:+.3f}"
+    for row in forgetting_table(results).itertuples():
+        colour, marker = MARKS[row.method]
+        label = f"{row.label}, {row.over_base:+.3f} / {row.home_over_base:+.3f}"
         style: dict[str, Any] = {"color": colour, "marker": marker, "capsize": 2, "linewidth": 1, "label": label}
-        axes.errorbar(row.home_over_base, row.over_base, y, x, **style)
-    axes.set_xlabel("mean AUROC at the source hospital, over the base model")
-    axes.set_ylabel("mean AUROC at the target hospital, over the base model")
-    axes.set_title("Phantom studies: gain at the target against loss at home", fontsize=11)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9, title="target / home", loc="center left", bbox_to_anchor=(1, 0.5))
+        style |= {"fillstyle": "none"} if row.variant else {}
+        axes.errorbar(
+            row.home_over_base, row.over_base, _errors(row, "over_base"), _errors(row, "home_over_base"), **style
+        )
+    if results.has("forgetting"):
+        for method, rows in strength_table(results).groupby("method"):
+            axes.plot(rows["home_over_base"], rows["over_base"], ".-", color=MARKS[method][0], linewidth=1, zorder=1)
+    _legend(axes, "target / home")
     return figure
 
 

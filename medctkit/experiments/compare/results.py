@@ -1,4 +1,4 @@
-"""What a comparison found: its files read, seeds pooled, tables, and the tables as text.
+"""What a comparison found: its files read, seeds pooled, and tables of them; `tables` shows these.
 
 An interval of a mean over seeds is a bootstrap over test patients: in each resample all seeds are scored on the same
 patients, and their mean AUROCs averaged. It says how sure we are for these trained models on other patients; how much
@@ -8,18 +8,18 @@ resample. Findings with one class in the test studies, or in a resample of them,
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from medctkit.experiments.compare.data import HELD_OUT
 from medctkit.experiments.compare.rivals import RIVALS
-from medctkit.experiments.compare.runs import BASE, PROBE
+from medctkit.experiments.compare.runs import BASE, PROBE, STRENGTHS
 from medctkit.findings import FINDINGS
 from medctkit.lora.methods import METHODS
 from medctkit.metrics.bootstrap import interval, mean_of_findings
@@ -29,13 +29,14 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SAVED = Path(str(files("medctkit") / "assets" / "comparison"))
-KEYS = ["group", "method", "rank", "studies", "learning_rate", "dialect", "unseen"]
+KEYS = ["group", "method", "rank", "studies", "learning_rate", "dialect", "variant"]
 TEXTS = {  # label, what it trains, paper
     BASE: ("base model", "Nothing: the base model as it is, zero-shot.", ""),
 }
 TEXTS |= {name: (rival.label, rival.does, rival.source) for name, rival in RIVALS.items()}
 TEXTS |= {name: (method.label, method.trains, method.paper) for name, method in METHODS.items()}
 KINDS = ("free", "same labels", "trained")  # no label of the target hospital; labels, but no gradient; both
+EQUAL = 0.8  # of the way from the base model's validation score to LoRA's best: the score for `steps_to_equal`
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Results:
 
     `draws` has for each run's name its mean AUROC on the test studies, then on each bootstrap resample of their
     patients; resample i is the same in all runs. Where tables need them, there are also "NAME/home", the same of the
-    source hospital's test studies, "NAME/findings", (1 + resamples, 18), and "NAME/held out/PROMPTS" and
+    source hospital's test studies, "NAME/home calibration", "NAME/strength S" and "NAME/strength S/home", "NAME/flipped
+    P", with P % of the test labels flipped, "NAME/findings", (1 + resamples, 18), and "NAME/held out/PROMPTS" and
     "NAME/seen/PROMPTS", over some findings.
     """
 
@@ -55,7 +57,8 @@ class Results:
     def has(self, group: str) -> bool:
         """Whether a group has runs of its own, not only such as other groups share with it."""
         runs = self.runs[self.runs["group"] == group]
-        own = {"rivals": runs["method"].isin(set(RIVALS) - {PROBE}), "unseen": runs["unseen"].astype(bool)}
+        own = {"rivals": runs["method"].isin(set(RIVALS) - {PROBE}), "noise": runs["variant"] != ""}
+        own |= {"unseen": own["noise"], "forgetting": own["noise"]}
         return bool(own.get(group, runs["method"] != BASE).any())
 
     def mean_draws(self, names: Sequence[str], what: str = "") -> np.ndarray:
@@ -75,27 +78,37 @@ def load_results(folder: str | os.PathLike = SAVED) -> Results:
             raise FileNotFoundError(f"{folder} has no {name}; `medctkit compare {folder}` makes it")
     with np.load(folder / "draws.npz", allow_pickle=False) as file:
         draws = {name: file[name] for name in file.files}
-    runs = pd.read_csv(folder / "comparison.csv", dtype={"chosen": str})
-    for column, value in (("dialect", "target"), ("unseen", False), ("chosen", "")):  # results of before 0.2 lack them
+    runs = pd.read_csv(folder / "comparison.csv", dtype={"chosen": str, "variant": str})
+    earlier = {"dialect": "target", "variant": "", "chosen": "", "history": "[]", "intruders": np.nan}
+    for column, value in earlier.items():  # results of before 0.2 lack them
         runs[column] = runs[column].fillna(value) if column in runs else value
     costs = folder / "costs.csv"
     columns = ["method", "seconds_per_step", "seconds_per_step_of_full", "peak_bytes", "peak_bytes_of_full"]
     return Results(runs, draws, pd.read_csv(costs) if costs.is_file() else pd.DataFrame(columns=columns))
 
 
-def _ends(name: str, draws: np.ndarray) -> dict[str, float]:
+def ends_of(name: str, draws: np.ndarray, mirrored: bool = False) -> dict[str, float]:
+    """By name the value and the ends of draws (1 + resamples,); `mirrored` at the value, as calibration errors are."""
     low, high = interval(draws)
+    if mirrored:
+        low, high = 2 * draws[0] - high, 2 * draws[0] - low
     return {name: draws[0], f"{name}_low": low, f"{name}_high": high}
+
+
+def _base(results: Results) -> list[str]:
+    return [results.runs.loc[results.runs["method"] == BASE, "name"].iloc[0]]
 
 
 def pooled(results: Results, group: str) -> pd.DataFrame:
     """The runs of a group with their seeds put together.
 
     Returns:
-        A row for each method, rank, number of studies and so on: `names` and `seeds` (how many) of its runs, `auroc`
-        (mean over them) with `auroc_low` and `auroc_high`, `auroc_sd` over seeds, `over_base` (the difference to the
-        base model) with its ends, `home` and `home_over_base`, the same at the source hospital, `trainable`,
-        `adapter_bytes`, `validation_auroc`, calibration errors. 95 % intervals; see the module.
+        A row for each method, rank, number of studies and so on: `label`, `names` and `seeds` (how many) of its runs,
+        `auroc` (mean over them) with `auroc_low` and `auroc_high`, `auroc_sd` over seeds, `over_base` (the difference
+        to the base model) with its ends, `home`, `home_over_base` and `home_calibration_over_base`, the same at the
+        source hospital, `steps_to_equal` (median over seeds of the first validated step with a score of `EQUAL`; NaN:
+        most never had it), `trainable`, `adapter_bytes`, `validation_auroc`, calibration errors, `intruders`, and
+        `at_edge`: the rate chosen is the lowest or highest of its sweep. 95 % intervals; see the module.
 
     Raises:
         ValueError: no run of that group.
@@ -106,29 +119,47 @@ def pooled(results: Results, group: str) -> pd.DataFrame:
     if runs.empty:
         there = ", ".join(sorted(results.runs["group"].unique()))
         raise ValueError(f"no runs of group {group!r}; there are {there}. medctkit compare FOLDER --only {group}")
-    base = [results.runs.loc[results.runs["method"] == BASE, "name"].iloc[0]]
+    base, swept = _base(results), results.runs[results.runs["group"] == "learning-rates"]
+    before = results.runs.set_index("name")["validation_auroc"].get(base[0], np.nan)
+    best = runs.loc[(runs["method"] == "lora") & (runs["variant"] == ""), "validation_auroc"].mean()
+    before = before.iloc[0] if isinstance(before, pd.Series) else before
     means = ["trainable", "adapter_bytes", "validation_auroc", "test_calibration_error", "home_calibration_error"]
     rows = []
     for key, same in runs.groupby(KEYS, dropna=False, sort=False):
         names = tuple(same["name"])
         row = dict(zip(KEYS, key, strict=True)) | {"seeds": len(same), "names": names, "chosen": same["chosen"].iloc[0]}
-        for what, name in (("", "auroc"), ("/home", "home")):
-            of, before = (results.mean_draws(each, what) for each in (names, base))
-            row |= _ends(name, of) | _ends("over_base" if name == "auroc" else f"{name}_over_base", of - before)
+        row["label"] = TEXTS[row["method"]][0] + f", {row['variant']}" * bool(row["variant"])
+        for what, name in (("", "auroc"), ("/home", "home"), ("/home calibration", "home_calibration")):
+            of, was = (results.mean_draws(each, what) for each in (names, base))
+            row |= ends_of(name, of, "calibration" in what)
+            row |= ends_of("over_base" if name == "auroc" else f"{name}_over_base", of - was, "calibration" in what)
         row["auroc_sd"] = np.std([results.draws[name][0] for name in names], ddof=1) if len(names) > 1 else np.nan
-        rows.append(row | same.reindex(columns=means).mean().to_dict())
+        reached = [
+            next((step for step, score in json.loads(text) if score >= before + EQUAL * (best - before)), np.inf)
+            for text in same["history"]
+        ]
+        row["steps_to_equal"] = steps if np.isfinite(steps := np.median(reached)) else np.nan
+        alike = swept[(swept["method"] == row["method"]) & (swept["variant"] == row["variant"])]
+        grid = METHODS[row["method"]].learning_rates if row["method"] in METHODS else ()
+        tried = set(alike["learning_rate"]) or set(grid)
+        row["at_edge"] = bool(tried) and row["learning_rate"] in (min(tried), max(tried))
+        rows.append(row | same.reindex(columns=[*means, "intruders"]).mean().to_dict())
     return pd.DataFrame(rows)
 
 
-def method_table(results: Results) -> pd.DataFrame:
+def _ordered(table: pd.DataFrame, order: Iterable[str]) -> pd.DataFrame:
+    return table.sort_values("method", key=lambda names: names.map(list(order).index), kind="stable", ignore_index=True)
+
+
+def method_table(results: Results, group: str = "methods") -> pd.DataFrame:
     """A row for each method, the base model first: what it trains, what it scores on test studies, what it costs."""
-    table = pooled(results, "methods").merge(results.costs, on="method", how="left")
-    for i, column in enumerate(("label", "trains", "paper")):
+    table = pooled(results, group).merge(results.costs, on="method", how="left")
+    for i, column in ((1, "trains"), (2, "paper")):
         table[column] = [TEXTS[name][i] for name in table["method"]]
     table["any_prompt"] = table["method"] != PROBE
     full = table.loc[table["method"] == "full", "trainable"]
     table["trainable_share"] = table["trainable"] / (full.iloc[0] if len(full) else np.nan)
-    return table.sort_values("method", key=lambda names: names.map(list(TEXTS).index), ignore_index=True)
+    return _ordered(table, TEXTS)
 
 
 def rivals_table(results: Results) -> pd.DataFrame:
@@ -136,9 +167,8 @@ def rivals_table(results: Results) -> pd.DataFrame:
 
     Returns:
         `pooled`, a row for the base model, each free fix, each rival, LoRA in either encoder and in both, and full
-        fine-tuning; and `label`, `does`, `kind` (one of `KINDS`), `labels` (what it does with labels of the target
-        hospital: none, choose, learn), `lora_over` with its ends (LoRA minus this, paired), and `at_edge`: the rate
-        chosen is the lowest or highest of its grid, so that one outside might be better.
+        fine-tuning; and `does`, `kind` (one of `KINDS`), `labels` (what it does with labels of the target hospital:
+        none, choose, learn), and `lora_over` with its ends (LoRA minus this, paired).
     """
     import pandas as pd
 
@@ -148,17 +178,26 @@ def rivals_table(results: Results) -> pd.DataFrame:
         KINDS[0] if labels == "none" else KINDS[1] if method in RIVALS else KINDS[2]
         for method, labels in zip(table["method"], table["labels"], strict=True)
     ]
-    table["label"], table["does"] = ([TEXTS[name][i] for name in table["method"]] for i in (0, 1))
-    table["at_edge"] = [
-        row.method in METHODS and row.learning_rate in {f(METHODS[row.method].learning_rates) for f in (min, max)}
+    table["does"] = [TEXTS[name][1] for name in table["method"]]
+    table["chosen"] = [
+        f"{row.learning_rate:g}{'*' if row.at_edge else ''}, {row.dialect}" if row.method in METHODS else row.chosen
         for row in table.itertuples()
     ]
     ours = table.loc[table["method"] == "lora", "names"]
     lora = results.mean_draws(ours.iloc[0]) if len(ours) else np.nan
-    against = [_ends("lora_over", lora - results.mean_draws(names)) for names in table["names"]]
-    table = pd.concat([table, pd.DataFrame(against)], axis=1)
-    order = [BASE, *RIVALS, *METHODS]
-    return table.sort_values("method", key=lambda names: names.map(order.index), ignore_index=True)
+    against = [ends_of("lora_over", lora - results.mean_draws(names)) for names in table["names"]]
+    return _ordered(pd.concat([table, pd.DataFrame(against)], axis=1), [BASE, *RIVALS, *METHODS])
+
+
+def best_free(results: Results) -> pd.DataFrame:
+    """The two free fixes that LoRA is held against: best on the test patients, which flatters it, and on validation.
+
+    Returns:
+        Rows of `rivals_table`, in this order; the same one twice where it is both, none if no fix was run.
+    """
+    table = rivals_table(results)
+    free = table[(table["kind"] == KINDS[0]) & (table["method"] != BASE)]
+    return free.loc[[free[score].idxmax() for score in ("auroc", "validation_auroc") if len(free)]]
 
 
 def finding_table(results: Results) -> pd.DataFrame:
@@ -178,9 +217,19 @@ def finding_table(results: Results) -> pd.DataFrame:
         each = results.mean_draws(table.loc[method, "names"], "/findings")
         of[name] = np.concatenate([each, mean_of_findings(each)[:, None]], axis=1)  # (1 + resamples, 19)
     of["lora_over"] = of["lora"] - of["boxes"]
-    columns = {name: values for key, draws in of.items() for name, values in _ends(key, draws).items()}
+    columns = {name: values for key, draws in of.items() for name, values in ends_of(key, draws).items()}
     found = pd.DataFrame(columns, index=pd.Index([*FINDINGS, "mean"], name="finding"))
     return pd.concat([found[:-1].sort_values("lora_over", ascending=False), found[-1:]])
+
+
+def names_of(results: Results, group: str, method: str, variant: str = "") -> tuple[str, ...]:
+    """The runs of a method in a group; a ValueError if there is none yet."""
+    runs = results.runs[results.runs["group"] == group]
+    found = runs.loc[(runs["method"] == method) & (runs["variant"] == variant), "name"]
+    if found.empty:
+        run = f"{method}, {variant}" if variant else method
+        raise ValueError(f"group {group!r} has no run of {run!r} yet. medctkit compare FOLDER --only {group}")
+    return tuple(found)
 
 
 def unseen_table(results: Results) -> pd.DataFrame:
@@ -193,117 +242,65 @@ def unseen_table(results: Results) -> pd.DataFrame:
     """
     import pandas as pd
 
-    runs = pooled(results, "unseen")
-    names = {}
-    for what, chosen in (
-        ("base", runs["method"] == BASE),
-        ("adapted", runs["unseen"].astype(bool)),
-        ("taught", (runs["method"] == "lora") & ~runs["unseen"].astype(bool)),
-    ):
-        if not chosen.any():
-            raise ValueError(f"group 'unseen' has no run of {what!r} yet. medctkit compare FOLDER --only unseen")
-        names[what] = runs.loc[chosen, "names"].iloc[0]
+    of_run = {"base": (BASE,), "adapted": ("lora", "unseen"), "taught": ("lora",)}
+    names = {what: names_of(results, "unseen", *run) for what, run in of_run.items()}
     rows = []
     for findings in ("held out", "seen"):
         for prompts in PROMPTS:
             of = {what: results.mean_draws(each, f"/{findings}/{prompts}") for what, each in names.items()}
             of |= {"gain": of["adapted"] - of["base"], "taught_gain": of["taught"] - of["base"]}
             row: dict[str, object] = {"findings": findings, "prompts": prompts}
-            rows.append(row | {key: end for what, draws in of.items() for key, end in _ends(what, draws).items()})
+            rows.append(row | {key: end for what, draws in of.items() for key, end in ends_of(what, draws).items()})
     return pd.DataFrame(rows)
 
 
-# --- as text --------------------------------------------------------------------------------------------
-
-
-def _ranges(table: pd.DataFrame, name: str, form: str = ".3f") -> list[str]:
-    """Values with their ends; "-" where there is none, or a difference is one to itself."""
-    ends = table[[name, f"{name}_low", f"{name}_high"]].astype(float)
-    rows = (ends.round(3) + 0.0).itertuples(index=False)  # no -0.000
-    return [
-        f"{v:{form}} [{low:{form}}, {high:{form}}]" if v == v and any((v, low, high)) else "-" for v, low, high in rows
-    ]
-
-
-def _numbers(values: pd.Series, form: str) -> pd.Series:
-    return values.map(form.format).where(values.notna(), "-")
-
-
-def show(table: pd.DataFrame) -> str:
-    """`method_table` as text for a terminal."""
+def forgetting_table(results: Results) -> pd.DataFrame:
+    """Rows of `pooled` for all that trains the model, remedies among them: gain at the target, and loss at home."""
     import pandas as pd
 
-    shown = pd.DataFrame({"method": table["label"].where(table["any_prompt"], table["label"] + " (18 answers only)")})
-    shown["test AUROC"] = _ranges(table, "auroc")
-    shown["over base"] = _ranges(table, "over_base", "+.3f")
-    shown["seeds"] = table["seeds"]
-    for name, column, form in (
-        ("learning rate", "learning_rate", "{:g}"),
-        ("trainable", "trainable", "{:,.0f}"),
-        ("bytes", "adapter_bytes", "{:,.0f}"),
-        ("s/step", "seconds_per_step", "{:.2f}"),
-        ("of full", "seconds_per_step_of_full", "{:.2f}"),
-        ("peak MB", "peak_bytes", "{:.0f}"),
-        ("of full ", "peak_bytes_of_full", "{:.2f}"),
-    ):
-        shown[name] = _numbers(table[column] / 1e6 if column == "peak_bytes" else table[column], form)
-    note = "Mean AUROC over findings and seeds; 95 % intervals: bootstrap over test patients. Phantom data."
-    return f"{shown.to_string(index=False)}\n{note}"
+    there = [pooled(results, group) for group in ("forgetting", "rivals", "placement", "methods") if results.has(group)]
+    table = pd.concat(there).drop_duplicates(["method", "variant"])
+    return _ordered(table[table["home_over_base"].notna() & table["method"].isin(METHODS)], METHODS)
 
 
-def show_rivals(table: pd.DataFrame) -> str:
-    """`rivals_table` as text for a terminal, and what LoRA has over the best free fix."""
+def strength_table(results: Results) -> pd.DataFrame:
+    """LoRA and full fine-tuning at other strengths, averages of their weights and the base model's among them.
+
+    Returns:
+        A row for each of both and each strength from 0 to 1.5: `auroc`, `over_base`, `home_over_base`, with their ends.
+    """
     import pandas as pd
 
-    shown = pd.DataFrame({"": table["label"], "kind": table["kind"], "labels": table["labels"]})
-    shown["test AUROC"], shown["over base"] = _ranges(table, "auroc"), _ranges(table, "over_base", "+.3f")
-    shown["LoRA over it"], shown["home AUROC"] = _ranges(table, "lora_over", "+.3f"), _ranges(table, "home")
-    shown["home over base"] = _ranges(table, "home_over_base", "+.3f")
-    shown["ECE"] = _numbers(table["test_calibration_error"], "{:.3f}")
-    shown["home ECE"] = _numbers(table["home_calibration_error"], "{:.3f}")
-    shown["chosen"] = [
-        f"{row.learning_rate:g}{'*' if row.at_edge else ''}, {row.dialect}" if row.method in METHODS else row.chosen
-        for row in table.itertuples()
-    ]
-    note = "LoRA over it: paired on the same resamples of test patients. *: the lowest or highest rate tried."
-    free, lora = table[(table["kind"] == KINDS[0]) & (table["method"] != BASE)], table[table["method"] == "lora"]
-    if len(free) and len(lora):
-        best, gain = free.loc[free["auroc"].idxmax()], lora["over_base"].iloc[0]
-        (over,) = _ranges(pd.DataFrame([best]), "lora_over", "+.3f")
-        note += f"\nLoRA over the best free fix, {best['label']} (best on the test patients): {over}; "
-        note += f"that fix has {best['over_base']:+.3f}, LoRA {gain:+.3f} over the base model."
-    return f"{shown.to_string(index=False)}\n{note}"
+    base, rows = _base(results), []
+    for method in ("lora", "full"):
+        for strength in sorted({0.0, 1.0, *STRENGTHS}):
+            names = names_of(results, "forgetting", method) if strength else base
+            what = "" if strength in (0, 1) else f"/strength {strength:g}"
+            of, home = results.mean_draws(names, what), results.mean_draws(names, f"{what}/home")
+            row: dict[str, Any] = {"method": method, "label": TEXTS[method][0], "strength": strength}
+            row |= ends_of("auroc", of)
+            row |= ends_of("over_base", of - results.mean_draws(base))
+            rows.append(row | ends_of("home_over_base", home - results.mean_draws(base, "/home")))
+    return pd.DataFrame(rows)
 
 
-def show_findings(table: pd.DataFrame) -> str:
-    """`finding_table` as text for a terminal."""
+def noise_table(results: Results) -> pd.DataFrame:
+    """What wrong labels do to training, and what they do to the measured AUROC.
+
+    Returns:
+        A row for each share of flipped labels in percent, `flipped`: `trained`, LoRA that learnt from them, scored on
+        right ones, and `lost`, the difference to LoRA that learnt from right ones; `measured_base`, `measured` and
+        `measured_gain`, the base model and that LoRA scored on flipped labels; with their ends.
+    """
     import pandas as pd
 
-    named = {"base": "base model", "lora": "LoRA", "boxes": "HU in boxes"}
-    shown = pd.DataFrame({label: _ranges(table, name) for name, label in named.items()}, index=table.index)
-    shown["LoRA over boxes"] = _ranges(table, "lora_over", "+.3f")
-    return shown.to_string(index_names=False)
-
-
-def show_unseen(table: pd.DataFrame) -> str:
-    """`unseen_table` as text for a terminal."""
-    shown = table[["findings", "prompts"]].copy()
-    for name, label in (("base", "base model"), ("adapted", "adapted"), ("taught", "taught all")):
-        shown[label] = _ranges(table, name)
-    shown["adapted over base"], shown["taught over base"] = (
-        _ranges(table, name, "+.3f") for name in ("gain", "taught_gain")
-    )
-    note = f"Held out of every loss and choice of 'adapted': {', '.join(HELD_OUT)}. 'taught all' was taught them too."
-    return f"{shown.to_string(index=False)}\n{note}"
-
-
-def show_all(results: Results) -> str:
-    """Every table whose runs are there, as text."""
-    shown = [show(method_table(results))] if results.has("methods") else []
-    if results.has("rivals"):
-        shown += [show_rivals(rivals_table(results))]
-        if {"lora", "hu-boxes"} <= set(results.runs.loc[results.runs["group"] == "rivals", "method"]):
-            shown += [show_findings(finding_table(results))]
-    if results.has("unseen"):
-        shown += [show_unseen(unseen_table(results))]
-    return "\n\n".join(shown)
+    rows, base, right = [], _base(results), names_of(results, "noise", "lora")
+    for percent in (0, 5, 10, 20):
+        names = names_of(results, "noise", "lora", f"noise-{percent}") if percent else right
+        what = f"/flipped {percent}" if percent else ""
+        of = {"trained": results.mean_draws(names), "measured_base": results.mean_draws(base, what)}
+        of |= {"lost": of["trained"] - results.mean_draws(right), "measured": results.mean_draws(right, what)}
+        of["measured_gain"] = of["measured"] - of["measured_base"]
+        ends = {key: end for name, each in of.items() for key, end in ends_of(name, each).items()}
+        rows.append({"flipped": percent} | ends)
+    return pd.DataFrame(rows)

@@ -9,15 +9,17 @@ does without it. What a rival may choose, validation studies choose, as they do 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from medctkit.experiments.compare.data import Data
-from medctkit.experiments.compare.fixes import coral, hu_boxes, recentred
+from medctkit.experiments.compare.fixes import BANDS, BOXES, LEVELS, coral, hu_boxes, recentred
 from medctkit.findings import FINDINGS
 from medctkit.metrics.scores import mean_auroc
 from medctkit.training.objectives import report_prompts
@@ -57,6 +59,7 @@ class Rival:
         source: where it comes from.
         labels: what it does with the target hospital's labels: "none", "choose" or "learn".
         score: takes the studies, and which of the training studies it may use.
+        settings: all that it depends on beside the studies; written into its result.
     """
 
     label: str
@@ -64,6 +67,7 @@ class Rival:
     source: str
     labels: str
     score: Callable[[Data, Sequence[int]], Scored]
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def best(found: Iterable[Scored], labels: np.ndarray) -> Scored:
@@ -80,6 +84,8 @@ WORDINGS: dict[str, Callable[[], Prompts]] = {
     "home's wording": lambda: report_prompts("source"),
     "the hospital's wording": lambda: report_prompts("target"),
 }
+_MATCHED = ((), ("intensities",), ("hospital intensities",))
+MOVED = [before + then for before in ((), ("registration",)) for then in _MATCHED]
 
 
 def fixed(
@@ -100,8 +106,7 @@ def _asked(data: Data, seen: Iterable[torch.Tensor], prompts: Prompts, chosen: s
 
 
 def _best_fixed(data: Data, studies: Sequence[int]) -> Scored:
-    moved = product(((), ("registration",)), ((), ("intensities",), ("hospital intensities",)))
-    every = product([before + then for before, then in moved], ("", *ALIGNED), WORDINGS)
+    every = product(MOVED, ("", *ALIGNED), WORDINGS)
     each = (fixed(data, studies, changes, aligned, wording) for changes, aligned, wording in every)
     return best(each, data.labels("valid"))
 
@@ -112,7 +117,10 @@ def _free(
     def score(data: Data, studies: Sequence[int]) -> Scored:
         return replace(fixed(data, studies, changes, aligned, wording), chosen="")
 
-    return Rival(label, does, source, "none", score)
+    wordings = WORDINGS[wording]()
+    said = wordings if isinstance(wordings, str) else sha256(repr(wordings).encode()).hexdigest()[:16]
+    settings = {"changes": list(changes), "aligned": aligned, "wording": f"{wording}: {said}"}
+    return Rival(label, does, source, "none", score, settings | {"quantiles": len(LEVELS)})
 
 
 # --- rivals that use the same labels -------------------------------------------------------------------
@@ -245,18 +253,19 @@ RIVALS: dict[str, Rival] = {
     ),
     "best-free": Rival(
         "free fixes, best choice", "The combination of all these that validation studies choose.", "", "choose",
-        _best_fixed,
+        _best_fixed, {"moved": MOVED, "aligned": ["", *ALIGNED], "wordings": [*WORDINGS], "quantiles": len(LEVELS)},
     ),
     "hu-boxes": Rival(
         "HU in boxes", "Logistic regression on shares of HU bands in 4 x 4 x 4 boxes; no neural network.", "", "learn",
-        _boxes,
+        _boxes, {"bands": BANDS, "boxes": BOXES, "C": STRENGTHS, "roots": [False, True], "moved": ["", "registration"]},
     ),
     "linear-probe": Rival(
         "linear probe", "18 logistic regressions on frozen image embeddings. It knows these 18 answers only.",
         "Alain and Bengio 2016, arXiv 1610.01644", "learn", _probe,
+        {"C": STRENGTHS},
     ),
     "ridge": Rival(
         "ridge", "One matrix between the frozen encoders, in closed form: volumes to reports, or to true sentences.",
-        "", "learn", _ridge,
+        "", "learn", _ridge, {"strengths": RIDGES, "to": ["reports", "labels"]},
     ),
 }  # fmt: skip

@@ -1,23 +1,26 @@
 """Ways to fine-tune, side by side under equal conditions: what they score, and what they cost.
 
 What a run is stands in `runs`. Here all of them are done, each with its result in a file of its own, so that an
-interrupted comparison goes on where it was; seconds and memory are measured after them. `results` reads and draws them.
+interrupted comparison goes on where it was; seconds and memory are measured after them. `results` reads and shows them.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import random
 import shutil
 import statistics
+import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import as_completed
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +35,7 @@ from medctkit.common.atomic import replacing
 from medctkit.common.csv_tables import write_table
 from medctkit.common.processes import accelerator_for, worker_pool
 from medctkit.common.provenance import made_with, write_json
-from medctkit.experiments.compare.data import HELD_OUT, Data, parts, truth
+from medctkit.experiments.compare.data import HELD_OUT, Data, flipped, parts, truth
 from medctkit.experiments.compare.runs import (
     BASE,
     GROUPS,
@@ -42,14 +45,12 @@ from medctkit.experiments.compare.runs import (
     jobs,
     run_job,
     settings_of,
-    tuned_for,
-    tuning_jobs,
     unpacked,
 )
 from medctkit.findings import FINDINGS
-from medctkit.lora.methods import METHODS, apply_method
+from medctkit.lora.methods import METHODS, apply_method, save_trained, trained_bytes
 from medctkit.metrics.bootstrap import mean_of_findings, metric_draws, patient_weights
-from medctkit.model.base_model import load_mini_base
+from medctkit.model.base_model import BaseModel, load_mini_base
 from medctkit.training.checkpoints import differences
 from medctkit.training.loop import step_gradients
 from medctkit.training.memory import PeakMemory
@@ -59,7 +60,7 @@ from medctkit.training.settings import FineTuneConfig
 if TYPE_CHECKING:
     import pandas as pd
 
-_SECONDS = {"step": 0.38, "validation": 1.1, "start": 5}  # measured on two cores; for a guess of the time
+FIRST_SEEDS = 3  # of every group, before further seeds of any
 
 _data: Data | tuple  # of a worker process: where to load it from, then what was loaded
 
@@ -108,16 +109,35 @@ def read_result(output_dir: Path, job: Job, made_of: Mapping | None = None) -> d
     return found
 
 
+class _Scores:
+    """The validation score of each run, read once: None where it is not done yet, -inf where it diverged."""
+
+    def __init__(self, output_dir: Path, made_of: Callable[[Job], dict] | None = None):
+        self.output_dir, self.made_of = output_dir, made_of
+        self._known: dict[str, float] = {}
+
+    def __call__(self, job: Job) -> float | None:
+        if job.name not in self._known:
+            made_of = None if self.made_of is None else self.made_of(job)
+            if (found := read_result(self.output_dir, job, made_of)) is None:
+                return None
+            self._known[job.name] = -math.inf if "diverged" in found else found["validation_auroc"]
+        return self._known[job.name]
+
+
 def compare_methods(
     manifest_path: str | os.PathLike,
     output_dir: str | os.PathLike,
-    groups: Sequence[str] = GROUPS,
-    seeds: int = 3,
+    groups: Sequence[str] = tuple(GROUPS),
+    seeds: int = 5,
     settings: FineTuneConfig = SETTINGS,
     workers: int = 1,
     cache_dir: str | os.PathLike | None = None,
 ) -> Path:
     """Do all runs that are not there yet, measure seconds and memory, and write the tables; returns `output_dir`.
+
+    Runs are done in the order of `groups`, of each the sweeps of its learning rates first, then three seeds; further
+    seeds follow when all groups have three. Stopped at any time, `--only` of the groups that are complete shows them.
 
     Args:
         manifest_path: usually `data_manifest.csv`.
@@ -140,74 +160,96 @@ def compare_methods(
         raise ValueError(f"seeds and workers must be at least 1, got {seeds} and {workers}")
     output_dir, inputs = Path(output_dir), inputs_of(manifest_path)
     cache_dir = prepared_dir(manifest_path, output_dir, cache_dir)
-    table = load_manifest(manifest_path)
-    train, _, test, home = parts(table)
-    studies, needed = len(train), tuned_for(groups)
+    table, mini = load_manifest(manifest_path), load_mini_base()
+    train, valid, test, home = parts(table)
+    made_of = partial(settings_of, settings=settings, inputs=inputs)
+    score = _Scores(output_dir, made_of)
+    stages = (range(min(FIRST_SEEDS, seeds)), range(FIRST_SEEDS, seeds))
 
-    def wanted(chosen: Mapping[str, tuple[float, str]]) -> dict[str, Job]:
-        listed = [*tuning_jobs(needed), *jobs(groups, seeds, chosen)]
-        return {job.name: job for job in listed if (job.studies or 0) < studies}
+    def wanted(assume: bool = False) -> dict[str, Job]:
+        listed = [job for some in stages for group in groups for job in jobs(group, some, score, assume)]
+        return {job.name: job for job in listed if (job.studies or 0) < len(train)}
 
-    def missing(chosen: Mapping[str, tuple[float, str]]) -> list[tuple[Job, dict]]:
-        made_of = [(job, settings_of(job, settings, inputs)) for job in wanted(chosen).values()]
-        return [each for each in made_of if read_result(output_dir, *each) is None]
-
-    some = {job.tuned: (job.learning_rate or 0.0, job.dialect) for job in tuning_jobs(needed)}  # as many with any other
-    expected = some | _chosen(output_dir, needed)
-    total, left = len(wanted(expected)), len(missing(expected))
-    steps = settings.steps_for(studies)
-    validations = 1 + steps / settings.evaluate_every
-    each = _SECONDS["start"] + steps * _SECONDS["step"] + validations * _SECONDS["validation"]
-    print(f"{total} runs, {total - left} of them there; about {left * each / 60:.0f} min left on two cores", flush=True)
-
-    start_with = (manifest_path, cache_dir, max(1, (os.cpu_count() or 1) // workers))
-    try:
-        while todo := missing(_chosen(output_dir, needed)):  # twice: learning rates are chosen in between
-            for rows in parts(table):
-                CTReportDataset(rows, load_mini_base().preprocess_config, cache_dir).prepare()
-            with worker_pool(workers, _start_worker, *start_with) as pool:
-                futures = [pool.submit(_work, job, settings, made_of, output_dir) for job, made_of in todo]
-                for future in tqdm(as_completed(futures), total=len(futures), desc="comparing", unit="run"):
-                    future.result()  # the first that fails ends it
-    except BrokenProcessPool:
-        raise OSError(
-            "a worker process died, most often for want of memory. Runs that were finished are kept: the same "
-            "command goes on from here, if need be with fewer --jobs"
-        ) from None
-    shutil.rmtree(output_dir / "work", ignore_errors=True)
-    collect(output_dir, test.to_dict("records"), home.to_dict("records"), seeds)
+    expected = wanted(assume=True).values()
+    left = [job for job in expected if score(job) is None]
+    print(f"{len(expected)} runs, {len(expected) - len(left)} of them there", flush=True)
+    if left:
+        for rows in (train, valid, test, home):
+            CTReportDataset(rows, mini.preprocess_config, cache_dir).prepare()
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        print(_what_it_costs(left, settings, mini, len(valid), len(test) + len(home), workers, threads), flush=True)
+        running: dict[Future, str] = {}
+        with (
+            worker_pool(workers, _start_worker, manifest_path, cache_dir, threads) as pool,
+            tqdm(total=len(left), desc="comparing", unit="run") as bar,
+        ):
+            try:
+                while True:
+                    busy = set(running.values())
+                    waiting = [job for job in wanted().values() if job.name not in busy and score(job) is None]
+                    for job in waiting[: workers - len(running)]:
+                        running[pool.submit(_work, job, settings, made_of(job), output_dir)] = job.name
+                    if not running:
+                        break
+                    done, _ = wait(running, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        future.result()  # the first that fails ends it
+                        del running[future]
+                        bar.update()
+            except BrokenProcessPool:
+                raise OSError(
+                    "a worker process died, most often for want of memory. Runs that were finished are kept: the same "
+                    "command goes on from here, if need be with fewer --jobs"
+                ) from None
+        shutil.rmtree(output_dir / "work", ignore_errors=True)
     if "methods" in groups and not (output_dir / "costs.csv").is_file():
-        learnt_from = CTReportDataset(train, load_mini_base().preprocess_config, cache_dir)
+        learnt_from = CTReportDataset(train, mini.preprocess_config, cache_dir)
         write_table(measure_costs(learnt_from, settings), output_dir / "costs.csv")
+    collect(output_dir, test.to_dict("records"), home.to_dict("records"), seeds)
     return output_dir
 
 
-def _chosen(output_dir: Path, tuned: Iterable[str]) -> dict[str, tuple[float, str]]:
-    """By `Job.tuned` the learning rate and dialect of best validation AUROC, where the whole grid was run."""
-    grids: dict[str, list[tuple[Job, dict | None]]] = {}
-    for job in tuning_jobs(tuned):
-        grids.setdefault(job.tuned, []).append((job, read_result(output_dir, job)))
-    chosen = {}
-    for name, grid in grids.items():
-        if any(found is None for _, found in grid):
-            continue
-        stable = [(job, found["validation_auroc"]) for job, found in grid if found and "diverged" not in found]
-        if not stable:
-            method = grid[0][0].method
-            raise ValueError(f"{name} diverged with every learning rate of its grid; lower METHODS[{method!r}]'s")
-        best, _ = max(stable, key=lambda each: (each[1], -(each[0].learning_rate or 0)))  # of equals the lowest
-        chosen[name] = (best.learning_rate or 0.0, best.dialect)
-    return chosen
+def _what_it_costs(
+    left: Sequence[Job], settings: FineTuneConfig, mini: BaseModel, valid: int, scored: int, workers: int, threads: int
+) -> str:
+    """How long runs will take, in words, from one step of LoRA and one batch embedded, measured here and now."""
+    before, size = torch.get_num_threads(), settings.batch_size
+    torch.set_num_threads(threads)
+    try:
+        model, pixels = (
+            apply_method(load_mini_base().model, "lora"),
+            torch.zeros(size, 1, *mini.preprocess_config.shape),
+        )
+        item = {"study": "", "patient": "", "report": "No finding. " * 20, "labels": torch.zeros(len(FINDINGS))}
+        batch = collate(mini.tokenizer)([item | {"pixel_values": volume} for volume in pixels])
+        step, _ = _cost(model, batch, mini.tokenizer, 1)
+        started = time.perf_counter()
+        with torch.no_grad():
+            mini.model.to(accelerator_for().device).encode_image(pixels.to(accelerator_for().device))
+        embed = (time.perf_counter() - started) / size
+    finally:
+        torch.set_num_threads(before)
+    steps = settings.steps_for(size)
+    volumes = (1 + steps // settings.evaluate_every) * valid + scored
+    trained = [job for job in left if job.trains and job.method != "lora-text"]  # whose volumes are seen once for all
+    passes = sum(min(1.0, (job.studies or size) / size) * steps * step + volumes * embed for job in trained)
+    return (
+        f"at least {passes / workers / 3600:.1f} h for {len(left)} runs, {workers} at a time: a step of {size} volumes "
+        f"takes {step:.1f} s here; a sweep may want more rates"
+    )
 
 
 def collect(output_dir: Path, test_rows: Sequence[Mapping], home_rows: Sequence[Mapping], seeds: int) -> None:
-    """Write `comparison.csv`, a row for each job with a result, also of more than `seeds`, and `draws.npz`."""
+    """Write what `load_results` reads, with a row for each job that has a result, and `tables.json`."""
     import pandas as pd
+
+    from medctkit.experiments.compare.results import load_results
+    from medctkit.experiments.compare.tables import write_tables
 
     while any(output_dir.glob(f"runs/*-seed{seeds}.json")):
         seeds += 1
-    tuned = tuned_for()
-    listed = [*tuning_jobs(tuned), *jobs(GROUPS, seeds, _chosen(output_dir, tuned))]
+    listed = [job for group in GROUPS for job in jobs(group, range(seeds), _Scores(output_dir))]
+    listed = list({(job.group, job.name): job for job in listed}.values())
     groups: dict[str, set[str]] = {}
     for job in listed:
         groups.setdefault(job.name, set()).add(job.group)
@@ -218,10 +260,11 @@ def collect(output_dir: Path, test_rows: Sequence[Mapping], home_rows: Sequence[
         found = read_result(output_dir, job)
         if found is None or "diverged" in found:
             continue
-        if job.name not in draws:
+        if job.name not in draws and groups[job.name] != {"learning-rates"}:
             draws |= _draws(job, groups[job.name], unpacked(found["scores"]), studies)
-        keys = ("method", "rank", "studies", "learning_rate", "dialect", "unseen", "seed", "chosen", "best_step")
-        row = {"group": job.group, "name": job.name} | {key: found[key] for key in (*keys, "validation_auroc")}
+        names = ("method", "rank", "studies", "learning_rate", "dialect", "variant", "seed")
+        row: dict[str, Any] = {"group": job.group, "name": job.name} | {key: found[key] for key in names}
+        row |= {key: found[key] for key in ("chosen", "validation_auroc", "best_step")}
         for where, measured in (("test", found), ("home", found.get("home", {}))):
             for metric in ("auroc", "calibration_error") if measured else ():
                 ends = measured[metric]["mean"]
@@ -229,11 +272,13 @@ def collect(output_dir: Path, test_rows: Sequence[Mapping], home_rows: Sequence[
         row |= {key: found[key] for key in ("trainable", "adapter_bytes", "seconds")}
         made = found["made_with"]
         row |= {"one_class": ", ".join(found["one_class"]), "steps": found["settings"].get("steps")}
+        row |= {"intruders": found.get("intruders"), "history": json.dumps(found.get("history", []))}
         row |= {"device": made["device"], "medctkit": made["versions"]["medctkit"], "torch": made["versions"]["torch"]}
         rows.append(row | {name: found["auroc"][name]["value"] for name in FINDINGS})
     with replacing(output_dir / "draws.npz") as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **draws)  # type: ignore[arg-type]
     write_table(pd.DataFrame(rows), output_dir / "comparison.csv")
+    write_tables(load_results(output_dir), output_dir)
 
 
 _ENDS = {"": "value", "_low": "low", "_high": "high"}
@@ -248,21 +293,30 @@ def _draws(
 ) -> dict[str, np.ndarray]:
     """AUROC of a run on the studies as they are and on each resample of their patients; see `results.Results`."""
 
-    def drawn(what: str) -> np.ndarray:  # (1 + resamples, 18)
-        labels, patients = studies["home" if what == "home" else "test"]
+    def drawn(what: str, noise: float = 0.0) -> dict[str, np.ndarray]:
+        labels, patients = studies["home" if what.endswith("home") else "test"]
+        if noise:
+            items = ({"study": str(i), "labels": torch.from_numpy(each)} for i, each in enumerate(labels))
+            labels = np.stack([flipped(item, noise, job.seed)["labels"].numpy() for item in items])
         weights = patient_weights(patients, resamples, seed=0)
-        return metric_draws(labels, scores[what], np.full(len(FINDINGS), 0.5), weights)["auroc"]
+        return metric_draws(labels, scores[what], np.full(len(FINDINGS), 0.5), weights)
 
-    of = drawn("paper")
+    of = drawn("paper")["auroc"]
     found = {job.name: mean_of_findings(of)}
-    if "home" in scores and groups & {"methods", "rivals"}:
-        found[f"{job.name}/home"] = mean_of_findings(drawn("home"))
+    for what in [name for name in scores if name.endswith("home") or name.startswith("strength")]:
+        each = drawn(what)
+        found[f"{job.name}/{what}"] = mean_of_findings(each["auroc"])
+        if what == "home":
+            found[f"{job.name}/home calibration"] = mean_of_findings(each["calibration_error"])
+    if "noise" in groups and not job.variant:
+        for percent in (5, 10, 20):
+            found[f"{job.name}/flipped {percent}"] = mean_of_findings(drawn("paper", percent / 100)["auroc"])
     if "unseen" in groups:
         held_out = np.isin(FINDINGS, HELD_OUT)
-        for what in [name for name in scores if name != "home"]:
-            each = of if what == "paper" else drawn(what)
-            found[f"{job.name}/held out/{what}"] = mean_of_findings(each[:, held_out])
-            found[f"{job.name}/seen/{what}"] = mean_of_findings(each[:, ~held_out])
+        for what in [name for name in scores if "home" not in name and not name.startswith("strength")]:
+            each_prompt = of if what == "paper" else drawn(what)["auroc"]
+            found[f"{job.name}/held out/{what}"] = mean_of_findings(each_prompt[:, held_out])
+            found[f"{job.name}/seen/{what}"] = mean_of_findings(each_prompt[:, ~held_out])
     found = {name: values.astype(np.float32) for name, values in found.items()}
     if "rivals" in groups and job.method in (BASE, "lora", "hu-boxes"):
         found[f"{job.name}/findings"] = of.astype(np.float16)  # 18 times as many
@@ -270,11 +324,11 @@ def _draws(
 
 
 def measure_costs(train: Dataset, settings: FineTuneConfig, repeats: int = 5) -> pd.DataFrame:
-    """Seconds and memory of an optimiser step of each method, alone on the machine, one after the other.
+    """Seconds, memory and bytes of an optimiser step of each method, alone on the machine, one after the other.
 
     Returns:
         A row for each of `METHODS`: `seconds_per_step` (median), `peak_bytes` (of one step: weights, inputs,
-        activations, gradients, optimiser), both also relative to full fine-tuning, batch size and device.
+        activations, gradients, optimiser), both also relative to full fine-tuning, `file_bytes`, batch size and device.
     """
     import pandas as pd
 
@@ -282,8 +336,11 @@ def measure_costs(train: Dataset, settings: FineTuneConfig, repeats: int = 5) ->
     batch = collate(mini.tokenizer)([train[i] for i in range(settings.batch_size)])
     for name in METHODS:
         torch.manual_seed(0)
-        seconds, peak = _cost(apply_method(load_mini_base().model, name), batch, mini.tokenizer, repeats)
-        rows.append({"method": name, "seconds_per_step": seconds, "peak_bytes": peak})
+        model = apply_method(load_mini_base().model, name)
+        with tempfile.TemporaryDirectory() as folder:
+            size = trained_bytes(save_trained(model, folder))
+        seconds, peak = _cost(model, batch, mini.tokenizer, repeats)
+        rows.append({"method": name, "seconds_per_step": seconds, "peak_bytes": peak, "file_bytes": size})
     table = pd.DataFrame(rows)
     for column in ("seconds_per_step", "peak_bytes"):
         table[f"{column}_of_full"] = table[column] / table.loc[table["method"] == "full", column].item()
@@ -308,7 +365,7 @@ def _cost(model: nn.Module, batch: Mapping[str, Any], tokenizer: Any, repeats: i
             torch.cuda.synchronize()
         return time.perf_counter() - started
 
-    seconds = [step() for _ in range(2 + repeats)][2:]
+    seconds = [step() for _ in range(1 + repeats)][1:]
     kept = [value for state in optimizer.state.values() for value in state.values()]
     inputs = [value for value in batch.values() if isinstance(value, torch.Tensor)]
     with PeakMemory(alive=[*model.state_dict().values(), *kept, *inputs]) as memory:

@@ -1,29 +1,31 @@
 """The runs of the comparison: which there are, and how one is done; `run_all` does them all.
 
 Every run starts from the mini base model and gets the same objectives, steps, batches, validations and seeds; methods
-differ in what they train and in their learning rate, which validation studies choose from a small grid. Test studies
-are scored once at the end of each run and choose nothing.
+differ in what they train and in their learning rate, which validation studies choose: a grid is swept until its best
+lies between others. Test studies are scored once at the end of each run and choose nothing.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Subset
 
 from medctkit.experiments.compare.data import Changed, Data, held_out, truth
 from medctkit.experiments.compare.rivals import RIVALS
 from medctkit.lora.counting import count_trainable
 from medctkit.lora.methods import METHODS, apply_method, trained_bytes
+from medctkit.lora.strength import at_strength, intruder_dimensions
 from medctkit.metrics.scores import evaluate, mean_auroc
 from medctkit.model.base_model import FOLDER as MINI_FOLDER
 from medctkit.model.base_model import load_mini_base
@@ -33,16 +35,16 @@ from medctkit.training.settings import FineTuneConfig
 from medctkit.zero_shot.classifier import ZeroShotClassifier, validation_score
 from medctkit.zero_shot.prompts import PROMPTS
 
-GROUPS = ("learning-rates", "methods", "rivals", "unseen", "ranks", "studies")
 RANKS = (1, 2, 4, 8, 16, 32, 64)
-SIZES = (16, 32, 64, 128, 256, 512, None)  # None: all
+SIZES = (16, 64, 256, 1024, None)  # None: all
 DIALECTS = ("target", "source")  # whose sentences the per-finding loss speaks in
 PLACEMENTS = ("lora", "lora-vision", "lora-text")  # whose dialect is chosen as their learning rate is
 BASE, PROBE = "base", "linear-probe"
-_UNSEEN = "-unseen"
+STRENGTHS = (0.25, 0.5, 0.75, 1.25, 1.5)  # of LoRA and full fine-tuning, beside 0, the base model, and 1
+MOST_RATES = 7  # of a sweep; then it ends, wherever its best lies
 
 # What all runs share; a run has its own learning rate and seed, and a smaller batch where there are fewer studies.
-SETTINGS = FineTuneConfig(steps=100, batch_size=32)
+SETTINGS = FineTuneConfig(steps=60, batch_size=32, evaluate_every=10)
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,7 @@ class Job:
         learning_rate: None where nothing is trained by gradients.
         seed: of the run, and of which studies.
         dialect: one of `DIALECTS`.
-        unseen: the findings of `HELD_OUT` are kept out of every loss, and so are the reports, which speak of them, and
-            out of every choice on validation studies.
+        variant: one of `data.VARIANTS`, or "".
     """
 
     group: str
@@ -68,7 +69,7 @@ class Job:
     learning_rate: float | None = None
     seed: int = 0
     dialect: str = "target"
-    unseen: bool = False
+    variant: str = ""
 
     @property
     def name(self) -> str:
@@ -77,68 +78,110 @@ class Job:
             return BASE
         rank = f"-r{self.rank}" if self.rank else ""
         rate = f"-lr{self.learning_rate:g}" if self.learning_rate else ""
-        other = f"-{self.dialect}-wording" * (self.dialect != "target") + _UNSEEN * self.unseen
+        other = f"-{self.dialect}-wording" * (self.dialect != "target") + f"-{self.variant}" * bool(self.variant)
         return f"{self.method}{rank}-{self.studies or 'all'}-studies{rate}{other}-seed{self.seed}"
 
     @property
-    def tuned(self) -> str:
-        """Whose learning rate and dialect it has: a method's, or those of the method without the held-out findings."""
-        return self.method + _UNSEEN * self.unseen
+    def trains(self) -> bool:
+        """Whether it trains the model by gradients."""
+        return self.method in METHODS
+
+    @property
+    def tuned(self) -> Job:
+        """The run, without rate and seed, whose learning rate and dialect it has: with all studies, all of them right.
+
+        Only a rank and what is held out make another rate; sizes, noise and remedies have that of the plain method.
+        """
+        return Job("learning-rates", self.method, self.rank, variant=self.variant * (self.variant == "unseen"))
 
 
-def tuning_jobs(tuned: Iterable[str]) -> list[Job]:
-    """A run for each learning rate and dialect of each (`Job.tuned`), with seed 0 and all studies."""
-    return [
-        Job("learning-rates", name, METHODS[name].rank, None, rate, 0, dialect, each.endswith(_UNSEEN))
-        for each in tuned
-        for name in (each.removesuffix(_UNSEEN),)
-        for dialect in (DIALECTS if name in PLACEMENTS else DIALECTS[:1])
-        for rate in METHODS[name].learning_rates
-    ]
+def _of(group: str, *methods: str, **other: Any) -> list[Job]:
+    return [Job(group, name, METHODS[name].rank if name in METHODS else None, **other) for name in methods]
 
 
-def tuned_for(groups: Iterable[str] = GROUPS) -> list[str]:
-    """What has to have its learning rate chosen for these groups (`Job.tuned`)."""
-    groups = set(groups)
-    needed = {"lora"}
-    if {"methods", "learning-rates"} & groups:
-        needed |= set(METHODS)
-    if "rivals" in groups:
-        needed |= {*PLACEMENTS, "full"}
-    if "studies" in groups:
-        needed |= {"full"}
-    return [name for name in METHODS if name in needed] + ["lora" + _UNSEEN] * ("unseen" in groups)
+# By question, most needed first, the runs of one seed; they have no learning rate yet.
+GROUPS: dict[str, list[Job]] = {
+    "rivals": _of("rivals", BASE, *RIVALS, *PLACEMENTS, "full"),
+    "unseen": _of("unseen", BASE, "lora") + _of("unseen", "lora", variant="unseen"),
+    "placement": _of("placement", BASE, *PLACEMENTS, "lora-mlp", "lora-all"),
+    "methods": _of("methods", BASE, PROBE, *METHODS),
+    "forgetting": _of("forgetting", BASE, "lora", "full")
+    + [job for v in ("replay", "anchor-1", "anchor-10") for job in _of("forgetting", "lora", variant=v)]
+    + _of("forgetting", "full", variant="replay"),
+    "studies": _of("studies", BASE)
+    + [job for n in SIZES for job in _of("studies", "lora", "full", PROBE, "hu-boxes", studies=n)],
+    "noise": [
+        job for v in ("", "noise-5", "noise-10", "noise-20") for job in _of("noise", "lora", variant=v)
+    ] + _of("noise", BASE),
+    "ranks": [Job("ranks", BASE), *(Job("ranks", "lora", rank) for rank in RANKS)],
+}  # fmt: skip
 
 
-def jobs(groups: Iterable[str], seeds: int, chosen: Mapping[str, tuple[float, str]]) -> list[Job]:
-    """All runs of these groups; the base model is always among them.
+def next_rate(rate: float, up: bool) -> float:
+    """The neighbour of a learning rate on the grid 1e-3, 3e-3, 1e-2, ..."""
+    return float(f"{10 ** (round(2 * math.log10(rate)) / 2 + (0.5 if up else -0.5)):.0e}")
 
-    What has no learning rate and dialect in `chosen` (by `Job.tuned`) yet is not.
+
+def sweep(tuned: Job, score: Callable[[Job], float | None]) -> list[Job]:
+    """The runs that choose a learning rate and a dialect (`Job.tuned`), as far as is known by now which they are.
+
+    From the rates of `METHODS` on, one more at a time beyond the lowest or highest while that one is the best, and
+    below the lowest while all diverge.
+
+    Args:
+        tuned: whose rate is swept.
+        score: on validation studies, of each run; None: not done yet; -inf: it diverged.
     """
-
-    def tuned(group: str, method: str, rank: int | None, studies: int | None = None, unseen: bool = False) -> list[Job]:
-        rate, dialect = chosen.get(method + _UNSEEN * unseen, (None, ""))
-        return [Job(group, method, rank, studies, rate, seed, dialect, unseen) for seed in range(seeds) if rate]
-
-    found = [Job("methods", BASE)]
-    if "methods" in groups:
-        found += [Job("methods", PROBE)]  # all studies and no chance: one seed says it all
-        found += [job for name, method in METHODS.items() for job in tuned("methods", name, method.rank)]
-    if "rivals" in groups:
-        found += [Job("rivals", name) for name in (BASE, *RIVALS)]
-        found += [job for name in (*PLACEMENTS, "full") for job in tuned("rivals", name, METHODS[name].rank)]
-    if "unseen" in groups:
-        found += [Job("unseen", BASE)]
-        found += [
-            job for unseen in (False, True) for job in tuned("unseen", "lora", METHODS["lora"].rank, None, unseen)
-        ]
-    if "ranks" in groups:
-        found += [job for rank in RANKS for job in tuned("ranks", "lora", rank)]
-    for studies in SIZES if "studies" in groups else ():
-        for method in ("lora", "full"):
-            found += tuned("studies", method, METHODS[method].rank, studies)
-        found += [Job("studies", PROBE, studies=studies, seed=seed) for seed in range(seeds if studies else 1)]
+    found = []
+    both = tuned.method in PLACEMENTS and tuned.rank == METHODS[tuned.method].rank
+    for dialect in DIALECTS if both else DIALECTS[:1]:
+        rates = list(METHODS[tuned.method].learning_rates)
+        while True:
+            jobs = [replace(tuned, learning_rate=rate, dialect=dialect) for rate in rates]
+            scores = [score(job) for job in jobs]
+            known = [value for value in scores if value is not None]
+            if len(known) < len(scores) or len(rates) >= MOST_RATES:
+                break
+            if known[0] == max(known) > max(known[1:]) or max(known) == -math.inf:
+                rates.insert(0, next_rate(rates[0], up=False))
+            elif known[-1] == max(known) > max(known[:-1]):
+                rates.append(next_rate(rates[-1], up=True))
+            else:
+                break
+        found += jobs
     return found
+
+
+def chosen(tuned: Job, score: Callable[[Job], float | None]) -> Job | None:
+    """The best run of a sweep, of equals that of the lowest rate; None where the sweep is not at its end.
+
+    Raises:
+        ValueError: it diverged with every learning rate.
+    """
+    scored = [(score(job), job) for job in sweep(tuned, score)]
+    if any(value is None for value, _ in scored):
+        return None
+    value, best = max(scored, key=lambda each: (each[0], -(each[1].learning_rate or 0)))
+    if value == -math.inf:
+        raise ValueError(f"{best.name}: it diverged with every rate of its sweep; lower METHODS[{best.method!r}]'s")
+    return best
+
+
+def jobs(group: str, seeds: Iterable[int], score: Callable[[Job], float | None], assume: bool = False) -> list[Job]:
+    """The runs of a group, as far as is known by now which they are: sweeps first, then what needs their rates.
+
+    With `assume`, what is not chosen yet has the first rate of its sweep.
+    """
+    sweeps = {job.tuned: sweep(job.tuned, score) for job in GROUPS[group] if job.trains}
+    best = {tuned: chosen(tuned, score) or (found[0] if assume else None) for tuned, found in sweeps.items()}
+    listed = [job for found in sweeps.values() for job in found]
+    for seed, job in product(seeds, GROUPS[group]):
+        if job.trains:
+            if rate := best[job.tuned]:
+                listed.append(replace(job, seed=seed, learning_rate=rate.learning_rate, dialect=rate.dialect))
+        elif seed == 0 or job.studies:  # there is no chance in what learns from all studies in closed form
+            listed.append(replace(job, seed=seed))
+    return listed
 
 
 # --- one run --------------------------------------------------------------------------------------------
@@ -166,8 +209,8 @@ def inputs_of(manifest_path: str | os.PathLike) -> dict[str, str]:
 
 def settings_of(job: Job, settings: FineTuneConfig, inputs: Mapping[str, str]) -> dict[str, Any]:
     """All that a result depends on, beside the job and the versions; compared before a result is taken up."""
-    if job.method == BASE or job.method in RIVALS:
-        return dict(inputs)
+    if not job.trains:
+        return {**inputs, **(RIVALS[job.method].settings if job.method in RIVALS else {})}
     config = _config(job, settings)
     prompts = hashlib.sha256(repr(config.prompts).encode()).hexdigest()[:16]
     left_out = ("prompts", "workers", "checkpoint_every", "seed", "learning_rate", "epochs", "micro_batch_size")
@@ -179,8 +222,11 @@ def _config(job: Job, settings: FineTuneConfig) -> FineTuneConfig:
     batch_size = min(settings.batch_size, job.studies or settings.batch_size)
     rate = job.learning_rate or settings.learning_rate
     own: dict[str, Any] = dict(batch_size=batch_size, learning_rate=rate, seed=job.seed)
-    if job.unseen:
-        own |= {"contrastive_weight": 0.0}
+    own["rate_of_b"] = METHODS[job.method].rate_of_b
+    if job.variant == "unseen":
+        own["contrastive_weight"] = 0.0
+    if job.variant.startswith("anchor-"):
+        own["anchor_weight"] = float(job.variant.removeprefix("anchor-"))
     return replace(settings, **own, prompts=report_prompts(job.dialect))
 
 
@@ -188,11 +234,12 @@ def run_job(job: Job, data: Data, settings: FineTuneConfig, work_dir: str | os.P
     """Do one run and score it on the test studies; an interrupted one goes on from `work_dir`.
 
     Returns:
-        `validation_auroc`; `auroc` and `calibration_error` (the mean over findings and each finding: value, low, high;
-        bootstrap over test patients); `home`, the same of the test studies of the source hospital, for what asks
-        prompts; `best_step`, `trainable`, `adapter_bytes`, `seconds`, `one_class`, `chosen` (by a rival); `scores`, for
-        `unpacked`: of the test studies with each set of prompts, and at "home". If the learning rate was too high, only
-        `diverged`, and why.
+        `validation_auroc`, the best there was, of `best_step`, and `history`, of each validated step; `trainable`
+        numbers, `adapter_bytes` on disk, `seconds`; `auroc` and `calibration_error` of the test studies, and `home`,
+        those of the source hospital's; `scores` of all of them, see `unpacked`: in each set of prompts ("home" in the
+        paper's), and of LoRA and full fine-tuning at `STRENGTHS`; `intruders`, see `intruder_dimensions`; `chosen`,
+        what else validation studies chose; `one_class`, findings of which the training studies hold one class. Only
+        `diverged`, what was not finite, if training stopped there.
     """
     started = time.perf_counter()
     indices = draw_studies([row["patient"] for row in data.train.rows], job.studies, job.seed)
@@ -202,33 +249,54 @@ def run_job(job: Job, data: Data, settings: FineTuneConfig, work_dir: str | os.P
         found |= {"validation_auroc": mean_auroc(data.labels("valid"), rival.valid), "chosen": rival.chosen}
         found |= {"trainable": rival.trained, "adapter_bytes": 4 * rival.trained, "one_class": list(rival.one_class)}
         scores = {"paper": rival.test}
+    elif job.method == BASE:
+        seen = [data.embedded(split).embeddings for split in ("valid", "test", "home")]
+        ask = ZeroShotClassifier(data.mini.model, data.mini.tokenizer)
+        found["validation_auroc"] = mean_auroc(data.labels("valid"), ask.scores_from_embeddings(seen[0]))
+        scores = _scores(data.mini.model, data, seen[1], seen[2])
     else:
-        model, tokenizer = data.mini.model, data.mini.tokenizer
-        if job.method == BASE:
-            found["validation_auroc"] = validation_score(data.valid, tokenizer)(model)
-        else:
-            torch.manual_seed(job.seed)
-            model = apply_method(load_mini_base().model, job.method, **{"r": job.rank} if job.rank else {})
-            train: Dataset = Subset(data.train, indices)
-            valid: Dataset = data.valid
-            if job.unseen:
-                train, valid = Changed(train, held_out), Changed(valid, held_out)
-            try:
-                result = finetune(
-                    model, train, tokenizer, _config(job, settings), work_dir, validation_score(valid, tokenizer)
-                )
-            except FloatingPointError as error:
-                return {"diverged": str(error)}
-            found |= {"best_step": result.best_step, "trainable": count_trainable(model), "seconds": result.seconds}
-            found |= {"validation_auroc": result.best_score, "adapter_bytes": trained_bytes(result.adapter_dir)}
-        asked = {name: ZeroShotClassifier(model, tokenizer, name) for name in PROMPTS}
-        test, home = (asked["paper"].embed(dataset, progress=False).embeddings for dataset in (data.test, data.home))
-        scores = {name: each.scores_from_embeddings(test) for name, each in asked.items()}
-        scores["home"] = asked["paper"].scores_from_embeddings(home)
+        torch.manual_seed(job.seed)
+        model = apply_method(load_mini_base().model, job.method, **{"r": job.rank} if job.rank else {})
+        start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        datasets = [data.learnt_from(indices, job.variant, job.seed), data.valid, data.test, data.home]
+        if job.variant == "unseen":
+            datasets[1] = Changed(data.valid, held_out)
+        if job.method == "lora-text":  # the volumes are seen as before: once for all runs
+            splits = ("train", "valid", "test", "home")
+            datasets = [data.seen(dataset, splits, "pixel_values") for dataset in datasets]
+            model.encode_image = lambda embedded: embedded
+        score = validation_score(datasets[1], data.mini.tokenizer)
+        try:
+            result = finetune(model, datasets[0], data.mini.tokenizer, _config(job, settings), work_dir, score)
+        except FloatingPointError as error:
+            return {"diverged": str(error)}
+        found |= {"best_step": result.best_step, "trainable": count_trainable(model)}
+        found |= {"validation_auroc": result.best_score, "adapter_bytes": trained_bytes(result.adapter_dir)}
+        found["history"] = result.history[["step", "score"]].dropna().to_numpy().tolist()
+        found["intruders"] = intruder_dimensions(data.mini.model, model)
+        ask = ZeroShotClassifier(model, data.mini.tokenizer)
+
+        def embedded() -> list[torch.Tensor]:
+            return [ask.embed(dataset, progress=False).embeddings for dataset in datasets[2:]]
+
+        scores = _scores(model, data, *embedded())
+        plain = not job.variant and job.studies is None and job.rank == METHODS[job.method].rank
+        for strength in STRENGTHS if job.method in ("lora", "full") and plain else ():
+            with at_strength(model, strength, start if job.method == "full" else None):
+                for where, seen_there in zip(("", "/home"), embedded(), strict=True):
+                    scores[f"strength {strength:g}{where}"] = ask.scores_from_embeddings(seen_there)
+    if "home" in scores:
         found["home"] = _measured(data.home.rows, scores["home"])
     packed = {what: base64.b64encode(each.astype("<f4").tobytes()).decode() for what, each in scores.items()}
     seconds = {"seconds": time.perf_counter() - started}
     return seconds | found | {"scores": packed} | _measured(data.test.rows, scores["paper"])
+
+
+def _scores(model: Any, data: Data, test: torch.Tensor, home: torch.Tensor) -> dict[str, np.ndarray]:
+    """In each set of prompts, and at home in the paper's, from a model's embeddings."""
+    asked = {name: ZeroShotClassifier(model, data.mini.tokenizer, name) for name in PROMPTS}
+    scores = {name: each.scores_from_embeddings(test) for name, each in asked.items()}
+    return scores | {"home": asked["paper"].scores_from_embeddings(home)}
 
 
 def unpacked(scores: Mapping[str, str]) -> dict[str, np.ndarray]:

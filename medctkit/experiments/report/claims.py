@@ -20,7 +20,8 @@ from medctkit.common.atomic import replacing
 from medctkit.experiments.audit import audit_figure
 from medctkit.experiments.measure import Home, Measurement
 from medctkit.experiments.report import figures
-from medctkit.experiments.report.page import Block, png, to_html, to_markdown
+from medctkit.experiments.report.clinical import clinical_blocks
+from medctkit.experiments.report.page import Block, png, to_html, to_markdown, with_ends
 from medctkit.lora.counting import search_placements
 from medctkit.metrics.scores import COLUMN_OF, HOME_ROWS, METRICS, p_texts
 from medctkit.model.ct_clip import CTCLIPConfig, released_layout
@@ -166,12 +167,6 @@ REMARK = (
 )
 
 
-def _with_ends(row: pd.Series, column: str, sign: str = "") -> str:
-    """A value and its 95 % interval."""
-    value, low, high = (f"{row[column + end]:{sign}.3f}" for end in ("", "_low", "_high"))
-    return f"{value} [{low}, {high}]" if row[column] == row[column] else "-"
-
-
 def metrics_table(measured: Measurement, model: str) -> pd.DataFrame:
     """A row for each finding and the mean: every metric as text, value [95 % interval]."""
     import pandas as pd
@@ -181,7 +176,7 @@ def metrics_table(measured: Measurement, model: str) -> pd.DataFrame:
     shown = {"positives": table["positives"].astype(str), "threshold": table["threshold"].map(_number)}
     for name in METRICS:
         words = name.replace("_", " ").replace("auroc", "AUROC").replace("f1", "F1").replace("brier", "Brier score")
-        shown[words] = [gaps.get(finding) or _with_ends(row, name) for finding, row in table.iterrows()]
+        shown[words] = [gaps.get(finding) or with_ends(row, name) for finding, row in table.iterrows()]
     return pd.DataFrame(shown).rename_axis("finding").reset_index()
 
 
@@ -191,8 +186,8 @@ def _before_and_after(measured: Measurement | Home, rows: Mapping[str, tuple[str
 
     shown = []
     for name, (finding, metric) in rows.items():
-        both = {model: _with_ends(table.loc[finding], metric) for model, table in measured.tables.items()}
-        difference = _with_ends(measured.difference.loc[finding], metric, "+")
+        both = {model: with_ends(table.loc[finding], metric) for model, table in measured.tables.items()}
+        difference = with_ends(measured.difference.loc[finding], metric, "+")
         p = p_texts(measured.difference, metric).loc[finding].to_dict()
         shown.append({"": name} | both | {"adapted minus base": difference} | p)
     return pd.DataFrame(shown)
@@ -285,6 +280,7 @@ def blocks(measured: Measurement) -> list[Block]:
     if len(measured.retrieval):
         page.append(Block("heading", "Retrieval"))
         page.append(table("Base and adapted model, and a random order.", retrieval_table(measured)))
+    page += clinical_blocks(measured, table, figure)
     public = (
         "The public evaluation code has known defects. Each was done both ways, on the base model and these studies."
     )
@@ -329,7 +325,7 @@ def _at_home(home: Home) -> str:
     )
     return (
         f"The base model comes from hospital {home.hospital}. On the {mean['studies']:.0f} test studies there, the "
-        f"adapted model against the base: {said}, {_with_ends(mean, 'auroc', '+')} in mean AUROC. Calibration error "
+        f"adapted model against the base: {said}, {with_ends(mean, 'auroc', '+')} in mean AUROC. Calibration error "
         "and Brier score are better the lower they are. No threshold is chosen there, so there is no accuracy or F1."
     )
 

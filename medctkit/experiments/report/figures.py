@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from medctkit.experiments.clinical import GRID
 from medctkit.findings import FINDINGS
 
 if TYPE_CHECKING:
@@ -111,6 +112,22 @@ def calibration(measured: Measurement, bins: int = 10, fewest: int = 20) -> Figu
     top.set(ylabel="observed share positive", title=title, ylim=(0, 1))
     top.legend(frameon=False)
     bottom.set(xlabel="predicted probability", ylabel="scores", xlim=(0, 1))
+    return figure
+
+
+def decision_curves(measured: Measurement) -> Figure:
+    """Net benefit of acting as each model says, on everybody and on nobody, one panel for each finding."""
+    assert measured.clinical is not None
+    figure, panels = _panels()
+    for k, (axes, finding) in enumerate(zip(panels, FINDINGS, strict=True)):
+        for name, curve in measured.clinical.curves.items():
+            axes.plot(GRID, curve[:, k], color=COLOURS.get(name, "0.6"), lw=1.4, label=name)
+        axes.axhline(0, color="black", ls=":", lw=1, label="nobody")
+        axes.set_title(finding, fontsize=8.5)
+        axes.set_ylim(bottom=-0.05)  # acting on everybody falls far below
+    figure.supxlabel("probability from which one acts")
+    figure.supylabel("net benefit")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=4, frameon=False)
     return figure
 
 

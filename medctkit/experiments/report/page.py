@@ -24,6 +24,15 @@ class Block:
     name: str = ""
 
 
+def with_ends(row: Mapping[str, float], column: str, sign: str = "") -> str:
+    """A value and its 95 % interval, from columns x, x_low and x_high (or value, low and high)."""
+    if row[column] is None or row[column] != row[column]:
+        return "-"
+    prefix = "" if column == "value" else f"{column}_"
+    value, low, high = (f"{row[name]:{sign}.3f}" for name in (column, f"{prefix}low", f"{prefix}high"))
+    return f"{value} [{low}, {high}]"
+
+
 def png(figure: Figure) -> bytes:
     """A figure as PNG."""
     buffer = io.BytesIO()

@@ -60,8 +60,9 @@ class MouseCanvas:
     """An ipympl canvas that shows one picture and tells of what happens over it.
 
     Args:
-        on_event: called with "press", "drag", "hover", "scroll" or "key"; x and y in pixels of the picture from its
-            upper left corner; and what belongs to it: +1 or -1 for the wheel, the key's name, else None.
+        on_event: called with "press", "drag", "level", "hover", "scroll", "zoom" or "key"; x and y in pixels of the
+            picture from its upper left corner; and what belongs to it: +1 or -1 for the wheel, alone or with control;
+            for "level", a drag with the right button, the pixels (x, y) since the last; the key's name; else None.
     """
 
     def __init__(self, on_event: Callable[[str, float, float, Any], None]):
@@ -73,7 +74,7 @@ class MouseCanvas:
         self.widget.toolbar_visible = self.widget.header_visible = self.widget.footer_visible = False
         self.widget.resizable, self.widget.capture_scroll = False, True
         self.widget.layout.align_self = "flex-start"
-        self._manager = manager(self.widget, 0)
+        self._manager, self._last = manager(self.widget, 0), (0.0, 0.0)
         self.widget.mpl_disconnect(self._manager.key_press_handler_id)  # matplotlib's own keys: q would close it
         for name, react in (
             ("button_press_event", self._press), ("motion_notify_event", self._move), ("scroll_event", self._scroll),
@@ -86,7 +87,8 @@ class MouseCanvas:
         known = self.widget.picture
         self.widget.picture = picture
         if known is None or known.size != picture.size:
-            inches = (n * self.widget.device_pixel_ratio / self._figure.dpi for n in picture.size)
+            ratio = self.widget.device_pixel_ratio / self._figure.dpi
+            inches = ((n + 0.01) * ratio for n in picture.size)  # matplotlib rounds down, and 509.99 is not 510
             self._figure.set_size_inches(*inches)
         self.widget.draw()
 
@@ -95,21 +97,26 @@ class MouseCanvas:
         self._manager.toolbar.close()
         self.widget.close()
 
-    def _tell(self, what: str, event: Any, more: int | None = None) -> None:
+    def _tell(self, what: str, event: Any, more: Any = None) -> None:
         if self.widget.picture is None or event.x is None:
             return
         (wide, tall), size = self._figure.bbox.size, self.widget.picture.size
-        self._on_event(what, event.x / wide * size[0], (1 - event.y / tall) * size[1], more)
+        x, y = event.x / wide * size[0], (1 - event.y / tall) * size[1]
+        if what == "level":
+            more = x - self._last[0], y - self._last[1]
+        self._last = x, y
+        if what:
+            self._on_event(what, x, y, more)
 
     def _press(self, event: Any) -> None:
-        if event.button == 1:
-            self._tell("press", event)
+        self._tell("press" if event.button == 1 else "", event)
 
     def _move(self, event: Any) -> None:
-        self._tell("drag" if event.button == 1 else "hover", event)
+        self._tell({1: "drag", 3: "level"}.get(event.button, "hover"), event)
 
     def _scroll(self, event: Any) -> None:
-        self._tell("scroll", event, 1 if event.step > 0 else -1)
+        what = "zoom" if "ctrl" in getattr(event, "modifiers", ()) else "scroll"
+        self._tell(what, event, 1 if event.step > 0 else -1)
 
     def _key(self, event: Any) -> None:
         if self.widget.picture is not None:  # wherever the mouse is: it may never have been over the picture

@@ -3,12 +3,13 @@
 A `Composition` also knows which voxel lies under which pixel, so that a click means a place in the patient.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from medctkit.viewers.drawing.rendering import (
     PLANES,
+    WHOLE,
     Look,
     Scan,
     Voxel,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 GAP = 6  # pixels between panels
 WIDEST = 2.35  # heights: how wide a row of panels may be; 360 pixels fit JupyterLab on a small screen
-LARGE = 1.5  # heights: a single plane
+LARGE, SINGLE = 1.5, 1.8  # heights: the first of three planes, a single plane
 CROSSHAIR = (240, 228, 66)
 _HOLE = 9  # pixels: the crosshair leaves its middle free, so that what it points at can be seen
 _MARKS = 22  # pixels at the edges that the crosshair leaves to the orientation marks
@@ -44,6 +45,7 @@ class Panel:
         top: first row of pixels.
         size: width and height in pixels.
         shape: of the scan, voxels (d, h, w).
+        view: left, top, right and bottom of what is shown of the slice, as shares.
     """
 
     scan: int
@@ -52,6 +54,7 @@ class Panel:
     top: int
     size: tuple[int, int]
     shape: Voxel
+    view: tuple[float, float, float, float] = WHOLE
 
     @property
     def axes(self) -> tuple[int, int]:
@@ -61,36 +64,59 @@ class Panel:
 
     def voxel(self, x: float, y: float, index: int) -> Voxel:
         """The voxel (d, h, w) under a place of the picture, where the panel shows slice `index`."""
-        (row, column), found = self.axes, [index] * 3
-        found[column] = int((x - self.left) / self.size[0] * self.shape[column])
-        found[row] = int((y - self.top) / self.size[1] * self.shape[row])
+        (row, column), found, (left, top, right, bottom) = self.axes, [index] * 3, self.view
+        found[column] = int((left + (x - self.left) / self.size[0] * (right - left)) * self.shape[column])
+        found[row] = int((top + (y - self.top) / self.size[1] * (bottom - top)) * self.shape[row])
         if self.plane != "axial":  # head up
             found[row] = self.shape[row] - 1 - found[row]
         return found[0], found[1], found[2]
 
-    def place(self, voxel: Voxel) -> tuple[float, float]:
-        """Where in the picture the middle of a voxel (d, h, w) lies, pixels."""
+    def share(self, voxel: Sequence[float]) -> tuple[float, float]:
+        """Where in the slice the middle of a voxel (d, h, w) lies: shares of its width and height."""
         row, column = self.axes
         across, down = (voxel[column] + 0.5) / self.shape[column], (voxel[row] + 0.5) / self.shape[row]
-        down = down if self.plane == "axial" else 1 - down
+        return across, down if self.plane == "axial" else 1 - down
+
+    def place(self, voxel: Sequence[float]) -> tuple[float, float]:
+        """Where in the picture the middle of a voxel (d, h, w) lies, pixels; outside of the panel if not shown."""
+        (across, down), (left, top, right, bottom) = self.share(voxel), self.view
+        across, down = (across - left) / (right - left), (down - top) / (bottom - top)
         return self.left + across * self.size[0], self.top + down * self.size[1]
+
+    def zoomed(self, zoom: float, voxel: Voxel) -> "Panel":
+        """The same with so many times fewer of the slice, around a voxel where the slice's edges let it."""
+        left, top = (min(max(middle - 0.5 / zoom, 0), 1 - 1 / zoom) for middle in self.share(voxel))
+        return replace(self, view=(left, top, left + 1 / zoom, top + 1 / zoom))
 
 
 class Composition:
-    """The slices of one or two scans in one picture, all at the same scale.
+    """The slices of one or two scans in one picture.
 
-    Three planes of a scan make a row, and a second scan a second row; a single plane is larger, and two scans lie side
-    by side. The slices that were drawn last are kept, one for each panel, so that only what changed is drawn again.
+    Of three planes of a scan the first is large, with the others beside it; of two scans each makes a row, all at the
+    same scale. A single plane is large, and two scans lie side by side. The slices that were drawn last are kept, one
+    for each panel, so that only what changed is drawn again.
 
     Args:
         scans: one or two.
         planes: which to show.
-        height: of a panel, in pixels; less where a row would be more than 2.35 times as wide.
+        height: of a panel in a row, in pixels; less where a row would be more than 2.35 times as wide. The first of
+            three is 1.5 times as tall, a single plane 1.8 times.
+        zoom: 1 for whole slices; of all panels.
+        voxels: for each scan the voxel (d, h, w) to zoom to.
     """
 
-    def __init__(self, scans: Sequence[Scan], planes: Sequence[str] = tuple(PLANES), height: int = 360):
+    def __init__(
+        self,
+        scans: Sequence[Scan],
+        planes: Sequence[str] = tuple(PLANES),
+        height: int = 360,
+        zoom: float = 1.0,
+        voxels: Sequence[Voxel] = (),
+    ):
         self.scans = tuple(scans)
         self.panels, self.size = _arranged(self.scans, tuple(planes), height)
+        if zoom > 1:
+            self.panels = tuple(panel.zoomed(zoom, voxels[panel.scan]) for panel in self.panels)
         self._drawn: dict[Panel, tuple[Any, Image]] = {}
 
     def panel_at(self, x: float, y: float) -> Panel | None:
@@ -99,6 +125,10 @@ class Composition:
             if 0 <= x - panel.left < panel.size[0] and 0 <= y - panel.top < panel.size[1]:
                 return panel
         return None
+
+    def shows(self, voxels: Sequence[Voxel]) -> bool:
+        """Whether the voxel (d, h, w) of each scan can be seen in all of its panels."""
+        return all(self.panel_at(*panel.place(voxels[panel.scan])) == panel for panel in self.panels)
 
     def picture(self, voxels: Sequence[Voxel], look: Look, crosshair: bool = True) -> "Image":
         """The picture (PIL image, RGB).
@@ -127,7 +157,7 @@ class Composition:
         if panel.scan:
             look = Look(look.window)
         if self._drawn.get(panel, (None,))[0] != (index, look):
-            picture = draw_slice(scan, panel.plane, index, panel.size, look)
+            picture = draw_slice(scan, panel.plane, index, panel.size, look, panel.view)
             draw_marks(picture, panel.plane, f"{panel.plane} {index}", scan.name)
             self._drawn[panel] = ((index, look), picture)
         return self._drawn[panel][1]
@@ -139,9 +169,11 @@ def _arranged(scans: Sequence[Scan], planes: Sequence[str], height: int) -> tupl
     if len(planes) == 1:
         rows = [[(i, planes[0]) for i in range(len(scans))]]
     millimetres = {(i, plane): slice_mm(scans[i].volume, plane) for row in rows for i, plane in row}
+    if len(scans) == 1 and len(planes) > 1:
+        return _first_large(scans[0], millimetres, height)
     tallest = max(tall for _, tall in millimetres.values())
     widest = max(sum(millimetres[cell][0] for cell in row) for row in rows)
-    scale = min(height * (LARGE if len(planes) == 1 else 1) / tallest, WIDEST * height / widest)  # pixels per mm
+    scale = min(height * (SINGLE if len(planes) == 1 else 1) / tallest, WIDEST * height / widest)  # pixels per mm
     panels, top, right = [], 0, 0
     for row in rows:
         left, below = 0, top
@@ -153,10 +185,30 @@ def _arranged(scans: Sequence[Scan], planes: Sequence[str], height: int) -> tupl
     return tuple(panels), (right, top - GAP)
 
 
+def _first_large(
+    scan: Scan, millimetres: Mapping[tuple[int, str], tuple[float, float]], height: int
+) -> tuple[tuple[Panel, ...], tuple[int, int]]:
+    """Panels of one scan, the others of which lie one below the other beside the first."""
+    (wide, tall), *others = millimetres.values()
+    smaller = min(1.0, tall / sum(down for _, down in others))
+    beside = wide + smaller * max(across for across, _ in others)
+    scale = min(LARGE * height / tall, WIDEST * height / beside)  # pixels per mm
+    smaller = min(scale, (scale * tall - GAP * (len(others) - 1)) / sum(down for _, down in others))
+    panels, left, top, right, below = [], 0, 0, 0, 0
+    for n, ((i, plane), size_mm) in enumerate(millimetres.items()):
+        size = in_pixels(size_mm, smaller if n else scale)
+        panels.append(Panel(i, plane, left, top, size, scan.volume.shape))
+        right, below = max(right, left + size[0]), max(below, top + size[1])
+        left, top = (panels[0].size[0] + GAP, top + size[1] + GAP) if n else (size[0] + GAP, 0)
+    return tuple(panels), (right, below)
+
+
 def _draw_crosshair(picture: "Image", panel: Panel, voxel: Voxel) -> None:
     from PIL import ImageDraw
 
     draw, (x, y) = ImageDraw.Draw(picture), map(round, panel.place(voxel))
+    if not (0 <= x - panel.left < panel.size[0] and 0 <= y - panel.top < panel.size[1]):
+        return  # zoomed past it
     left, top = panel.left + _MARKS, panel.top + _MARKS
     right, bottom = panel.left + panel.size[0] - 1 - _MARKS, panel.top + panel.size[1] - 1 - _MARKS
     for low, high in ((left, x - _HOLE), (x + _HOLE, right)):

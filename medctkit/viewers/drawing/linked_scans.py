@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from medctkit.scans.heat_map import HeatMap
 from medctkit.scans.volumes import CTVolume
 from medctkit.viewers.drawing.rendering import Scan, Voxel
 
@@ -83,3 +84,18 @@ def _one_within_the_other(first: Scan, second: Scan) -> bool:
     (low_a, high_a), (low_b, high_b) = boxes
     shared = np.prod(np.clip(np.minimum(high_a, high_b) - np.maximum(low_a, low_b), 0, None))
     return bool(shared >= 0.9 * min(np.prod(high_a - low_a), np.prod(high_b - low_b)))
+
+
+def heat_maps_of(heat_maps: Mapping[str, HeatMap] | None) -> dict[str, HeatMap]:
+    """Named maps, each of which is one.
+
+    Raises:
+        TypeError: not a HeatMap.
+    """
+    for name, heat_map in (heat_maps or {}).items():
+        if not isinstance(heat_map, HeatMap):
+            raise TypeError(
+                f"heat map {name!r} is of type {type(heat_map).__name__}, expected a HeatMap; "
+                "HeatMap.of_voxels(values, volume) makes one of an array with the volume's shape"
+            )
+    return dict(heat_maps or {})

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -34,7 +34,10 @@ MARKS = {"axial": ("R", "L", "A", "P"), "coronal": ("R", "L", "S", "I"), "sagitt
 COLOUR_MAPS = ("inferno", "viridis", "cividis")
 # Okabe and Ito's colours, told apart by colour-blind people and from grey; yellow is the crosshair's
 MASK_COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (213, 94, 0), (204, 121, 167), (0, 114, 178))
+SLABS = ("one slice", "maximum", "minimum", "mean")  # of HU, over the thickness of a slab
+WHOLE = (0.0, 0.0, 1.0, 1.0)  # of a slice: left, top, right and bottom of what is shown of it, as shares
 _MAP_POINTS = 96  # a side: a heat map is coarse, and asked for at no more points than this
+_EDGE_POINTS = 256  # where its cells are shown with their edges
 
 
 def window(hu: ArrayLike, centre: float, width: float) -> np.ndarray:
@@ -80,6 +83,24 @@ def slice_of(array: np.ndarray, plane: str, index: int) -> np.ndarray:
         raise IndexError(f"{plane} slice {index}: the volume has slices 0 to {array.shape[axis] - 1}")
     cut = array[(slice(None),) * axis + (index,)]
     return cut if plane == "axial" else cut[::-1]  # head up
+
+
+def slab_of(volume: CTVolume, plane: str, index: int, how: str, thickness: float) -> np.ndarray:
+    """Maximum, minimum or mean HU (rows, columns) through a slab of so many mm around a slice; or the slice itself.
+
+    Raises:
+        ValueError: unknown plane, or `how` none of `SLABS`.
+        IndexError: no such slice.
+    """
+    if how not in SLABS:
+        raise ValueError(f"unknown slab {how!r}; choose one of {', '.join(SLABS)}")
+    cut = slice_of(volume.hu, plane, index)
+    half = int(thickness / volume.spacing[PLANES[plane]] / 2)
+    if how == SLABS[0] or not half:
+        return cut
+    block = np.moveaxis(volume.hu, PLANES[plane], 0)[max(0, index - half) : index + half + 1]
+    flat = block.mean(0, dtype=np.float32) if how == "mean" else getattr(block, how[:3])(0)
+    return flat if plane == "axial" else flat[::-1]
 
 
 def slice_mm(volume: CTVolume, plane: str) -> tuple[float, float]:
@@ -207,6 +228,8 @@ class Look:
         heat_map: laid over the slices.
         heat_opacity: where the map is highest, 0 to 1.
         colour_map: one of `COLOUR_MAPS`.
+        slab: one of `SLABS`; masks and heat map stay those of the slice in its middle.
+        thickness: of the slab, mm.
     """
 
     window: tuple[float, float] = WINDOWS["lung"]
@@ -215,25 +238,46 @@ class Look:
     heat_map: HeatMap | None = None
     heat_opacity: float = 0.6
     colour_map: str = COLOUR_MAPS[0]
+    slab: str = SLABS[0]
+    thickness: float = 10.0
 
 
-def draw_slice(scan: Scan, plane: str, index: int, size: tuple[int, int], look: Look) -> "Image":
-    """A slice as a picture (PIL image, RGB) of a size (width, height) in pixels, without any text.
+def draw_slice(
+    scan: Scan,
+    plane: str,
+    index: int,
+    size: tuple[int, int],
+    look: Look,
+    view: tuple[float, float, float, float] = WHOLE,
+) -> "Image":
+    """A slice as a picture (PIL image, RGB), without text.
 
     A heat map covers the more the higher its value is: where it is lowest the CT is as it was. Masks lie over it.
+
+    Args:
+        scan: whose slice.
+        plane: "axial", "coronal" or "sagittal".
+        index: along the plane's axis.
+        size: width and height, pixels.
+        look: window, masks, map, slab.
+        view: left, top, right and bottom of what is shown of it, as shares.
     """
     from PIL import Image
 
-    grey = np.rint(255 * window(slice_of(scan.volume.hu, plane, index), *look.window)).astype(np.uint8)
-    picture = Image.fromarray(grey).resize(size, Image.Resampling.BILINEAR).convert("RGB")
-    if look.heat_map is not None:
-        share = Image.fromarray(heat_share(look.heat_map, scan.volume, plane, index))
-        levels = np.rint(255 * np.asarray(share.resize(size, Image.Resampling.BILINEAR))).astype(np.uint8)
+    def sized(array: np.ndarray, smooth: bool = True) -> Any:
+        (tall, wide), (left, top, right, bottom) = array.shape, view
+        how = Image.Resampling.BILINEAR if smooth else Image.Resampling.NEAREST
+        return Image.fromarray(array).resize(size, how, (left * wide, top * tall, right * wide, bottom * tall))
+
+    hu = slab_of(scan.volume, plane, index, look.slab, look.thickness)
+    picture = sized(np.rint(255 * window(hu, *look.window)).astype(np.uint8)).convert("RGB")
+    if (heat_map := look.heat_map) is not None:
+        share = sized(heat_share(heat_map, scan.volume, plane, index), heat_map.smooth)
+        levels = np.rint(255 * np.asarray(share)).astype(np.uint8)
         cover = Image.fromarray(np.rint(look.heat_opacity * levels).astype(np.uint8))
         picture.paste(Image.fromarray(colour_table(look.colour_map)[levels]), (0, 0), cover)
     for name in look.masks:
-        filled = Image.fromarray(slice_of(scan.masks[name], plane, index).astype(np.uint8))
-        inside = np.asarray(filled.resize(size, Image.Resampling.NEAREST)) > 0
+        inside = np.asarray(sized(slice_of(scan.masks[name], plane, index).astype(np.uint8), smooth=False)) > 0
         around = np.pad(inside, 1)  # a mask that leaves the picture is outlined there too
         edge = inside & ~(around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:])
         strength = (255 * look.opacity * inside).astype(np.uint8)
@@ -242,12 +286,13 @@ def draw_slice(scan: Scan, plane: str, index: int, size: tuple[int, int], look: 
     return picture
 
 
-def heat_share(heat_map: HeatMap, volume: CTVolume, plane: str, index: int, most: int = _MAP_POINTS) -> np.ndarray:
+def heat_share(heat_map: HeatMap, volume: CTVolume, plane: str, index: int, most: int | None = None) -> np.ndarray:
     """A heat map on a grid of at most `most` points a side of a slice: (rows, columns) float32.
 
     0 for its lowest value, 1 for its highest; 0 too where the map says nothing, or is the same everywhere.
     """
     low, high = heat_map.limits
+    most = most or (_MAP_POINTS if heat_map.smooth else _EDGE_POINTS)
     coarse = [np.linspace(-0.5, n - 0.5, 2 * min(n, most) + 1)[1::2] for n in volume.shape]  # middles of equal parts
     coarse[PLANES[plane]] = np.array([index])
     voxels = np.stack(np.meshgrid(*coarse, indexing="ij"), axis=-1)

@@ -1,0 +1,165 @@
+"""The tables of a comparison as text: for a terminal, a page and `tables.json`; and what they say, in sentences."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from medctkit.common.provenance import write_json
+from medctkit.experiments.compare.data import HELD_OUT, VARIANTS
+from medctkit.experiments.compare.results import (
+    EQUAL,
+    TEXTS,
+    Results,
+    best_free,
+    ends_of,
+    finding_table,
+    forgetting_table,
+    method_table,
+    names_of,
+    noise_table,
+    pooled,
+    rivals_table,
+    strength_table,
+    unseen_table,
+)
+from medctkit.experiments.compare.runs import GROUPS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def verdict(results: Results, group: str, one: str, other: str, what: str = "") -> str:
+    """A sentence on the paired difference of two methods of a group, "METHOD" or "METHOD, VARIANT", with its interval.
+
+    Args:
+        results: of the comparison.
+        group: one of `GROUPS`.
+        one: the method that should have more.
+        other: the one it is held against.
+        what: of `Results.draws`, "/home" say; "": the AUROC at the target hospital.
+    """
+    sides = [names_of(results, group, *name.split(", ")) for name in (one, other)]
+    difference, low, high = ends_of("", np.subtract(*(results.mean_draws(names, what) for names in sides))).values()
+    a, b = (", ".join([TEXTS[name.split(", ")[0]][0], *name.split(", ")[1:]]) for name in (one, other))
+    said = f"{a} and {b} are not told apart"
+    if low > 0 or high < 0:
+        said = "{} is better than {}".format(*((a, b) if low > 0 else (b, a)))
+    return f"{said}: {difference:+.3f} [{low:+.3f}, {high:+.3f}], {len(sides[0])} and {len(sides[1])} runs."
+
+
+class Shown(NamedTuple):
+    """A table as it is shown: the group whose runs it needs, what makes it, its columns, and a note."""
+
+    group: str
+    make: Callable[[Results], pd.DataFrame]
+    columns: str
+    note: str = ""
+
+
+_SCORES = "label auroc over_base seeds"
+_TAUGHT = f"{_SCORES} auroc_sd learning_rate steps_to_equal trainable"
+_COSTS = "adapter_bytes seconds_per_step seconds_per_step_of_full peak_bytes peak_bytes_of_full"
+TABLES: dict[str, Shown] = {
+    "rivals": Shown(
+        "rivals", rivals_table, f"{_SCORES} kind lora_over home_over_base chosen",
+        "Lora over: LoRA minus this, paired on the same resamples of test patients.",
+    ),
+    "findings": Shown("rivals", lambda found: finding_table(found).reset_index(), "finding base lora boxes lora_over"),
+    "unseen": Shown(
+        "unseen", unseen_table, "findings prompts base adapted gain taught taught_gain",
+        f"Held out of every loss and choice of 'adapted': {', '.join(HELD_OUT)}. 'taught' was taught them too.",
+    ),
+    "placement": Shown("placement", lambda found: method_table(found, "placement"), _TAUGHT),
+    "methods": Shown(
+        "methods", method_table, f"{_TAUGHT} {_COSTS}",
+        f"The linear probe knows these 18 answers only. Steps to equal: until {EQUAL:.0%} of LoRA's gain on validation "
+        "studies, median over seeds; -: most never had it. Seconds and peak bytes: of a step, measured alone.",
+    ),
+    "forgetting": Shown(
+        "forgetting", forgetting_table, f"{_SCORES} home_over_base home_calibration_over_base intruders",
+        "; ".join(f"{name}: {does}" for name, does in VARIANTS.items() if name.startswith(("replay", "anchor"))),
+    ),
+    "strength": Shown("forgetting", strength_table, "label strength over_base home_over_base"),
+    "studies": Shown("studies", lambda found: pooled(found, "studies").sort_values("studies"), f"studies {_SCORES}"),
+    "noise": Shown("noise", noise_table, "flipped trained lost measured_base measured measured_gain"),
+    "ranks": Shown("ranks", lambda found: pooled(found, "ranks").sort_values("rank"), f"rank {_TAUGHT}"),
+}  # fmt: skip
+_FORMS = {"learning_rate": "g", "strength": "g", "peak_bytes": ".2g", "intruders": ".1f", "seconds_per_step": ".2f"}
+_FORMS |= dict.fromkeys(("trainable", "adapter_bytes", "studies", "seeds", "rank", "flipped", "steps_to_equal"), ",.0f")
+
+
+def shown(table: pd.DataFrame, columns: str) -> pd.DataFrame:
+    """Columns of a table as text: values with their ends where they have some, "-" where there is nothing.
+
+    Args:
+        table: one of this module's.
+        columns: names, with spaces between them.
+    """
+    import pandas as pd
+
+    def text(row: Mapping, name: str) -> str:
+        values = [row[key] for key in (name, f"{name}_low", f"{name}_high") if key in row]
+        if isinstance(values[0], str):
+            return values[0]
+        if values[0] != values[0] or (len(values) > 1 and not any(values)):  # what is missing; a difference to itself
+            return "-"
+        sign = "+" if name.endswith(("over_base", "lora_over", "gain", "lost")) else ""
+        form = _FORMS.get(name, f"{sign}.3f")
+        value, *ends = (f"{0.0 if abs(v) < 5e-4 and '3f' in form else v:{form}}" for v in values)
+        value += "*" * (name == "learning_rate" and bool(row.get("at_edge")))
+        return f"{value} [{', '.join(ends)}]" if ends else value
+
+    names = {name: name.replace("_", " ").replace("label", "").replace("auroc", "AUROC") for name in columns.split()}
+    return pd.DataFrame([{names[name]: text(row, name) for name in names} for row in table.to_dict("records")])
+
+
+def best_free_texts(results: Results) -> list[str]:
+    """What LoRA has over the free fix that is best on the test patients, and over the best on validation patients."""
+    texts, best = [], best_free(results)
+    for place, where in enumerate(("the test patients", "validation patients")[: len(best)]):
+        row, (over,) = best.iloc[place], shown(best[place : place + 1], "lora_over")["lora over"]
+        fix = f"{row['label']} ({row['over_base']:+.3f} over base)"
+        texts.append(f"LoRA over the free fix that is best on {where}, {fix}: {over}")
+    return texts
+
+
+def all_tables(results: Results) -> dict[str, pd.DataFrame]:
+    """Those of `TABLES` whose runs are there."""
+    found = {}
+    for name, each in TABLES.items():
+        if results.has(each.group):
+            try:
+                found[name] = each.make(results)
+            except ValueError:  # some runs of the group are still to be done
+                continue
+    return found
+
+
+def missing(results: Results) -> str:
+    """What was not measured yet, and the command that does it; "" if nothing is missing."""
+    groups = [group for group in GROUPS if not results.has(group)]
+    return f"not measured yet: medctkit compare FOLDER --only {','.join(groups)}" if groups else ""
+
+
+def show_all(results: Results) -> str:
+    """Every table whose runs are there, as text."""
+    parts = []
+    for name, table in all_tables(results).items():
+        parts.append(f"{name}\n{shown(table, TABLES[name].columns).to_string(index=False)}\n{TABLES[name].note}")
+    parts += best_free_texts(results) if results.has("rivals") else []
+    note = "Mean AUROC over findings and seeds; 95 % intervals: bootstrap over test patients. Phantom data."
+    return "\n\n".join([*parts, note, *([missing(results)] if missing(results) else [])])
+
+
+def write_tables(results: Results, folder: str | os.PathLike) -> None:
+    """Write `tables.json`: all tables that are there, with their intervals."""
+    content = {}
+    for name, table in all_tables(results).items():
+        rows = table.drop(columns="names", errors="ignore").round(5)
+        content[name] = rows.astype(object).where(rows.notna(), None).to_dict("records")
+    write_json(content, Path(folder) / "tables.json")

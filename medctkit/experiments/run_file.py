@@ -1,0 +1,98 @@
+"""`run.yaml`: what a run was asked for, beside its adapter, to be read, changed, and handed to `medctkit finetune`.
+
+YAML is data here: it is read by `yaml.safe_load`, and every name and value in it is checked.
+"""
+
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+
+from medctkit.common.atomic import replacing
+from medctkit.experiments.adapt import DEFAULT, FULL_SIZE, Adaptation
+
+NAME = "run.yaml"
+# of the command, beside the settings
+ASKED: dict[str, type] = {
+    "manifest": str, "seed": int, "cache_dir": str, "model": str, "tokenizer": str, "hospital": str,
+}  # fmt: skip
+_SETTINGS = [field.name for field in fields(Adaptation) if field.name != "seed"]  # the run's, above
+
+
+def write_run_file(path: str | os.PathLike, asked: Mapping[str, Any], settings: Adaptation) -> Path:
+    """Write what was `asked` (see `ASKED`) and every field of the settings.
+
+    Prompts are {finding: {states: [sentences], denies: [sentences]}}.
+    """
+    path = Path(path)
+    found = {name: getattr(settings, name) for name in _SETTINGS}
+    found["prompts"] = {
+        finding: {"states": list(states), "denies": list(denies)}
+        for finding, (states, denies) in settings.prompts.items()
+    }
+    said = {name: None if asked.get(name) is None else ASKED[name](asked[name]) for name in ASKED}
+    with replacing(path) as temporary:
+        text = yaml.safe_dump(said | {"settings": found}, sort_keys=False, allow_unicode=True, width=120)
+        temporary.write_text(f"# medctkit finetune OUTPUT_DIR --config {path.name} does this again\n{text}", "utf-8")
+    return path
+
+
+def read_run_file(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a run file asks for (see `ASKED`), and the settings that it has, as `Adaptation` takes them.
+
+    What it does not name is left out: the command's own, or the default of the model.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not YAML, an unknown name, a value of another type; says where.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"no run file at {path}; `medctkit finetune` writes a {NAME} beside each adapter")
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    if not isinstance(found, dict) or not isinstance(found.get("settings", {}), dict):
+        raise ValueError(f"{path}: expected names with values, and below `settings` those of the settings")
+    settings = found.pop("settings", {})
+    types = get_type_hints(Adaptation)
+    for given, known in ((found, ASKED), (settings, {name: types[name] for name in _SETTINGS})):
+        if unknown := [name for name in given if name not in known]:
+            raise ValueError(f"{path}: unknown {unknown[0]!r}; expected {', '.join(known)}")
+    asked = {name: _typed(path, name, value, ASKED[name] | None) for name, value in found.items()}
+    chosen = {name: _typed(path, name, value, types[name]) for name, value in settings.items() if name != "prompts"}
+    if (prompts := settings.get("prompts")) is not None:
+        try:
+            chosen["prompts"] = {
+                finding: (tuple(both["states"]), tuple(both["denies"])) for finding, both in prompts.items()
+            }
+        except (AttributeError, KeyError, TypeError):
+            raise ValueError(f"{path}: prompts must be {{finding: {{states: [...], denies: [...]}}}}") from None
+    return {name: value for name, value in asked.items() if value is not None}, chosen
+
+
+def settings_of(model: str, given: Mapping[str, Any]) -> Adaptation:
+    """The defaults of a model, with what is `given`; `epochs` take the place of `steps`.
+
+    Raises:
+        ValueError: see `FineTuneConfig`.
+    """
+    steps = {"steps": None} if given.get("epochs") is not None else {}
+    return replace(DEFAULT if model == "mini" else FULL_SIZE, **(steps | dict(given)))
+
+
+def _typed(path: Path, name: str, value: Any, wanted: Any) -> Any:
+    """A value of the type that a field wants; 3e-4 without a dot is text in YAML."""
+    kinds = get_args(wanted) or (wanted,)
+    if float in kinds and isinstance(value, int | str) and not isinstance(value, bool):
+        with suppress(ValueError):
+            return float(value)
+    elif isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)):
+        return value
+    expected = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in kinds)
+    raise ValueError(f"{path}: {name} must be {expected}, got {value!r}")

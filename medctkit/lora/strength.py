@@ -1,0 +1,86 @@
+"""A trained model at another strength, and what training left in its weights; nothing is trained here."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from medctkit.lora.adapter import merge_lora
+from medctkit.lora.placement import parts_of, presets_of
+from medctkit.model.protocol import Model
+
+
+def can_be_scaled(model: Model) -> bool:
+    """Whether a model carries an adapter that adds to its weights, so that there is less and more of it.
+
+    LoRA, rsLoRA and LoRA+ do. DoRA scales the weight itself, PiSSA takes a part out of it, and the rest multiply.
+    """
+    config: Any = getattr(model, "peft_config", {}).get(getattr(model, "active_adapter", ""), None)
+    begun = getattr(config, "init_lora_weights", True)
+    return getattr(config, "peft_type", "") == "LORA" and not config.use_dora and begun in (True, False, "gaussian")
+
+
+@contextmanager
+def at_strength(model: Model, strength: float, start: Mapping[str, torch.Tensor] | None = None) -> Iterator[Model]:
+    """The model with `strength` times what training added to its weights, within a block: W + strength * (W' - W).
+
+    0 is the base model bit for bit, 1 the trained one, and between them lie the averages of their weights (WiSE-FT,
+    Wortsman et al. 2022, arXiv 2109.01903). Beyond 1 is more than training did.
+
+    Args:
+        model: with a LoRA adapter (see `can_be_scaled`), or one whose own weights were trained.
+        strength: usually 0 to 1.5.
+        start: of the latter, its trained parameters before training, by name.
+
+    Raises:
+        ValueError: a strength that is not a finite number; a model that has no adapter of this kind, and no `start`.
+    """
+    from peft.helpers import rescale_adapter_scale
+
+    if not math.isfinite(strength):
+        raise ValueError(f"strength must be a finite number such as 0.5, got {strength}")
+    if start is None:
+        if not can_be_scaled(model):
+            raise ValueError("this model carries no adapter that can be scaled (LoRA, rsLoRA, LoRA+); give `start`")
+        with rescale_adapter_scale(model, strength):
+            yield model
+        return
+    parameters = dict(model.named_parameters())
+    end = {name: parameters[name].detach().clone() for name in start}
+    try:
+        with torch.no_grad():
+            for name, before in start.items():
+                parameters[name].copy_(before + strength * (end[name] - before))
+        yield model
+    finally:
+        with torch.no_grad():
+            for name, after in end.items():
+                parameters[name].copy_(after)
+
+
+def intruder_dimensions(before: Model, after: Model, leading: int = 10, below: float = 0.5) -> float:
+    """How many of the leading singular vectors of a trained weight resemble none of the weight's before.
+
+    The mean over q, k and v of both encoders. Left singular vectors, and the default limits, as in Shuttleworth et al.
+    2024, "LoRA vs Full Fine-tuning: An Illusion of Equivalence" (arXiv 2410.21228).
+
+    Args:
+        before: the base model.
+        after: the trained one, with its adapter or without.
+        leading: singular vectors of each weight that are looked at.
+        below: cosine to every vector from before, up to its sign, below which one is new.
+    """
+    pattern = re.compile("|".join(presets_of(parts_of(before))["paper"].patterns.values()))
+    old = {name: module.weight for name, module in before.named_modules() if pattern.fullmatch(name)}
+    trained = dict((merge_lora(after) if hasattr(after, "peft_config") else after).named_modules())
+    found = []
+    for name, weight in old.items():
+        u, new = (torch.linalg.svd(w.detach(), full_matrices=False)[0] for w in (weight, trained[name].weight))
+        likeness = (u.T @ new[:, :leading]).abs().amax(0)  # (out, k).T (out, leading) -> of each, the greatest
+        found.append((likeness < below).sum().item())
+    return sum(found) / len(found)

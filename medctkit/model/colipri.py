@@ -1,0 +1,236 @@
+"""COLIPRI (Wald et al. 2026, arXiv 2510.15042) as a base model: its own towers, and no code from the hub.
+
+The image tower is Primus, one transformer over all patches of a volume; the text tower is BERT; attention pooling ends
+both. PyPI's package `colipri` (MIT) has their classes and sizes. Its loader fetches the text tower with
+`trust_remote_code`, which runs Python files of another repository. That tower is a plain BERT, so here transformers'
+`BertModel` takes its place, filled from COLIPRI's own safetensors; of the other repository only the words are read.
+
+Shapes: b batch, x y z voxels towards right, front and head, n tokens of one text, p width of the embeddings.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import BertConfig, BertModel
+
+from medctkit.model.ct_clip import RELEASED_TEXT
+from medctkit.model.protocol import Parts
+from medctkit.model.weights import read_weights, refuse_bad_numbers, refuse_other_shapes
+from medctkit.scans.preprocessing import PreprocessConfig
+
+TOKENIZER_FILES = ("vocab.txt", "tokenizer_config.json", "special_tokens_map.json")
+_VISION_LAYER = r"image_encoder\.backbone\.eva\.blocks\.\d+\."
+_TEXT_LAYER = r"text_encoder\.backbone\.encoder\.layer\.\d+\."
+_VISION = {name: rf"{_VISION_LAYER}attn\.{name}" for name in ("q_proj", "k_proj", "v_proj", "proj")}
+_TEXT = {name: rf"{_TEXT_LAYER}attention\.self\.{name}" for name in ("query", "key", "value")}
+_TEXT["attention.output.dense"] = rf"{_TEXT_LAYER}attention\.output\.dense"
+_ATTENTION = (tuple(_VISION), tuple(_TEXT))
+_MLP = (("fc1_g", "fc1_x", "fc2"), ("intermediate.dense", "output.dense"))  # SwiGLU: gate, value, out
+_VISION |= {name: rf"{_VISION_LAYER}mlp\.{name}" for name in _MLP[0]}
+_TEXT |= {name: _TEXT_LAYER + re.escape(name) for name in _MLP[1]}
+_VISION_QKV, _TEXT_QKV = ("q_proj", "k_proj", "v_proj"), ("query", "key", "value")
+
+PARTS = Parts(
+    vision=_VISION,
+    text=_TEXT,
+    presets={
+        "paper": (_VISION_QKV, _TEXT_QKV),
+        "vision": (_VISION_QKV, ()),
+        "text": ((), _TEXT_QKV),
+        "all-attention": _ATTENTION,
+        "mlp": _MLP,
+        "all-linear": (tuple(_VISION), tuple(_TEXT)),
+    },
+    keys_values=("k_proj", "v_proj", "key", "value"),
+    narrowing=(_VISION["fc2"], _TEXT["output.dense"]),
+    stages={
+        "pooling": ("image_encoder.pooler", "image_encoder.projector"),
+        "layers": ("image_encoder.backbone.eva",),
+        "patches": ("image_encoder.backbone.down_projection",),
+    },
+)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is asked of a model's configuration."""
+
+    grid: tuple[int, ...]  # patches along the model's axes
+    projection_dim: int  # p
+
+
+class Colipri(nn.Module):
+    """COLIPRI with the members of `VisionLanguageModel`; names of modules are those of its state dict.
+
+    Args:
+        image_encoder: a `colipri.model.image.ImageEncoder`.
+        text_encoder: a `colipri.model.text.TextEncoder` around a `BertModel`.
+        temperature: what COLIPRI divides similarities by, above 0.
+        preprocess_config: the volumes it wants, along (x, y, z).
+    """
+
+    parts = PARTS
+
+    def __init__(self, image_encoder: Any, text_encoder: Any, temperature: float, preprocess_config: PreprocessConfig):
+        super().__init__()
+        self.image_encoder, self.text_encoder = image_encoder, text_encoder
+        self.temperature = nn.Parameter(-torch.tensor(float(temperature)).log())  # the kit multiplies by exp(t)
+        self.preprocess_config = preprocess_config
+
+    @property
+    def config(self) -> Sizes:
+        """Its sizes."""
+        patch, shape = self.image_encoder.patch_size, self.preprocess_config.shape
+        return Sizes(tuple(n // side for n, side in zip(shape, patch, strict=True)), self.patches.out_channels)
+
+    @property
+    def vision_encoder(self) -> nn.Module:
+        """Primus with projection and pooling."""
+        return self.image_encoder
+
+    @property
+    def patches(self) -> nn.Conv3d:
+        """Whose output has a vector for each patch along the model's axes, (b, p, x, y, z); after it comes pooling."""
+        return self.image_encoder.projector
+
+    @property
+    def longest_text(self) -> int:
+        """Tokens that BERT takes at most."""
+        return self.text_encoder.backbone.config.max_position_embeddings
+
+    def encode_image(self, volumes: torch.Tensor) -> torch.Tensor:
+        """Embed volumes (b, 1, x, y, z), as `preprocess` gives them: (b, p), L2-normalised.
+
+        Raises:
+            ValueError: another shape.
+        """
+        expected = (1, *self.preprocess_config.shape)
+        if volumes.ndim != 5 or tuple(volumes.shape[1:]) != expected:
+            raise ValueError(
+                f"volumes have shape {tuple(volumes.shape)}; COLIPRI expects (batch, {', '.join(map(str, expected))}), "
+                "as preprocess(volume, model.preprocess_config) and a batch axis give it"
+            )
+        return self.image_encoder(volumes, project=True, pool=True, normalize=True)
+
+    def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Embed token ids (b, n), the mask zero for padding: (b, p), L2-normalised.
+
+        Raises:
+            ValueError: longer than the text encoder's positions.
+        """
+        if input_ids.ndim != 2 or not 0 < input_ids.shape[1] <= self.longest_text:
+            raise ValueError(
+                f"input_ids have shape {tuple(input_ids.shape)}; expected (batch, n) with n of at most "
+                f"{self.longest_text}: tokenise with truncation=True, max_length={self.longest_text}"
+            )
+        return self.text_encoder(input_ids, attention_mask)
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Compute the activations of each layer of Primus again in the backward pass instead of keeping them.
+
+        It has a switch of its own for that, whose call current versions of torch refuse.
+        """
+        for block in self.image_encoder.backbone.eva.blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def colipri_input() -> PreprocessConfig:
+    """The volumes that COLIPRI wants, read from the installed package: 192^3 of 2 mm, axes RAS, HU / 1000.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    _refuse_without_library()
+    from colipri.checkpoint import load_processor_config
+
+    steps = load_processor_config()["image_transform"]["transforms"]
+    ours = {"R": "X", "L": "x", "A": "Y", "P": "y", "S": "z", "I": "Z"}
+    spacing, low_high = steps["resample"]["target"], steps["rescale_intensity"]["in_min_max"]
+    return PreprocessConfig(
+        (spacing, spacing, spacing),
+        tuple(steps["crop_or_pad"]["target_shape"]),
+        hu_range=tuple(low_high),
+        axes="".join(ours[letter] for letter in steps["to_orientation"]["orientation"]),
+    )
+
+
+def build(config: Any, temperature: float = 1.0) -> Colipri:
+    """COLIPRI of the library's classes, weights random, in evaluation mode.
+
+    Args:
+        config: of its model, as the library's `load_model_config()` gives it.
+        temperature: see `Colipri`.
+
+    Raises:
+        ModuleNotFoundError: the package `colipri` is not installed.
+    """
+    _refuse_without_library()
+    from colipri.model.multimodal import instantiate  # hydra's
+    from colipri.model.text import TextEncoder
+
+    bert = BertModel(BertConfig(**{"use_cache": False, **RELEASED_TEXT}), add_pooling_layer=False)
+    text_encoder = TextEncoder(bert, instantiate(config["text_encoder"]["pooler"]))
+    return Colipri(instantiate(config["image_encoder"]), text_encoder, temperature, colipri_input()).eval()
+
+
+def from_file(weights: Path, config: Any) -> Colipri:
+    """COLIPRI from `weights`, a safetensors file in the layout of the released one; `config` as in `build`.
+
+    Raises:
+        ValueError: weights of another model, or damaged; see `read_weights`.
+    """
+    from accelerate import init_empty_weights
+
+    found = read_weights(weights)
+    found = {name: tensor.float() for name, tensor in found.items() if not name.endswith(".position_ids")}  # old BERTs'
+    refuse_bad_numbers(found, weights)
+    with init_empty_weights():  # no second GB
+        model = build(config)
+    shapes = {name: tuple(x.shape) for name, x in model.state_dict().items() if name != "temperature"}
+    message = f"{weights} does not hold the weights of this COLIPRI"
+    refuse_other_shapes(found, shapes | {"softmax_temperature": ()}, message)
+    model.load_state_dict(found | {"temperature": -found.pop("softmax_temperature").log()}, assign=True)
+    return model
+
+
+def load_colipri() -> tuple[Colipri, Path]:
+    """COLIPRI with its released weights, and the folder of its tokenizer.
+
+    Both come once, 1 GB, from the Hugging Face hub (microsoft/colipri, MIT, no account). Tensors and words are read
+    from these files; no code in them is run.
+
+    Raises:
+        ModuleNotFoundError: the package `colipri` is not installed.
+        OSError: no network, and not downloaded yet.
+        ValueError: see `from_file`.
+    """
+    _refuse_without_library()
+    from colipri.checkpoint import load_model_config
+    from huggingface_hub import hf_hub_download
+
+    config = load_model_config()
+    words = config["text_encoder"]["backbone"]  # whose name and revision are wanted, not its code
+    where, revision = words["pretrained_model_name_or_path"], words["revision"]
+    try:
+        weights = hf_hub_download("microsoft/colipri", "model.safetensors")
+        folder = [Path(hf_hub_download(where, name, revision=revision)).parent for name in TOKENIZER_FILES][0]
+    except OSError as error:
+        raise OSError(
+            f"COLIPRI could not be downloaded ({error}). It comes once, 1 GB, from the Hugging Face hub and needs no "
+            "account; after that HF_HUB_OFFLINE=1 goes without a network"
+        ) from error
+    return from_file(Path(weights), config), folder
+
+
+def _refuse_without_library() -> None:
+    if find_spec("colipri") is None:
+        raise ModuleNotFoundError(
+            'COLIPRI needs the package colipri: pip install "medctkit[open]"; see docs/base_models.md'
+        )
