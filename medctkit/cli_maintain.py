@@ -39,11 +39,10 @@ def pretrain(
 def gallery(
     folder: Annotated[Path, typer.Argument(help="Where the pages are written.", file_okay=False)],
     real: Annotated[Path | None, typer.Option(help="A real scan: one page more, beside a phantom.")] = None,
-    drawing: Annotated[int, typer.Option(help="Of the phantoms, 1 or 2.")] = 2,
 ) -> None:
     """Draw pages to judge phantoms by: each finding in three planes, beside the same patient without it."""
     from medctkit.viewers.gallery import draw_beside_real, draw_twins
 
-    pages = draw_twins(folder, drawing)
-    for page in [*pages, *([draw_beside_real(folder / "beside_real.png", real, drawing)] if real else [])]:
+    pages = draw_twins(folder)
+    for page in [*pages, *([draw_beside_real(folder / "beside_real.png", real)] if real else [])]:
         say(f"wrote {page}")

@@ -79,6 +79,7 @@ REGISTRY: Mapping[str, Finding] = MappingProxyType(
     }
 )
 
+
 def label_order(registry: Mapping[str, Finding]) -> list[str]:
     """The names of a registry as label columns: the 18 findings in their order, then what was added."""
     return [*(name for name in FINDINGS if name in registry), *(name for name in registry if name not in FINDINGS)]

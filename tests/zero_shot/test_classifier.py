@@ -11,8 +11,8 @@ from medctkit.findings import FINDINGS
 from medctkit.lora.adapter import add_lora
 from medctkit.model.base_model import load_mini_base
 from medctkit.phantom.report_text import finding_sentences
-from medctkit.training.objectives import report_prompts
 from medctkit.phantom.study import TRAINING_SHAPE
+from medctkit.training.objectives import report_prompts
 from medctkit.zero_shot.classifier import ZeroShotClassifier, validation_score
 from medctkit.zero_shot.prompts import PROMPTS, prompt_sentences
 
