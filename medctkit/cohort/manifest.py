@@ -205,6 +205,7 @@ def _reading_rules(table: "pd.DataFrame", real: "pd.Series") -> Iterator[tuple]:
     for name, low, high, expected in (
         ("rescale_slope", 0.0, inf, "a number above 0"),
         ("rescale_intercept", -inf, inf, "a number"),
+        ("largest_gap", 0.0, inf, "a length in mm"),
         *((name, *STEP_RANGE, f"a length from {STEP_RANGE[0]} to {STEP_RANGE[1]} mm") for name in SPACING),
     ):
         if name in table:

@@ -118,7 +118,7 @@ def prepare(
         where, results = "one core", ((row, _task(row, config, cache)) for row in todo)
     else:
         where, results = f"{workers} of {cores} cores", _on_cores(todo, config, cache, workers)
-    print(printable(_announcement(len(todo), len(rows), config, cache.folder, where)))
+    print(printable(_announcement(len(todo), len(rows), config, Path(cache_dir).expanduser(), where)))
     busy = []
     with (
         closing(results),

@@ -15,7 +15,7 @@ from medctkit.viewers.drawing.canvases import KINDS, MouseCanvas, PlainCanvas, k
 from medctkit.viewers.drawing.composition import Composition, Panel
 from medctkit.viewers.drawing.hints import STEPS, ZOOMS, help_of, lines
 from medctkit.viewers.drawing.linked_scans import LinkedScans, heat_maps_of
-from medctkit.viewers.drawing.measuring import TOOLS, Measurement
+from medctkit.viewers.drawing.measuring import TOOLS, Ruler
 from medctkit.viewers.drawing.messages import Messages
 from medctkit.viewers.drawing.rendering import (
     COLOUR_MAPS,
@@ -228,12 +228,12 @@ class SliceViewer:
         return picture
 
     @property
-    def measurement(self) -> Measurement | None:
+    def measurement(self) -> Ruler | None:
         """What is measured now, up to the crosshair: `.described(viewer.scans[0])` says it in words. None: nothing."""
         if self._start is None:
             return None
         start = self.scans[0].nearest(self.scans[0].voxel_of(self._start))
-        return Measurement(self.tool.value, start, self.voxel, self._touched)
+        return Ruler(self.tool.value, start, self.voxel, self._touched)
 
     # --- the crosshair ------------------------------------------------------------------------------------
 

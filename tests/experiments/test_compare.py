@@ -382,16 +382,13 @@ def test_a_killed_comparison_goes_on_where_it_was(toy_cohort, tmp_path, monkeypa
     said = capsys.readouterr().out
     assert f"4 runs, {len(first)} of them there" in said and "a step of 4 volumes takes" in said
     assert all(path.stat().st_mtime_ns == at for path, at in first.items())
-    assert len(list(out.glob("runs/*.json"))) == 5 and not (out / "work").exists()
+    assert len(list(out.glob("runs/*.json"))) == 4 and not (out / "work").exists()
     assert not [path for path in out.rglob("*.tmp") if path not in first]
 
     results = load_results(out)
-    assert sorted(name for name in results.draws if "/" not in name) == sorted(p.stem for p in out.glob("runs/*.json"))
-    counts = {"learning-rates": 3, "methods": 2, "ranks": 2, "rivals": 2, "studies": 1, "unseen": 2}
-    assert [group for group in GROUPS if results.has(group)] == ["learning-rates", "methods", "ranks", "studies"]
-    assert results.runs.groupby("group").size().to_dict() == counts
-    shared = results.runs[results.runs["method"] == "lora"].groupby("name")["group"].agg(set)
-    assert set(counts) in list(shared), "rank 16 with all studies is a run of all groups"
+    measured = {name for name in results.draws if "/" not in name}  # of a sweep, the run of the best rate
+    assert measured < {path.stem for path in out.glob("runs/*.json")} and len(measured) == 2
+    assert [group for group in GROUPS if results.has(group)] == ["ranks"]
     with pytest.raises(ValueError, match="steps: 1 there, 2 here"):
         compare_methods(arguments[0], out, ["ranks"], 1, replace(TOY, steps=2), 1, arguments[2])
     assert len(list(out.glob("runs/*.json"))) == 4

@@ -75,6 +75,7 @@ def test_an_interrupted_run_goes_on_where_it_was(few, adapted, measured, monkeyp
     args = (few, adapted, 0, None, 6)
     monkeypatch.setattr(localise, "EACH", 1)
     monkeypatch.setattr(localise, "FEW", 4)
+    monkeypatch.setattr(faithfulness, "FRACTIONS", (0.1,))
     before = (adapted / "localisation.json").read_text()
     with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
         broken.setattr(localise, "write_table", lambda *_: 1 / 0)

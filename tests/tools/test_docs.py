@@ -292,7 +292,7 @@ def commands(path):
     code += "\n" + "\n".join(re.findall(r"`(medctkit [^`\n]+)`", path.read_text()))
     for line in re.sub(r"\\\n\s*", " ", code).splitlines():
         words = re.sub(r"\s#.*", "", line)
-        if found := re.match(r"\s*(?:accelerate launch .*-m medctkit\.cli|medctkit) ([a-z]+)(.*)", words):
+        if found := re.match(r"\s*(?:accelerate launch .*-m medctkit\.cli|medctkit) ([a-z][a-z-]+)(.*)", words):
             yield found[1], re.findall(r"--[a-z-]+", found[2])
 
 

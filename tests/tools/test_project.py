@@ -24,8 +24,9 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 OPTIONAL = PYPROJECT["project"]["optional-dependencies"]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
+OWN = {"medctkit", "google"}  # of google only google.colab, which Colab has
 # import name -> distribution name, where they differ
-DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow"}
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml"}
 
 
 def imports(nodes):
@@ -33,7 +34,7 @@ def imports(nodes):
     for node in nodes:
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
-        for name in {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"medctkit"}:
+        for name in {name.split(".")[0] for name in names} - sys.stdlib_module_names - OWN:
             yield normal(DISTRIBUTIONS.get(name, name))
 
 

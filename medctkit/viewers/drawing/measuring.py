@@ -17,8 +17,8 @@ _COLOUR = (86, 222, 120)
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """What lies between two voxels (d, h, w): a straight line in space, or the ellipse in the corners' rectangle.
+class Ruler:
+    """Measures what lies between two voxels (d, h, w): a straight line in space, or the ellipse in the corners' rectangle.
 
     Attributes:
         tool: "distance" or "region".
