@@ -20,7 +20,7 @@ from unittest import mock
 
 import torch
 import transformers
-from printing import write_block
+from printing import publish
 
 HERE = Path(__file__).resolve().parent
 ABOARD, MIXED, VOLUMES, REPEATS = (1, 20, 100), 4, 8, 5
@@ -175,11 +175,7 @@ def main():
         "device": f"{platform.machine()}, one thread",
         "versions": {name: version(name) for name in ("medctkit", "torch", "peft", "transformers")},
     }
-    lines = page(found)
-    print(*lines, sep="\n")
-    (arguments.output or HERE / "adapters.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    if arguments.output is None:
-        write_block("deploy.md", "adapters", lines)
+    publish("adapters", found, "deploy.md", page(found), arguments.output)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,12 @@ and the table of docs/deploy.md.
 """
 
 import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from printing import write_block
+from printing import publish
 from tqdm.auto import tqdm
 
 from medctkit.common.provenance import made_with
@@ -142,11 +141,7 @@ def main():
     print(f"{2 * sum(patients.values())} phantoms are drawn, 3 adapters trained: about 10 minutes", flush=True)
     found = measure(arguments.work, patients, settings)
     found["made_with"] = made_with(0, "python bench/arithmetic.py")
-    lines = page(found)
-    print(*lines, sep="\n")
-    (arguments.output or HERE / "arithmetic.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    if arguments.output is None:
-        write_block("deploy.md", "arithmetic", lines)
+    publish("arithmetic", found, "deploy.md", page(found), arguments.output)
 
 
 if __name__ == "__main__":

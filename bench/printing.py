@@ -1,8 +1,10 @@
 """How the measuring programs print what they found, and put it on a page."""
 
+import json
 from pathlib import Path
 
-PAGES = Path(__file__).resolve().parent.parent / "docs"
+HERE = Path(__file__).resolve().parent
+PAGES = HERE.parent / "docs"
 
 
 def block(name, lines):
@@ -15,6 +17,14 @@ def write_block(page, name, lines):
     path, begin, end = PAGES / page, f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     before, _, rest = path.read_text(encoding="utf-8").partition(begin)
     path.write_text(before + block(name, lines) + rest.partition(end)[2], encoding="utf-8")
+
+
+def publish(name, found, page, lines, output=None):
+    """Print the lines and write what was found: to bench/<name>.json and the page, or to `output` alone."""
+    print(*lines, sep="\n")
+    (output or HERE / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if output is None:
+        write_block(page, name, lines)
 
 
 def show(name, values, indent=0):

@@ -107,12 +107,21 @@ def plan_files(repository: HubRepository, names: Iterable[str], destination: str
     files = tuple(found[name] for name in names)
     there = sum(file.size for file in files if _has_size(destination / file.path, file))
     plan = Plan(repository, sha, destination, files, there, shutil.disk_usage(destination).free)
-    if plan.bytes_left and plan.bytes_left + MARGIN > plan.bytes_free:
-        raise OSError(
-            f"no room in {destination}: {as_bytes(plan.bytes_left)} to fetch and {as_bytes(MARGIN)} to spare, but "
-            f"{as_bytes(plan.bytes_free)} free. Choose another folder or fewer patients, or make room"
-        )
+    refuse_no_room(destination, plan.bytes_left, plan.bytes_free)
     return plan
+
+
+def refuse_no_room(destination: Path, left: int, free: int) -> None:
+    """Of the bytes that are `left` to fetch, and those that are `free`.
+
+    Raises:
+        OSError: too few are free.
+    """
+    if left and left + MARGIN > free:
+        raise OSError(
+            f"no room in {destination}: {as_bytes(left)} to fetch and {as_bytes(MARGIN)} to spare, but "
+            f"{as_bytes(free)} free. Choose another folder or fewer patients, or make room"
+        )
 
 
 # --- fetching ------------------------------------------------------------------------------------------------

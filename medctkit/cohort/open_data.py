@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medctkit.cohort.download import MARGIN
+from medctkit.cohort.download import refuse_no_room
 from medctkit.cohort.manifest import write_manifest
 from medctkit.common.atomic import replacing
 from medctkit.common.text import as_bytes, counted
@@ -41,12 +41,8 @@ class OpenPlan:
 
     def __post_init__(self) -> None:
         self.destination.mkdir(parents=True, exist_ok=True)
-        left, free = self.bytes_total - self.bytes_there, shutil.disk_usage(self.destination).free
-        if left and left + MARGIN > free:
-            raise OSError(
-                f"no room in {self.destination}: {as_bytes(left)} to fetch and {as_bytes(MARGIN)} to spare, but "
-                f"{as_bytes(free)} free. Choose another folder or fewer patients, or make room"
-            )
+        free = shutil.disk_usage(self.destination).free
+        refuse_no_room(self.destination, self.bytes_total - self.bytes_there, free)
 
     def __str__(self) -> str:
         labels = {name: self.table[name].dropna() for name in FINDINGS}

@@ -60,10 +60,8 @@ def plan_rad_chestct(
     with _ask(f"{ZENODO}/api/records/{RECORD}") as answer:
         record = json.load(answer)
     told = record["metadata"]
-    given, who = (
-        told.get("license", {}).get("id", "no licence stated"),
-        "; ".join(one["name"] for one in told["creators"]),
-    )
+    given = told.get("license", {}).get("id", "no licence stated")
+    who = "; ".join(one["name"] for one in told["creators"])
     licence = f"{given} ({told.get('access_right')} access). {who}: {told['title']}. Zenodo, {record['doi']}"
     print(licence, flush=True)
     entries = {entry["key"]: entry for entry in record.get("files") or ()}

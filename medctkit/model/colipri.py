@@ -8,7 +8,6 @@ both. PyPI's package `colipri` (MIT) has their classes and sizes. Its loader fet
 Shapes: b batch, x y z voxels towards right, front and head, n tokens of one text, p width of the embeddings.
 """
 
-import re
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -28,28 +27,13 @@ from medctkit.scans.preprocessing import PreprocessConfig
 TOKENIZER_FILES = ("vocab.txt", "tokenizer_config.json", "special_tokens_map.json")
 _VISION_LAYER = r"image_encoder\.backbone\.eva\.blocks\.\d+\."
 _TEXT_LAYER = r"text_encoder\.backbone\.encoder\.layer\.\d+\."
-_VISION = {name: rf"{_VISION_LAYER}attn\.{name}" for name in ("q_proj", "k_proj", "v_proj", "proj")}
-_TEXT = {name: rf"{_TEXT_LAYER}attention\.self\.{name}" for name in ("query", "key", "value")}
-_TEXT["attention.output.dense"] = rf"{_TEXT_LAYER}attention\.output\.dense"
-_ATTENTION = (tuple(_VISION), tuple(_TEXT))
-_MLP = (("fc1_g", "fc1_x", "fc2"), ("intermediate.dense", "output.dense"))  # SwiGLU: gate, value, out
-_VISION |= {name: rf"{_VISION_LAYER}mlp\.{name}" for name in _MLP[0]}
-_TEXT |= {name: _TEXT_LAYER + re.escape(name) for name in _MLP[1]}
-_VISION_QKV, _TEXT_QKV = ("q_proj", "k_proj", "v_proj"), ("query", "key", "value")
-
-PARTS = Parts(
-    vision=_VISION,
-    text=_TEXT,
-    presets={
-        "paper": (_VISION_QKV, _TEXT_QKV),
-        "vision": (_VISION_QKV, ()),
-        "text": ((), _TEXT_QKV),
-        "all-attention": _ATTENTION,
-        "mlp": _MLP,
-        "all-linear": (tuple(_VISION), tuple(_TEXT)),
-    },
-    keys_values=("k_proj", "v_proj", "key", "value"),
-    narrowing=(_VISION["fc2"], _TEXT["output.dense"]),
+PARTS = Parts.beside_bert(
+    attention={name: rf"{_VISION_LAYER}attn\.{name}" for name in ("q_proj", "k_proj", "v_proj", "proj")},
+    mlp={name: rf"{_VISION_LAYER}mlp\.{name}" for name in ("fc1_g", "fc1_x", "fc2")},  # SwiGLU: gate, value, out
+    qkv=("q_proj", "k_proj", "v_proj"),
+    keys_values=("k_proj", "v_proj"),
+    narrowing="fc2",
+    bert_layer=_TEXT_LAYER,
     stages={
         "pooling": ("image_encoder.pooler", "image_encoder.projector"),
         "layers": ("image_encoder.backbone.eva",),

@@ -5,6 +5,7 @@ CT-CLIP is one such model (`ct_clip`). Another one has these members and an entr
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -36,6 +37,49 @@ class Parts:
     def projections(self) -> dict[str, str]:
         """Those of both encoders."""
         return {**self.vision, **self.text}
+
+    @classmethod
+    def beside_bert(
+        cls,
+        attention: Mapping[str, str],
+        mlp: Mapping[str, str],
+        qkv: Sequence[str],
+        keys_values: Sequence[str],
+        narrowing: str,
+        bert_layer: str,
+        stages: Mapping[str, Sequence[str]],
+    ) -> Parts:
+        """The parts of a model whose text encoder is transformers' BERT.
+
+        Args:
+            attention: linear layers of the vision encoder's attention.
+            mlp: those of its feed-forwards.
+            qkv: names of those in `attention` that make queries, keys and values.
+            keys_values: names of those that make keys and values.
+            narrowing: the name in `mlp` of what narrows.
+            bert_layer: of all layers of the BERT, up to what is inside.
+            stages: as above.
+        """
+        text_qkv = ("query", "key", "value")
+        text_attention = {name: rf"{bert_layer}attention\.self\.{name}" for name in text_qkv}
+        text_attention["attention.output.dense"] = rf"{bert_layer}attention\.output\.dense"
+        text_mlp = {name: bert_layer + re.escape(name) for name in ("intermediate.dense", "output.dense")}
+        vision, text = {**attention, **mlp}, {**text_attention, **text_mlp}
+        return cls(
+            vision=vision,
+            text=text,
+            presets={
+                "paper": (tuple(qkv), text_qkv),
+                "vision": (tuple(qkv), ()),
+                "text": ((), text_qkv),
+                "all-attention": (tuple(attention), tuple(text_attention)),
+                "mlp": (tuple(mlp), tuple(text_mlp)),
+                "all-linear": (tuple(vision), tuple(text)),
+            },
+            keys_values=(*keys_values, "key", "value"),
+            narrowing=(mlp[narrowing], text_mlp["output.dense"]),
+            stages=stages,
+        )
 
 
 @runtime_checkable

@@ -74,11 +74,7 @@ def figure_methods(results: Results, groups: Sequence[str] = ("methods", "placem
     table = pd.concat([method_table(results, group) for group in groups if results.has(group)])
     table = table[table["method"] != BASE].drop_duplicates("method").sort_values("trainable", kind="stable")
     what = "what each way to fine-tune reaches, and what it trains"
-    x_label, y_label = (
-        "trainable parameters (moved aside a little where they coincide)",
-        "mean test AUROC of 18 findings",
-    )
-    figure, axes = _axes(what, x_label, y_label)
+    figure, axes = _axes(what, "trainable parameters (moved aside a little where they coincide)", AUROC)
     axes.set_xscale("log")
     _base_line(results, axes)
     if results.has("ranks"):

@@ -216,10 +216,8 @@ def _what_it_costs(
     before, size = torch.get_num_threads(), settings.batch_size
     torch.set_num_threads(threads)
     try:
-        model, pixels = (
-            apply_method(load_mini_base().model, "lora"),
-            torch.zeros(size, 1, *mini.preprocess_config.shape),
-        )
+        model = apply_method(load_mini_base().model, "lora")
+        pixels = torch.zeros(size, 1, *mini.preprocess_config.shape)
         item = {"study": "", "patient": "", "report": "No finding. " * 20, "labels": torch.zeros(len(FINDINGS))}
         batch = collate(mini.tokenizer)([item | {"pixel_values": volume} for volume in pixels])
         step, _ = _cost(model, batch, mini.tokenizer, 1)

@@ -18,7 +18,7 @@ _COLOUR = (86, 222, 120)
 
 @dataclass(frozen=True)
 class Ruler:
-    """Measures what lies between two voxels (d, h, w): a straight line in space, or the ellipse in the corners' rectangle.
+    """Measures between two voxels (d, h, w): a straight line in space, or the ellipse in their rectangle.
 
     Attributes:
         tool: "distance" or "region".
