@@ -47,8 +47,9 @@ SHAPE = (64, 96, 96)  # of the phantoms and of the model's input
 SHIFT = (8, 3, 3)  # voxels by which a volume is moved at most: 40 mm along the body, 11 mm across
 
 MINI_VISION = dict(
-    dim=96, codebook_size=512, image_size=96, num_frames=64, patch_size=8,
+    dim=96, codebook_size=2048, image_size=96, num_frames=64, patch_size=8,
     temporal_patch_size=8, spatial_depth=2, temporal_depth=2, dim_head=24, heads=4,
+    windows=[[-1000, 1000], [-1000, -700], [-160, 240], [200, 1000]],  # all, lung, soft tissue, bone and calcium
 )  # fmt: skip
 MINI_TEXT = dict(
     hidden_size=128, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256,
@@ -79,8 +80,7 @@ class PretrainConfig:
         sentence_weight: of the contrast between volumes and single sentences, see `sentence_loss`.
         phrase_weight: of the cross-entropy of each phrase that the report may have, told by a linear map from the image
             embedding, which is thrown away afterwards.
-        quantise_from: step at which the codebook is set by k-means and switched on.
-        codebook_decay: of the moving averages that then follow the tokens.
+        codebook_decay: of the moving averages that follow the tokens.
         vocabulary: words, at most.
         evaluate_every: steps between scores, and between checkpoints from which an interrupted run goes on.
         seed: of weights, batches and wordings.
@@ -100,7 +100,6 @@ class PretrainConfig:
     report_weight: float = 1.0
     sentence_weight: float = 1.0
     phrase_weight: float = 0.1
-    quantise_from: int = 100
     codebook_decay: float = 0.97
     vocabulary: int = 1200
     evaluate_every: int = 100
@@ -206,7 +205,7 @@ def make_tokenizer(reports: Iterable[str], size: int, folder: Path) -> Any:
 class CodebookLearner:
     """Learns the codebook while the model trains.
 
-    Until `start` the quantiser is bypassed. Then k-means on the tokens of one batch sets the codes, and
+    Until `start` the quantiser is bypassed. Then k-means on the tokens of some volumes sets the codes, and
     moving averages follow the tokens assigned to each code; a code that no token chooses is moved onto a
     token (van den Oord et al. 2017, arXiv 1711.00937, appendix A.1, on the unit sphere).
     """
@@ -227,9 +226,13 @@ class CodebookLearner:
         return self.quantised_forward(x) if self.started else F.normalize(x, dim=-1)
 
     @torch.no_grad()
-    def start(self, rounds: int = 12) -> None:
-        """Set the codes by spherical k-means on the tokens of the last batch and switch the quantiser on."""
-        k = self.codes.shape[1]
+    def start(self, vision: torch.nn.Module, batches: Iterable[torch.Tensor], rounds: int = 12) -> None:
+        """Set the codes by spherical k-means on the tokens of volumes and switch the quantiser on."""
+        k, seen = self.codes.shape[1], []
+        for volumes in batches:
+            vision(volumes)
+            seen.append(self.tokens)
+        self.tokens = torch.cat(seen)
         codes = self.tokens[torch.randperm(len(self.tokens), generator=self.generator)[:k]]
         for _ in range(rounds):
             sums, counts = self._assign(codes)
@@ -368,8 +371,6 @@ class Pretraining:
         config, started = self.config, time.perf_counter()
         self.step += 1
         torch.manual_seed(seed_from(config.seed, "dropout", self.step))
-        if self.step == config.quantise_from:
-            self.codebook.start()
         left = (config.steps - self.step + 1) / (config.decay_fraction * config.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * group["share"] * min(1.0, self.step / config.warmup_steps, left)

@@ -3,7 +3,8 @@
 Contrast alone stays at chance for hundreds of steps: the vision encoder is asked for what no text encoder can say yet.
 So, as CT-ViT was trained to reconstruct before it became CT-CLIP's vision encoder (arXiv 2305.16037, 2403.17834):
 
-1. `reconstruct`: each token tells which share of its patch lies in which band of Hounsfield units;
+1. `reconstruct`: each token tells which share of its patch lies in which band of Hounsfield units, all the way through
+   the quantiser, whose codes are learnt here;
 2. `project`: the projection is the reduced-rank ridge regression of the reports' phrases on the tokens, in closed form;
 3. `read`: the text encoder learns to find the volumes whose reports hold a sentence, while images stay as they are
    (locked-image tuning, Zhai et al. 2021, arXiv 2111.07991).
@@ -13,6 +14,7 @@ Labels have no part in it.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -37,7 +39,7 @@ class WarmStart:
     """Settings of the warm start.
 
     Args:
-        reconstruct_steps: of the vision encoder alone.
+        reconstruct_steps: of the vision encoder alone; in the second half its tokens are quantised.
         reconstruct_batch: volumes in each.
         reconstruct_rate: peak learning rate.
         ridge: strength of the regression.
@@ -47,7 +49,7 @@ class WarmStart:
         read_rate: peak learning rate.
     """
 
-    reconstruct_steps: int = 300
+    reconstruct_steps: int = 1_000
     reconstruct_batch: int = 8
     reconstruct_rate: float = 2e-3
     ridge: float = 0.1
@@ -82,36 +84,51 @@ def common_phrases(reports: Iterable[str], most: int) -> dict[str, float]:
     return dict(sorted(common, key=lambda each: (-each[1], each[0]))[:most])
 
 
-def band_shares(volumes: torch.Tensor, patch: tuple[int, int, int]) -> torch.Tensor:
-    """Shares of `BANDS` in each patch of volumes (b, 1, d, h, w) of HU / 1,000: (b, t, h, w, bands), summing to 1."""
+def band_roots(volumes: torch.Tensor, patch: tuple[int, int, int]) -> torch.Tensor:
+    """Square roots of the shares of `BANDS` in each patch of volumes (b, 1, d, h, w) of HU / 1,000: (b, t, h, w, bands).
+
+    The root makes one bright voxel of 512, a calcification, count for more than the five hundredth part of a patch.
+    """
     band = torch.bucketize(volumes[:, 0].contiguous(), torch.tensor(BANDS) / 1000)
-    (b, d, h, w), (pd, ph, pw) = band.shape, patch
-    band = band.reshape(b, d // pd, pd, h // ph, ph, w // pw, pw).permute(0, 1, 3, 5, 2, 4, 6).flatten(4)
-    return F.one_hot(band, len(BANDS) + 1).float().mean(-2)
+    (b, d, h, w), (pd, ph, pw), bands = band.shape, patch, len(BANDS) + 1
+    grid = (d // pd, h // ph, w // pw)
+    place = torch.arange(b * math.prod(grid)).reshape(b, *grid)
+    for axis, times in enumerate(patch, start=1):
+        place = place.repeat_interleave(times, dim=axis)
+    counts = torch.bincount((place * bands + band).flatten(), minlength=b * math.prod(grid) * bands)
+    return (counts / math.prod(patch)).sqrt().reshape(b, *grid, bands)
 
 
 def reconstruct(run: Pretraining) -> None:
-    """Train the vision encoder to tell from each token what its patch holds."""
+    """Train the vision encoder, its quantiser too, to tell from each token what its patch holds."""
     from tqdm.auto import tqdm
 
-    config, vision = run.config.warm, run.model.vision_encoder
+    config, vision, codebook = run.config.warm, run.model.vision_encoder, run.codebook
     head = torch.nn.Linear(run.model.config.vision_config["dim"], len(BANDS) + 1)
     sizes = run.model.config.vision_config
     patch = (sizes["temporal_patch_size"], sizes["patch_size"], sizes["patch_size"])
+    generator = run.generator("reconstruct")
+
+    def some(n: int) -> torch.Tensor:
+        return run.moved(torch.randint(len(run.train), (n,), generator=generator).tolist(), generator)
+
+    usual = band_roots(some(64), patch).flatten(0, -2)
+    mean, spread = usual.mean(0), usual.std(0).clamp(min=0.05)  # a rare band counts as much as a common one
     learnt = [*vision.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(learnt, betas=(0.9, 0.98))
-    generator = run.generator("reconstruct")
     vision.train()
     for step in tqdm(range(1, config.reconstruct_steps + 1), desc="1 of 3, reconstruction", unit="step"):
         _set_rate(optimizer, config.reconstruct_rate, step, config.reconstruct_steps)
-        index = torch.randint(len(run.train), (config.reconstruct_batch,), generator=generator).tolist()
-        volumes = run.moved(index, generator)
-        told = head(SHARPNESS * F.normalize(vision.encode(volumes), dim=-1))
-        loss = -(band_shares(volumes, patch) * told.log_softmax(-1)).sum(-1).mean()
+        if step == config.reconstruct_steps // 2:
+            codebook.start(vision, (some(8) for _ in range(16)))
+        volumes = some(config.reconstruct_batch)
+        told = head(SHARPNESS * vision(volumes))
+        loss = (told - (band_roots(volumes, patch) - mean) / spread).pow(2).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learnt, 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        codebook.update()
 
 
 @torch.no_grad()
@@ -127,8 +144,7 @@ def project(run: Pretraining) -> torch.Tensor:
     found = []
     with evaluating(run.model):
         for part in tqdm(torch.arange(len(run.train)).split(10), desc="2 of 3, projection", unit="batch"):
-            tokens = F.normalize(vision.encode(run.train.pixels(part.tolist())), dim=-1)
-            found.append(tokens.mean(1).flatten(1))
+            found.append(vision(run.train.pixels(part.tolist())).mean(1).flatten(1))
     features = torch.cat(found)  # (n, k)
     mean, spread = features.mean(0), features.std(0) + 1e-4
     x = (features - mean) / spread

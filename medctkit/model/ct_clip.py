@@ -44,6 +44,7 @@ RELEASED_VISION: dict[str, Any] = {
     "temporal_depth": 4,
     "dim_head": 32,
     "heads": 8,
+    "windows": None,
 }
 RELEASED_TEXT: dict[str, Any] = {  # BERT-base
     "vocab_size": 30522,
@@ -64,7 +65,8 @@ class CTCLIPConfig(PretrainedConfig):
     Args:
         vision_config: any of `dim` (token width), `codebook_size`, `image_size` (rows and columns of the
             volume in voxels, an int or [h, w]), `num_frames` (its depth in slices), `patch_size` and
-            `temporal_patch_size` (voxels), `spatial_depth` and `temporal_depth` (layers), `dim_head`, `heads`.
+            `temporal_patch_size` (voxels), `spatial_depth` and `temporal_depth` (layers), `dim_head`, `heads`,
+            `windows` (pairs of HU, see `vision_tower.Patches`; None: none, as released).
         text_config: any fields of `transformers.BertConfig`.
         projection_dim: width of the shared embedding space.
         vocabulary: digest of the words that the text encoder learnt with (`fingerprint.vocabulary_of`), if known.
@@ -108,7 +110,11 @@ class CTCLIPConfig(PretrainedConfig):
         size = vision["image_size"]
         if isinstance(size, list) and len(size) != 2:
             raise ValueError(f"vision_config 'image_size' must be an int or [h, w], got {size!r}")
-        sizes = [(f"vision_config {key!r}", value) for key, value in vision.items() if key != "image_size"]
+        for window in vision["windows"] or ():
+            if len(window) != 2 or not window[0] < window[1]:
+                raise ValueError(f"vision_config 'windows' must be pairs of HU, the lower end first, got {window!r}")
+        others = ("image_size", "windows")
+        sizes = [(f"vision_config {key!r}", value) for key, value in vision.items() if key not in others]
         sizes += [("vision_config 'image_size'", value) for value in (size if isinstance(size, list) else [size])]
         sizes += [(f"text_config {key!r}", text[key]) for key in RELEASED_TEXT]
         for name, value in [*sizes, ("projection_dim", self.projection_dim)]:

@@ -21,7 +21,7 @@ t depth patches, n tokens of one sequence.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -29,14 +29,25 @@ from torch.nn import functional as F
 
 
 class Patches(nn.Module):
-    """Cut a volume into patches: (b, 1, d, h, w) -> (b, t, h, w, voxels of a patch)."""
+    """Cut a volume into patches: (b, 1, d, h, w) -> (b, t, h, w, voxels of a patch), once for each window.
 
-    def __init__(self, temporal_patch_size: int, patch_size: int):
+    The norm that follows takes the mean out of a patch: an even piece of lung looks as an even piece of liver does.
+    CT-CLIP lives with it. A model with `windows`, pairs of HU, sees a volume in each of them, as a radiologist does, -1
+    at the lower end and below, 1 at the upper end and above: how a patch looks in one beside the others is left.
+    """
+
+    def __init__(self, temporal_patch_size: int, patch_size: int, windows: Sequence[Sequence[float]] | None = None):
         super().__init__()
-        self.size = (temporal_patch_size, patch_size, patch_size)
+        self.size, self.windows = (temporal_patch_size, patch_size, patch_size), windows
+
+    def look(self, volumes: torch.Tensor) -> torch.Tensor:
+        """Volumes (b, 1, d, h, w) of HU / 1,000 in each window: (b, windows, d, h, w)."""
+        seen = [(2000 * volumes - (low + high)) / (high - low) for low, high in self.windows or ()]
+        return torch.cat(seen, dim=1).clamp(-1, 1) if seen else volumes
 
     def forward(self, volumes: torch.Tensor) -> torch.Tensor:
-        """Cut volumes (b, 1, d, h, w); inside a patch the order is channel, depth, row, column."""
+        """Cut volumes (b, 1, d, h, w); inside a patch the order is window, depth, row, column."""
+        volumes = self.look(volumes)
         b, c, *shape = volumes.shape
         (pt, ph, pw), (t, h, w) = self.size, (n // p for n, p in zip(shape, self.size, strict=True))
         x = volumes.reshape(b, c, t, pt, h, ph, w, pw)
@@ -262,11 +273,11 @@ class VisionTransformer(nn.Module):
         super().__init__()
         dim, heads, dim_head = v["dim"], v["heads"], v["dim_head"]
         self.patch_depth = v["temporal_patch_size"]
-        voxels = self.patch_depth * v["patch_size"] ** 2
+        seen = self.patch_depth * v["patch_size"] ** 2 * len(v["windows"] or [None])
         self.to_patch_emb = nn.Sequential(
-            Patches(self.patch_depth, v["patch_size"]),
-            nn.LayerNorm(voxels),
-            nn.Linear(voxels, dim),
+            Patches(self.patch_depth, v["patch_size"], v["windows"]),
+            nn.LayerNorm(seen),
+            nn.Linear(seen, dim),
             nn.LayerNorm(dim),
         )
         self.spatial_rel_pos_bias = RelativePositionBias(dim, heads)

@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 from medctkit.experiments import pretrain
 from medctkit.experiments.pretrain import CodebookLearner, PretrainConfig
-from medctkit.experiments.warm_start import BANDS, WarmStart, band_shares, common_phrases, project, read, reconstruct
+from medctkit.experiments.warm_start import BANDS, WarmStart, band_roots, common_phrases, project, read, reconstruct
 from medctkit.model.base_model import load_mini_base
 
 WARM = WarmStart(reconstruct_steps=2, reconstruct_batch=4, phrases=20, read_steps=2, read_batch=8)
-TINY = PretrainConfig(16, 16, WARM, steps=6, batch_size=8, quantise_from=3, vocabulary=400)
+TINY = PretrainConfig(16, 16, WARM, steps=6, batch_size=8, vocabulary=400)
 SHAPE = (16, 32, 32)
 VISION = pretrain.MINI_VISION | dict(image_size=32, num_frames=16)
 
@@ -119,7 +119,7 @@ def test_the_codebook_follows_the_tokens_and_is_then_left_alone():
     before = learner.codes.clone()
     learner.update()
     assert torch.equal(before, learner.codes)  # bypassed until it starts
-    learner.start()
+    learner.start(model.vision_encoder, torch.randn(3, 2, 1, *SHAPE))
     learner.update()
     assert not torch.equal(before, learner.codes)
     assert torch.allclose(learner.codes.norm(dim=-1), torch.ones(1, learner.codes.shape[1]), atol=1e-5)
@@ -157,13 +157,15 @@ def run(pool, tmp_path):
     return pretrain.Pretraining(TINY, words, train)
 
 
-def test_shares_of_bands_are_of_their_patch():
-    volumes = torch.full((1, 1, 16, 16, 16), -1.0)
-    volumes[0, 0, 8:, :8, 8:] = 0.7  # one patch of bone
-    volumes[0, 0, :4, :8, :8] = 0.05  # half a patch of soft tissue
-    shares = band_shares(volumes, (8, 8, 8))
-    assert shares.shape == (1, 2, 2, 2, len(BANDS) + 1) and torch.allclose(shares.sum(-1), torch.ones(1, 2, 2, 2))
-    assert shares[0, 1, 0, 1, -1] == 1 and shares[0, 0, 0, 0, BANDS.index(80)] == 0.5 == shares[0, 0, 0, 0, 0]
+def test_roots_of_bands_are_of_their_patch():
+    volumes = torch.full((2, 1, 16, 16, 16), -1.0)
+    volumes[1, 0, 8:, :8, 8:] = 0.7  # one patch of bone
+    volumes[1, 0, :4, :8, :8] = 0.05  # half a patch of soft tissue
+    shares = band_roots(volumes, (8, 8, 8)) ** 2
+    assert shares.shape == (2, 2, 2, 2, len(BANDS) + 1) and torch.allclose(shares.sum(-1), torch.ones(2, 2, 2, 2))
+    soft = shares[1, 0, 0, 0]
+    assert shares[1, 1, 0, 1, -1] == 1 and soft[[0, BANDS.index(80)]].tolist() == pytest.approx([0.5, 0.5])
+    assert (shares[0, ..., 0] == 1).all()
 
 
 def test_common_phrases_are_neither_rare_nor_everywhere_and_none_stands_for_another():
@@ -177,7 +179,7 @@ def test_common_phrases_are_neither_rare_nor_everywhere_and_none_stands_for_anot
 def test_a_warm_start_lowers_each_loss(run):
     run.config = replace(TINY, warm=replace(WARM, reconstruct_steps=40, read_steps=30))
     volumes = run.train.pixels(range(4))
-    target = band_shares(volumes, (8, 8, 8))
+    target = band_roots(volumes, (8, 8, 8))
 
     def explained():  # how well a linear map of the tokens tells the shares
         with torch.no_grad():
