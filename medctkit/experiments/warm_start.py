@@ -49,7 +49,7 @@ class WarmStart:
         read_rate: peak learning rate.
     """
 
-    reconstruct_steps: int = 1_000
+    reconstruct_steps: int = 700
     reconstruct_batch: int = 8
     reconstruct_rate: float = 2e-3
     ridge: float = 0.1
