@@ -135,16 +135,16 @@ def reconstruct(run: Pretraining) -> None:
 def project(run: Pretraining) -> torch.Tensor:
     """Set the projection, and the map from embeddings to phrases; returns the embeddings (n, p) of all studies.
 
-    Ridge regression of the phrases on the tokens' mean over depth; of what it predicts the first p principal
+    Ridge regression of the phrases on the tokens' mean over depth, each volume moved a little; of what it predicts the first p principal
     components, which are the embedding's axes. A projection has no bias: the mean token is projected out instead.
     """
     from tqdm.auto import tqdm
 
     vision, projection = run.model.vision_encoder, run.model.to_visual_latent
-    found = []
+    found, generator = [], run.generator("project")
     with evaluating(run.model):
         for part in tqdm(torch.arange(len(run.train)).split(10), desc="2 of 3, projection", unit="batch"):
-            found.append(vision(run.train.pixels(part.tolist())).mean(1).flatten(1))
+            found.append(vision(run.moved(part.tolist(), generator)).mean(1).flatten(1))
     features = torch.cat(found)  # (n, k)
     mean, spread = features.mean(0), features.std(0) + 1e-4
     x = (features - mean) / spread

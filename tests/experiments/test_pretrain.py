@@ -194,7 +194,7 @@ def test_a_warm_start_lowers_each_loss(run):
     embeds = project(run)
     with torch.no_grad():
         run.codebook.vq.eval()
-        again = run.model.eval().encode_image(run.train.pixels(range(8)))
+        again = run.model.eval().encode_image(run.moved(list(range(8)), run.generator("project")))
     assert torch.allclose(embeds[:8], again, atol=1e-4)  # the model's own
     assert (embeds @ embeds.T).mean() < 0.5
     reports = [run.train.report(i, 0) for i in range(16)]

@@ -238,6 +238,7 @@ def test_configuration_survives_the_disk(tmp_path):
         ({"num_frames": 241}, None, "num_frames 241 must be a multiple of temporal_patch_size 10"),
         ({"dim": 0}, None, "vision_config 'dim' must be a whole number of at least 1, got 0"),
         ({"heads": 2.5}, None, "'heads' must be a whole number of at least 1, got 2.5"),
+        ({"windows": [[40, -160]]}, None, r"'windows' must be pairs of HU, the lower end first, got \[40, -160\]"),
         ({"depth": 4}, None, "unknown vision_config key 'depth'; expected dim, codebook_size"),
         ([4], None, "vision_config must be a dict, got list"),
         (None, {"hiden_size": 4}, "unknown text_config key 'hiden_size'; expected fields of BertConfig"),
@@ -303,6 +304,22 @@ def test_loaded_model_owns_its_weights_in_float32():
     with torch.no_grad():
         same.temperature += 1.0
     assert torch.equal(state["temperature"], before) and STATE["temperature"].item() != same.temperature.item()
+
+
+def test_in_windows_an_even_patch_shows_its_density_which_the_norm_hides_without_them():
+    lung, liver = (torch.full((1, 1, *small_config().volume_shape), hu / 1000) for hu in (-850, 60))
+
+    def apart(windows):
+        torch.manual_seed(0)
+        tower = CTCLIPModel(small_config({"windows": windows})).eval().visual_transformer
+        with torch.no_grad():
+            return (tower.embed_patches(lung) - tower.embed_patches(liver)).abs().max(), tower
+
+    assert apart(None)[0] < 1e-3
+    difference, tower = apart([[-1000, 1000], [-160, 240]])
+    assert difference > 0.1
+    seen = tower.to_patch_emb[0].look(torch.tensor([-1.0, -0.16, 0.04, 0.24, 1.0]).reshape(1, 1, 5, 1, 1))
+    assert torch.allclose(seen[0, :, :, 0, 0], torch.tensor([[-1, -0.16, 0.04, 0.24, 1], [-1, -1, 0, 1, 1]]))
 
 
 def test_one_refusal_lists_missing_unexpected_and_misshapen():
