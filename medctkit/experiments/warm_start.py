@@ -133,10 +133,13 @@ def reconstruct(run: Pretraining) -> None:
 
 @torch.no_grad()
 def project(run: Pretraining) -> torch.Tensor:
-    """Set the projection, and the map from embeddings to phrases; returns the embeddings (n, p) of all studies.
+    """Set the projection; returns embeddings (n, p) of all studies, each as if the projection did not know the study.
 
-    Ridge regression of the phrases on the tokens' mean over depth, each volume moved a little; of what it predicts the first p principal
-    components, which are the embedding's axes. A projection has no bias: the mean token is projected out instead.
+    Ridge regression of the phrases on the tokens' mean over depth, each volume moved a little. The embedding's axes are
+    those on which prediction and truth vary together most, where each study is predicted from all others: with more
+    tokens than studies, a regression tells those it knows almost by heart. (That takes no further fit: the error is
+    (G y)_i / G_ii with G the inverse that solves the regression.) A projection has no bias: the mean token is projected
+    out instead.
     """
     from tqdm.auto import tqdm
 
@@ -149,22 +152,23 @@ def project(run: Pretraining) -> torch.Tensor:
     mean, spread = features.mean(0), features.std(0) + 1e-4
     x = (features - mean) / spread
     y = run.has([run.train.report(i, 0) for i in range(len(run.train))])
-    y = (y - y.mean(0)) / (y.std(0) + 1e-6)
+    y = (y - y.mean(0)) / (y.std(0) + 1e-6)  # (n, phrases)
     gram = x @ x.T
-    gram.diagonal().add_(run.config.warm.ridge * 10 * gram.trace() / len(x))
-    predicted_by = torch.linalg.solve(gram, y)  # (n, phrases)
-    weights = x.T @ predicted_by  # (k, phrases)
-    _, _, axes = torch.linalg.svd(x @ weights, full_matrices=False)
-    matrix = ((weights @ axes[: projection.out_features].T) / spread[:, None]).T  # (p, k)
+    ridge = run.config.warm.ridge * 10 * gram.trace() / len(x)
+    gram.diagonal().add_(ridge)
+    inverse = torch.linalg.inv(gram)
+    predicted_by = inverse @ y
+    missed = predicted_by / inverse.diagonal()[:, None]  # of each study, where the others tell it
+    together = (y - missed).T @ y
+    axes = torch.linalg.eigh(together + together.T).eigenvectors[:, -projection.out_features :]  # (phrases, p)
+    matrix = (x.T @ (predicted_by @ axes) / spread[:, None]).T  # (p, k)
     toward = F.normalize(mean, dim=0)
     matrix -= torch.outer(matrix @ toward, toward)
-    embeds = features @ matrix.T
-    scale = embeds.pow(2).mean(0).sqrt()  # the first axes say more, the last ones mostly noise: halfway to equal
-    matrix /= scale[:, None].sqrt()
-    embeds = F.normalize(features @ matrix.T, dim=-1)
-    matrix /= (features @ matrix.T).norm(dim=-1).mean()
-    projection.weight.copy_(matrix)
-    return embeds
+    told = features @ matrix.T + (ridge * predicted_by - missed) @ axes  # (n, p), of each study by the others
+    scale = told.pow(2).mean(0).sqrt().sqrt()  # the first axes say more, the last ones mostly noise: halfway to equal
+    matrix, told = matrix / scale[:, None], told / scale
+    projection.weight.copy_(matrix / told.norm(dim=-1).mean())
+    return F.normalize(told, dim=-1)
 
 
 def read(run: Pretraining, embeds: torch.Tensor) -> None:
