@@ -131,15 +131,28 @@ def reconstruct(run: Pretraining) -> None:
         codebook.update()
 
 
+def ridge(x: torch.Tensor, y: torch.Tensor, strength: float | torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Ridge regression of y (n, m) on x (n, k).
+
+    Returns:
+        Weights (n, m) of the rows of x; `y` as they predict it, and as it is predicted for each row by a regression on
+        all others. That takes no further fit: with G the inverse of the regularised x x', its error is G y / diag(G).
+    """
+    gram = x @ x.T
+    gram.diagonal().add_(strength)
+    inverse = torch.linalg.inv(gram)
+    weights = inverse @ y
+    return weights, y - strength * weights, y - weights / inverse.diagonal()[:, None]
+
+
 @torch.no_grad()
 def project(run: Pretraining) -> torch.Tensor:
     """Set the projection; returns embeddings (n, p) of all studies, each as if the projection did not know the study.
 
     Ridge regression of the phrases on the tokens' mean over depth, each volume moved a little. The embedding's axes are
     those on which prediction and truth vary together most, where each study is predicted from all others: with more
-    tokens than studies, a regression tells those it knows almost by heart. (That takes no further fit: the error is
-    (G y)_i / G_ii with G the inverse that solves the regression.) A projection has no bias: the mean token is projected
-    out instead.
+    tokens than studies, a regression knows its own almost by heart. A projection has no bias: the mean token is
+    projected out instead.
     """
     from tqdm.auto import tqdm
 
@@ -153,18 +166,13 @@ def project(run: Pretraining) -> torch.Tensor:
     x = (features - mean) / spread
     y = run.has([run.train.report(i, 0) for i in range(len(run.train))])
     y = (y - y.mean(0)) / (y.std(0) + 1e-6)  # (n, phrases)
-    gram = x @ x.T
-    ridge = run.config.warm.ridge * 10 * gram.trace() / len(x)
-    gram.diagonal().add_(ridge)
-    inverse = torch.linalg.inv(gram)
-    predicted_by = inverse @ y
-    missed = predicted_by / inverse.diagonal()[:, None]  # of each study, where the others tell it
-    together = (y - missed).T @ y
+    weights, by_itself, by_others = ridge(x, y, run.config.warm.ridge * 10 * x.pow(2).sum() / len(x))
+    together = by_others.T @ y
     axes = torch.linalg.eigh(together + together.T).eigenvectors[:, -projection.out_features :]  # (phrases, p)
-    matrix = (x.T @ (predicted_by @ axes) / spread[:, None]).T  # (p, k)
+    matrix = (x.T @ (weights @ axes) / spread[:, None]).T  # (p, k)
     toward = F.normalize(mean, dim=0)
     matrix -= torch.outer(matrix @ toward, toward)
-    told = features @ matrix.T + (ridge * predicted_by - missed) @ axes  # (n, p), of each study by the others
+    told = features @ matrix.T + (by_others - by_itself) @ axes  # (n, p)
     scale = told.pow(2).mean(0).sqrt().sqrt()  # the first axes say more, the last ones mostly noise: halfway to equal
     matrix, told = matrix / scale[:, None], told / scale
     projection.weight.copy_(matrix / told.norm(dim=-1).mean())

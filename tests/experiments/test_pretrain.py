@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from medctkit.experiments import pretrain
 from medctkit.experiments.pretrain import CodebookLearner, PretrainConfig
-from medctkit.experiments.warm_start import BANDS, WarmStart, band_roots, common_phrases, project, read, reconstruct
+from medctkit.experiments.warm_start import BANDS, WarmStart, band_roots, common_phrases, project, read, reconstruct, ridge
 from medctkit.model.base_model import load_mini_base
 
 WARM = WarmStart(reconstruct_steps=2, reconstruct_batch=4, phrases=20, read_steps=2, read_batch=8)
@@ -176,6 +176,15 @@ def test_common_phrases_are_neither_rare_nor_everywhere_and_none_stands_for_anot
     assert list(common_phrases(reports, 1)) == ["no"]
 
 
+def test_ridge_tells_each_row_as_a_regression_on_all_others_does():
+    x, y = torch.randn(12, 20, dtype=torch.double), torch.randn(12, 3, dtype=torch.double)
+    weights, by_itself, by_others = ridge(x, y, 2.0)
+    assert torch.allclose(by_itself, x @ x.T @ weights)
+    for i in range(12):
+        rest = torch.arange(12) != i
+        assert torch.allclose(by_others[i], x[i] @ x[rest].T @ ridge(x[rest], y[rest], 2.0)[0])
+
+
 def test_a_warm_start_lowers_each_loss(run):
     run.config = replace(TINY, warm=replace(WARM, reconstruct_steps=40, read_steps=30))
     volumes = run.train.pixels(range(4))
@@ -194,8 +203,8 @@ def test_a_warm_start_lowers_each_loss(run):
     embeds = project(run)
     with torch.no_grad():
         run.codebook.vq.eval()
-        again = run.model.eval().encode_image(run.moved(list(range(8)), run.generator("project")))
-    assert torch.allclose(embeds[:8], again, atol=1e-4)  # the model's own
+        own = run.model.eval().encode_image(run.moved(list(range(8)), run.generator("project")))
+    assert (own * embeds[:8]).sum(-1).mean() > 0.1  # the model's own embeddings know the study, these do not
     assert (embeds @ embeds.T).mean() < 0.5
     reports = [run.train.report(i, 0) for i in range(16)]
     losses = [run.sentence_loss(embeds, reports).item()]
