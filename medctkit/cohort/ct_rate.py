@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from medctkit.cohort.manifest import COLUMNS, READING, SPACING, SPLITS, validate_manifest
 from medctkit.common.csv_tables import first_row, read_table, refuse_wrong, to_numbers, wrong_cells
@@ -24,9 +25,6 @@ from medctkit.common.text import listed
 from medctkit.findings import FINDINGS
 from medctkit.scans.geometry import CANONICAL, STEP_RANGE, nearest_orientation, ras_affine
 from medctkit.scans.volumes import CTVolume, read_volume
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 HOSPITAL = "CT-RATE"
 VERSIONS = {1: "dataset/{split}", 2: "dataset/{split}_fixed"}
@@ -134,7 +132,7 @@ def manifest_from_ct_rate(
     one_reconstruction: bool = False,
     report_sections: Sequence[str] = ("Findings_EN",),
     failures: list[dict] | None = None,
-) -> tuple["pd.DataFrame", dict[str, int]]:
+) -> tuple[pd.DataFrame, dict[str, int]]:
     """Make a manifest of the volumes of CT-RATE that are on disk, chests with a report and labels.
 
     Rows of the tables that are wrong are left out, and with them their volumes; rows that are there twice, the same,
@@ -161,8 +159,6 @@ def manifest_from_ct_rate(
         FileNotFoundError: no volumes, or a table is missing.
         ValueError: tables without the columns they need, or nothing left (names table, row and column).
     """
-    import pandas as pd
-
     if not 0 <= valid_share < 1:
         raise ValueError(f"valid_share={valid_share}: expected a share of patients, from 0 to below 1")
     unknown = [name for name in report_sections if name not in REPORT_SECTIONS]
@@ -203,7 +199,7 @@ def _draw(seed: int, patient: str) -> float:
     return int.from_bytes(hashlib.sha256(f"{seed}/{patient}".encode()).digest()[:6]) / 2**48
 
 
-def _without(table: "pd.DataFrame", dropped: "pd.Series", reason: str, counts: Counter) -> "pd.DataFrame":
+def _without(table: pd.DataFrame, dropped: pd.Series, reason: str, counts: Counter) -> pd.DataFrame:
     counts[f"dropped: {reason}"] += int(dropped.sum())
     return table[~dropped]
 
@@ -212,10 +208,8 @@ def _fail(error: OSError) -> None:
     raise error  # os.walk passes over folders that it may not read
 
 
-def _volumes_on_disk(root: Path, version: int | None, counts: Counter) -> "pd.DataFrame":
+def _volumes_on_disk(root: Path, version: int | None, counts: Counter) -> pd.DataFrame:
     """Columns of the manifest that names and folders give, in the order of patients, scans, reconstructions."""
-    import pandas as pd
-
     versions = tuple(VERSIONS) if version is None else (_checked_version(version),)
     found: dict[VolumeName, tuple[int, str]] = {}
     for number in versions:
@@ -252,11 +246,9 @@ def _volumes_on_disk(root: Path, version: int | None, counts: Counter) -> "pd.Da
 
 
 def _joined(
-    root: Path, split: str, volumes: "pd.DataFrame", sections: Sequence[str], counts: Counter, wrong: list[dict]
-) -> "pd.DataFrame":
+    root: Path, split: str, volumes: pd.DataFrame, sections: Sequence[str], counts: Counter, wrong: list[dict]
+) -> pd.DataFrame:
     """Rows of the manifest for the volumes of one of CT-RATE's splits; `split` is still CT-RATE's."""
-    import pandas as pd
-
     texts = tuple(dict.fromkeys((*sections, FALLBACK)))
     tables = {
         "labels": _read_table(root, split, "labels", wrong, FINDINGS),
@@ -300,8 +292,8 @@ def _joined(
 
 
 def _right(
-    root: str | os.PathLike, split: str, kind: str, table: "pd.DataFrame", rules: Sequence[tuple], wrong: list[dict]
-) -> "pd.DataFrame":
+    root: str | os.PathLike, split: str, kind: str, table: pd.DataFrame, rules: Sequence[tuple], wrong: list[dict]
+) -> pd.DataFrame:
     """The rows of a table that no rule finds wrong; what is wrong with the others goes into `wrong`."""
     path = str(_table_path(root, split, kind))
     why = dict(reversed(wrong_cells(path, table, rules)))  # of each row the first
@@ -311,10 +303,8 @@ def _right(
     return table.drop(index=table.index[list(why)])
 
 
-def _extra_columns(metadata: "pd.DataFrame") -> "pd.DataFrame":
+def _extra_columns(metadata: pd.DataFrame) -> pd.DataFrame:
     """What is worth keeping of the metadata; the age in years, missing where it isn't written as "036Y"."""
-    import pandas as pd
-
     extra = metadata[[name for name in KEPT if name in metadata]]
     if "PatientAge" in extra:
         years = extra["PatientAge"].str.extract(r"^\s*([0-9]{1,3})Y\s*$", expand=False)
@@ -333,7 +323,7 @@ def _read_table(
     wrong: list[dict],
     columns: Sequence[str],
     optional: Sequence[str] = (),
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """A table of CT-RATE with VolumeName checked and without its .nii.gz; the index is the row in the file."""
     path = _table_path(root, split, kind)
     if not path.is_file():
@@ -370,10 +360,10 @@ def _no_chest(root: Path, split: str, wrong: list[dict]) -> set[str]:
     return names
 
 
-def _report_texts(reports: "pd.DataFrame", sections: Sequence[str]) -> "pd.Series":
+def _report_texts(reports: pd.DataFrame, sections: Sequence[str]) -> pd.Series:
     """The wanted sections joined, or the fallback where they say nothing; "" where that says nothing either."""
 
-    def text(name: str) -> "pd.Series":
+    def text(name: str) -> pd.Series:
         return reports[name].str.strip().mask(reports[name].str.fullmatch(_PLACEHOLDER).astype(bool), "")
 
     joined = text(sections[0])
@@ -382,15 +372,13 @@ def _report_texts(reports: "pd.DataFrame", sections: Sequence[str]) -> "pd.Serie
     return joined.mask(joined == "", text(FALLBACK))
 
 
-def _one_value_for_each_scan(table: "pd.DataFrame", columns: Sequence[str]) -> list[tuple]:
-    import pandas as pd
-
+def _one_value_for_each_scan(table: pd.DataFrame, columns: Sequence[str]) -> list[tuple]:
     scan = pd.factorize(table["VolumeName"].str.rsplit("_", n=1).str[0])[0]
     expected = "one value for all reconstructions of a scan, which begin in row " + first_row(table, scan)
     return [(name, table[name].groupby(scan).transform("nunique", dropna=False) > 1, expected) for name in columns]
 
 
-def _read_metadata(root: str | os.PathLike, split: str, wrong: list[dict]) -> "pd.DataFrame":
+def _read_metadata(root: str | os.PathLike, split: str, wrong: list[dict]) -> pd.DataFrame:
     return _read_table(root, split, "metadata", wrong, _GEOMETRY, (*KEPT, _DIRECTIONS))
 
 
@@ -412,10 +400,8 @@ def _stored_as(directions: str) -> str:
         return ""
 
 
-def _reading_columns(metadata: "pd.DataFrame") -> tuple["pd.DataFrame", list[tuple]]:
+def _reading_columns(metadata: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple]]:
     """Columns of the manifest that say how to read version 1, of rows of the metadata, which are text; and rules."""
-    import pandas as pd
-
     plane = metadata["XYSpacing"].str.extract(rf"^\s*\[{_LENGTH},{_LENGTH}\]\s*$")
     values = {
         "RescaleSlope": to_numbers(metadata["RescaleSlope"]),
@@ -441,7 +427,7 @@ def _reading_columns(metadata: "pd.DataFrame") -> tuple["pd.DataFrame", list[tup
     return columns, rules
 
 
-def _arguments(metadata_row: "pd.DataFrame", table: str) -> dict[str, Any]:
+def _arguments(metadata_row: pd.DataFrame, table: str) -> dict[str, Any]:
     columns, rules = _reading_columns(metadata_row)
     refuse_wrong(table, metadata_row, rules)
     (found,) = columns.to_dict("records")

@@ -5,9 +5,11 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
 
 from medctkit.attention.faithfulness import LOWER_IS_BETTER, faithfulness, faithfulness_table, some_of_each
 from medctkit.attention.localisation import (
@@ -37,11 +39,6 @@ from medctkit.model.fingerprint import digests
 from medctkit.model.protocol import Model
 from medctkit.scans.preprocessing import PreprocessConfig
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
-
-
 FEW = 60  # regions of the sanity check
 EACH = 3  # regions of each finding whose maps are tested for faithfulness
 OTHERS = "17 other prompts"
@@ -53,7 +50,7 @@ def measure_localisation(
     seed: int = 0,
     cache_dir: str | os.PathLike | None = None,
     studies: int | None = None,
-) -> "dict[str, pd.DataFrame]":
+) -> dict[str, pd.DataFrame]:
     """Base and adapted model on the test studies of a hospital: do their maps lie on the findings, and mean anything?
 
     Writes `localisation.csv`, `localisation.json`, `localisation.md` and `localisation.png` into `output_dir`. What an
@@ -75,8 +72,6 @@ def measure_localisation(
         FileNotFoundError: no finished run in `output_dir`.
         ValueError: a run whose files were changed since; real scans without masks.
     """
-    import pandas as pd
-
     output_dir, origin = Path(output_dir).expanduser(), Origin.of(output_dir)
     base = origin.load()
     models = {"base": base.model, "adapted": load_adapter(origin.load().model, output_dir / "adapter")}
@@ -97,7 +92,7 @@ def measure_localisation(
         with np.load(file) as arrays:
             return dict(arrays)
 
-    def columns(table: "pd.DataFrame") -> dict[str, np.ndarray]:
+    def columns(table: pd.DataFrame) -> dict[str, np.ndarray]:
         numeric = pd.api.types.is_numeric_dtype
         return {name: part.to_numpy(None if numeric(part) else str) for name, part in table.items()}
 
@@ -194,10 +189,8 @@ def localisation_page(found: dict) -> str:
     return filled("localisation.md", **values)
 
 
-def localisation_figure(table: "pd.DataFrame") -> "Figure":
+def localisation_figure(table: pd.DataFrame) -> Figure:
     """Each score, mean of findings, for each map with its interval, beside its chance."""
-    from matplotlib.figure import Figure
-
     means = table[table["finding"] == "mean"]
     colours = {"base": "#0072B2", "adapted": "#D55E00"}
     figure = Figure(figsize=(13, 3.6), layout="constrained")

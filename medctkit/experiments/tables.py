@@ -4,9 +4,9 @@ import os
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 from medctkit.cohort import ct_rate
 from medctkit.cohort.dataset import load_split, prepared_dir
@@ -19,9 +19,6 @@ from medctkit.experiments.adapt import Origin
 from medctkit.findings import FINDINGS
 from medctkit.metrics.scores import METRICS, evaluate, thresholds_from_validation
 from medctkit.zero_shot.classifier import ZeroShotClassifier
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 PUBLISHED = 0.731  # mean AUROC of CT-CLIP, zero-shot, on CT-RATE's validation patients (arXiv 2403.17834)
 
@@ -50,8 +47,6 @@ def write_scores(
         labels: (n, 18).
         scores: for each model (n, 18).
     """
-    import pandas as pd
-
     k = len(FINDINGS)
     columns = {
         "study": np.repeat(studies, k),
@@ -67,10 +62,8 @@ def write_scores(
     return path
 
 
-def write_findings(tables: "Mapping[str, pd.DataFrame]", folder: Path) -> tuple[Path, Path]:
+def write_findings(tables: Mapping[str, pd.DataFrame], folder: Path) -> tuple[Path, Path]:
     """Write named tables of `evaluate` and `compare` as findings.csv (all measures) and findings.tex (AUROC)."""
-    import pandas as pd
-
     wanted = ["positives", "studies", *(f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_high"))]
     flat = pd.concat([t[t.columns.intersection(wanted)].add_prefix(f"{name} ") for name, t in tables.items()], axis=1)
     write_table(flat.rename_axis("finding").reset_index(), folder / "findings.csv")

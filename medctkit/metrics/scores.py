@@ -25,9 +25,10 @@ model that is calibrated nearly perfectly, even the interval is mostly too high.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike
 
 from medctkit.findings import FINDINGS
@@ -40,9 +41,6 @@ from medctkit.metrics.bootstrap import (
     metric_draws,
     patient_weights,
 )
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 ON_TEST = "roc-corner-on-test"
 OPTIMISTIC = "optimistic: thresholds were chosen on the labels they are measured on"
@@ -61,7 +59,7 @@ def evaluate(
     findings: Sequence[str] = FINDINGS,
     resamples: int = RESAMPLES,
     seed: int = 0,
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """Score each finding and their mean, with 95 % intervals over patients.
 
     Args:
@@ -102,7 +100,7 @@ def compare(
     findings: Sequence[str] = FINDINGS,
     resamples: int = RESAMPLES,
     seed: int = 0,
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """What model b does better than model a on the same studies: paired differences, b minus a.
 
     Both models are scored on the same resamples of patients, so that what makes a resample easy for both drops
@@ -133,15 +131,13 @@ def compare(
     return table
 
 
-def p_texts(difference: "pd.DataFrame", metric: str = "auroc") -> "pd.DataFrame":
+def p_texts(difference: pd.DataFrame, metric: str = "auroc") -> pd.DataFrame:
     """The p-values of `compare` for a metric as text, "p" and "p, Holm": "<= 0.0002" where only a bound is known."""
-    import pandas as pd
-
     p, floor, corrected = (difference[f"{metric}_{end}"] for end in ("p", "p_floor", "p_holm"))
     bounds = p <= floor
     carried = corrected <= corrected[bounds].max()  # a bound also reaches those after it in Holm's order
 
-    def text(values: "pd.Series", bound: "pd.Series") -> list[str]:
+    def text(values: pd.Series, bound: pd.Series) -> list[str]:
         pairs = zip(values, bound, strict=True)
         return ["-" if v != v else f"{'<= ' if at_most and v < 1 else ''}{v:.2g}" for v, at_most in pairs]
 
@@ -201,9 +197,9 @@ def thresholds_from_validation(labels: ArrayLike, scores: ArrayLike, findings: S
 
 
 def summary(
-    base: "pd.DataFrame",
-    adapted: "pd.DataFrame",
-    difference: "pd.DataFrame",
+    base: pd.DataFrame,
+    adapted: pd.DataFrame,
+    difference: pd.DataFrame,
     rows: Iterable[str] = ROWS,
     finding: str = "mean",
 ) -> dict:
@@ -229,8 +225,6 @@ def _check(
     labels: ArrayLike, scores: ArrayLike, patients: ArrayLike, findings: Sequence[str], called: str = "scores"
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Arrays that fit together, or an error that says what does not."""
-    import pandas as pd
-
     _check_order({"labels": labels, called: scores, "patients": patients}, findings)
     labels, scores, patients = np.asarray(labels), np.asarray(scores), np.asarray(patients)
     if labels.ndim != 2 or labels.shape[1] != len(findings) or not len(labels):
@@ -264,8 +258,6 @@ def _check_order(given: dict[str, Any], findings: Sequence[str]) -> None:
 
 def _numbers(called: str, values: np.ndarray, findings: Sequence[str]) -> np.ndarray:
     """Labels of 0, 1 and NaN, or scores from 0 to 1, as floats (n, k)."""
-    import pandas as pd
-
     numbers = values
     if values.dtype.kind not in "biuf":  # nullable integers, words
         numbers = pd.DataFrame(values).apply(pd.to_numeric, errors="coerce").to_numpy(dtype=float, na_value=np.nan)
@@ -318,9 +310,7 @@ def _table(
     limits: np.ndarray | None,
     findings: Sequence[str],
     flattered: bool,
-) -> "pd.DataFrame":
-    import pandas as pd
-
+) -> pd.DataFrame:
     columns: dict[str, Any] = {}
     for name in METRICS:
         drawn = _drawn(name, values[name])

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+from scipy import ndimage
 
 _COARSE = 5.0  # mm, the grid on which lungs are looked for
 _SOLID, _GAS = -300, -500  # HU above which there is body or table, below which there is gas
@@ -22,8 +23,6 @@ def chest_range(hu: np.ndarray, steps: Sequence[float]) -> tuple[int, int]:
     Raises:
         ValueError: no gas of the size of lungs.
     """
-    from scipy import ndimage
-
     stride = [max(1, round(_COARSE / mm)) for mm in steps]
     coarse = hu[tuple(slice(None, None, n) for n in stride)]
     voxel = np.prod([n * mm for n, mm in zip(stride, steps, strict=True)]) / 1e6  # litres

@@ -8,8 +8,6 @@ optimiser's averages, the loss scale of fp16, the history. Batches, prompt wordi
 and the number of the step, so there is no other state. At full size with preset "paper" that is 27 MB.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -19,10 +17,13 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast, broadcast_object_list
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 from torch.utils.data import Subset
 
 from medctkit.cohort.cache import content_of, key_of
@@ -34,9 +35,6 @@ from medctkit.model.fingerprint import add_tensor, digests, vocabulary_of
 from medctkit.model.protocol import Model
 from medctkit.model.weights import write_weights
 from medctkit.training.settings import FineTuneConfig
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 NAME, WORK, RECORD = "checkpoint.safetensors", "unfinished", "run.json"
 CHANGES_NOTHING = ("prompts", "workers", "checkpoint_every", "tracker")  # of settings; prompts have a digest
@@ -89,8 +87,6 @@ class Run:
         Raises:
             ValueError: a run is at work there; a damaged checkpoint; another run's folder; in all processes.
         """
-        from accelerate.utils import broadcast_object_list
-
         found: Any = None
         try:
             if self.accelerator.is_main_process:
@@ -138,8 +134,6 @@ class Run:
         return None
 
     def _restore(self, counts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-        from accelerate.utils import broadcast
-
         self._started -= counts["seconds"]
         for name in set(_COUNTS) - {"seconds"}:
             setattr(self, name, counts[name])
@@ -255,8 +249,6 @@ def refuse_other_settings(output_dir: str | os.PathLike, config: FineTuneConfig)
     Raises:
         ValueError: it has; see also `finished_run`.
     """
-    from safetensors import SafetensorError, safe_open
-
     output_dir = Path(output_dir).expanduser()
     try:
         if (output_dir / RECORD).is_file():
@@ -279,8 +271,6 @@ def refuse_other_run(what: str, there: Mapping[str, Any], here: Mapping[str, Any
 
 def read(path: Path, made_of: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Read a checkpoint of the same run, what is written down about it, and its tensors; refuse any other."""
-    from safetensors import SafetensorError, safe_open
-
     way_out = f"Delete {path} to start over, or give another output_dir"
     try:
         with safe_open(str(path), "pt") as file:

@@ -26,6 +26,7 @@ from numpy.typing import ArrayLike
 from torch import distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Subset
+from tqdm.auto import tqdm
 
 from medctkit.common.processes import process_and_processes
 from medctkit.common.text import listed
@@ -132,8 +133,6 @@ class ZeroShotClassifier:
             ValueError: an empty data set.
             FloatingPointError: an embedding that is not finite; says of which study.
         """
-        from tqdm.auto import tqdm
-
         if not len(dataset):
             raise ValueError("the data set has no studies to embed")
         process, processes = process_and_processes()

@@ -18,9 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import distributed as dist
 from torch import nn
 from torch.utils.data import Subset
+from tqdm.auto import tqdm
 
 from medctkit.cohort.cache import content_of, key_of
 from medctkit.cohort.dataset import CTReportDataset
@@ -86,8 +88,6 @@ def load_embeddings(path: str | os.PathLike, made_of: Mapping[str, Any] | None =
         FileNotFoundError: no such file.
         ValueError: a damaged file, or one of another model, other settings or other studies; says which.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file; medctkit embed writes one")
@@ -186,8 +186,6 @@ def embed_manifest(
     Raises:
         ValueError: a file of other studies, or of the same in another order; see `load_embeddings`; a study twice.
     """
-    from tqdm.auto import tqdm
-
     path, rows = Path(path).expanduser(), dataset.rows
     parts, (process, processes) = path.with_name(path.name + ".parts"), process_and_processes()
     studies = [row["study"] for row in rows]

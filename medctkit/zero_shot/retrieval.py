@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from tqdm.auto import tqdm
 
 from medctkit.findings import FINDINGS
 from medctkit.metrics.bootstrap import interval, patient_weights, weighted_means
@@ -51,8 +52,6 @@ def embed_reports(
     Raises:
         ValueError: no rows, or a study without a report.
     """
-    from tqdm.auto import tqdm
-
     if not len(rows):
         raise ValueError("there are no reports to embed")
     for row in rows:

@@ -1,11 +1,14 @@
 """The figures of a comparison."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from medctkit.common.atomic import replacing
 from medctkit.experiments.compare.results import (
@@ -21,11 +24,6 @@ from medctkit.experiments.compare.results import (
 from medctkit.experiments.compare.runs import BASE, PROBE
 from medctkit.lora.methods import METHODS
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 AUROC = "mean test AUROC of 18 findings"
 # Colours of Okabe and Ito, which the colour-blind can tell apart; where one comes twice, another marker
 _OKABE = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#000000")
@@ -37,8 +35,6 @@ MARKS |= {name: (_OKABE[i % 7], "PX*hdp8H"[i % 8]) for i, name in enumerate(_OTH
 
 
 def _axes(title: str, x: str, y: str, size: tuple[float, float] = (9, 5)) -> tuple[Figure, Axes]:
-    import matplotlib.pyplot as plt
-
     figure, axes = plt.subplots(figsize=size, layout="constrained")
     axes.set(title=f"Phantom studies: {title}", xlabel=x, ylabel=y)
     axes.title.set_fontsize(11)
@@ -69,8 +65,6 @@ def _band(axes: Axes, table: pd.DataFrame, x: str, colour: str, **line: Any) -> 
 
 def figure_methods(results: Results, groups: Sequence[str] = ("methods", "placement")) -> Figure:
     """AUROC with its interval against the number of trainable parameters; ranks of LoRA are joined by a line."""
-    import pandas as pd
-
     table = pd.concat([method_table(results, group) for group in groups if results.has(group)])
     table = table[table["method"] != BASE].drop_duplicates("method").sort_values("trainable", kind="stable")
     what = "what each way to fine-tune reaches, and what it trains"
@@ -166,8 +160,6 @@ FIGURES = {  # name of the file: the group whose runs it needs, what draws it
 
 def write_figures(results: Results, folder: str | os.PathLike) -> list[Path]:
     """Write those figures as PNG whose runs are there; returns their paths."""
-    import matplotlib.pyplot as plt
-
     written = []
     for name, (group, draw) in FIGURES.items():
         if results.has(group):

@@ -6,17 +6,16 @@ another seed would change is `auroc_sd`, beside it. Differences, to the base mod
 resample. Findings with one class in the test studies, or in a resample of them, are left out of its mean.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from medctkit.experiments.compare.rivals import RIVALS
 from medctkit.experiments.compare.runs import BASE, PROBE, STRENGTHS
@@ -24,9 +23,6 @@ from medctkit.findings import FINDINGS
 from medctkit.lora.methods import METHODS
 from medctkit.metrics.bootstrap import interval, mean_of_findings
 from medctkit.zero_shot.prompts import PROMPTS
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 SAVED = Path(str(files("medctkit") / "assets" / "comparison"))
 KEYS = ["group", "method", "rank", "studies", "learning_rate", "dialect", "variant"]
@@ -70,8 +66,6 @@ class Results:
 
 def load_results(folder: str | os.PathLike = SAVED) -> Results:
     """Read the results in a folder; those that come with the package by default."""
-    import pandas as pd
-
     folder = Path(folder)
     for name in ("comparison.csv", "draws.npz"):
         if not (folder / name).is_file():
@@ -113,8 +107,6 @@ def pooled(results: Results, group: str) -> pd.DataFrame:
     Raises:
         ValueError: no run of that group.
     """
-    import pandas as pd
-
     runs = results.runs[results.runs["group"] == group]
     if runs.empty:
         there = ", ".join(sorted(results.runs["group"].unique()))
@@ -170,8 +162,6 @@ def rivals_table(results: Results) -> pd.DataFrame:
         fine-tuning; and `does`, `kind` (one of `KINDS`), `labels` (what it does with labels of the target hospital:
         none, choose, learn), and `lora_over` with its ends (LoRA minus this, paired).
     """
-    import pandas as pd
-
     table = pooled(results, "rivals")
     table["labels"] = ["none" if m == BASE else RIVALS[m].labels if m in RIVALS else "learn" for m in table["method"]]
     table["kind"] = [
@@ -207,8 +197,6 @@ def finding_table(results: Results) -> pd.DataFrame:
         Indexed by finding, the greatest lead of LoRA first, the mean last: `base`, `lora`, `boxes`, `lora_over` (LoRA
         minus boxes, paired), with their ends.
     """
-    import pandas as pd
-
     table = rivals_table(results).set_index("method")
     of = {}
     for name, method in (("base", BASE), ("lora", "lora"), ("boxes", "hu-boxes")):
@@ -240,8 +228,6 @@ def unseen_table(results: Results) -> pd.DataFrame:
         prompts: `base`, `adapted` (LoRA without the held-out findings and without reports), `gain` between them, and
         `taught` (LoRA with all findings and reports) and `taught_gain`, with their ends.
     """
-    import pandas as pd
-
     of_run = {"base": (BASE,), "adapted": ("lora", "unseen"), "taught": ("lora",)}
     names = {what: names_of(results, "unseen", *run) for what, run in of_run.items()}
     rows = []
@@ -256,8 +242,6 @@ def unseen_table(results: Results) -> pd.DataFrame:
 
 def forgetting_table(results: Results) -> pd.DataFrame:
     """Rows of `pooled` for all that trains the model, remedies among them: gain at the target, and loss at home."""
-    import pandas as pd
-
     there = [pooled(results, group) for group in ("forgetting", "rivals", "placement", "methods") if results.has(group)]
     table = pd.concat(there).drop_duplicates(["method", "variant"])
     return _ordered(table[table["home_over_base"].notna() & table["method"].isin(METHODS)], METHODS)
@@ -269,8 +253,6 @@ def strength_table(results: Results) -> pd.DataFrame:
     Returns:
         A row for each of both and each strength from 0 to 1.5: `auroc`, `over_base`, `home_over_base`, with their ends.
     """
-    import pandas as pd
-
     base, rows = _base(results), []
     for method in ("lora", "full"):
         for strength in sorted({0.0, 1.0, *STRENGTHS}):
@@ -292,8 +274,6 @@ def noise_table(results: Results) -> pd.DataFrame:
         right ones, and `lost`, the difference to LoRA that learnt from right ones; `measured_base`, `measured` and
         `measured_gain`, the base model and that LoRA scored on flipped labels; with their ends.
     """
-    import pandas as pd
-
     rows, base, right = [], _base(results), names_of(results, "noise", "lora")
     for percent in (0, 5, 10, 20):
         names = names_of(results, "noise", "lora", f"noise-{percent}") if percent else right

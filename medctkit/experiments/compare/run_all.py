@@ -4,8 +4,6 @@ What a run is stands in `runs`. Here all of them are done, each with its result 
 interrupted comparison goes on where it was; seconds and memory are measured after them. `results` reads and shows them.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import math
@@ -22,12 +20,14 @@ from contextlib import redirect_stderr
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 
 from medctkit.cohort.dataset import CTReportDataset, collate, prepared_dir
 from medctkit.cohort.manifest import load_manifest
@@ -56,9 +56,6 @@ from medctkit.training.loop import step_gradients
 from medctkit.training.memory import PeakMemory
 from medctkit.training.objectives import draw_prompts
 from medctkit.training.settings import FineTuneConfig
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 FIRST_SEEDS = 3  # of every group, before further seeds of any
 
@@ -152,8 +149,6 @@ def compare_methods(
         ValueError: unknown group; results of other settings in `output_dir`.
         OSError: a worker process died.
     """
-    from tqdm.auto import tqdm
-
     if unknown := [group for group in groups if group not in GROUPS]:
         raise ValueError(f"unknown group {unknown[0]!r}; choose from {', '.join(GROUPS)}")
     if seeds < 1 or workers < 1:
@@ -239,8 +234,6 @@ def _what_it_costs(
 
 def collect(output_dir: Path, test_rows: Sequence[Mapping], home_rows: Sequence[Mapping], seeds: int) -> None:
     """Write what `load_results` reads, with a row for each job that has a result, and `tables.json`."""
-    import pandas as pd
-
     from medctkit.experiments.compare.results import load_results
     from medctkit.experiments.compare.tables import write_tables
 
@@ -328,8 +321,6 @@ def measure_costs(train: Dataset, settings: FineTuneConfig, repeats: int = 5) ->
         A row for each of `METHODS`: `seconds_per_step` (median), `peak_bytes` (of one step: weights, inputs,
         activations, gradients, optimiser), both also relative to full fine-tuning, `file_bytes`, batch size and device.
     """
-    import pandas as pd
-
     mini, rows = load_mini_base(), []
     batch = collate(mini.tokenizer)([train[i] for i in range(settings.batch_size)])
     for name in METHODS:

@@ -5,8 +5,6 @@ differ in what they train and in their learning rate, which validation studies c
 lies between others. Test studies are scored once at the end of each run and choose nothing.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import math
@@ -87,7 +85,7 @@ class Job:
         return self.method in METHODS
 
     @property
-    def tuned(self) -> Job:
+    def tuned(self) -> "Job":
         """The run, without rate and seed, whose learning rate and dialect it has: with all studies, all of them right.
 
         Only a rank and what is held out make another rate; sizes, noise and remedies have that of the plain method.

@@ -1,13 +1,12 @@
 """The tables of a comparison as text: for a terminal, a page and `tables.json`; and what they say, in sentences."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from medctkit.common.provenance import write_json
 from medctkit.experiments.compare.data import HELD_OUT, VARIANTS
@@ -28,9 +27,6 @@ from medctkit.experiments.compare.results import (
     unseen_table,
 )
 from medctkit.experiments.compare.runs import GROUPS
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 def verdict(results: Results, group: str, one: str, other: str, what: str = "") -> str:
@@ -100,7 +96,6 @@ def shown(table: pd.DataFrame, columns: str) -> pd.DataFrame:
         table: one of this module's.
         columns: names, with spaces between them.
     """
-    import pandas as pd
 
     def text(row: Mapping, name: str) -> str:
         values = [row[key] for key in (name, f"{name}_low", f"{name}_high") if key in row]

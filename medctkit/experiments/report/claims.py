@@ -4,8 +4,6 @@ One self-contained HTML page, and the same as Markdown with its figures beside i
 with a verdict; every number says how it was made. Figures are in `figures`, the page itself in `page`.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import os
@@ -14,7 +12,9 @@ from dataclasses import dataclass
 from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import pandas as pd
+from matplotlib.figure import Figure
 
 from medctkit.common.atomic import replacing
 from medctkit.experiments.audit import audit_figure
@@ -25,10 +25,6 @@ from medctkit.experiments.report.page import Block, png, to_html, to_markdown, w
 from medctkit.lora.counting import search_placements
 from medctkit.metrics.scores import COLUMN_OF, HOME_ROWS, METRICS, p_texts
 from medctkit.model.ct_clip import CTCLIPConfig, released_layout
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
 
 PAPER = "arXiv 2512.00597"
 EXACT = "reproduced exactly"  # arithmetic, and what can be counted
@@ -143,15 +139,11 @@ def _result(measured: Measurement, name: str, column: str, before: float, after:
 
 def claims_table(measured: Measurement) -> pd.DataFrame:
     """`claims` as a table."""
-    import pandas as pd
-
     return pd.DataFrame(claims(measured))
 
 
 def published() -> list[tuple[str, pd.DataFrame]]:
     """Published results, a table for each set of labels: means over different labels are not to be compared."""
-    import pandas as pd
-
     table = pd.read_csv(io.StringIO((files("medctkit") / "assets" / "published_results.csv").read_text()))
     table["f1"] = [f"{row.f1:.3f} ({row.f1_kind})" for row in table.itertuples()]
     table["n"] = [f"{n:,.0f}" if n == n else "not given" for n in table["n"]]
@@ -169,8 +161,6 @@ REMARK = (
 
 def metrics_table(measured: Measurement, model: str) -> pd.DataFrame:
     """A row for each finding and the mean: every metric as text, value [95 % interval]."""
-    import pandas as pd
-
     table = measured.tables[model]
     gaps = {f: f"no value: {why}" for f, why in table.attrs["gaps"].items()}
     shown = {"positives": table["positives"].astype(str), "threshold": table["threshold"].map(_number)}
@@ -182,8 +172,6 @@ def metrics_table(measured: Measurement, model: str) -> pd.DataFrame:
 
 def _before_and_after(measured: Measurement | Home, rows: Mapping[str, tuple[str, str]]) -> pd.DataFrame:
     """Named rows of (finding or "mean", metric): both models, the paired difference, each with its interval, and p."""
-    import pandas as pd
-
     shown = []
     for name, (finding, metric) in rows.items():
         both = {model: with_ends(table.loc[finding], metric) for model, table in measured.tables.items()}
@@ -216,8 +204,6 @@ def retrieval_table(measured: Measurement) -> pd.DataFrame:
 
 def defects_table(measured: Measurement) -> pd.DataFrame:
     """A row for each number that a defect of the public evaluation changes."""
-    import pandas as pd
-
     table = pd.DataFrame(measured.defects)
     for column in ("public", "right"):
         table[column] = [f"{value:.3g} {unit}" for value, unit in zip(table[column], table["unit"], strict=True)]

@@ -1,18 +1,14 @@
 """The clinical part of the report: tables and words from `Clinical`, and what the reporting check-lists ask."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib.resources import files
-from typing import TYPE_CHECKING
+
+import pandas as pd
 
 from medctkit.experiments.measure import Measurement
 from medctkit.experiments.report import figures
 from medctkit.experiments.report.page import Block, with_ends
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 CHECKLISTS = {
     "CLAIM 2024": "Tejani et al., Radiol Artif Intell 2024, doi 10.1148/ryai.240300",
@@ -41,8 +37,6 @@ def apart(table: pd.DataFrame, column: str) -> pd.Series:
 
 def parts(measured: Measurement) -> Iterator[tuple[str, str, str, pd.DataFrame]]:
     """Title, words that follow from the numbers, caption and table of each part of what was `measured`."""
-    import pandas as pd
-
     assert measured.clinical is not None
     tables = measured.clinical.tables
 
@@ -92,8 +86,6 @@ def parts(measured: Measurement) -> Iterator[tuple[str, str, str, pd.DataFrame]]
 
 def checklists() -> pd.DataFrame:
     """`assets/checklists.csv`: a row for each question, its items in three check-lists, whether and where answered."""
-    import pandas as pd
-
     return pd.read_csv(str(files("medctkit") / "assets" / "checklists.csv"), dtype=str, keep_default_na=False)
 
 

@@ -3,29 +3,21 @@
 Colours are told apart by colour-blind people (Okabe and Ito); base is blue, adapted orange everywhere.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from sklearn.metrics import roc_curve
 
 from medctkit.experiments.clinical import GRID
+from medctkit.experiments.measure import Measurement
 from medctkit.findings import FINDINGS
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-    from medctkit.experiments.measure import Measurement
 
 COLOURS = {"base": "#0072B2", "adapted": "#D55E00"}
 DIFFERENCE = "#009E73"
 
 
 def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -66,8 +58,6 @@ def _panels() -> tuple[Figure, list[Axes]]:
 
 def roc_curves(measured: Measurement) -> Figure:
     """ROC curves of both models, one panel for each finding, with the AUROC of each."""
-    from sklearn.metrics import roc_curve
-
     figure, panels = _panels()
     for k, (axes, finding) in enumerate(zip(panels, FINDINGS, strict=True)):
         axes.plot([0, 1], [0, 1], color="grey", ls=":", lw=1)
