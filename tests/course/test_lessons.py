@@ -1,0 +1,26 @@
+"""What every lesson has: a picture and a promise first, the code that is no lesson folded."""
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
+LESSONS = [nbformat.read(path, as_version=4).cells for path in NOTEBOOKS]
+each_lesson = pytest.mark.parametrize("cells", LESSONS, ids=lambda cells: cells[0].source[2:4])
+
+
+@each_lesson
+def test_the_first_screen_is_a_promise_and_a_picture(cells):
+    title, promise, picture, *_ = re.split(r"\n\n", cells[0].source)
+    assert title.startswith("# ") and "ou will" in promise and re.match(r"!\[\w.{30,}\]\(images/", picture)
+    assert "fterwards you can" in cells[0].source
+
+
+@each_lesson
+def test_imports_are_folded(cells):
+    for cell in cells:
+        imports = len(re.findall(r"^(?:import|from) ", cell.source, re.M))
+        if cell.cell_type == "code" and imports > 5:
+            assert cell.metadata["jupyter"]["source_hidden"], cell.source
