@@ -50,13 +50,13 @@ def answer(
     """DICOM objects that belong beside a CT series: report, secondary capture and, of a map, a segmentation.
 
     Args:
-        path: the study, as `read_volume` takes it: a folder of slices, a .zip of one, or an enhanced file.
+        path: the study, as `read_volume` takes it; `series` says which of several.
         scores: probability of each finding.
         facts: as `facts_of` gives them.
         picture: RGB (h, w, 3) uint8, without the patient's name.
         heat_map: what spoke for a finding, which is its name. Segmented are the voxels in its highest 5 %. There is no
             segmentation if none of them lies in the scan, or if the slices have no frame of reference.
-        series: which of several; see `read_volume`.
+        series: see `path`.
 
     Raises:
         ValueError: no DICOM, or one without the UIDs that an answer must refer to; see also `chosen_series`.
@@ -82,11 +82,7 @@ def answer(
 
 
 def write_answer(found: "Sequence[Dataset]", folder: str | os.PathLike) -> list[Path]:
-    """Write DICOM objects to a folder, one after the other, each whole; named by their kind (SR.dcm, OT.dcm, SEG.dcm).
-
-    Raises:
-        OSError: they can't be written.
-    """
+    """Write DICOM objects to a folder, each whole, named by their kind: SR.dcm, OT.dcm, SEG.dcm."""
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{made.Modality}.dcm" for made in found]
@@ -136,12 +132,9 @@ def _report(
         _uid("device", *facts.items()), name=NAME, manufacturer_name=MAKER, model_name=NAME, serial_number=facts["base"]
     )
     observer = sr.ObserverContext(codes.DCM.Device, device)
+    digests = [f"{name}: {value}" for name, value in facts.items() if name != "version"]
     algorithm = sr.AlgorithmIdentification(
-        NAME,
-        facts["version"],
-        [*(f"{name}: {value}" for name, value in facts.items() if name != "version"), NOTICE],
-        codes.DCM.ArtificialIntelligence,
-        MAKER,
+        NAME, facts["version"], [*digests, NOTICE], codes.DCM.ArtificialIntelligence, MAKER
     )
     groups = [
         sr.MeasurementsAndQualitativeEvaluations(
@@ -176,11 +169,7 @@ def _capture(source: "Dataset", picture: np.ndarray, facts: Mapping[str, str], u
 
 
 def _segmentation(
-    slices: Sequence[Slice],
-    sources: "list[Dataset]",
-    heat_map: HeatMap,
-    facts: Mapping[str, str],
-    uid: Callable[[str], str],
+    slices: Sequence[Slice], sources: "list[Dataset]", heat_map: HeatMap, facts: Mapping[str, str], uid: Any
 ) -> "list[Dataset]":
     """The highest cells of a map, as a binary segmentation of the slices; none where there is nothing to show."""
     import highdicom as hd
@@ -191,27 +180,17 @@ def _segmentation(
     masks = np.stack([_values_on(item, heat_map) >= least for item in slices])
     if not masks.any():
         return []
+    digests = {name: value for name, value in facts.items() if name != "version"}
     algorithm = hd.AlgorithmIdentificationSequence(
-        NAME,
-        codes.DCM.ArtificialIntelligence,
-        facts["version"],
-        MAKER,
-        {n: v for n, v in facts.items() if n != "version"},
+        NAME, codes.DCM.ArtificialIntelligence, facts["version"], MAKER, digests
     )
-    segment = hd.seg.SegmentDescription(
-        1,
-        heat_map.name[:64],
-        codes.SCT.SpatialAndRelationalConcept,
-        _concept("Relevance to a model"),
-        "AUTOMATIC",
-        algorithm,
-    )
-    said: dict[str, Any] = {
-        "content_label": "RELEVANCE",
-        "content_description": f"Highest {TOP_SHARE:.0%} of a map. {NOTICE}",
-    }
-    pixels = masks.astype(np.uint8)
-    return [hd.seg.Segmentation(sources, pixels, "BINARY", [segment], **said, **_made(facts, uid, "map"))]
+    what = codes.SCT.SpatialAndRelationalConcept, _concept("Relevance to a model")
+    segment = hd.seg.SegmentDescription(1, heat_map.name[:64], *what, "AUTOMATIC", algorithm)
+    made = hd.seg.Segmentation(
+        sources, masks.astype(np.uint8), "BINARY", [segment], content_label="RELEVANCE",
+        content_description=f"Highest {TOP_SHARE:.0%} of a map. {NOTICE}", **_made(facts, uid, "map"),
+    )  # fmt: skip
+    return [made]
 
 
 def _values_on(item: Slice, heat_map: HeatMap) -> np.ndarray:

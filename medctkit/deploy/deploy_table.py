@@ -79,20 +79,11 @@ def deploy_table(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> "pd.DataFrame":
-    """Build every variant, measure it, and leave in `folder` the table and the exports that pass.
+    """Build every variant, measure it, and leave in `folder` table.csv, table.json and the exports that pass `limits`.
 
-    Interrupted, the same call goes on: what was measured of the same model and studies is not measured again.
-
-    Args:
-        base: fresh; the adapter stays on it.
-        adapter: folder that `save_adapter` wrote.
-        valid: studies that give the thresholds.
-        test: studies on which changes are counted.
-        folder: gets table.csv, table.json and a folder for each export that is not marked "do not ship".
-        limits: of the gate.
-        prompts: see `ZeroShotClassifier`.
-        resamples: of patients, for the intervals; `seed` is theirs.
-        seed: of the bootstrap.
+    Interrupted, the same call goes on: what was measured of the same model and studies is not measured again. The
+    `base` is fresh, the `adapter` what `save_adapter` wrote; `valid` studies give the thresholds, `test` studies the
+    changes, with intervals from `resamples` of the patients, drawn by `seed`. For `prompts` see `ZeroShotClassifier`.
 
     Returns:
         A row for each variant: `bytes` on disk; `ms_1`, `ms_16`, milliseconds a volume at these batches; `ratio_*` to
@@ -156,10 +147,7 @@ def deploy_table(
 def build(
     base: BaseModel, adapter: str | os.PathLike, folder: Path, scratch: str | os.PathLike, prompts: Prompts = "paper"
 ) -> tuple[Any, dict[str, Variant]]:
-    """The adapted model, and every variant of it that can be made here, before any study is seen.
-
-    Exports go to `folder`, what PyTorch is to load to `scratch`; for the others see `deploy_table`.
-    """
+    """The adapted model, and every variant of it that can be made here: exports in `folder`, others in `scratch`."""
     own, merged, adapter = Path(scratch) / "base", Path(scratch) / "merged", Path(adapter).expanduser()
     base.model.save_pretrained(own)
     model = load_adapter(base.model, adapter)
@@ -181,10 +169,7 @@ def slug(name: str) -> str:
 
 
 def cost(trials: Sequence[Callable[..., Any]], variant: Variant, batches: Sequence[int] = BATCHES) -> dict[str, Any]:
-    """Columns `bytes`, `ms_*`, `ratio_*`, `peak_*` of the variant that the last of `trials` runs, the first the base.
-
-    Of `batches` volumes, each several times in turns.
-    """
+    """Columns `bytes`, `ms_*`, `ratio_*`, `peak_*` of the variant in the last of `trials`; the first runs the base."""
     row: dict[str, Any] = {"bytes": variant.bytes}
     for batch in batches:
         taken = [[do(seconds, batch) for do in trials] for _ in range(ROUNDS + 1)][1:]  # the first warms up
@@ -199,8 +184,7 @@ def changes(
 ) -> dict[str, Any]:
     """Columns `auroc` to `asked`, of scores (n, 18) `before` and `after` of the studies of `test`.
 
-    The `thresholds` (18,) are the same for both: a hospital has set them before it gets the variant. For `resamples`
-    and `seed` see `compare`.
+    The `thresholds` (18,) are the same for both: a hospital has set them before it gets the variant.
     """
     patients = [row["patient"] for row in test.rows]
     table = compare(_labels(test), before, after, patients, thresholds, thresholds, resamples=resamples, seed=seed)

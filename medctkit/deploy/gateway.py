@@ -83,7 +83,7 @@ class Gateway:
         destination: gets them.
         allowed: titles of those who may call; None: everyone.
         title: of this service; who calls another one is refused.
-        limits: see there.
+        limits: how much it takes.
 
     Raises:
         ValueError: nobody is allowed to call.
@@ -96,12 +96,12 @@ class Gateway:
         destination: Peer,
         allowed: Collection[str] | None,
         title: str = "MEDCTKIT",
-        limits: Limits | None = None,
+        limits: Limits = Limits(),
     ):
         if allowed is not None and not allowed:
             raise ValueError("nobody may call: name the titles that may, or allow everyone")
         self.folder, self.answering, self.destination = Path(folder).expanduser(), answering, destination
-        self.allowed, self.title, self.limits = allowed, title, limits or Limits()
+        self.allowed, self.title, self.limits = allowed, title, limits
         self._stop, self._lock, self._not_before = threading.Event(), threading.Lock(), 0.0
         self._known = dict[Path, Series]()
 
@@ -259,13 +259,9 @@ class Gateway:
 
 
 class Series:
-    """A series on disk, and how far it came.
+    """A series on disk, when its latest slice came (s), how often an answer was begun, and how far it came.
 
-    Attributes:
-        folder: of its slices, its answer and its state.
-        latest: when its latest slice came, s.
-        state: of exactly these slices: "" (new), "trying", "ready" (its answer is on disk), "sent" or "failed".
-        tries: how often an answer was begun.
+    The state is of exactly these slices: "" (new), "trying", "ready" (its answer is on disk), "sent" or "failed".
     """
 
     def __init__(self, folder: Path):

@@ -22,7 +22,7 @@ def push_to_hub(base: BaseModel, repo_id: str, license: str, private: bool = Tru
         repo_id: "name/repository"; made if it is not there, else its files of the same names are replaced.
         license: of the weights, as the hub writes it: "cc-by-nc-sa-4.0" for CT-CLIP's and what was made of them.
         private: whether only you see a repository that is made now.
-        **data: more of the card's metadata, see `huggingface_hub.ModelCardData`; `base_model` for an adapter.
+        **data: more of `huggingface_hub.ModelCardData`; `base_model` for an adapter.
 
     Raises:
         ValueError: no CT-CLIP; metadata that the hub refuses.

@@ -39,15 +39,10 @@ class Variant:
 
 @contextmanager
 def trial(variant: Variant, volumes: np.ndarray, threads: int) -> Iterator[Callable[..., Any]]:
-    """Start a process for a variant; it ends with the block.
-
-    Args:
-        variant: what is tried.
-        volumes: (b, 1, d, h, w) float32, to measure seconds with.
-        threads: that compute.
+    """Start a process for a variant, with volumes (b, 1, d, h, w) to measure seconds with; it ends with the block.
 
     Yields:
-        A function that calls another one, `seconds` say, in that process.
+        A function that calls another one, `seconds` say, in that process, on so many `threads`.
 
     Raises:
         RuntimeError: the process ended, killed for memory say.
