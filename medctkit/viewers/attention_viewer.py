@@ -1,7 +1,6 @@
 """Where a model looks: attention, rollout and relevance over the slices, with the masks beside them.
 
-The maps are computed in `medctkit.attention`; here one chooses which, and sees where it lies. Attention is captured
-when a map first needs it, and kept until `close`: a viewer that shows nothing costs the model nothing.
+Attention is captured when a map first needs it, and kept until `close`: a viewer that shows nothing costs nothing.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +18,6 @@ from medctkit.viewers.drawing.rendering import place_of
 from medctkit.viewers.slice_viewer import SliceViewer
 
 if TYPE_CHECKING:
-    from medctkit.attention.maps import Attention
     from medctkit.scans.heat_map import HeatMap
     from medctkit.scans.preprocessing import PreprocessConfig
 
@@ -43,8 +41,7 @@ class AttentionViewer:
     Choose a model, how strong its LoRA is to be, if it has one, and what to show. It starts at the first finding that
     has a mask, outlined. The patch whose attention is shown is the one under the crosshair: click a place. A prompt is
     one of the findings, or any sentence with or without its negation. Patches are shown as the squares that they are,
-    in multiples of what each would have if all were alike; the caption says what the map is and how much of it lies
-    inside each mask. The widget is `.widget`, the slices are `.slices`.
+    in multiples of what each would have if all were alike. The widget is `.widget`, the slices are `.slices`.
 
     Args:
         volume: the scan, as `preprocess` is to be given it.
@@ -99,24 +96,20 @@ class AttentionViewer:
         )  # fmt: skip
         marked = next((name for name in self.prompts if name in self.masks), next(iter(self.prompts), OWN))
         self.prompt = w.Dropdown(options=[*self.prompts, OWN], value=marked, description="prompt", layout=wide)
-        first = self.prompts.get(marked, ("", ""))
+        states, denies = self.prompts.get(marked, ("", ""))
         text = {"continuous_update": False, "layout": wide}  # Enter, or leaving the field
-        self.stating = w.Text(first[0], description="states", placeholder="a sentence", **text)
-        self.denying = w.Text(first[1], description="denies", placeholder="its negation, or nothing", **text)
+        self.stating = w.Text(states, description="states", placeholder="a sentence", **text)
+        self.denying = w.Text(denies, description="denies", placeholder="its negation, or nothing", **text)
         self.caption, self.messages = w.HTML(), Messages()
-        for react, controls in (
-            (self._draw, (self.model, self.strength, self.shown, self.layer, self.head)),
-            (self._chose_prompt, (self.prompt,)),
-            (self._typed, (self.stating, self.denying)),
-        ):
-            for control in controls:
-                self.messages.observe(control, react)
+        for control in (self.model, self.strength, self.shown, self.layer, self.head):
+            self.messages.observe(control, self._draw)
+        self.messages.observe(self.prompt, self._chose_prompt)
+        for control in (self.stating, self.denying):
+            self.messages.observe(control, self._typed)
         self.slices.on_move(self._moved)
-        rows = (
-            [w.Label("model"), self.model, self.strength, self.shown],
-            [self.layer, self.head, self.prompt, self.stating, self.denying],
-        )
-        boxes = [w.HBox(row, layout={"flex_flow": "row wrap"}) for row in rows]
+        first = [w.Label("model"), self.model, self.strength, self.shown]
+        second = [self.layer, self.head, self.prompt, self.stating, self.denying]
+        boxes = [w.HBox(row, layout={"flex_flow": "row wrap"}) for row in (first, second)]
         self.widget = w.VBox([*boxes, self.slices.widget, self.messages.widget, self.caption])
         if marked in self.masks:  # its outline, where most of it is
             self.slices.opacity.value = 0
@@ -174,12 +167,12 @@ class AttentionViewer:
             self.head.value = chosen if chosen in heads else MEAN
 
     def heat_map(self) -> "HeatMap | None":
-        """The map that the controls ask for; None: nothing.
+        """The map (t, h, w) that the controls ask for, of sum 1, in multiples of what a patch would have by chance.
 
         Raises:
             ValueError: a model of another input size, a crosshair outside of what it sees, no sentence or one too long.
         """
-        from medctkit.attention.maps import attend, relevance
+        from medctkit.attention.maps import attend, patch_map, relevance
         from medctkit.lora.strength import at_strength, can_be_scaled
         from medctkit.scans.preprocessing import preprocess
 
@@ -196,28 +189,21 @@ class AttentionViewer:
             with at_strength(model, strength) if scaled else nullcontext():
                 return self._once((name, strength if scaled else 1, *of), see)
 
+        part = shown.split()[0]
         if shown == "speaks for a prompt":
             sentences = self.stating.value.strip(), self.denying.value.strip() or None
             values = once(lambda: relevance(model, self.tokenizer, pixels, *sentences), *sentences)
-            return self._as_squares(values)
-        attention: Attention = once(lambda: attend(model, pixels))
-        if shown == "rollout":
-            values = attention.rollout()
+        elif shown == "rollout":
+            values = once(lambda: attend(model, pixels)).rollout()
         elif shown.endswith("received"):
-            values = attention.received(shown.split()[0], self.layer.value, head)
+            values = once(lambda: attend(model, pixels)).received(part, self.layer.value, head)
         else:
             self._patch = self._patch_under(self.slices.position)
             if self._patch is None:
                 raise ValueError("the crosshair is outside of what the model sees; click a place further inside")
-            values = attention.of_query(shown.split()[0], self.layer.value, head, self._patch)
-        return self._as_squares(values)
-
-    def _as_squares(self, values: np.ndarray) -> "HeatMap":
-        """A map (t, h, w) of sum 1 over the scan, in multiples of what every patch would have if all were alike."""
-        from medctkit.attention.maps import patch_map
-
-        name = f"{self.model.value}: {self.shown.value}, times chance"
-        return replace(patch_map(values * values.size, self.volume, self.config, name), smooth=False)
+            values = once(lambda: attend(model, pixels)).of_query(part, self.layer.value, head, self._patch)
+        found = patch_map(values * values.size, self.volume, self.config, f"{name}: {shown}, times chance")
+        return replace(found, smooth=False)  # patches as the squares that they are
 
     def _patch_under(self, point: np.ndarray) -> tuple[int, int, int] | None:
         from medctkit.attention.maps import patch_at

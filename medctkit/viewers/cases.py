@@ -1,7 +1,7 @@
 """Studies of a manifest as several models see them: what a case browser shows, without the widget.
 
-Every volume is prepared once and embedded once for each model; probabilities, and the scores of any sentence, are then
-a matter of milliseconds. With a folder, both are kept there, so that the next browser starts at once.
+Every volume is prepared once and embedded once for each model; probabilities, and the scores of any sentence, then take
+milliseconds. With a folder, both are kept there, so that the next browser starts at once.
 """
 
 import hashlib
@@ -121,14 +121,11 @@ class Cases:
         self.labels = np.array([[float(row[name]) for name in FINDINGS] for row in self.rows])
         self.classifiers = {name: ZeroShotClassifier(model, tokenizer, prompts) for name, model in models.items()}
         self._made_of = {name: describe(model, preprocess_config) for name, model in models.items()}
-        self.embeddings = {
-            name: torch.full((len(self.rows), model.config.projection_dim), torch.nan) for name, model in models.items()
-        }
         self._keys = [self._key(row) for row in self.rows]
-        for name, found in self.embeddings.items():
-            kept = self._kept(name)
-            for i, key in enumerate(self._keys):
-                found[i] = kept.get(key, found[i])
+        self.embeddings: dict[str, torch.Tensor] = {}
+        for name, model in models.items():
+            kept, none = self._kept(name), torch.full((model.config.projection_dim,), torch.nan)
+            self.embeddings[name] = torch.stack([kept.get(key, none) for key in self._keys])
 
     # --- embedding ---
 
@@ -209,8 +206,7 @@ class Cases:
             except (OSError, ValueError) as error:  # one bad file does not cost the others
                 self.failures[study] = str(error)
         for name, classifier in self.classifiers.items():
-            mine = [i for i in items if i in left[name]]
-            if mine:
+            if mine := [i for i in items if i in left[name]]:
                 seen = classifier.embed([items[i] for i in mine], len(mine), progress=False)
                 self.embeddings[name][mine] = seen.embeddings
 
@@ -227,18 +223,14 @@ class Cases:
         return ("disagreement", *(f"error of {name}" for name in self.models), "study")
 
     def ordered(self, by: str = "disagreement", finding: str | None = None, presence: str = "any") -> "pd.Series":
-        """Studies that a filter lets through, in order.
+        """Studies that a filter lets through, in order: the value sorted by, on the index of the row.
 
         Args:
             by: "disagreement", the mean over findings of the models' largest minus smallest probability, largest first;
                 "error of NAME", the mean over known labels of |probability - label| of that model, largest first;
-                "study", by name.
+                "study", by name (the value is the disagreement). NaN, of what could not be read, comes last.
             finding: takes disagreement and error of this finding alone; None: of all.
             presence: keeps studies whose label of the finding is "present", "absent" or "unknown"; "any" keeps all.
-
-        Returns:
-            The value sorted by, or of the disagreement where sorted by name, on the index of the row. Studies that
-            could not be read come last, with NaN.
 
         Raises:
             ValueError: an unknown `by`, finding or presence; a presence without a finding.
@@ -297,8 +289,7 @@ class Cases:
         """A study to look at: a phantom, made again at `VIEW_SHAPE`, with its masks (d, h, w); a real scan without.
 
         Raises:
-            OSError: the file cannot be read.
-            ValueError: see `read_volume`.
+            OSError, ValueError: see `read_volume`.
         """
         row = self.rows[index]
         if has_file(row):

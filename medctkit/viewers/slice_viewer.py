@@ -41,8 +41,7 @@ class SliceViewer:
 
     Sliders (or their arrow keys) do everything, also in Colab. Where ipympl is installed the picture hears the mouse
     and keys too, all of which "?" lists: slices by the wheel, window and level by the right button, zoom, distances in
-    mm, HU of a region. Slices hang as radiologists hang them. The first picture also shows in exported HTML. The widget
-    is `.widget`; `.messages` says what went wrong.
+    mm, HU of a region. Slices hang as radiologists hang them. The widget is `.widget`; `.messages` has what went wrong.
 
     A second volume is shown below, or beside it in a single plane, and moves along: by patient coordinates, or by the
     distance from the middle of each scan. `LinkedScans` says when; the lines under the picture say which.
@@ -127,9 +126,10 @@ class SliceViewer:
         self.help = w.ToggleButton(description="?", tooltip="mouse and keys", layout={"width": "36px"})
         self._help = w.HTML(help_of(isinstance(self.canvas, MouseCanvas)), layout={"display": "none"})
         self.readout, self.hover = w.HTML(), w.HTML(lines(["? lists what mouse and keys do"]))
+        w.dlink((self.help, "value"), (self._help.layout, "display"), lambda on: None if on else "none")
         for react, controls in (
             (self._moved, self.sliders.values()), (self._compose, [self.zoom]), (self._start_to_measure, [self.tool]),
-            (self._show_help, [self.help]), (self._arrange, [self.view]), (self._change_preset, [self.preset]),
+            (self._arrange, [self.view]), (self._change_preset, [self.preset]),
             (self._change_window, [self.centre, self.width]),
             (self._draw, [self.crosshair, self.opacity, self.heat_map, self.heat_opacity, self.colour_map, self.slab]),
             (self._draw, [self.thickness]),
@@ -161,9 +161,9 @@ class SliceViewer:
         other: CTVolume | None = None,
         names: Sequence[str] | None = None,
     ) -> None:
-        """Show another study; window, view and opacities stay, the crosshair goes to the middle of the scan.
+        """Show another study, its crosshair in the middle; window, view and opacities stay, `on_move` is not told.
 
-        Callbacks of `on_move` are not called. Input is refused as by the class; then the old study stays.
+        Input is refused as by the class; then the old study stays.
         """
         self._show_scans(LinkedScans(volume, masks, other, names), heat_maps_of(heat_maps))
 
@@ -255,9 +255,7 @@ class SliceViewer:
         """
         place = np.asarray(point, float)
         if place.shape != (3,) or not np.isfinite(place).all():
-            raise ValueError(
-                f"point {place.tolist()}: expected three finite patient coordinates (right, front, head) in mm"
-            )
+            raise ValueError(f"point {place.tolist()}: expected three finite patient coordinates (RAS) in mm")
         self._go_to(self.scans[0].nearest(self.scans[0].voxel_of(place)))
 
     def on_move(self, callback: Callable[[np.ndarray], None]) -> None:
@@ -280,23 +278,19 @@ class SliceViewer:
     # --- reactions ----------------------------------------------------------------------------------------
 
     def _arrange(self) -> None:
-        planes = tuple(PLANES) if self.view.value == ALL_PLANES else (self.view.value,)
-        self._touched = planes[0]
+        self._planes = tuple(PLANES) if self.view.value == ALL_PLANES else (self.view.value,)
+        self._touched = self._planes[0]
         self._compose()
 
     def _compose(self) -> None:
-        planes = tuple(PLANES) if self.view.value == ALL_PLANES else (self.view.value,)
         voxels = self._linked.voxels(self.voxel)
-        self._composition = Composition(self.scans, planes, self.height, self.zoom.value, voxels)
+        self._composition = Composition(self.scans, self._planes, self.height, self.zoom.value, voxels)
         self._draw()
 
     def _start_to_measure(self) -> None:
         """From where the crosshair is."""
         self._start = None if self.tool.value == TOOLS[0] else self.position
         self._draw()
-
-    def _show_help(self) -> None:
-        self._help.layout.display = None if self.help.value else "none"
 
     def _change_preset(self) -> None:
         if self.preset.value != "free":
@@ -327,17 +321,16 @@ class SliceViewer:
             return None
         return panel, panel.voxel(x, y, self._linked.voxels(self.voxel)[panel.scan][PLANES[panel.plane]])
 
-    def _drag(self, x: float, y: float, _: None) -> None:
-        if found := self._under(x, y):
-            panel, voxel = found
-            self._touched = panel.plane
-            self._go_to(self._linked.in_first(panel.scan, voxel))
-
     def _press(self, x: float, y: float, _: None) -> None:
-        found = self._under(x, y)
-        if found and self._start is not None:
-            self._start = self.scans[0].point_of(self._linked.in_first(found[0].scan, found[1]))
-        self._drag(x, y, None)
+        self._drag(x, y, None, begins=self._start is not None)
+
+    def _drag(self, x: float, y: float, _: None, begins: bool = False) -> None:
+        if found := self._under(x, y):
+            voxel = self._linked.in_first(found[0].scan, found[1])
+            if begins:  # a measurement
+                self._start = self.scans[0].point_of(voxel)
+            self._touched = found[0].plane
+            self._go_to(voxel)
 
     def _level(self, x: float, y: float, by: tuple[float, float]) -> None:
         step = max(1.0, self.width.value / 250)
@@ -421,9 +414,6 @@ class SliceViewer:
 
         It has the window, masks and heat map that are shown now, and a second window to switch to; of two volumes it
         has the first. Its heading is the title, or the volume's name.
-
-        Raises:
-            ValueError: unknown plane.
         """
         second = "mediastinum" if self.preset.value == "lung" else "lung"
         windows = {self.preset.value: self.look.window, second: WINDOWS[second]}

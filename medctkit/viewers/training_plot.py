@@ -2,7 +2,6 @@
 
 import io
 import math
-import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -40,16 +39,15 @@ def training_figure(history: "pd.DataFrame", batch_size: int | None = None) -> "
 
 
 class TrainingPlot:
-    """Losses and validation AUROC, drawn anew in a notebook while a model trains: the `callback` of `finetune`.
+    """Losses and validation AUROC, drawn anew in a notebook after each validation: the `callback` of `finetune`.
 
     Outside a notebook it only collects the rows; `training_figure(plot.history)` draws them.
     """
 
     def __init__(self, batch_size: int | None = None):
-        self.batch_size: int | None = batch_size
+        self.batch_size = batch_size
         self.rows: list[dict[str, float]] = []
         self._shown: Any = None
-        self._drawn, self._cost = 0.0, 0.0
 
     @property
     def history(self) -> "pd.DataFrame":
@@ -59,23 +57,20 @@ class TrainingPlot:
         return pd.DataFrame(self.rows)
 
     def __call__(self, row: Mapping[str, float]) -> None:
-        """Take a row; draw if it has a score, else at most a twentieth of the time."""
+        """Take a row; draw if it has a score."""
         from IPython import get_ipython
 
         self.rows.append(dict(row))
-        due = "score" in row or time.perf_counter() - self._drawn > 20 * self._cost
-        if due and get_ipython() is not None:
+        if "score" in row and get_ipython() is not None:
             self._draw()
 
     def _draw(self) -> None:
         from IPython.display import Image, display
 
-        started, buffer = time.perf_counter(), io.BytesIO()
+        buffer = io.BytesIO()
         training_figure(self.history, self.batch_size).savefig(buffer, format="png", dpi=80)
         picture = Image(buffer.getvalue(), alt="training loss, and AUROC on validation patients, by step")
         if self._shown is None:
             self._shown = display(picture, display_id=True)
         else:
             self._shown.update(picture)
-        self._drawn = time.perf_counter()
-        self._cost = self._drawn - started

@@ -19,10 +19,7 @@ class UploadPage:
     memory); the scan stays in memory until the next one. What can't be read is said on the page, and takes the scan
     before it away. The widget is `.widget`; `.messages` says what went wrong.
 
-    Args:
-        classify: called with a volume and the name of an adapter; gives `quickstart.Classified`, or what has its
-            `table` and its picture.
-        adapters: names to choose from.
+    `classify` is called with a volume and one of the names in `adapters`, and gives `quickstart.Classified`.
     """
 
     def __init__(self, classify: Callable[[CTVolume, str], Any], adapters: Sequence[str]):

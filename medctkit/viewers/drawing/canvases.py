@@ -59,10 +59,9 @@ class PlainCanvas:
 class MouseCanvas:
     """An ipympl canvas that shows one picture and tells of what happens over it.
 
-    Args:
-        on_event: called with "press", "drag", "level", "hover", "scroll", "zoom" or "key"; x and y in pixels of the
-            picture from its upper left corner; and what belongs to it: +1 or -1 for the wheel, alone or with control;
-            for "level", a drag with the right button, the pixels (x, y) since the last; the key's name; else None.
+    `on_event` is called with "press", "drag", "level", "hover", "scroll", "zoom" or "key"; x and y in pixels of the
+    picture from its upper left corner; and what belongs to it: +1 or -1 for the wheel, alone or with control; for
+    "level", a drag with the right button, the pixels (x, y) since the last; the key's name; else None.
     """
 
     def __init__(self, on_event: Callable[[str, float, float, Any], None]):
@@ -76,11 +75,10 @@ class MouseCanvas:
         self.widget.layout.align_self = "flex-start"
         self._manager, self._last = manager(self.widget, 0), (0.0, 0.0)
         self.widget.mpl_disconnect(self._manager.key_press_handler_id)  # matplotlib's own keys: q would close it
-        for name, react in (
-            ("button_press_event", self._press), ("motion_notify_event", self._move), ("scroll_event", self._scroll),
-            ("key_press_event", self._key),
-        ):  # fmt: skip
-            self.widget.mpl_connect(name, react)
+        self.widget.mpl_connect("button_press_event", self._press)
+        self.widget.mpl_connect("motion_notify_event", self._move)
+        self.widget.mpl_connect("scroll_event", self._scroll)
+        self.widget.mpl_connect("key_press_event", self._key)
 
     def show(self, picture: "Image") -> None:
         """Show a picture (PIL image)."""

@@ -36,25 +36,15 @@ _LINE = 22  # pixels: a line of the legend
 
 @dataclass(frozen=True)
 class Panel:
-    """Where a slice lies in the picture.
+    """Where a slice lies in the picture."""
 
-    Attributes:
-        scan: 0, or 1 for the second of two scans.
-        plane: "axial", "coronal" or "sagittal".
-        left: first column of pixels.
-        top: first row of pixels.
-        size: width and height in pixels.
-        shape: of the scan, voxels (d, h, w).
-        view: left, top, right and bottom of what is shown of the slice, as shares.
-    """
-
-    scan: int
+    scan: int  # 0, or 1 for the second of two
     plane: str
-    left: int
+    left: int  # first column and row of pixels
     top: int
-    size: tuple[int, int]
-    shape: Voxel
-    view: tuple[float, float, float, float] = WHOLE
+    size: tuple[int, int]  # width and height in pixels
+    shape: Voxel  # of the scan, (d, h, w)
+    view: tuple[float, float, float, float] = WHOLE  # left, top, right and bottom of what is shown, as shares
 
     @property
     def axes(self) -> tuple[int, int]:
@@ -93,16 +83,11 @@ class Composition:
     """The slices of one or two scans in one picture.
 
     Of three planes of a scan the first is large, with the others beside it; of two scans each makes a row, all at the
-    same scale. A single plane is large, and two scans lie side by side. The slices that were drawn last are kept, one
-    for each panel, so that only what changed is drawn again.
+    same scale. A single plane is large, and two scans lie side by side. A panel in a row has the `height`, in pixels,
+    or less where the row would be more than 2.35 times as wide; the first of three is 1.5 times as tall, a single plane
+    1.8 times. Above a `zoom` of 1 it shows that many times less, around the `voxels` (d, h, w), one for each scan.
 
-    Args:
-        scans: one or two.
-        planes: which to show.
-        height: of a panel in a row, in pixels; less where a row would be more than 2.35 times as wide. The first of
-            three is 1.5 times as tall, a single plane 1.8 times.
-        zoom: 1 for whole slices; of all panels.
-        voxels: for each scan the voxel (d, h, w) to zoom to.
+    The slices that were drawn last are kept, one for each panel, so that only what changed is drawn again.
     """
 
     def __init__(
@@ -131,13 +116,7 @@ class Composition:
         return all(self.panel_at(*panel.place(voxels[panel.scan])) == panel for panel in self.panels)
 
     def picture(self, voxels: Sequence[Voxel], look: Look, crosshair: bool = True) -> "Image":
-        """The picture (PIL image, RGB).
-
-        Args:
-            voxels: for each scan the voxel (d, h, w) that the slices go through.
-            look: how to draw; masks and heat map are those of the first scan.
-            crosshair: mark the voxel in each slice.
-        """
+        """The picture (PIL image, RGB) through a voxel (d, h, w) of each scan; masks and map are the first one's."""
         from PIL import Image
 
         legend = _legend(look, self.scans[0], self.size[0])

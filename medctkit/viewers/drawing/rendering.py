@@ -52,11 +52,7 @@ def window(hu: ArrayLike, centre: float, width: float) -> np.ndarray:
 
 
 def window_of(name_or_pair: Window) -> tuple[float, float]:
-    """Centre and width of a preset ("lung", "mediastinum", "bone") or of a (centre, width) pair.
-
-    Raises:
-        ValueError: neither.
-    """
+    """Centre and width in HU of a preset ("lung", "mediastinum", "bone") or of a (centre, width) pair."""
     if isinstance(name_or_pair, str):
         if name_or_pair not in WINDOWS:
             raise ValueError(f"unknown window {name_or_pair!r}; choose one of {', '.join(WINDOWS)} or (centre, width)")
@@ -86,12 +82,7 @@ def slice_of(array: np.ndarray, plane: str, index: int) -> np.ndarray:
 
 
 def slab_of(volume: CTVolume, plane: str, index: int, how: str, thickness: float) -> np.ndarray:
-    """Maximum, minimum or mean HU (rows, columns) through a slab of so many mm around a slice; or the slice itself.
-
-    Raises:
-        ValueError: unknown plane, or `how` none of `SLABS`.
-        IndexError: no such slice.
-    """
+    """Maximum, minimum or mean HU (rows, columns) through a slab of so many mm around a slice; or the slice itself."""
     if how not in SLABS:
         raise ValueError(f"unknown slab {how!r}; choose one of {', '.join(SLABS)}")
     cut = slice_of(volume.hu, plane, index)
@@ -118,19 +109,12 @@ def in_pixels(millimetres: Sequence[float], scale: float) -> tuple[int, int]:
 
 @dataclass(frozen=True, eq=False)
 class Scan:
-    """A volume and its masks, turned to SPL: ready to be drawn. Made with `Scan.of`.
-
-    Attributes:
-        volume: in SPL orientation.
-        masks: boolean arrays (d, h, w).
-        name: what it is called where two scans are shown; may be "".
-        placed: does the affine say where the patient lay? Not if it is only what spacing and orientation give.
-    """
+    """A volume and its masks, turned to SPL: ready to be drawn. Made with `Scan.of`."""
 
     volume: CTVolume
-    masks: Mapping[str, np.ndarray] = field(default_factory=dict)
-    name: str = ""
-    placed: bool = True
+    masks: Mapping[str, np.ndarray] = field(default_factory=dict)  # bool, (d, h, w)
+    name: str = ""  # what it is called where two scans are shown
+    placed: bool = True  # the affine says where the patient lay; not only what spacing and orientation give
 
     @classmethod
     def of(cls, volume: CTVolume, masks: Mapping[str, np.ndarray] | None = None, name: str = "") -> "Scan":
@@ -205,11 +189,7 @@ def font(size: int) -> "ImageFont.FreeTypeFont | ImageFont.ImageFont":
 
 @lru_cache
 def colour_table(name: str) -> np.ndarray:
-    """The colours (256, 3) of a colour map from its low to its high end.
-
-    Raises:
-        ValueError: not one of `COLOUR_MAPS`.
-    """
+    """The colours (256, 3) of a colour map out of `COLOUR_MAPS`, from its low to its high end."""
     from matplotlib import colormaps
 
     if name not in COLOUR_MAPS:
@@ -219,27 +199,16 @@ def colour_table(name: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Look:
-    """How slices are drawn.
+    """How slices are drawn."""
 
-    Attributes:
-        window: centre and width, HU.
-        masks: names of the masks that are shown, each in its colour.
-        opacity: of the masks' tint, 0 to 1; their outlines are always drawn.
-        heat_map: laid over the slices.
-        heat_opacity: where the map is highest, 0 to 1.
-        colour_map: one of `COLOUR_MAPS`.
-        slab: one of `SLABS`; masks and heat map stay those of the slice in its middle.
-        thickness: of the slab, mm.
-    """
-
-    window: tuple[float, float] = WINDOWS["lung"]
-    masks: tuple[str, ...] = ()
-    opacity: float = 0.35
+    window: tuple[float, float] = WINDOWS["lung"]  # centre and width, HU
+    masks: tuple[str, ...] = ()  # names of those that are shown
+    opacity: float = 0.35  # of the masks' tint, 0 to 1; their outlines are always drawn
     heat_map: HeatMap | None = None
-    heat_opacity: float = 0.6
+    heat_opacity: float = 0.6  # where the map is highest, 0 to 1
     colour_map: str = COLOUR_MAPS[0]
-    slab: str = SLABS[0]
-    thickness: float = 10.0
+    slab: str = SLABS[0]  # masks and heat map stay those of the slice in its middle
+    thickness: float = 10.0  # of the slab, mm
 
 
 def draw_slice(
@@ -250,17 +219,11 @@ def draw_slice(
     look: Look,
     view: tuple[float, float, float, float] = WHOLE,
 ) -> "Image":
-    """A slice as a picture (PIL image, RGB), without text.
+    """A slice of a `scan`, the `index` along the `plane`'s axis, as a picture (PIL image, RGB), without text.
 
-    A heat map covers the more the higher its value is: where it is lowest the CT is as it was. Masks lie over it.
-
-    Args:
-        scan: whose slice.
-        plane: "axial", "coronal" or "sagittal".
-        index: along the plane's axis.
-        size: width and height, pixels.
-        look: window, masks, map, slab.
-        view: left, top, right and bottom of what is shown of it, as shares.
+    A heat map covers the more the higher its value is: where it is lowest the CT is as it was. Masks lie over it; the
+    `look` says which. The `size` is width and height, pixels; `view` has left, top, right and bottom of what is shown,
+    as shares.
     """
     from PIL import Image
 

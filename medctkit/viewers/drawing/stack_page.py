@@ -44,15 +44,10 @@ _HEIGHT = 448  # of the picture, pixels, or its width where it is wider
 def write_stack_page(
     path: str | os.PathLike, scan: Scan, plane: str, windows: Mapping[str, tuple[float, float]], look: Look, title: str
 ) -> Path:
-    """Write a stack as a self-contained HTML page; written whole or not at all.
+    """Write a `scan`'s stack in a `plane` to `path`, a self-contained HTML page; written whole or not at all.
 
-    Args:
-        path: the file.
-        scan: what to show.
-        plane: "axial", "coronal" or "sagittal".
-        windows: named (centre, width) in HU to choose from.
-        look: its masks and heat map become layers; its window is not used.
-        title: heading of the page.
+    There are `windows` in HU to choose from; the masks and the heat map of `look` become layers, its window is not
+    used; `title` is the heading.
 
     Raises:
         ValueError: unknown plane.
@@ -130,9 +125,9 @@ def _heat(look: Look, heat_map: "HeatMap", scan: Scan, plane: str, index: int) -
 
 def _text(scan: Scan, plane: str, index: int, masks: tuple[str, ...]) -> str:
     """What is said of a slice: its number, where its middle lies, what is marked in it."""
-    middle, last = (np.array(scan.volume.shape) - 1) / 2, scan.volume.shape[PLANES[plane]] - 1
-    middle[PLANES[plane]] = index
-    place = place_of(scan.point_of(middle)).split(", ")[2 - PLANES[plane]]  # a plane moves along one patient axis
+    axis, middle = PLANES[plane], (np.array(scan.volume.shape) - 1) / 2
+    middle[axis] = index
+    place = place_of(scan.point_of(middle)).split(", ")[2 - axis]  # a plane moves along one patient axis
     marked = [name for name in masks if slice_of(scan.masks[name], plane, index).any()]
-    said = f"{plane} slice {index} of 0 to {last}, {place}"
+    said = f"{plane} slice {index} of 0 to {scan.volume.shape[axis] - 1}, {place}"
     return f"{said}; marked: {', '.join(marked)}" if marked else said
