@@ -24,3 +24,13 @@ def test_imports_are_folded(cells):
         imports = len(re.findall(r"^(?:import|from) ", cell.source, re.M))
         if cell.cell_type == "code" and imports > 5:
             assert cell.metadata["jupyter"]["source_hidden"], cell.source
+
+
+@each_lesson
+def test_every_question_has_a_fold_out_answer(cells):
+    """One block of HTML: with an empty line in it, nbconvert shows the answer below an empty fold."""
+    for cell in cells:
+        if "Think about" in cell.source:
+            questions = re.findall(r"^\*\*\d\.\*\* ", cell.source, re.M)
+            answers = re.findall(r"<details><summary>.+?</summary>(?:\n[^\n]+)+\n</details>\n", cell.source)
+            assert len(answers) == len(questions) > 1
