@@ -59,6 +59,22 @@ def test_strict_raises_unless_right_and_else_everything_is_only_shown(monkeypatc
     assert capsys.readouterr().out.count("Exercise 01.9: Not") == 2
 
 
+def test_progress_is_kept_from_notebook_to_notebook(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(exercises, "import_module", lambda name: None)
+    monkeypatch.setattr(exercises, "_SOLVED", set())
+    exercises.checks("02.1")(lambda answer: "fine")
+    folder = tmp_path / "out"
+    for answer, said in ((lambda x: x, "0 of 2 "), (lambda x: x / 2, "1 of 2 ")):
+        check("01.9", answer)
+        exercises.progress(folder)
+        assert said in capsys.readouterr().out
+    exercises._SOLVED.clear()  # another kernel
+    check("02.1", 1)
+    exercises.progress(folder)
+    shown = capsys.readouterr().out
+    assert "2 of 2 exercises" in shown and "01 ●   02 ●" in shown
+
+
 def test_the_box_in_a_notebook_takes_no_markup_from_the_text():
     page = judge("01.9", lambda x: x)._repr_html_()
     assert "&lt;divide&gt; by 2 &amp; nothing" in page and 'role="status"' in page

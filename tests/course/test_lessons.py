@@ -32,5 +32,12 @@ def test_every_question_has_a_fold_out_answer(cells):
     for cell in cells:
         if "Think about" in cell.source:
             questions = re.findall(r"^\*\*\d\.\*\* ", cell.source, re.M)
-            answers = re.findall(r"<details><summary>.+?</summary>(?:\n[^\n]+)+\n</details>\n", cell.source)
+            answers = re.findall(r"<details><summary>.+?</summary>(?:\n[^\n]+)+\n</details>", cell.source)
             assert len(answers) == len(questions) > 1
+
+
+@each_lesson
+def test_the_end_says_what_was_built_how_far_one_is_and_where_to_go(cells):
+    built, far, where = cells[-3:]
+    assert built.source.startswith("## What you built\n\n- ") and "progress(output_dir)" in far.source
+    assert where.source.startswith("**Next:** ") and "](" in where.source
