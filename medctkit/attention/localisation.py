@@ -95,10 +95,10 @@ def relevance_of_regions(
     every: bool = False,
     progress: bool = True,
 ) -> np.ndarray:
-    """Gradient-weighted relevance of each region's own prompt pair: (m, t, h, w), by `attention.maps.relevance`.
+    """Gradient-weighted relevance of each region's own prompt pair, by `attention.maps.relevance`: (m, t, h, w).
 
     With `every`, of the pairs of all findings: (m, 18, t, h, w), for `own_and_others`. The `dataset` holds the studies
-    of `regions`; for `model`, `tokenizer` and `prompts` see `ZeroShotClassifier`; `progress` shows it.
+    of `regions`; the other arguments are those of `ZeroShotClassifier`.
     """
     from tqdm.auto import tqdm
 
@@ -185,9 +185,6 @@ def localisation_table(
 
     Columns: finding (or "mean"), method (the name of the map), score, value, low, high, chance, regions (how many). For
     two maps of one kind, `paired_difference` says more than two intervals.
-
-    Raises:
-        ValueError: see `score_maps`.
     """
     weights, rows = patient_weights(regions.patients, resamples, seed), []
     counts = [*np.bincount(regions.finding, minlength=len(FINDINGS)), len(regions.finding)]
@@ -239,12 +236,12 @@ def shuffled(model: nn.Module, prefixes: Sequence[str], seed: int = 0) -> nn.Mod
 def sanity_check(
     model: Model, tokenizer: Any, dataset: CTReportDataset, regions: Regions, seed: int = 0, progress: bool = True
 ) -> pd.DataFrame:
-    """How much of a map is left as weights are shuffled from the output down.
+    """How much of a map is left as weights are shuffled, by the `seed`, from the output down.
 
     A row for each more part that is shuffled; columns relevance and, where the model has one, rollout: the mean rank
     correlation (Spearman) with the map before, 1 for the same; and "in-mask mass" of the relevance, mean of findings,
-    with its chance. The `model` is a plain one (of an adapted one, what `merge_lora` gives) with its `tokenizer`, the
-    `dataset` holds the studies of `regions`, `seed` is of the shuffling, and `progress` shows it.
+    with its chance. The `model` is a plain one (of an adapted one, what `merge_lora` gives); the other arguments are
+    those of `relevance_of_regions`.
     """
     from scipy.stats import rankdata
 

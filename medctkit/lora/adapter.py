@@ -29,11 +29,9 @@ _DIGEST = "sha256:"
 
 
 def add_lora(model: Model, preset: str = "paper", **overrides: Any) -> PeftModel:
-    """Freeze `model` and add a trainable LoRA adapter to it, in place.
+    """Freeze `model` and add a trainable LoRA adapter to it, in place; for `preset` and `overrides` see `lora_config`.
 
     The random A matrices come from torch's generator: call `torch.manual_seed` before for a repeatable start.
-
-    For `preset`, one of the model's own, and `overrides` see `lora_config`.
 
     Raises:
         ValueError: as `lora_config`; a projection that no layer of this model has; a model that has adapters already.
@@ -86,12 +84,11 @@ def _has_exact_weights(model: nn.Module) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the FutureWarning that peft earns by asking transformers 5 for gradient checkpointing by an old name.
-
-    Nor the one of OFT, which takes the next size of its blocks that divides the width of a layer.
-    """
+    """Without two of peft's warnings."""
     with warnings.catch_warnings():
+        # it takes the next size of a block that divides the width of a layer
         warnings.filterwarnings("ignore", message="Invalid `oft_block_size`")
+        # it asks transformers 5 by an old name
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         yield
 
@@ -125,12 +122,12 @@ def merge_lora(model: PeftModel) -> Model:
     Raises:
         ValueError: weights in half precision, where the update would be rounded away.
     """
-    half = [name for name, p in model.named_parameters() if p.dtype in (torch.bfloat16, torch.float16)]
-    if half:
-        raise ValueError(
-            f"{half[0]} and {len(half) - 1} more weights are in half precision, which would round the update away; "
-            "load the adapter on a base model in float32 and merge it there"
-        )
+    for name, p in model.named_parameters():
+        if p.dtype in (torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"{name} is in half precision, which would round the update away; load the adapter on a base model in "
+                "float32 and merge it there"
+            )
     return copy.deepcopy(model).merge_and_unload(safe_merge=True)
 
 
@@ -156,9 +153,8 @@ def load_adapter(
 ) -> PeftModel:
     """Put a saved adapter on `model` and make it the active one.
 
-    peft alone passes over tensors that are missing or left over with a warning, and the adapter then silently
-    does half its work; here the file has to fit the model exactly. The `model` may carry other adapters already;
-    `model.set_adapter(name)` swaps them.
+    peft alone passes over tensors that are missing or left over with a warning; here the file has to fit the model
+    exactly. The `model` may carry other adapters already; `model.set_adapter(name)` swaps them.
 
     Raises:
         FileNotFoundError: no adapter in `directory`.
@@ -193,17 +189,13 @@ def load_adapter(
                 _refuse_unmatched(twin, {f"of {directory}": re.escape(patterns[field])})
             setattr(config, field, names)
         try:
-            expected = get_peft_model_state_dict(
-                get_peft_model(twin, copy.deepcopy(config)), save_embedding_layers=False
-            )
+            adapted = get_peft_model(twin, copy.deepcopy(config))
         except Exception as error:  # peft raises many
             raise ValueError(f"{saved.file}: peft cannot make this adapter for this model: {error}") from error
+        expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     found = read_weights(directory / ADAPTER_FILE)
-    refuse_other_shapes(
-        found,
-        {name: tuple(tensor.shape) for name, tensor in expected.items()},
-        f"the adapter in {directory} was made for another architecture; load the base model it was trained on",
-    )
+    message = f"the adapter in {directory} was made for another architecture; load the base model it was trained on"
+    refuse_other_shapes(found, {name: tuple(tensor.shape) for name, tensor in expected.items()}, message)
     refuse_bad_numbers(found, directory / ADAPTER_FILE)
     if saved.made_on.startswith(_DIGEST) and _has_exact_weights(model) and saved.made_on != (ours := _digest(model)):
         raise ValueError(

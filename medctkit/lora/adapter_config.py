@@ -24,11 +24,11 @@ _BEGINNINGS = (True, False, "gaussian", "orthogonal")  # the others change the b
 
 
 class SavedConfig(NamedTuple):
-    """What a folder says: its file, peft's configuration, and what the adapter was made on ("": it does not say)."""
+    """What a folder says."""
 
     file: Path
     config: peft.PeftConfig
-    made_on: str
+    made_on: str  # "": it does not say
 
 
 Check = Callable[[Any], bool]

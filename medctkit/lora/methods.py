@@ -26,6 +26,8 @@ from medctkit.model.protocol import Model
 from medctkit.model.weights import read_weights, refuse_bad_numbers, refuse_other_shapes, write_weights
 
 TRAINED_FILE = "trained.safetensors"
+_HU = "Hu et al. 2021, arXiv 2106.09685"
+_NO_REGRET = "Schulman et al. 2025, LoRA Without Regret, thinkingmachines.ai/blog/lora"
 
 
 @dataclass(frozen=True)
@@ -51,15 +53,15 @@ def _vera(model: nn.Module, r: int, **fields: Any) -> nn.Module:
     from peft import VeraConfig
 
     key = int(torch.randint(2**31, ()))  # as every random start, from torch's generator
-    targets = "|".join(presets_of(parts_of(model))["paper"].patterns.values())
-    return add_adapter(model, VeraConfig(r=r, **{"projection_prng_key": key, "target_modules": targets, **fields}))
+    fields = {"projection_prng_key": key, "target_modules": _targets(model), **fields}
+    return add_adapter(model, VeraConfig(r=r, **fields))
 
 
 def _oft(model: nn.Module, r: int, **fields: Any) -> nn.Module:
     from peft import OFTConfig
 
-    targets = "|".join(presets_of(parts_of(model))["paper"].patterns.values())
-    return add_adapter(model, OFTConfig(**{"r": 0, "oft_block_size": r, "target_modules": targets, **fields}))
+    fields = {"r": 0, "oft_block_size": r, "target_modules": _targets(model), **fields}
+    return add_adapter(model, OFTConfig(**fields))
 
 
 def _ia3(model: nn.Module, **fields: Any) -> nn.Module:
@@ -71,36 +73,31 @@ def _ia3(model: nn.Module, **fields: Any) -> nn.Module:
     return add_adapter(model, IA3Config(**{"target_modules": targets, "feedforward_modules": narrowing, **fields}))
 
 
+def _targets(model: nn.Module, preset: str = "paper") -> str:
+    """What matches the names of a preset's layers."""
+    return "|".join(presets_of(parts_of(model))[preset].patterns.values())
+
+
 def _per_rank(model: nn.Module, preset: str) -> int:
     """What a preset trains at rank 1."""
-    pattern = re.compile("|".join(presets_of(parts_of(model))[preset].patterns.values()))
-    layers: list[Any] = [layer for name, layer in model.named_modules() if pattern.fullmatch(name)]
+    pattern = _targets(model, preset)
+    layers: list[Any] = [layer for name, layer in model.named_modules() if re.fullmatch(pattern, name)]
     return sum(layer.in_features + layer.out_features for layer in layers)
 
 
 def _lora(
-    label: str,
-    trains: str,
-    paper: str = "Hu et al. 2021, arXiv 2106.09685",
-    preset: str = "paper",
-    as_many: bool = False,
-    rate_of_b: float = 1.0,
-    **fixed: Any,
+    label: str, trains: str, paper: str = _HU, preset: str = "paper", rate_of_b: float = 1.0, **fixed: Any
 ) -> Method:
-    """LoRA or one of its kind: a preset, and what is fixed in its configuration.
-
-    With `as_many`, r is that of "paper", and the preset's own is chosen to train as many numbers.
-    """
+    """LoRA or one of its kind: a preset, and what is fixed in its configuration."""
 
     def apply(model: nn.Module, r: int, **fields: Any) -> nn.Module:
-        if as_many:
+        if preset in ("mlp", "all-linear"):  # r is that of "paper", and the preset's own trains as many numbers
             r = max(1, round(r * _per_rank(model, "paper") / _per_rank(model, preset)))
         return add_lora(model, preset, r=r, **fixed | fields)
 
     return Method(label, trains, paper, apply, (1e-3, 3e-3, 1e-2), 16, rate_of_b)
 
 
-_NO_REGRET = "Schulman et al. 2025, LoRA Without Regret, thinkingmachines.ai/blog/lora"
 METHODS: dict[str, Method] = {
     "full": Method(
         "full fine-tuning",
@@ -130,14 +127,12 @@ METHODS: dict[str, Method] = {
         "LoRA in both layers of each feed-forward instead of the attention, with as many numbers.",
         _NO_REGRET,
         "mlp",
-        as_many=True,
     ),
     "lora-all": _lora(
         "LoRA, all layers",
         "LoRA in every linear layer of both encoders, at a lower rank: with as many numbers.",
         _NO_REGRET,
         "all-linear",
-        as_many=True,
     ),
     "dora": _lora(
         "DoRA",
@@ -190,14 +185,10 @@ METHODS: dict[str, Method] = {
 
 
 def apply_method(model: Model, name: str, **settings: Any) -> Model:
-    """Freeze and extend `model` for a method, in place.
+    """Freeze and extend a plain `model` for one of `METHODS`, in place: it comes back, or a `PeftModel` around it.
 
-    Random starts come from torch's generator: call `torch.manual_seed` before for a repeatable one.
-
-    Args:
-        model: a plain `VisionLanguageModel`; what comes back is it, or a `PeftModel` around it.
-        name: one of `METHODS`.
-        **settings: `r` where the method has a rank, and any field of its peft configuration.
+    Random starts come from torch's generator: call `torch.manual_seed` before for a repeatable one. The `settings` are
+    `r`, where the method has a rank, and any field of its peft configuration.
 
     Raises:
         ValueError: unknown method or setting; a model that has an adapter already; as `add_lora`.
@@ -287,10 +278,8 @@ def restore_trained(model: Model, directory: str | os.PathLike) -> None:
         ValueError: made for another architecture, or otherwise no such weights.
     """
     file = _weights_file(Path(directory))
-    found, refusal = (
-        read_weights(file),
-        f"{file} was made for another architecture; load the base model it was trained on",
-    )
+    found = read_weights(file)
+    refusal = f"{file} was made for another architecture; load the base model it was trained on"
     if file.name == ADAPTER_FILE:
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
 

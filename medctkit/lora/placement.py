@@ -71,7 +71,7 @@ def lora_config(preset: str = "paper", parts: Parts = PARTS, **overrides: Any) -
     Args:
         preset: "paper" (r = 24 on q, k, v of both encoders), "vision", "text" (one encoder of it), "all-attention"
             ("paper" plus both output projections), "mlp" (both layers of each feed-forward) or "all-linear" (both).
-        parts: of the model, `model.parts`.
+        parts: the model's.
         **overrides: `r`; `vision` and `text`, projection names in place of the preset's; and any field of
             `peft.LoraConfig` (`lora_alpha`, default 2 r; `lora_dropout`, default 0; `use_dora`, `use_rslora`;
             `target_modules` in place of the whole placement; ...).

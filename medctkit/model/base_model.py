@@ -39,11 +39,7 @@ def load_mini_base(folder: str | Path = FOLDER) -> BaseModel:
     """Load the mini base model, fresh each time: a small CT-CLIP that knows phantoms, and nothing else.
 
     It was pretrained on phantoms of the source hospital (by `medctkit pretrain`, whose `folder` may be another than the
-    package's; see the model card there). What it says about a real CT means nothing.
-
-    Raises:
-        FileNotFoundError: no model in `folder`.
-        ValueError: as `load_base`.
+    package's; see the model card there). What it says about a real CT means nothing. Raises what `load_base` raises.
     """
     folder = Path(folder).expanduser()
     if not (folder / "model.safetensors").is_file():
@@ -79,9 +75,8 @@ def load_base(model: str | Path = "mini", tokenizer: str | Path | None = None) -
         if tokenizer is not None:
             raise ValueError(f"the {model} model has a tokenizer of its own; leave {tokenizer} out")
         base = BASES[str(model)]()
-        if not isinstance(base.model, VisionLanguageModel):
-            members = sorted([*VisionLanguageModel.__annotations__, "encode_image", "encode_text"])
-            lacking = [name for name in members if not hasattr(base.model, name)]
+        members = sorted([*VisionLanguageModel.__annotations__, "encode_image", "encode_text"])
+        if lacking := [name for name in members if not hasattr(base.model, name)]:
             raise TypeError(f"{type(base.model).__name__} lacks {', '.join(lacking)}; see VisionLanguageModel")
         return base
     path = Path(model).expanduser()

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertModel
 
 from medctkit.model.ct_clip import RELEASED_TEXT
-from medctkit.model.protocol import Parts
+from medctkit.model.protocol import Parts, refuse_other_ids, refuse_other_input
 from medctkit.model.weights import read_weights, refuse_bad_numbers, refuse_other_shapes
 from medctkit.scans.preprocessing import PreprocessConfig
 
@@ -53,11 +53,8 @@ class Sizes:
 class Colipri(nn.Module):
     """COLIPRI with the members of `VisionLanguageModel`; names of modules are those of its state dict.
 
-    Args:
-        image_encoder: a `colipri.model.image.ImageEncoder`.
-        text_encoder: a `colipri.model.text.TextEncoder` around a `BertModel`.
-        temperature: what COLIPRI divides similarities by, above 0.
-        preprocess_config: the volumes it wants, along (x, y, z).
+    It is made of a `colipri.model.image.ImageEncoder`, a `colipri.model.text.TextEncoder` around a `BertModel`, and the
+    temperature, above 0, that COLIPRI divides similarities by.
     """
 
     parts = PARTS
@@ -95,12 +92,7 @@ class Colipri(nn.Module):
         Raises:
             ValueError: another shape.
         """
-        expected = (1, *self.preprocess_config.shape)
-        if volumes.ndim != 5 or tuple(volumes.shape[1:]) != expected:
-            raise ValueError(
-                f"volumes have shape {tuple(volumes.shape)}; COLIPRI expects (batch, {', '.join(map(str, expected))}), "
-                "as preprocess(volume, model.preprocess_config) and a batch axis give it"
-            )
+        refuse_other_input(volumes, self.preprocess_config.shape)
         return self.image_encoder(volumes, project=True, pool=True, normalize=True)
 
     def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -109,11 +101,7 @@ class Colipri(nn.Module):
         Raises:
             ValueError: longer than the text encoder's positions.
         """
-        if input_ids.ndim != 2 or not 0 < input_ids.shape[1] <= self.longest_text:
-            raise ValueError(
-                f"input_ids have shape {tuple(input_ids.shape)}; expected (batch, n) with n of at most "
-                f"{self.longest_text}: tokenise with truncation=True, max_length={self.longest_text}"
-            )
+        refuse_other_ids(input_ids, self.longest_text)
         return self.text_encoder(input_ids, attention_mask)
 
     def gradient_checkpointing_enable(self) -> None:
@@ -146,15 +134,7 @@ def colipri_input() -> PreprocessConfig:
 
 
 def build(config: Any, temperature: float = 1.0) -> Colipri:
-    """COLIPRI of the library's classes, weights random, in evaluation mode.
-
-    Args:
-        config: of its model, as the library's `load_model_config()` gives it.
-        temperature: see `Colipri`.
-
-    Raises:
-        ModuleNotFoundError: the package `colipri` is not installed.
-    """
+    """COLIPRI of the library's classes, weights random, in evaluation mode; `config` is its `load_model_config()`."""
     _refuse_without_library()
     from colipri.model.multimodal import instantiate  # hydra's
     from colipri.model.text import TextEncoder

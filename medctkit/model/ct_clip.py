@@ -28,6 +28,7 @@ from transformers.utils import ModelOutput, cached_file, logging
 from medctkit.model.ct_clip_parts import COMPONENTS, PARTS
 from medctkit.model.fast_paths import quicken
 from medctkit.model.processing import CTCLIPProcessor, CTImageProcessor
+from medctkit.model.protocol import refuse_other_ids, refuse_other_input
 from medctkit.model.released_checkpoint import ReleasedTensor, never_used, released_state_dict
 from medctkit.model.vision_tower import Attention, Codebook, ScaleNorm, VisionTransformer
 from medctkit.model.weights import write_sum
@@ -232,26 +233,15 @@ class CTCLIPModel(PreTrainedModel):
             super().gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False}, **kwargs)
 
     def encode_image(self, volumes: torch.Tensor) -> torch.Tensor:
-        """Embed CT volumes: (b, projection_dim), L2-normalised.
+        """Embed volumes (b, 1, d, h, w), HU / 1000 clipped to [-1, 1], as `preprocess` gives them.
 
-        Args:
-            volumes: (b, 1, d, h, w) of this model's size, HU / 1000 clipped to [-1, 1], as `medctkit.preprocess` gives
-                them.
+        Returns:
+            (b, projection_dim), L2-normalised.
 
         Raises:
             ValueError: another shape, or whole numbers (HU not yet scaled).
         """
-        expected = self.config.volume_shape
-        if volumes.ndim != 5 or tuple(volumes.shape[1:]) != (1, *expected) or not volumes.shape[0]:
-            raise ValueError(
-                f"volumes have shape {tuple(volumes.shape)}; this model expects (batch, 1, "
-                f"{', '.join(map(str, expected))}), as preprocess(volume, model.preprocess_config) and a "
-                "batch axis give it"
-            )
-        if not volumes.is_floating_point():
-            raise ValueError(
-                f"volumes are {volumes.dtype}; expected floating point in [-1, 1] as medctkit.preprocess gives it"
-            )
+        refuse_other_input(volumes, self.config.volume_shape)
         return self.embed_tokens(self.visual_transformer(volumes))
 
     def embed_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -266,12 +256,7 @@ class CTCLIPModel(PreTrainedModel):
         Raises:
             ValueError: not two axes, longer than the text encoder's positions, or a mask of another shape.
         """
-        longest = self.longest_text
-        if input_ids.ndim != 2 or not 0 < input_ids.shape[1] <= longest:
-            raise ValueError(
-                f"input_ids have shape {tuple(input_ids.shape)}; expected (batch, n) with n of at most {longest}: "
-                f"tokenise with truncation=True, max_length={longest}"
-            )
+        refuse_other_ids(input_ids, self.longest_text)
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             raise ValueError(
                 f"attention_mask has shape {tuple(attention_mask.shape)}; expected {tuple(input_ids.shape)}, that of "
@@ -330,11 +315,7 @@ class CTCLIPModel(PreTrainedModel):
         """Build the model with weights in the layout of the released checkpoint (CT-CLIP_v2.pt).
 
         Tensors that never take part in the forward pass may be there or not; they are left out. The model is in float32
-        and evaluation mode, with its own copy of the weights.
-
-        Args:
-            path_or_state_dict: a file, see `read_weights`, or a state dict.
-            config: sizes of the model; the released ones by default.
+        and evaluation mode, with its own copy of the weights; its sizes are the released ones, or those of `config`.
 
         Raises:
             FileNotFoundError: no such file.

@@ -189,7 +189,7 @@ def test_other_weights_are_refused(hub, change, message):
 
 def test_what_does_not_fit_is_refused(base):
     with pytest.raises(
-        ValueError, match=r"volumes have shape \(1, 1, 8, 24, 24\); COLIPRI expects \(batch, 1, 24, 24, 24"
+        ValueError, match=r"volumes have shape \(1, 1, 8, 24, 24\); this model expects \(batch, 1, 24, 24, 24"
     ):
         base.model.encode_image(torch.zeros(1, 1, 8, SIZE, SIZE))
     with pytest.raises(ValueError, match=r"shape \(1, 40\); expected \(batch, n\) with n of at most 32"):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from medctkit.scans.heat_map import HeatMap
 from medctkit.scans.volumes import CTVolume
 from medctkit.viewers.drawing import composition
-from medctkit.viewers.drawing.composition import CROSSHAIR, Composition, Panel
+from medctkit.viewers.drawing.composition import CROSSHAIR, Composition
 from medctkit.viewers.drawing.rendering import PLANES, Look, Scan, colour_table, render
 
 
@@ -77,15 +77,6 @@ def test_the_first_of_three_planes_is_large_and_the_others_lie_beside_it():
     assert small[1].top == small[0].size[1] + composition.GAP
     assert large.size[1] - 2 <= small[1].top + small[1].size[1] <= large.size[1] + 2 or large.size[1] == whole.size[1]
     assert small[0].size[0] < large.size[0] <= 2.35 * 200
-
-
-def test_head_is_up_and_the_patients_left_is_right():
-    panel = Panel(0, "coronal", 10, 20, (80, 100), (20, 30, 40))
-    assert panel.voxel(10, 20, 5) == (19, 5, 0) and panel.voxel(89, 119, 5) == (0, 5, 39)
-    panel = Panel(0, "axial", 0, 0, (80, 60), (20, 30, 40))
-    assert panel.voxel(0, 0, 7) == (7, 0, 0) and panel.voxel(79, 59, 7) == (7, 29, 39)
-    panel = Panel(0, "sagittal", 0, 0, (60, 100), (20, 30, 40))
-    assert panel.voxel(0, 0, 7) == (19, 0, 7) and panel.voxel(59, 99, 7) == (0, 29, 7)
 
 
 def test_the_crosshair_marks_its_voxel_and_leaves_it_free():
