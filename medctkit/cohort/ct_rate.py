@@ -11,20 +11,18 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from math import inf
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from medctkit.cohort.manifest import COLUMNS, READING, SPACING, SPLITS, validate_manifest
-from medctkit.common.csv_tables import first_row, read_table, refuse_wrong, to_numbers, wrong_cells
+from medctkit.cohort.manifest import COLUMNS, READING, SPLITS, validate_manifest
+from medctkit.common.csv_tables import first_row, read_table, to_numbers, wrong_cells
 from medctkit.common.text import listed
 from medctkit.findings import FINDINGS
 from medctkit.scans.geometry import CANONICAL, STEP_RANGE, nearest_orientation, ras_affine
-from medctkit.scans.volumes import CTVolume, read_volume
 
 HOSPITAL = "CT-RATE"
 VERSIONS = {1: "dataset/{split}", 2: "dataset/{split}_fixed"}
@@ -37,8 +35,7 @@ TABLES = {
     }
     for split, long in (("train", "train"), ("valid", "validation"))
 }
-REPORT_SECTIONS = ("ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN")
-FALLBACK = "Impressions_EN"
+REPORT = ("Findings_EN", "Impressions_EN")  # of the report table; the second where the first says nothing
 KEPT = ("Manufacturer", "ConvolutionKernel", "PatientSex", "PatientAge")  # of the metadata, where it has them
 _DIRECTIONS = "ImageOrientationPatient"
 _GEOMETRY = ("RescaleSlope", "RescaleIntercept", "XYSpacing", "ZSpacing")
@@ -78,59 +75,12 @@ def volume_path(name: str, version: int) -> str:
     return f"{folder}/{patient}/{patient}_{scan}/{patient}_{scan}_{reconstruction}.nii.gz"
 
 
-def find_volume(root: str | os.PathLike, name: str, version: int | None = None) -> Path:
-    """The file of a volume below the folder that holds `dataset`; version None: the one that is there, 2 if both are.
-
-    Raises:
-        FileNotFoundError: not there; says where it was looked for.
-    """
-    versions = (2, 1) if version is None else (version,)
-    files = [Path(root).expanduser() / volume_path(name, wanted) for wanted in versions]
-    for file in files:
-        if file.is_file():
-            return file
-    raise FileNotFoundError(f"no volume {name}; looked for {' and '.join(map(str, files))}")
-
-
-def read_ct_rate(root: str | os.PathLike, name: str, version: int | None = None, **overrides: Any) -> CTVolume:
-    """Read a volume by its name, in the right way for its version.
-
-    Args:
-        root: the folder that holds `dataset`.
-        name: with or without .nii.gz.
-        version: 1 or 2; None: the one that is there, 2 if both are.
-        overrides: arguments of `read_volume` that replace those of the metadata.
-
-    Raises:
-        FileNotFoundError: no such volume, or no metadata for version 1.
-        ValueError: malformed metadata; a slope or intercept for version 2, which is in HU; see `read_volume`.
-    """
-    path = find_volume(root, name, version)
-    found = 2 if path == Path(root).expanduser() / volume_path(name, 2) else 1
-    if found == 2 and (rescaling := [key for key in overrides if key.startswith("rescale_")]):
-        raise ValueError(f"{path}: version 2 is in HU already; leave out {' and '.join(rescaling)}")
-    note, arguments, wrong = f"CT-RATE version {found}", {}, list[dict]()
-    if found == 1:
-        split, stem = parse_volume_name(name).split, path.name.removesuffix(".nii.gz")
-        table, metadata = _table_path(root, split, "metadata"), _read_metadata(root, split, wrong)
-        row = metadata[metadata["VolumeName"] == stem]
-        if not len(row):
-            why = listed(row["message"] for row in wrong if row["study"] in (stem, ""))
-            raise ValueError(f"{table} has no row for {stem}, so its HU and spacing are unknown. {why}".rstrip(". "))
-        arguments = _arguments(row, str(table))
-    elif version is None and (Path(root).expanduser() / volume_path(name, 1)).is_file():
-        note += "; version 1 is there too and was not read"
-    volume = read_volume(path, **(arguments | overrides))
-    return replace(volume, provenance=(*volume.provenance, note))
-
-
 def manifest_from_ct_rate(
     root: str | os.PathLike,
     version: int | None = None,
     valid_share: float = 0.1,
     seed: int = 0,
     one_reconstruction: bool = False,
-    report_sections: Sequence[str] = ("Findings_EN",),
     failures: list[dict] | None = None,
 ) -> tuple[pd.DataFrame, dict[str, int]]:
     """Make a manifest of the volumes of CT-RATE that are on disk, chests with a report and labels.
@@ -148,8 +98,6 @@ def manifest_from_ct_rate(
         valid_share: share of the training patients that becomes "valid", from 0 to below 1.
         seed: draws them.
         one_reconstruction: keep of each scan only the reconstruction with the lowest number.
-        report_sections: columns of the report table that are joined; `Impressions_EN` where they hold only
-            "Not given.".
         failures: gets study, path (of the table), error and message of each row that is wrong.
 
     Returns:
@@ -161,14 +109,11 @@ def manifest_from_ct_rate(
     """
     if not 0 <= valid_share < 1:
         raise ValueError(f"valid_share={valid_share}: expected a share of patients, from 0 to below 1")
-    unknown = [name for name in report_sections if name not in REPORT_SECTIONS]
-    if isinstance(report_sections, str) or unknown or not report_sections:
-        raise ValueError(f"report_sections={report_sections!r}: expected some of {list(REPORT_SECTIONS)}")
     root = Path(root).expanduser()
     counts: Counter[str] = Counter()
     wrong = [] if failures is None else failures
     volumes = _volumes_on_disk(root, version, counts)
-    parts = [_joined(root, split, part, report_sections, counts, wrong) for split, part in volumes.groupby("split")]
+    parts = [_joined(root, split, part, counts, wrong) for split, part in volumes.groupby("split")]
     table = pd.concat(parts, ignore_index=True)
     if one_reconstruction:
         table = _without(table, table.duplicated(["patient", "scan"]), "another reconstruction is kept", counts)
@@ -245,14 +190,11 @@ def _volumes_on_disk(root: Path, version: int | None, counts: Counter) -> pd.Dat
     return table.assign(hospital=HOSPITAL)
 
 
-def _joined(
-    root: Path, split: str, volumes: pd.DataFrame, sections: Sequence[str], counts: Counter, wrong: list[dict]
-) -> pd.DataFrame:
+def _joined(root: Path, split: str, volumes: pd.DataFrame, counts: Counter, wrong: list[dict]) -> pd.DataFrame:
     """Rows of the manifest for the volumes of one of CT-RATE's splits; `split` is still CT-RATE's."""
-    texts = tuple(dict.fromkeys((*sections, FALLBACK)))
     tables = {
         "labels": _read_table(root, split, "labels", wrong, FINDINGS),
-        "reports": _read_table(root, split, "reports", wrong, texts),
+        "reports": _read_table(root, split, "reports", wrong, REPORT),
         "metadata": _read_metadata(root, split, wrong),
     }
     listed_somewhere = set().union(*(table["VolumeName"] for table in tables.values()))
@@ -263,7 +205,7 @@ def _joined(
     labels = labels.assign(**{name: to_numbers(labels[name]) for name in FINDINGS})
     rules = [(name, ~labels[name].isin((0, 1)), "0 or 1") for name in FINDINGS]
     labels = _right(root, split, "labels", labels, [*rules, *_one_value_for_each_scan(labels, FINDINGS)], wrong)
-    reports = _right(root, split, "reports", reports, _one_value_for_each_scan(reports, sections), wrong)
+    reports = _right(root, split, "reports", reports, _one_value_for_each_scan(reports, REPORT[:1]), wrong)
     stored = metadata["VolumeName"].isin(volumes.loc[volumes["ct_rate_version"] == 1, "study"])
     reading, rules = _reading_columns(metadata)
     rules = [(name, unfit & stored, expected) for name, unfit, expected in rules]
@@ -271,7 +213,7 @@ def _joined(
     for kind, table, needed in (("labels", labels, (1, 2)), ("reports", reports, (1, 2)), ("metadata", metadata, (1,))):
         lacking = ~volumes["study"].isin(table["VolumeName"]) & volumes["ct_rate_version"].isin(needed)
         volumes = _without(volumes, lacking, f"no row in the {kind} table", counts)
-    report = _report_texts(reports, sections).set_axis(reports["VolumeName"])
+    report = _report_texts(reports).set_axis(reports["VolumeName"])
     empty = report.reindex(volumes["study"]).eq("").set_axis(volumes.index)
     volumes = _without(volumes, empty, "report not given", counts)
 
@@ -360,16 +302,12 @@ def _no_chest(root: Path, split: str, wrong: list[dict]) -> set[str]:
     return names
 
 
-def _report_texts(reports: pd.DataFrame, sections: Sequence[str]) -> pd.Series:
-    """The wanted sections joined, or the fallback where they say nothing; "" where that says nothing either."""
-
-    def text(name: str) -> pd.Series:
-        return reports[name].str.strip().mask(reports[name].str.fullmatch(_PLACEHOLDER).astype(bool), "")
-
-    joined = text(sections[0])
-    for name in sections[1:]:
-        joined = (joined + " " + text(name)).str.strip()
-    return joined.mask(joined == "", text(FALLBACK))
+def _report_texts(reports: pd.DataFrame) -> pd.Series:
+    """The findings, or the impressions where they say nothing; "" where these say nothing either."""
+    findings, impressions = (
+        reports[name].str.strip().mask(reports[name].str.fullmatch(_PLACEHOLDER).astype(bool), "") for name in REPORT
+    )
+    return findings.mask(findings == "", impressions)
 
 
 def _one_value_for_each_scan(table: pd.DataFrame, columns: Sequence[str]) -> list[tuple]:
@@ -425,11 +363,3 @@ def _reading_columns(metadata: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple]]
         columns["stored_as"] = metadata[_DIRECTIONS].map(_stored_as)
         rules.append((_DIRECTIONS, columns["stored_as"] == "", "two directions, such as [1, 0, 0, 0, 1, 0]"))
     return columns, rules
-
-
-def _arguments(metadata_row: pd.DataFrame, table: str) -> dict[str, Any]:
-    columns, rules = _reading_columns(metadata_row)
-    refuse_wrong(table, metadata_row, rules)
-    (found,) = columns.to_dict("records")
-    spacing = tuple(found.pop(name) for name in SPACING)
-    return found | {"spacing": spacing}

@@ -264,7 +264,6 @@ def plan_ct_rate(
     split: str | None = None,
     version: int = 2,
     weights: Iterable[str] = (),
-    keep_no_chest: bool = False,
     seed: int | None = None,
 ) -> tuple[Plan, Selection | None]:
     """Fetch the tables of CT-RATE, choose volumes by them, and find out whether these can be fetched.
@@ -276,7 +275,6 @@ def plan_ct_rate(
         split: "train" or "valid"; alone it means all of it.
         version: see `select`.
         weights: names such as "CT-CLIP_v2.pt", to be fetched too.
-        keep_no_chest: keep volumes that show no chest.
         seed: see `select`.
 
     Returns:
@@ -304,7 +302,7 @@ def plan_ct_rate(
     volumes, no_chest = [], []
     for table in tables:
         volumes += list(read_table(plan.destination / table["labels"], ["VolumeName"], [])["VolumeName"])
-        no_chest += [] if keep_no_chest else read_names(plan.destination / table["no_chest"])
+        no_chest += read_names(plan.destination / table["no_chest"])
     chosen = select(volumes, patients=patients, studies=studies, version=version, no_chest=no_chest, seed=seed)
     return plan_files(repository, [*chosen.files, *weights], destination), chosen
 

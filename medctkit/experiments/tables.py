@@ -40,25 +40,17 @@ def write_scores(
 ) -> Path:
     """Write a row for each study and finding: study, patient, finding, label (empty: unknown), probabilities.
 
-    Args:
-        path: see `scores_file`.
-        studies: (n,) names.
-        patients: (n,) names.
-        labels: (n, 18).
-        scores: for each model (n, 18).
+    `path` is from `scores_file`; `studies` and `patients` are names (n,), `labels` and each model's `scores` (n, 18).
     """
     k = len(FINDINGS)
-    columns = {
-        "study": np.repeat(studies, k),
-        "patient": np.repeat(patients, k),
-        "finding": np.tile(FINDINGS, len(studies)),
-    }
-    columns |= {name: values.ravel() for name, values in {"label": labels, **scores}.items()}
+    table = pd.DataFrame({"study": np.repeat(studies, k), "patient": np.repeat(patients, k)})
+    table["finding"] = np.tile(FINDINGS, len(studies))
+    table = table.assign(label=labels.ravel(), **{name: values.ravel() for name, values in scores.items()})
     if path.suffix == ".csv":
-        write_table(pd.DataFrame(columns), path)
+        write_table(table, path)
         return path
     with replacing(path) as temporary:
-        pd.DataFrame(columns).to_parquet(temporary, index=False)
+        table.to_parquet(temporary, index=False)
     return path
 
 
@@ -85,22 +77,11 @@ def measure_base(
     cache_dir: str | os.PathLike | None = None,
     batch_size: int = 32,
 ) -> str:
-    """Score a base model alone, zero-shot, on the test patients of a hospital; no run is needed.
+    """Score a base model alone, zero-shot, on the test patients of a hospital; says what came out, in lines.
 
-    Writes `base.json`, scores and tables. Thresholds come from validation patients, where there are any, else they are
-    0.5; no AUROC depends on them.
-
-    Args:
-        manifest_path: usually `data_manifest.csv`.
-        output_dir: a folder.
-        origin: base model and hospital.
-        scores: see `scores_file`.
-        seed: of the bootstrap.
-        cache_dir: see `prepared_dir`.
-        batch_size: volumes at a time.
-
-    Returns:
-        What came out, in lines.
+    Writes `base.json`, tables, and what `scores_file` allows as `scores`. Thresholds come from validation patients,
+    where there are any, else they are 0.5; no AUROC depends on them. `origin` is model and hospital; for
+    `manifest_path`, `output_dir`, `seed`, `cache_dir` and `batch_size` see `measure.measure`.
 
     Raises:
         ValueError: no such test studies.
@@ -119,9 +100,8 @@ def measure_base(
     if not accelerator_for().is_main_process:
         return ""
     table = evaluate(seen.labels, found, seen.patients, limits, seed=seed)
-    auroc = dict(
-        zip(("value", "low", "high"), table.loc["mean", ["auroc", "auroc_low", "auroc_high"]].round(4), strict=True)
-    )
+    ends = {"value": "auroc", "low": "auroc_low", "high": "auroc_high"}
+    auroc = {end: round(table.loc["mean", column], 4) for end, column in ends.items()}
     hospitals = sorted(set(there.loc[there["split"] == "test", "hospital"]))
     content = {"auroc": auroc, "studies": len(seen.studies), "hospitals": hospitals}
     output_dir.mkdir(parents=True, exist_ok=True)

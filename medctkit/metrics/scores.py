@@ -35,6 +35,7 @@ from medctkit.findings import FINDINGS
 from medctkit.metrics.bootstrap import (
     METRICS,
     RESAMPLES,
+    auroc_draws,
     holm,
     interval,
     mean_of_findings,
@@ -148,24 +149,17 @@ def mean_draws(
     labels: ArrayLike,
     scores: ArrayLike,
     patients: ArrayLike,
-    metric: str = "auroc",
-    thresholds: ArrayLike = 0.5,
     findings: Sequence[str] = FINDINGS,
     resamples: int = 1000,
     seed: int = 0,
 ) -> np.ndarray:
-    """A metric's mean over findings on the data as it is, then on each resample of patients: (1 + resamples,).
+    """The mean AUROC over findings on the data as it is, then on each resample of patients: (1 + resamples,).
 
-    Resample i is the same for all scores of the same studies, so draws can be subtracted and averaged. The intervals
-    of `evaluate` are percentiles of these (of the mirrored ones for the calibration error).
-
-    Args and errors are those of `evaluate`; `metric` is one of `METRICS`. Fewer resamples by default: draws are kept.
+    Resample i is the same for all scores of the same studies, so draws can be subtracted and averaged; the intervals of
+    `evaluate` are their percentiles. Args and errors are those of `evaluate`; fewer resamples, as draws are kept.
     """
-    if metric not in METRICS:
-        raise ValueError(f"metric={metric!r}: expected one of {', '.join(METRICS)}")
     labels, scores, patients = _check(labels, scores, patients, findings)
-    limits, _ = _thresholds(labels, scores, thresholds)
-    return mean_of_findings(metric_draws(labels, scores, limits, patient_weights(patients, resamples, seed))[metric])
+    return mean_of_findings(auroc_draws(labels, scores, patient_weights(patients, resamples, seed)))
 
 
 def mean_auroc(labels: np.ndarray, scores: np.ndarray) -> float:

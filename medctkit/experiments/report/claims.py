@@ -195,8 +195,8 @@ def home_table(home: Home) -> pd.DataFrame:
 
 def retrieval_table(measured: Measurement) -> pd.DataFrame:
     """A row for each kind of search: both models with intervals, and chance."""
-    table = measured.retrieval.copy()
-    table["shown"] = [f"{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]" for r in table.itertuples()]
+    table = measured.retrieval
+    table = table.assign(shown=[with_ends(row, "value") for _, row in table.iterrows()])
     shown = table.pivot(index="search", columns="model", values="shown")[["base", "adapted"]]
     shown["chance"] = table.groupby("search")["chance"].mean().map(_number)
     return shown.loc[list(dict.fromkeys(table["search"]))].reset_index()
@@ -221,13 +221,13 @@ def _number(value: float) -> str:
 def blocks(measured: Measurement) -> list[Block]:
     """The report, piece by piece."""
     made, world = measured.made_with, measured.made_with["data"]
-    by = provenance(made, short=True)
+    by = f"{world}; {provenance(made, short=True)}."
 
     def table(text: str, content: pd.DataFrame) -> Block:
-        return Block("table", f"{text} {world}; {by}.", content)
+        return Block("table", f"{text} {by}", content)
 
     def figure(name: str, draw: Callable[[], Figure], text: str) -> Block:
-        return Block("figure", f"{text} {world}; {by}.", draw, name)
+        return Block("figure", f"{text} {by}", draw, name)
 
     def finding_by_finding(model: str) -> Block:
         note = measured.tables[model].attrs.get("optimistic")
@@ -267,12 +267,11 @@ def blocks(measured: Measurement) -> list[Block]:
         page.append(Block("heading", "Retrieval"))
         page.append(table("Base and adapted model, and a random order.", retrieval_table(measured)))
     page += clinical_blocks(measured, table, figure)
-    public = (
-        "The public evaluation code has known defects. Each was done both ways, on the base model and these studies."
-    )
     return page + [
         Block("heading", "What the public evaluation would have made of it"),
-        Block("text", public),
+        Block(
+            "text", "The known defects of the public code, each done both ways, on the base model and these studies."
+        ),
         figure("audit", partial(audit_figure, measured.defects), "Each number, the public way and the right way."),
         table("Each defect, and what is right.", defects_table(measured)),
     ]
@@ -289,12 +288,15 @@ FIGURES = (
 
 def _asked(measured: Measurement) -> str:
     """What is zero-shot here, and what is not."""
-    learnt = (
-        "is not: the per-finding loss taught it these findings from labels of the hospital's training patients, in "
-        "other sentences than it is asked. It is prompt-based and supervised, and its gain is owed to labels too."
-        if measured.supervised
-        else "learnt from reports alone, and no loss saw a label."
-    )
+    learnt = "learnt from reports alone, and no loss saw a label."
+    if measured.supervised:
+        learnt = (
+            "is not: the per-finding loss taught it these findings from labels of the hospital's training patients, "
+        )
+        learnt += (
+            "in other sentences than it is asked. It is prompt-based and supervised, and its gain is owed to labels "
+        )
+        learnt += "too."
     return (
         "Both models are asked by prompts. The base model is zero-shot as far as no label took part in its own "
         f"training, see its model card; free fixes, such as other prompts, leave it so. The adapted model {learnt}"
@@ -304,11 +306,9 @@ def _asked(measured: Measurement) -> str:
 def _at_home(home: Home) -> str:
     """What became of the model where its base comes from, in words."""
     mean = home.difference.loc["mean"]
-    loses = mean["auroc_high"] < 0
-    gains = mean["auroc_low"] > 0
-    said = (
-        "it lost there" if loses else "it gained there too" if gains else "no change of AUROC can be told from chance"
-    )
+    said = "no change of AUROC can be told from chance"
+    if mean["auroc_high"] < 0 or mean["auroc_low"] > 0:
+        said = "it lost there" if mean["auroc_high"] < 0 else "it gained there too"
     return (
         f"The base model comes from hospital {home.hospital}. On the {mean['studies']:.0f} test studies there, the "
         f"adapted model against the base: {said}, {with_ends(mean, 'auroc', '+')} in mean AUROC. Calibration error "
@@ -334,11 +334,7 @@ def provenance(made_with: dict, short: bool = False) -> str:
 
 
 def write_report(measured: Measurement, output_dir: str | os.PathLike) -> Path:
-    """Write `report.html`, self-contained, and `report.md` with its figures in `report_figures`.
-
-    Returns:
-        Path of the HTML page.
-    """
+    """Write `report.html`, self-contained, whose path it returns, and `report.md` with figures in `report_figures`."""
     output_dir = Path(output_dir)
     (output_dir / "report_figures").mkdir(parents=True, exist_ok=True)
     page = blocks(measured)
