@@ -185,7 +185,8 @@ def _guarded(value: Any) -> Any:
         except Exception as error:
             raise Wrong(f"`{value.__name__}` stopped with {type(error).__name__}: {error}") from error
         if _is_open(result):
-            raise NotDone(f"`{value.__name__}` gives nothing back yet: replace the `...` in it by your code.")
+            said = "replace the `...` in it by your code, and `return` the result; to print it is not enough."
+            raise NotDone(f"`{value.__name__}` gives nothing back yet: {said}")
         return result
 
     return called

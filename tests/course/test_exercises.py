@@ -41,7 +41,8 @@ def test_an_answer_is_praised_or_told_what_is_wrong_or_not_there_and_never_stops
         is_wrong("01.9", answer, because=f"could not work with your answer ({type(answer).__name__})")
     for answer in (..., None, [1, ...], (..., 2), {"a": ...}):
         assert "Replace the `...`" in is_open("01.9", answer)
-    assert "`unwritten` gives nothing back yet" in is_open("01.9", unwritten)
+    for function in (unwritten, lambda x: print(x / 2)):
+        assert "gives nothing back yet" in (said := is_open("01.9", function)) and "print it is not enough" in said
     with pytest.raises(TypeError, match=r'checked with check\("01.9", half\); it was called with 2 answers'):
         judge("01.9", 1, 2)
 
