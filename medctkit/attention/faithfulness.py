@@ -21,7 +21,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from scipy.ndimage import gaussian_filter
+from scipy.stats import spearmanr
 from torch import nn
+from tqdm.auto import tqdm
 
 from medctkit.attention.localisation import CONTRAST, Regions, contrast_map, means_of_findings, score_maps
 from medctkit.attention.maps import attend, has_rollout, relevance_maps
@@ -54,8 +57,6 @@ def curves(
 
     `finding` is the column of the `classifier`'s probabilities, from 0 to 1.
     """
-    from scipy.ndimage import gaussian_filter
-
     grid = next(iter(maps.values())).shape
     size = [n // g for n, g in zip(pixels.shape[1:], grid, strict=True)]
     blurred = torch.from_numpy(gaussian_filter(pixels.numpy(), (0, *size)))
@@ -92,9 +93,6 @@ def faithfulness(
     The arguments are those of `relevance_of_regions`; `seed` draws the random map, the other prompt, the other study
     and the noise. A real scan has no counterfactual.
     """
-    from scipy.stats import spearmanr
-    from tqdm.auto import tqdm
-
     classifier, rng, rows = ZeroShotClassifier(model, tokenizer, prompts), np.random.default_rng(seed), []
     stating, denying = classifier.text_embeds()
 

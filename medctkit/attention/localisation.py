@@ -20,7 +20,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from scipy.ndimage import gaussian_gradient_magnitude
+from scipy.stats import rankdata
 from torch import nn
+from tqdm.auto import tqdm
 
 from medctkit.attention.maps import attend, has_rollout, relevance_maps
 from medctkit.cohort.dataset import CTReportDataset
@@ -73,8 +76,6 @@ def find_regions(
     Raises:
         ValueError: a row of a real scan without masks; no finding at all.
     """
-    from tqdm.auto import tqdm
-
     found = []
     for index, row in enumerate(tqdm(rows, desc="masks", unit="study", disable=not progress)):
         for name, mask, volume in known_masks(row):
@@ -100,8 +101,6 @@ def relevance_of_regions(
     With `every`, of the pairs of all findings: (m, 18, t, h, w), for `own_and_others`. The `dataset` holds the studies
     of `regions`; the other arguments are those of `ZeroShotClassifier`.
     """
-    from tqdm.auto import tqdm
-
     stating, denying = ZeroShotClassifier(model, tokenizer, prompts).text_embeds()
     directions, studies, of = stating - denying, regions.study, np.arange(len(regions.study))
     if every:  # each study once, for all its regions
@@ -135,8 +134,6 @@ def contrast_of_regions(dataset: CTReportDataset, regions: Regions, grid: Sequen
 
 def contrast_map(pixels: torch.Tensor, grid: Sequence[int]) -> np.ndarray:
     """The gradient of one scan (1, D, H, W), smoothed to a `grid` of patches: (t, h, w), sum 1."""
-    from scipy.ndimage import gaussian_gradient_magnitude
-
     edges = torch.from_numpy(gaussian_gradient_magnitude(pixels.numpy(), 1.0, axes=(1, 2, 3)))
     t, h, w = grid
     found = nn.functional.adaptive_avg_pool3d(edges, (t, h, w))[0].numpy()
@@ -243,7 +240,6 @@ def sanity_check(
     with its chance. The `model` is a plain one (of an adapted one, what `merge_lora` gives); the other arguments are
     those of `relevance_of_regions`.
     """
-    from scipy.stats import rankdata
 
     def ranks(maps: np.ndarray) -> np.ndarray:
         order = rankdata(maps.reshape(len(maps), -1), axis=1)

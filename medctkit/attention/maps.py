@@ -217,10 +217,8 @@ def patch_map(
     """
     shape = np.shape(values)
     if len(shape) != 3 or any(n % g for n, g in zip(preprocess_config.shape, shape, strict=True)):
-        raise ValueError(
-            f"map of shape {shape}: expected one number for each patch (t, h, w) of a model that sees "
-            f"{preprocess_config.shape} voxels; is it the map of another model?"
-        )
+        sees = preprocess_config.shape
+        raise ValueError(f"map of shape {shape} for a model that sees {sees} voxels; is it the map of another model?")
     return HeatMap(values, _patch_affine(volume, preprocess_config, shape), name)
 
 

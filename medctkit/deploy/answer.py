@@ -14,17 +14,17 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from pydicom import Dataset
+from pydicom.sr.codedict import codes
+from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from medctkit.common.atomic import replacing
 from medctkit.scans.archives import unpacked
 from medctkit.scans.dicom_files import Slice, chosen_series, is_dicom, load
 from medctkit.scans.heat_map import HeatMap
-
-if TYPE_CHECKING:
-    from pydicom import Dataset
 
 SCHEME, MAKER, NAME = "99MEDCTKIT", "medctkit", "MedCT-VLM zero-shot classifier"
 NOTICE = "Research use only, not for diagnosis"
@@ -46,7 +46,7 @@ def answer(
     picture: np.ndarray,
     heat_map: HeatMap | None = None,
     series: str | None = None,
-) -> "list[Dataset]":
+) -> list[Dataset]:
     """DICOM objects that belong beside a CT series: report, secondary capture and, of a map, a segmentation.
 
     Args:
@@ -81,7 +81,7 @@ def answer(
     return found
 
 
-def write_answer(found: "Sequence[Dataset]", folder: str | os.PathLike) -> list[Path]:
+def write_answer(found: Sequence[Dataset], folder: str | os.PathLike) -> list[Path]:
     """Write DICOM objects to a folder, each whole, named by their kind: SR.dcm, OT.dcm, SEG.dcm."""
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,15 +94,11 @@ def write_answer(found: "Sequence[Dataset]", folder: str | os.PathLike) -> list[
 
 def _uid(*origins: object) -> str:
     """A UID, the same for the same origins."""
-    from pydicom.uid import generate_uid
-
     return generate_uid(entropy_srcs=[str(origin) for origin in origins])
 
 
-def _sources(slices: Sequence[Slice]) -> "tuple[Dataset, list[Dataset]]":
+def _sources(slices: Sequence[Slice]) -> tuple[Dataset, list[Dataset]]:
     """The whole header of one slice, and of each file what answers refer to, without what may be odd in it."""
-    from pydicom import Dataset
-
     said, sources = Dataset(), dict[Path, Dataset]()
     for item in slices:
         if item.path in sources:
@@ -122,11 +118,10 @@ def _sources(slices: Sequence[Slice]) -> "tuple[Dataset, list[Dataset]]":
 
 
 def _report(
-    sources: "list[Dataset]", scores: Mapping[str, float], facts: Mapping[str, str], uid: Callable[[str], str]
-) -> "Dataset":
+    sources: list[Dataset], scores: Mapping[str, float], facts: Mapping[str, str], uid: Callable[[str], str]
+) -> Dataset:
     """The structured report, TID 1500: for each finding a group (TID 1501) with its probability."""
     from highdicom import sr
-    from pydicom.sr.codedict import codes
 
     device = sr.DeviceObserverIdentifyingAttributes(
         _uid("device", *facts.items()), name=NAME, manufacturer_name=MAKER, model_name=NAME, serial_number=facts["base"]
@@ -153,10 +148,9 @@ def _report(
     return sr.ComprehensiveSR(sources, content, is_complete=True, is_final=False, is_verified=False, **made)
 
 
-def _capture(source: "Dataset", picture: np.ndarray, facts: Mapping[str, str], uid: Callable[[str], str]) -> "Dataset":
+def _capture(source: Dataset, picture: np.ndarray, facts: Mapping[str, str], uid: Callable[[str], str]) -> Dataset:
     """The picture as a secondary capture."""
     from highdicom.sc import SCImage
-    from pydicom.uid import ExplicitVRLittleEndian
 
     made = SCImage.from_ref_dataset(
         source, picture, "RGB", 8, "PATIENT", patient_orientation=("L", "P"),
@@ -169,11 +163,10 @@ def _capture(source: "Dataset", picture: np.ndarray, facts: Mapping[str, str], u
 
 
 def _segmentation(
-    slices: Sequence[Slice], sources: "list[Dataset]", heat_map: HeatMap, facts: Mapping[str, str], uid: Any
-) -> "list[Dataset]":
+    slices: Sequence[Slice], sources: list[Dataset], heat_map: HeatMap, facts: Mapping[str, str], uid: Any
+) -> list[Dataset]:
     """The highest cells of a map, as a binary segmentation of the slices; none where there is nothing to show."""
     import highdicom as hd
-    from pydicom.sr.codedict import codes
 
     low, _ = heat_map.limits
     least = max(np.quantile(heat_map.values, 1 - TOP_SHARE), np.nextafter(np.float32(low), np.float32(np.inf)))

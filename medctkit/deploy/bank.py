@@ -55,8 +55,7 @@ class AdapterBank:
         """Probabilities (b, 18) for volumes (b, 1, d, h, w), each with its own adapter in both encoders.
 
         Raises:
-            ValueError: see `embed`.
-            FloatingPointError: an embedding that is not finite.
+            ValueError, FloatingPointError: see `embed`; an embedding that is not finite.
         """
         embeds = self.embed(volumes, adapters).float()
         refuse_non_finite(embeds, [f"volume {i}, adapter {name}" for i, name in enumerate(adapters)])
@@ -72,7 +71,6 @@ class AdapterBank:
         """Put one more adapter on board, the sum of LoRAs that are, by peft's `add_weighted_adapter`.
 
         `weights` has a factor for each. `how` is peft's `combination_type`:
-
         `cat` adds the updates B A up exactly, and the ranks with them; `svd` comes as near as the higher rank allows.
         `linear`, `ties`, `dare_linear` and `dare_ties` mix the A of adapters of one rank and, apart from them, the B,
         so that each A meets the B of the others, too; with `_svd` behind their names the last three mix updates.
@@ -84,9 +82,7 @@ class AdapterBank:
         """
         known = self.model.peft_config
         if name in (*known, BASE) or not weights or not set(weights) <= set(known):
-            raise ValueError(
-                f"{name!r} of {', '.join(weights) or 'none'}: expected a new name, of {', '.join(self.names)}"
-            )
+            raise ValueError(f"{name!r} of {[*weights]}: expected a new name, of {', '.join(self.names)}")
         for each in weights:  # peft would keep the scaling of rsLoRA and the lengths of DoRA, and both were wrong
             if known[each].peft_type != "LORA" or known[each].use_rslora or known[each].use_dora:
                 raise ValueError(f"{each!r} is no plain LoRA ({known[each].peft_type}, rsLoRA or DoRA); those add up")

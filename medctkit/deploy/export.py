@@ -5,8 +5,6 @@ finding the difference of two embeddings.
 """
 
 import copy
-import hashlib
-import json
 import os
 import tempfile
 import warnings
@@ -25,7 +23,7 @@ from medctkit.common.provenance import made_with, write_json
 from medctkit.common.templates import filled
 from medctkit.deploy.exported import FACTS, PROMPTS, VISION, Exported
 from medctkit.lora.adapter import merge_lora
-from medctkit.model.fingerprint import digests, vocabulary_of
+from medctkit.model.fingerprint import digest_of, digests, vocabulary_of
 from medctkit.model.vision_tower import VisionTransformer
 from medctkit.zero_shot.classifier import ZeroShotClassifier, evaluating
 from medctkit.zero_shot.prompts import Prompts
@@ -102,18 +100,9 @@ def export(
     return Path(folder).expanduser()
 
 
-def digest_of(facts: Mapping[str, Any]) -> str:
-    """A digest of what is known of an export; each of its files carries it."""
-    return hashlib.sha256(json.dumps(dict(facts), sort_keys=True).encode()).hexdigest()[:32]
-
-
 @contextmanager
 def replacing_export(folder: str | os.PathLike) -> Iterator[Path]:
-    """A folder to write an export to; at the end of the block it takes the place of `folder`, or nothing has happened.
-
-    Raises:
-        ValueError: `folder` holds something else.
-    """
+    """A folder to write an export to, which takes the place of `folder` at the end of the block, or nothing happens."""
     folder = Path(folder).expanduser()
     if folder.exists() and not (folder / FACTS).is_file() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds something else than an export; give an empty or another folder")
@@ -137,7 +126,7 @@ def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 def prove(exported: Any, vision: nn.Module, shape: tuple[int, ...], seed: int = 0) -> dict[str, float]:
-    """Compare an export with the model on noise, for batches of 1, 2 and 3.
+    """Compare an export with the model on noise of a `shape` (1, d, h, w), drawn by a `seed`, in batches of 1, 2 and 3.
 
     Returns:
         `largest`, the largest difference of an embedding's number, and `codes`, how many were compared.

@@ -62,8 +62,7 @@ class Exported:
         """Probabilities (b, k) of the findings for volumes (b, 1, d, h, w), float32 in [-1, 1].
 
         Raises:
-            ValueError: see `embeds_and_codes`.
-            FloatingPointError: an embedding that is not finite.
+            ValueError, FloatingPointError: see `embeds_and_codes`; an embedding that is not finite.
         """
         embeds = self.encode_image(volumes)
         if not np.isfinite(embeds).all():

@@ -20,14 +20,15 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from filelock import FileLock, Timeout
+from pydicom import Dataset, dcmread
+from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage
 
 from medctkit.common.atomic import replacing
 from medctkit.common.provenance import write_json
 from medctkit.deploy.answer import write_answer
-
-if TYPE_CHECKING:
-    from pydicom import Dataset
 
 log = logging.getLogger("medctkit.gateway")
 SUCCESS, OUT_OF_RESOURCES, NOT_UNDERSTOOD = 0x0000, 0xA700, 0xC000
@@ -59,19 +60,12 @@ class Peer:
 
 @dataclass(frozen=True)
 class Limits:
-    """How much a gateway takes, and how long it waits.
+    """How much a gateway takes, and how long it waits, s."""
 
-    Attributes:
-        queue: series that wait at a time; slices of a further one are refused (A700), and the sender tries again later.
-        quiet: s without a new slice after which a series counts as whole.
-        retry: s until an answer that the destination did not take is sent again.
-        keep: s after which a series that was answered, or could not be, is taken away.
-    """
-
-    queue: int = 32
-    quiet: float = 10
-    retry: float = 30
-    keep: float = 24 * 3600
+    queue: int = 32  # series that wait; slices of a further one are refused (A700), and the sender tries again later
+    quiet: float = 10  # without a new slice: a series counts as whole
+    retry: float = 30  # until an answer that the destination did not take is sent again
+    keep: float = 24 * 3600  # until a series that was answered, or could not be, is taken away
 
 
 class Gateway:
@@ -92,7 +86,7 @@ class Gateway:
     def __init__(
         self,
         folder: str | os.PathLike,
-        answering: "Callable[[Path], Sequence[Dataset]]",
+        answering: Callable[[Path], Sequence[Dataset]],
         destination: Peer,
         allowed: Collection[str] | None,
         title: str = "MEDCTKIT",
@@ -103,7 +97,6 @@ class Gateway:
         self.folder, self.answering, self.destination = Path(folder).expanduser(), answering, destination
         self.allowed, self.title, self.limits = allowed, title, limits
         self._stop, self._lock, self._not_before = threading.Event(), threading.Lock(), 0.0
-        self._known = dict[Path, Series]()
 
     @contextmanager
     def serving(self, port: int, host: str = "127.0.0.1") -> Iterator[int]:
@@ -113,8 +106,6 @@ class Gateway:
             OSError: the port is taken.
             ValueError: another gateway works in the folder.
         """
-        from filelock import FileLock, Timeout
-        from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage
         from pynetdicom import AE, ALL_TRANSFER_SYNTAXES, _config, evt
 
         entity = AE(self.title)
@@ -146,15 +137,8 @@ class Gateway:
 
     def waiting(self) -> "list[Series]":
         """The series that are not answered yet, the oldest first."""
-        found = [self._series(path.parent) for path in self.folder.glob("*/*/slices")]
+        found = [Series(path.parent) for path in self.folder.glob("*/*/slices")]
         return sorted((one for one in found if not one.settled), key=lambda one: one.latest)
-
-    def _series(self, folder: Path) -> "Series":
-        """A series, looked at anew only if a slice came since the last look."""
-        known = self._known.get(folder)
-        if known is None or known.latest != Series.latest_of(folder):
-            known = self._known[folder] = Series(folder)
-        return known
 
     def _store(self, event: Any) -> int:
         try:
@@ -191,7 +175,6 @@ class Gateway:
                     waiting = self.waiting()
                 for one in waiting:
                     if not self._stop.is_set() and time.time() - one.latest >= self.limits.quiet:
-                        one = self._known[one.folder] = Series(one.folder)  # no slice is missed now
                         self._settle(one)
                 self._forget()
             except Exception as error:  # the disk, for one; the next look may find it mended
@@ -222,7 +205,6 @@ class Gateway:
             self._not_before = time.time() + self.limits.retry
 
     def _send(self, name: str, answer: Path) -> bool:
-        from pydicom import dcmread
         from pynetdicom import AE
 
         answers = [dcmread(file) for file in sorted(answer.glob("*.dcm"))]
@@ -251,9 +233,8 @@ class Gateway:
         with self._lock:
             for state in self.folder.glob("*/*/state.json"):
                 old = time.time() - state.stat().st_mtime > self.limits.keep
-                if old and self._series(state.parent).settled:
+                if old and Series(state.parent).settled:
                     shutil.rmtree(state.parent)
-                    self._known.pop(state.parent, None)
                     with suppress(OSError):  # other series of the study
                         state.parent.parent.rmdir()
 
@@ -261,23 +242,17 @@ class Gateway:
 class Series:
     """A series on disk, when its latest slice came (s), how often an answer was begun, and how far it came.
 
-    The state is of exactly these slices: "" (new), "trying", "ready" (its answer is on disk), "sent" or "failed".
+    The state is "" (new, or a slice came since), "trying", "ready" (its answer is on disk), "sent" or "failed".
     """
 
     def __init__(self, folder: Path):
-        self.folder, self.latest = folder, self.latest_of(folder)
-        self._slices = _digest(*sorted(path.name for path in (folder / "slices").glob("*.dcm")))
+        self.folder, self.latest = folder, (folder / "slices").stat().st_mtime
         try:
             found = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             found = {}
-        known = found if found.get("slices") == self._slices else {}
+        known = found if found.get("latest") == self.latest else {}
         self.state, self.tries = str(known.get("state", "")), int(known.get("tries", 0))
-
-    @staticmethod
-    def latest_of(folder: Path) -> float:
-        """When the latest slice of a series came, s."""
-        return (folder / "slices").stat().st_mtime
 
     @property
     def settled(self) -> bool:
@@ -287,9 +262,9 @@ class Series:
     def becomes(self, state: str, reason: str = "") -> None:
         """Write down how far it came."""
         self.state, self.tries = state, self.tries + (state == "trying" and not reason)
-        content = {"slices": self._slices, "state": state, "tries": self.tries, "reason": reason}
+        content = {"latest": self.latest, "state": state, "tries": self.tries, "reason": reason}
         write_json(content, self.folder / "state.json")
 
 
-def _digest(*texts: str) -> str:
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:32]
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -4,6 +4,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard, ModelCardData
+
 from medctkit.cohort.hub_repository import HubRepository, token_source
 from medctkit.common.templates import filled
 from medctkit.deploy.predict import facts_of
@@ -29,8 +31,6 @@ def push_to_hub(base: BaseModel, repo_id: str, license: str, private: bool = Tru
         PermissionError: no token, or one without the right to write.
         OSError: see `HubRepository`.
     """
-    from huggingface_hub import ModelCard, ModelCardData
-
     adapted = hasattr(base.model, "peft_config")
     plain = base.model.get_base_model() if adapted else base.model
     if not isinstance(plain, CTCLIPModel):

@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from medctkit.common.extras import require
-from medctkit.deploy.export import digest_of, replacing_export, write_facts
+from medctkit.deploy.export import replacing_export, write_facts
 from medctkit.deploy.exported import OPENVINO, PROMPTS, VISION, Exported
+from medctkit.model.fingerprint import digest_of
 
 
 def quantise(folder: str | os.PathLike, out: str | os.PathLike, kind: str) -> Path:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from medctkit.scans.volumes import CTVolume
 
@@ -23,9 +25,6 @@ def write_series(volume: CTVolume, folder: str | os.PathLike, tags: Mapping[str,
     Raises:
         ValueError: values that are not those of a CT: outside of 16 bits.
     """
-    from pydicom.dataset import Dataset, FileMetaDataset
-    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
-
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     pixels = np.rint(volume.hu)

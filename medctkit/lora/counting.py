@@ -1,7 +1,5 @@
 """Parameters counted: per component, and which placements fit the paper's number."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Iterator

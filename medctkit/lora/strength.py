@@ -1,7 +1,5 @@
 """A trained model at another strength, and what training left in its weights; nothing is trained here."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -9,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.helpers import rescale_adapter_scale
 
 from medctkit.lora.adapter import merge_lora
 from medctkit.lora.placement import parts_of, presets_of
@@ -36,8 +35,6 @@ def at_strength(model: Model, strength: float, start: Mapping[str, torch.Tensor]
     Raises:
         ValueError: a strength that is not a finite number; a model that has no adapter of this kind, and no `start`.
     """
-    from peft.helpers import rescale_adapter_scale
-
     if not math.isfinite(strength):
         raise ValueError(f"strength must be a finite number such as 0.5, got {strength}")
     if start is None:

@@ -6,6 +6,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from transformers import BertTokenizerFast  # type: ignore[attr-defined]
+
 from medctkit.model.colipri import colipri_input, load_colipri
 from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel
 from medctkit.model.fingerprint import vocabulary_of
@@ -125,8 +127,6 @@ def _with_tokenizer(model: CTCLIPModel, folder: Path) -> BaseModel:
 
 def _tokenizer_in(folder: Path) -> Any:
     """The WordPiece tokenizer whose files lie in a folder."""
-    from transformers import BertTokenizerFast  # type: ignore[attr-defined]
-
     folder = folder.expanduser()
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
         raise FileNotFoundError(f"{folder} has no tokenizer: expected a tokenizer.json or vocab.txt there")

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
+from huggingface_hub import hf_hub_download
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertModel
@@ -150,8 +152,6 @@ def from_file(weights: Path, config: Any) -> Colipri:
     Raises:
         ValueError: weights of another model, or damaged; see `read_weights`.
     """
-    from accelerate import init_empty_weights
-
     found = read_weights(weights)
     found = {name: tensor.float() for name, tensor in found.items() if not name.endswith(".position_ids")}  # old BERTs'
     refuse_bad_numbers(found, weights)
@@ -177,7 +177,6 @@ def load_colipri() -> tuple[Colipri, Path]:
     """
     _refuse_without_library()
     from colipri.checkpoint import load_model_config
-    from huggingface_hub import hf_hub_download
 
     config = load_model_config()
     words = config["text_encoder"]["backbone"]  # whose name and revision are wanted, not its code
@@ -195,6 +194,4 @@ def load_colipri() -> tuple[Colipri, Path]:
 
 def _refuse_without_library() -> None:
     if find_spec("colipri") is None:
-        raise ModuleNotFoundError(
-            'COLIPRI needs the package colipri: pip install "medctkit[open]"; see docs/base_models.md'
-        )
+        raise ModuleNotFoundError('COLIPRI needs its package: pip install "medctkit[open]"; see docs/base_models.md')

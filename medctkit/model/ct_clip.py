@@ -9,8 +9,6 @@ tensors it carries but never uses are listed by `released_layout` and not built.
 Shapes: b batch, c channel, d h w depth, rows, columns, t depth patches, n tokens of one sequence.
 """
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -258,10 +256,8 @@ class CTCLIPModel(PreTrainedModel):
         """
         refuse_other_ids(input_ids, self.longest_text)
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}; expected {tuple(input_ids.shape)}, that of "
-                "input_ids: one for each token, zero for padding"
-            )
+            given, expected = tuple(attention_mask.shape), tuple(input_ids.shape)
+            raise ValueError(f"attention_mask has shape {given}; expected {expected}, that of input_ids")
         hidden = self.text_transformer(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         return F.normalize(self.to_text_latent(hidden[:, 0]), dim=-1)
 
@@ -293,12 +289,10 @@ class CTCLIPModel(PreTrainedModel):
         logits = image_embeds @ text_embeds.T * self.temperature.exp()  # (images, texts)
         loss = None
         if return_loss:
-            if logits.shape[0] != logits.shape[1]:
-                raise ValueError(
-                    f"the loss pairs volumes with texts one to one, got {logits.shape[0]} volumes and "
-                    f"{logits.shape[1]} texts; leave return_loss out for similarities only"
-                )
-            pairs = torch.arange(len(logits), device=logits.device)
+            n, texts = logits.shape
+            if n != texts:
+                raise ValueError(f"the loss pairs volumes with texts one to one, got {n} volumes and {texts} texts")
+            pairs = torch.arange(n, device=logits.device)
             loss = (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
         return CTCLIPOutput(loss, logits, logits.T, image_embeds, text_embeds)
 
@@ -311,7 +305,7 @@ class CTCLIPModel(PreTrainedModel):
         cls,
         path_or_state_dict: str | os.PathLike | Mapping[str, torch.Tensor],
         config: CTCLIPConfig | None = None,
-    ) -> CTCLIPModel:
+    ) -> "CTCLIPModel":
         """Build the model with weights in the layout of the released checkpoint (CT-CLIP_v2.pt).
 
         Tensors that never take part in the forward pass may be there or not; they are left out. The model is in float32
@@ -330,7 +324,7 @@ class CTCLIPModel(PreTrainedModel):
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, config: Any = None, **kwargs: Any
-    ) -> CTCLIPModel:
+    ) -> "CTCLIPModel":
         """Load what `save_pretrained` wrote, as transformers does, but never with random numbers for what is missing.
 
         Raises:
@@ -340,10 +334,7 @@ class CTCLIPModel(PreTrainedModel):
         """
         name = os.path.expanduser(pretrained_model_name_or_path)
         if name.startswith("sha256:"):
-            raise ValueError(
-                f"{name} says which base model an adapter was trained on, not where it is. Load that model, then put "
-                "the adapter on it with medctkit.lora.load_adapter(model, folder)"
-            )
+            raise ValueError(f"{name} is the digest of a base model, not where it is; load it, then use load_adapter")
         place = {key: kwargs.pop(key) for key in _PLACE if key in kwargs}
         config = config or cls.config_class.from_pretrained(name, **place)
         weights = cached_file(name, "model.safetensors", **place)
@@ -351,7 +342,7 @@ class CTCLIPModel(PreTrainedModel):
         return cls._with_weights(live, *args, config=config, **kwargs)
 
     @classmethod
-    def _with_weights(cls, live: Mapping[str, torch.Tensor], *args: Any, **kwargs: Any) -> CTCLIPModel:
+    def _with_weights(cls, live: Mapping[str, torch.Tensor], *args: Any, **kwargs: Any) -> "CTCLIPModel":
         shown = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()  # what is in memory already needs none
         try:

@@ -9,8 +9,6 @@ of full size, measured on one H100 by bench/gpu.py.
 Shapes are those of `vision_tower`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from itertools import product

@@ -3,8 +3,6 @@
 CT-CLIP is one such model (`ct_clip`). Another one has these members and an entry in `base_model.BASES`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,7 +46,7 @@ class Parts:
         narrowing: str,
         bert_layer: str,
         stages: Mapping[str, Sequence[str]],
-    ) -> Parts:
+    ) -> "Parts":
         """The parts of a model whose text encoder is transformers' BERT.
 
         Linear layers of the vision encoder's `attention`, of which some make `qkv` and `keys_values`, and of its `mlp`,

@@ -7,19 +7,19 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import ipywidgets as w
 import numpy as np
 
+from medctkit.findings import FINDINGS
+from medctkit.scans.heat_map import HeatMap
+from medctkit.scans.preprocessing import PreprocessConfig, preprocess
 from medctkit.scans.volumes import CTVolume
 from medctkit.viewers.drawing.hints import lines
 from medctkit.viewers.drawing.messages import Messages
 from medctkit.viewers.drawing.rendering import place_of
 from medctkit.viewers.slice_viewer import SliceViewer
-
-if TYPE_CHECKING:
-    from medctkit.scans.heat_map import HeatMap
-    from medctkit.scans.preprocessing import PreprocessConfig
 
 # what can be shown, and the controls that it needs
 SHOWN = {
@@ -49,8 +49,6 @@ class AttentionViewer:
         tokenizer: of their text encoders.
         preprocess_config: what the models see.
         masks: named boolean arrays with the volume's shape.
-        prompts: a name for each pair (stating, denying) to choose from; by default the 18 findings in the paper's
-            wording. The first that has a mask is chosen to start with.
         height: see `SliceViewer`.
         show: one of `SHOWN`, to start with. "nothing" runs no model.
 
@@ -64,9 +62,8 @@ class AttentionViewer:
         volume: CTVolume,
         models: Mapping[str, Any],
         tokenizer: Any,
-        preprocess_config: "PreprocessConfig",
+        preprocess_config: PreprocessConfig,
         masks: Mapping[str, np.ndarray] | None = None,
-        prompts: Mapping[str, tuple[str, str]] | None = None,
         height: int = 300,
         show: str = "rollout",
     ):
@@ -76,15 +73,13 @@ class AttentionViewer:
             raise ValueError(f"show={show!r}: expected one of {', '.join(SHOWN)}")
         self.slices = SliceViewer(volume, masks, height=height, folded=True)
         self.volume, self.models, self.tokenizer, self.config = volume, dict(models), tokenizer, preprocess_config
-        self.masks, self.prompts = dict(masks or {}), dict(_of_findings() if prompts is None else prompts)
+        self.masks, self.prompts = dict(masks or {}), _of_findings()
         self._patch: tuple[int, int, int] | None = None
         self._kept: dict[Any, Any] = {}
         self._build(show)
         self._draw()
 
     def _build(self, show: str) -> None:
-        import ipywidgets as w
-
         wide = {"width": "320px"}
         self.model = w.ToggleButtons(options=list(self.models), style={"button_width": "auto"})
         self.shown = w.Dropdown(options=list(SHOWN), value=show, description="show", layout=wide)
@@ -94,9 +89,9 @@ class AttentionViewer:
             1.0, min=0, max=1.5, step=0.25, description="strength", continuous_update=False, layout=wide,
             tooltip="of the adapter: 0 is the base model, 1 what was trained",
         )  # fmt: skip
-        marked = next((name for name in self.prompts if name in self.masks), next(iter(self.prompts), OWN))
-        self.prompt = w.Dropdown(options=[*self.prompts, OWN], value=marked, description="prompt", layout=wide)
-        states, denies = self.prompts.get(marked, ("", ""))
+        marked = next((name for name in FINDINGS if name in self.masks), FINDINGS[0])
+        self.prompt = w.Dropdown(options=[*FINDINGS, OWN], value=marked, description="prompt", layout=wide)
+        states, denies = self.prompts[marked]
         text = {"continuous_update": False, "layout": wide}  # Enter, or leaving the field
         self.stating = w.Text(states, description="states", placeholder="a sentence", **text)
         self.denying = w.Text(denies, description="denies", placeholder="its negation, or nothing", **text)
@@ -166,7 +161,7 @@ class AttentionViewer:
             self.head.options = [(MEAN, MEAN), *((f"head {i}", i) for i in heads)]
             self.head.value = chosen if chosen in heads else MEAN
 
-    def heat_map(self) -> "HeatMap | None":
+    def heat_map(self) -> HeatMap | None:
         """The map (t, h, w) that the controls ask for, of sum 1, in multiples of what a patch would have by chance.
 
         Raises:
@@ -174,7 +169,6 @@ class AttentionViewer:
         """
         from medctkit.attention.maps import attend, patch_map, relevance
         from medctkit.lora.strength import at_strength, can_be_scaled
-        from medctkit.scans.preprocessing import preprocess
 
         shown, name = self.shown.value, self.model.value
         head = None if self.head.value == MEAN else self.head.value
@@ -218,7 +212,7 @@ class AttentionViewer:
 
     # --- what it says ---
 
-    def _described(self, heat_map: "HeatMap") -> str:
+    def _described(self, heat_map: HeatMap) -> str:
         """The caption: which map, its range, and how much of it lies in each mask."""
         from medctkit.attention.localisation import patch_shares
 
@@ -255,7 +249,6 @@ class AttentionViewer:
 
 def _of_findings() -> dict[str, tuple[str, str]]:
     """The paper's pair for each of the 18 findings."""
-    from medctkit.findings import FINDINGS
     from medctkit.zero_shot.prompts import prompt_sentences
 
     stating, denying = prompt_sentences("paper")

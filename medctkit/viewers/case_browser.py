@@ -7,17 +7,17 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import ipywidgets as w
 import numpy as np
+import pandas as pd
 
 from medctkit.common.templates import filled
 from medctkit.findings import FINDINGS
+from medctkit.scans.preprocessing import PreprocessConfig
 from medctkit.viewers.drawing.messages import Messages
 from medctkit.viewers.slice_viewer import SliceViewer
 
 if TYPE_CHECKING:
-    import pandas as pd
-
-    from medctkit.scans.preprocessing import PreprocessConfig
     from medctkit.viewers.cases import Sentence
 
 ALL = "all findings"
@@ -42,10 +42,10 @@ class CaseBrowser:
 
     def __init__(
         self,
-        manifest: "pd.DataFrame | str | os.PathLike",
+        manifest: pd.DataFrame | str | os.PathLike,
         models: Mapping[str, Any],
         tokenizer: Any,
-        preprocess_config: "PreprocessConfig",
+        preprocess_config: PreprocessConfig,
         cache_dir: str | os.PathLike | None = None,
         limit: int | None = None,
         *,
@@ -68,8 +68,6 @@ class CaseBrowser:
         self._list()
 
     def _build(self) -> None:
-        import ipywidgets as w
-
         from medctkit.viewers.cases import PRESENCE
 
         wide = {"width": "290px"}

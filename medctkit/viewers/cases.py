@@ -4,58 +4,46 @@ Every volume is prepared once and embedded once for each model; probabilities, a
 milliseconds. With a folder, both are kept there, so that the next browser starts at once.
 """
 
-import hashlib
-import json
 import os
 import re
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
+from tqdm.auto import tqdm
 
 from medctkit.cohort.cache import content_of, key_of
 from medctkit.cohort.dataset import CTReportDataset
 from medctkit.cohort.manifest import has_file, load_manifest, study_from_row, validate_manifest, volume_from_row
 from medctkit.common.text import counted
 from medctkit.findings import FINDINGS
+from medctkit.model.fingerprint import digest_of
 from medctkit.scans.preprocessing import PreprocessConfig
 from medctkit.scans.volumes import CTVolume
 from medctkit.zero_shot.classifier import Embedded, ZeroShotClassifier
 from medctkit.zero_shot.embeddings import describe, load_embeddings, save_embeddings
 from medctkit.zero_shot.prompts import Prompts
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 VIEW_SHAPE = (80, 160, 160)  # voxels at which a phantom is made to be looked at
 PRESENCE = ("any", "present", "absent", "unknown")
 EMPTY_WORDS = frozenset(
     "a an and are at has have in is it no not of on or present seen the there to with without".split()
 )
-WRITE_EVERY = 10.0  # seconds: what an interruption costs at most
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """A sentence scored against all studies.
+    """A sentence scored against all studies."""
 
-    Attributes:
-        what: "probability" of the sentence against its negation, else "cosine" of sentence and volume.
-        values: for each model (n,); NaN for studies that could not be read.
-        tokens: what the text encoder reads of the sentence: a word it has not learned falls into pieces.
-        unknown: words of the sentence and of its negation that are not in the model's vocabulary.
-        words: how many there are in both; neither counts those that carry no content, such as "there is no".
-    """
-
-    what: str
-    values: dict[str, np.ndarray]
-    tokens: tuple[str, ...]
-    unknown: tuple[str, ...] = ()
-    words: int = 0
+    what: str  # "probability" of the sentence against its negation, else "cosine" of sentence and volume
+    values: dict[str, np.ndarray]  # for each model (n,); NaN for studies that could not be read
+    tokens: tuple[str, ...]  # what the text encoder reads of it: a word it has not learned falls into pieces
+    unknown: tuple[str, ...] = ()  # words of it and of its negation that are not in the model's vocabulary
+    words: int = 0  # in both; neither counts those that carry no content, such as "there is no"
 
     def share_below(self, model: str, index: int) -> float:
         """Of the other studies, the share that a model finds less near to the sentence; NaN where none can be told."""
@@ -86,14 +74,13 @@ class Cases:
 
     Raises:
         TypeError: models that are not a dict.
-        ValueError: a wrong manifest, no models, a limit below 1, a model of another input size; see
-            `ZeroShotClassifier`.
+        ValueError: a wrong manifest, no models, a model of another input size; see `ZeroShotClassifier`.
         FileNotFoundError: no manifest at that path.
     """
 
     def __init__(
         self,
-        manifest: "pd.DataFrame | str | os.PathLike",
+        manifest: pd.DataFrame | str | os.PathLike,
         models: Mapping[str, Any],
         tokenizer: Any,
         preprocess_config: PreprocessConfig,
@@ -103,15 +90,12 @@ class Cases:
     ):
         if not isinstance(models, Mapping) or not models:
             raise TypeError(f"models: expected a dict such as {{'base': model}}, got {models!r:.80}")
-        if limit is not None and not (isinstance(limit, int) and limit >= 1):
-            raise ValueError(f"limit={limit!r}: expected a whole number of studies, at least 1, or None for all")
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit={limit}: expected at least 1 study, or None for all")
         for name, model in models.items():
-            sees = model.preprocess_config.shape
-            if sees != preprocess_config.shape:
-                raise ValueError(
-                    f"model {name!r} sees volumes of {sees} voxels, preprocess_config makes {preprocess_config.shape}; "
-                    "use model.preprocess_config"
-                )
+            sees, made = model.preprocess_config.shape, preprocess_config.shape
+            if sees != made:
+                raise ValueError(f"model {name!r} sees volumes of {sees} voxels, not {made}; use its preprocess_config")
         self.models, self.tokenizer = dict(models), tokenizer
         self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
         self.failures: dict[str, str] = {}
@@ -138,9 +122,8 @@ class Cases:
         return key_of(row, row["checksum"], self.dataset.config)
 
     def _file(self, name: str) -> Path:
-        digest = hashlib.sha256(json.dumps(self._made_of[name], sort_keys=True).encode()).hexdigest()[:32]
         assert self.cache_dir is not None
-        return self.cache_dir / "embeddings" / f"{digest}.safetensors"
+        return self.cache_dir / "embeddings" / f"{digest_of(self._made_of[name])}.safetensors"
 
     def _kept(self, name: str) -> dict[str, torch.Tensor]:
         """Embeddings of a model that are on disk, of other browsers' studies too, by the key of their study."""
@@ -181,18 +164,13 @@ class Cases:
 
     def embed(self, batch_size: int = 8) -> None:
         """Embed what is left, `batch_size` volumes in memory at a time. Interrupted, the same call goes on."""
-        from tqdm.auto import tqdm
-
         left = self._left()
-        todo, written = sorted(set().union(*left.values())), time.monotonic()
+        todo = sorted(set().union(*left.values()))
         try:
             with tqdm(total=len(todo), desc="studies", unit="study", disable=not todo) as bar:
                 for start in range(0, len(todo), batch_size):
                     self._embed_some(todo[start : start + batch_size], left)
                     bar.update(len(todo[start : start + batch_size]))
-                    if time.monotonic() - written > WRITE_EVERY:
-                        self._keep()
-                        written = time.monotonic()
         finally:
             self._keep()
 
@@ -222,7 +200,7 @@ class Cases:
         """What `ordered` sorts by."""
         return ("disagreement", *(f"error of {name}" for name in self.models), "study")
 
-    def ordered(self, by: str = "disagreement", finding: str | None = None, presence: str = "any") -> "pd.Series":
+    def ordered(self, by: str = "disagreement", finding: str | None = None, presence: str = "any") -> pd.Series:
         """Studies that a filter lets through, in order: the value sorted by, on the index of the row.
 
         Args:
@@ -235,8 +213,6 @@ class Cases:
         Raises:
             ValueError: an unknown `by`, finding or presence; a presence without a finding.
         """
-        import pandas as pd
-
         known = {"by": self.sortings, "finding": (None, *FINDINGS), "presence": PRESENCE}
         for name, value in {"by": by, "finding": finding, "presence": presence}.items():
             if value not in known[name]:
@@ -286,11 +262,7 @@ class Cases:
         return len(pieces) == 1 and pieces[0] != self.tokenizer.unk_token
 
     def view(self, index: int) -> tuple[CTVolume, dict[str, np.ndarray]]:
-        """A study to look at: a phantom, made again at `VIEW_SHAPE`, with its masks (d, h, w); a real scan without.
-
-        Raises:
-            OSError, ValueError: see `read_volume`.
-        """
+        """A study to look at: a phantom, made again at `VIEW_SHAPE`, with its masks (d, h, w); a real scan without."""
         row = self.rows[index]
         if has_file(row):
             return volume_from_row(row), {}

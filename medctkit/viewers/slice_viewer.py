@@ -4,9 +4,11 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import ipywidgets as w
 import numpy as np
+from PIL.Image import Image
 
 from medctkit.common.atomic import replacing
 from medctkit.scans.heat_map import HeatMap
@@ -29,9 +31,6 @@ from medctkit.viewers.drawing.rendering import (
     window_of,
 )
 from medctkit.viewers.drawing.stack_page import write_stack_page
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 ALL_PLANES = "three planes"
 
@@ -85,7 +84,6 @@ class SliceViewer:
         self._composition: Any
         self._callbacks: list[Callable[[np.ndarray], None]] = []
         self._touched = "axial"
-        self._hidden: tuple[str, ...] = ()  # masks that a key has put out
         self._cursor: tuple[float, float] | None = None
         self._start: np.ndarray | None = None  # of a measurement, RAS in mm
         kind = kind_that_works() if canvas is None else canvas
@@ -94,8 +92,6 @@ class SliceViewer:
         self._show_scans(linked, heat_maps)
 
     def _build(self, preset: str, centre: int, width: int, folded: bool) -> None:
-        import ipywidgets as w
-
         def slider(kind: Any, description: str, tooltip: str, **values: Any) -> Any:
             return kind(description=description, tooltip=tooltip, layout={"width": "280px"}, **values)
 
@@ -177,8 +173,6 @@ class SliceViewer:
         self._draw()
 
     def _show_scans(self, linked: LinkedScans, heat_maps: dict[str, HeatMap]) -> None:
-        import ipywidgets as w
-
         self._linked, self.scans = linked, linked.scans
         with self.messages.quietly():
             self.tool.value, self._start = TOOLS[0], None
@@ -196,7 +190,6 @@ class SliceViewer:
         label = w.Label("masks", layout={"margin": "0 1em 0 0"})
         self._mask_row.children = [label, *self.mask_boxes.values(), self.opacity]
         self._mask_row.layout.display = None if self.mask_boxes else "none"
-        self._hidden = ()
         self._take_heat_maps(heat_maps)
         self._arrange()
 
@@ -219,7 +212,7 @@ class SliceViewer:
         tints = self.opacity.value, heat_map, self.heat_opacity.value
         return Look(window, self.chosen_masks, *tints, self.colour_map.value, self.slab.value, self.thickness.value)
 
-    def picture(self) -> "Image":
+    def picture(self) -> Image:
         """The picture now shown (PIL image, RGB)."""
         lines_too = self.crosshair.value and self._start is None  # they would lie over what is measured
         picture = self._composition.picture(self._linked.voxels(self.voxel), self.look, lines_too)
@@ -372,10 +365,10 @@ class SliceViewer:
             box = self.crosshair if key == "c" else self.help
             box.value = not box.value
         elif key == "m":
-            shown, self._hidden = self._hidden or tuple(self.mask_boxes), self.chosen_masks
+            on = not self.chosen_masks
             with self.messages.quietly():
-                for name, box in self.mask_boxes.items():
-                    box.value = not self._hidden and name in shown
+                for box in self.mask_boxes.values():
+                    box.value = on
             self._draw()
 
     def _draw(self) -> None:

@@ -3,22 +3,21 @@
 import io
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
+import pandas as pd
+from IPython import get_ipython
+from IPython.display import Image, display
+from matplotlib.figure import Figure
 
 
-def training_figure(history: "pd.DataFrame", batch_size: int | None = None) -> "Figure":
+def training_figure(history: pd.DataFrame, batch_size: int | None = None) -> Figure:
     """Losses and validation AUROC over the steps of a fine-tuning run.
 
     Args:
         history: as `FineTuneResult` has it: step, contrastive, prompts, score; loss columns may be missing.
         batch_size: draws the contrastive loss of pure guessing, ln(batch_size), too.
     """
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(12, 4), layout="tight")
     left, right = figure.subplots(1, 2)
     for name, colour in (("contrastive", "#0072B2"), ("prompts", "#D55E00")):
@@ -50,23 +49,17 @@ class TrainingPlot:
         self._shown: Any = None
 
     @property
-    def history(self) -> "pd.DataFrame":
+    def history(self) -> pd.DataFrame:
         """The rows so far."""
-        import pandas as pd
-
         return pd.DataFrame(self.rows)
 
     def __call__(self, row: Mapping[str, float]) -> None:
         """Take a row; draw if it has a score."""
-        from IPython import get_ipython
-
         self.rows.append(dict(row))
         if "score" in row and get_ipython() is not None:
             self._draw()
 
     def _draw(self) -> None:
-        from IPython.display import Image, display
-
         buffer = io.BytesIO()
         training_figure(self.history, self.batch_size).savefig(buffer, format="png", dpi=80)
         picture = Image(buffer.getvalue(), alt="training loss, and AUROC on validation patients, by step")

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import ipywidgets as w
+
 from medctkit.scans.volumes import CTVolume, read_volume
 from medctkit.viewers.drawing.messages import Messages
 
@@ -23,8 +25,6 @@ class UploadPage:
     """
 
     def __init__(self, classify: Callable[[CTVolume, str], Any], adapters: Sequence[str]):
-        import ipywidgets as w
-
         self.messages, self._classify, self._name = Messages(), classify, ""
         self._volume: CTVolume | None = None
         self.upload = w.FileUpload(accept=".zip", description="zip of DICOM ...", icon="", layout={"width": "180px"},

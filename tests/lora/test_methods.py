@@ -168,22 +168,6 @@ def test_trainable_tensors_beside_an_adapter_are_not_lost_in_silence(base, tmp_p
     assert any("to_visual_latent" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
 
 
-def test_a_crash_while_saving_leaves_the_previous_weights(base, batch, tmp_path, monkeypatch):
-    model = changed(made(base, "bitfit"))
-    save_trained(model, tmp_path)
-    kept = embeds(model, batch)
-
-    def crash(tensors, path, metadata):
-        path.write_bytes(b"half")
-        raise OSError("disk full")
-
-    with monkeypatch.context() as patched, pytest.raises(OSError, match="disk full"):
-        patched.setattr("safetensors.torch.save_file", crash)
-        save_trained(changed(model, seed=3), tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["trained.safetensors"]
-    assert torch.equal(embeds(load_trained(copy.deepcopy(base), tmp_path), batch), kept)
-
-
 def test_what_cannot_be_done_is_told(base, tmp_path):
     with pytest.raises(ValueError, match="unknown method 'lorra'; choose one of full, bitfit, lora"):
         apply_method(base, "lorra")

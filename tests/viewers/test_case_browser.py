@@ -177,7 +177,6 @@ def test_bad_input_is_refused(rows, models, tokenizer, config, cases):
     coarse = PreprocessConfig((45, 22.5, 22.5), (8, 16, 16))
     for error, message, changes in (
         (TypeError, r"models: expected a dict such as \{'base': model\}, got \[\]", {"models": []}),
-        (ValueError, "limit=0: expected a whole number of studies, at least 1", {"limit": 0}),
         (ValueError, r"sees volumes of \(8, 32, 32\) voxels", {"preprocess_config": coarse}),
         (FileNotFoundError, "no manifest at nowhere.csv", {"manifest": "nowhere.csv"}),
     ):

@@ -1,7 +1,6 @@
 """Several slices in one picture, and which voxel lies under which pixel."""
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -9,7 +8,7 @@ from medctkit.scans.heat_map import HeatMap
 from medctkit.scans.volumes import CTVolume
 from medctkit.viewers.drawing import composition
 from medctkit.viewers.drawing.composition import CROSSHAIR, Composition
-from medctkit.viewers.drawing.rendering import PLANES, Look, Scan, colour_table, render
+from medctkit.viewers.drawing.rendering import PLANES, Look, Scan, colour_table
 
 
 def scan(shape=(20, 30, 40), spacing=(5.0, 2.0, 2.0), seed=0):
@@ -136,14 +135,3 @@ def test_masks_and_maps_belong_to_the_first_scan():
     assert (picture[30, left.size[0] // 2 + 20] == (230, 159, 0)).all()
     at = picture[30, right.left + right.size[0] // 2 + 20]
     assert at[0] == at[1] == at[2]
-
-
-@pytest.mark.parametrize("plane", PLANES)
-def test_the_picture_of_a_panel_is_the_slice_alone(plane):
-    one = scan()
-    whole = Composition([one], [plane], height=100)
-    picture = whole.picture([(3, 4, 5)], Look(), crosshair=False)
-    alone = render(one.volume, plane, (3, 4, 5)[PLANES[plane]], height=picture.size[1])
-    assert alone.size == picture.size
-    different = (np.asarray(alone) != np.asarray(picture)).any(-1)
-    assert different[40:].sum() == 0  # but for title and upper mark

@@ -29,20 +29,18 @@ def test_training_figure_shows_losses_scores_and_guessing():
 
 
 def test_training_plot_updates_one_picture_at_each_score_and_outside_a_notebook_only_collects(monkeypatch):
-    import IPython
-
     shown = []
 
     class Handle:
         update = shown.append
 
-    monkeypatch.setattr(IPython, "get_ipython", lambda: object())
-    monkeypatch.setattr(IPython.display, "display", lambda picture, display_id: shown.append(picture) or Handle)
+    monkeypatch.setattr(training_plot, "get_ipython", lambda: object())
+    monkeypatch.setattr(training_plot, "display", lambda picture, display_id: shown.append(picture) or Handle)
     plot = training_plot.TrainingPlot(batch_size=32)
     for row in some_rows():
         plot(row)
     assert len(plot.rows) == 31 and plot.history["step"].iloc[-1] == 30
     assert len(shown) == 4 and all(picture.data.startswith(b"\x89PNG") for picture in shown)
-    monkeypatch.setattr(IPython, "get_ipython", lambda: None)
+    monkeypatch.setattr(training_plot, "get_ipython", lambda: None)
     plot(some_rows()[10])
     assert len(shown) == 4 and len(plot.history) == 32

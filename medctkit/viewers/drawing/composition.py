@@ -5,7 +5,9 @@ A `Composition` also knows which voxel lies under which pixel, so that a click m
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from PIL import Image, ImageDraw
 
 from medctkit.viewers.drawing.rendering import (
     PLANES,
@@ -20,9 +22,6 @@ from medctkit.viewers.drawing.rendering import (
     in_pixels,
     slice_mm,
 )
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 GAP = 6  # pixels between panels
 WIDEST = 2.35  # heights: how wide a row of panels may be; 360 pixels fit JupyterLab on a small screen
@@ -102,7 +101,7 @@ class Composition:
         self.panels, self.size = _arranged(self.scans, tuple(planes), height)
         if zoom > 1:
             self.panels = tuple(panel.zoomed(zoom, voxels[panel.scan]) for panel in self.panels)
-        self._drawn: dict[Panel, tuple[Any, Image]] = {}
+        self._drawn: dict[Panel, tuple[Any, Image.Image]] = {}
 
     def panel_at(self, x: float, y: float) -> Panel | None:
         """The panel at a place of the picture, pixels from its upper left corner."""
@@ -115,10 +114,8 @@ class Composition:
         """Whether the voxel (d, h, w) of each scan can be seen in all of its panels."""
         return all(self.panel_at(*panel.place(voxels[panel.scan])) == panel for panel in self.panels)
 
-    def picture(self, voxels: Sequence[Voxel], look: Look, crosshair: bool = True) -> "Image":
+    def picture(self, voxels: Sequence[Voxel], look: Look, crosshair: bool = True) -> Image.Image:
         """The picture (PIL image, RGB) through a voxel (d, h, w) of each scan; masks and map are the first one's."""
-        from PIL import Image
-
         legend = _legend(look, self.scans[0], self.size[0])
         wide, tall = self.size
         picture = Image.new("RGB", (wide, tall + (legend.size[1] if legend else 0)), _GROUND)
@@ -131,7 +128,7 @@ class Composition:
             picture.paste(legend, (0, tall))
         return picture
 
-    def _slice(self, panel: Panel, index: int, look: Look) -> "Image":
+    def _slice(self, panel: Panel, index: int, look: Look) -> Image.Image:
         scan = self.scans[panel.scan]
         if panel.scan:
             look = Look(look.window)
@@ -182,9 +179,7 @@ def _first_large(
     return tuple(panels), (right, below)
 
 
-def _draw_crosshair(picture: "Image", panel: Panel, voxel: Voxel) -> None:
-    from PIL import ImageDraw
-
+def _draw_crosshair(picture: Image.Image, panel: Panel, voxel: Voxel) -> None:
     draw, (x, y) = ImageDraw.Draw(picture), map(round, panel.place(voxel))
     if not (0 <= x - panel.left < panel.size[0] and 0 <= y - panel.top < panel.size[1]):
         return  # zoomed past it
@@ -198,10 +193,8 @@ def _draw_crosshair(picture: "Image", panel: Panel, voxel: Voxel) -> None:
             draw.line([(x, low), (x, high)], CROSSHAIR)
 
 
-def _legend(look: Look, scan: Scan, width: int) -> "Image | None":
+def _legend(look: Look, scan: Scan, width: int) -> Image.Image | None:
     """The heat map's colours with their limits and the masks' colours, as a picture; None where there is neither."""
-    from PIL import Image, ImageDraw
-
     written, entries = font(12), []
     if look.heat_map is not None:
         low, high = look.heat_map.limits

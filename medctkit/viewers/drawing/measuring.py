@@ -2,15 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import ImageDraw
+from PIL.Image import Image
 
 from medctkit.viewers.drawing.composition import Panel
 from medctkit.viewers.drawing.rendering import PLANES, Scan, Voxel, font
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 TOOLS = ("crosshair", "distance", "region")
 _COLOUR = (86, 222, 120)
@@ -48,10 +46,8 @@ class Ruler:
             f"deviation {hu.std():.0f} HU, {hu.min():.0f} to {hu.max():.0f} HU"
         )
 
-    def draw(self, picture: "Image", panels: Sequence[Panel], scan: Scan) -> None:
+    def draw(self, picture: Image, panels: Sequence[Panel], scan: Scan) -> None:
         """Draw it over a picture: a line in all panels of the first scan, an ellipse in its plane's."""
-        from PIL import ImageDraw
-
         for panel in panels:
             if panel.scan or (self.tool == "region" and panel.plane != self.plane):
                 continue

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import ipywidgets as w
+
 _TURN = threading.RLock()  # JupyterLab hands events to the kernel on two threads: one callback at a time
 
 
@@ -18,8 +20,6 @@ class Messages:
     """
 
     def __init__(self) -> None:
-        import ipywidgets as w
-
         self.widget, self.text, self._quiet = w.HTML(layout={"display": "none"}), "", False
 
     def say(self, text: str) -> None:

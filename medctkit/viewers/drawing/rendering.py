@@ -12,17 +12,16 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
+from PIL import Image, ImageDraw, ImageFont
 
 from medctkit.scans.geometry import CANONICAL, LETTERS, straight_affine
 from medctkit.scans.heat_map import HeatMap
 from medctkit.scans.volumes import CTVolume
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from PIL import ImageFont
-    from PIL.Image import Image
-
     from medctkit.phantom.study import PhantomStudy
 
 Voxel = tuple[int, int, int]  # (d, h, w)
@@ -57,12 +56,10 @@ def window_of(name_or_pair: Window) -> tuple[float, float]:
         if name_or_pair not in WINDOWS:
             raise ValueError(f"unknown window {name_or_pair!r}; choose one of {', '.join(WINDOWS)} or (centre, width)")
         return WINDOWS[name_or_pair]
-    if len(name_or_pair) != 2:
-        raise ValueError(f"window {tuple(name_or_pair)}: expected a preset name or (centre, width) in HU")
-    centre, width = map(float, name_or_pair)
-    if not (np.isfinite(centre) and np.isfinite(width) and width > 0):
-        raise ValueError(f"window {(centre, width)}: expected a finite centre and a width above 0, both in HU")
-    return centre, width
+    pair = tuple(map(float, name_or_pair))
+    if len(pair) != 2 or not np.isfinite(pair).all() or pair[1] <= 0:
+        raise ValueError(f"window {pair}: expected a preset, or a finite centre and a width above 0, both in HU")
+    return pair[0], pair[1]
 
 
 def slice_of(array: np.ndarray, plane: str, index: int) -> np.ndarray:
@@ -129,11 +126,8 @@ class Scan:
         turned = {}
         for title, mask in (masks or {}).items():
             if np.shape(mask) != volume.shape:
-                raise ValueError(
-                    f"mask {title!r} has shape {np.shape(mask)}, the volume {volume.shape}: they must be the same"
-                )
-            mask = np.asarray(mask)
-            turned[title] = _turned(mask if mask.dtype == bool else mask != 0, volume.orientation)
+                raise ValueError(f"mask {title!r} has shape {np.shape(mask)}, the volume {volume.shape}: unequal")
+            turned[title] = _turned(np.asarray(mask).astype(bool, copy=False), volume.orientation)
         placed = not np.allclose(volume.affine, straight_affine(volume.spacing, volume.orientation))
         return cls(volume.reoriented(), turned, name, placed)
 
@@ -180,18 +174,14 @@ def _turned(array: np.ndarray, orientation: str) -> np.ndarray:
 
 
 @lru_cache
-def font(size: int) -> "ImageFont.FreeTypeFont | ImageFont.ImageFont":
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """The font of all marks and legends."""
-    from PIL import ImageFont
-
     return ImageFont.load_default(size=size)
 
 
 @lru_cache
 def colour_table(name: str) -> np.ndarray:
     """The colours (256, 3) of a colour map out of `COLOUR_MAPS`, from its low to its high end."""
-    from matplotlib import colormaps
-
     if name not in COLOUR_MAPS:
         raise ValueError(f"unknown colour map {name!r}; choose one of {', '.join(COLOUR_MAPS)}")
     return colormaps[name](np.arange(256), bytes=True)[:, :3]
@@ -218,14 +208,13 @@ def draw_slice(
     size: tuple[int, int],
     look: Look,
     view: tuple[float, float, float, float] = WHOLE,
-) -> "Image":
+) -> Image.Image:
     """A slice of a `scan`, the `index` along the `plane`'s axis, as a picture (PIL image, RGB), without text.
 
     A heat map covers the more the higher its value is: where it is lowest the CT is as it was. Masks lie over it; the
     `look` says which. The `size` is width and height, pixels; `view` has left, top, right and bottom of what is shown,
     as shares.
     """
-    from PIL import Image
 
     def sized(array: np.ndarray, smooth: bool = True) -> Any:
         (tall, wide), (left, top, right, bottom) = array.shape, view
@@ -265,10 +254,8 @@ def heat_share(heat_map: HeatMap, volume: CTVolume, plane: str, index: int, most
     return share if plane == "axial" else share[::-1]
 
 
-def draw_marks(picture: "Image", plane: str, title: str = "", name: str = "") -> None:
+def draw_marks(picture: Image.Image, plane: str, title: str = "", name: str = "") -> None:
     """Write the sides of the patient at the edges of a slice, and what it is in its corners."""
-    from PIL import ImageDraw
-
     draw, (wide, tall) = ImageDraw.Draw(picture), picture.size
     left, right, top, bottom = MARKS[plane]
     for text, at, anchor in (
@@ -290,7 +277,7 @@ def render(
     height: int = 480,
     *,
     heat_map: HeatMap | None = None,
-) -> "Image":
+) -> Image.Image:
     """A slice as a picture (PIL image, RGB), with orientation marks and the right aspect ratio.
 
     Args:
@@ -324,7 +311,7 @@ def largest_slice(mask: np.ndarray) -> int:
     return int(np.asarray(mask).sum(axis=(1, 2)).argmax())
 
 
-def finding_gallery(studies: Sequence["PhantomStudy"], columns: int = 6) -> "Figure":
+def finding_gallery(studies: Sequence["PhantomStudy"], columns: int = 6) -> Figure:
     """Each study's first finding, cut where its mask is largest: lung window above, mediastinal window below.
 
     Raises:

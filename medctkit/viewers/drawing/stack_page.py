@@ -11,12 +11,14 @@ import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from medctkit.common.atomic import replacing
 from medctkit.common.templates import filled
+from medctkit.scans.heat_map import HeatMap
 from medctkit.viewers.drawing.rendering import (
     MARKS,
     PLANES,
@@ -30,11 +32,6 @@ from medctkit.viewers.drawing.rendering import (
     slice_mm,
     slice_of,
 )
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from medctkit.scans.heat_map import HeatMap
 
 QUALITY = 50  # of WebP: 240 slices in two windows take 5 MB where the CT is noisy, 3 MB where it is not
 _MAP_POINTS = 48  # a side of a heat map
@@ -98,7 +95,7 @@ def _digest(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _image(picture: "Image", **how: Any) -> str:
+def _image(picture: Image.Image, **how: Any) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, "webp", **how)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -106,18 +103,14 @@ def _image(picture: "Image", **how: Any) -> str:
 
 def _tint(look: Look, scan: Scan, plane: str, index: int) -> str | None:
     """The masks of a slice, one pixel for each voxel, transparent elsewhere; None where there are none."""
-    from PIL import Image
-
     tint = np.zeros((*slice_of(scan.volume.hu, plane, index).shape, 4), np.uint8)
     for name in look.masks:
         tint[slice_of(scan.masks[name], plane, index)] = (*scan.colours[name], 255)
     return _image(Image.fromarray(tint), lossless=True) if tint.any() else None
 
 
-def _heat(look: Look, heat_map: "HeatMap", scan: Scan, plane: str, index: int) -> str:
+def _heat(look: Look, heat_map: HeatMap, scan: Scan, plane: str, index: int) -> str:
     """The heat map of a slice on its coarse grid, the more transparent the lower its value."""
-    from PIL import Image
-
     levels = np.rint(255 * heat_share(heat_map, scan.volume, plane, index, _MAP_POINTS)).astype(np.uint8)
     picture = Image.fromarray(np.dstack([colour_table(look.colour_map)[levels], levels]))
     return _image(picture, quality=QUALITY, alpha_quality=80)
