@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import BertTokenizerFast  # type: ignore[attr-defined]
 
-from medctkit.model.colipri import colipri_input, load_colipri
+from medctkit.model.colipri import INPUT, load_colipri
 from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel
 from medctkit.model.fingerprint import vocabulary_of
 from medctkit.model.processing import CTCLIPProcessor, CTImageProcessor
@@ -102,7 +102,7 @@ def preprocess_config_of(model: str | Path) -> PreprocessConfig:
         FileNotFoundError: no such model.
     """
     if str(model) in ("released", "colipri"):
-        return PreprocessConfig() if str(model) == "released" else colipri_input()
+        return PreprocessConfig() if str(model) == "released" else INPUT
     folder = FOLDER if str(model) == "mini" else Path(model).expanduser()
     if (folder / "config.json").is_file():
         return CTCLIPConfig.from_pretrained(folder).preprocess_config

@@ -26,6 +26,7 @@ from medctkit.model.protocol import Parts, refuse_other_ids, refuse_other_input
 from medctkit.model.weights import read_weights, refuse_bad_numbers, refuse_other_shapes
 from medctkit.scans.preprocessing import PreprocessConfig
 
+INPUT = PreprocessConfig((2.0, 2.0, 2.0), (192, 192, 192), axes="XYz")  # a test holds it to the library's own
 TOKENIZER_FILES = ("vocab.txt", "tokenizer_config.json", "special_tokens_map.json")
 _VISION_LAYER = r"image_encoder\.backbone\.eva\.blocks\.\d+\."
 _TEXT_LAYER = r"text_encoder\.backbone\.encoder\.layer\.\d+\."
@@ -115,26 +116,6 @@ class Colipri(nn.Module):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def colipri_input() -> PreprocessConfig:
-    """The volumes that COLIPRI wants, read from the installed package: 192^3 of 2 mm, axes RAS, HU / 1000.
-
-    Raises:
-        ModuleNotFoundError: it is not installed.
-    """
-    _refuse_without_library()
-    from colipri.checkpoint import load_processor_config
-
-    steps = load_processor_config()["image_transform"]["transforms"]
-    ours = {"R": "X", "L": "x", "A": "Y", "P": "y", "S": "z", "I": "Z"}
-    spacing, low_high = steps["resample"]["target"], steps["rescale_intensity"]["in_min_max"]
-    return PreprocessConfig(
-        (spacing, spacing, spacing),
-        tuple(steps["crop_or_pad"]["target_shape"]),
-        hu_range=tuple(low_high),
-        axes="".join(ours[letter] for letter in steps["to_orientation"]["orientation"]),
-    )
-
-
 def build(config: Any, temperature: float = 1.0) -> Colipri:
     """COLIPRI of the library's classes, weights random, in evaluation mode; `config` is its `load_model_config()`."""
     _refuse_without_library()
@@ -143,7 +124,7 @@ def build(config: Any, temperature: float = 1.0) -> Colipri:
 
     bert = BertModel(BertConfig(**{"use_cache": False, **RELEASED_TEXT}), add_pooling_layer=False)
     text_encoder = TextEncoder(bert, instantiate(config["text_encoder"]["pooler"]))
-    return Colipri(instantiate(config["image_encoder"]), text_encoder, temperature, colipri_input()).eval()
+    return Colipri(instantiate(config["image_encoder"]), text_encoder, temperature, INPUT).eval()
 
 
 def from_file(weights: Path, config: Any) -> Colipri:

@@ -252,14 +252,10 @@ class Cases:
             else:
                 values[name] = (embeds.to(classifier.device) @ classifier.text_embeds()[0, 0]).cpu().numpy()
         what = "probability" if denying else "cosine"
-        words = re.findall(r"\w+", f"{stating} {denying}")
-        told = {word: self._knows(word) for word in words if word.lower() not in EMPTY_WORDS}
-        unknown = tuple(word for word, known in told.items() if not known)
-        return Sentence(what, values, tuple(self.tokenizer.tokenize(stating)), unknown, len(told))
-
-    def _knows(self, word: str) -> bool:
-        pieces = self.tokenizer.tokenize(word)
-        return len(pieces) == 1 and pieces[0] != self.tokenizer.unk_token
+        words = [word for word in re.findall(r"\w+", f"{stating} {denying}") if word.lower() not in EMPTY_WORDS]
+        pieces, none = {word: self.tokenizer.tokenize(word) for word in words}, self.tokenizer.unk_token
+        unknown = tuple(word for word, of_word in pieces.items() if len(of_word) != 1 or of_word == [none])
+        return Sentence(what, values, tuple(self.tokenizer.tokenize(stating)), unknown, len(pieces))
 
     def view(self, index: int) -> tuple[CTVolume, dict[str, np.ndarray]]:
         """A study to look at: a phantom, made again at `VIEW_SHAPE`, with its masks (d, h, w); a real scan without."""
