@@ -92,14 +92,6 @@ def test_a_click_moves_the_crosshair_in_all_planes(course):
     course.screenshot("crosshair")
 
 
-def test_a_window_is_chosen(course):
-    window = course.control("window").locator("select")
-    assert does(course, course.find(CANVAS), lambda: window.select_option("mediastinum"))
-    course.text_appears("window centre 40 HU, width 400 HU")
-    course.screenshot("mediastinal window")
-    assert does(course, course.find(CANVAS), lambda: window.select_option("lung"))
-
-
 def test_everything_is_reached_without_a_mouse(visit):
     page = visit("keys", KEYS)  # a page that no mouse has been on
     tab, canvas = page.tab, page.find(CANVAS)
