@@ -195,16 +195,10 @@ def first_row(table: pd.DataFrame, keys: object) -> pd.Series:
 
 
 def wrong_cells(where: str, table: pd.DataFrame, rules: Iterable[tuple]) -> list[tuple[int, str]]:
-    """The cells that a rule finds wrong, in the order of the rows.
+    """The cells that a rule finds wrong, in the order of the rows: place of the row, and a text that begins `where`.
 
-    Args:
-        where: the table's name in the texts.
-        table: its index holds the rows in the file.
-        rules: (column, wrong, expected): which rows are wrong (bool), and what was expected: one text, or a
-            series with a text for each row.
-
-    Returns:
-        Place of the row in `table`, and a text with row, column, value and what was expected.
+    `rules` are (column, wrong, expected): which rows are wrong (bool), and what was expected, one text or a series with
+    a text for each row. The index of `table` holds the rows in the file.
     """
     found = []
     for column, wrong, expected in rules:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from medctkit.common.provenance import records
 from medctkit.findings import FINDINGS, PREVALENCE
-from medctkit.metrics.bootstrap import mean_of_findings, metric_draws, patient_weights
+from medctkit.metrics.bootstrap import mean_of_findings, metric_draws, patient_weights, with_interval
 from medctkit.metrics.clinical import (
     RECALIBRATIONS,
     choose_recalibration,
@@ -20,7 +21,6 @@ from medctkit.metrics.clinical import (
     predictive_values,
     recalibrated,
     subgroup_table,
-    with_interval,
 )
 from medctkit.metrics.scores import evaluate
 from medctkit.zero_shot.classifier import Embedded
@@ -49,7 +49,7 @@ class Clinical:
     @property
     def summary(self) -> dict[str, list[dict]]:
         """The tables as plain data, for metrics.json under "clinical"; None where there is no value."""
-        return {k: t.astype(object).where(t.notna(), None).to_dict("records") for k, t in self.tables.items()}
+        return {name: records(table) for name, table in self.tables.items()}
 
 
 def clinical_statistics(

@@ -30,7 +30,7 @@ from medctkit.cohort.dataset import load_split, prepared_dir
 from medctkit.cohort.manifest import load_manifest
 from medctkit.common.atomic import replacing
 from medctkit.common.csv_tables import write_table
-from medctkit.common.provenance import made_with, write_json
+from medctkit.common.provenance import made_with, records, write_json
 from medctkit.common.templates import filled
 from medctkit.experiments.adapt import Origin
 from medctkit.experiments.report.page import with_ends
@@ -53,15 +53,9 @@ def measure_localisation(
 ) -> dict[str, pd.DataFrame]:
     """Base and adapted model on the test studies of a hospital: do their maps lie on the findings, and mean anything?
 
-    Writes `localisation.csv`, `localisation.json`, `localisation.md` and `localisation.png` into `output_dir`. What an
-    interrupted run has done lies there in `localisation_work` until the end, and the same run goes on from it.
-
-    Args:
-        manifest_path: usually `data_manifest.csv`.
-        output_dir: where `adapt` wrote.
-        seed: of the bootstrap, and of what is drawn.
-        cache_dir: see `prepared_dir`.
-        studies: how many test studies; None: all.
+    Writes `localisation.csv`, `.json`, `.md` and `.png` into `output_dir`, where `adapt` wrote. What an interrupted run
+    has done lies there in `localisation_work` until the end, and the same run goes on from it. `studies` says how many
+    test studies; None: all.
 
     Returns:
         `means`: rows of `localisation_table` over all findings; `differences`: see `paired_difference`, adapted minus
@@ -122,9 +116,9 @@ def measure_localisation(
     maps[CONTRAST] = contrast_of_regions(dataset, regions, grid)
     compared = [("adapted minus base", "base, relevance", "adapted, relevance")]
     compared += [(f"{name}: own minus {OTHERS}", f"{name}, {OTHERS}", f"{name}, relevance") for name in models]
-    differences = [
-        paired_difference(regions, maps[a], maps[b], seed=seed).assign(difference=said) for said, a, b in compared
-    ]
+    differences = []
+    for said, one, other in compared:
+        differences.append(paired_difference(regions, maps[one], maps[other], seed=seed).assign(difference=said))
     command = f"medctkit localise {output_dir} --manifest {manifest_path} --seed {seed} --studies {len(rows)}"
     table = localisation_table(regions, maps, seed=seed)
     write_table(table, output_dir / "localisation.csv")
@@ -137,13 +131,11 @@ def measure_localisation(
         "sanity": pd.concat(checks, ignore_index=True),
     }
     made = {"command": command, "studies": len(np.unique(regions.study)), "regions": len(regions.study)}
-    records: dict[str, Any] = {
-        name: part.astype(object).where(part.notna(), None).to_dict("records") for name, part in found.items()
-    }
-    records["made_with"] = made_with(seed) | made | {"patch_mm": patch_in_mm(config, grid)}
-    write_json(records, output_dir / "localisation.json")
+    content: dict[str, Any] = {name: records(part) for name, part in found.items()}
+    content["made_with"] = made_with(seed) | made | {"patch_mm": patch_in_mm(config, grid)}
+    write_json(content, output_dir / "localisation.json")
     with replacing(output_dir / "localisation.md") as temporary:
-        temporary.write_text(localisation_page(records), encoding="utf-8")
+        temporary.write_text(localisation_page(content), encoding="utf-8")
     shutil.rmtree(output_dir / "localisation_work")
     return found
 

@@ -22,7 +22,7 @@ from medctkit.experiments.adapt import Origin
 from medctkit.experiments.audit import Answers, Defect, audit, audit_scans, prompt_mismatch
 from medctkit.experiments.clinical import Clinical, clinical_statistics
 from medctkit.lora.methods import load_trained, trained_bytes, trained_count
-from medctkit.metrics.bootstrap import RESAMPLES, interval
+from medctkit.metrics.bootstrap import RESAMPLES, with_interval
 from medctkit.metrics.scores import HOME_ROWS, compare, evaluate, mean_draws, summary, thresholds_from_validation
 from medctkit.model.protocol import Model
 from medctkit.training.checkpoints import described, finished_run
@@ -167,8 +167,7 @@ def measure(
         for kind in PROMPTS:
             asked = ZeroShotClassifier(model, base.tokenizer, kind).scores_from_embeddings(test.embeddings)
             draws = mean_draws(test.labels, asked, test.patients, **drawn)
-            ends = dict(zip(("auroc_low", "auroc_high"), interval(draws), strict=True))
-            prompts.append({"set": kind, "model": name, "auroc": draws[0]} | ends)
+            prompts.append({"set": kind, "model": name} | with_interval("auroc", draws))
     same_studies(tests["base"], tests["adapted"])
     tables, difference = _compared(test, scores["test"], limits, drawn)
     at_home = None

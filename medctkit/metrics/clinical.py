@@ -1,7 +1,7 @@
 """What a clinician asks beyond AUROC: calibration made anew, net benefit, predictive values, subgroups, a second test.
 
 Labels are (n, k) of 0, 1 and NaN (unknown), scores (n, k) in [0, 1], `weights` (n, m) those of `patient_weights`:
-column 0 is the data as it is, the others resamples of patients. Values come as draws (m, ...), for `interval`.
+column 0 is the data as it is, the others resamples of patients. Values come as draws (m, ...).
 
 Recalibration is scikit-learn's. The rest is a line or two each, over resamples of patients, which no library offers:
 `dcurves` has net benefit of single samples, SciPy and statsmodels have no DeLong test.
@@ -20,17 +20,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 
 from medctkit.findings import FINDINGS
-from medctkit.metrics.bootstrap import auroc_draws, interval, mean_of_findings, patient_weights
+from medctkit.metrics.bootstrap import auroc_draws, mean_of_findings, patient_weights, with_interval
 
 RECALIBRATIONS = ("none", "Platt", "isotonic")
 FOLDS = 5  # of the validation patients, to choose a recalibration
 SMALL = 50  # patients of a subgroup, below which its row carries a warning
-
-
-def with_interval(name: str, draws: np.ndarray) -> dict[str, float]:
-    """A value and the ends of its 95 % interval, of draws (m,), under name, name_low and name_high."""
-    low, high = interval(draws[:, None])[:, 0].tolist()
-    return {name: float(draws[0]), f"{name}_low": low, f"{name}_high": high}
 
 
 def recalibrated(method: str, labels: np.ndarray, scores: np.ndarray, new: np.ndarray) -> np.ndarray:

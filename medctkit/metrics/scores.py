@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
+from sklearn.metrics import roc_auc_score, roc_curve
 
 from medctkit.findings import FINDINGS
 from medctkit.metrics.bootstrap import (
@@ -37,10 +38,10 @@ from medctkit.metrics.bootstrap import (
     RESAMPLES,
     auroc_draws,
     holm,
-    interval,
     mean_of_findings,
     metric_draws,
     patient_weights,
+    with_interval,
 )
 
 ON_TEST = "roc-corner-on-test"
@@ -168,8 +169,6 @@ def mean_auroc(labels: np.ndarray, scores: np.ndarray) -> float:
     Raises:
         ValueError: no finding has both classes.
     """
-    from sklearn.metrics import roc_auc_score
-
     known = [~np.isnan(column) for column in labels.T]
     both = [k for k, here in enumerate(known) if len(np.unique(labels[here, k])) == 2]
     if not both:
@@ -244,9 +243,9 @@ def _check_order(given: dict[str, Any], findings: Sequence[str]) -> None:
         one, two = tables[first].index, tables[name].index
         if len(one) == len(two) and (different := np.asarray(one != two)).any():
             row = int(different.argmax())
+            where = f"study {row} is {one[row]!r} in the index of {first}, {two[row]!r} in that of {name}"
             raise ValueError(
-                f"study {row} is {one[row]!r} in the index of {first}, {two[row]!r} in that of {name}: bring both into "
-                "one order, or give arrays (.to_numpy()) if the order is the same and only the names differ"
+                f"{where}: bring both into one order, or give arrays (.to_numpy()) if only the names differ"
             )
 
 
@@ -278,8 +277,6 @@ def _thresholds(labels: np.ndarray, scores: np.ndarray, thresholds: ArrayLike) -
 
 
 def _roc_corner(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    from sklearn.metrics import roc_curve
-
     found = np.full(labels.shape[1], 0.5)
     for k in range(labels.shape[1]):
         known = ~np.isnan(labels[:, k])
@@ -310,8 +307,7 @@ def _table(
         drawn = _drawn(name, values[name])
         if limits is not None:  # of a model, not a difference
             drawn = np.maximum(drawn, 0)
-        low, high = interval(drawn)
-        columns |= {name: drawn[0], f"{name}_low": low, f"{name}_high": high}
+        columns |= with_interval(name, drawn)
     if limits is not None:
         columns["threshold"] = [*limits, np.nan]
     columns["positives"] = [*np.nansum(labels, axis=0).astype(int), int(np.nansum(labels))]
@@ -332,9 +328,8 @@ def result_table(metrics: dict) -> str:
     """What is in metrics.json as text: one row per metric, 95 % intervals in brackets; below it, what it is at home."""
     parts, lines = [(f"{'':18}", metrics, ROWS)], []
     if home := metrics.get("home"):
-        parts.append(
-            (f"at home: {home['studies']} test studies of hospital {home['hospital']}\n{'':18}", home, HOME_ROWS)
-        )
+        title = f"at home: {home['studies']} test studies of hospital {home['hospital']}\n"
+        parts.append((f"{title}{'':18}", home, HOME_ROWS))
     for title, numbers, rows in parts:
         lines.append(title + "".join(f"{column:>26}" for column in COLUMNS))
         for row, name in rows.items():

@@ -21,14 +21,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, broadcast_object_list
+from accelerate.utils import broadcast
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Subset
 
 from medctkit.cohort.cache import content_of, key_of
 from medctkit.common.atomic import replacing
-from medctkit.common.provenance import write_json
+from medctkit.common.processes import in_main_process
+from medctkit.common.provenance import differences, write_json
 from medctkit.findings import FINDINGS
 from medctkit.lora.methods import restore_trained, save_trained
 from medctkit.model.fingerprint import add_tensor, digests, vocabulary_of
@@ -87,17 +88,8 @@ class Run:
         Raises:
             ValueError: a run is at work there; a damaged checkpoint; another run's folder; in all processes.
         """
-        found: Any = None
         try:
-            if self.accelerator.is_main_process:
-                try:
-                    found = self._found()
-                except (OSError, ValueError) as error:
-                    found = error
-            (found,) = broadcast_object_list([found])
-            if isinstance(found, OSError | ValueError):
-                raise found
-            if found is not None:
+            if found := in_main_process(self._found):
                 self._restore(*found)
             yield
         finally:
@@ -114,9 +106,8 @@ class Run:
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise ValueError(
-                f"another run is at work in {self.output_dir}; wait for its end, or give another output_dir"
-            ) from None
+            busy = f"another run is at work in {self.output_dir}"
+            raise ValueError(f"{busy}; wait for its end, or give another output_dir") from None
         if (self.output_dir / RECORD).is_file():
             record = finished_run(self.output_dir)
             what, way_out = f"{self.output_dir} is of a run that is finished", "Give another output_dir, or delete"
@@ -283,16 +274,6 @@ def read(path: Path, made_of: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
         raise ValueError(f"{path} is damaged, or no checkpoint of medctkit: {error}. {way_out}") from None
     refuse_other_run(f"{path} is of a run that was not finished", rest["made_of"], made_of, way_out)
     return rest, tensors
-
-
-def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """What a file says that it was made of (read from JSON) against what is at hand: a text for each difference."""
-    here = json.loads(json.dumps(dict(here)))
-    return [
-        f"{key}: {there.get(key)!r} there, {here.get(key)!r} here"
-        for key in sorted(there.keys() | here.keys())
-        if there.get(key) != here.get(key)
-    ]
 
 
 def made_of(model: Model, dataset: Any, config: FineTuneConfig, tokenizer: Any, score_fn: Any) -> dict[str, Any]:
