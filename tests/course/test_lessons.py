@@ -41,3 +41,8 @@ def test_the_end_says_what_was_built_how_far_one_is_and_where_to_go(cells):
     built, far, where = cells[-3:]
     assert built.source.startswith("## What you built\n\n- ") and "progress(output_dir)" in far.source
     assert where.source.startswith("**Next:** ") and "](" in where.source
+
+
+def test_the_map_in_notebook_00_leads_to_every_other():
+    (course,) = (cell.source for cell in LESSONS[0] if "## The course" in cell.source)
+    assert re.findall(r"^\| \[.+\]\((\d\d_\w+\.ipynb)\) \|", course, re.M) == [path.name for path in NOTEBOOKS[1:]]
