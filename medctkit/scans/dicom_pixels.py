@@ -97,7 +97,9 @@ class PixelReader:
         try:
             dataset = self._loaded(item)
             packed = _syntax(dataset) in _COMPRESSED
-            return self._decompressed(dataset, item.frame) if packed else _uncompressed(dataset, item.frame)
+            if packed:
+                return self._decompressed(dataset, item.frame)
+            return decode(lambda: pixel_array(dataset, index=item.frame))
         except ValueError as error:
             raise ValueError(f"{item.name} {error}") from error
 
@@ -154,10 +156,6 @@ class PixelReader:
 
 def _syntax(dataset: Dataset) -> UID:
     return UID(str(dataset.file_meta.TransferSyntaxUID))
-
-
-def _uncompressed(dataset: Dataset, frame: int) -> np.ndarray:
-    return decode(lambda: pixel_array(dataset, index=frame))
 
 
 def _number(dataset: Dataset, tag: str, default: int | None = None) -> int:

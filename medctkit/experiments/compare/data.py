@@ -139,10 +139,10 @@ class Changed(Dataset):
         return self.change(self.dataset[index])
 
 
-def held_out(item: dict[str, Any], findings: Sequence[str] = HELD_OUT) -> dict[str, Any]:
-    """A study of which some labels are unknown."""
+def held_out(item: dict[str, Any]) -> dict[str, Any]:
+    """A study of which the labels `HELD_OUT` are unknown."""
     labels = item["labels"].clone()
-    labels[[FINDINGS.index(name) for name in findings]] = float("nan")
+    labels[[FINDINGS.index(name) for name in HELD_OUT]] = float("nan")
     return item | {"labels": labels}
 
 
