@@ -97,6 +97,7 @@ class Gateway:
         self.folder, self.answering, self.destination = Path(folder).expanduser(), answering, destination
         self.allowed, self.title, self.limits = allowed, title, limits
         self._stop, self._lock, self._not_before = threading.Event(), threading.Lock(), 0.0
+        self._known = dict[Path, Series]()
 
     @contextmanager
     def serving(self, port: int, host: str = "127.0.0.1") -> Iterator[int]:
@@ -137,8 +138,15 @@ class Gateway:
 
     def waiting(self) -> "list[Series]":
         """The series that are not answered yet, the oldest first."""
-        found = [Series(path.parent) for path in self.folder.glob("*/*/slices")]
+        found = [self._series(path.parent) for path in self.folder.glob("*/*/slices")]
         return sorted((one for one in found if not one.settled), key=lambda one: one.latest)
+
+    def _series(self, folder: Path) -> "Series":
+        """A series, looked at anew only if a slice came since the last look."""
+        known = self._known.get(folder)
+        if known is None or known.latest != Series.latest_of(folder):
+            known = self._known[folder] = Series(folder)
+        return known
 
     def _store(self, event: Any) -> int:
         try:
@@ -175,6 +183,7 @@ class Gateway:
                     waiting = self.waiting()
                 for one in waiting:
                     if not self._stop.is_set() and time.time() - one.latest >= self.limits.quiet:
+                        one = self._known[one.folder] = Series(one.folder)  # no slice is missed now
                         self._settle(one)
                 self._forget()
             except Exception as error:  # the disk, for one; the next look may find it mended
@@ -233,8 +242,9 @@ class Gateway:
         with self._lock:
             for state in self.folder.glob("*/*/state.json"):
                 old = time.time() - state.stat().st_mtime > self.limits.keep
-                if old and Series(state.parent).settled:
+                if old and self._series(state.parent).settled:
                     shutil.rmtree(state.parent)
+                    self._known.pop(state.parent, None)
                     with suppress(OSError):  # other series of the study
                         state.parent.parent.rmdir()
 
@@ -242,17 +252,23 @@ class Gateway:
 class Series:
     """A series on disk, when its latest slice came (s), how often an answer was begun, and how far it came.
 
-    The state is "" (new, or a slice came since), "trying", "ready" (its answer is on disk), "sent" or "failed".
+    The state is of exactly these slices: "" (new), "trying", "ready" (its answer is on disk), "sent" or "failed".
     """
 
     def __init__(self, folder: Path):
-        self.folder, self.latest = folder, (folder / "slices").stat().st_mtime
+        self.folder, self.latest = folder, self.latest_of(folder)
+        self._slices = _digest("\n".join(sorted(path.name for path in (folder / "slices").glob("*.dcm"))))
         try:
             found = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             found = {}
-        known = found if found.get("latest") == self.latest else {}
+        known = found if found.get("slices") == self._slices else {}
         self.state, self.tries = str(known.get("state", "")), int(known.get("tries", 0))
+
+    @staticmethod
+    def latest_of(folder: Path) -> float:
+        """When the latest slice of a series came, s."""
+        return (folder / "slices").stat().st_mtime
 
     @property
     def settled(self) -> bool:
@@ -262,7 +278,7 @@ class Series:
     def becomes(self, state: str, reason: str = "") -> None:
         """Write down how far it came."""
         self.state, self.tries = state, self.tries + (state == "trying" and not reason)
-        content = {"latest": self.latest, "state": state, "tries": self.tries, "reason": reason}
+        content = {"slices": self._slices, "state": state, "tries": self.tries, "reason": reason}
         write_json(content, self.folder / "state.json")
 
 
