@@ -99,13 +99,12 @@ def thresholds_on_test(test: Answers, valid: Answers) -> list[Defect]:
     labels, scores = np.asarray(test.labels, float)[:, both], np.asarray(test.scores, float)[:, both]
     judged = Answers(labels, scores, test.patients, list(compress(test.findings, both)))
     public, right = (judged.mean(thresholds=limits) for limits in ("roc-corner-on-test", honest[both]))
-    shown = (
-        ("balanced accuracy", "accuracy", "balanced_accuracy"),
-        ("accuracy", "accuracy", "accuracy"),
-        ("F1 of the positive class", "F1", "f1"),
+    return _defects(
+        "thresholds chosen on the test labels",
+        ("balanced accuracy", "accuracy", public["balanced_accuracy"], right["balanced_accuracy"]),
+        ("accuracy", "accuracy", public["accuracy"], right["accuracy"]),
+        ("F1 of the positive class", "F1", public["f1"], right["f1"]),
     )
-    numbers = ((quantity, unit, public[name], right[name]) for quantity, unit, name in shown)
-    return _defects("thresholds chosen on the test labels", *numbers)
 
 
 def thresholds_on_noise(studies: int = 100, prevalence: float = 0.1, repeats: int = 500, seed: int = 0) -> list[Defect]:

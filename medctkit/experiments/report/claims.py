@@ -152,6 +152,10 @@ def published() -> list[tuple[str, pd.DataFrame]]:
     return [(name, rows[shown].reset_index(drop=True)) for name, rows in table.groupby(title, sort=False)]
 
 
+APART = (
+    "Tables of different labels are kept apart: their means are not comparable. Settings are called as their authors "
+    "call them."
+)
 REMARK = (
     "The paper's base model has a mean AUROC of 0.613. CT-CLIP's authors published 0.731 for the same 18 labels: the "
     "base lies 12 points under it, and the adapted model (0.689) lies under it too. What LoRA gained there may in part "
@@ -243,11 +247,7 @@ def blocks(measured: Measurement) -> list[Block]:
         Block("text", _asked(measured)),
         Block("heading", "What was published"),
         *(Block("table", f"Published, {title}.", results) for title, results in published()),
-        Block(
-            "text",
-            f"Tables of different labels are kept apart: their means are not comparable. Settings are called "
-            f"as their authors call them. {REMARK}",
-        ),
+        Block("text", f"{APART} {REMARK}"),
         Block("heading", "Finding by finding"),
         *(
             figure(name, partial(draw, measured), f"{what}. 95 % intervals over patients.")
@@ -269,9 +269,7 @@ def blocks(measured: Measurement) -> list[Block]:
     page += clinical_blocks(measured, table, figure)
     return page + [
         Block("heading", "What the public evaluation would have made of it"),
-        Block(
-            "text", "The known defects of the public code, each done both ways, on the base model and these studies."
-        ),
+        Block("text", "The known defects of the public code, each done both ways on the base model and these studies."),
         figure("audit", partial(audit_figure, measured.defects), "Each number, the public way and the right way."),
         table("Each defect, and what is right.", defects_table(measured)),
     ]
@@ -291,12 +289,9 @@ def _asked(measured: Measurement) -> str:
     learnt = "learnt from reports alone, and no loss saw a label."
     if measured.supervised:
         learnt = (
-            "is not: the per-finding loss taught it these findings from labels of the hospital's training patients, "
+            "is not: the per-finding loss taught it these findings from labels of the hospital's training patients, in "
+            "other sentences than it is asked. It is prompt-based and supervised, and its gain is owed to labels too."
         )
-        learnt += (
-            "in other sentences than it is asked. It is prompt-based and supervised, and its gain is owed to labels "
-        )
-        learnt += "too."
     return (
         "Both models are asked by prompts. The base model is zero-shot as far as no label took part in its own "
         f"training, see its model card; free fixes, such as other prompts, leave it so. The adapted model {learnt}"
