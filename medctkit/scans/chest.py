@@ -14,11 +14,9 @@ _MARGIN = 40.0  # mm kept beyond these slices: the rest of apices and bases, and
 
 
 def chest_range(hu: np.ndarray, steps: Sequence[float]) -> tuple[int, int]:
-    """The first and last slice of the chest: 4 cm on either side of the lungs.
+    """The first and last slice of the chest in `hu` (d, h, w), d along the body: 4 cm on either side of the lungs.
 
-    Args:
-        hu: values in HU, the first axis along the body.
-        steps: mm along its axes.
+    `steps` are mm along its axes.
 
     Raises:
         ValueError: no gas of the size of lungs.
