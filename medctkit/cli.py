@@ -254,7 +254,6 @@ def download(
     weights: Annotated[bool, typer.Option("--weights", help="The released CT-CLIP_v2.pt too.")] = False,
     tokenizer: Annotated[bool, typer.Option("--tokenizer", help="The text encoder's tokenizer too.")] = False,
     seed: Annotated[int | None, typer.Option(help="Draw the patients at random; else the first by number.")] = None,
-    keep_no_chest: Annotated[bool, typer.Option("--keep-no-chest", help="Volumes listed as no chest too.")] = False,
     workers: Annotated[int, typer.Option(help="Files at a time.", min=1, max=32)] = 4,
     verify: Annotated[bool, typer.Option("--verify", help="Read and verify files that are there again.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Fetch only the tables, and show the plan.")] = False,
@@ -269,8 +268,8 @@ def download(
     from medctkit.cohort.selection import study_names
 
     if source != "ct-rate":
-        if studies or weights or tokenizer or keep_no_chest or verify or (split and source == "idc"):
-            of_ct_rate = "--studies, --weights, --tokenizer, --keep-no-chest, --verify and, with idc, --split"
+        if studies or weights or tokenizer or verify or (split and source == "idc"):
+            of_ct_rate = "--studies, --weights, --tokenizer, --verify and, with idc, --split"
             raise ValueError(f"{of_ct_rate} are for CT-RATE")
         _download_open(source, destination, patients, split, seed, collection, dry_run)
         return
@@ -283,7 +282,7 @@ def download(
         names = study_names(studies) if studies else None
         checkpoints = ["CT-CLIP_v2.pt"] if weights else []
         chosen: dict[str, Any] = dict(patients=patients, studies=names, split=split, version=version, seed=seed)
-        plan, selection = hub.plan_ct_rate(destination, weights=checkpoints, keep_no_chest=keep_no_chest, **chosen)
+        plan, selection = hub.plan_ct_rate(destination, weights=checkpoints, **chosen)
         plans.append(plan)
         if selection:
             how = "drawn by the seed" if seed is not None else "the first by number" if patients else "as asked for"

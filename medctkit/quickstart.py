@@ -8,9 +8,14 @@ import io
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from PIL import Image
+from pydicom import Dataset
 
 from medctkit.attention.maps import patch_map, relevance
 from medctkit.deploy import predict
@@ -22,12 +27,6 @@ from medctkit.scans.volumes import CTVolume, read_volume
 from medctkit.viewers.drawing.rendering import Scan, largest_slice, render
 from medctkit.zero_shot.classifier import ZeroShotClassifier
 from medctkit.zero_shot.prompts import Prompts, prompt_sentences
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from pydicom import Dataset
 
 # Of the first seeds, one whose drawn findings are several, some of which the mini model sees and some not.
 SAMPLE_SEED, SAMPLE_SHAPE = 2, (96, 224, 224)
@@ -48,7 +47,7 @@ class Classified:
     """
 
     volume: CTVolume
-    table: "pd.DataFrame"
+    table: pd.DataFrame
     title: str
     masks: Mapping[str, np.ndarray] = field(default_factory=dict)
 
@@ -57,10 +56,8 @@ class Classified:
         """Score of each finding."""
         return dict(zip(self.table["finding"], self.table["score"], strict=True))
 
-    def figure(self) -> "Figure":
+    def figure(self) -> Figure:
         """Slices of the scan in two windows, and the 18 scores as bars that show the truth by colour and in words."""
-        from matplotlib.figure import Figure
-
         figure = Figure(figsize=(15, 6.6), layout="constrained")
         slices, bars = figure.subfigures(1, 2, width_ratios=(1, 1.15), squeeze=False)[0]
         self._draw_slices(slices.subplots(2, 2))
@@ -79,9 +76,7 @@ class Classified:
                 ax.set_title(f"{plane}, {window} window", fontsize=10)
                 ax.axis("off")
 
-    def _draw_bars(self, ax: "Axes") -> None:
-        from matplotlib.patches import Patch
-
+    def _draw_bars(self, ax: Axes) -> None:
         table = self.table
         ax.barh(table["finding"], table["score"], color=table["truth"].map(COLOURS))
         ax.plot(table["usual"], table.index, "k|", ms=13)
@@ -128,8 +123,6 @@ def classify(
         ValueError: a scan that is no phantom, without a `base`; see also `read_volume` and `ZeroShotClassifier`.
         TypeError: something else than a scan.
     """
-    import pandas as pd
-
     if scan is None:
         scan = generate(SAMPLE_SEED, shape=SAMPLE_SHAPE)
     masks, volume, known = {}, scan, {} if labels is None else labels
@@ -182,7 +175,7 @@ def answer_study(
     series: str | None = None,
     prompts: Prompts = "paper",
     with_map: bool = True,
-) -> "list[Dataset]":
+) -> list[Dataset]:
     """Classify one DICOM study, and say so in DICOM: report, picture and, `with_map`, a segmentation.
 
     The map is of what speaks for the finding with the highest score. At full size it needs 8 GB; see
@@ -192,8 +185,6 @@ def answer_study(
         ValueError: see `read_volume` and `deploy.answer`.
         ModuleNotFoundError: the extra [deploy] is not installed.
     """
-    from PIL import Image
-
     from medctkit.deploy.answer import NOTICE, answer
 
     volume = read_volume(path, series=series)

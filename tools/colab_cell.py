@@ -1,4 +1,4 @@
-# In Colab: fetches the course and installs what is missing there. Elsewhere: does nothing.
+# In Colab: fetches the course and installs what is missing there. Elsewhere: says so if the kernel is a wrong one.
 import os
 import subprocess
 import sys
@@ -13,3 +13,8 @@ if find_spec("google") and find_spec("google.colab") and not os.path.isfile("../
 
     colab.install()
     os.chdir("medctkit-course/notebooks")
+elif not find_spec("medctkit"):
+    raise ModuleNotFoundError(
+        f"this kernel is {sys.executable}, which has no medctkit. Choose the Python in which you ran `make setup` "
+        "under Kernel, Change Kernel; or run `make setup` with this one active."
+    )

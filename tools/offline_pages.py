@@ -74,6 +74,7 @@ def write_page(
     """
     import nbformat
     from nbconvert import HTMLExporter
+    from traitlets.config import Config
 
     notebook = cleaned(nbformat.read(source, as_version=4), nbformat.read(executed, as_version=4))
     notebook.cells = [cell for cell in notebook.cells if "colab" not in cell.metadata.get("tags", ())]
@@ -92,7 +93,8 @@ def write_page(
             if stack := output.get("metadata", {}).get(STACK):
                 frame = f'<iframe src="{html.escape(stack)}" title="slices" style="width:100%;height:800px;border:0">'
                 output.data = {"text/html": f"{frame}</iframe>"}
-    exporter = HTMLExporter(raw_template=_PAGE, embed_images=True)
+    folded = Config(TagRemovePreprocessor={"enabled": True, "remove_input_tags": {"hide-input"}})  # imports
+    exporter = HTMLExporter(config=folded, raw_template=_PAGE, embed_images=True)
     resources = {"metadata": {"name": source.stem, "path": str(source.parent)}}
     page, _ = exporter.from_notebook_node(notebook, resources=resources)
     path = executed.with_suffix(".html")

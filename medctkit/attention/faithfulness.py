@@ -21,7 +21,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from scipy.ndimage import gaussian_filter
+from scipy.stats import spearmanr
 from torch import nn
+from tqdm.auto import tqdm
 
 from medctkit.attention.localisation import CONTRAST, Regions, contrast_map, means_of_findings, score_maps
 from medctkit.attention.maps import attend, has_rollout, relevance_maps
@@ -54,8 +57,6 @@ def curves(
 
     `finding` is the column of the `classifier`'s probabilities, from 0 to 1.
     """
-    from scipy.ndimage import gaussian_filter
-
     grid = next(iter(maps.values())).shape
     size = [n // g for n, g in zip(pixels.shape[1:], grid, strict=True)]
     blurred = torch.from_numpy(gaussian_filter(pixels.numpy(), (0, *size)))
@@ -89,13 +90,9 @@ def faithfulness(
 ) -> pd.DataFrame:
     """All measures of each region: a row for each, columns "measure: map"; NaN where a measure has no value.
 
-    The `dataset` holds the studies of `regions`; for `model`, `tokenizer` and `prompts` see `ZeroShotClassifier`;
-    `seed` draws the random map, the other prompt, the other study and the noise; `progress` shows it. A real scan has
-    no counterfactual.
+    The arguments are those of `relevance_of_regions`; `seed` draws the random map, the other prompt, the other study
+    and the noise. A real scan has no counterfactual.
     """
-    from scipy.stats import spearmanr
-    from tqdm.auto import tqdm
-
     classifier, rng, rows = ZeroShotClassifier(model, tokenizer, prompts), np.random.default_rng(seed), []
     stating, denying = classifier.text_embeds()
 
@@ -122,18 +119,14 @@ def faithfulness(
             without = study_from_row(dataset.rows[study] | {FINDINGS[k]: 0}).volume
             twin = preprocess(without, dataset.config)
             fall = classifier.scores(pixels[None])[0] - classifier.scores(twin[None])[0]
-            row |= {
-                "fall of the probability: own finding": fall[k],
-                "fall of the probability: 17 others": fall[others].mean(),
-            }
+            falls = {"own finding": fall[k], "17 others": fall[others].mean()}
+            row |= {f"fall of the probability: {of}": value for of, value in falls.items()}
             changed = ((pixels - twin).abs() > CHANGE).float()
             size = tuple(n // g for n, g in zip(pixels.shape[1:], here["relevance"].shape, strict=True))
             shares = nn.functional.avg_pool3d(changed[None], size)[0, 0].numpy()
             if shares.max() > 0:
-                here = {
-                    "relevance": here["relevance"],
-                    "the same without the finding": maps_of(twin, [k])["relevance"],
-                } | here
+                without_it = {"the same without the finding": maps_of(twin, [k])["relevance"]}
+                here = {"relevance": here["relevance"]} | without_it | here
                 held = score_maps(np.stack(list(here.values())), np.repeat(shares[None], len(here), axis=0))
                 row |= {f"mass on what changed: {n}": v for n, v in zip(here, held["in-mask mass"], strict=True)}
                 row["mass on what changed: chance"] = float(shares.mean())
@@ -157,13 +150,10 @@ def faithfulness_table(regions: Regions, values: pd.DataFrame, resamples: int = 
         }
         first = next(iter(draws.values()))
         for name, drawn in draws.items():
+            less = first - drawn if drawn is not first else drawn * np.nan
             row = {"measure": measure, "map": name, "regions": int(values[f"{measure}: {name}"].notna().sum())}
-            for column, values_of in (
-                ("value", drawn),
-                ("difference", first - drawn if drawn is not first else drawn * np.nan),
-            ):
-                low, high = interval(values_of[:, None])[:, 0]
-                prefix = "" if column == "value" else f"{column}_"
-                row |= {column: values_of[0], f"{prefix}low": low, f"{prefix}high": high}
+            for column, prefix, of in (("value", "", drawn), ("difference", "difference_", less)):
+                low, high = interval(of[:, None])[:, 0]
+                row |= {column: of[0], f"{prefix}low": low, f"{prefix}high": high}
             rows.append(row)
     return pd.DataFrame(rows)

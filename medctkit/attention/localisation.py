@@ -20,7 +20,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from scipy.ndimage import gaussian_gradient_magnitude
+from scipy.stats import rankdata
 from torch import nn
+from tqdm.auto import tqdm
 
 from medctkit.attention.maps import attend, has_rollout, relevance_maps
 from medctkit.cohort.dataset import CTReportDataset
@@ -73,8 +76,6 @@ def find_regions(
     Raises:
         ValueError: a row of a real scan without masks; no finding at all.
     """
-    from tqdm.auto import tqdm
-
     found = []
     for index, row in enumerate(tqdm(rows, desc="masks", unit="study", disable=not progress)):
         for name, mask, volume in known_masks(row):
@@ -95,13 +96,11 @@ def relevance_of_regions(
     every: bool = False,
     progress: bool = True,
 ) -> np.ndarray:
-    """Gradient-weighted relevance of each region's own prompt pair: (m, t, h, w), by `attention.maps.relevance`.
+    """Gradient-weighted relevance of each region's own prompt pair, by `attention.maps.relevance`: (m, t, h, w).
 
     With `every`, of the pairs of all findings: (m, 18, t, h, w), for `own_and_others`. The `dataset` holds the studies
-    of `regions`; for `model`, `tokenizer` and `prompts` see `ZeroShotClassifier`; `progress` shows it.
+    of `regions`; the other arguments are those of `ZeroShotClassifier`.
     """
-    from tqdm.auto import tqdm
-
     stating, denying = ZeroShotClassifier(model, tokenizer, prompts).text_embeds()
     directions, studies, of = stating - denying, regions.study, np.arange(len(regions.study))
     if every:  # each study once, for all its regions
@@ -135,8 +134,6 @@ def contrast_of_regions(dataset: CTReportDataset, regions: Regions, grid: Sequen
 
 def contrast_map(pixels: torch.Tensor, grid: Sequence[int]) -> np.ndarray:
     """The gradient of one scan (1, D, H, W), smoothed to a `grid` of patches: (t, h, w), sum 1."""
-    from scipy.ndimage import gaussian_gradient_magnitude
-
     edges = torch.from_numpy(gaussian_gradient_magnitude(pixels.numpy(), 1.0, axes=(1, 2, 3)))
     t, h, w = grid
     found = nn.functional.adaptive_avg_pool3d(edges, (t, h, w))[0].numpy()
@@ -185,9 +182,6 @@ def localisation_table(
 
     Columns: finding (or "mean"), method (the name of the map), score, value, low, high, chance, regions (how many). For
     two maps of one kind, `paired_difference` says more than two intervals.
-
-    Raises:
-        ValueError: see `score_maps`.
     """
     weights, rows = patient_weights(regions.patients, resamples, seed), []
     counts = [*np.bincount(regions.finding, minlength=len(FINDINGS)), len(regions.finding)]
@@ -239,14 +233,13 @@ def shuffled(model: nn.Module, prefixes: Sequence[str], seed: int = 0) -> nn.Mod
 def sanity_check(
     model: Model, tokenizer: Any, dataset: CTReportDataset, regions: Regions, seed: int = 0, progress: bool = True
 ) -> pd.DataFrame:
-    """How much of a map is left as weights are shuffled from the output down.
+    """How much of a map is left as weights are shuffled, by the `seed`, from the output down.
 
     A row for each more part that is shuffled; columns relevance and, where the model has one, rollout: the mean rank
     correlation (Spearman) with the map before, 1 for the same; and "in-mask mass" of the relevance, mean of findings,
-    with its chance. The `model` is a plain one (of an adapted one, what `merge_lora` gives) with its `tokenizer`, the
-    `dataset` holds the studies of `regions`, `seed` is of the shuffling, and `progress` shows it.
+    with its chance. The `model` is a plain one (of an adapted one, what `merge_lora` gives); the other arguments are
+    those of `relevance_of_regions`.
     """
-    from scipy.stats import rankdata
 
     def ranks(maps: np.ndarray) -> np.ndarray:
         order = rankdata(maps.reshape(len(maps), -1), axis=1)

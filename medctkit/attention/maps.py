@@ -50,8 +50,7 @@ class Attention:
         of all.
 
         Raises:
-            ValueError: no such part.
-            IndexError: no such layer, head or patch.
+            ValueError, IndexError: no such part; no such layer, head or patch.
         """
         maps = self._chosen(part, layer, head)
         if len(token) != 3 or not all(0 <= i < n for i, n in zip(token, self.grid, strict=True)):
@@ -141,23 +140,14 @@ def relevance(
         ValueError: an empty sentence, or one longer than the text encoder's positions; volumes of another shape.
     """
     sentences = [stating] if denying is None else [stating, denying]
-    embeds = embed_sentences(model, tokenizer, sentences)
-    direction = embeds[0] if denying is None else embeds[0] - embeds[1]
-    return relevance_maps(model, _one_volume(pixels), direction[None])[0]
-
-
-def embed_sentences(model: Model, tokenizer: Any, sentences: Sequence[str]) -> torch.Tensor:
-    """Embeddings (sentences, p) of sentences, L2-normalised.
-
-    Raises:
-        ValueError: an empty sentence, or one longer than the text encoder's positions; says which and how long.
-    """
     for sentence in sentences:
         if not isinstance(sentence, str) or not sentence.strip():
             raise ValueError(f"the sentence is {sentence!r}; expected words, such as 'Pleural effusion is present.'")
     words, device = words_of(model, tokenizer, sentences), model.temperature.device
     with evaluating(model):
-        return model.encode_text(words["input_ids"].to(device), words["attention_mask"].to(device)).float()
+        embeds = model.encode_text(words["input_ids"].to(device), words["attention_mask"].to(device)).float()
+    direction = embeds[0] if denying is None else embeds[0] - embeds[1]
+    return relevance_maps(model, _one_volume(pixels), direction[None])[0]
 
 
 def relevance_maps(model: Model, pixels: torch.Tensor, directions: torch.Tensor) -> np.ndarray:
@@ -227,10 +217,8 @@ def patch_map(
     """
     shape = np.shape(values)
     if len(shape) != 3 or any(n % g for n, g in zip(preprocess_config.shape, shape, strict=True)):
-        raise ValueError(
-            f"map of shape {shape}: expected one number for each patch (t, h, w) of a model that sees "
-            f"{preprocess_config.shape} voxels; is it the map of another model?"
-        )
+        sees = preprocess_config.shape
+        raise ValueError(f"map of shape {shape} for a model that sees {sees} voxels; is it the map of another model?")
     return HeatMap(values, _patch_affine(volume, preprocess_config, shape), name)
 
 

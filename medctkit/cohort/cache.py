@@ -13,16 +13,17 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import blosc2
 import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from medctkit.cohort.manifest import has_file, reading_arguments, volume_from_row
 from medctkit.common.atomic import replacing
 from medctkit.scans.preprocessing import PreprocessConfig, preprocess
-
-if TYPE_CHECKING:
-    import torch
 
 FORMAT = 3  # raised when the content of prepared files changes
 STEPS = 8192  # prepared values are stored as whole numbers of 1/8192: at most 6.1e-5 off, 0.06 HU
@@ -66,15 +67,13 @@ class VolumeCache:
         """Where the volume of `key` lies, or would lie."""
         return self.folder / f"{key}{SUFFIX}"
 
-    def save(self, key: str, volume: "torch.Tensor") -> int:
+    def save(self, key: str, volume: torch.Tensor) -> int:
         """Store a prepared volume (1, z, x, y), values in [-1, 1], whole or not at all; returns the file's bytes.
 
         Raises:
             ValueError: values outside [-1, 1], or not of that shape.
             OSError: the disk is full, or the folder can't be written.
         """
-        from safetensors.numpy import save
-
         low, high = map(float, volume.aminmax())
         if volume.ndim != 4 or volume.shape[0] != 1 or not (low >= -1 and high <= 1):  # NaN is neither
             raise ValueError(
@@ -92,11 +91,8 @@ class VolumeCache:
             temporary.write_bytes(content)
         return len(content)
 
-    def load(self, key: str) -> "torch.Tensor | None":
+    def load(self, key: str) -> torch.Tensor | None:
         """A prepared volume, float32 (1, z, x, y); None where there is none or its file is damaged."""
-        import blosc2
-        import torch
-
         try:
             with self._opened(key) as (file, header):
                 values = np.empty(header["shape"], np.float32)
@@ -122,8 +118,6 @@ class VolumeCache:
     @contextmanager
     def _opened(self, key: str) -> Iterator[tuple[Any, dict]]:
         """The file of `key` and its header; OSError where there is none, ValueError where it is damaged."""
-        from safetensors import SafetensorError, safe_open
-
         try:
             with safe_open(self.path(key), framework="numpy") as file:
                 stored = (file.metadata() or {}).get("header", "")
@@ -150,8 +144,6 @@ def _name(slab: int) -> str:
 
 def _compressed(values: np.ndarray) -> bytes:
     """Blosc2: bytes of equal weight side by side, then Zstandard. One thread: several would write in any order."""
-    import blosc2
-
     return blosc2.compress2(
         np.ascontiguousarray(values),
         typesize=2,

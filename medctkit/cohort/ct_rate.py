@@ -11,22 +11,18 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
-from medctkit.cohort.manifest import COLUMNS, READING, SPACING, SPLITS, validate_manifest
-from medctkit.common.csv_tables import first_row, read_table, refuse_wrong, to_numbers, wrong_cells
+from medctkit.cohort.manifest import COLUMNS, READING, SPLITS, validate_manifest
+from medctkit.common.csv_tables import first_row, read_table, to_numbers, wrong_cells
 from medctkit.common.text import listed
 from medctkit.findings import FINDINGS
 from medctkit.scans.geometry import CANONICAL, STEP_RANGE, nearest_orientation, ras_affine
-from medctkit.scans.volumes import CTVolume, read_volume
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 HOSPITAL = "CT-RATE"
 VERSIONS = {1: "dataset/{split}", 2: "dataset/{split}_fixed"}
@@ -39,8 +35,7 @@ TABLES = {
     }
     for split, long in (("train", "train"), ("valid", "validation"))
 }
-REPORT_SECTIONS = ("ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN")
-FALLBACK = "Impressions_EN"
+REPORT = ("Findings_EN", "Impressions_EN")  # of the report table; the second where the first says nothing
 KEPT = ("Manufacturer", "ConvolutionKernel", "PatientSex", "PatientAge")  # of the metadata, where it has them
 _DIRECTIONS = "ImageOrientationPatient"
 _GEOMETRY = ("RescaleSlope", "RescaleIntercept", "XYSpacing", "ZSpacing")
@@ -80,61 +75,14 @@ def volume_path(name: str, version: int) -> str:
     return f"{folder}/{patient}/{patient}_{scan}/{patient}_{scan}_{reconstruction}.nii.gz"
 
 
-def find_volume(root: str | os.PathLike, name: str, version: int | None = None) -> Path:
-    """The file of a volume below the folder that holds `dataset`; version None: the one that is there, 2 if both are.
-
-    Raises:
-        FileNotFoundError: not there; says where it was looked for.
-    """
-    versions = (2, 1) if version is None else (version,)
-    files = [Path(root).expanduser() / volume_path(name, wanted) for wanted in versions]
-    for file in files:
-        if file.is_file():
-            return file
-    raise FileNotFoundError(f"no volume {name}; looked for {' and '.join(map(str, files))}")
-
-
-def read_ct_rate(root: str | os.PathLike, name: str, version: int | None = None, **overrides: Any) -> CTVolume:
-    """Read a volume by its name, in the right way for its version.
-
-    Args:
-        root: the folder that holds `dataset`.
-        name: with or without .nii.gz.
-        version: 1 or 2; None: the one that is there, 2 if both are.
-        overrides: arguments of `read_volume` that replace those of the metadata.
-
-    Raises:
-        FileNotFoundError: no such volume, or no metadata for version 1.
-        ValueError: malformed metadata; a slope or intercept for version 2, which is in HU; see `read_volume`.
-    """
-    path = find_volume(root, name, version)
-    found = 2 if path == Path(root).expanduser() / volume_path(name, 2) else 1
-    if found == 2 and (rescaling := [key for key in overrides if key.startswith("rescale_")]):
-        raise ValueError(f"{path}: version 2 is in HU already; leave out {' and '.join(rescaling)}")
-    note, arguments, wrong = f"CT-RATE version {found}", {}, list[dict]()
-    if found == 1:
-        split, stem = parse_volume_name(name).split, path.name.removesuffix(".nii.gz")
-        table, metadata = _table_path(root, split, "metadata"), _read_metadata(root, split, wrong)
-        row = metadata[metadata["VolumeName"] == stem]
-        if not len(row):
-            why = listed(row["message"] for row in wrong if row["study"] in (stem, ""))
-            raise ValueError(f"{table} has no row for {stem}, so its HU and spacing are unknown. {why}".rstrip(". "))
-        arguments = _arguments(row, str(table))
-    elif version is None and (Path(root).expanduser() / volume_path(name, 1)).is_file():
-        note += "; version 1 is there too and was not read"
-    volume = read_volume(path, **(arguments | overrides))
-    return replace(volume, provenance=(*volume.provenance, note))
-
-
 def manifest_from_ct_rate(
     root: str | os.PathLike,
     version: int | None = None,
     valid_share: float = 0.1,
     seed: int = 0,
     one_reconstruction: bool = False,
-    report_sections: Sequence[str] = ("Findings_EN",),
     failures: list[dict] | None = None,
-) -> tuple["pd.DataFrame", dict[str, int]]:
+) -> tuple[pd.DataFrame, dict[str, int]]:
     """Make a manifest of the volumes of CT-RATE that are on disk, chests with a report and labels.
 
     Rows of the tables that are wrong are left out, and with them their volumes; rows that are there twice, the same,
@@ -150,8 +98,6 @@ def manifest_from_ct_rate(
         valid_share: share of the training patients that becomes "valid", from 0 to below 1.
         seed: draws them.
         one_reconstruction: keep of each scan only the reconstruction with the lowest number.
-        report_sections: columns of the report table that are joined; `Impressions_EN` where they hold only
-            "Not given.".
         failures: gets study, path (of the table), error and message of each row that is wrong.
 
     Returns:
@@ -161,18 +107,13 @@ def manifest_from_ct_rate(
         FileNotFoundError: no volumes, or a table is missing.
         ValueError: tables without the columns they need, or nothing left (names table, row and column).
     """
-    import pandas as pd
-
     if not 0 <= valid_share < 1:
         raise ValueError(f"valid_share={valid_share}: expected a share of patients, from 0 to below 1")
-    unknown = [name for name in report_sections if name not in REPORT_SECTIONS]
-    if isinstance(report_sections, str) or unknown or not report_sections:
-        raise ValueError(f"report_sections={report_sections!r}: expected some of {list(REPORT_SECTIONS)}")
     root = Path(root).expanduser()
     counts: Counter[str] = Counter()
     wrong = [] if failures is None else failures
     volumes = _volumes_on_disk(root, version, counts)
-    parts = [_joined(root, split, part, report_sections, counts, wrong) for split, part in volumes.groupby("split")]
+    parts = [_joined(root, split, part, counts, wrong) for split, part in volumes.groupby("split")]
     table = pd.concat(parts, ignore_index=True)
     if one_reconstruction:
         table = _without(table, table.duplicated(["patient", "scan"]), "another reconstruction is kept", counts)
@@ -203,7 +144,7 @@ def _draw(seed: int, patient: str) -> float:
     return int.from_bytes(hashlib.sha256(f"{seed}/{patient}".encode()).digest()[:6]) / 2**48
 
 
-def _without(table: "pd.DataFrame", dropped: "pd.Series", reason: str, counts: Counter) -> "pd.DataFrame":
+def _without(table: pd.DataFrame, dropped: pd.Series, reason: str, counts: Counter) -> pd.DataFrame:
     counts[f"dropped: {reason}"] += int(dropped.sum())
     return table[~dropped]
 
@@ -212,10 +153,8 @@ def _fail(error: OSError) -> None:
     raise error  # os.walk passes over folders that it may not read
 
 
-def _volumes_on_disk(root: Path, version: int | None, counts: Counter) -> "pd.DataFrame":
+def _volumes_on_disk(root: Path, version: int | None, counts: Counter) -> pd.DataFrame:
     """Columns of the manifest that names and folders give, in the order of patients, scans, reconstructions."""
-    import pandas as pd
-
     versions = tuple(VERSIONS) if version is None else (_checked_version(version),)
     found: dict[VolumeName, tuple[int, str]] = {}
     for number in versions:
@@ -251,16 +190,11 @@ def _volumes_on_disk(root: Path, version: int | None, counts: Counter) -> "pd.Da
     return table.assign(hospital=HOSPITAL)
 
 
-def _joined(
-    root: Path, split: str, volumes: "pd.DataFrame", sections: Sequence[str], counts: Counter, wrong: list[dict]
-) -> "pd.DataFrame":
+def _joined(root: Path, split: str, volumes: pd.DataFrame, counts: Counter, wrong: list[dict]) -> pd.DataFrame:
     """Rows of the manifest for the volumes of one of CT-RATE's splits; `split` is still CT-RATE's."""
-    import pandas as pd
-
-    texts = tuple(dict.fromkeys((*sections, FALLBACK)))
     tables = {
         "labels": _read_table(root, split, "labels", wrong, FINDINGS),
-        "reports": _read_table(root, split, "reports", wrong, texts),
+        "reports": _read_table(root, split, "reports", wrong, REPORT),
         "metadata": _read_metadata(root, split, wrong),
     }
     listed_somewhere = set().union(*(table["VolumeName"] for table in tables.values()))
@@ -271,7 +205,7 @@ def _joined(
     labels = labels.assign(**{name: to_numbers(labels[name]) for name in FINDINGS})
     rules = [(name, ~labels[name].isin((0, 1)), "0 or 1") for name in FINDINGS]
     labels = _right(root, split, "labels", labels, [*rules, *_one_value_for_each_scan(labels, FINDINGS)], wrong)
-    reports = _right(root, split, "reports", reports, _one_value_for_each_scan(reports, sections), wrong)
+    reports = _right(root, split, "reports", reports, _one_value_for_each_scan(reports, REPORT[:1]), wrong)
     stored = metadata["VolumeName"].isin(volumes.loc[volumes["ct_rate_version"] == 1, "study"])
     reading, rules = _reading_columns(metadata)
     rules = [(name, unfit & stored, expected) for name, unfit, expected in rules]
@@ -279,7 +213,7 @@ def _joined(
     for kind, table, needed in (("labels", labels, (1, 2)), ("reports", reports, (1, 2)), ("metadata", metadata, (1,))):
         lacking = ~volumes["study"].isin(table["VolumeName"]) & volumes["ct_rate_version"].isin(needed)
         volumes = _without(volumes, lacking, f"no row in the {kind} table", counts)
-    report = _report_texts(reports, sections).set_axis(reports["VolumeName"])
+    report = _report_texts(reports).set_axis(reports["VolumeName"])
     empty = report.reindex(volumes["study"]).eq("").set_axis(volumes.index)
     volumes = _without(volumes, empty, "report not given", counts)
 
@@ -300,8 +234,8 @@ def _joined(
 
 
 def _right(
-    root: str | os.PathLike, split: str, kind: str, table: "pd.DataFrame", rules: Sequence[tuple], wrong: list[dict]
-) -> "pd.DataFrame":
+    root: str | os.PathLike, split: str, kind: str, table: pd.DataFrame, rules: Sequence[tuple], wrong: list[dict]
+) -> pd.DataFrame:
     """The rows of a table that no rule finds wrong; what is wrong with the others goes into `wrong`."""
     path = str(_table_path(root, split, kind))
     why = dict(reversed(wrong_cells(path, table, rules)))  # of each row the first
@@ -311,10 +245,8 @@ def _right(
     return table.drop(index=table.index[list(why)])
 
 
-def _extra_columns(metadata: "pd.DataFrame") -> "pd.DataFrame":
+def _extra_columns(metadata: pd.DataFrame) -> pd.DataFrame:
     """What is worth keeping of the metadata; the age in years, missing where it isn't written as "036Y"."""
-    import pandas as pd
-
     extra = metadata[[name for name in KEPT if name in metadata]]
     if "PatientAge" in extra:
         years = extra["PatientAge"].str.extract(r"^\s*([0-9]{1,3})Y\s*$", expand=False)
@@ -333,7 +265,7 @@ def _read_table(
     wrong: list[dict],
     columns: Sequence[str],
     optional: Sequence[str] = (),
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """A table of CT-RATE with VolumeName checked and without its .nii.gz; the index is the row in the file."""
     path = _table_path(root, split, kind)
     if not path.is_file():
@@ -370,27 +302,21 @@ def _no_chest(root: Path, split: str, wrong: list[dict]) -> set[str]:
     return names
 
 
-def _report_texts(reports: "pd.DataFrame", sections: Sequence[str]) -> "pd.Series":
-    """The wanted sections joined, or the fallback where they say nothing; "" where that says nothing either."""
-
-    def text(name: str) -> "pd.Series":
-        return reports[name].str.strip().mask(reports[name].str.fullmatch(_PLACEHOLDER).astype(bool), "")
-
-    joined = text(sections[0])
-    for name in sections[1:]:
-        joined = (joined + " " + text(name)).str.strip()
-    return joined.mask(joined == "", text(FALLBACK))
+def _report_texts(reports: pd.DataFrame) -> pd.Series:
+    """The findings, or the impressions where they say nothing; "" where these say nothing either."""
+    findings, impressions = (
+        reports[name].str.strip().mask(reports[name].str.fullmatch(_PLACEHOLDER).astype(bool), "") for name in REPORT
+    )
+    return findings.mask(findings == "", impressions)
 
 
-def _one_value_for_each_scan(table: "pd.DataFrame", columns: Sequence[str]) -> list[tuple]:
-    import pandas as pd
-
+def _one_value_for_each_scan(table: pd.DataFrame, columns: Sequence[str]) -> list[tuple]:
     scan = pd.factorize(table["VolumeName"].str.rsplit("_", n=1).str[0])[0]
     expected = "one value for all reconstructions of a scan, which begin in row " + first_row(table, scan)
     return [(name, table[name].groupby(scan).transform("nunique", dropna=False) > 1, expected) for name in columns]
 
 
-def _read_metadata(root: str | os.PathLike, split: str, wrong: list[dict]) -> "pd.DataFrame":
+def _read_metadata(root: str | os.PathLike, split: str, wrong: list[dict]) -> pd.DataFrame:
     return _read_table(root, split, "metadata", wrong, _GEOMETRY, (*KEPT, _DIRECTIONS))
 
 
@@ -412,10 +338,8 @@ def _stored_as(directions: str) -> str:
         return ""
 
 
-def _reading_columns(metadata: "pd.DataFrame") -> tuple["pd.DataFrame", list[tuple]]:
+def _reading_columns(metadata: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple]]:
     """Columns of the manifest that say how to read version 1, of rows of the metadata, which are text; and rules."""
-    import pandas as pd
-
     plane = metadata["XYSpacing"].str.extract(rf"^\s*\[{_LENGTH},{_LENGTH}\]\s*$")
     values = {
         "RescaleSlope": to_numbers(metadata["RescaleSlope"]),
@@ -439,11 +363,3 @@ def _reading_columns(metadata: "pd.DataFrame") -> tuple["pd.DataFrame", list[tup
         columns["stored_as"] = metadata[_DIRECTIONS].map(_stored_as)
         rules.append((_DIRECTIONS, columns["stored_as"] == "", "two directions, such as [1, 0, 0, 0, 1, 0]"))
     return columns, rules
-
-
-def _arguments(metadata_row: "pd.DataFrame", table: str) -> dict[str, Any]:
-    columns, rules = _reading_columns(metadata_row)
-    refuse_wrong(table, metadata_row, rules)
-    (found,) = columns.to_dict("records")
-    spacing = tuple(found.pop(name) for name in SPACING)
-    return found | {"spacing": spacing}

@@ -10,10 +10,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 
 from medctkit.cohort.cache import VolumeCache, content_of, key_of, prepare_row
 from medctkit.cohort.manifest import volume_from_row
@@ -22,9 +24,6 @@ from medctkit.common.processes import accelerator_for
 from medctkit.common.text import listed
 from medctkit.findings import FINDINGS
 from medctkit.scans.preprocessing import PreprocessConfig, preprocess
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 IN_MEMORY = 4e9  # bytes of volumes up to which a data set is loaded at once
 
@@ -39,7 +38,7 @@ class CTReportDataset(Dataset):
         ValueError: no rows.
     """
 
-    def __init__(self, manifest: "pd.DataFrame", preprocess_config: PreprocessConfig, cache_dir=None):
+    def __init__(self, manifest: pd.DataFrame, preprocess_config: PreprocessConfig, cache_dir=None):
         if not len(manifest):
             raise ValueError("the manifest has no rows for this dataset; look at its hospital and split columns")
         self.rows: list[dict] = manifest.to_dict("records")
@@ -79,8 +78,6 @@ class CTReportDataset(Dataset):
 
     def in_memory(self) -> "CTReportDataset":
         """Load all volumes at once and go on from memory (0.5 MB each at the mini size); returns itself."""
-        from tqdm.auto import tqdm
-
         bar = tqdm(self.rows, desc="loading", unit="study", leave=False, delay=2)
         self._loaded = [self._pixels(row) for row in bar]
         return self
@@ -137,7 +134,7 @@ def report_ids(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.T
 
 
 def load_split(
-    manifest: "pd.DataFrame", hospital: str | None, split: str, preprocess_config: PreprocessConfig, cache_dir
+    manifest: pd.DataFrame, hospital: str | None, split: str, preprocess_config: PreprocessConfig, cache_dir
 ) -> CTReportDataset:
     """The prepared studies of one hospital (None: of all) and split; in memory if they are small enough.
 

@@ -15,10 +15,16 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import WeakFileLock
+from tqdm.auto import tqdm
 
 from medctkit.cohort.contents import Contents, stamp_of
 from medctkit.cohort.ct_rate import TABLES
@@ -26,10 +32,6 @@ from medctkit.cohort.hub_repository import HubRepository
 from medctkit.cohort.selection import Selection, read_names, select
 from medctkit.common.csv_tables import read_table
 from medctkit.common.text import as_bytes, counted, listed
-
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
-    from huggingface_hub.hf_api import RepoFile
 
 CT_RATE = "ibrahimhamamci/CT-RATE"
 WEIGHTS = "models/CT-CLIP-Related"
@@ -46,7 +48,7 @@ class Plan:
     repository: HubRepository
     revision: str  # the commit
     destination: Path
-    files: tuple["RepoFile", ...]  # as the hub announces them
+    files: tuple[RepoFile, ...]  # as the hub announces them
     bytes_there: int  # how much of them is in the destination already
     bytes_free: int  # on its disk
 
@@ -77,8 +79,6 @@ def plan_files(repository: HubRepository, names: Iterable[str], destination: str
         ConnectionError: no network, or offline mode.
         OSError: the destination can't be written, or its disk has no room.
     """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-
     repo_id, repo_type, names = repository.repo_id, repository.repo_type, list(dict.fromkeys(names))
     destination = Path(destination).expanduser().absolute()
     try:
@@ -87,7 +87,7 @@ def plan_files(repository: HubRepository, names: Iterable[str], destination: str
     except OSError as error:
         raise OSError(f"cannot write into {destination}: {error.strerror or error}; choose another folder") from None
 
-    def commit(api: "HfApi") -> str:
+    def commit(api: HfApi) -> str:
         # everyone may list a gated repository: only asking for a file tells whether it can be had
         url = hf_hub_url(repo_id, names[0], repo_type=repo_type, endpoint=api.endpoint)
         found = get_hf_file_metadata(url, timeout=30, endpoint=api.endpoint).commit_hash
@@ -155,12 +155,6 @@ def download(plan: Plan, *, workers: int = 4, verify: bool = False) -> Outcome:
     Raises:
         OSError: another download is writing into the same folder.
     """
-    from concurrent.futures import CancelledError, ThreadPoolExecutor
-
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import WeakFileLock
-    from tqdm.auto import tqdm
-
     # huggingface_hub 0.x, which Colab has, shows a bar of its own for each file
     one_bar = "tqdm_class" in inspect.signature(hf_hub_download).parameters
     stop, left, outcome = threading.Event(), plan.bytes_left if one_bar else 0, Outcome()
@@ -183,7 +177,7 @@ def download(plan: Plan, *, workers: int = 4, verify: bool = False) -> Outcome:
 
     options: dict[str, Any] = {"tqdm_class": FileBar} if one_bar else {}
 
-    def fetch(api: "HfApi", file: "RepoFile") -> None:
+    def fetch(api: HfApi, file: RepoFile) -> None:
         where: dict[str, Any] = dict(repo_id=plan.repository.repo_id, repo_type=plan.repository.repo_type)
         where |= dict(revision=plan.revision, local_dir=plan.destination, endpoint=api.endpoint)
         path = Path(hf_hub_download(filename=file.path, **where, **options))
@@ -193,7 +187,7 @@ def download(plan: Plan, *, workers: int = 4, verify: bool = False) -> Outcome:
             raise OSError(f"arrived with digest {found}, but the hub says {_announced_digest(file)}")
         verified.put(plan.destination / file.path, stamp, found)
 
-    def provide(file: "RepoFile") -> None:
+    def provide(file: RepoFile) -> None:
         target = plan.destination / file.path
         if stop.is_set():
             outcome.untried.append(file.path)
@@ -233,11 +227,11 @@ def download(plan: Plan, *, workers: int = 4, verify: bool = False) -> Outcome:
     return outcome
 
 
-def _has_size(path: Path, file: "RepoFile") -> bool:
+def _has_size(path: Path, file: RepoFile) -> bool:
     return path.is_file() and path.stat().st_size == file.size
 
 
-def _is_there(path: Path, file: "RepoFile", verified: Contents, verify: bool) -> bool:
+def _is_there(path: Path, file: RepoFile, verified: Contents, verify: bool) -> bool:
     """Whether a file is in the destination, whole; it is read unless it was verified and is as it was then."""
     if not _has_size(path, file):
         return False
@@ -248,12 +242,12 @@ def _is_there(path: Path, file: "RepoFile", verified: Contents, verify: bool) ->
     return found == _announced_digest(file)
 
 
-def _announced_digest(file: "RepoFile") -> str:
+def _announced_digest(file: RepoFile) -> str:
     """SHA-256, or git's SHA-1 of a file in git itself."""
     return file.lfs.sha256 if file.lfs else file.blob_id
 
 
-def _digest(path: Path, file: "RepoFile") -> str:
+def _digest(path: Path, file: RepoFile) -> str:
     algorithm = hashlib.sha256() if file.lfs else hashlib.sha1(b"blob %d\0" % file.size)
     with open(path, "rb") as opened:
         return hashlib.file_digest(opened, lambda: algorithm).hexdigest()
@@ -270,7 +264,6 @@ def plan_ct_rate(
     split: str | None = None,
     version: int = 2,
     weights: Iterable[str] = (),
-    keep_no_chest: bool = False,
     seed: int | None = None,
 ) -> tuple[Plan, Selection | None]:
     """Fetch the tables of CT-RATE, choose volumes by them, and find out whether these can be fetched.
@@ -282,7 +275,6 @@ def plan_ct_rate(
         split: "train" or "valid"; alone it means all of it.
         version: see `select`.
         weights: names such as "CT-CLIP_v2.pt", to be fetched too.
-        keep_no_chest: keep volumes that show no chest.
         seed: see `select`.
 
     Returns:
@@ -310,7 +302,7 @@ def plan_ct_rate(
     volumes, no_chest = [], []
     for table in tables:
         volumes += list(read_table(plan.destination / table["labels"], ["VolumeName"], [])["VolumeName"])
-        no_chest += [] if keep_no_chest else read_names(plan.destination / table["no_chest"])
+        no_chest += read_names(plan.destination / table["no_chest"])
     chosen = select(volumes, patients=patients, studies=studies, version=version, no_chest=no_chest, seed=seed)
     return plan_files(repository, [*chosen.files, *weights], destination), chosen
 

@@ -11,10 +11,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants, errors, get_token
 
 WAIT = 2.0  # seconds before something is asked for a second time
 
@@ -23,8 +22,6 @@ Answer = TypeVar("Answer")
 
 def token_source() -> str | None:
     """Where this machine has a Hugging Face token: HF_TOKEN, a file, or None. The hub isn't asked."""
-    from huggingface_hub import constants
-
     if os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN"):
         return "HF_TOKEN"
     return constants.HF_TOKEN_PATH if Path(constants.HF_TOKEN_PATH).is_file() else None
@@ -40,8 +37,6 @@ class HubRepository:
     @property
     def endpoint(self) -> str:
         """Address of the hub."""
-        from huggingface_hub import constants
-
         return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
 
     @property
@@ -49,10 +44,8 @@ class HubRepository:
         """Its page in a browser."""
         return f"{self.endpoint}/{'datasets/' if self.repo_type == 'dataset' else ''}{self.repo_id}"
 
-    def ask(self, question: Callable[["HfApi"], Answer], about: str) -> Answer:
+    def ask(self, question: Callable[[HfApi], Answer], about: str) -> Answer:
         """Call `question` with the hub's API, twice where the fault may pass; its errors are explained."""
-        from huggingface_hub import HfApi
-
         try:
             return question(HfApi(endpoint=self.endpoint))
         except Exception as error:
@@ -68,8 +61,6 @@ class HubRepository:
 
     def _explained(self, error: BaseException, about: str) -> BaseException:
         """The built-in exception that says what went wrong at `about` and what to do; others as they are."""
-        from huggingface_hub import errors, get_token
-
         if isinstance(error, errors.LocalEntryNotFoundError):  # what it came from says more
             error = error.__cause__ or error
         status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None

@@ -14,13 +14,12 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from html import unescape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from medctkit.cohort.nodules import LEAST_READERS, NODULE
 from medctkit.cohort.open_data import OpenPlan, manifest_row, some_of, split_of
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 LIDC = "lidc_idri"
 NODULES = {LIDC: "dicom_lidc_idri_nodules"}  # collection -> whose segmentations of nodules
@@ -73,8 +72,6 @@ def plan_idc(
         masks = str(destination / "nodules" / row.StudyInstanceUID) if n else ""
         more = dict(path=str(destination / row.folder), masks=masks, licence=row.license_short_name, doi=row.source_DOI)
         table.append(manifest_row(row.PatientID, row.PatientID, split_of(row.PatientID), collection, labels, **more))
-    import pandas as pd
-
     series = pd.concat([scans, drawn])
     there = sum(int(row.series_size_MB * 1e6) for row in series.itertuples() if not _lacks(destination, row))
     return OpenPlan(
@@ -88,7 +85,7 @@ def plan_idc(
     )
 
 
-def chest_series(table: "pd.DataFrame") -> "pd.DataFrame":
+def chest_series(table: pd.DataFrame) -> pd.DataFrame:
     """One series for each patient, by the rule above, out of a `table` of the index's rows with `DETAILS`."""
     fits = (table["Modality"] == "CT") & table["analysis_result_id"].isna()
     fits &= table["SliceThickness"].between(*THICKNESS) & table["instanceCount"].between(*SLICES)
@@ -111,7 +108,7 @@ def _client() -> Any:
     return IDCClient()
 
 
-def _details(client: Any) -> "pd.DataFrame":
+def _details(client: Any) -> pd.DataFrame:
     """The table with thickness, kernel and kind of every CT series, which is fetched once."""
     try:
         client.fetch_index("ct_index")
@@ -124,7 +121,7 @@ def _details(client: Any) -> "pd.DataFrame":
         ) from None
 
 
-def _licences(client: Any, series: "pd.DataFrame") -> tuple[str, ...]:
+def _licences(client: Any, series: pd.DataFrame) -> tuple[str, ...]:
     """Each licence that the index gives these series, with the citation of their source."""
     client.fetch_index("collections_index")
     client.fetch_index("analysis_results_index")
@@ -137,7 +134,7 @@ def _licences(client: Any, series: "pd.DataFrame") -> tuple[str, ...]:
     return tuple(f"{name}. {' '.join(unescape(re.sub('<[^>]+>', '', text)).split())}" for name, text in texts)
 
 
-def _transfer(client: Any, destination: Path, scans: "pd.DataFrame", drawn: "pd.DataFrame") -> Mapping[str, str]:
+def _transfer(client: Any, destination: Path, scans: pd.DataFrame, drawn: pd.DataFrame) -> Mapping[str, str]:
     for series, layout in ((scans, "%PatientID/%SeriesInstanceUID"), (drawn, "%StudyInstanceUID/%SeriesInstanceUID")):
         lacking = [row.SeriesInstanceUID for row in series.itertuples() if _lacks(destination, row)]
         if lacking:

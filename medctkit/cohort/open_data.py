@@ -9,16 +9,15 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from medctkit.cohort.download import refuse_no_room
 from medctkit.cohort.manifest import write_manifest
 from medctkit.common.atomic import replacing
 from medctkit.common.text import as_bytes, counted
 from medctkit.findings import FINDINGS
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 LICENCES = "LICENCES.txt"
 
@@ -34,7 +33,7 @@ class OpenPlan:
     destination: Path
     source: str  # in a few words
     licences: tuple[str, ...]  # each with whom to name
-    table: "pd.DataFrame"  # the manifest; a row for each scan
+    table: pd.DataFrame  # the manifest; a row for each scan
     bytes_total: int
     bytes_there: int
     transfer: Callable[[], Mapping[str, str]]  # fetches what is missing; gives studies that did not come, and why

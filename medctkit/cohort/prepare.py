@@ -17,9 +17,12 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
 
 from medctkit.cohort.cache import VolumeCache, checksum_of, content_of, key_of, prepare_row
 from medctkit.cohort.contents import Contents, stamp_of
@@ -28,9 +31,6 @@ from medctkit.common.csv_tables import write_table
 from medctkit.common.processes import worker_pool
 from medctkit.common.text import as_bytes, printable
 from medctkit.scans.preprocessing import PreprocessConfig
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 CONTENTS = "contents.csv"  # in the cache folder: which file had which content, so that it is hashed once
 BYTES_PER_VOXEL = 1.4  # expected; phantoms took 1.04 at the released size, 1.34 at that of the mini model
@@ -64,7 +64,7 @@ class Preparation:
     seconds: float = 0.0
     seconds_per_volume: float = 0.0
 
-    def prepared_rows(self, manifest: "pd.DataFrame") -> "pd.DataFrame":
+    def prepared_rows(self, manifest: pd.DataFrame) -> pd.DataFrame:
         """The rows of a manifest that are prepared, with the checksums that a run found out."""
         rows = manifest[manifest["study"].isin(self.contents)]
         return rows.assign(checksum=rows["study"].map(self.contents))
@@ -98,8 +98,6 @@ def prepare(
         ConnectionError: no scheduler answers.
         OSError: no room on a disk.
     """
-    from tqdm.auto import tqdm
-
     if scheduler is not None and workers is not None:
         raise ValueError("workers is for this machine; the scheduler has workers of its own")
     started = time.perf_counter()
@@ -147,8 +145,6 @@ def prepare(
 
 def write_failures(failures: Sequence[Mapping], path: str | os.PathLike) -> None:
     """Write the failures of a run as a table, whole or not at all; without failures, remove an earlier run's."""
-    import pandas as pd
-
     path = Path(path)
     if not failures:
         path.unlink(missing_ok=True)
@@ -261,8 +257,6 @@ def _on_cluster(todo: list[dict], config: PreprocessConfig, cache: VolumeCache, 
 
 
 def _task_of_a_worker(row: Mapping, config: PreprocessConfig, cache: VolumeCache) -> dict[str, Any]:
-    import torch
-
     torch.set_num_threads(1)  # the processes are the parallelism
     return _task(row, config, cache)
 

@@ -18,17 +18,17 @@ from functools import partial
 from http.client import HTTPException
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote
 from urllib.request import urlopen
 
+import pandas as pd
+from tqdm.auto import tqdm
+
 from medctkit.cohort.open_data import OpenPlan, manifest_row, some_of
 from medctkit.common.atomic import replacing
 from medctkit.common.csv_tables import read_table
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 ZENODO, RECORD = "https://zenodo.org", "6406114"
 TOKEN = "ZENODO_TOKEN"
@@ -89,8 +89,6 @@ def plan_rad_chestct(
         path = str(destination / "scans" / f"{study}.npz")
         rows.append(manifest_row(study, row.MRN_DEID, where, "RAD-ChestCT", labels.get(study, {}), path=path, **more))
         volumes.append(entries[f"{study}.npz"])
-    import pandas as pd
-
     folder, total = destination / "scans", sum(entry["size"] for entry in volumes)
     there = sum(entry["size"] for entry in volumes if _is_there(folder, entry))
     what = f"RAD-ChestCT, {split or 'all'}"
@@ -98,7 +96,7 @@ def plan_rad_chestct(
     return OpenPlan(destination, what, (licence,), pd.DataFrame(rows), total, there, transfer)
 
 
-def _labels(table: "pd.DataFrame", studies: Sequence[str]) -> dict[str, dict[str, int]]:
+def _labels(table: pd.DataFrame, studies: Sequence[str]) -> dict[str, dict[str, int]]:
     """Of some studies the findings that the map knows: columns are "abnormality*place", one place is enough."""
     table = table.set_index("NoteAcc_DEID").loc[lambda all_rows: all_rows.index.isin(studies)]
     found: dict[str, dict[str, int]] = {study: {} for study in table.index}
@@ -117,8 +115,6 @@ def _labels(table: "pd.DataFrame", studies: Sequence[str]) -> dict[str, dict[str
 
 def _fetch_files(folder: Path, entries: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Fetch files of the record, four at a time; by the name before its ending, why one did not come."""
-    from tqdm.auto import tqdm
-
     left = [entry for entry in entries if not _is_there(folder, entry)]
     folder.mkdir(parents=True, exist_ok=True)
     failures: dict[str, str] = {}

@@ -12,13 +12,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Write a file under a temporary name beside it, which takes its name at the end of the block.
 
     Whoever reads `path` meanwhile sees the old file; if the block fails, the old file stays and nothing else is left.
-    Several processes may do so at once.
-
-    Args:
-        path: the file to write.
-
-    Yields:
-        The path to write to; it ends in .tmp.
+    Several processes may do so at once. Yields the path to write to; it ends in .tmp.
     """
     path = Path(path).expanduser()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")

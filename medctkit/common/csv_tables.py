@@ -13,13 +13,11 @@ import re
 from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import pandas as pd
 
 from medctkit.common.atomic import replacing
 from medctkit.common.text import listed
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 _DELIMITERS = ",;\t"
 _HEADER = 100_000  # characters that the header is looked for in
@@ -28,7 +26,7 @@ _THOUSANDS = r"[+-]?[1-9]\d{0,2},\d{3}"  # 1,250 is 1250 to some and 1.25 to oth
 _FORMULA = re.compile(r"(?!'*[+-]?[\d.,]+(e[+-]?\d+)?$)'*\s*[=+@＝＋－＠\t\r-]", re.I)
 
 
-def write_table(table: "pd.DataFrame", path: str | os.PathLike) -> None:
+def write_table(table: pd.DataFrame, path: str | os.PathLike) -> None:
     """Write a CSV table, whole or not at all; `read_table` gives its texts back as they were."""
 
     def escaped(cell: object) -> object:
@@ -46,7 +44,7 @@ def read_table(
     required: Collection[str],
     optional: Collection[str] | None = None,
     wrong: dict[int, str] | None = None,
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """Read a CSV table, separated by commas, semicolons or tabs, in UTF-8 (or UTF-16 with its mark).
 
     Args:
@@ -63,8 +61,6 @@ def read_table(
         ValueError: unreadable text, a quote that is never closed, rows of unequal length, a required column
             that is missing or a column that is there twice. The message names the file and the row.
     """
-    import pandas as pd
-
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such table")
@@ -170,14 +166,12 @@ def check_columns(found: Iterable[str], required: Collection[str], where: str) -
         raise ValueError(f"{where}: the column(s) {twice} occur more than once; keep one of each")
 
 
-def to_numbers(column: "pd.Series") -> "pd.Series":
+def to_numbers(column: pd.Series) -> pd.Series:
     """Turn a column of text into numbers; a cell that isn't one keeps its text.
 
     A decimal comma is read where it can't be a thousands separator. Whole numbers become integers, also where
     they are written as "1.0"; empty cells become missing values.
     """
-    import pandas as pd
-
     text = column.str.strip()
     comma = text.str.fullmatch(_DECIMAL_COMMA) & ~text.str.fullmatch(_THOUSANDS)
     numbers = pd.to_numeric(text.where(~comma, text.str.replace(",", ".", regex=False)), errors="coerce").astype(float)
@@ -190,29 +184,21 @@ def to_numbers(column: "pd.Series") -> "pd.Series":
     return numbers
 
 
-def given(column: "pd.Series") -> "pd.Series":
+def given(column: pd.Series) -> pd.Series:
     """Which cells hold anything but blanks (bool)."""
     return column.notna() & (column.astype(str).str.strip() != "")
 
 
-def first_row(table: "pd.DataFrame", keys: object) -> "pd.Series":
+def first_row(table: pd.DataFrame, keys: object) -> pd.Series:
     """For each row the row (text) in which its group begins: the first with the same keys, as `groupby` takes them."""
-    import pandas as pd
-
     return pd.Series(table.index.astype(str), index=table.index).groupby(keys).transform("first")
 
 
-def wrong_cells(where: str, table: "pd.DataFrame", rules: Iterable[tuple]) -> list[tuple[int, str]]:
-    """The cells that a rule finds wrong, in the order of the rows.
+def wrong_cells(where: str, table: pd.DataFrame, rules: Iterable[tuple]) -> list[tuple[int, str]]:
+    """The cells that a rule finds wrong, in the order of the rows: place of the row, and a text that begins `where`.
 
-    Args:
-        where: the table's name in the texts.
-        table: its index holds the rows in the file.
-        rules: (column, wrong, expected): which rows are wrong (bool), and what was expected: one text, or a
-            series with a text for each row.
-
-    Returns:
-        Place of the row in `table`, and a text with row, column, value and what was expected.
+    `rules` are (column, wrong, expected): which rows are wrong (bool), and what was expected, one text or a series with
+    a text for each row. The index of `table` holds the rows in the file.
     """
     found = []
     for column, wrong, expected in rules:
@@ -224,7 +210,7 @@ def wrong_cells(where: str, table: "pd.DataFrame", rules: Iterable[tuple]) -> li
     return sorted(found, key=lambda cell: cell[0])
 
 
-def refuse_wrong(where: str, table: "pd.DataFrame", rules: Iterable[tuple]) -> None:
+def refuse_wrong(where: str, table: pd.DataFrame, rules: Iterable[tuple]) -> None:
     """Refuse a table with wrong cells; see `wrong_cells`.
 
     Raises:

@@ -4,11 +4,7 @@ from importlib import import_module
 
 
 def require(extra: str, *names: str) -> None:
-    """Before long work begins: is what it needs installed?
-
-    Args:
-        extra: of the package, which brings them.
-        names: modules.
+    """Before long work begins: are these modules installed, which the `extra` of the package brings?
 
     Raises:
         ImportError: one is not there; says the command that installs it.
@@ -17,6 +13,5 @@ def require(extra: str, *names: str) -> None:
         try:
             import_module(name)
         except ImportError:
-            raise ImportError(
-                f"this needs {name}, which is not installed: pip install 'medctkit[{extra}]'", name=name
-            ) from None
+            said = f"this needs {name}, which is not installed: pip install 'medctkit[{extra}]'"
+            raise ImportError(said, name=name) from None

@@ -1,7 +1,5 @@
 """This process's device, and the processes that work beside it."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading
@@ -10,10 +8,13 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import is_tensorboard_available
+from torch import distributed as dist
 
 
 def accelerator_for(
@@ -30,11 +31,6 @@ def accelerator_for(
     Raises:
         ValueError: a tracker that is not known here, or not installed.
     """
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-    from accelerate.utils import is_tensorboard_available
-
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
         AcceleratorState._reset_state()
     if tracker not in ("none", "tensorboard", *map(str, get_available_trackers())):
@@ -47,21 +43,31 @@ def accelerator_for(
 
 def process_and_processes() -> tuple[int, int]:
     """Which process this is, and of how many that `accelerate launch` started."""
-    from torch import distributed as dist
-
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
+def in_main_process(work: Callable[[], Any]) -> Any:
+    """What `work` gives in the first process, in all of them; or its error, so that none waits for the others."""
+    process, processes = process_and_processes()
+    if processes == 1:
+        return work()
+    result: list[Any] = [None]
+    if process == 0:
+        try:
+            result = [work()]
+        except (OSError, ValueError) as error:
+            result = [error]
+    dist.broadcast_object_list(result)
+    if isinstance(result[0], OSError | ValueError):
+        raise result[0]
+    return result[0]
+
+
 @contextmanager
 def worker_pool(workers: int, start: Callable[..., Any] | None = None, *given: Any) -> Iterator[ProcessPoolExecutor]:
-    """Processes that work for this one, and end when it does, however that ends.
-
-    Args:
-        workers: how many.
-        start: called in each before its first task.
-        given: to `start`.
+    """Processes that work for this one, and end when it does, however that ends; each begins with `start`, of `given`.
 
     Raises:
         RuntimeError: they can't start.

@@ -3,9 +3,12 @@
 import json
 import os
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import torch
 
 from medctkit.common.atomic import replacing
@@ -26,13 +29,8 @@ def commit() -> str | None:
     package = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "--no-optional-locks", "-C", str(package), *arguments],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        ).stdout.strip()
+        command = ["git", "--no-optional-locks", "-C", str(package), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != package.parent:
@@ -43,7 +41,22 @@ def commit() -> str | None:
         return None
 
 
+def records(table: pd.DataFrame) -> list[dict]:
+    """The rows of a table as plain data, for JSON: None where there is no value."""
+    return table.astype(object).where(table.notna(), None).to_dict("records")
+
+
 def write_json(content: dict, path: str | os.PathLike) -> None:
     """Write JSON, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """What a file says that it was made of (read from JSON) against what is at hand: a text for each difference."""
+    here = json.loads(json.dumps(dict(here)))
+    return [
+        f"{key}: {there.get(key)!r} there, {here.get(key)!r} here"
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key) != here.get(key)
+    ]

@@ -7,12 +7,11 @@ value on its line of Markdown, or in its cell of a table.
 import html
 import re
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from medctkit.common.text import markdown
-
-if TYPE_CHECKING:
-    from jinja2 import Environment
 
 
 def filled(template: str, **values: Any) -> str:
@@ -25,9 +24,7 @@ def filled(template: str, **values: Any) -> str:
 
 
 @cache
-def _environment() -> "Environment":
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
+def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("medctkit", "assets/pages"),
         autoescape=lambda name: name is not None and name.endswith(".html"),

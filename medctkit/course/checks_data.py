@@ -1,24 +1,22 @@
 """What is right and what is wrong in the exercises of notebooks 00 and 01."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
+from sklearn.metrics import roc_auc_score
 
 from medctkit.course.exercises import Wrong, checks, expect, number
 from medctkit.findings import FINDINGS
 from medctkit.phantom.study import generate
 from medctkit.viewers.drawing.rendering import window
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 FAT, VESSEL = -100, 200  # HU: what exercise 01.1 wants black, and what white
 _STORED_AT_ZERO = 1312  # stored value of 0 HU in exercise 01.3: neither of the usual 1024 and 8192
 
 
 @checks("00.1")
-def highest_score(answer: str, table: "pd.DataFrame") -> str:
+def highest_score(answer: str, table: pd.DataFrame) -> str:
     """The finding with the highest score in the table of a `Classified`."""
     if not isinstance(answer, str):
         raise Wrong(f"Give the name of the finding as a text, such as {FINDINGS[0]!r}; got {answer!r:.80}.")
@@ -39,7 +37,6 @@ def highest_score(answer: str, table: "pd.DataFrame") -> str:
 @checks("00.2")
 def auroc_of_pairs(auroc: Callable[[np.ndarray, np.ndarray], float]) -> str:
     """The share of pairs, one study with and one without the finding, that scores put in the right order."""
-    from sklearn.metrics import roc_auc_score
 
     def share(present: np.ndarray, absent: np.ndarray) -> float:
         return number(auroc(present, absent), "the share of pairs in the right order")
@@ -141,7 +138,7 @@ def intercept_of_stored_values(intercept: float) -> str:
 
 
 @checks("01.4")
-def patients_on_both_sides(answer: int, cohort: "pd.DataFrame", in_test: np.ndarray) -> str:
+def patients_on_both_sides(answer: int, cohort: pd.DataFrame, in_test: np.ndarray) -> str:
     """How many patients have scans on both sides; `in_test`, shape (scans,), was drawn for every scan by itself."""
     found = number(answer, "how many patients are on both sides")
     sides = cohort.assign(side=np.asarray(in_test)).groupby("patient")["side"].agg(["nunique", "size"])

@@ -2,24 +2,21 @@
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
+import torch
 
 from medctkit.course.exercises import Wrong, checks, number
+from medctkit.deploy.bank import AdapterBank
 from medctkit.findings import FINDINGS
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import torch
-
-    from medctkit.deploy.bank import AdapterBank
 
 ROUNDING = 1e-4  # of a score: less is no other answer
 
 
 @checks("07.1")
-def stale_prompts(stale: Iterable[int], log: "pd.DataFrame", bank: "AdapterBank", volumes: "torch.Tensor") -> str:
+def stale_prompts(stale: Iterable[int], log: pd.DataFrame, bank: AdapterBank, volumes: torch.Tensor) -> str:
     """Rows of a log (`adapter`, and the 18 scores given) of volumes (n, 1, d, h, w) asked with another's prompts."""
     found = {int(number(one, "the number of a request")) for one in stale}
     asked, everything = np.array(log["adapter"]), set(range(len(log)))

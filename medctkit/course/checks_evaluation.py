@@ -4,26 +4,26 @@ Each compares an answer with what the package computes, looks for the usual slip
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
+import torch
+from torch import nn
 
+from medctkit.attention.localisation import score_maps
 from medctkit.course.exercises import Wrong, checks, expect, number
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from torch import nn
-
-    from medctkit.zero_shot.classifier import Embedded
-    from medctkit.zero_shot.prompts import Prompts
+from medctkit.findings import FINDINGS
+from medctkit.metrics.scores import ON_TEST, evaluate
+from medctkit.training.objectives import report_prompts
+from medctkit.zero_shot.classifier import Embedded, ZeroShotClassifier
+from medctkit.zero_shot.prompts import Prompts, prompt_sentences
 
 
 def _means(
     labels: np.ndarray, scores: np.ndarray, patients: np.ndarray, thresholds: Any = 0.5, resamples: int = 1
-) -> "pd.Series":
+) -> pd.Series:
     """The row of means of `medctkit.metrics.scores.evaluate`; with one resample its intervals mean nothing."""
-    from medctkit.metrics.scores import evaluate
-
     return evaluate(labels, scores, patients, thresholds=thresholds, resamples=resamples).loc["mean"]
 
 
@@ -69,8 +69,6 @@ def _sensitivity_and_specificity(sensitivity_and_specificity: Callable) -> str:
 
 @checks("04.2")
 def _flattery(flattery: float, labels: np.ndarray, scores: np.ndarray, patients: np.ndarray, thresholds: Any) -> str:
-    from medctkit.metrics.scores import ON_TEST
-
     found = number(flattery, "the difference of two macro-F1s")
     honest, optimistic = (_means(labels, scores, patients, limits) for limits in (thresholds, ON_TEST))
     gain = {name: optimistic[name] - honest[name] for name in ("f1", "accuracy", "auroc")}
@@ -121,16 +119,11 @@ def _twice_the_volumes(
 
 
 @checks("04.4")
-def _own_prompts(prompts: "Prompts", mean_auroc: float, model: "nn.Module", tokenizer: Any, seen: "Embedded") -> str:
-    from medctkit.findings import FINDINGS
-    from medctkit.training.objectives import report_prompts
-    from medctkit.zero_shot.classifier import ZeroShotClassifier
-    from medctkit.zero_shot.prompts import prompt_sentences
-
+def _own_prompts(prompts: Prompts, mean_auroc: float, model: nn.Module, tokenizer: Any, seen: Embedded) -> str:
     def plain(*sentences: Sequence[str]) -> set[str]:
         return {sentence.strip().rstrip(".").lower() for side in sentences for sentence in side}
 
-    def auroc(asked: "Prompts") -> float:
+    def auroc(asked: Prompts) -> float:
         scores = ZeroShotClassifier(model, tokenizer, asked).scores_from_embeddings(seen.embeddings)
         return _means(seen.labels, scores, seen.patients)["auroc"]
 
@@ -169,8 +162,6 @@ def _own_prompts(prompts: "Prompts", mean_auroc: float, model: "nn.Module", toke
 
 @checks("05.1")
 def _received(received: Callable) -> str:
-    import torch
-
     generator = torch.Generator().manual_seed(3)
     maps = torch.randn(3, 2, 4, 4, generator=generator).softmax(-1)  # (t, heads, queries, keys)
     found = np.asarray(received(maps), dtype=float)
@@ -193,8 +184,6 @@ def _received(received: Callable) -> str:
 
 @checks("05.2")
 def _pointing_game(pointing_game: Callable) -> str:
-    from medctkit.attention.localisation import score_maps
-
     small, large = np.zeros((2, 2, 3)), np.zeros((2, 2, 3))
     small[0, 1, 2], large[1], large[0, 0, 0] = 0.05, 0.9, 0.3
     on_small, beside, on_edge = np.full((3, 2, 2, 3), 0.05)
@@ -220,8 +209,6 @@ def _pointing_game(pointing_game: Callable) -> str:
 
 @checks("05.3")
 def _by_chance(by_chance: Callable) -> str:
-    from medctkit.attention.localisation import score_maps
-
     shares = np.zeros((2, 2, 3))
     shares[0, 0, :2], shares[1, 1] = (0.1, 0.5), 0.9
     right = score_maps(np.ones((1, 2, 2, 3)), shares[None])["pointing game by chance"][0]

@@ -5,26 +5,27 @@ Each compares an answer with what the package computes, looks for the usual slip
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
+import torch
+from torch.nn.functional import cross_entropy, normalize
 
 from medctkit.course.exercises import Wrong, checks, expect, interval, number
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from medctkit.experiments.compare.results import Results
-    from medctkit.model.ct_clip import CTCLIPConfig
-
+from medctkit.experiments.compare.results import Results, pooled
+from medctkit.lora.adapter import add_lora
+from medctkit.lora.counting import count_trainable
+from medctkit.metrics.bootstrap import LEVEL
+from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel
+from medctkit.model.ct_clip_parts import TEXT_LAYER
+from medctkit.training.loop import learning_rate_factor
+from medctkit.training.objectives import contrastive_loss
 
 # --- notebook 03 ----------------------------------------------------------------------------------------
 
 
 @checks("03.1")
 def _own_report_share(own_report_share: Callable) -> str:
-    import torch
-
     generator = torch.Generator().manual_seed(1)
     texts = torch.nn.functional.normalize(torch.randn(40, 8, generator=generator), dim=-1)
     noise = torch.randn(40, 8, generator=generator)
@@ -52,8 +53,6 @@ def _own_report_share(own_report_share: Callable) -> str:
 
 @checks("03.2")
 def _learning_rate(rate: Callable) -> str:
-    from medctkit.training.loop import learning_rate_factor
-
     peak, falling = 3e-3, 45 / 180  # at step 65, a quarter of the fall is behind
     usual = {
         0: {
@@ -82,11 +81,6 @@ def _learning_rate(rate: Callable) -> str:
 
 @checks("03.3")
 def _same_report(info_nce_of_groups: Callable) -> str:
-    import torch
-    from torch.nn.functional import cross_entropy, normalize
-
-    from medctkit.training.objectives import contrastive_loss
-
     generator = torch.Generator().manual_seed(2)
     volumes, texts = (normalize(torch.randn(6, 8, generator=generator), dim=-1) for _ in range(2))
     texts[4] = texts[1]
@@ -121,7 +115,7 @@ def _same_report(info_nce_of_groups: Callable) -> str:
 
 
 @checks("03.4")
-def _when_to_stop(chosen_step: int, history: "pd.DataFrame") -> str:
+def _when_to_stop(chosen_step: int, history: pd.DataFrame) -> str:
     step = number(chosen_step, "the number of a step")
     scores = history.dropna(subset=["score"]).set_index("step")["score"]
     if step not in set(history["step"]):
@@ -143,14 +137,7 @@ def _when_to_stop(chosen_step: int, history: "pd.DataFrame") -> str:
 
 
 @checks("06.1")
-def _feed_forward(trainable: int, config: "CTCLIPConfig") -> str:
-    import torch
-
-    from medctkit.lora.adapter import add_lora
-    from medctkit.lora.counting import count_trainable
-    from medctkit.model.ct_clip import CTCLIPModel
-    from medctkit.model.ct_clip_parts import TEXT_LAYER
-
+def _feed_forward(trainable: int, config: CTCLIPConfig) -> str:
     found, rank = number(trainable, "a number of parameters"), 8
     with torch.device("meta"):
         model = add_lora(CTCLIPModel(config), r=rank, target_modules=TEXT_LAYER + r"(?:intermediate|output)\.dense")
@@ -196,10 +183,7 @@ def _directions(directions: Callable) -> str:
 
 
 @checks("06.3")
-def _by_chance(found: tuple[float, float], results: "Results") -> str:
-    from medctkit.experiments.compare.results import pooled
-    from medctkit.metrics.bootstrap import LEVEL
-
+def _by_chance(found: tuple[float, float], results: Results) -> str:
     low, high = interval(found)
     runs = results.runs[results.runs["group"] == "methods"]
     lora, full = (
@@ -235,7 +219,7 @@ def _by_chance(found: tuple[float, float], results: "Results") -> str:
 
 
 @checks("06.4")
-def _worth_it(worth: Sequence[str], table: "pd.DataFrame") -> str:
+def _worth_it(worth: Sequence[str], table: pd.DataFrame) -> str:
     if isinstance(worth, str) or not all(isinstance(name, str) for name in worth):
         raise Wrong('Expected a list of names of methods, such as `["lora", "full"]`.')
     rows = table[table["any_prompt"] & (table["trainable"] > 0)].set_index("method")

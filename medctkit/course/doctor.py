@@ -1,7 +1,5 @@
 """A look over this machine: versions, device, disk, model, data. A row: whether it is fine, what, what was found."""
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil

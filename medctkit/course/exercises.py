@@ -13,8 +13,11 @@ from functools import wraps
 from html import escape
 from importlib import import_module
 from inspect import signature
+from pathlib import Path
 from types import FunctionType
 from typing import Any
+
+from medctkit.common.atomic import replacing
 
 # Where the checks of a notebook are. They import this module, so that they are imported by name, when asked for.
 CHECKS = {
@@ -29,6 +32,7 @@ CHECKS = {
 }
 STRICT = "MEDCTKIT_STRICT_EXERCISES"
 _REGISTERED: dict[str, Callable[..., str]] = {}
+_SOLVED: set[str] = set()  # in this kernel
 _LOOKS = {"right": ("#009E73", "Right."), "wrong": ("#D55E00", "Not yet."), "open": ("#56B4E9", "Not done yet.")}
 
 
@@ -128,7 +132,27 @@ def check(name: str, *answer: Any) -> None:
     verdict = judge(name, *answer)
     if verdict.state != "right" and os.environ.get(STRICT) == "1":
         raise NotSolved(repr(verdict))
+    if verdict.state == "right":
+        _SOLVED.add(name)
     display(verdict)
+
+
+def progress(folder: str | os.PathLike) -> None:
+    """Print which exercises of the course are solved, a dot for each; `solved.txt` keeps them for the next notebook.
+
+    Args:
+        folder: of `solved.txt`, the notebooks' `output_dir`; made if it is not there.
+    """
+    for module in CHECKS.values():
+        import_module(f"medctkit.course.{module}")
+    file = Path(folder) / "solved.txt"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    solved = _SOLVED | set(file.read_text(encoding="utf-8").split() if file.is_file() else ())
+    with replacing(file) as temporary:
+        temporary.write_text("\n".join(sorted(solved)), encoding="utf-8")
+    marks = {name: "●" if name in solved else "○" for name in sorted(_REGISTERED)}
+    print(f"{list(marks.values()).count('●')} of {len(marks)} exercises of the course solved")
+    print("   ".join(f"{number} {''.join(m for name, m in marks.items() if name[:2] == number)}" for number in CHECKS))
 
 
 def _check_of(name: str) -> Callable[..., str]:
@@ -161,7 +185,8 @@ def _guarded(value: Any) -> Any:
         except Exception as error:
             raise Wrong(f"`{value.__name__}` stopped with {type(error).__name__}: {error}") from error
         if _is_open(result):
-            raise NotDone(f"`{value.__name__}` gives nothing back yet: replace the `...` in it by your code.")
+            said = "replace the `...` in it by your code, and `return` the result; to print it is not enough."
+            raise NotDone(f"`{value.__name__}` gives nothing back yet: {said}")
         return result
 
     return called

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.error import HTTPError
 from urllib.request import urlopen
+
+import pandas as pd
 
 from medctkit.cohort.dataset import CTReportDataset, load_split, prepared_dir
 from medctkit.cohort.download import CT_RATE, TEXT_ENCODER, WEIGHTS
@@ -24,9 +25,6 @@ from medctkit.experiments.adapt import DEFAULT, FULL_SIZE, Adaptation, Origin
 from medctkit.model.base_model import BaseModel, preprocess_config_of
 from medctkit.scans.preprocessing import PreprocessConfig
 from medctkit.scans.volumes import CTVolume
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 WORLDS = ("phantom", "released", "open")
 TO_LOOK_AT = (80, 256, 256)  # voxels of a phantom that is shown, not scored
@@ -74,7 +72,7 @@ class World:
         return self.origin.hospital
 
     @cached_property
-    def manifest(self) -> "pd.DataFrame":
+    def manifest(self) -> pd.DataFrame:
         """The cohort, one row a study; see `medctkit.cohort.manifest`."""
         return load_manifest(self.manifest_path)
 

@@ -14,17 +14,17 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from pydicom import Dataset
+from pydicom.sr.codedict import codes
+from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from medctkit.common.atomic import replacing
 from medctkit.scans.archives import unpacked
 from medctkit.scans.dicom_files import Slice, chosen_series, is_dicom, load
 from medctkit.scans.heat_map import HeatMap
-
-if TYPE_CHECKING:
-    from pydicom import Dataset
 
 SCHEME, MAKER, NAME = "99MEDCTKIT", "medctkit", "MedCT-VLM zero-shot classifier"
 NOTICE = "Research use only, not for diagnosis"
@@ -46,17 +46,17 @@ def answer(
     picture: np.ndarray,
     heat_map: HeatMap | None = None,
     series: str | None = None,
-) -> "list[Dataset]":
+) -> list[Dataset]:
     """DICOM objects that belong beside a CT series: report, secondary capture and, of a map, a segmentation.
 
     Args:
-        path: the study, as `read_volume` takes it: a folder of slices, a .zip of one, or an enhanced file.
+        path: the study, as `read_volume` takes it; `series` says which of several.
         scores: probability of each finding.
         facts: as `facts_of` gives them.
         picture: RGB (h, w, 3) uint8, without the patient's name.
         heat_map: what spoke for a finding, which is its name. Segmented are the voxels in its highest 5 %. There is no
             segmentation if none of them lies in the scan, or if the slices have no frame of reference.
-        series: which of several; see `read_volume`.
+        series: see `path`.
 
     Raises:
         ValueError: no DICOM, or one without the UIDs that an answer must refer to; see also `chosen_series`.
@@ -81,12 +81,8 @@ def answer(
     return found
 
 
-def write_answer(found: "Sequence[Dataset]", folder: str | os.PathLike) -> list[Path]:
-    """Write DICOM objects to a folder, one after the other, each whole; named by their kind (SR.dcm, OT.dcm, SEG.dcm).
-
-    Raises:
-        OSError: they can't be written.
-    """
+def write_answer(found: Sequence[Dataset], folder: str | os.PathLike) -> list[Path]:
+    """Write DICOM objects to a folder, each whole, named by their kind: SR.dcm, OT.dcm, SEG.dcm."""
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{made.Modality}.dcm" for made in found]
@@ -98,15 +94,11 @@ def write_answer(found: "Sequence[Dataset]", folder: str | os.PathLike) -> list[
 
 def _uid(*origins: object) -> str:
     """A UID, the same for the same origins."""
-    from pydicom.uid import generate_uid
-
     return generate_uid(entropy_srcs=[str(origin) for origin in origins])
 
 
-def _sources(slices: Sequence[Slice]) -> "tuple[Dataset, list[Dataset]]":
+def _sources(slices: Sequence[Slice]) -> tuple[Dataset, list[Dataset]]:
     """The whole header of one slice, and of each file what answers refer to, without what may be odd in it."""
-    from pydicom import Dataset
-
     said, sources = Dataset(), dict[Path, Dataset]()
     for item in slices:
         if item.path in sources:
@@ -126,22 +118,18 @@ def _sources(slices: Sequence[Slice]) -> "tuple[Dataset, list[Dataset]]":
 
 
 def _report(
-    sources: "list[Dataset]", scores: Mapping[str, float], facts: Mapping[str, str], uid: Callable[[str], str]
-) -> "Dataset":
+    sources: list[Dataset], scores: Mapping[str, float], facts: Mapping[str, str], uid: Callable[[str], str]
+) -> Dataset:
     """The structured report, TID 1500: for each finding a group (TID 1501) with its probability."""
     from highdicom import sr
-    from pydicom.sr.codedict import codes
 
     device = sr.DeviceObserverIdentifyingAttributes(
         _uid("device", *facts.items()), name=NAME, manufacturer_name=MAKER, model_name=NAME, serial_number=facts["base"]
     )
     observer = sr.ObserverContext(codes.DCM.Device, device)
+    digests = [f"{name}: {value}" for name, value in facts.items() if name != "version"]
     algorithm = sr.AlgorithmIdentification(
-        NAME,
-        facts["version"],
-        [*(f"{name}: {value}" for name, value in facts.items() if name != "version"), NOTICE],
-        codes.DCM.ArtificialIntelligence,
-        MAKER,
+        NAME, facts["version"], [*digests, NOTICE], codes.DCM.ArtificialIntelligence, MAKER
     )
     groups = [
         sr.MeasurementsAndQualitativeEvaluations(
@@ -160,10 +148,9 @@ def _report(
     return sr.ComprehensiveSR(sources, content, is_complete=True, is_final=False, is_verified=False, **made)
 
 
-def _capture(source: "Dataset", picture: np.ndarray, facts: Mapping[str, str], uid: Callable[[str], str]) -> "Dataset":
+def _capture(source: Dataset, picture: np.ndarray, facts: Mapping[str, str], uid: Callable[[str], str]) -> Dataset:
     """The picture as a secondary capture."""
     from highdicom.sc import SCImage
-    from pydicom.uid import ExplicitVRLittleEndian
 
     made = SCImage.from_ref_dataset(
         source, picture, "RGB", 8, "PATIENT", patient_orientation=("L", "P"),
@@ -176,42 +163,27 @@ def _capture(source: "Dataset", picture: np.ndarray, facts: Mapping[str, str], u
 
 
 def _segmentation(
-    slices: Sequence[Slice],
-    sources: "list[Dataset]",
-    heat_map: HeatMap,
-    facts: Mapping[str, str],
-    uid: Callable[[str], str],
-) -> "list[Dataset]":
+    slices: Sequence[Slice], sources: list[Dataset], heat_map: HeatMap, facts: Mapping[str, str], uid: Any
+) -> list[Dataset]:
     """The highest cells of a map, as a binary segmentation of the slices; none where there is nothing to show."""
     import highdicom as hd
-    from pydicom.sr.codedict import codes
 
     low, _ = heat_map.limits
     least = max(np.quantile(heat_map.values, 1 - TOP_SHARE), np.nextafter(np.float32(low), np.float32(np.inf)))
     masks = np.stack([_values_on(item, heat_map) >= least for item in slices])
     if not masks.any():
         return []
+    digests = {name: value for name, value in facts.items() if name != "version"}
     algorithm = hd.AlgorithmIdentificationSequence(
-        NAME,
-        codes.DCM.ArtificialIntelligence,
-        facts["version"],
-        MAKER,
-        {n: v for n, v in facts.items() if n != "version"},
+        NAME, codes.DCM.ArtificialIntelligence, facts["version"], MAKER, digests
     )
-    segment = hd.seg.SegmentDescription(
-        1,
-        heat_map.name[:64],
-        codes.SCT.SpatialAndRelationalConcept,
-        _concept("Relevance to a model"),
-        "AUTOMATIC",
-        algorithm,
-    )
-    said: dict[str, Any] = {
-        "content_label": "RELEVANCE",
-        "content_description": f"Highest {TOP_SHARE:.0%} of a map. {NOTICE}",
-    }
-    pixels = masks.astype(np.uint8)
-    return [hd.seg.Segmentation(sources, pixels, "BINARY", [segment], **said, **_made(facts, uid, "map"))]
+    what = codes.SCT.SpatialAndRelationalConcept, _concept("Relevance to a model")
+    segment = hd.seg.SegmentDescription(1, heat_map.name[:64], *what, "AUTOMATIC", algorithm)
+    made = hd.seg.Segmentation(
+        sources, masks.astype(np.uint8), "BINARY", [segment], content_label="RELEVANCE",
+        content_description=f"Highest {TOP_SHARE:.0%} of a map. {NOTICE}", **_made(facts, uid, "map"),
+    )  # fmt: skip
+    return [made]
 
 
 def _values_on(item: Slice, heat_map: HeatMap) -> np.ndarray:

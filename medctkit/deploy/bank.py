@@ -19,14 +19,10 @@ BASE = "__base__"  # peft's name for no adapter
 
 
 class AdapterBank:
-    """Adapters that were loaded once and are chosen by name.
+    """Adapters, loaded once onto `base`, chosen by name: `folders` has for each the folder that `save_adapter` wrote.
 
-    A batch may mix hospitals: `bank.scores(volumes, ["north", "south", "north"])`.
-
-    Args:
-        base: the base model; the bank puts the adapters on it.
-        folders: name of each adapter, and the folder that `save_adapter` wrote.
-        prompts: see `ZeroShotClassifier`; encoded once for each adapter.
+    A batch may mix hospitals: `bank.scores(volumes, ["north", "south", "north"])`. The prompts (see
+    `ZeroShotClassifier`) are encoded once for each adapter.
 
     Raises:
         ValueError: no adapter; peft's own name for the base model; see `load_adapter`.
@@ -51,7 +47,7 @@ class AdapterBank:
         if len(adapters) != len(volumes):
             raise ValueError(f"{len(volumes)} volumes and {len(adapters)} names of adapters; give one for each")
         if unknown := sorted(set(adapters) - {*self.names, BASE}):
-            raise ValueError(f"no adapter {unknown[0]!r}; the bank has {self._aboard()}, and {BASE} for none")
+            raise ValueError(f"no adapter {unknown[0]!r}; the bank has {', '.join(self.names)}, and {BASE} for none")
         with self._each_its_own(adapters):
             return self.model.encode_image(volumes)
 
@@ -59,8 +55,7 @@ class AdapterBank:
         """Probabilities (b, 18) for volumes (b, 1, d, h, w), each with its own adapter in both encoders.
 
         Raises:
-            ValueError: see `embed`.
-            FloatingPointError: an embedding that is not finite.
+            ValueError, FloatingPointError: see `embed`; an embedding that is not finite.
         """
         embeds = self.embed(volumes, adapters).float()
         refuse_non_finite(embeds, [f"volume {i}, adapter {name}" for i, name in enumerate(adapters)])
@@ -73,38 +68,31 @@ class AdapterBank:
     def combine(
         self, name: str, weights: Mapping[str, float], how: str = "svd", density: float = 0.5, seed: int = 0
     ) -> None:
-        """Put one more adapter on board, made of LoRAs that are, by peft's `add_weighted_adapter`.
+        """Put one more adapter on board, the sum of LoRAs that are, by peft's `add_weighted_adapter`.
 
+        `weights` has a factor for each. `how` is peft's `combination_type`:
         `cat` adds the updates B A up exactly, and the ranks with them; `svd` comes as near as the higher rank allows.
         `linear`, `ties`, `dare_linear` and `dare_ties` mix the A of adapters of one rank and, apart from them, the B,
         so that each A meets the B of the others, too; with `_svd` behind their names the last three mix updates.
+        TIES and DARE keep a `density` of the numbers; `seed` says which those of DARE are.
         `save_adapter(bank.model, folder, name)` saves it.
-
-        Args:
-            name: of the new adapter.
-            weights: name of each adapter in it, and its factor.
-            how: peft's `combination_type`.
-            density: share of the numbers that TIES and DARE keep; `seed` says which those of DARE are.
-            seed: see `density`.
 
         Raises:
             ValueError: a name that is taken, or unknown; no plain LoRA; what peft cannot combine.
         """
         known = self.model.peft_config
         if name in (*known, BASE) or not weights or not set(weights) <= set(known):
-            raise ValueError(f"{name!r} of {', '.join(weights) or 'none'}: expected a new name, of {self._aboard()}")
+            raise ValueError(f"{name!r} of {[*weights]}: expected a new name, of {', '.join(self.names)}")
         for each in weights:  # peft would keep the scaling of rsLoRA and the lengths of DoRA, and both were wrong
             if known[each].peft_type != "LORA" or known[each].use_rslora or known[each].use_dora:
                 raise ValueError(f"{each!r} is no plain LoRA ({known[each].peft_type}, rsLoRA or DoRA); those add up")
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            of = list(weights), list(weights.values())
-            self.model.add_weighted_adapter(*of, name, how, density=density, svd_full_matrices=False)
+            self.model.add_weighted_adapter(
+                [*weights], [*weights.values()], name, how, density=density, svd_full_matrices=False
+            )
         self.model.requires_grad_(False).eval()
         self.names, self._layers = (*self.names, name), _adapted(self.model)
-
-    def _aboard(self) -> str:
-        return ", ".join(self.names)
 
     def _prompts_of(self, name: str) -> ZeroShotClassifier:
         """A classifier whose prompts were encoded with this adapter."""

@@ -11,15 +11,17 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
+from tqdm.auto import tqdm
 
 from medctkit.cohort.dataset import CTReportDataset
 from medctkit.common.atomic import replacing
 from medctkit.common.provenance import made_with, write_json
-from medctkit.deploy.export import digest_of, export, write_facts
+from medctkit.deploy.export import export, write_facts
 from medctkit.deploy.exported import FACTS, Exported
 from medctkit.deploy.quantise import KINDS, quantise
 from medctkit.deploy.trial import Variant, outputs, peak_bytes, seconds, trial
@@ -28,33 +30,22 @@ from medctkit.lora.adapter import load_adapter, merge_lora
 from medctkit.metrics.bootstrap import RESAMPLES
 from medctkit.metrics.scores import compare, thresholds_from_validation
 from medctkit.model.base_model import BaseModel
-from medctkit.model.fingerprint import digests
+from medctkit.model.fingerprint import digest_of, digests
 from medctkit.zero_shot.classifier import ZeroShotClassifier
 from medctkit.zero_shot.prompts import Prompts
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 BASE, BATCHES, ROUNDS = "eager float32", (1, 16), 7
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a variant may change before it is marked "do not ship": a choice, state your own.
+    """What a variant may change before it is marked "do not ship": a choice, state your own."""
 
-    Attributes:
-        auroc: loss of the mean AUROC, at the lower end of its paired 95 % interval.
-        finding: loss of AUROC of the finding that loses most.
-        score: change of any single score; 0.1 takes it to another bin of the calibration error.
-        answers: share of answers, yes or no at the thresholds, that become others.
-        slower: times the milliseconds of the base at batch 1.
-    """
-
-    auroc: float = 0.005
-    finding: float = 0.02
-    score: float = 0.1
-    answers: float = 0.01
-    slower: float = 1.5
+    auroc: float = 0.005  # loss of the mean AUROC, at the lower end of its paired 95 % interval
+    finding: float = 0.02  # loss of AUROC of the finding that loses most
+    score: float = 0.1  # change of any single score; this takes it to another bin of the calibration error
+    answers: float = 0.01  # share of answers, yes or no at the thresholds, that become others
+    slower: float = 1.5  # times the milliseconds of the base at batch 1
 
     def broken(self, row: Mapping[str, Any]) -> list[str]:
         """What a row of the table falls through, in words; a change that is not known falls through too."""
@@ -78,21 +69,12 @@ def deploy_table(
     prompts: Prompts = "paper",
     resamples: int = RESAMPLES,
     seed: int = 0,
-) -> "pd.DataFrame":
-    """Build every variant, measure it, and leave in `folder` the table and the exports that pass.
+) -> pd.DataFrame:
+    """Build every variant, measure it, and leave in `folder` table.csv, table.json and the exports that pass `limits`.
 
-    Interrupted, the same call goes on: what was measured of the same model and studies is not measured again.
-
-    Args:
-        base: fresh; the adapter stays on it.
-        adapter: folder that `save_adapter` wrote.
-        valid: studies that give the thresholds.
-        test: studies on which changes are counted.
-        folder: gets table.csv, table.json and a folder for each export that is not marked "do not ship".
-        limits: of the gate.
-        prompts: see `ZeroShotClassifier`.
-        resamples: of patients, for the intervals; `seed` is theirs.
-        seed: of the bootstrap.
+    Interrupted, the same call goes on: what was measured of the same model and studies is not measured again. The
+    `base` is fresh, the `adapter` what `save_adapter` wrote; `valid` studies give the thresholds, `test` studies the
+    changes, with intervals from `resamples` of the patients, drawn by `seed`. For `prompts` see `ZeroShotClassifier`.
 
     Returns:
         A row for each variant: `bytes` on disk; `ms_1`, `ms_16`, milliseconds a volume at these batches; `ratio_*` to
@@ -103,9 +85,6 @@ def deploy_table(
     Raises:
         ValueError, ImportError: see `export`.
     """
-    import pandas as pd
-    from tqdm.auto import tqdm
-
     folder, threads = Path(folder).expanduser(), torch.get_num_threads()
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".models-") as scratch:
@@ -156,10 +135,7 @@ def deploy_table(
 def build(
     base: BaseModel, adapter: str | os.PathLike, folder: Path, scratch: str | os.PathLike, prompts: Prompts = "paper"
 ) -> tuple[Any, dict[str, Variant]]:
-    """The adapted model, and every variant of it that can be made here, before any study is seen.
-
-    Exports go to `folder`, what PyTorch is to load to `scratch`; for the others see `deploy_table`.
-    """
+    """The adapted model, and every variant of it that can be made here: exports in `folder`, others in `scratch`."""
     own, merged, adapter = Path(scratch) / "base", Path(scratch) / "merged", Path(adapter).expanduser()
     base.model.save_pretrained(own)
     model = load_adapter(base.model, adapter)
@@ -181,10 +157,7 @@ def slug(name: str) -> str:
 
 
 def cost(trials: Sequence[Callable[..., Any]], variant: Variant, batches: Sequence[int] = BATCHES) -> dict[str, Any]:
-    """Columns `bytes`, `ms_*`, `ratio_*`, `peak_*` of the variant that the last of `trials` runs, the first the base.
-
-    Of `batches` volumes, each several times in turns.
-    """
+    """Columns `bytes`, `ms_*`, `ratio_*`, `peak_*` of the variant in the last of `trials`; the first runs the base."""
     row: dict[str, Any] = {"bytes": variant.bytes}
     for batch in batches:
         taken = [[do(seconds, batch) for do in trials] for _ in range(ROUNDS + 1)][1:]  # the first warms up
@@ -199,8 +172,8 @@ def changes(
 ) -> dict[str, Any]:
     """Columns `auroc` to `asked`, of scores (n, 18) `before` and `after` of the studies of `test`.
 
-    The `thresholds` (18,) are the same for both: a hospital has set them before it gets the variant. For `resamples`
-    and `seed` see `compare`.
+    The `thresholds` (18,) are the same for both: a hospital has set them before it gets the variant. The other
+    arguments are those of `compare`.
     """
     patients = [row["patient"] for row in test.rows]
     table = compare(_labels(test), before, after, patients, thresholds, thresholds, resamples=resamples, seed=seed)
@@ -215,35 +188,31 @@ def changes(
     }
 
 
-def as_text(table: "pd.DataFrame") -> str:
+def as_text(table: pd.DataFrame) -> str:
     """The table in Markdown, as `deploy_table` gives it, or only costs."""
-    batches = [name.removeprefix("ms_") for name in table if name.startswith("ms_")]
+    batches, rows = [name.removeprefix("ms_") for name in table if name.startswith("ms_")], table.to_dict("records")
 
-    def cells(name: str, row: "pd.Series") -> dict[str, str]:
-        def each(column: str, form: str, unit: float = 1) -> str:
-            return " / ".join(format(row[f"{column}_{batch}"] / unit, form) for batch in batches)
+    def each(column: str, form: str, unit: float = 1) -> list[str]:
+        return [" / ".join(format(row[f"{column}_{batch}"] / unit, form) for batch in batches) for row in rows]
 
-        costs = {
-            "variant": name,
-            "file, MB": f"{row['bytes'] / 1e6:.2f}",
-            "memory, MB": each("peak", ".0f", 1e6),
-            "ms a volume": each("ms", ".1f"),
-            "times the base": each("ratio", ".2f"),
+    shown = {
+        "variant": list(table.index),
+        "file, MB": [f"{row['bytes'] / 1e6:.2f}" for row in rows],
+        "memory, MB": each("peak", ".0f", 1e6),
+        "ms a volume": each("ms", ".1f"),
+        "times the base": each("ratio", ".2f"),
+    }
+    if "verdict" in table:
+        shown |= {
+            "codes flipped": [f"{row['codes']:.1%}" for row in rows],
+            "mean AUROC": ["{auroc:+.4f} ({auroc_low:+.4f} to {auroc_high:+.4f})".format_map(row) for row in rows],
+            "worst finding": ["{finding_change:+.3f} {finding}".format_map(row) for row in rows],
+            "largest change of a score": [f"{row['score']:.3f}" for row in rows],
+            "answers that flip": [f"{row['answers'] * row['asked']:,.0f} of {row['asked']:,}" for row in rows],
+            "": [row["verdict"] for row in rows],
         }
-        if "verdict" not in row:
-            return costs
-        return costs | {
-            "codes flipped": f"{row['codes']:.1%}",
-            "mean AUROC": f"{row['auroc']:+.4f} ({row['auroc_low']:+.4f} to {row['auroc_high']:+.4f})",
-            "worst finding": f"{row['finding_change']:+.3f} {row['finding']}",
-            "largest change of a score": f"{row['score']:.3f}",
-            "answers that flip": f"{row['answers'] * row['asked']:,.0f} of {row['asked']:,}",
-            "": row["verdict"],
-        }
-
-    lines = [cells(str(name), row) for name, row in table.iterrows()]
-    shown = [lines[0].keys(), ["---"] * len(lines[0]), *(line.values() for line in lines)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in shown)
+    lines = [shown, ["---"] * len(shown), *zip(*shown.values(), strict=True)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _volumes(dataset: CTReportDataset, indices: Sequence[int]) -> np.ndarray:

@@ -5,8 +5,6 @@ finding the difference of two embeddings.
 """
 
 import copy
-import hashlib
-import json
 import os
 import tempfile
 import warnings
@@ -25,7 +23,7 @@ from medctkit.common.provenance import made_with, write_json
 from medctkit.common.templates import filled
 from medctkit.deploy.exported import FACTS, PROMPTS, VISION, Exported
 from medctkit.lora.adapter import merge_lora
-from medctkit.model.fingerprint import digests, vocabulary_of
+from medctkit.model.fingerprint import digest_of, digests, vocabulary_of
 from medctkit.model.vision_tower import VisionTransformer
 from medctkit.zero_shot.classifier import ZeroShotClassifier, evaluating
 from medctkit.zero_shot.prompts import Prompts
@@ -59,12 +57,8 @@ def export(
 ) -> Path:
     """Write vision tower, prompts, pre-processing and digests to `folder`, as `Exported` reads them.
 
-    Args:
-        model: a CT-CLIP, with an adapter or without; it is left as it is.
-        tokenizer: of its text encoder.
-        folder: is replaced as a whole, or left as it was.
-        prompts: see `ZeroShotClassifier`.
-        text: write the text tower and its vocabulary too, for other prompts later.
+    The `model` is a CT-CLIP, with an adapter or without, and is left as it is. The `folder` is replaced as a whole, or
+    left as it was. With `text`, it has the text tower and its vocabulary too, for other prompts later.
 
     Raises:
         ValueError: a model whose vision tower is not CT-CLIP's; `folder` holds something else.
@@ -77,7 +71,9 @@ def export(
     base, adapter = digests(model)
     classifier = ZeroShotClassifier(model, tokenizer, prompts)
     stating, denying = classifier.text_embeds()
-    plain = on_cpu(merge_lora(model) if hasattr(model, "peft_config") else model)
+    plain = merge_lora(model) if hasattr(model, "peft_config") else model
+    if plain.temperature.device.type != "cpu":  # whoever gave it goes on with it where it is
+        plain = copy.deepcopy(plain).cpu()
     config = plain.preprocess_config
     facts: dict[str, Any] = {
         "findings": classifier.findings,
@@ -94,7 +90,8 @@ def export(
         shape = (1, *config.shape)
         with evaluating(plain):
             vision = Vision(plain).eval()
-            _to_onnx(vision, torch.zeros(2, *shape), building / VISION, facts["digest"])
+            example, outputs = {"volumes": torch.zeros(2, *shape)}, ["embeds", "codes"]
+            _save(vision, example, _sizes(), outputs, building / VISION, facts["digest"])
             facts["checked"] = prove(Exported(building), vision, shape)
         if text:
             tokenizer.save_pretrained(building / "text")
@@ -103,23 +100,9 @@ def export(
     return Path(folder).expanduser()
 
 
-def on_cpu(model: Any) -> Any:
-    """The model if it is on the CPU, else a copy of it there: whoever gave it goes on with it where it is."""
-    return model if next(model.parameters()).device.type == "cpu" else copy.deepcopy(model).cpu()
-
-
-def digest_of(facts: Mapping[str, Any]) -> str:
-    """A digest of what is known of an export; each of its files carries it."""
-    return hashlib.sha256(json.dumps(dict(facts), sort_keys=True).encode()).hexdigest()[:32]
-
-
 @contextmanager
 def replacing_export(folder: str | os.PathLike) -> Iterator[Path]:
-    """A folder to write an export to; at the end of the block it takes the place of `folder`, or nothing has happened.
-
-    Raises:
-        ValueError: `folder` holds something else.
-    """
+    """A folder to write an export to, which takes the place of `folder` at the end of the block, or nothing happens."""
     folder = Path(folder).expanduser()
     if folder.exists() and not (folder / FACTS).is_file() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds something else than an export; give an empty or another folder")
@@ -143,7 +126,7 @@ def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 def prove(exported: Any, vision: nn.Module, shape: tuple[int, ...], seed: int = 0) -> dict[str, float]:
-    """Compare an export with the model on noise, for batches of 1, 2 and 3.
+    """Compare an export with the model on noise of a `shape` (1, d, h, w), drawn by a `seed`, in batches of 1, 2 and 3.
 
     Returns:
         `largest`, the largest difference of an embedding's number, and `codes`, how many were compared.
@@ -153,11 +136,8 @@ def prove(exported: Any, vision: nn.Module, shape: tuple[int, ...], seed: int = 
     """
     generator, largest, compared = torch.Generator().manual_seed(seed), 0.0, 0
     for batch in (1, 2, 3):
-        smooth = nn.functional.interpolate(
-            torch.randn(batch, 1, *(max(1, n // 8) for n in shape[1:]), generator=generator),
-            shape[1:],
-            mode="trilinear",
-        )
+        coarse = torch.randn(batch, 1, *(max(1, n // 8) for n in shape[1:]), generator=generator)
+        smooth = nn.functional.interpolate(coarse, shape[1:], mode="trilinear")
         volumes = (smooth + 0.1 * torch.randn(batch, *shape, generator=generator)).clamp(-1, 1)
         try:
             embeds, codes = exported.embeds_and_codes(volumes.numpy())
@@ -176,11 +156,6 @@ def prove(exported: Any, vision: nn.Module, shape: tuple[int, ...], seed: int = 
     return {"largest": largest, "codes": compared}
 
 
-def _to_onnx(vision: nn.Module, example: torch.Tensor, path: Path, digest: str) -> None:
-    batch = torch.export.Dim("batch", min=1, max=1024)
-    _save(vision, (example,), {"volumes": {0: batch}}, ["volumes"], ["embeds", "codes"], path, digest)
-
-
 def _text_to_onnx(model: Any, tokenizer: Any, path: Path, digest: str) -> None:
     class Text(nn.Module):
         def __init__(self) -> None:
@@ -191,22 +166,26 @@ def _text_to_onnx(model: Any, tokenizer: Any, path: Path, digest: str) -> None:
             return self.model.encode_text(input_ids, attention_mask)
 
     words = tokenizer(["A nodule is seen.", "No."], padding=True, return_tensors="pt")
-    sizes = {0: torch.export.Dim("batch", min=1, max=1024), 1: torch.export.Dim("words", min=2, max=model.longest_text)}
-    names = ["input_ids", "attention_mask"]
+    example = {name: words[name] for name in ("input_ids", "attention_mask")}
     with evaluating(model):
-        _save(
-            Text().eval(), tuple(words[n] for n in names), dict.fromkeys(names, sizes), names, ["embeds"], path, digest
-        )
+        _save(Text().eval(), example, _sizes(model.longest_text), ["embeds"], path, digest)
+
+
+def _sizes(words: int | None = None) -> dict[int, Any]:
+    """The axes of an input that may have any size: batch and, of a text, words."""
+    batch = {0: torch.export.Dim("batch", min=1, max=1024)}
+    return batch if words is None else batch | {1: torch.export.Dim("words", min=2, max=words)}
 
 
 def _save(
-    module: nn.Module, example: tuple, sizes: dict, inputs: list[str], outputs: list[str], path: Path, digest: str
+    module: nn.Module, example: Mapping[str, torch.Tensor], sizes: dict, outputs: list[str], path: Path, digest: str
 ) -> None:
+    """Write ONNX; the `example` has the inputs, all with the same axes of any size."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own deprecations
         program = torch.onnx.export(
-            module, example, dynamo=True, dynamic_shapes=sizes, input_names=inputs, output_names=outputs,
-            opset_version=OPSET, verbose=False,
+            module, tuple(example.values()), dynamo=True, dynamic_shapes=dict.fromkeys(example, sizes),
+            input_names=[*example], output_names=outputs, opset_version=OPSET, verbose=False,
         )  # fmt: skip
     assert program is not None
     program.model.metadata_props["digest"] = digest

@@ -16,14 +16,9 @@ Run = Callable[[np.ndarray], list[np.ndarray]]  # volumes to embeddings and code
 
 
 class Exported:
-    """What `medctkit export` wrote, or `quantise` made of it, ready to score.
+    """What `medctkit export` wrote to `folder`, or `quantise` made of it, ready to score on so many `threads`.
 
-    Args:
-        folder: of the export.
-        threads: of a run; None: the runtime's choice.
-
-    Attributes:
-        facts: what was exported: findings, the volumes it wants, digests of base model, adapter and vocabulary.
+    `facts` says what was exported: findings, the volumes it wants, digests of base model, adapter and vocabulary.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -58,10 +53,8 @@ class Exported:
         """
         expected = (1, *self.facts["input"]["shape"])
         if volumes.ndim != 5 or volumes.shape[1:] != expected or volumes.dtype != np.float32:
-            raise ValueError(
-                f"volumes are {volumes.dtype} {volumes.shape}; expected float32 (batch, "
-                f"{', '.join(map(str, expected))})"
-            )
+            shape = f"(batch, {', '.join(map(str, expected))})"
+            raise ValueError(f"volumes are {volumes.dtype} {volumes.shape}; expected float32 {shape}")
         embeds, codes = self._run(volumes)
         return embeds, codes
 
@@ -69,8 +62,7 @@ class Exported:
         """Probabilities (b, k) of the findings for volumes (b, 1, d, h, w), float32 in [-1, 1].
 
         Raises:
-            ValueError: see `embeds_and_codes`.
-            FloatingPointError: an embedding that is not finite.
+            ValueError, FloatingPointError: see `embeds_and_codes`; an embedding that is not finite.
         """
         embeds = self.encode_image(volumes)
         if not np.isfinite(embeds).all():

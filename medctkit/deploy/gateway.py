@@ -20,14 +20,15 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from filelock import FileLock, Timeout
+from pydicom import Dataset, dcmread
+from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage
 
 from medctkit.common.atomic import replacing
 from medctkit.common.provenance import write_json
 from medctkit.deploy.answer import write_answer
-
-if TYPE_CHECKING:
-    from pydicom import Dataset
 
 log = logging.getLogger("medctkit.gateway")
 SUCCESS, OUT_OF_RESOURCES, NOT_UNDERSTOOD = 0x0000, 0xA700, 0xC000
@@ -59,19 +60,12 @@ class Peer:
 
 @dataclass(frozen=True)
 class Limits:
-    """How much a gateway takes, and how long it waits.
+    """How much a gateway takes, and how long it waits, s."""
 
-    Attributes:
-        queue: series that wait at a time; slices of a further one are refused (A700), and the sender tries again later.
-        quiet: s without a new slice after which a series counts as whole.
-        retry: s until an answer that the destination did not take is sent again.
-        keep: s after which a series that was answered, or could not be, is taken away.
-    """
-
-    queue: int = 32
-    quiet: float = 10
-    retry: float = 30
-    keep: float = 24 * 3600
+    queue: int = 32  # series that wait; slices of a further one are refused (A700), and the sender tries again later
+    quiet: float = 10  # without a new slice: a series counts as whole
+    retry: float = 30  # until an answer that the destination did not take is sent again
+    keep: float = 24 * 3600  # until a series that was answered, or could not be, is taken away
 
 
 class Gateway:
@@ -83,7 +77,7 @@ class Gateway:
         destination: gets them.
         allowed: titles of those who may call; None: everyone.
         title: of this service; who calls another one is refused.
-        limits: see there.
+        limits: how much it takes.
 
     Raises:
         ValueError: nobody is allowed to call.
@@ -92,16 +86,16 @@ class Gateway:
     def __init__(
         self,
         folder: str | os.PathLike,
-        answering: "Callable[[Path], Sequence[Dataset]]",
+        answering: Callable[[Path], Sequence[Dataset]],
         destination: Peer,
         allowed: Collection[str] | None,
         title: str = "MEDCTKIT",
-        limits: Limits | None = None,
+        limits: Limits = Limits(),
     ):
         if allowed is not None and not allowed:
             raise ValueError("nobody may call: name the titles that may, or allow everyone")
         self.folder, self.answering, self.destination = Path(folder).expanduser(), answering, destination
-        self.allowed, self.title, self.limits = allowed, title, limits or Limits()
+        self.allowed, self.title, self.limits = allowed, title, limits
         self._stop, self._lock, self._not_before = threading.Event(), threading.Lock(), 0.0
         self._known = dict[Path, Series]()
 
@@ -113,8 +107,6 @@ class Gateway:
             OSError: the port is taken.
             ValueError: another gateway works in the folder.
         """
-        from filelock import FileLock, Timeout
-        from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage
         from pynetdicom import AE, ALL_TRANSFER_SYNTAXES, _config, evt
 
         entity = AE(self.title)
@@ -222,7 +214,6 @@ class Gateway:
             self._not_before = time.time() + self.limits.retry
 
     def _send(self, name: str, answer: Path) -> bool:
-        from pydicom import dcmread
         from pynetdicom import AE
 
         answers = [dcmread(file) for file in sorted(answer.glob("*.dcm"))]
@@ -259,18 +250,14 @@ class Gateway:
 
 
 class Series:
-    """A series on disk, and how far it came.
+    """A series on disk, when its latest slice came (s), how often an answer was begun, and how far it came.
 
-    Attributes:
-        folder: of its slices, its answer and its state.
-        latest: when its latest slice came, s.
-        state: of exactly these slices: "" (new), "trying", "ready" (its answer is on disk), "sent" or "failed".
-        tries: how often an answer was begun.
+    The state is of exactly these slices: "" (new), "trying", "ready" (its answer is on disk), "sent" or "failed".
     """
 
     def __init__(self, folder: Path):
         self.folder, self.latest = folder, self.latest_of(folder)
-        self._slices = _digest(*sorted(path.name for path in (folder / "slices").glob("*.dcm")))
+        self._slices = _digest("\n".join(sorted(path.name for path in (folder / "slices").glob("*.dcm"))))
         try:
             found = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -295,5 +282,5 @@ class Series:
         write_json(content, self.folder / "state.json")
 
 
-def _digest(*texts: str) -> str:
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:32]
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

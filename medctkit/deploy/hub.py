@@ -4,6 +4,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard, ModelCardData
+
 from medctkit.cohort.hub_repository import HubRepository, token_source
 from medctkit.common.templates import filled
 from medctkit.deploy.predict import facts_of
@@ -22,15 +24,13 @@ def push_to_hub(base: BaseModel, repo_id: str, license: str, private: bool = Tru
         repo_id: "name/repository"; made if it is not there, else its files of the same names are replaced.
         license: of the weights, as the hub writes it: "cc-by-nc-sa-4.0" for CT-CLIP's and what was made of them.
         private: whether only you see a repository that is made now.
-        **data: more of the card's metadata, see `huggingface_hub.ModelCardData`; `base_model` for an adapter.
+        **data: more of `huggingface_hub.ModelCardData`; `base_model` for an adapter.
 
     Raises:
         ValueError: no CT-CLIP; metadata that the hub refuses.
         PermissionError: no token, or one without the right to write.
         OSError: see `HubRepository`.
     """
-    from huggingface_hub import ModelCard, ModelCardData
-
     adapted = hasattr(base.model, "peft_config")
     plain = base.model.get_base_model() if adapted else base.model
     if not isinstance(plain, CTCLIPModel):

@@ -19,14 +19,8 @@ SUFFIXES = (".nii.gz", ".nii", ".mha", ".zip", ".nrrd", ".mhd", ".nhdr", ".dcm")
 def facts_of(base: BaseModel, prompts: Prompts = "paper") -> dict[str, str]:
     """What the scores come from: version of the kit, prompts, digests of base model, adapter and vocabulary."""
     own, adapter = digests(base.model)
-    words = prompts if isinstance(prompts, str) else "own"
-    return {
-        "version": version("medctkit"),
-        "base": own,
-        "adapter": adapter,
-        "vocabulary": vocabulary_of(base.tokenizer),
-        "prompts": words,
-    }
+    model = {"base": own, "adapter": adapter, "vocabulary": vocabulary_of(base.tokenizer)}
+    return {"version": version("medctkit"), **model, "prompts": prompts if isinstance(prompts, str) else "own"}
 
 
 def case_of(path: str | os.PathLike) -> str:
@@ -42,23 +36,16 @@ def write_prediction(
     """Write scores.csv, scores.json, results.json (for the VLM3D challenge, task abnormality classification) and a PNG.
 
     The challenge's form is that of github.com/forithmus/VLM3D-Dockers, `abnclass_example_docker`: one entry for each
-    volume, named without .nii.gz, with the 18 probabilities by name.
-
-    Args:
-        folder: made if it is not there; its files of these names are replaced.
-        case: name of the scan.
-        scores: probability of each finding.
-        facts: as `facts_of` gives them.
-        picture: a PNG file's bytes.
+    volume, the `case` named without .nii.gz, with the 18 probabilities by name. The `facts` are those of `facts_of`,
+    the `picture` is a PNG file's bytes; files of these names in `folder` are replaced.
     """
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    entry = {"input_image_name": case, "probabilities": dict(scores)}
     challenge = {
         "name": "Generated probabilities",
         "type": "Abnormality Classification",
         "version": {"major": 1, "minor": 0},
-        "predictions": [entry],
+        "predictions": [{"input_image_name": case, "probabilities": dict(scores)}],
     }
     write_json({"case": case, "scores": dict(scores), "model": dict(facts)}, folder / "scores.json")
     write_json(challenge, folder / "results.json")

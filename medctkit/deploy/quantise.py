@@ -18,19 +18,17 @@ from pathlib import Path
 import numpy as np
 
 from medctkit.common.extras import require
-from medctkit.deploy.export import digest_of, replacing_export, write_facts
+from medctkit.deploy.export import replacing_export, write_facts
 from medctkit.deploy.exported import OPENVINO, PROMPTS, VISION, Exported
+from medctkit.model.fingerprint import digest_of
 
 
 def quantise(folder: str | os.PathLike, out: str | os.PathLike, kind: str) -> Path:
-    """Write another export, with other weights or for another runtime.
+    """Make of an export of ONNX in float32 another one, `out`, which is replaced as a whole or left as it was.
 
-    Args:
-        folder: an export of ONNX in float32, as `medctkit export` writes it.
-        out: is replaced as a whole, or left as it was.
-        kind: one of `KINDS`: "onnx int8 dynamic" rounds what flows between the layers as well, anew for each volume;
-            "onnx int8 weights" rounds weights only, in blocks of 32; "openvino float32" rounds nothing; "openvino int8
-            weights" rounds weights only, for each output channel.
+    Of the `KINDS`, "onnx int8 dynamic" rounds what flows between the layers as well, anew for each volume; "onnx int8
+    weights" rounds weights only, in blocks of 32; "openvino float32" rounds nothing; "openvino int8 weights" rounds
+    weights only, for each output channel.
 
     Raises:
         ValueError: another kind; an export that is not ONNX in float32; see `replacing_export`.

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from medctkit.scans.volumes import CTVolume
 
@@ -17,18 +19,12 @@ _EMPTY = """PatientName PatientID PatientBirthDate PatientSex StudyDate StudyTim
 def write_series(volume: CTVolume, folder: str | os.PathLike, tags: Mapping[str, Any] | None = None) -> Path:
     """Write a volume as one CT series, a file for each slice; values are rounded to whole HU.
 
-    Args:
-        volume: as it is; nothing is turned.
-        folder: made if it is not there.
-        tags: values by their DICOM keyword for every header, such as {"PatientID": "P1"}. A study and a series without
-            a UID get new ones.
+    Nothing is turned. The `tags` go into every header, by their DICOM keyword, such as {"PatientID": "P1"}; a study and
+    a series without a UID get new ones.
 
     Raises:
         ValueError: values that are not those of a CT: outside of 16 bits.
     """
-    from pydicom.dataset import Dataset, FileMetaDataset
-    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
-
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     pixels = np.rint(volume.hu)

@@ -5,17 +5,16 @@ is measured without it.
 """
 
 import os
-import pickle
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from joblib.externals.loky import ProcessPoolExecutor
 
 from medctkit.deploy.exported import FACTS, Exported
 
@@ -39,59 +38,25 @@ class Variant:
 
 @contextmanager
 def trial(variant: Variant, volumes: np.ndarray, threads: int) -> Iterator[Callable[..., Any]]:
-    """Start a process for a variant; it ends with the block.
-
-    Args:
-        variant: what is tried.
-        volumes: (b, 1, d, h, w) float32, to measure seconds with.
-        threads: that compute.
+    """Start a process for a variant, with volumes (b, 1, d, h, w) to measure seconds with; it ends with the block.
 
     Yields:
-        A function that calls another one, `seconds` say, in that process.
+        A function that calls another one, `seconds` say, in that process, on so many `threads`.
 
     Raises:
         RuntimeError: the process ended, killed for memory say.
     """
-    # not by multiprocessing, which would import there what this program imports, torch say
-    command = [sys.executable, "-c", f"from {__name__} import _serve; _serve()"]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    # joblib's, for multiprocessing's would import there what this program imports, torch say
+    with ProcessPoolExecutor(1) as process:
 
-    def do(function: Callable, *given: Any) -> Any:
-        try:
-            pickle.dump((function, given), process.stdin)  # type: ignore[arg-type]
-            process.stdin.flush()  # type: ignore[union-attr]
-            found = pickle.load(process.stdout)  # type: ignore[arg-type]
-        except (EOFError, BrokenPipeError):
-            raise RuntimeError(f"the process of {variant.folder} ended; memory may be too short") from None
-        if isinstance(found, BaseException):
-            raise found
-        return found
+        def do(function: Callable, *given: Any) -> Any:
+            try:
+                return process.submit(function, *given).result()
+            except BrokenExecutor:
+                raise RuntimeError(f"the process of {variant.folder} ended; memory may be too short") from None
 
-    try:
         do(_load, variant, volumes, threads)
         yield do
-    except BaseException:
-        process.kill()
-        raise
-    finally:
-        process.communicate()  # the end of its input ends it
-
-
-def _serve() -> None:
-    """Do what comes in, and send out what came of it; what is printed meanwhile goes with the errors."""
-    out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    while True:
-        try:
-            function, given = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        try:
-            found = function(*given)
-        except Exception as error:
-            found = error
-        pickle.dump(found, out)
-        out.flush()
 
 
 _loaded: tuple[Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], np.ndarray]

@@ -6,6 +6,7 @@ Notebook 03 walks through the same steps one by one.
 import json
 import os
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from medctkit.common.processes import accelerator_for
 from medctkit.common.provenance import write_json
 from medctkit.experiments.compare.data import with_embeddings
 from medctkit.lora.adapter import add_lora
+from medctkit.lora.counting import count_trainable
 from medctkit.lora.methods import METHODS, apply_method
 from medctkit.model.base_model import BaseModel, load_base
 from medctkit.model.protocol import Model
@@ -157,25 +159,21 @@ def adapt(
     accelerator_for(config.mixed_precision, tracker=config.tracker)  # refuses a tracker that is not here
     cache_dir = prepared_dir(manifest_path, output_dir, cache_dir)
     base, manifest = origin.load(), load_manifest(manifest_path)
-    train, valid = (
-        load_split(manifest, origin.hospital, split, base.preprocess_config, cache_dir) for split in ("train", "valid")
-    )
+    load = partial(load_split, manifest, origin.hospital, preprocess_config=base.preprocess_config, cache_dir=cache_dir)
+    train, valid, at_a_time = load("train"), load("valid"), config.micro_batch_size or config.batch_size
     studies: Dataset = train
     if config.anchor_weight:
         before = ZeroShotClassifier(base.model.to(accelerator_for().device), base.tokenizer)
-        studies = with_embeddings(train, [before.embed(train, config.micro_batch_size or config.batch_size)])
+        studies = with_embeddings(train, [before.embed(train, at_a_time)])
     torch.manual_seed(seed)
     model = settings.apply(base.model)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     if config.mixed_precision != "no":
         cast_frozen(model, torch.bfloat16 if config.mixed_precision == "bf16" else torch.float16)
-    at_a_time = config.micro_batch_size or config.batch_size
     score = validation_score(valid, base.tokenizer, batch_size=at_a_time, workers=config.workers)
     if accelerator_for().is_main_process:
-        trained, total = (
-            sum(p.numel() for p in model.parameters() if p.requires_grad >= only) for only in (True, False)
-        )
+        trained, total = count_trainable(model), sum(p.numel() for p in model.parameters())
         steps = config.steps_for(len(train))
         passes, validations = steps * config.batch_size / len(train), 1 + steps // config.evaluate_every
         print(

@@ -11,10 +11,12 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from itertools import compress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
 from medctkit.findings import FINDINGS
@@ -24,10 +26,6 @@ from medctkit.scans.hounsfield import check_hu
 from medctkit.scans.preprocessing import HU_LIMIT, PreprocessConfig, preprocess
 from medctkit.scans.volumes import CTVolume
 from medctkit.zero_shot.classifier import Embedded, ZeroShotClassifier
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
 
 REPOSITORY = "repository ibrahimethemhamamci/CT-CLIP"
 INTERCEPTS = (-1024.0, -8192.0)  # HU, of CT-RATE's metadata
@@ -67,7 +65,7 @@ class Answers:
     patients: ArrayLike
     findings: Sequence[str] = FINDINGS
 
-    def mean(self, resamples: int = 20, **options: Any) -> "pd.Series":
+    def mean(self, resamples: int = 20, **options: Any) -> pd.Series:
         """The mean over findings as `evaluate` gives it; few resamples where nobody looks at the interval.
 
         Raises:
@@ -101,13 +99,12 @@ def thresholds_on_test(test: Answers, valid: Answers) -> list[Defect]:
     labels, scores = np.asarray(test.labels, float)[:, both], np.asarray(test.scores, float)[:, both]
     judged = Answers(labels, scores, test.patients, list(compress(test.findings, both)))
     public, right = (judged.mean(thresholds=limits) for limits in ("roc-corner-on-test", honest[both]))
-    shown = (
-        ("balanced accuracy", "accuracy", "balanced_accuracy"),
-        ("accuracy", "accuracy", "accuracy"),
-        ("F1 of the positive class", "F1", "f1"),
+    return _defects(
+        "thresholds chosen on the test labels",
+        ("balanced accuracy", "accuracy", public["balanced_accuracy"], right["balanced_accuracy"]),
+        ("accuracy", "accuracy", public["accuracy"], right["accuracy"]),
+        ("F1 of the positive class", "F1", public["f1"], right["f1"]),
     )
-    numbers = ((quantity, unit, public[name], right[name]) for quantity, unit, name in shown)
-    return _defects("thresholds chosen on the test labels", *numbers)
 
 
 def thresholds_on_noise(studies: int = 100, prevalence: float = 0.1, repeats: int = 500, seed: int = 0) -> list[Defect]:
@@ -281,10 +278,8 @@ def audit_scans(base: BaseModel, volumes: Sequence[CTVolume], labels: ArrayLike,
     ]
 
 
-def audit_figure(defects: Sequence[Defect]) -> "Figure":
+def audit_figure(defects: Sequence[Defect]) -> Figure:
     """Each number the public way and the right way, one above the other, each on its own scale."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(11, 1 + 0.6 * len(defects)), layout="constrained")
     rows = figure.subplots(len(defects), 1, squeeze=False)[:, 0]
     right = dict(marker="o", s=95, facecolor="none", edgecolor=RIGHT_COLOUR, label="the right way")

@@ -4,12 +4,14 @@ What has to be chosen, the recalibration and the thresholds, is chosen on valida
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
+from medctkit.common.provenance import records
 from medctkit.findings import FINDINGS, PREVALENCE
-from medctkit.metrics.bootstrap import mean_of_findings, metric_draws, patient_weights
+from medctkit.metrics.bootstrap import mean_of_findings, metric_draws, patient_weights, with_interval
 from medctkit.metrics.clinical import (
     RECALIBRATIONS,
     choose_recalibration,
@@ -19,13 +21,9 @@ from medctkit.metrics.clinical import (
     predictive_values,
     recalibrated,
     subgroup_table,
-    with_interval,
 )
 from medctkit.metrics.scores import evaluate
 from medctkit.zero_shot.classifier import Embedded
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 RESAMPLES = 1000  # at most: intervals need no more, and no p-value hangs on them
 MARKED = (0.05, 0.1, 0.2, 0.3, 0.5)  # thresholds of the decision table
@@ -45,13 +43,13 @@ class Clinical:
         curves: net benefit (thresholds of `GRID`, findings) of acting as a model says, or on everybody.
     """
 
-    tables: "dict[str, pd.DataFrame]"
+    tables: dict[str, pd.DataFrame]
     curves: dict[str, np.ndarray]
 
     @property
     def summary(self) -> dict[str, list[dict]]:
         """The tables as plain data, for metrics.json under "clinical"; None where there is no value."""
-        return {k: t.astype(object).where(t.notna(), None).to_dict("records") for k, t in self.tables.items()}
+        return {name: records(table) for name, table in self.tables.items()}
 
 
 def clinical_statistics(
@@ -59,7 +57,7 @@ def clinical_statistics(
     test: Embedded,
     scores: dict[str, dict[str, np.ndarray]],
     limits: dict[str, np.ndarray],
-    groups: "pd.DataFrame",
+    groups: pd.DataFrame,
     resamples: int,
     seed: int,
 ) -> Clinical:
@@ -74,8 +72,6 @@ def clinical_statistics(
         resamples: of patients, see `RESAMPLES`.
         seed: of the bootstrap.
     """
-    import pandas as pd
-
     drawn: dict[str, Any] = {"resamples": min(resamples, RESAMPLES), "seed": seed}
     labels, weights = test.labels, patient_weights(test.patients, **drawn)
     recalibration, crg, policies = [], {}, {"everybody": np.ones_like(labels)}

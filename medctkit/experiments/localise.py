@@ -5,9 +5,11 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
 
 from medctkit.attention.faithfulness import LOWER_IS_BETTER, faithfulness, faithfulness_table, some_of_each
 from medctkit.attention.localisation import (
@@ -28,7 +30,7 @@ from medctkit.cohort.dataset import load_split, prepared_dir
 from medctkit.cohort.manifest import load_manifest
 from medctkit.common.atomic import replacing
 from medctkit.common.csv_tables import write_table
-from medctkit.common.provenance import made_with, write_json
+from medctkit.common.provenance import made_with, records, write_json
 from medctkit.common.templates import filled
 from medctkit.experiments.adapt import Origin
 from medctkit.experiments.report.page import with_ends
@@ -36,11 +38,6 @@ from medctkit.lora.adapter import load_adapter, merge_lora
 from medctkit.model.fingerprint import digests
 from medctkit.model.protocol import Model
 from medctkit.scans.preprocessing import PreprocessConfig
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
-
 
 FEW = 60  # regions of the sanity check
 EACH = 3  # regions of each finding whose maps are tested for faithfulness
@@ -53,18 +50,12 @@ def measure_localisation(
     seed: int = 0,
     cache_dir: str | os.PathLike | None = None,
     studies: int | None = None,
-) -> "dict[str, pd.DataFrame]":
+) -> dict[str, pd.DataFrame]:
     """Base and adapted model on the test studies of a hospital: do their maps lie on the findings, and mean anything?
 
-    Writes `localisation.csv`, `localisation.json`, `localisation.md` and `localisation.png` into `output_dir`. What an
-    interrupted run has done lies there in `localisation_work` until the end, and the same run goes on from it.
-
-    Args:
-        manifest_path: usually `data_manifest.csv`.
-        output_dir: where `adapt` wrote.
-        seed: of the bootstrap, and of what is drawn.
-        cache_dir: see `prepared_dir`.
-        studies: how many test studies; None: all.
+    Writes `localisation.csv`, `.json`, `.md` and `.png` into `output_dir`, where `adapt` wrote. What an interrupted run
+    has done lies there in `localisation_work` until the end, and the same run goes on from it. `studies` says how many
+    test studies; None: all.
 
     Returns:
         `means`: rows of `localisation_table` over all findings; `differences`: see `paired_difference`, adapted minus
@@ -75,8 +66,6 @@ def measure_localisation(
         FileNotFoundError: no finished run in `output_dir`.
         ValueError: a run whose files were changed since; real scans without masks.
     """
-    import pandas as pd
-
     output_dir, origin = Path(output_dir).expanduser(), Origin.of(output_dir)
     base = origin.load()
     models = {"base": base.model, "adapted": load_adapter(origin.load().model, output_dir / "adapter")}
@@ -97,7 +86,7 @@ def measure_localisation(
         with np.load(file) as arrays:
             return dict(arrays)
 
-    def columns(table: "pd.DataFrame") -> dict[str, np.ndarray]:
+    def columns(table: pd.DataFrame) -> dict[str, np.ndarray]:
         numeric = pd.api.types.is_numeric_dtype
         return {name: part.to_numpy(None if numeric(part) else str) for name, part in table.items()}
 
@@ -127,9 +116,9 @@ def measure_localisation(
     maps[CONTRAST] = contrast_of_regions(dataset, regions, grid)
     compared = [("adapted minus base", "base, relevance", "adapted, relevance")]
     compared += [(f"{name}: own minus {OTHERS}", f"{name}, {OTHERS}", f"{name}, relevance") for name in models]
-    differences = [
-        paired_difference(regions, maps[a], maps[b], seed=seed).assign(difference=said) for said, a, b in compared
-    ]
+    differences = []
+    for said, one, other in compared:
+        differences.append(paired_difference(regions, maps[one], maps[other], seed=seed).assign(difference=said))
     command = f"medctkit localise {output_dir} --manifest {manifest_path} --seed {seed} --studies {len(rows)}"
     table = localisation_table(regions, maps, seed=seed)
     write_table(table, output_dir / "localisation.csv")
@@ -142,13 +131,11 @@ def measure_localisation(
         "sanity": pd.concat(checks, ignore_index=True),
     }
     made = {"command": command, "studies": len(np.unique(regions.study)), "regions": len(regions.study)}
-    records: dict[str, Any] = {
-        name: part.astype(object).where(part.notna(), None).to_dict("records") for name, part in found.items()
-    }
-    records["made_with"] = made_with(seed) | made | {"patch_mm": patch_in_mm(config, grid)}
-    write_json(records, output_dir / "localisation.json")
+    content: dict[str, Any] = {name: records(part) for name, part in found.items()}
+    content["made_with"] = made_with(seed) | made | {"patch_mm": patch_in_mm(config, grid)}
+    write_json(content, output_dir / "localisation.json")
     with replacing(output_dir / "localisation.md") as temporary:
-        temporary.write_text(localisation_page(records), encoding="utf-8")
+        temporary.write_text(localisation_page(content), encoding="utf-8")
     shutil.rmtree(output_dir / "localisation_work")
     return found
 
@@ -194,10 +181,8 @@ def localisation_page(found: dict) -> str:
     return filled("localisation.md", **values)
 
 
-def localisation_figure(table: "pd.DataFrame") -> "Figure":
+def localisation_figure(table: pd.DataFrame) -> Figure:
     """Each score, mean of findings, for each map with its interval, beside its chance."""
-    from matplotlib.figure import Figure
-
     means = table[table["finding"] == "mean"]
     colours = {"base": "#0072B2", "adapted": "#D55E00"}
     figure = Figure(figsize=(13, 3.6), layout="constrained")

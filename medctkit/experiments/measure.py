@@ -7,9 +7,10 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from medctkit.cohort import ct_rate as ctrate
 from medctkit.cohort.dataset import CTReportDataset, load_split, prepared_dir
@@ -21,7 +22,7 @@ from medctkit.experiments.adapt import Origin
 from medctkit.experiments.audit import Answers, Defect, audit, audit_scans, prompt_mismatch
 from medctkit.experiments.clinical import Clinical, clinical_statistics
 from medctkit.lora.methods import load_trained, trained_bytes, trained_count
-from medctkit.metrics.bootstrap import RESAMPLES, interval
+from medctkit.metrics.bootstrap import RESAMPLES, with_interval
 from medctkit.metrics.scores import HOME_ROWS, compare, evaluate, mean_draws, summary, thresholds_from_validation
 from medctkit.model.protocol import Model
 from medctkit.training.checkpoints import described, finished_run
@@ -29,9 +30,6 @@ from medctkit.zero_shot.classifier import Embedded, ZeroShotClassifier
 from medctkit.zero_shot.embeddings import same_studies
 from medctkit.zero_shot.prompts import PROMPTS
 from medctkit.zero_shot.retrieval import embed_reports, report_to_volume, volume_to_volume
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -42,8 +40,8 @@ class Home:
     """
 
     hospital: str
-    tables: dict[str, "pd.DataFrame"]
-    difference: "pd.DataFrame"
+    tables: dict[str, pd.DataFrame]
+    difference: pd.DataFrame
 
     @property
     def summary(self) -> dict:
@@ -84,10 +82,10 @@ class Measurement:
     patients: np.ndarray
     studies: np.ndarray
     scores: dict[str, np.ndarray]
-    tables: dict[str, "pd.DataFrame"]
-    difference: "pd.DataFrame"
-    prompts: "pd.DataFrame"
-    retrieval: "pd.DataFrame"
+    tables: dict[str, pd.DataFrame]
+    difference: pd.DataFrame
+    prompts: pd.DataFrame
+    retrieval: pd.DataFrame
     adapter: dict[str, int]
     defects: list[Defect]
     origin: Origin
@@ -133,8 +131,6 @@ def measure(
         FileNotFoundError: no finished run in `output_dir`.
         ValueError: a run whose files were changed since; no test studies of the `home` that was given.
     """
-    import pandas as pd
-
     output_dir, accelerator = Path(output_dir).expanduser(), accelerator_for()
     cache_dir = prepared_dir(manifest_path, output_dir, cache_dir)
     origin, manifest = Origin.of(output_dir), load_manifest(manifest_path)
@@ -171,8 +167,7 @@ def measure(
         for kind in PROMPTS:
             asked = ZeroShotClassifier(model, base.tokenizer, kind).scores_from_embeddings(test.embeddings)
             draws = mean_draws(test.labels, asked, test.patients, **drawn)
-            ends = dict(zip(("auroc_low", "auroc_high"), interval(draws), strict=True))
-            prompts.append({"set": kind, "model": name, "auroc": draws[0]} | ends)
+            prompts.append({"set": kind, "model": name} | with_interval("auroc", draws))
     same_studies(tests["base"], tests["adapted"])
     tables, difference = _compared(test, scores["test"], limits, drawn)
     at_home = None
@@ -207,7 +202,7 @@ def measure(
 
 def _compared(
     seen: Embedded, scores: dict[str, np.ndarray], limits: dict, drawn: dict
-) -> "tuple[dict[str, pd.DataFrame], pd.DataFrame]":
+) -> tuple[dict[str, pd.DataFrame], pd.DataFrame]:
     """`Measurement.tables` and `.difference` of both models' scores of the same studies."""
     tables = {name: evaluate(seen.labels, scores[name], seen.patients, limits[name], **drawn) for name in scores}
     pairs = (scores["base"], scores["adapted"], seen.patients, limits["base"], limits["adapted"])

@@ -17,9 +17,7 @@ from medctkit.experiments.adapt import DEFAULT, FULL_SIZE, Adaptation
 
 NAME = "run.yaml"
 # of the command, beside the settings
-ASKED: dict[str, type] = {
-    "manifest": str, "seed": int, "cache_dir": str, "model": str, "tokenizer": str, "hospital": str,
-}  # fmt: skip
+ASKED: dict[str, type] = dict.fromkeys(("manifest", "cache_dir", "model", "tokenizer", "hospital"), str) | {"seed": int}
 _SETTINGS = [field.name for field in fields(Adaptation) if field.name != "seed"]  # the run's, above
 
 
@@ -68,20 +66,15 @@ def read_run_file(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, An
     chosen = {name: _typed(path, name, value, types[name]) for name, value in settings.items() if name != "prompts"}
     if (prompts := settings.get("prompts")) is not None:
         try:
-            chosen["prompts"] = {
-                finding: (tuple(both["states"]), tuple(both["denies"])) for finding, both in prompts.items()
-            }
+            sides = {finding: (both["states"], both["denies"]) for finding, both in prompts.items()}
+            chosen["prompts"] = {finding: tuple(map(tuple, both)) for finding, both in sides.items()}
         except (AttributeError, KeyError, TypeError):
             raise ValueError(f"{path}: prompts must be {{finding: {{states: [...], denies: [...]}}}}") from None
     return {name: value for name, value in asked.items() if value is not None}, chosen
 
 
 def settings_of(model: str, given: Mapping[str, Any]) -> Adaptation:
-    """The defaults of a model, with what is `given`; `epochs` take the place of `steps`.
-
-    Raises:
-        ValueError: see `FineTuneConfig`.
-    """
+    """The defaults of a model, with what is `given`, as `FineTuneConfig` checks it; `epochs` replace `steps`."""
     steps = {"steps": None} if given.get("epochs") is not None else {}
     return replace(DEFAULT if model == "mini" else FULL_SIZE, **(steps | dict(given)))
 

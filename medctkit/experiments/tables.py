@@ -4,9 +4,9 @@ import os
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 from medctkit.cohort import ct_rate
 from medctkit.cohort.dataset import load_split, prepared_dir
@@ -19,9 +19,6 @@ from medctkit.experiments.adapt import Origin
 from medctkit.findings import FINDINGS
 from medctkit.metrics.scores import METRICS, evaluate, thresholds_from_validation
 from medctkit.zero_shot.classifier import ZeroShotClassifier
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 PUBLISHED = 0.731  # mean AUROC of CT-CLIP, zero-shot, on CT-RATE's validation patients (arXiv 2403.17834)
 
@@ -43,34 +40,22 @@ def write_scores(
 ) -> Path:
     """Write a row for each study and finding: study, patient, finding, label (empty: unknown), probabilities.
 
-    Args:
-        path: see `scores_file`.
-        studies: (n,) names.
-        patients: (n,) names.
-        labels: (n, 18).
-        scores: for each model (n, 18).
+    `path` is from `scores_file`; `studies` and `patients` are names (n,), `labels` and each model's `scores` (n, 18).
     """
-    import pandas as pd
-
     k = len(FINDINGS)
-    columns = {
-        "study": np.repeat(studies, k),
-        "patient": np.repeat(patients, k),
-        "finding": np.tile(FINDINGS, len(studies)),
-    }
-    columns |= {name: values.ravel() for name, values in {"label": labels, **scores}.items()}
+    table = pd.DataFrame({"study": np.repeat(studies, k), "patient": np.repeat(patients, k)})
+    table["finding"] = np.tile(FINDINGS, len(studies))
+    table = table.assign(label=labels.ravel(), **{name: values.ravel() for name, values in scores.items()})
     if path.suffix == ".csv":
-        write_table(pd.DataFrame(columns), path)
+        write_table(table, path)
         return path
     with replacing(path) as temporary:
-        pd.DataFrame(columns).to_parquet(temporary, index=False)
+        table.to_parquet(temporary, index=False)
     return path
 
 
-def write_findings(tables: "Mapping[str, pd.DataFrame]", folder: Path) -> tuple[Path, Path]:
+def write_findings(tables: Mapping[str, pd.DataFrame], folder: Path) -> tuple[Path, Path]:
     """Write named tables of `evaluate` and `compare` as findings.csv (all measures) and findings.tex (AUROC)."""
-    import pandas as pd
-
     wanted = ["positives", "studies", *(f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_high"))]
     flat = pd.concat([t[t.columns.intersection(wanted)].add_prefix(f"{name} ") for name, t in tables.items()], axis=1)
     write_table(flat.rename_axis("finding").reset_index(), folder / "findings.csv")
@@ -92,22 +77,11 @@ def measure_base(
     cache_dir: str | os.PathLike | None = None,
     batch_size: int = 32,
 ) -> str:
-    """Score a base model alone, zero-shot, on the test patients of a hospital; no run is needed.
+    """Score a base model alone, zero-shot, on the test patients of a hospital; says what came out, in lines.
 
-    Writes `base.json`, scores and tables. Thresholds come from validation patients, where there are any, else they are
-    0.5; no AUROC depends on them.
-
-    Args:
-        manifest_path: usually `data_manifest.csv`.
-        output_dir: a folder.
-        origin: base model and hospital.
-        scores: see `scores_file`.
-        seed: of the bootstrap.
-        cache_dir: see `prepared_dir`.
-        batch_size: volumes at a time.
-
-    Returns:
-        What came out, in lines.
+    Writes `base.json`, tables, and what `scores_file` allows as `scores`. Thresholds come from validation patients,
+    where there are any, else they are 0.5; no AUROC depends on them. `origin` is model and hospital; for
+    `manifest_path`, `output_dir`, `seed`, `cache_dir` and `batch_size` see `measure.measure`.
 
     Raises:
         ValueError: no such test studies.
@@ -126,9 +100,8 @@ def measure_base(
     if not accelerator_for().is_main_process:
         return ""
     table = evaluate(seen.labels, found, seen.patients, limits, seed=seed)
-    auroc = dict(
-        zip(("value", "low", "high"), table.loc["mean", ["auroc", "auroc_low", "auroc_high"]].round(4), strict=True)
-    )
+    ends = {"value": "auroc", "low": "auroc_low", "high": "auroc_high"}
+    auroc = {end: round(table.loc["mean", column], 4) for end, column in ends.items()}
     hospitals = sorted(set(there.loc[there["split"] == "test", "hospital"]))
     content = {"auroc": auroc, "studies": len(seen.studies), "hospitals": hospitals}
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,5 @@
 """An adapter on a model, made by peft: added, merged, saved, loaded, and refused where it does not belong."""
 
-from __future__ import annotations
-
 import copy
 import os
 import re
@@ -10,36 +8,31 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import nn
 
+from medctkit.lora.adapter_config import matching, patterns_of, read_config
 from medctkit.lora.placement import lora_config, parts_of, placement_of
 from medctkit.model.fingerprint import digests
 from medctkit.model.protocol import Model
 from medctkit.model.weights import read_weights, refuse_bad_numbers, refuse_other_shapes
-
-if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
 
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as peft names them
 _DIGEST = "sha256:"
 
 
 def add_lora(model: Model, preset: str = "paper", **overrides: Any) -> PeftModel:
-    """Freeze `model` and add a trainable LoRA adapter to it, in place.
+    """Freeze `model` and add a trainable LoRA adapter to it, in place; for `preset` and `overrides` see `lora_config`.
 
     The random A matrices come from torch's generator: call `torch.manual_seed` before for a repeatable start.
-
-    For `preset`, one of the model's own, and `overrides` see `lora_config`.
 
     Raises:
         ValueError: as `lora_config`; a projection that no layer of this model has; a model that has adapters already.
     """
-    from peft import PeftModel
-
     if isinstance(model, PeftModel):
         raise ValueError(
             f"this model already carries the adapter(s) {', '.join(model.peft_config)}; add another with "
@@ -65,8 +58,6 @@ def add_adapter(model: Model, config: PeftConfig) -> PeftModel:
 
     The digest of the base model becomes part of the configuration, so that `load_adapter` refuses any other.
     """
-    from peft import get_peft_model
-
     with _quiet():
         adapted = get_peft_model(model, config)
     adapted.register_forward_pre_hook(_refuse_names, with_kwargs=True)
@@ -86,12 +77,11 @@ def _has_exact_weights(model: nn.Module) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the FutureWarning that peft earns by asking transformers 5 for gradient checkpointing by an old name.
-
-    Nor the one of OFT, which takes the next size of its blocks that divides the width of a layer.
-    """
+    """Without two of peft's warnings."""
     with warnings.catch_warnings():
+        # it takes the next size of a block that divides the width of a layer
         warnings.filterwarnings("ignore", message="Invalid `oft_block_size`")
+        # it asks transformers 5 by an old name
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         yield
 
@@ -125,12 +115,12 @@ def merge_lora(model: PeftModel) -> Model:
     Raises:
         ValueError: weights in half precision, where the update would be rounded away.
     """
-    half = [name for name, p in model.named_parameters() if p.dtype in (torch.bfloat16, torch.float16)]
-    if half:
-        raise ValueError(
-            f"{half[0]} and {len(half) - 1} more weights are in half precision, which would round the update away; "
-            "load the adapter on a base model in float32 and merge it there"
-        )
+    for name, p in model.named_parameters():
+        if p.dtype in (torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"{name} is in half precision, which would round the update away; load the adapter on a base model in "
+                "float32 and merge it there"
+            )
     return copy.deepcopy(model).merge_and_unload(safe_merge=True)
 
 
@@ -156,29 +146,25 @@ def load_adapter(
 ) -> PeftModel:
     """Put a saved adapter on `model` and make it the active one.
 
-    peft alone passes over tensors that are missing or left over with a warning, and the adapter then silently
-    does half its work; here the file has to fit the model exactly. The `model` may carry other adapters already;
-    `model.set_adapter(name)` swaps them.
+    peft alone passes over tensors that are missing or left over with a warning; here the file has to fit the model
+    exactly. The `model` may carry other adapters already; `model.set_adapter(name)` swaps them.
 
     Raises:
         FileNotFoundError: no adapter in `directory`.
         ValueError: the adapter was made for another architecture or base model; names taken twice; see `read_weights`,
             `read_config` and `refuse_bad_numbers`.
     """
-    from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-
-    from medctkit.lora.adapter_config import read_config, with_names
-
     directory = Path(directory).expanduser()
-    for file in (ADAPTER_FILE, ADAPTER_CONFIG):
-        if not (directory / file).is_file():
-            raise FileNotFoundError(f"{directory} has no {file}; expected a folder written by save_adapter")
+    for expected in (ADAPTER_FILE, ADAPTER_CONFIG):
+        if not (directory / expected).is_file():
+            raise FileNotFoundError(f"{directory} has no {expected}; expected a folder written by save_adapter")
     wrapped = isinstance(model, PeftModel)
     if wrapped and name in model.peft_config:
         raise ValueError(f"an adapter named {name!r} is already on this model; pass another name")
 
-    saved = read_config(directory / ADAPTER_CONFIG)
-    config = saved.config
+    file = directory / ADAPTER_CONFIG
+    config, made_on = read_config(file)
+    patterns = patterns_of(config)
     with torch.device("meta"), _quiet():  # shapes only: what this adapter would look like on this architecture
         shapes = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
         shapes |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
@@ -187,29 +173,22 @@ def load_adapter(
             shapes |= {id(part): type(part)() for part in parts}
         twin = copy.deepcopy(model, shapes)
         twin = twin.unload() if wrapped else twin
-        patterns = {field: getattr(config, field) for field in with_names(saved, ())}
-        for field, names in with_names(saved, [name for name, _ in twin.named_modules()]).items():
-            if not names:
-                _refuse_unmatched(twin, {f"of {directory}": re.escape(patterns[field])})
-            setattr(config, field, names)
+        for field, pattern in patterns.items():
+            setattr(config, field, matching(pattern, [name for name, _ in twin.named_modules()], f"{file}: {field}"))
+            if not getattr(config, field):
+                _refuse_unmatched(twin, {f"of {directory}": re.escape(pattern)})
         try:
-            expected = get_peft_model_state_dict(
-                get_peft_model(twin, copy.deepcopy(config)), save_embedding_layers=False
-            )
+            adapted = get_peft_model(twin, copy.deepcopy(config))
         except Exception as error:  # peft raises many
-            raise ValueError(f"{saved.file}: peft cannot make this adapter for this model: {error}") from error
+            raise ValueError(f"{file}: peft cannot make this adapter for this model: {error}") from error
+        tensors = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     found = read_weights(directory / ADAPTER_FILE)
-    refuse_other_shapes(
-        found,
-        {name: tuple(tensor.shape) for name, tensor in expected.items()},
-        f"the adapter in {directory} was made for another architecture; load the base model it was trained on",
-    )
+    message = f"the adapter in {directory} was made for another architecture; load the base model it was trained on"
+    refuse_other_shapes(found, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, message)
     refuse_bad_numbers(found, directory / ADAPTER_FILE)
-    if saved.made_on.startswith(_DIGEST) and _has_exact_weights(model) and saved.made_on != (ours := _digest(model)):
-        raise ValueError(
-            f"the adapter in {directory} was trained on a base model with other weights ({saved.made_on}; this one is "
-            f"{ours}): load that one"
-        )
+    if made_on.startswith(_DIGEST) and _has_exact_weights(model) and made_on != (ours := _digest(model)):
+        other = f"on a base model with other weights ({made_on}; this one is {ours})"
+        raise ValueError(f"the adapter in {directory} was trained {other}: load that one")
     config.inference_mode = not trainable
     with _quiet():
         if wrapped:
@@ -219,5 +198,5 @@ def load_adapter(
             model.register_forward_pre_hook(_refuse_names, with_kwargs=True)
     set_peft_model_state_dict(model, found, name)
     model.set_adapter(name)
-    vars(model.peft_config[name]).update(patterns, base_model_name_or_path=saved.made_on or None)
+    vars(model.peft_config[name]).update(patterns, base_model_name_or_path=made_on or None)
     return model if trainable else model.requires_grad_(False).eval()

@@ -9,26 +9,18 @@ import re
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import peft
 import regex
 
 KINDS = {"LORA": peft.LoraConfig, "VERA": peft.VeraConfig, "IA3": peft.IA3Config, "OFT": peft.OFTConfig}
-SECONDS = 2.0  # that the patterns of one adapter may take
+SECONDS = 2.0  # that a pattern may take
 _PATTERNS = ("target_modules", "feedforward_modules")
 # What a folder says and no model depends on; an adapter is what its tensors are, however they were begun
 _UNUSED = {"peft_type", "peft_version", "task_type", "inference_mode", "auto_mapping", "revision"}
 _UNUSED |= {"base_model_name_or_path", "init_lora_weights", "init_weights", "init_ia3_weights"}
 _BEGINNINGS = (True, False, "gaussian", "orthogonal")  # the others change the base model's weights, too
-
-
-class SavedConfig(NamedTuple):
-    """What a folder says: its file, peft's configuration, and what the adapter was made on ("": it does not say)."""
-
-    file: Path
-    config: peft.PeftConfig
-    made_on: str
 
 
 Check = Callable[[Any], bool]
@@ -77,8 +69,8 @@ _FIELDS: dict[str, tuple[Check, str]] = {
 }
 
 
-def read_config(file: Path) -> SavedConfig:
-    """Read the configuration that peft, or this kit, wrote.
+def read_config(file: Path) -> tuple[peft.PeftConfig, str]:
+    """The configuration that peft, or this kit, wrote, and what the adapter was made on ("": it does not say).
 
     Raises:
         ValueError: no such configuration, a kind or field that the kit does not load, a value that is not plain.
@@ -113,27 +105,29 @@ def read_config(file: Path) -> SavedConfig:
         raise refuse("target_modules is missing")
     made_on = given.get("base_model_name_or_path")
     try:
-        return SavedConfig(file, KINDS[kind](**fields), made_on if isinstance(made_on, str) else "")
+        return KINDS[kind](**fields), made_on if isinstance(made_on, str) else ""
     except (TypeError, ValueError) as error:
         raise refuse(str(error)) from None
 
 
-def with_names(saved: SavedConfig, names: Iterable[str]) -> dict[str, Any]:
-    """The fields of a configuration that are patterns, as lists of the modules in `names` that they match.
+def patterns_of(config: peft.PeftConfig) -> dict[str, str]:
+    """The fields of a configuration that are patterns of names."""
+    found = {field: getattr(config, field, None) for field in _PATTERNS}
+    return {field: value for field, value in found.items() if isinstance(value, str) and value != "all-linear"}
+
+
+def matching(pattern: str, names: Iterable[str], source: str) -> list[str]:
+    """Those of the `names` that a pattern out of a file, the `source`, matches as a whole.
 
     Raises:
         ValueError: no pattern, or one that takes too long.
     """
-    found, end = {}, time.monotonic() + SECONDS
-    for field in _PATTERNS:
-        pattern = getattr(saved.config, field, None)
-        if isinstance(pattern, str) and pattern != "all-linear":
-            try:
-                within = ((name, max(1e-3, end - time.monotonic())) for name in names)
-                found[field] = [name for name, left in within if name and regex.fullmatch(pattern, name, timeout=left)]
-            except (regex.error, TimeoutError, RecursionError) as error:
-                raise ValueError(f"{saved.file}: {field} is no usable pattern ({error}): {_short(pattern)}") from None
-    return found
+    end = time.monotonic() + SECONDS
+    try:
+        within = ((name, max(1e-3, end - time.monotonic())) for name in names)
+        return [name for name, left in within if name and regex.fullmatch(pattern, name, timeout=left)]
+    except (regex.error, TimeoutError, RecursionError) as error:
+        raise ValueError(f"{source} is no usable pattern ({error}): {_short(pattern)}") from None
 
 
 def _short(value: Any) -> str:

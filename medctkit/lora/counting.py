@@ -1,7 +1,5 @@
 """Parameters counted: per component, and which placements fit the paper's number."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Iterator
@@ -73,19 +71,13 @@ def search_placements(
     total = sum(math.prod(e.shape) for e in released_layout(config).values() if e.kind == "parameter")
     rows = []
     for vision, text, r in product(_subsets(attention.vision), _subsets(attention.text), ranks):
-        if trainable := r * sum(per_rank[name] for name in (*vision, *text)):
-            rows.append(
-                {
-                    "r": r,
-                    "vision": " + ".join(vision),
-                    "text": " + ".join(text),
-                    "trainable": trainable,
-                    "percent of total": 100 * trainable / (total + trainable),
-                    "fits the paper": PAPER_TRAINABLE[0] <= trainable <= PAPER_TRAINABLE[1],
-                    "exactly q, k, v": (vision, text) == (paper.vision, paper.text),
-                }
-            )
-    return pd.DataFrame(rows)
+        trainable = r * sum(per_rank[name] for name in (*vision, *text))
+        row = {"r": r, "vision": " + ".join(vision), "text": " + ".join(text), "trainable": trainable}
+        rows.append(row | {"exactly q, k, v": (vision, text) == (paper.vision, paper.text)})
+    table = pd.DataFrame(rows).query("trainable > 0").reset_index(drop=True)
+    table.insert(4, "percent of total", 100 * table["trainable"] / (total + table["trainable"]))
+    table.insert(5, "fits the paper", table["trainable"].between(*PAPER_TRAINABLE))
+    return table
 
 
 def _subsets(names: Iterable[str]) -> Iterator[tuple[str, ...]]:

@@ -4,18 +4,19 @@ Every method starts at the base model exactly and leaves the codebook alone; the
 peft makes all adapters; `full` and `bitfit` train tensors of the model itself.
 """
 
-from __future__ import annotations
-
 import hashlib
+import json
 import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
+from peft import IA3Config, OFTConfig, VeraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
 from medctkit.common.atomic import replacing
@@ -30,7 +31,7 @@ TRAINED_FILE = "trained.safetensors"
 
 @dataclass(frozen=True)
 class Method:
-    """A way to fine-tune."""
+    """A way to fine-tune; its texts are those of assets/methods.json."""
 
     label: str  # in tables and figures
     trains: str  # a sentence
@@ -48,156 +49,71 @@ def _bitfit(model: nn.Module) -> nn.Module:
 
 
 def _vera(model: nn.Module, r: int, **fields: Any) -> nn.Module:
-    from peft import VeraConfig
-
     key = int(torch.randint(2**31, ()))  # as every random start, from torch's generator
-    targets = "|".join(presets_of(parts_of(model))["paper"].patterns.values())
-    return add_adapter(model, VeraConfig(r=r, **{"projection_prng_key": key, "target_modules": targets, **fields}))
+    fields = {"projection_prng_key": key, "target_modules": _targets(model), **fields}
+    return add_adapter(model, VeraConfig(r=r, **fields))
 
 
 def _oft(model: nn.Module, r: int, **fields: Any) -> nn.Module:
-    from peft import OFTConfig
-
-    targets = "|".join(presets_of(parts_of(model))["paper"].patterns.values())
-    return add_adapter(model, OFTConfig(**{"r": 0, "oft_block_size": r, "target_modules": targets, **fields}))
+    fields = {"r": 0, "oft_block_size": r, "target_modules": _targets(model), **fields}
+    return add_adapter(model, OFTConfig(**fields))
 
 
 def _ia3(model: nn.Module, **fields: Any) -> nn.Module:
-    from peft import IA3Config
-
     parts = parts_of(model)
     narrowing = "|".join(parts.narrowing)
     targets = "|".join([*(parts.projections[name] for name in parts.keys_values), narrowing])
     return add_adapter(model, IA3Config(**{"target_modules": targets, "feedforward_modules": narrowing, **fields}))
 
 
+def _targets(model: nn.Module, preset: str = "paper") -> str:
+    """What matches the names of a preset's layers."""
+    return "|".join(presets_of(parts_of(model))[preset].patterns.values())
+
+
 def _per_rank(model: nn.Module, preset: str) -> int:
     """What a preset trains at rank 1."""
-    pattern = re.compile("|".join(presets_of(parts_of(model))[preset].patterns.values()))
-    layers: list[Any] = [layer for name, layer in model.named_modules() if pattern.fullmatch(name)]
+    pattern = _targets(model, preset)
+    layers: list[Any] = [layer for name, layer in model.named_modules() if re.fullmatch(pattern, name)]
     return sum(layer.in_features + layer.out_features for layer in layers)
 
 
-def _lora(
-    label: str,
-    trains: str,
-    paper: str = "Hu et al. 2021, arXiv 2106.09685",
-    preset: str = "paper",
-    as_many: bool = False,
-    rate_of_b: float = 1.0,
-    **fixed: Any,
-) -> Method:
-    """LoRA or one of its kind: a preset, and what is fixed in its configuration.
-
-    With `as_many`, r is that of "paper", and the preset's own is chosen to train as many numbers.
-    """
+def _lora(preset: str = "paper", rate_of_b: float = 1.0, **fixed: Any) -> dict[str, Any]:
+    """LoRA or one of its kind: a preset, and what is fixed in its configuration."""
 
     def apply(model: nn.Module, r: int, **fields: Any) -> nn.Module:
-        if as_many:
+        if preset in ("mlp", "all-linear"):  # r is that of "paper", and the preset's own trains as many numbers
             r = max(1, round(r * _per_rank(model, "paper") / _per_rank(model, preset)))
         return add_lora(model, preset, r=r, **fixed | fields)
 
-    return Method(label, trains, paper, apply, (1e-3, 3e-3, 1e-2), 16, rate_of_b)
+    return {"apply": apply, "learning_rates": (1e-3, 3e-3, 1e-2), "rank": 16, "rate_of_b": rate_of_b}
 
 
-_NO_REGRET = "Schulman et al. 2025, LoRA Without Regret, thinkingmachines.ai/blog/lora"
-METHODS: dict[str, Method] = {
-    "full": Method(
-        "full fine-tuning",
-        "Every weight of both encoders, both projections and the temperature.",
-        "Radford et al. 2021, arXiv 2103.00020",
-        lambda model: model.requires_grad_(True),
-        (3e-4, 1e-3, 3e-3),
-    ),
-    "bitfit": Method(
-        "BitFit",
-        "The bias vectors of both encoders, and no weight matrix.",
-        "Zaken et al. 2021, arXiv 2106.10199",
-        _bitfit,
-        (3e-3, 1e-2, 3e-2),
-    ),
-    "lora": _lora("LoRA", "A low-rank update beside each query, key and value projection of both encoders."),
-    "lora-vision": _lora(
-        "LoRA, vision only", "LoRA in the vision encoder; the text encoder stays as it is.", preset="vision"
-    ),
-    "lora-text": _lora(
-        "LoRA, text only",
-        "LoRA in the text encoder; the images are seen as before, and only what is asked of them changes.",
-        preset="text",
-    ),
-    "lora-mlp": _lora(
-        "LoRA, feed-forward",
-        "LoRA in both layers of each feed-forward instead of the attention, with as many numbers.",
-        _NO_REGRET,
-        "mlp",
-        as_many=True,
-    ),
-    "lora-all": _lora(
-        "LoRA, all layers",
-        "LoRA in every linear layer of both encoders, at a lower rank: with as many numbers.",
-        _NO_REGRET,
-        "all-linear",
-        as_many=True,
-    ),
-    "dora": _lora(
-        "DoRA",
-        "LoRA's direction of each weight column, and its length as a number of its own.",
-        "Liu et al. 2024, arXiv 2402.09353",
-        use_dora=True,
-    ),
-    "rslora": _lora(
-        "rsLoRA",
-        "What LoRA trains, with the update scaled by alpha / sqrt(r) in place of alpha / r.",
-        "Kalajdzievski 2023, arXiv 2312.03732",
-        use_rslora=True,
-    ),
-    "lora+": _lora(
-        "LoRA+",
-        "What LoRA trains, its B matrices at 16 times the rate.",
-        "Hayou et al. 2024, arXiv 2402.12354",
-        rate_of_b=16.0,
-    ),
-    "pissa": _lora(
-        "PiSSA",
-        "What LoRA trains, begun at the leading singular vectors of each weight, which the frozen rest lacks.",
-        "Meng et al. 2024, arXiv 2404.02948",
-        init_lora_weights="pissa",
-    ),
-    "oft": Method(
-        "OFT",
-        "A rotation of what enters each query, key and value projection, in blocks of 32 channels.",
-        "Qiu et al. 2023, arXiv 2306.07280",
-        _oft,
-        (1e-3, 3e-3, 1e-2),
-        32,
-    ),
-    "vera": Method(
-        "VeRA",
-        "Two vectors for each query, key and value projection, between two random matrices that all of them share.",
-        "Kopiczko et al. 2023, arXiv 2310.11454",
-        _vera,
-        (1e-2, 3e-2, 1e-1),
-        64,
-    ),
-    "ia3": Method(
-        "(IA)³",
-        "One factor for each channel of keys, values and the inner layer of the feed-forwards.",
-        "Liu et al. 2022, arXiv 2205.05638",
-        _ia3,
-        (1e-2, 3e-2, 1e-1),
-    ),
+_HOW: dict[str, dict[str, Any]] = {
+    "full": {"apply": lambda model: model.requires_grad_(True), "learning_rates": (3e-4, 1e-3, 3e-3)},
+    "bitfit": {"apply": _bitfit, "learning_rates": (3e-3, 1e-2, 3e-2)},
+    "lora": _lora(),
+    "lora-vision": _lora("vision"),
+    "lora-text": _lora("text"),
+    "lora-mlp": _lora("mlp"),
+    "lora-all": _lora("all-linear"),
+    "dora": _lora(use_dora=True),
+    "rslora": _lora(use_rslora=True),
+    "lora+": _lora(rate_of_b=16.0),
+    "pissa": _lora(init_lora_weights="pissa"),
+    "oft": {"apply": _oft, "learning_rates": (1e-3, 3e-3, 1e-2), "rank": 32},
+    "vera": {"apply": _vera, "learning_rates": (1e-2, 3e-2, 1e-1), "rank": 64},
+    "ia3": {"apply": _ia3, "learning_rates": (1e-2, 3e-2, 1e-1)},
 }
+_TEXTS = json.loads((files("medctkit") / "assets" / "methods.json").read_text(encoding="utf-8"))
+METHODS: dict[str, Method] = {name: Method(**_TEXTS[name], **how) for name, how in _HOW.items()}
 
 
 def apply_method(model: Model, name: str, **settings: Any) -> Model:
-    """Freeze and extend `model` for a method, in place.
+    """Freeze and extend a plain `model` for one of `METHODS`, in place: it comes back, or a `PeftModel` around it.
 
-    Random starts come from torch's generator: call `torch.manual_seed` before for a repeatable one.
-
-    Args:
-        model: a plain `VisionLanguageModel`; what comes back is it, or a `PeftModel` around it.
-        name: one of `METHODS`.
-        **settings: `r` where the method has a rank, and any field of its peft configuration.
+    Random starts come from torch's generator: call `torch.manual_seed` before for a repeatable one. The `settings` are
+    `r`, where the method has a rank, and any field of its peft configuration.
 
     Raises:
         ValueError: unknown method or setting; a model that has an adapter already; as `add_lora`.
@@ -250,8 +166,6 @@ def save_trained(model: Model, directory: str | os.PathLike) -> Path:
         with replacing(directory / TRAINED_FILE) as temporary:
             write_weights(tensors, temporary, {"architecture": _architecture(model)})
         return directory
-    from peft import get_peft_model_state_dict
-
     name = model.active_adapter
     held = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     places = {tensor.data_ptr() for tensor in held.values()}
@@ -287,13 +201,9 @@ def restore_trained(model: Model, directory: str | os.PathLike) -> None:
         ValueError: made for another architecture, or otherwise no such weights.
     """
     file = _weights_file(Path(directory))
-    found, refusal = (
-        read_weights(file),
-        f"{file} was made for another architecture; load the base model it was trained on",
-    )
+    found = read_weights(file)
+    refusal = f"{file} was made for another architecture; load the base model it was trained on"
     if file.name == ADAPTER_FILE:
-        from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
         here = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
     else:
         here = {name: p for name, p in model.named_parameters() if name in found}

@@ -7,16 +7,13 @@ attention projections only rank 24 fits, and of those only one set is "q, k and 
 known to us; alpha = 2 r and no dropout are our choice.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from peft import LoraConfig
 
 from medctkit.model.ct_clip_parts import PARTS
 from medctkit.model.protocol import Model, Parts
-
-if TYPE_CHECKING:
-    from peft import LoraConfig
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,7 @@ def lora_config(preset: str = "paper", parts: Parts = PARTS, **overrides: Any) -
     Args:
         preset: "paper" (r = 24 on q, k, v of both encoders), "vision", "text" (one encoder of it), "all-attention"
             ("paper" plus both output projections), "mlp" (both layers of each feed-forward) or "all-linear" (both).
-        parts: of the model, `model.parts`.
+        parts: the model's.
         **overrides: `r`; `vision` and `text`, projection names in place of the preset's; and any field of
             `peft.LoraConfig` (`lora_alpha`, default 2 r; `lora_dropout`, default 0; `use_dora`, `use_rslora`;
             `target_modules` in place of the whole placement; ...).
@@ -79,21 +76,11 @@ def lora_config(preset: str = "paper", parts: Parts = PARTS, **overrides: Any) -
     Raises:
         ValueError: unknown preset, projection or field; rank below 1; no projection left.
     """
-    from peft import LoraConfig
-
     placement = placement_of(preset, overrides, parts)
-    fields: dict[str, Any] = {
-        "lora_alpha": 2 * placement.r,
-        "target_modules": "|".join(placement.patterns.values()),
-    } | overrides
+    targets = "|".join(placement.patterns.values())
+    fields: dict[str, Any] = {"lora_alpha": 2 * placement.r, "target_modules": targets} | overrides
     if not fields["target_modules"]:
-        raise ValueError(
-            f"preset {preset!r} with vision={placement.vision} and text={placement.text} adapts nothing; "
-            "name at least one projection"
-        )
+        raise ValueError(f"preset {preset!r} with vision=() and text=() adapts nothing; name at least one projection")
     if unknown := [name for name in fields if name not in LoraConfig.__dataclass_fields__]:
-        raise ValueError(
-            f"unknown LoRA setting {unknown[0]!r}; expected r, vision, text or a field of peft.LoraConfig "
-            "such as lora_alpha, lora_dropout, use_dora"
-        )
+        raise ValueError(f"unknown LoRA setting {unknown[0]!r}; expected r, vision, text or a field of peft.LoraConfig")
     return LoraConfig(r=placement.r, **fields)

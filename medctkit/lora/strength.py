@@ -1,7 +1,5 @@
 """A trained model at another strength, and what training left in its weights; nothing is trained here."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -9,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.helpers import rescale_adapter_scale
 
 from medctkit.lora.adapter import merge_lora
 from medctkit.lora.placement import parts_of, presets_of
@@ -30,18 +29,12 @@ def at_strength(model: Model, strength: float, start: Mapping[str, torch.Tensor]
     """The model with `strength` times what training added to its weights, within a block: W + strength * (W' - W).
 
     0 is the base model bit for bit, 1 the trained one, and between them lie the averages of their weights (WiSE-FT,
-    Wortsman et al. 2022, arXiv 2109.01903). Beyond 1 is more than training did.
-
-    Args:
-        model: with a LoRA adapter (see `can_be_scaled`), or one whose own weights were trained.
-        strength: usually 0 to 1.5.
-        start: of the latter, its trained parameters before training, by name.
+    Wortsman et al. 2022, arXiv 2109.01903). Beyond 1 is more than training did. A model whose own weights were trained,
+    in place of a LoRA, needs the trained parameters as they were at the `start`, by name.
 
     Raises:
         ValueError: a strength that is not a finite number; a model that has no adapter of this kind, and no `start`.
     """
-    from peft.helpers import rescale_adapter_scale
-
     if not math.isfinite(strength):
         raise ValueError(f"strength must be a finite number such as 0.5, got {strength}")
     if start is None:
@@ -64,16 +57,11 @@ def at_strength(model: Model, strength: float, start: Mapping[str, torch.Tensor]
 
 
 def intruder_dimensions(before: Model, after: Model, leading: int = 10, below: float = 0.5) -> float:
-    """How many of the leading singular vectors of a trained weight resemble none of the weight's before.
+    """How many of the `leading` singular vectors of a trained weight resemble none of the weight's before.
 
-    The mean over q, k and v of both encoders. Left singular vectors, and the default limits, as in Shuttleworth et al.
-    2024, "LoRA vs Full Fine-tuning: An Illusion of Equivalence" (arXiv 2410.21228).
-
-    Args:
-        before: the base model.
-        after: the trained one, with its adapter or without.
-        leading: singular vectors of each weight that are looked at.
-        below: cosine to every vector from before, up to its sign, below which one is new.
+    Those are new whose cosine to every vector from before is `below` this, up to its sign. The mean over q, k and v of
+    both encoders. Left singular vectors, and the default limits, as in Shuttleworth et al. 2024, "LoRA vs Full
+    Fine-tuning: An Illusion of Equivalence" (arXiv 2410.21228).
     """
     pattern = re.compile("|".join(presets_of(parts_of(before))["paper"].patterns.values()))
     old = {name: module.weight for name, module in before.named_modules() if pattern.fullmatch(name)}

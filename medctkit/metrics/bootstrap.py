@@ -3,10 +3,11 @@
 A resample is a number for each study: how often its patient was drawn. Two scans of one patient are not two
 independent facts, so they are drawn together. Metrics are sums over these numbers; studies are sorted once for all
 resamples. A test holds them equal to scikit-learn on repeated rows. `medctkit.metrics.scores` says what each metric is.
-Whoever needs an interval over patients of anything else takes `patient_weights`, `weighted_means` and `interval`.
+Whoever needs an interval over patients of anything else takes `patient_weights`, `weighted_means`, `with_interval`.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -55,9 +56,8 @@ def metric_draws(
         for at in range(0, weights.shape[1], AT_A_TIME):
             w = weights[known, at : at + AT_A_TIME]
             with np.errstate(invalid="ignore", divide="ignore"):
-                values = (
-                    _ranked(label, score, w) | _counted(label, score >= limits[k], w) | _calibrated(label, score, w)
-                )
+                values = _ranked(label, score, w) | _calibrated(label, score, w)
+                values |= _counted(label, score >= limits[k], w)
             for name in METRICS:
                 found[name][at : at + AT_A_TIME, k] = values[name]
     return found
@@ -151,6 +151,17 @@ def interval(draws: np.ndarray) -> np.ndarray:
     return ends
 
 
+def with_interval(name: str, draws: np.ndarray, mirrored: bool = False) -> dict[str, Any]:
+    """By `name`, name_low and name_high: a value and the ends of its 95 % interval, of draws (1 + resamples, ...).
+
+    `mirrored` at the value, as draws of calibration errors are.
+    """
+    low, high = interval(draws)
+    if mirrored:
+        low, high = 2 * draws[0] - high, 2 * draws[0] - low
+    return {name: draws[0], f"{name}_low": low, f"{name}_high": high}
+
+
 def mean_of_findings(values: np.ndarray) -> np.ndarray:
     """Mean over the findings that have a value; (m, k) -> (m,)."""
     known = ~np.isnan(values)
@@ -160,10 +171,8 @@ def mean_of_findings(values: np.ndarray) -> np.ndarray:
 def holm(p: ArrayLike) -> np.ndarray:
     """P-values corrected for being many tests (Holm, Scand. J. Statist. 6, 1979); a NaN is no test and stays NaN."""
     tests = np.asarray(p, dtype=float)
-    corrected, order = (
-        np.full(len(tests), np.nan),
-        np.argsort(tests)[: (~np.isnan(tests)).sum()],
-    )  # NaNs are sorted last
+    order = np.argsort(tests)[: (~np.isnan(tests)).sum()]  # NaNs are sorted last
+    corrected = np.full(len(tests), np.nan)
     left = np.arange(len(order), 0, -1)  # tests not yet rejected
     corrected[order] = np.minimum(1.0, np.maximum.accumulate(tests[order] * left))
     return corrected

@@ -1,33 +1,30 @@
 """What a clinician asks beyond AUROC: calibration made anew, net benefit, predictive values, subgroups, a second test.
 
 Labels are (n, k) of 0, 1 and NaN (unknown), scores (n, k) in [0, 1], `weights` (n, m) those of `patient_weights`:
-column 0 is the data as it is, the others resamples of patients. Values come as draws (m, ...), for `interval`.
+column 0 is the data as it is, the others resamples of patients. Values come as draws (m, ...).
 
 Recalibration is scikit-learn's. The rest is a line or two each, over resamples of patients, which no library offers:
 `dcurves` has net benefit of single samples, SciPy and statsmodels have no DeLong test.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike
+from scipy.special import logit
+from scipy.stats import norm, rankdata
+from sklearn.isotonic import IsotonicRegression
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GroupKFold
 
 from medctkit.findings import FINDINGS
-from medctkit.metrics.bootstrap import auroc_draws, interval, mean_of_findings, patient_weights
-
-if TYPE_CHECKING:
-    import pandas as pd
+from medctkit.metrics.bootstrap import auroc_draws, mean_of_findings, patient_weights, with_interval
 
 RECALIBRATIONS = ("none", "Platt", "isotonic")
 FOLDS = 5  # of the validation patients, to choose a recalibration
 SMALL = 50  # patients of a subgroup, below which its row carries a warning
-
-
-def with_interval(name: str, draws: np.ndarray) -> dict[str, float]:
-    """A value and the ends of its 95 % interval, of draws (m,), under name, name_low and name_high."""
-    low, high = interval(draws[:, None])[:, 0].tolist()
-    return {name: float(draws[0]), f"{name}_low": low, f"{name}_high": high}
 
 
 def recalibrated(method: str, labels: np.ndarray, scores: np.ndarray, new: np.ndarray) -> np.ndarray:
@@ -41,10 +38,6 @@ def recalibrated(method: str, labels: np.ndarray, scores: np.ndarray, new: np.nd
     """
     if method not in RECALIBRATIONS:
         raise ValueError(f"method={method!r}: expected one of {', '.join(RECALIBRATIONS)}")
-    from scipy.special import logit
-    from sklearn.isotonic import IsotonicRegression
-    from sklearn.linear_model import LogisticRegression
-
     found, (old, fresh) = new.copy(), (logit(np.clip(x, 1e-6, 1 - 1e-6)) for x in (scores, new))
     for k in range(labels.shape[1]):
         known = ~np.isnan(labels[:, k])
@@ -65,8 +58,6 @@ def choose_recalibration(labels: np.ndarray, scores: np.ndarray, patients: Array
 
     The studies are cut into five parts by patients (n,); of two patients to four, into as many.
     """
-    from sklearn.model_selection import GroupKFold
-
     folds = list(GroupKFold(min(FOLDS, len(np.unique(patients)))).split(scores, groups=patients))
     found = {}
     for method in RECALIBRATIONS:
@@ -127,7 +118,7 @@ def delong(
     scores_b: np.ndarray,
     patients: ArrayLike,
     findings: Sequence[str] = FINDINGS,
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """The difference in AUROC, b minus a, of each of `findings` and their mean, by DeLong's test: no bootstrap.
 
     Each study's share in the difference is summed over its patient, as Obuchowski (Biometrics 53, 1997) does for
@@ -136,9 +127,6 @@ def delong(
     Returns:
         Columns auroc, auroc_low, auroc_high (95 %) and auroc_p of `findings` and "mean"; NaN below two of a class.
     """
-    import pandas as pd
-    from scipy.stats import norm, rankdata
-
     _, patient = np.unique(patients, return_inverse=True)
     difference = np.full(labels.shape[1], np.nan)
     shares = np.zeros((patient.max() + 1, labels.shape[1]))
@@ -170,10 +158,10 @@ def subgroup_table(
     labels: np.ndarray,
     scores: Mapping[str, np.ndarray],
     patients: ArrayLike,
-    groups: "pd.DataFrame",
+    groups: pd.DataFrame,
     resamples: int = 1000,
     seed: int = 0,
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """Mean AUROC of two models in each subgroup, their difference, and the second's against the rest of the studies.
 
     Args:
@@ -189,8 +177,6 @@ def subgroup_table(
         there: the mean is theirs), then each model, "difference" and "against the rest", with _low and _high, and
         "warning": what makes the row weak, or "". Of the rest only findings count that the subgroup has as well.
     """
-    import pandas as pd
-
     weights, names, rows = patient_weights(patients, resamples, seed), np.asarray(patients), []
     for characteristic in groups:
         values = groups[characteristic].to_numpy()

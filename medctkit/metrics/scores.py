@@ -25,24 +25,24 @@ model that is calibrated nearly perfectly, even the interval is mostly too high.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike
+from sklearn.metrics import roc_auc_score, roc_curve
 
 from medctkit.findings import FINDINGS
 from medctkit.metrics.bootstrap import (
     METRICS,
     RESAMPLES,
+    auroc_draws,
     holm,
-    interval,
     mean_of_findings,
     metric_draws,
     patient_weights,
+    with_interval,
 )
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 ON_TEST = "roc-corner-on-test"
 OPTIMISTIC = "optimistic: thresholds were chosen on the labels they are measured on"
@@ -61,7 +61,7 @@ def evaluate(
     findings: Sequence[str] = FINDINGS,
     resamples: int = RESAMPLES,
     seed: int = 0,
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """Score each finding and their mean, with 95 % intervals over patients.
 
     Args:
@@ -102,7 +102,7 @@ def compare(
     findings: Sequence[str] = FINDINGS,
     resamples: int = RESAMPLES,
     seed: int = 0,
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """What model b does better than model a on the same studies: paired differences, b minus a.
 
     Both models are scored on the same resamples of patients, so that what makes a resample easy for both drops
@@ -133,15 +133,13 @@ def compare(
     return table
 
 
-def p_texts(difference: "pd.DataFrame", metric: str = "auroc") -> "pd.DataFrame":
+def p_texts(difference: pd.DataFrame, metric: str = "auroc") -> pd.DataFrame:
     """The p-values of `compare` for a metric as text, "p" and "p, Holm": "<= 0.0002" where only a bound is known."""
-    import pandas as pd
-
     p, floor, corrected = (difference[f"{metric}_{end}"] for end in ("p", "p_floor", "p_holm"))
     bounds = p <= floor
     carried = corrected <= corrected[bounds].max()  # a bound also reaches those after it in Holm's order
 
-    def text(values: "pd.Series", bound: "pd.Series") -> list[str]:
+    def text(values: pd.Series, bound: pd.Series) -> list[str]:
         pairs = zip(values, bound, strict=True)
         return ["-" if v != v else f"{'<= ' if at_most and v < 1 else ''}{v:.2g}" for v, at_most in pairs]
 
@@ -152,24 +150,17 @@ def mean_draws(
     labels: ArrayLike,
     scores: ArrayLike,
     patients: ArrayLike,
-    metric: str = "auroc",
-    thresholds: ArrayLike = 0.5,
     findings: Sequence[str] = FINDINGS,
     resamples: int = 1000,
     seed: int = 0,
 ) -> np.ndarray:
-    """A metric's mean over findings on the data as it is, then on each resample of patients: (1 + resamples,).
+    """The mean AUROC over findings on the data as it is, then on each resample of patients: (1 + resamples,).
 
-    Resample i is the same for all scores of the same studies, so draws can be subtracted and averaged. The intervals
-    of `evaluate` are percentiles of these (of the mirrored ones for the calibration error).
-
-    Args and errors are those of `evaluate`; `metric` is one of `METRICS`. Fewer resamples by default: draws are kept.
+    Resample i is the same for all scores of the same studies, so draws can be subtracted and averaged; the intervals of
+    `evaluate` are their percentiles. Args and errors are those of `evaluate`; fewer resamples, as draws are kept.
     """
-    if metric not in METRICS:
-        raise ValueError(f"metric={metric!r}: expected one of {', '.join(METRICS)}")
     labels, scores, patients = _check(labels, scores, patients, findings)
-    limits, _ = _thresholds(labels, scores, thresholds)
-    return mean_of_findings(metric_draws(labels, scores, limits, patient_weights(patients, resamples, seed))[metric])
+    return mean_of_findings(auroc_draws(labels, scores, patient_weights(patients, resamples, seed)))
 
 
 def mean_auroc(labels: np.ndarray, scores: np.ndarray) -> float:
@@ -178,8 +169,6 @@ def mean_auroc(labels: np.ndarray, scores: np.ndarray) -> float:
     Raises:
         ValueError: no finding has both classes.
     """
-    from sklearn.metrics import roc_auc_score
-
     known = [~np.isnan(column) for column in labels.T]
     both = [k for k, here in enumerate(known) if len(np.unique(labels[here, k])) == 2]
     if not both:
@@ -201,9 +190,9 @@ def thresholds_from_validation(labels: ArrayLike, scores: ArrayLike, findings: S
 
 
 def summary(
-    base: "pd.DataFrame",
-    adapted: "pd.DataFrame",
-    difference: "pd.DataFrame",
+    base: pd.DataFrame,
+    adapted: pd.DataFrame,
+    difference: pd.DataFrame,
     rows: Iterable[str] = ROWS,
     finding: str = "mean",
 ) -> dict:
@@ -229,8 +218,6 @@ def _check(
     labels: ArrayLike, scores: ArrayLike, patients: ArrayLike, findings: Sequence[str], called: str = "scores"
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Arrays that fit together, or an error that says what does not."""
-    import pandas as pd
-
     _check_order({"labels": labels, called: scores, "patients": patients}, findings)
     labels, scores, patients = np.asarray(labels), np.asarray(scores), np.asarray(patients)
     if labels.ndim != 2 or labels.shape[1] != len(findings) or not len(labels):
@@ -256,16 +243,14 @@ def _check_order(given: dict[str, Any], findings: Sequence[str]) -> None:
         one, two = tables[first].index, tables[name].index
         if len(one) == len(two) and (different := np.asarray(one != two)).any():
             row = int(different.argmax())
+            where = f"study {row} is {one[row]!r} in the index of {first}, {two[row]!r} in that of {name}"
             raise ValueError(
-                f"study {row} is {one[row]!r} in the index of {first}, {two[row]!r} in that of {name}: bring both into "
-                "one order, or give arrays (.to_numpy()) if the order is the same and only the names differ"
+                f"{where}: bring both into one order, or give arrays (.to_numpy()) if only the names differ"
             )
 
 
 def _numbers(called: str, values: np.ndarray, findings: Sequence[str]) -> np.ndarray:
     """Labels of 0, 1 and NaN, or scores from 0 to 1, as floats (n, k)."""
-    import pandas as pd
-
     numbers = values
     if values.dtype.kind not in "biuf":  # nullable integers, words
         numbers = pd.DataFrame(values).apply(pd.to_numeric, errors="coerce").to_numpy(dtype=float, na_value=np.nan)
@@ -292,8 +277,6 @@ def _thresholds(labels: np.ndarray, scores: np.ndarray, thresholds: ArrayLike) -
 
 
 def _roc_corner(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    from sklearn.metrics import roc_curve
-
     found = np.full(labels.shape[1], 0.5)
     for k in range(labels.shape[1]):
         known = ~np.isnan(labels[:, k])
@@ -318,16 +301,13 @@ def _table(
     limits: np.ndarray | None,
     findings: Sequence[str],
     flattered: bool,
-) -> "pd.DataFrame":
-    import pandas as pd
-
+) -> pd.DataFrame:
     columns: dict[str, Any] = {}
     for name in METRICS:
         drawn = _drawn(name, values[name])
         if limits is not None:  # of a model, not a difference
             drawn = np.maximum(drawn, 0)
-        low, high = interval(drawn)
-        columns |= {name: drawn[0], f"{name}_low": low, f"{name}_high": high}
+        columns |= with_interval(name, drawn)
     if limits is not None:
         columns["threshold"] = [*limits, np.nan]
     columns["positives"] = [*np.nansum(labels, axis=0).astype(int), int(np.nansum(labels))]
@@ -348,9 +328,8 @@ def result_table(metrics: dict) -> str:
     """What is in metrics.json as text: one row per metric, 95 % intervals in brackets; below it, what it is at home."""
     parts, lines = [(f"{'':18}", metrics, ROWS)], []
     if home := metrics.get("home"):
-        parts.append(
-            (f"at home: {home['studies']} test studies of hospital {home['hospital']}\n{'':18}", home, HOME_ROWS)
-        )
+        title = f"at home: {home['studies']} test studies of hospital {home['hospital']}\n"
+        parts.append((f"{title}{'':18}", home, HOME_ROWS))
     for title, numbers, rows in parts:
         lines.append(title + "".join(f"{column:>26}" for column in COLUMNS))
         for row, name in rows.items():

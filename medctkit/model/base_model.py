@@ -6,7 +6,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from medctkit.model.colipri import colipri_input, load_colipri
+from transformers import BertTokenizerFast  # type: ignore[attr-defined]
+
+from medctkit.model.colipri import INPUT, load_colipri
 from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel
 from medctkit.model.fingerprint import vocabulary_of
 from medctkit.model.processing import CTCLIPProcessor, CTImageProcessor
@@ -39,11 +41,7 @@ def load_mini_base(folder: str | Path = FOLDER) -> BaseModel:
     """Load the mini base model, fresh each time: a small CT-CLIP that knows phantoms, and nothing else.
 
     It was pretrained on phantoms of the source hospital (by `medctkit pretrain`, whose `folder` may be another than the
-    package's; see the model card there). What it says about a real CT means nothing.
-
-    Raises:
-        FileNotFoundError: no model in `folder`.
-        ValueError: as `load_base`.
+    package's; see the model card there). What it says about a real CT means nothing. Raises what `load_base` raises.
     """
     folder = Path(folder).expanduser()
     if not (folder / "model.safetensors").is_file():
@@ -79,9 +77,8 @@ def load_base(model: str | Path = "mini", tokenizer: str | Path | None = None) -
         if tokenizer is not None:
             raise ValueError(f"the {model} model has a tokenizer of its own; leave {tokenizer} out")
         base = BASES[str(model)]()
-        if not isinstance(base.model, VisionLanguageModel):
-            members = sorted([*VisionLanguageModel.__annotations__, "encode_image", "encode_text"])
-            lacking = [name for name in members if not hasattr(base.model, name)]
+        members = sorted([*VisionLanguageModel.__annotations__, "encode_image", "encode_text"])
+        if lacking := [name for name in members if not hasattr(base.model, name)]:
             raise TypeError(f"{type(base.model).__name__} lacks {', '.join(lacking)}; see VisionLanguageModel")
         return base
     path = Path(model).expanduser()
@@ -105,7 +102,7 @@ def preprocess_config_of(model: str | Path) -> PreprocessConfig:
         FileNotFoundError: no such model.
     """
     if str(model) in ("released", "colipri"):
-        return PreprocessConfig() if str(model) == "released" else colipri_input()
+        return PreprocessConfig() if str(model) == "released" else INPUT
     folder = FOLDER if str(model) == "mini" else Path(model).expanduser()
     if (folder / "config.json").is_file():
         return CTCLIPConfig.from_pretrained(folder).preprocess_config
@@ -130,8 +127,6 @@ def _with_tokenizer(model: CTCLIPModel, folder: Path) -> BaseModel:
 
 def _tokenizer_in(folder: Path) -> Any:
     """The WordPiece tokenizer whose files lie in a folder."""
-    from transformers import BertTokenizerFast  # type: ignore[attr-defined]
-
     folder = folder.expanduser()
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
         raise FileNotFoundError(f"{folder} has no tokenizer: expected a tokenizer.json or vocab.txt there")

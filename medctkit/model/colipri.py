@@ -15,15 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
+from huggingface_hub import hf_hub_download
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertModel
 
 from medctkit.model.ct_clip import RELEASED_TEXT
-from medctkit.model.protocol import Parts
+from medctkit.model.protocol import Parts, refuse_other_ids, refuse_other_input
 from medctkit.model.weights import read_weights, refuse_bad_numbers, refuse_other_shapes
 from medctkit.scans.preprocessing import PreprocessConfig
 
+INPUT = PreprocessConfig((2.0, 2.0, 2.0), (192, 192, 192), axes="XYz")  # a test holds it to the library's own
 TOKENIZER_FILES = ("vocab.txt", "tokenizer_config.json", "special_tokens_map.json")
 _VISION_LAYER = r"image_encoder\.backbone\.eva\.blocks\.\d+\."
 _TEXT_LAYER = r"text_encoder\.backbone\.encoder\.layer\.\d+\."
@@ -53,11 +56,8 @@ class Sizes:
 class Colipri(nn.Module):
     """COLIPRI with the members of `VisionLanguageModel`; names of modules are those of its state dict.
 
-    Args:
-        image_encoder: a `colipri.model.image.ImageEncoder`.
-        text_encoder: a `colipri.model.text.TextEncoder` around a `BertModel`.
-        temperature: what COLIPRI divides similarities by, above 0.
-        preprocess_config: the volumes it wants, along (x, y, z).
+    It is made of a `colipri.model.image.ImageEncoder`, a `colipri.model.text.TextEncoder` around a `BertModel`, and the
+    temperature, above 0, that COLIPRI divides similarities by.
     """
 
     parts = PARTS
@@ -95,12 +95,7 @@ class Colipri(nn.Module):
         Raises:
             ValueError: another shape.
         """
-        expected = (1, *self.preprocess_config.shape)
-        if volumes.ndim != 5 or tuple(volumes.shape[1:]) != expected:
-            raise ValueError(
-                f"volumes have shape {tuple(volumes.shape)}; COLIPRI expects (batch, {', '.join(map(str, expected))}), "
-                "as preprocess(volume, model.preprocess_config) and a batch axis give it"
-            )
+        refuse_other_input(volumes, self.preprocess_config.shape)
         return self.image_encoder(volumes, project=True, pool=True, normalize=True)
 
     def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -109,11 +104,7 @@ class Colipri(nn.Module):
         Raises:
             ValueError: longer than the text encoder's positions.
         """
-        if input_ids.ndim != 2 or not 0 < input_ids.shape[1] <= self.longest_text:
-            raise ValueError(
-                f"input_ids have shape {tuple(input_ids.shape)}; expected (batch, n) with n of at most "
-                f"{self.longest_text}: tokenise with truncation=True, max_length={self.longest_text}"
-            )
+        refuse_other_ids(input_ids, self.longest_text)
         return self.text_encoder(input_ids, attention_mask)
 
     def gradient_checkpointing_enable(self) -> None:
@@ -125,43 +116,15 @@ class Colipri(nn.Module):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def colipri_input() -> PreprocessConfig:
-    """The volumes that COLIPRI wants, read from the installed package: 192^3 of 2 mm, axes RAS, HU / 1000.
-
-    Raises:
-        ModuleNotFoundError: it is not installed.
-    """
-    _refuse_without_library()
-    from colipri.checkpoint import load_processor_config
-
-    steps = load_processor_config()["image_transform"]["transforms"]
-    ours = {"R": "X", "L": "x", "A": "Y", "P": "y", "S": "z", "I": "Z"}
-    spacing, low_high = steps["resample"]["target"], steps["rescale_intensity"]["in_min_max"]
-    return PreprocessConfig(
-        (spacing, spacing, spacing),
-        tuple(steps["crop_or_pad"]["target_shape"]),
-        hu_range=tuple(low_high),
-        axes="".join(ours[letter] for letter in steps["to_orientation"]["orientation"]),
-    )
-
-
 def build(config: Any, temperature: float = 1.0) -> Colipri:
-    """COLIPRI of the library's classes, weights random, in evaluation mode.
-
-    Args:
-        config: of its model, as the library's `load_model_config()` gives it.
-        temperature: see `Colipri`.
-
-    Raises:
-        ModuleNotFoundError: the package `colipri` is not installed.
-    """
+    """COLIPRI of the library's classes, weights random, in evaluation mode; `config` is its `load_model_config()`."""
     _refuse_without_library()
     from colipri.model.multimodal import instantiate  # hydra's
     from colipri.model.text import TextEncoder
 
     bert = BertModel(BertConfig(**{"use_cache": False, **RELEASED_TEXT}), add_pooling_layer=False)
     text_encoder = TextEncoder(bert, instantiate(config["text_encoder"]["pooler"]))
-    return Colipri(instantiate(config["image_encoder"]), text_encoder, temperature, colipri_input()).eval()
+    return Colipri(instantiate(config["image_encoder"]), text_encoder, temperature, INPUT).eval()
 
 
 def from_file(weights: Path, config: Any) -> Colipri:
@@ -170,8 +133,6 @@ def from_file(weights: Path, config: Any) -> Colipri:
     Raises:
         ValueError: weights of another model, or damaged; see `read_weights`.
     """
-    from accelerate import init_empty_weights
-
     found = read_weights(weights)
     found = {name: tensor.float() for name, tensor in found.items() if not name.endswith(".position_ids")}  # old BERTs'
     refuse_bad_numbers(found, weights)
@@ -197,7 +158,6 @@ def load_colipri() -> tuple[Colipri, Path]:
     """
     _refuse_without_library()
     from colipri.checkpoint import load_model_config
-    from huggingface_hub import hf_hub_download
 
     config = load_model_config()
     words = config["text_encoder"]["backbone"]  # whose name and revision are wanted, not its code
@@ -215,6 +175,4 @@ def load_colipri() -> tuple[Colipri, Path]:
 
 def _refuse_without_library() -> None:
     if find_spec("colipri") is None:
-        raise ModuleNotFoundError(
-            'COLIPRI needs the package colipri: pip install "medctkit[open]"; see docs/base_models.md'
-        )
+        raise ModuleNotFoundError('COLIPRI needs its package: pip install "medctkit[open]"; see docs/base_models.md')

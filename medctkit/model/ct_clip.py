@@ -9,8 +9,6 @@ tensors it carries but never uses are listed by `released_layout` and not built.
 Shapes: b batch, c channel, d h w depth, rows, columns, t depth patches, n tokens of one sequence.
 """
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -28,6 +26,7 @@ from transformers.utils import ModelOutput, cached_file, logging
 from medctkit.model.ct_clip_parts import COMPONENTS, PARTS
 from medctkit.model.fast_paths import quicken
 from medctkit.model.processing import CTCLIPProcessor, CTImageProcessor
+from medctkit.model.protocol import refuse_other_ids, refuse_other_input
 from medctkit.model.released_checkpoint import ReleasedTensor, never_used, released_state_dict
 from medctkit.model.vision_tower import Attention, Codebook, ScaleNorm, VisionTransformer
 from medctkit.model.weights import write_sum
@@ -238,26 +237,15 @@ class CTCLIPModel(PreTrainedModel):
             super().gradient_checkpointing_enable(gradient_checkpointing_kwargs or {"use_reentrant": False}, **kwargs)
 
     def encode_image(self, volumes: torch.Tensor) -> torch.Tensor:
-        """Embed CT volumes: (b, projection_dim), L2-normalised.
+        """Embed volumes (b, 1, d, h, w), HU / 1000 clipped to [-1, 1], as `preprocess` gives them.
 
-        Args:
-            volumes: (b, 1, d, h, w) of this model's size, HU / 1000 clipped to [-1, 1], as `medctkit.preprocess` gives
-                them.
+        Returns:
+            (b, projection_dim), L2-normalised.
 
         Raises:
             ValueError: another shape, or whole numbers (HU not yet scaled).
         """
-        expected = self.config.volume_shape
-        if volumes.ndim != 5 or tuple(volumes.shape[1:]) != (1, *expected) or not volumes.shape[0]:
-            raise ValueError(
-                f"volumes have shape {tuple(volumes.shape)}; this model expects (batch, 1, "
-                f"{', '.join(map(str, expected))}), as preprocess(volume, model.preprocess_config) and a "
-                "batch axis give it"
-            )
-        if not volumes.is_floating_point():
-            raise ValueError(
-                f"volumes are {volumes.dtype}; expected floating point in [-1, 1] as medctkit.preprocess gives it"
-            )
+        refuse_other_input(volumes, self.config.volume_shape)
         return self.embed_tokens(self.visual_transformer(volumes))
 
     def embed_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -272,17 +260,10 @@ class CTCLIPModel(PreTrainedModel):
         Raises:
             ValueError: not two axes, longer than the text encoder's positions, or a mask of another shape.
         """
-        longest = self.longest_text
-        if input_ids.ndim != 2 or not 0 < input_ids.shape[1] <= longest:
-            raise ValueError(
-                f"input_ids have shape {tuple(input_ids.shape)}; expected (batch, n) with n of at most {longest}: "
-                f"tokenise with truncation=True, max_length={longest}"
-            )
+        refuse_other_ids(input_ids, self.longest_text)
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}; expected {tuple(input_ids.shape)}, that of "
-                "input_ids: one for each token, zero for padding"
-            )
+            given, expected = tuple(attention_mask.shape), tuple(input_ids.shape)
+            raise ValueError(f"attention_mask has shape {given}; expected {expected}, that of input_ids")
         hidden = self.text_transformer(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         return F.normalize(self.to_text_latent(hidden[:, 0]), dim=-1)
 
@@ -314,12 +295,10 @@ class CTCLIPModel(PreTrainedModel):
         logits = image_embeds @ text_embeds.T * self.temperature.exp()  # (images, texts)
         loss = None
         if return_loss:
-            if logits.shape[0] != logits.shape[1]:
-                raise ValueError(
-                    f"the loss pairs volumes with texts one to one, got {logits.shape[0]} volumes and "
-                    f"{logits.shape[1]} texts; leave return_loss out for similarities only"
-                )
-            pairs = torch.arange(len(logits), device=logits.device)
+            n, texts = logits.shape
+            if n != texts:
+                raise ValueError(f"the loss pairs volumes with texts one to one, got {n} volumes and {texts} texts")
+            pairs = torch.arange(n, device=logits.device)
             loss = (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
         return CTCLIPOutput(loss, logits, logits.T, image_embeds, text_embeds)
 
@@ -332,15 +311,11 @@ class CTCLIPModel(PreTrainedModel):
         cls,
         path_or_state_dict: str | os.PathLike | Mapping[str, torch.Tensor],
         config: CTCLIPConfig | None = None,
-    ) -> CTCLIPModel:
+    ) -> "CTCLIPModel":
         """Build the model with weights in the layout of the released checkpoint (CT-CLIP_v2.pt).
 
         Tensors that never take part in the forward pass may be there or not; they are left out. The model is in float32
-        and evaluation mode, with its own copy of the weights.
-
-        Args:
-            path_or_state_dict: a file, see `read_weights`, or a state dict.
-            config: sizes of the model; the released ones by default.
+        and evaluation mode, with its own copy of the weights; its sizes are the released ones, or those of `config`.
 
         Raises:
             FileNotFoundError: no such file.
@@ -355,7 +330,7 @@ class CTCLIPModel(PreTrainedModel):
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, config: Any = None, **kwargs: Any
-    ) -> CTCLIPModel:
+    ) -> "CTCLIPModel":
         """Load what `save_pretrained` wrote, as transformers does, but never with random numbers for what is missing.
 
         Raises:
@@ -365,10 +340,7 @@ class CTCLIPModel(PreTrainedModel):
         """
         name = os.path.expanduser(pretrained_model_name_or_path)
         if name.startswith("sha256:"):
-            raise ValueError(
-                f"{name} says which base model an adapter was trained on, not where it is. Load that model, then put "
-                "the adapter on it with medctkit.lora.load_adapter(model, folder)"
-            )
+            raise ValueError(f"{name} is the digest of a base model, not where it is; load it, then use load_adapter")
         place = {key: kwargs.pop(key) for key in _PLACE if key in kwargs}
         config = config or cls.config_class.from_pretrained(name, **place)
         weights = cached_file(name, "model.safetensors", **place)
@@ -376,7 +348,7 @@ class CTCLIPModel(PreTrainedModel):
         return cls._with_weights(live, *args, config=config, **kwargs)
 
     @classmethod
-    def _with_weights(cls, live: Mapping[str, torch.Tensor], *args: Any, **kwargs: Any) -> CTCLIPModel:
+    def _with_weights(cls, live: Mapping[str, torch.Tensor], *args: Any, **kwargs: Any) -> "CTCLIPModel":
         shown = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()  # what is in memory already needs none
         try:

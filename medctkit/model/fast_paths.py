@@ -9,8 +9,6 @@ of full size, measured on one H100 by bench/gpu.py.
 Shapes are those of `vision_tower`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from itertools import product
@@ -46,32 +44,10 @@ def quicken(tower: Tower) -> Tower:
 
 
 class QuickRelativePositionBias(RelativePositionBias):
-    """Only (2h - 1)(2w - 1) offsets differ among (h w)^2 pairs, 2,209 of 331,776 at full size: the MLP sees each once.
-
-    On a CPU the bias is kept while nothing learns, and computed anew once the weights differ in value. A GPU computes
-    it in less time than it takes to wait for the comparison.
-    """
-
-    _kept: tuple[tuple, list[torch.Tensor], torch.Tensor] | None = None  # grid, weights, and the bias they gave
+    """The MLP sees each offset once: of (h w)^2 pairs only (2h - 1)(2w - 1) differ, 2,209 of 331,776 at full size."""
 
     def forward(self, h: int, w: int) -> torch.Tensor:
         """Bias (heads, h * w, h * w), as `RelativePositionBias.forward` says."""
-        if torch.compiler.is_compiling() or not self._constant():
-            return self._bias(h, w)
-        weights = list(self.parameters())
-        kept, grid = self._kept, (h, w, weights[0].dtype)
-        if kept is None or kept[0] != grid or not all(map(torch.equal, weights, kept[1])):
-            with torch.inference_mode(False), torch.no_grad():  # what inference mode makes is of no use in training
-                kept = self._kept = grid, [p.detach().clone() for p in weights], self._bias(h, w)
-        return kept[2]
-
-    def _constant(self) -> bool:
-        """Whether nothing but a change of the weights can change the bias, and their values can be compared quickly."""
-        learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-        real = all(type(p.data) is torch.Tensor and p.device.type == "cpu" for p in self.parameters())
-        return real and not learning and all(map(_plain, map(self.net.get_submodule, ("0.0", "1.0", "2"))))
-
-    def _bias(self, h: int, w: int) -> torch.Tensor:
         device = next(self.parameters()).device
         rows, columns = (torch.arange(1 - n, n, device=device) for n in (h, w))
         table = self.of_offsets(torch.cartesian_prod(rows, columns).float())  # ((2h-1)(2w-1), heads)

@@ -3,8 +3,6 @@
 CT-CLIP is one such model (`ct_clip`). Another one has these members and an entry in `base_model.BASES`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,17 +46,11 @@ class Parts:
         narrowing: str,
         bert_layer: str,
         stages: Mapping[str, Sequence[str]],
-    ) -> Parts:
+    ) -> "Parts":
         """The parts of a model whose text encoder is transformers' BERT.
 
-        Args:
-            attention: linear layers of the vision encoder's attention.
-            mlp: those of its feed-forwards.
-            qkv: names of those in `attention` that make queries, keys and values.
-            keys_values: names of those that make keys and values.
-            narrowing: the name in `mlp` of what narrows.
-            bert_layer: of all layers of the BERT, up to what is inside.
-            stages: as above.
+        Linear layers of the vision encoder's `attention`, of which some make `qkv` and `keys_values`, and of its `mlp`,
+        of which one is the `narrowing`; the beginning of all names in a `bert_layer`; `stages` as above.
         """
         text_qkv = ("query", "key", "value")
         text_attention = {name: rf"{bert_layer}attention\.self\.{name}" for name in text_qkv}
@@ -98,3 +90,31 @@ class VisionLanguageModel(Protocol):
 
     def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Embed token ids (b, n): (b, p), L2-normalised."""
+
+
+def refuse_other_input(volumes: torch.Tensor, shape: Sequence[int]) -> None:
+    """Refuse volumes that are not (b, 1, d, h, w) of the `shape` (d, h, w), or not scaled.
+
+    Raises:
+        ValueError: another shape, or whole numbers, HU say.
+    """
+    if volumes.ndim != 5 or tuple(volumes.shape[1:]) != (1, *shape) or not volumes.shape[0]:
+        raise ValueError(
+            f"volumes have shape {tuple(volumes.shape)}; this model expects (batch, 1, {', '.join(map(str, shape))}), "
+            "as preprocess(volume, model.preprocess_config) and a batch axis give it"
+        )
+    if not volumes.is_floating_point():
+        raise ValueError(f"volumes are {volumes.dtype}; expected floating point in [-1, 1] as preprocess gives it")
+
+
+def refuse_other_ids(input_ids: torch.Tensor, longest: int) -> None:
+    """Refuse token ids that are not (b, n) with n of at most `longest`.
+
+    Raises:
+        ValueError: another shape.
+    """
+    if input_ids.ndim != 2 or not 0 < input_ids.shape[1] <= longest:
+        raise ValueError(
+            f"input_ids have shape {tuple(input_ids.shape)}; expected (batch, n) with n of at most {longest}: tokenise "
+            f"with truncation=True, max_length={longest}"
+        )

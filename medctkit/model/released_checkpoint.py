@@ -1,7 +1,5 @@
 """The released CT-CLIP checkpoint: what it holds beyond the model, and what others wrap around it."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -83,15 +81,10 @@ def released_state_dict(
     state = _unwrapped(state, name)
     if not isinstance(state, Mapping) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         keys = f" with keys {', '.join(map(repr, list(state)[:5]))}" if isinstance(state, Mapping) else ""
-        raise ValueError(
-            f"{name} holds a {type(state).__name__}{keys}; expected a state dict, tensors by name, as of CT-CLIP_v2.pt"
-        )
-    refuse_other_shapes(
-        state,
-        {key: entry.shape for key, entry in layout.items() if entry.live or key in state},
-        f"{name} is not a CT-CLIP checkpoint of these sizes; pass the config it was made with, or the released "
-        "CT-CLIP_v2.pt",
-    )
+        raise ValueError(f"{name} holds a {type(state).__name__}{keys}; expected a state dict, as of CT-CLIP_v2.pt")
+    expected = {key: entry.shape for key, entry in layout.items() if entry.live or key in state}
+    refusal = f"{name} is not a CT-CLIP of these sizes; pass the config it was made with, or the released CT-CLIP_v2.pt"
+    refuse_other_shapes(state, expected, refusal)
     live = {key: state[key] for key, entry in layout.items() if entry.live}
     refuse_bad_numbers(live, name)
     return live

@@ -35,9 +35,7 @@ def read_weights(path: str | os.PathLike) -> Any:
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(
-            f"no checkpoint at {path}; expected a .pt or .safetensors file (`medctkit download --weights` fetches it)"
-        )
+        raise FileNotFoundError(f"no checkpoint at {path}; `medctkit download --weights` fetches the released one")
     with path.open("rb") as file:
         start = file.read(64)
     if what := stand_in(start):

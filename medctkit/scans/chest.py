@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+from scipy import ndimage
 
 _COARSE = 5.0  # mm, the grid on which lungs are looked for
 _SOLID, _GAS = -300, -500  # HU above which there is body or table, below which there is gas
@@ -13,17 +14,13 @@ _MARGIN = 40.0  # mm kept beyond these slices: the rest of apices and bases, and
 
 
 def chest_range(hu: np.ndarray, steps: Sequence[float]) -> tuple[int, int]:
-    """The first and last slice of the chest: 4 cm on either side of the lungs.
+    """The first and last slice of the chest in `hu` (d, h, w), d along the body: 4 cm on either side of the lungs.
 
-    Args:
-        hu: values in HU, the first axis along the body.
-        steps: mm along its axes.
+    `steps` are mm along its axes.
 
     Raises:
         ValueError: no gas of the size of lungs.
     """
-    from scipy import ndimage
-
     stride = [max(1, round(_COARSE / mm)) for mm in steps]
     coarse = hu[tuple(slice(None, None, n) for n in stride)]
     voxel = np.prod([n * mm for n, mm in zip(stride, steps, strict=True)]) / 1e6  # litres

@@ -11,16 +11,15 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pydicom
+from pydicom import Dataset
+from pydicom.uid import UID
 
 from medctkit.common.text import stand_in
 from medctkit.scans.limits import most_unpacked
 from medctkit.scans.stored import damaged, decode
-
-if TYPE_CHECKING:
-    from pydicom import Dataset
 
 # where a file without preamble starts: first element, with a type in letters or (implicit) a short length
 _BARE = re.compile(rb"[\x02\x08]\x00[\x00-\x2f]\x00(?:UL|UI|OB|CS|SH|LO|DA|TM|UN|.\x00\x00\x00)", re.DOTALL)
@@ -59,7 +58,7 @@ class Slice:
 
     path: Path
     name: str  # path inside the folder
-    header: "Dataset"
+    header: Dataset
     frame: int = 0
 
     def text(self, tag: str) -> str:
@@ -119,7 +118,7 @@ def is_dicom(path: Path) -> bool:
     return head[128:132] == b"DICM" or head.startswith(b"DICM") or _BARE.match(head) is not None
 
 
-def load(path: Path, name: str, pixels: bool = True) -> "Dataset | None":
+def load(path: Path, name: str, pixels: bool = True) -> Dataset | None:
     """A DICOM file, or None where it is none; without `pixels` only what a `Slice` needs. `name` is for errors."""
     if not is_dicom(path):
         return None
@@ -127,9 +126,7 @@ def load(path: Path, name: str, pixels: bool = True) -> "Dataset | None":
         return decode(lambda: _parse(file, path.stat().st_size, pixels), name)
 
 
-def _parse(file: _File, size: int, pixels: bool) -> "Dataset | None":
-    import pydicom
-
+def _parse(file: _File, size: int, pixels: bool) -> Dataset | None:
     head = file.read(4096)
     bare = head[128:132] != b"DICM"
     missing = (128 if head.startswith(b"DICM") else 132 if head.startswith(b"\x02\0") else 0) * bare
@@ -180,10 +177,8 @@ def _slices(path: Path, name: str) -> list[Slice]:
     )
 
 
-def _header_of_frame(whole: "Dataset", groups: "list[Dataset]") -> "Dataset":
+def _header_of_frame(whole: Dataset, groups: list[Dataset]) -> Dataset:
     """The header that a slice would have: what is said of all frames, and of one in `groups`, flat."""
-    from pydicom import Dataset
-
     header = Dataset()
     header.update(whole)
     header.file_meta = whole.file_meta
@@ -282,8 +277,6 @@ def _files(path: Path) -> list[Path]:
 
 def _kind_left_out(item: Slice) -> str:
     """What a DICOM file is that is no slice of a scan; empty for one that may be."""
-    from pydicom.uid import UID
-
     kind, image_type = item.text("SOPClassUID"), set(item.text("ImageType").split("/"))
     if "DirectoryRecordSequence" in item.header:
         return "DICOMDIR"

@@ -13,16 +13,16 @@ import time
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from pydicom import Dataset
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.encaps import encapsulate, get_frame
+from pydicom.pixels import pixel_array
+from pydicom.uid import UID, CTImageStorage
 
 from medctkit.scans.dicom_files import Slice, load
 from medctkit.scans.stored import damaged, decode
-
-if TYPE_CHECKING:
-    from pydicom import Dataset
-    from pydicom.uid import UID
 
 MOST_ROWS = 4096  # and columns; CT slices have 256 to 2048
 _UNCOMPRESSED = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
@@ -38,7 +38,7 @@ _DONE = "done"  # answer of the decoding process; else what went wrong
 _MEMORY, _SECONDS = 2 << 30, 60  # of the decoding process; seconds for each slice
 
 
-def check_pixels(dataset: "Dataset") -> None:
+def check_pixels(dataset: Dataset) -> None:
     """Refuse a slice, a whole DICOM file, whose pixels can't be read or are not one value in each voxel."""
     if "PixelData" not in dataset:
         raise damaged("it has no pixels")
@@ -97,11 +97,13 @@ class PixelReader:
         try:
             dataset = self._loaded(item)
             packed = _syntax(dataset) in _COMPRESSED
-            return self._decompressed(dataset, item.frame) if packed else _uncompressed(dataset, item.frame)
+            if packed:
+                return self._decompressed(dataset, item.frame)
+            return decode(lambda: pixel_array(dataset, index=item.frame))
         except ValueError as error:
             raise ValueError(f"{item.name} {error}") from error
 
-    def _loaded(self, item: Slice) -> "Dataset":
+    def _loaded(self, item: Slice) -> Dataset:
         """The whole file of a slice: again, as the pixels of all slices need not be in memory at one time."""
         if self._file and self._file[0] == item.path:
             return self._file[1]
@@ -113,7 +115,7 @@ class PixelReader:
         self._file = item.path, dataset
         return dataset
 
-    def _decompressed(self, dataset: "Dataset", frame: int) -> np.ndarray:
+    def _decompressed(self, dataset: Dataset, frame: int) -> np.ndarray:
         file = Path(self._folder.name, _SLICE)
         file.write_bytes(decode(lambda: _bare_copy(dataset, frame)))
         decoder = self._decoder = self._decoder or self._started()
@@ -152,19 +154,11 @@ class PixelReader:
         )
 
 
-def _syntax(dataset: "Dataset") -> "UID":
-    from pydicom.uid import UID
-
+def _syntax(dataset: Dataset) -> UID:
     return UID(str(dataset.file_meta.TransferSyntaxUID))
 
 
-def _uncompressed(dataset: "Dataset", frame: int) -> np.ndarray:
-    from pydicom.pixels import pixel_array
-
-    return decode(lambda: pixel_array(dataset, index=frame))
-
-
-def _number(dataset: "Dataset", tag: str, default: int | None = None) -> int:
+def _number(dataset: Dataset, tag: str, default: int | None = None) -> int:
     value = dataset.get(tag)
     value = default if value in (None, "") else value
     if not isinstance(value, int):
@@ -172,12 +166,8 @@ def _number(dataset: "Dataset", tag: str, default: int | None = None) -> int:
     return value
 
 
-def _bare_copy(dataset: "Dataset", frame: int) -> bytes:
+def _bare_copy(dataset: Dataset, frame: int) -> bytes:
     """A DICOM file of what the decoder needs of a compressed slice: stored values, so no slope or intercept."""
-    from pydicom.dataset import FileDataset, FileMetaDataset
-    from pydicom.encaps import encapsulate, get_frame
-    from pydicom.uid import UID, CTImageStorage
-
     meta = FileMetaDataset()
     meta.TransferSyntaxUID = _syntax(dataset)
     meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = CTImageStorage, UID("1.2.3")
@@ -215,8 +205,6 @@ def _serve(folder: str) -> None:
 def _decoded(file: Path, decoder: str) -> np.ndarray:
     """The picture, shape (rows, columns)."""
     if decoder == "pydicom":
-        from pydicom.pixels import pixel_array
-
         return pixel_array(file)
     import SimpleITK as sitk
 

@@ -78,7 +78,5 @@ def reader_of(path: Path) -> Reader:
         raise ValueError(f"{path}: {pair}. {NOT_ANALYZE}")
     if is_dicom(path):
         return READERS["DICOM series"]
-    known = (
-        ", ".join(("a folder",) * reader.folders + reader.suffixes) + f" ({reader.name})" for reader in latest_first
-    )
+    known = (", ".join(("a folder",) * r.folders + r.suffixes) + f" ({r.name})" for r in latest_first)
     raise ValueError(f"{path}: not a CT by its name; expected {', '.join(known)}")

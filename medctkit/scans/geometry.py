@@ -93,14 +93,9 @@ def check_size(
     body: int = 0,
     largest_gap: float = STEP_RANGE[1],
 ) -> None:
-    """Refuse voxels (d, h, w) that can't be the scan of a chest.
+    """Refuse voxels (d, h, w) of `spacing` mm that can't be the scan of a chest.
 
-    Args:
-        spacing: mm.
-        shape: voxels.
-        notes: what was done to the spacing.
-        body: the axis along the body.
-        largest_gap: mm that a step along it may have.
+    `notes` say what was done to the spacing; a step along axis `body` may have `largest_gap` mm.
     """
     said = f" ({'; '.join(notes)})" if notes else ""
     low, high = STEP_RANGE

@@ -6,6 +6,7 @@ A map keeps its own grid and is resampled only where someone looks.
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.ndimage import map_coordinates
 
 from medctkit.scans.volumes import CTVolume
 
@@ -55,8 +56,6 @@ class HeatMap:
         Between the middles of cells linear where the map is `smooth`, flat in the outer half of the outermost cells,
         NaN outside of the grid, where the map says nothing.
         """
-        from scipy.ndimage import map_coordinates
-
         points = np.asarray(points, float)
         inverse = np.linalg.inv(self.affine)
         index = points @ inverse[:3, :3].T + inverse[:3, 3]

@@ -26,12 +26,7 @@ _SKIPS = ("line skip", "lineskip", "byte skip", "byteskip", "HeaderSize")
 
 
 def read_itk(path: Path, spacing: Sequence[float] | None) -> Stored:
-    """Read an NRRD or MetaImage file, which need not say how large a voxel is where `spacing` (mm) does.
-
-    Args:
-        path: a .nrrd, .nhdr, .mha or .mhd file, with its voxels inside or in a file beside it.
-        spacing: the caller's (d, h, w), in place of the header's.
-    """
+    """Read a .nrrd, .nhdr, .mha or .mhd file; `spacing` (d, h, w) in mm takes the place of the header's."""
     import SimpleITK as sitk
 
     fields, end = _header(path)

@@ -4,9 +4,11 @@ import gzip
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
+import nibabel as nib
 import numpy as np
+from nibabel import Nifti1Header
 
 from medctkit.scans.geometry import (
     CANONICAL,
@@ -27,9 +29,6 @@ from medctkit.scans.stored import (
     damaged,
     decode,
 )
-
-if TYPE_CHECKING:
-    from nibabel import Nifti1Header
 
 _UNITS = {0: (1, ""), 1: (1000, "metres"), 2: (1, ""), 3: (0.001, "micrometres")}  # NIfTI code: mm, name
 
@@ -107,9 +106,7 @@ def _header_size(start: bytes) -> int:
     return next((n for n in (348, 540) for order in ("little", "big") if start[:4] == n.to_bytes(4, order)), 0)
 
 
-def _header(start: bytes) -> "Nifti1Header":
-    import nibabel as nib
-
+def _header(start: bytes) -> Nifti1Header:
     size = _header_size(start)
     if not size:
         raise damaged(f"it has no NIfTI header; it starts with {start[:4]!r}")
@@ -126,7 +123,7 @@ def _header(start: bytes) -> "Nifti1Header":
     return header
 
 
-def _dtype(header: "Nifti1Header") -> np.dtype:
+def _dtype(header: Nifti1Header) -> np.dtype:
     try:
         dtype = header.get_data_dtype()
     except KeyError as error:
@@ -137,7 +134,7 @@ def _dtype(header: "Nifti1Header") -> np.dtype:
 
 
 def _affine(
-    header: "Nifti1Header", spacing: Sequence[float] | None, stored_as: str | None
+    header: Nifti1Header, spacing: Sequence[float] | None, stored_as: str | None
 ) -> tuple[np.ndarray, list[str]]:
     """Affine from (d, h, w) to RAS mm, and notes."""
     code = int(header["xyzt_units"]) & 7 if spacing is None else 2
@@ -176,7 +173,7 @@ def _affine(
     return affine, notes
 
 
-def _form(header: "Nifti1Header", name: str, to_mm: float) -> np.ndarray:
+def _form(header: Nifti1Header, name: str, to_mm: float) -> np.ndarray:
     """The sform or qform of a header, from (d, h, w) to mm; refuses one that spans no box."""
     try:
         if header["pixdim"][0] == 0:  # which NIfTI takes for 1

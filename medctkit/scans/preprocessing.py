@@ -86,10 +86,8 @@ def moved_by(pixels: "torch.Tensor", by: Sequence[int]) -> "torch.Tensor":
     """Model input (1, d, h, w), moved by whole voxels along d, h and w; what comes in is air."""
     out = pixels.new_full(pixels.shape, -1.0)
     sizes = list(zip(pixels.shape[1:], by, strict=True))
-    there, here = (
-        (slice(None), *(slice(max(0, sign * m), n + min(0, sign * m)) for n, m in sizes)) for sign in (1, -1)
-    )
-    out[there] = pixels[here]
+    there, here = ([slice(max(0, sign * m), n + min(0, sign * m)) for n, m in sizes] for sign in (1, -1))
+    out[:, *there] = pixels[:, *here]
     return out
 
 

@@ -19,9 +19,7 @@ MOST_VOXELS = 2**30  # 4 GiB as float32: 1024 slices of 1024 x 1024 pixels
 NO_ORIENTATION = f"the header does not say how the scan lies, {CANONICAL} assumed as in DICOM slices"
 NOT_ANALYZE = "Analyze does not say which side is left: let dcm2niix make a NIfTI from the DICOM slices"
 
-_NO_MEMORY = re.compile(
-    r"(?i)bad.?alloc|(out of|insufficient|not enough) memory|(allocat|reserv).*memory|memory.*allocat"
-)
+_NO_MEMORY = re.compile(r"(?i)bad.?alloc|(out of|insufficient|not enough) mem|(allocat|reserv).*mem|mem.*allocat")
 
 T = TypeVar("T")
 
@@ -32,9 +30,7 @@ class Stored(NamedTuple):
     hu: np.ndarray  # float32 (d, h, w), in memory of its own: the caller changes it in place
     affine: np.ndarray  # 4 x 4, from (d, h, w) to RAS mm
     notes: list[str]  # for the provenance
-    rescaled: bool | None = (
-        False  # its headers brought a slope or intercept; None: they should have, so the caller must
-    )
+    rescaled: bool | None = False  # its headers brought slope or intercept; None: they should have, the caller must
 
 
 def damaged(reason: str, part: str = "") -> ValueError:

@@ -1,7 +1,5 @@
 """Which studies a step sees: drawn from the seed and the number of the step, shared by all processes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -8,8 +8,6 @@ optimiser's averages, the loss scale of fp16, the history. Batches, prompt wordi
 and the number of the step, so there is no other state. At full size with preset "paper" that is 27 MB.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -19,24 +17,25 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 from torch.utils.data import Subset
 
 from medctkit.cohort.cache import content_of, key_of
 from medctkit.common.atomic import replacing
-from medctkit.common.provenance import write_json
+from medctkit.common.processes import in_main_process
+from medctkit.common.provenance import differences, write_json
 from medctkit.findings import FINDINGS
 from medctkit.lora.methods import restore_trained, save_trained
 from medctkit.model.fingerprint import add_tensor, digests, vocabulary_of
 from medctkit.model.protocol import Model
 from medctkit.model.weights import write_weights
 from medctkit.training.settings import FineTuneConfig
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 NAME, WORK, RECORD = "checkpoint.safetensors", "unfinished", "run.json"
 CHANGES_NOTHING = ("prompts", "workers", "checkpoint_every", "tracker")  # of settings; prompts have a digest
@@ -89,19 +88,8 @@ class Run:
         Raises:
             ValueError: a run is at work there; a damaged checkpoint; another run's folder; in all processes.
         """
-        from accelerate.utils import broadcast_object_list
-
-        found: Any = None
         try:
-            if self.accelerator.is_main_process:
-                try:
-                    found = self._found()
-                except (OSError, ValueError) as error:
-                    found = error
-            (found,) = broadcast_object_list([found])
-            if isinstance(found, OSError | ValueError):
-                raise found
-            if found is not None:
+            if found := in_main_process(self._found):
                 self._restore(*found)
             yield
         finally:
@@ -118,9 +106,8 @@ class Run:
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise ValueError(
-                f"another run is at work in {self.output_dir}; wait for its end, or give another output_dir"
-            ) from None
+            busy = f"another run is at work in {self.output_dir}"
+            raise ValueError(f"{busy}; wait for its end, or give another output_dir") from None
         if (self.output_dir / RECORD).is_file():
             record = finished_run(self.output_dir)
             what, way_out = f"{self.output_dir} is of a run that is finished", "Give another output_dir, or delete"
@@ -138,8 +125,6 @@ class Run:
         return None
 
     def _restore(self, counts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-        from accelerate.utils import broadcast
-
         self._started -= counts["seconds"]
         for name in set(_COUNTS) - {"seconds"}:
             setattr(self, name, counts[name])
@@ -255,8 +240,6 @@ def refuse_other_settings(output_dir: str | os.PathLike, config: FineTuneConfig)
     Raises:
         ValueError: it has; see also `finished_run`.
     """
-    from safetensors import SafetensorError, safe_open
-
     output_dir = Path(output_dir).expanduser()
     try:
         if (output_dir / RECORD).is_file():
@@ -279,8 +262,6 @@ def refuse_other_run(what: str, there: Mapping[str, Any], here: Mapping[str, Any
 
 def read(path: Path, made_of: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Read a checkpoint of the same run, what is written down about it, and its tensors; refuse any other."""
-    from safetensors import SafetensorError, safe_open
-
     way_out = f"Delete {path} to start over, or give another output_dir"
     try:
         with safe_open(str(path), "pt") as file:
@@ -293,16 +274,6 @@ def read(path: Path, made_of: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
         raise ValueError(f"{path} is damaged, or no checkpoint of medctkit: {error}. {way_out}") from None
     refuse_other_run(f"{path} is of a run that was not finished", rest["made_of"], made_of, way_out)
     return rest, tensors
-
-
-def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """What a file says that it was made of (read from JSON) against what is at hand: a text for each difference."""
-    here = json.loads(json.dumps(dict(here)))
-    return [
-        f"{key}: {there.get(key)!r} there, {here.get(key)!r} here"
-        for key in sorted(there.keys() | here.keys())
-        if there.get(key) != here.get(key)
-    ]
 
 
 def made_of(model: Model, dataset: Any, config: FineTuneConfig, tokenizer: Any, score_fn: Any) -> dict[str, Any]:

@@ -15,19 +15,15 @@ reports; each process then does step 3 for its own volumes, and the gradients ar
 `EmbeddedBatch` is steps 1 and 3; step 2 is in sight in `loop.step_gradients`.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from medctkit.model.protocol import Model
 from medctkit.training.settings import FineTuneConfig
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 KNOWN = ("report_id", "labels", "anchor")  # of a batch, what the loss needs beside embeddings
 

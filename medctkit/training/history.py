@@ -1,10 +1,11 @@
 """What a run tells while it trains: its history, TensorBoard, a callback, a progress bar."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+
+import pandas as pd
+from tqdm.auto import tqdm
 
 from medctkit.common.csv_tables import write_table
 from medctkit.training.checkpoints import Run
@@ -18,8 +19,6 @@ class History:
     """
 
     def __init__(self, run: Run, steps: int, callback: Callable[[dict[str, float]], None] | None = None):
-        from tqdm.auto import tqdm
-
         self._run, self._callback = run, callback
         # rows that an interrupted run logged after its last checkpoint are logged anew
         folder = run.output_dir.resolve()
@@ -50,8 +49,6 @@ class History:
 
     def close(self, path: Path) -> None:
         """The main process writes all rows to `path`."""
-        import pandas as pd
-
         self._bar.close()
         if self._run.accelerator.is_main_process:
             write_table(pd.DataFrame(self._run.history), path)

@@ -4,17 +4,18 @@ What is minimised is in `objectives`, the memory-saving half of the gradient in 
 in `batches`. Beside the loop: what an interrupted run goes on from (`checkpoints`), and what is told (`history`).
 """
 
-from __future__ import annotations
-
 import math
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast, broadcast_object_list
 from torch.utils.data import DataLoader
 
 from medctkit.cohort.dataset import collate
@@ -26,10 +27,6 @@ from medctkit.training.gradients import EmbeddedBatch, refuse_non_finite, seed_f
 from medctkit.training.history import History
 from medctkit.training.objectives import draw_prompts, joint_loss
 from medctkit.training.settings import FineTuneConfig
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from accelerate import Accelerator
 
 
 def learning_rate_factor(step: int, steps: int, warmup_fraction: float) -> float:
@@ -55,10 +52,8 @@ class FineTuneResult:
     seconds: float
 
     @classmethod
-    def of(cls, run: Run, callback: Callable[[dict[str, float]], None] | None = None) -> FineTuneResult:
+    def of(cls, run: Run, callback: Callable[[dict[str, float]], None] | None = None) -> "FineTuneResult":
         """The result of a finished run; `callback` is told its rows."""
-        import pandas as pd
-
         if callback is not None:
             for row in run.history:
                 callback(row)
@@ -100,8 +95,6 @@ def finetune(
         RuntimeError: no gradient reaches the vision encoder's trainable parameters.
         FloatingPointError: a loss or gradient that is not finite, with step and study ids.
     """
-    from accelerate.utils import broadcast
-
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         raise ValueError("the model has no trainable adapter; make one with add_lora(model, 'paper')")
@@ -209,8 +202,6 @@ def step_gradients(
 
 def validate(model: Model, score_fn: Callable[[Model], float], accelerator: Accelerator, step: int) -> float:
     """The score of the model as it is, the same in all processes, so that they keep and stop alike."""
-    from accelerate.utils import broadcast_object_list
-
     model.eval()
     with torch.no_grad(), accelerator.autocast():
         score = float(score_fn(model))

@@ -4,8 +4,6 @@ Both measures also work on tensors without data (FakeTensorMode), for a full-siz
 run it.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Iterable
 from functools import partial
@@ -83,7 +81,7 @@ class SavedActivations(torch.autograd.graph.saved_tensors_hooks):
                 self.bytes += storage.nbytes()
         return tensor
 
-    def __enter__(self) -> SavedActivations:  # type: ignore[override]
+    def __enter__(self) -> "SavedActivations":  # type: ignore[override]
         super().__enter__()
         return self
 

@@ -9,8 +9,6 @@
   The prompts of the evaluation are refused, so that these sentences at least are new to it.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The settings of a fine-tuning run. They are declared here and nowhere else."""
 
-from __future__ import annotations
-
 import inspect
 import math
 import re
@@ -114,7 +112,7 @@ class FineTuneConfig:
             return self.steps or 0
         return max(1, round(self.epochs * (studies // self.batch_size)))
 
-    def for_this_device(self) -> FineTuneConfig:
+    def for_this_device(self) -> "FineTuneConfig":
         """The same with "auto" decided: bf16 on a GPU that computes in it, fp16 on an older one (T4), on a CPU "no"."""
         if self.mixed_precision != "auto":
             return self

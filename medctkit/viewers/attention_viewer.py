@@ -1,27 +1,25 @@
 """Where a model looks: attention, rollout and relevance over the slices, with the masks beside them.
 
-The maps are computed in `medctkit.attention`; here one chooses which, and sees where it lies. Attention is captured
-when a map first needs it, and kept until `close`: a viewer that shows nothing costs the model nothing.
+Attention is captured when a map first needs it, and kept until `close`: a viewer that shows nothing costs nothing.
 """
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import ipywidgets as w
 import numpy as np
 
+from medctkit.findings import FINDINGS
+from medctkit.scans.heat_map import HeatMap
+from medctkit.scans.preprocessing import PreprocessConfig, preprocess
 from medctkit.scans.volumes import CTVolume
 from medctkit.viewers.drawing.hints import lines
 from medctkit.viewers.drawing.messages import Messages
 from medctkit.viewers.drawing.rendering import place_of
 from medctkit.viewers.slice_viewer import SliceViewer
-
-if TYPE_CHECKING:
-    from medctkit.attention.maps import Attention
-    from medctkit.scans.heat_map import HeatMap
-    from medctkit.scans.preprocessing import PreprocessConfig
 
 # what can be shown, and the controls that it needs
 SHOWN = {
@@ -43,8 +41,7 @@ class AttentionViewer:
     Choose a model, how strong its LoRA is to be, if it has one, and what to show. It starts at the first finding that
     has a mask, outlined. The patch whose attention is shown is the one under the crosshair: click a place. A prompt is
     one of the findings, or any sentence with or without its negation. Patches are shown as the squares that they are,
-    in multiples of what each would have if all were alike; the caption says what the map is and how much of it lies
-    inside each mask. The widget is `.widget`, the slices are `.slices`.
+    in multiples of what each would have if all were alike. The widget is `.widget`, the slices are `.slices`.
 
     Args:
         volume: the scan, as `preprocess` is to be given it.
@@ -52,8 +49,6 @@ class AttentionViewer:
         tokenizer: of their text encoders.
         preprocess_config: what the models see.
         masks: named boolean arrays with the volume's shape.
-        prompts: a name for each pair (stating, denying) to choose from; by default the 18 findings in the paper's
-            wording. The first that has a mask is chosen to start with.
         height: see `SliceViewer`.
         show: one of `SHOWN`, to start with. "nothing" runs no model.
 
@@ -67,9 +62,8 @@ class AttentionViewer:
         volume: CTVolume,
         models: Mapping[str, Any],
         tokenizer: Any,
-        preprocess_config: "PreprocessConfig",
+        preprocess_config: PreprocessConfig,
         masks: Mapping[str, np.ndarray] | None = None,
-        prompts: Mapping[str, tuple[str, str]] | None = None,
         height: int = 300,
         show: str = "rollout",
     ):
@@ -79,15 +73,13 @@ class AttentionViewer:
             raise ValueError(f"show={show!r}: expected one of {', '.join(SHOWN)}")
         self.slices = SliceViewer(volume, masks, height=height, folded=True)
         self.volume, self.models, self.tokenizer, self.config = volume, dict(models), tokenizer, preprocess_config
-        self.masks, self.prompts = dict(masks or {}), dict(_of_findings() if prompts is None else prompts)
+        self.masks, self.prompts = dict(masks or {}), _of_findings()
         self._patch: tuple[int, int, int] | None = None
         self._kept: dict[Any, Any] = {}
         self._build(show)
         self._draw()
 
     def _build(self, show: str) -> None:
-        import ipywidgets as w
-
         wide = {"width": "320px"}
         self.model = w.ToggleButtons(options=list(self.models), style={"button_width": "auto"})
         self.shown = w.Dropdown(options=list(SHOWN), value=show, description="show", layout=wide)
@@ -97,26 +89,22 @@ class AttentionViewer:
             1.0, min=0, max=1.5, step=0.25, description="strength", continuous_update=False, layout=wide,
             tooltip="of the adapter: 0 is the base model, 1 what was trained",
         )  # fmt: skip
-        marked = next((name for name in self.prompts if name in self.masks), next(iter(self.prompts), OWN))
-        self.prompt = w.Dropdown(options=[*self.prompts, OWN], value=marked, description="prompt", layout=wide)
-        first = self.prompts.get(marked, ("", ""))
+        marked = next((name for name in FINDINGS if name in self.masks), FINDINGS[0])
+        self.prompt = w.Dropdown(options=[*FINDINGS, OWN], value=marked, description="prompt", layout=wide)
+        states, denies = self.prompts[marked]
         text = {"continuous_update": False, "layout": wide}  # Enter, or leaving the field
-        self.stating = w.Text(first[0], description="states", placeholder="a sentence", **text)
-        self.denying = w.Text(first[1], description="denies", placeholder="its negation, or nothing", **text)
+        self.stating = w.Text(states, description="states", placeholder="a sentence", **text)
+        self.denying = w.Text(denies, description="denies", placeholder="its negation, or nothing", **text)
         self.caption, self.messages = w.HTML(), Messages()
-        for react, controls in (
-            (self._draw, (self.model, self.strength, self.shown, self.layer, self.head)),
-            (self._chose_prompt, (self.prompt,)),
-            (self._typed, (self.stating, self.denying)),
-        ):
-            for control in controls:
-                self.messages.observe(control, react)
+        for control in (self.model, self.strength, self.shown, self.layer, self.head):
+            self.messages.observe(control, self._draw)
+        self.messages.observe(self.prompt, self._chose_prompt)
+        for control in (self.stating, self.denying):
+            self.messages.observe(control, self._typed)
         self.slices.on_move(self._moved)
-        rows = (
-            [w.Label("model"), self.model, self.strength, self.shown],
-            [self.layer, self.head, self.prompt, self.stating, self.denying],
-        )
-        boxes = [w.HBox(row, layout={"flex_flow": "row wrap"}) for row in rows]
+        first = [w.Label("model"), self.model, self.strength, self.shown]
+        second = [self.layer, self.head, self.prompt, self.stating, self.denying]
+        boxes = [w.HBox(row, layout={"flex_flow": "row wrap"}) for row in (first, second)]
         self.widget = w.VBox([*boxes, self.slices.widget, self.messages.widget, self.caption])
         if marked in self.masks:  # its outline, where most of it is
             self.slices.opacity.value = 0
@@ -173,15 +161,14 @@ class AttentionViewer:
             self.head.options = [(MEAN, MEAN), *((f"head {i}", i) for i in heads)]
             self.head.value = chosen if chosen in heads else MEAN
 
-    def heat_map(self) -> "HeatMap | None":
-        """The map that the controls ask for; None: nothing.
+    def heat_map(self) -> HeatMap | None:
+        """The map (t, h, w) that the controls ask for, of sum 1, in multiples of what a patch would have by chance.
 
         Raises:
             ValueError: a model of another input size, a crosshair outside of what it sees, no sentence or one too long.
         """
-        from medctkit.attention.maps import attend, relevance
+        from medctkit.attention.maps import attend, patch_map, relevance
         from medctkit.lora.strength import at_strength, can_be_scaled
-        from medctkit.scans.preprocessing import preprocess
 
         shown, name = self.shown.value, self.model.value
         head = None if self.head.value == MEAN else self.head.value
@@ -196,28 +183,21 @@ class AttentionViewer:
             with at_strength(model, strength) if scaled else nullcontext():
                 return self._once((name, strength if scaled else 1, *of), see)
 
+        part = shown.split()[0]
         if shown == "speaks for a prompt":
             sentences = self.stating.value.strip(), self.denying.value.strip() or None
             values = once(lambda: relevance(model, self.tokenizer, pixels, *sentences), *sentences)
-            return self._as_squares(values)
-        attention: Attention = once(lambda: attend(model, pixels))
-        if shown == "rollout":
-            values = attention.rollout()
+        elif shown == "rollout":
+            values = once(lambda: attend(model, pixels)).rollout()
         elif shown.endswith("received"):
-            values = attention.received(shown.split()[0], self.layer.value, head)
+            values = once(lambda: attend(model, pixels)).received(part, self.layer.value, head)
         else:
             self._patch = self._patch_under(self.slices.position)
             if self._patch is None:
                 raise ValueError("the crosshair is outside of what the model sees; click a place further inside")
-            values = attention.of_query(shown.split()[0], self.layer.value, head, self._patch)
-        return self._as_squares(values)
-
-    def _as_squares(self, values: np.ndarray) -> "HeatMap":
-        """A map (t, h, w) of sum 1 over the scan, in multiples of what every patch would have if all were alike."""
-        from medctkit.attention.maps import patch_map
-
-        name = f"{self.model.value}: {self.shown.value}, times chance"
-        return replace(patch_map(values * values.size, self.volume, self.config, name), smooth=False)
+            values = once(lambda: attend(model, pixels)).of_query(part, self.layer.value, head, self._patch)
+        found = patch_map(values * values.size, self.volume, self.config, f"{name}: {shown}, times chance")
+        return replace(found, smooth=False)  # patches as the squares that they are
 
     def _patch_under(self, point: np.ndarray) -> tuple[int, int, int] | None:
         from medctkit.attention.maps import patch_at
@@ -232,7 +212,7 @@ class AttentionViewer:
 
     # --- what it says ---
 
-    def _described(self, heat_map: "HeatMap") -> str:
+    def _described(self, heat_map: HeatMap) -> str:
         """The caption: which map, its range, and how much of it lies in each mask."""
         from medctkit.attention.localisation import patch_shares
 
@@ -269,7 +249,6 @@ class AttentionViewer:
 
 def _of_findings() -> dict[str, tuple[str, str]]:
     """The paper's pair for each of the 18 findings."""
-    from medctkit.findings import FINDINGS
     from medctkit.zero_shot.prompts import prompt_sentences
 
     stating, denying = prompt_sentences("paper")

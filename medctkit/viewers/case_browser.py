@@ -1,23 +1,23 @@
 """Browse the studies of a manifest: the scan, its report, what two models say of it, and what they say of any sentence.
 
-What is shown is computed in `medctkit.viewers.cases`; here it becomes a widget.
+The numbers come from `medctkit.viewers.cases`.
 """
 
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import ipywidgets as w
 import numpy as np
+import pandas as pd
 
 from medctkit.common.templates import filled
 from medctkit.findings import FINDINGS
+from medctkit.scans.preprocessing import PreprocessConfig
 from medctkit.viewers.drawing.messages import Messages
 from medctkit.viewers.slice_viewer import SliceViewer
 
 if TYPE_CHECKING:
-    import pandas as pd
-
-    from medctkit.scans.preprocessing import PreprocessConfig
     from medctkit.viewers.cases import Sentence
 
 ALL = "all findings"
@@ -33,11 +33,8 @@ class CaseBrowser:
     of a single finding. A sentence of your own is scored at Enter. Every volume is embedded once, before the widget
     shows; what that costs is said first. The widget is `.widget`, the numbers behind it are `.cases`.
 
-    The other arguments are those of `Cases`.
-
-    Args:
-        batch_size: volumes embedded at a time; 1 or 2 for the full-size model.
-        height: of the picture, pixels.
+    Arguments are those of `Cases`; `batch_size` volumes are embedded at a time (1 or 2 for the full-size model), and
+    `height` is the picture's, in pixels.
 
     Raises:
         ValueError: more than four models; for the rest see `Cases`.
@@ -45,10 +42,10 @@ class CaseBrowser:
 
     def __init__(
         self,
-        manifest: "pd.DataFrame | str | os.PathLike",
+        manifest: pd.DataFrame | str | os.PathLike,
         models: Mapping[str, Any],
         tokenizer: Any,
-        preprocess_config: "PreprocessConfig",
+        preprocess_config: PreprocessConfig,
         cache_dir: str | os.PathLike | None = None,
         limit: int | None = None,
         *,
@@ -71,8 +68,6 @@ class CaseBrowser:
         self._list()
 
     def _build(self) -> None:
-        import ipywidgets as w
-
         from medctkit.viewers.cases import PRESENCE
 
         wide = {"width": "290px"}
@@ -98,8 +93,7 @@ class CaseBrowser:
         steps = w.HBox([self.previous, self.next])
         controls = [self.sorting, self.finding, self.presence, self.study, steps, self.count]
         asked = [w.HTML("<b>Score any sentence</b>"), self.stating, self.denying, self.typing.widget, self.scores]
-        left = w.VBox(controls, layout={"width": "300px"})
-        right = w.VBox([self.messages.widget, self.scan])
+        left, right = w.VBox(controls, layout={"width": "300px"}), w.VBox([self.messages.widget, self.scan])
         told = w.VBox([self.facts, *asked])
         for column, width in ((right, 560), (told, 380)):  # takes the room that is left, or goes below
             column.layout.flex, column.layout.min_width = f"1 1 {width}px", "0"
@@ -138,33 +132,33 @@ class CaseBrowser:
 
     def _show(self) -> None:
         index, self._shown = self.study.value, None  # another may be picked while this one is made
+        self.scan.children = ()
         if index is None:
-            self.scan.children, self.facts.value, self.table.value, self.scores.value = (), "", "", ""
+            self.facts.value = self.table.value = self.scores.value = ""
             self.messages.say("no study passes this filter; choose another label or finding")
             return
-        self.scan.children = self._scan_of(index)
+        self._show_scan(index)
         self.facts.value = facts(self.cases.rows[index])
         probabilities = {name: values[index] for name, values in self.cases.probabilities.items()}
         self.table.value = probability_table(probabilities, self.cases.labels[index])
         self._show_scores()
         self._shown = index
 
-    def _scan_of(self, index: int) -> tuple:
-        """The widget with the scan; none, and the reason, where it can't be shown."""
+    def _show_scan(self, index: int) -> None:
+        """The scan; or the reason why it can't be shown."""
         study = self.cases.rows[index]["study"]
-        self.scan.children = ()
         if study in self.cases.failures:
             self.messages.say(f"study {study} has no probabilities: {self.cases.failures[study]}")
         try:
             volume, masks = self.cases.view(index)
         except (OSError, ValueError) as error:
             self.messages.say(f"study {study} can't be shown: {error}")
-            return ()
+            return
         if self.slices is None:
             self.slices = SliceViewer(volume, masks, height=self.height, folded=True)
         else:
             self.slices.set_volume(volume, masks)
-        return (self.slices.widget,)
+        self.scan.children = (self.slices.widget,)
 
     def _score(self) -> None:
         self._sentence = None
@@ -198,11 +192,9 @@ def facts(row: Mapping[str, Any]) -> str:
 
 
 def probability_table(probabilities: Mapping[str, np.ndarray], labels: np.ndarray) -> str:
-    """Probabilities of the 18 findings by each model, those they disagree on first, as an HTML table.
+    """An HTML table of each model's probabilities (18,), NaN for none, and labels (18,), NaN for unknown.
 
-    Args:
-        probabilities: for each model (18,); NaN where there are none.
-        labels: (18,) 0, 1 or NaN, unknown.
+    What they disagree on most comes first.
     """
     values = np.stack(list(probabilities.values()))  # (models, 18)
     apart, places = values.max(0) - values.min(0), (8 + values * (WIDTH - 16)).round(1)

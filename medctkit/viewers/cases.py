@@ -1,61 +1,49 @@
 """Studies of a manifest as several models see them: what a case browser shows, without the widget.
 
-Every volume is prepared once and embedded once for each model; probabilities, and the scores of any sentence, are then
-a matter of milliseconds. With a folder, both are kept there, so that the next browser starts at once.
+Every volume is prepared once and embedded once for each model; probabilities, and the scores of any sentence, then take
+milliseconds. With a folder, both are kept there, so that the next browser starts at once.
 """
 
-import hashlib
-import json
 import os
 import re
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
+from tqdm.auto import tqdm
 
 from medctkit.cohort.cache import content_of, key_of
 from medctkit.cohort.dataset import CTReportDataset
 from medctkit.cohort.manifest import has_file, load_manifest, study_from_row, validate_manifest, volume_from_row
 from medctkit.common.text import counted
 from medctkit.findings import FINDINGS
+from medctkit.model.fingerprint import digest_of
 from medctkit.scans.preprocessing import PreprocessConfig
 from medctkit.scans.volumes import CTVolume
 from medctkit.zero_shot.classifier import Embedded, ZeroShotClassifier
 from medctkit.zero_shot.embeddings import describe, load_embeddings, save_embeddings
 from medctkit.zero_shot.prompts import Prompts
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 VIEW_SHAPE = (80, 160, 160)  # voxels at which a phantom is made to be looked at
 PRESENCE = ("any", "present", "absent", "unknown")
 EMPTY_WORDS = frozenset(
     "a an and are at has have in is it no not of on or present seen the there to with without".split()
 )
-WRITE_EVERY = 10.0  # seconds: what an interruption costs at most
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """A sentence scored against all studies.
+    """A sentence scored against all studies."""
 
-    Attributes:
-        what: "probability" of the sentence against its negation, else "cosine" of sentence and volume.
-        values: for each model (n,); NaN for studies that could not be read.
-        tokens: what the text encoder reads of the sentence: a word it has not learned falls into pieces.
-        unknown: words of the sentence and of its negation that are not in the model's vocabulary.
-        words: how many there are in both; neither counts those that carry no content, such as "there is no".
-    """
-
-    what: str
-    values: dict[str, np.ndarray]
-    tokens: tuple[str, ...]
-    unknown: tuple[str, ...] = ()
-    words: int = 0
+    what: str  # "probability" of the sentence against its negation, else "cosine" of sentence and volume
+    values: dict[str, np.ndarray]  # for each model (n,); NaN for studies that could not be read
+    tokens: tuple[str, ...]  # what the text encoder reads of it: a word it has not learned falls into pieces
+    unknown: tuple[str, ...] = ()  # words of it and of its negation that are not in the model's vocabulary
+    words: int = 0  # in both; neither counts those that carry no content, such as "there is no"
 
     def share_below(self, model: str, index: int) -> float:
         """Of the other studies, the share that a model finds less near to the sentence; NaN where none can be told."""
@@ -86,14 +74,13 @@ class Cases:
 
     Raises:
         TypeError: models that are not a dict.
-        ValueError: a wrong manifest, no models, a limit below 1, a model of another input size; see
-            `ZeroShotClassifier`.
+        ValueError: a wrong manifest, no models, a model of another input size; see `ZeroShotClassifier`.
         FileNotFoundError: no manifest at that path.
     """
 
     def __init__(
         self,
-        manifest: "pd.DataFrame | str | os.PathLike",
+        manifest: pd.DataFrame | str | os.PathLike,
         models: Mapping[str, Any],
         tokenizer: Any,
         preprocess_config: PreprocessConfig,
@@ -103,15 +90,12 @@ class Cases:
     ):
         if not isinstance(models, Mapping) or not models:
             raise TypeError(f"models: expected a dict such as {{'base': model}}, got {models!r:.80}")
-        if limit is not None and not (isinstance(limit, int) and limit >= 1):
-            raise ValueError(f"limit={limit!r}: expected a whole number of studies, at least 1, or None for all")
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit={limit}: expected at least 1 study, or None for all")
         for name, model in models.items():
-            sees = model.preprocess_config.shape
-            if sees != preprocess_config.shape:
-                raise ValueError(
-                    f"model {name!r} sees volumes of {sees} voxels, preprocess_config makes {preprocess_config.shape}; "
-                    "use model.preprocess_config"
-                )
+            sees, made = model.preprocess_config.shape, preprocess_config.shape
+            if sees != made:
+                raise ValueError(f"model {name!r} sees volumes of {sees} voxels, not {made}; use its preprocess_config")
         self.models, self.tokenizer = dict(models), tokenizer
         self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
         self.failures: dict[str, str] = {}
@@ -121,14 +105,11 @@ class Cases:
         self.labels = np.array([[float(row[name]) for name in FINDINGS] for row in self.rows])
         self.classifiers = {name: ZeroShotClassifier(model, tokenizer, prompts) for name, model in models.items()}
         self._made_of = {name: describe(model, preprocess_config) for name, model in models.items()}
-        self.embeddings = {
-            name: torch.full((len(self.rows), model.config.projection_dim), torch.nan) for name, model in models.items()
-        }
         self._keys = [self._key(row) for row in self.rows]
-        for name, found in self.embeddings.items():
-            kept = self._kept(name)
-            for i, key in enumerate(self._keys):
-                found[i] = kept.get(key, found[i])
+        self.embeddings: dict[str, torch.Tensor] = {}
+        for name, model in models.items():
+            kept, none = self._kept(name), torch.full((model.config.projection_dim,), torch.nan)
+            self.embeddings[name] = torch.stack([kept.get(key, none) for key in self._keys])
 
     # --- embedding ---
 
@@ -141,9 +122,8 @@ class Cases:
         return key_of(row, row["checksum"], self.dataset.config)
 
     def _file(self, name: str) -> Path:
-        digest = hashlib.sha256(json.dumps(self._made_of[name], sort_keys=True).encode()).hexdigest()[:32]
         assert self.cache_dir is not None
-        return self.cache_dir / "embeddings" / f"{digest}.safetensors"
+        return self.cache_dir / "embeddings" / f"{digest_of(self._made_of[name])}.safetensors"
 
     def _kept(self, name: str) -> dict[str, torch.Tensor]:
         """Embeddings of a model that are on disk, of other browsers' studies too, by the key of their study."""
@@ -184,18 +164,13 @@ class Cases:
 
     def embed(self, batch_size: int = 8) -> None:
         """Embed what is left, `batch_size` volumes in memory at a time. Interrupted, the same call goes on."""
-        from tqdm.auto import tqdm
-
         left = self._left()
-        todo, written = sorted(set().union(*left.values())), time.monotonic()
+        todo = sorted(set().union(*left.values()))
         try:
             with tqdm(total=len(todo), desc="studies", unit="study", disable=not todo) as bar:
                 for start in range(0, len(todo), batch_size):
                     self._embed_some(todo[start : start + batch_size], left)
                     bar.update(len(todo[start : start + batch_size]))
-                    if time.monotonic() - written > WRITE_EVERY:
-                        self._keep()
-                        written = time.monotonic()
         finally:
             self._keep()
 
@@ -209,8 +184,7 @@ class Cases:
             except (OSError, ValueError) as error:  # one bad file does not cost the others
                 self.failures[study] = str(error)
         for name, classifier in self.classifiers.items():
-            mine = [i for i in items if i in left[name]]
-            if mine:
+            if mine := [i for i in items if i in left[name]]:
                 seen = classifier.embed([items[i] for i in mine], len(mine), progress=False)
                 self.embeddings[name][mine] = seen.embeddings
 
@@ -226,25 +200,19 @@ class Cases:
         """What `ordered` sorts by."""
         return ("disagreement", *(f"error of {name}" for name in self.models), "study")
 
-    def ordered(self, by: str = "disagreement", finding: str | None = None, presence: str = "any") -> "pd.Series":
-        """Studies that a filter lets through, in order.
+    def ordered(self, by: str = "disagreement", finding: str | None = None, presence: str = "any") -> pd.Series:
+        """Studies that a filter lets through, in order: the value sorted by, on the index of the row.
 
         Args:
             by: "disagreement", the mean over findings of the models' largest minus smallest probability, largest first;
                 "error of NAME", the mean over known labels of |probability - label| of that model, largest first;
-                "study", by name.
+                "study", by name (the value is the disagreement). NaN, of what could not be read, comes last.
             finding: takes disagreement and error of this finding alone; None: of all.
             presence: keeps studies whose label of the finding is "present", "absent" or "unknown"; "any" keeps all.
-
-        Returns:
-            The value sorted by, or of the disagreement where sorted by name, on the index of the row. Studies that
-            could not be read come last, with NaN.
 
         Raises:
             ValueError: an unknown `by`, finding or presence; a presence without a finding.
         """
-        import pandas as pd
-
         known = {"by": self.sortings, "finding": (None, *FINDINGS), "presence": PRESENCE}
         for name, value in {"by": by, "finding": finding, "presence": presence}.items():
             if value not in known[name]:
@@ -284,22 +252,13 @@ class Cases:
             else:
                 values[name] = (embeds.to(classifier.device) @ classifier.text_embeds()[0, 0]).cpu().numpy()
         what = "probability" if denying else "cosine"
-        words = re.findall(r"\w+", f"{stating} {denying}")
-        told = {word: self._knows(word) for word in words if word.lower() not in EMPTY_WORDS}
-        unknown = tuple(word for word, known in told.items() if not known)
-        return Sentence(what, values, tuple(self.tokenizer.tokenize(stating)), unknown, len(told))
-
-    def _knows(self, word: str) -> bool:
-        pieces = self.tokenizer.tokenize(word)
-        return len(pieces) == 1 and pieces[0] != self.tokenizer.unk_token
+        words = [word for word in re.findall(r"\w+", f"{stating} {denying}") if word.lower() not in EMPTY_WORDS]
+        pieces, none = {word: self.tokenizer.tokenize(word) for word in words}, self.tokenizer.unk_token
+        unknown = tuple(word for word, of_word in pieces.items() if len(of_word) != 1 or of_word == [none])
+        return Sentence(what, values, tuple(self.tokenizer.tokenize(stating)), unknown, len(pieces))
 
     def view(self, index: int) -> tuple[CTVolume, dict[str, np.ndarray]]:
-        """A study to look at: a phantom, made again at `VIEW_SHAPE`, with its masks (d, h, w); a real scan without.
-
-        Raises:
-            OSError: the file cannot be read.
-            ValueError: see `read_volume`.
-        """
+        """A study to look at: a phantom, made again at `VIEW_SHAPE`, with its masks (d, h, w); a real scan without."""
         row = self.rows[index]
         if has_file(row):
             return volume_from_row(row), {}

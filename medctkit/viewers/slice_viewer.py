@@ -4,9 +4,11 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import ipywidgets as w
 import numpy as np
+from PIL.Image import Image
 
 from medctkit.common.atomic import replacing
 from medctkit.scans.heat_map import HeatMap
@@ -30,9 +32,6 @@ from medctkit.viewers.drawing.rendering import (
 )
 from medctkit.viewers.drawing.stack_page import write_stack_page
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 ALL_PLANES = "three planes"
 
 
@@ -41,8 +40,7 @@ class SliceViewer:
 
     Sliders (or their arrow keys) do everything, also in Colab. Where ipympl is installed the picture hears the mouse
     and keys too, all of which "?" lists: slices by the wheel, window and level by the right button, zoom, distances in
-    mm, HU of a region. Slices hang as radiologists hang them. The first picture also shows in exported HTML. The widget
-    is `.widget`; `.messages` says what went wrong.
+    mm, HU of a region. Slices hang as radiologists hang them. The widget is `.widget`; `.messages` has what went wrong.
 
     A second volume is shown below, or beside it in a single plane, and moves along: by patient coordinates, or by the
     distance from the middle of each scan. `LinkedScans` says when; the lines under the picture say which.
@@ -86,7 +84,6 @@ class SliceViewer:
         self._composition: Any
         self._callbacks: list[Callable[[np.ndarray], None]] = []
         self._touched = "axial"
-        self._hidden: tuple[str, ...] = ()  # masks that a key has put out
         self._cursor: tuple[float, float] | None = None
         self._start: np.ndarray | None = None  # of a measurement, RAS in mm
         kind = kind_that_works() if canvas is None else canvas
@@ -95,8 +92,6 @@ class SliceViewer:
         self._show_scans(linked, heat_maps)
 
     def _build(self, preset: str, centre: int, width: int, folded: bool) -> None:
-        import ipywidgets as w
-
         def slider(kind: Any, description: str, tooltip: str, **values: Any) -> Any:
             return kind(description=description, tooltip=tooltip, layout={"width": "280px"}, **values)
 
@@ -127,9 +122,10 @@ class SliceViewer:
         self.help = w.ToggleButton(description="?", tooltip="mouse and keys", layout={"width": "36px"})
         self._help = w.HTML(help_of(isinstance(self.canvas, MouseCanvas)), layout={"display": "none"})
         self.readout, self.hover = w.HTML(), w.HTML(lines(["? lists what mouse and keys do"]))
+        w.dlink((self.help, "value"), (self._help.layout, "display"), lambda on: None if on else "none")
         for react, controls in (
             (self._moved, self.sliders.values()), (self._compose, [self.zoom]), (self._start_to_measure, [self.tool]),
-            (self._show_help, [self.help]), (self._arrange, [self.view]), (self._change_preset, [self.preset]),
+            (self._arrange, [self.view]), (self._change_preset, [self.preset]),
             (self._change_window, [self.centre, self.width]),
             (self._draw, [self.crosshair, self.opacity, self.heat_map, self.heat_opacity, self.colour_map, self.slab]),
             (self._draw, [self.thickness]),
@@ -161,9 +157,9 @@ class SliceViewer:
         other: CTVolume | None = None,
         names: Sequence[str] | None = None,
     ) -> None:
-        """Show another study; window, view and opacities stay, the crosshair goes to the middle of the scan.
+        """Show another study, its crosshair in the middle; window, view and opacities stay, `on_move` is not told.
 
-        Callbacks of `on_move` are not called. Input is refused as by the class; then the old study stays.
+        Input is refused as by the class; then the old study stays.
         """
         self._show_scans(LinkedScans(volume, masks, other, names), heat_maps_of(heat_maps))
 
@@ -177,8 +173,6 @@ class SliceViewer:
         self._draw()
 
     def _show_scans(self, linked: LinkedScans, heat_maps: dict[str, HeatMap]) -> None:
-        import ipywidgets as w
-
         self._linked, self.scans = linked, linked.scans
         with self.messages.quietly():
             self.tool.value, self._start = TOOLS[0], None
@@ -196,7 +190,6 @@ class SliceViewer:
         label = w.Label("masks", layout={"margin": "0 1em 0 0"})
         self._mask_row.children = [label, *self.mask_boxes.values(), self.opacity]
         self._mask_row.layout.display = None if self.mask_boxes else "none"
-        self._hidden = ()
         self._take_heat_maps(heat_maps)
         self._arrange()
 
@@ -219,7 +212,7 @@ class SliceViewer:
         tints = self.opacity.value, heat_map, self.heat_opacity.value
         return Look(window, self.chosen_masks, *tints, self.colour_map.value, self.slab.value, self.thickness.value)
 
-    def picture(self) -> "Image":
+    def picture(self) -> Image:
         """The picture now shown (PIL image, RGB)."""
         lines_too = self.crosshair.value and self._start is None  # they would lie over what is measured
         picture = self._composition.picture(self._linked.voxels(self.voxel), self.look, lines_too)
@@ -255,9 +248,7 @@ class SliceViewer:
         """
         place = np.asarray(point, float)
         if place.shape != (3,) or not np.isfinite(place).all():
-            raise ValueError(
-                f"point {place.tolist()}: expected three finite patient coordinates (right, front, head) in mm"
-            )
+            raise ValueError(f"point {place.tolist()}: expected three finite patient coordinates (RAS) in mm")
         self._go_to(self.scans[0].nearest(self.scans[0].voxel_of(place)))
 
     def on_move(self, callback: Callable[[np.ndarray], None]) -> None:
@@ -280,23 +271,19 @@ class SliceViewer:
     # --- reactions ----------------------------------------------------------------------------------------
 
     def _arrange(self) -> None:
-        planes = tuple(PLANES) if self.view.value == ALL_PLANES else (self.view.value,)
-        self._touched = planes[0]
+        self._planes = tuple(PLANES) if self.view.value == ALL_PLANES else (self.view.value,)
+        self._touched = self._planes[0]
         self._compose()
 
     def _compose(self) -> None:
-        planes = tuple(PLANES) if self.view.value == ALL_PLANES else (self.view.value,)
         voxels = self._linked.voxels(self.voxel)
-        self._composition = Composition(self.scans, planes, self.height, self.zoom.value, voxels)
+        self._composition = Composition(self.scans, self._planes, self.height, self.zoom.value, voxels)
         self._draw()
 
     def _start_to_measure(self) -> None:
         """From where the crosshair is."""
         self._start = None if self.tool.value == TOOLS[0] else self.position
         self._draw()
-
-    def _show_help(self) -> None:
-        self._help.layout.display = None if self.help.value else "none"
 
     def _change_preset(self) -> None:
         if self.preset.value != "free":
@@ -327,17 +314,16 @@ class SliceViewer:
             return None
         return panel, panel.voxel(x, y, self._linked.voxels(self.voxel)[panel.scan][PLANES[panel.plane]])
 
-    def _drag(self, x: float, y: float, _: None) -> None:
-        if found := self._under(x, y):
-            panel, voxel = found
-            self._touched = panel.plane
-            self._go_to(self._linked.in_first(panel.scan, voxel))
-
     def _press(self, x: float, y: float, _: None) -> None:
-        found = self._under(x, y)
-        if found and self._start is not None:
-            self._start = self.scans[0].point_of(self._linked.in_first(found[0].scan, found[1]))
-        self._drag(x, y, None)
+        self._drag(x, y, None, begins=self._start is not None)
+
+    def _drag(self, x: float, y: float, _: None, begins: bool = False) -> None:
+        if found := self._under(x, y):
+            voxel = self._linked.in_first(found[0].scan, found[1])
+            if begins:  # a measurement
+                self._start = self.scans[0].point_of(voxel)
+            self._touched = found[0].plane
+            self._go_to(voxel)
 
     def _level(self, x: float, y: float, by: tuple[float, float]) -> None:
         step = max(1.0, self.width.value / 250)
@@ -379,10 +365,10 @@ class SliceViewer:
             box = self.crosshair if key == "c" else self.help
             box.value = not box.value
         elif key == "m":
-            shown, self._hidden = self._hidden or tuple(self.mask_boxes), self.chosen_masks
+            on = not self.chosen_masks
             with self.messages.quietly():
-                for name, box in self.mask_boxes.items():
-                    box.value = not self._hidden and name in shown
+                for box in self.mask_boxes.values():
+                    box.value = on
             self._draw()
 
     def _draw(self) -> None:
@@ -421,9 +407,6 @@ class SliceViewer:
 
         It has the window, masks and heat map that are shown now, and a second window to switch to; of two volumes it
         has the first. Its heading is the title, or the volume's name.
-
-        Raises:
-            ValueError: unknown plane.
         """
         second = "mediastinum" if self.preset.value == "lung" else "lung"
         windows = {self.preset.value: self.look.window, second: WINDOWS[second]}

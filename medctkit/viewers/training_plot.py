@@ -2,24 +2,22 @@
 
 import io
 import math
-import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
+import pandas as pd
+from IPython import get_ipython
+from IPython.display import Image, display
+from matplotlib.figure import Figure
 
 
-def training_figure(history: "pd.DataFrame", batch_size: int | None = None) -> "Figure":
+def training_figure(history: pd.DataFrame, batch_size: int | None = None) -> Figure:
     """Losses and validation AUROC over the steps of a fine-tuning run.
 
     Args:
         history: as `FineTuneResult` has it: step, contrastive, prompts, score; loss columns may be missing.
         batch_size: draws the contrastive loss of pure guessing, ln(batch_size), too.
     """
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(12, 4), layout="tight")
     left, right = figure.subplots(1, 2)
     for name, colour in (("contrastive", "#0072B2"), ("prompts", "#D55E00")):
@@ -40,42 +38,32 @@ def training_figure(history: "pd.DataFrame", batch_size: int | None = None) -> "
 
 
 class TrainingPlot:
-    """Losses and validation AUROC, drawn anew in a notebook while a model trains: the `callback` of `finetune`.
+    """Losses and validation AUROC, drawn anew in a notebook after each validation: the `callback` of `finetune`.
 
     Outside a notebook it only collects the rows; `training_figure(plot.history)` draws them.
     """
 
     def __init__(self, batch_size: int | None = None):
-        self.batch_size: int | None = batch_size
+        self.batch_size = batch_size
         self.rows: list[dict[str, float]] = []
         self._shown: Any = None
-        self._drawn, self._cost = 0.0, 0.0
 
     @property
-    def history(self) -> "pd.DataFrame":
+    def history(self) -> pd.DataFrame:
         """The rows so far."""
-        import pandas as pd
-
         return pd.DataFrame(self.rows)
 
     def __call__(self, row: Mapping[str, float]) -> None:
-        """Take a row; draw if it has a score, else at most a twentieth of the time."""
-        from IPython import get_ipython
-
+        """Take a row; draw if it has a score."""
         self.rows.append(dict(row))
-        due = "score" in row or time.perf_counter() - self._drawn > 20 * self._cost
-        if due and get_ipython() is not None:
+        if "score" in row and get_ipython() is not None:
             self._draw()
 
     def _draw(self) -> None:
-        from IPython.display import Image, display
-
-        started, buffer = time.perf_counter(), io.BytesIO()
+        buffer = io.BytesIO()
         training_figure(self.history, self.batch_size).savefig(buffer, format="png", dpi=80)
         picture = Image(buffer.getvalue(), alt="training loss, and AUROC on validation patients, by step")
         if self._shown is None:
             self._shown = display(picture, display_id=True)
         else:
             self._shown.update(picture)
-        self._drawn = time.perf_counter()
-        self._cost = self._drawn - started

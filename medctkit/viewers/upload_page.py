@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import ipywidgets as w
+
 from medctkit.scans.volumes import CTVolume, read_volume
 from medctkit.viewers.drawing.messages import Messages
 
@@ -19,15 +21,10 @@ class UploadPage:
     memory); the scan stays in memory until the next one. What can't be read is said on the page, and takes the scan
     before it away. The widget is `.widget`; `.messages` says what went wrong.
 
-    Args:
-        classify: called with a volume and the name of an adapter; gives `quickstart.Classified`, or what has its
-            `table` and its picture.
-        adapters: names to choose from.
+    `classify` is called with a volume and one of the names in `adapters`, and gives `quickstart.Classified`.
     """
 
     def __init__(self, classify: Callable[[CTVolume, str], Any], adapters: Sequence[str]):
-        import ipywidgets as w
-
         self.messages, self._classify, self._name = Messages(), classify, ""
         self._volume: CTVolume | None = None
         self.upload = w.FileUpload(accept=".zip", description="zip of DICOM ...", icon="", layout={"width": "180px"},

@@ -26,6 +26,7 @@ from numpy.typing import ArrayLike
 from torch import distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Subset
+from tqdm.auto import tqdm
 
 from medctkit.common.processes import process_and_processes
 from medctkit.common.text import listed
@@ -132,8 +133,6 @@ class ZeroShotClassifier:
             ValueError: an empty data set.
             FloatingPointError: an embedding that is not finite; says of which study.
         """
-        from tqdm.auto import tqdm
-
         if not len(dataset):
             raise ValueError("the data set has no studies to embed")
         process, processes = process_and_processes()
@@ -145,10 +144,8 @@ class ZeroShotClassifier:
                 volumes = torch.stack([item["pixel_values"] for item in batch])
                 embeds = self.model.encode_image(volumes.to(self.device)).float().cpu()
                 refuse_non_finite(embeds, [f"study {item['study']}" for item in batch])
-                found += [
-                    (embed, item["labels"].numpy(), item["patient"], item["study"])
-                    for embed, item in zip(embeds.numpy(), batch, strict=True)
-                ]
+                for embed, item in zip(embeds.numpy(), batch, strict=True):
+                    found.append((embed, item["labels"].numpy(), item["patient"], item["study"]))
         if processes > 1:
             shares: list[Any] = [None] * processes
             dist.all_gather_object(shares, found)
@@ -161,16 +158,8 @@ def _state_of(model: nn.Module) -> tuple:
     """What changes when the model computes something else: its tensors, their in-place changes, adapters in use."""
     tensors = [(id(p), p._version, p.dtype, p.device) for p in model.parameters()]
     layers: list[Any] = [m for m in model.modules() if hasattr(m, "adapter_layer_names")]
-    adapters = [
-        (
-            tuple(m.active_adapters),
-            m.disable_adapters,
-            tuple(m.merged_adapters),
-            tuple(getattr(m, "scaling", {}).items()),
-        )
-        for m in layers
-    ]
-    return tensors, adapters
+    used = [(tuple(m.active_adapters), m.disable_adapters, tuple(m.merged_adapters)) for m in layers]
+    return tensors, used, [tuple(getattr(m, "scaling", {}).items()) for m in layers]
 
 
 def refuse_non_finite(embeds: torch.Tensor, names: Sequence[str]) -> None:

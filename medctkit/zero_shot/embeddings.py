@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -18,14 +18,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import distributed as dist
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.data import Subset
+from tqdm.auto import tqdm
 
 from medctkit.cohort.cache import content_of, key_of
 from medctkit.cohort.dataset import CTReportDataset
 from medctkit.common.atomic import replacing
-from medctkit.common.processes import process_and_processes
+from medctkit.common.processes import in_main_process, process_and_processes
+from medctkit.common.provenance import differences
 from medctkit.findings import FINDINGS
 from medctkit.model.fingerprint import add_tensor, digests
 from medctkit.model.weights import write_weights
@@ -86,8 +88,6 @@ def load_embeddings(path: str | os.PathLike, made_of: Mapping[str, Any] | None =
         FileNotFoundError: no such file.
         ValueError: a damaged file, or one of another model, other settings or other studies; says which.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file; medctkit embed writes one")
@@ -107,10 +107,8 @@ def load_embeddings(path: str | os.PathLike, made_of: Mapping[str, Any] | None =
         ) from None
     if findings != FINDINGS:
         raise ValueError(f"{path}: its labels are of {', '.join(findings)}; expected those of medctkit.FINDINGS")
-    here = json.loads(json.dumps(dict(made_of or {})))
-    wrong = [key for key in here if there.get(key) != here[key]]
-    if wrong:
-        different = (f"{key}: {there.get(key, 'nothing')!r} there, {here[key]!r} here" for key in wrong)
+    made_of = made_of or {}
+    if different := differences({key: there.get(key, "nothing") for key in made_of}, made_of):
         raise ValueError(
             f"{path} holds embeddings of something else. {'; '.join(different)}. Use the model, adapter, settings and "
             "studies that it was made from, or embed anew into another file"
@@ -186,8 +184,6 @@ def embed_manifest(
     Raises:
         ValueError: a file of other studies, or of the same in another order; see `load_embeddings`; a study twice.
     """
-    from tqdm.auto import tqdm
-
     path, rows = Path(path).expanduser(), dataset.rows
     parts, (process, processes) = path.with_name(path.name + ".parts"), process_and_processes()
     studies = [row["study"] for row in rows]
@@ -195,7 +191,7 @@ def embed_manifest(
     keys = [(row["study"], key_of(row, content_of(row), dataset.config)) for row in rows]
     made_of = describe(classifier.model, dataset.config)
     made_of["studies"] = f"{len(rows)}, {hashlib.sha256(repr(keys).encode()).hexdigest()[:32]}"
-    found = _in_main_process(lambda: _finished(path, parts, studies, made_of))
+    found = in_main_process(lambda: _finished(path, parts, studies, made_of))
     left = [i for i, study in enumerate(studies) if study not in found]
     silent = not progress or process > 0 or not left
     if not silent:
@@ -205,7 +201,7 @@ def embed_manifest(
             indices = left[start : start + block * processes]
             seen = classifier.embed(Subset(dataset, indices), batch_size, progress=False, workers=workers)
             file = parts / f"{indices[0]:07}.safetensors"
-            _in_main_process(partial(save_embeddings, seen, file, made_of))
+            in_main_process(partial(save_embeddings, seen, file, made_of))
             found |= zip(seen.studies.tolist(), seen.embeddings, strict=True)
             bar.update(len(indices))
 
@@ -215,7 +211,7 @@ def embed_manifest(
         np.array([row["patient"] for row in rows]),
         np.array(studies),
     )
-    _in_main_process(lambda: _finish(embedded, path, parts, made_of))
+    in_main_process(lambda: _finish(embedded, path, parts, made_of))
     return embedded
 
 
@@ -228,9 +224,8 @@ def _finished(path: Path, parts: Path, studies: Sequence[str], made_of: Mapping[
         try:
             loaded = [load_embeddings(file, made_of) for file in sorted(parts.glob("*.safetensors"))]
         except ValueError as error:
-            raise ValueError(
-                f"{error}. An earlier run into {path} was not finished; to start over, delete {parts}"
-            ) from None
+            unfinished = f"An earlier run into {path} was not finished; to start over, delete {parts}"
+            raise ValueError(f"{error}. {unfinished}") from None
     return {study: embed for e in loaded for study, embed in zip(e.studies.tolist(), e.embeddings, strict=True)}
 
 
@@ -243,23 +238,6 @@ def _finish(embedded: Embedded, path: Path, parts: Path, made_of: Mapping[str, A
     shutil.rmtree(parts, ignore_errors=True)
 
 
-def _in_main_process(work: Callable[[], Any]) -> Any:
-    """What `work` gives in the first process, in all of them; or its error, so that none waits for the others."""
-    process, processes = process_and_processes()
-    if processes == 1:
-        return work()
-    result: list[Any] = [None]
-    if process == 0:
-        try:
-            result = [work()]
-        except (OSError, ValueError) as error:
-            result = [error]
-    dist.broadcast_object_list(result)
-    if isinstance(result[0], OSError | ValueError):
-        raise result[0]
-    return result[0]
-
-
 def same_studies(a: Embedded, b: Embedded) -> None:
     """Make sure that two models saw the same studies in the same order, so that their scores can be compared.
 
@@ -270,6 +248,5 @@ def same_studies(a: Embedded, b: Embedded) -> None:
     for what, one, two in (("patient", a.patients, b.patients), ("labels", a.labels, b.labels)):
         for study, x, y in zip(a.studies, np.asarray(one).tolist(), np.asarray(two).tolist(), strict=True):
             if str(x) != str(y):  # an unknown label, NaN, is not itself, but reads the same
-                raise ValueError(
-                    f"study {study}: {what} {x!r} for one model, {y!r} for the other; embed the same data set"
-                )
+                said = f"{what} {x!r} for one model, {y!r} for the other"
+                raise ValueError(f"study {study}: {said}; embed the same data set")

@@ -55,10 +55,11 @@ def prompt_sentences(prompts: Prompts, findings: Sequence[str] = FINDINGS) -> tu
                 f"missing {', '.join(missing) or 'none'}; unknown {', '.join(map(str, unknown)) or 'none'}"
             )
         of_finding = {name: _sides(prompts[name], f"{where}, {name}") for name in findings}
-    stating, denying = (
-        [[sentence.replace("{finding}", name) for sentence in of_finding[name][i]] for name in findings] for i in (0, 1)
-    )
-    return stating, denying
+
+    def side(i: int) -> list[list[str]]:
+        return [[sentence.replace("{finding}", name) for sentence in of_finding[name][i]] for name in findings]
+
+    return side(0), side(1)
 
 
 def _read_prompts(path: Path) -> Any:
@@ -78,9 +79,8 @@ def _sides(prompts: Any, where: str) -> tuple[list[str], list[str]]:
     if isinstance(prompts, Mapping) and set(prompts) == set(SIDES):
         prompts = [prompts[side] for side in SIDES]
     if isinstance(prompts, str | Mapping) or not isinstance(prompts, Sequence) or len(prompts) != 2:
-        raise ValueError(
-            f'{where}: expected {{"stating": [...], "denying": [...]}} or a pair of the two, got {prompts!r:.200}'
-        )
+        expected = '{"stating": [...], "denying": [...]} or a pair of the two'
+        raise ValueError(f"{where}: expected {expected}, got {prompts!r:.200}")
     sides = [[side] if isinstance(side, str) else side for side in prompts]
     for name, side in zip(SIDES, sides, strict=True):
         if not isinstance(side, list | tuple) or not side:

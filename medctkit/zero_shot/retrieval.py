@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from tqdm.auto import tqdm
 
 from medctkit.findings import FINDINGS
-from medctkit.metrics.bootstrap import interval, patient_weights, weighted_means
+from medctkit.metrics.bootstrap import interval, patient_weights, weighted_means, with_interval
 from medctkit.model.protocol import Model
 from medctkit.zero_shot.classifier import Embedded, evaluating
 from medctkit.zero_shot.embeddings import refuse_other_order
@@ -51,8 +52,6 @@ def embed_reports(
     Raises:
         ValueError: no rows, or a study without a report.
     """
-    from tqdm.auto import tqdm
-
     if not len(rows):
         raise ValueError("there are no reports to embed")
     for row in rows:
@@ -175,10 +174,8 @@ def volume_to_volume(
     asked, weights = ~np.isnan(precision[0]), patient_weights(volumes.patients, resamples, seed)
     columns: dict[str, Any] = {"queries": [*asked.sum(0), int(asked.any(1).sum())]}
     for row, name in enumerate(limits):
-        draws = weighted_means(precision[row], weights)
-        low, high = interval(draws)
-        by_chance = weighted_means(chance[row], weights[:, :1])[0]
-        columns |= {name: draws[0], f"{name}_low": low, f"{name}_high": high, f"{name}_chance": by_chance}
+        columns |= with_interval(name, weighted_means(precision[row], weights))
+        columns |= {f"{name}_chance": weighted_means(chance[row], weights[:, :1])[0]}
     table = pd.DataFrame(columns, index=pd.Index([*FINDINGS, "mean"], name="finding"))
     lonely = [name for name in FINDINGS if table.loc[name, "queries"] == 0]
     table.attrs["gaps"] = gaps | {name: "not in two patients, so nothing to find; left out" for name in lonely}
@@ -229,9 +226,8 @@ def _fitting(ks: Sequence[int], most: int) -> tuple[list[int], dict[str, str]]:
 
 def _check(embeds: torch.Tensor, studies: np.ndarray, what: str) -> None:
     if embeds.ndim != 2 or len(embeds) != len(studies) or not len(studies):
-        raise ValueError(
-            f"{what} embeddings have shape {tuple(embeds.shape)}; expected ({len(studies)}, p), one for each study"
-        )
+        expected = f"({len(studies)}, p), one for each study"
+        raise ValueError(f"{what} embeddings have shape {tuple(embeds.shape)}; expected {expected}")
     for row, length in enumerate(embeds.norm(dim=1).tolist()):
         if not abs(length - 1) < OFF_UNIT:  # NaN is wrong, too
             raise ValueError(

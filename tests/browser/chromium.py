@@ -1,4 +1,4 @@
-"""Which Chromium the browser tests drive: one that is there, else one installed here.
+"""Which Chromium the browser tests drive: one that is there, else one that is installed now.
 
 `make test-browser` runs this file first; on a machine that has a browser it only prints where that is.
 """
@@ -22,64 +22,33 @@ def works(program: str | Path) -> bool:
         return False
 
 
-def playwrights_own() -> str | None:
-    """Where `playwright install chromium` puts its Chromium, if it has."""
+def find() -> str | None:
+    """The program that MEDCTKIT_CHROMIUM names, the system's Chromium or Chrome, or playwright's own; else None."""
     from playwright.sync_api import sync_playwright
 
-    with sync_playwright() as playwright:
-        path = playwright.chromium.executable_path
-    return path if Path(path).exists() else None
-
-
-def find() -> str | None:
-    """The program that MEDCTKIT_CHROMIUM names, the system's Chromium or Chrome, or playwright's own; else None.
-
-    Raises:
-        SystemExit: MEDCTKIT_CHROMIUM names something that does not start.
-    """
-    named = os.environ.get(VARIABLE)
-    if named:
+    if named := os.environ.get(VARIABLE):
         if not works(named):
             raise SystemExit(f"{VARIABLE} is {named!r}, which does not start; name a Chromium's program, or unset it.")
         return named
-    for name in NAMES:
-        path = shutil.which(name)
-        if path and works(path):
-            return path
-    return playwrights_own()
-
-
-def ways_to_install(is_root: bool, has_apt: bool) -> list[list[list[str]]]:
-    """The ways to try in turn, each a list of commands."""
-    apt = ["apt-get", "-qq", "-o", "Dpkg::Use-Pty=0"]
-    own = [sys.executable, "-m", "playwright", "install", *(["--with-deps"] if is_root and has_apt else []), "chromium"]
-    debian = [[*apt, "update"], [*apt, "install", "-y", "--no-install-recommends", "chromium"]]
-    return [debian, [own]] if is_root and has_apt else [[own]]
+    with sync_playwright() as playwright:
+        own = playwright.chromium.executable_path
+    return next((path for path in [*map(shutil.which, NAMES), own] if path and works(path)), None)
 
 
 def install() -> str:
-    """Install a Chromium; quiet unless nothing worked.
-
-    Raises:
-        SystemExit: no way worked; says what was tried and what to do.
-    """
-    tried = []
-    for commands in ways_to_install(os.geteuid() == 0, shutil.which("apt-get") is not None):
-        for command in commands:
-            print("Installing Chromium:", *command, flush=True)
-            quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-            out = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-            done = subprocess.run(command, env=quiet, **out)
-            if done.returncode:
-                tried.append(f"{' '.join(command)}\n{done.stdout[-2000:]}")
-                break
-        path = find()
-        if path:
+    """Install a Chromium: as root with apt the system's, else playwright's own."""
+    ways = [[sys.executable, "-m", "playwright", "install", "chromium"]]
+    if os.geteuid() == 0 and shutil.which("apt-get"):
+        debian = "apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium"
+        ways.insert(0, ["sh", "-c", debian])
+    for command in ways:
+        print("Installing Chromium:", *command, flush=True)
+        subprocess.run(command, env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"})
+        if path := find():
             return path
     raise SystemExit(
-        "\n".join(tried)
-        + "\nThe browser tests need Chromium or Chrome, and it could not be installed: the lines above "
-        f"say why.\nInstall one (Debian: sudo apt-get install chromium), or name its program in {VARIABLE}."
+        "The browser tests need Chromium or Chrome, and it could not be installed: the lines above say why.\n"
+        f"Install one (Debian: sudo apt-get install chromium), or name its program in {VARIABLE}."
     )
 
 

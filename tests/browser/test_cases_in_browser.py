@@ -63,13 +63,6 @@ def report(page, study):
     return page.text_appears(rf"{study}patient ", seconds=20)
 
 
-def present(page, finding):
-    """Studies that the list has for a finding."""
-    choose(page, "finding", finding)
-    page.text_appears(rf"of 6 studies, with their disagreement \({finding}\)")
-    choose(page, "label", "present")
-
-
 def test_it_says_what_it_costs_and_opens_with_the_largest_disagreement(cases):
     cases.text_appears(r"6 studies, 2 models \(base, adapted\): 12 of 12 embeddings are to be computed, 6 volumes")
     assert cases.pixels(cases.find(CANVAS)).startswith("data:image")
@@ -105,35 +98,6 @@ def test_the_next_study_is_reached_by_key(cases):
     assert does(cases, cases.find(CANVAS), lambda: button.press("Enter"))
     report(cases, names[1])
     cases.screenshot("the second", full_page=True)
-
-
-def test_studies_are_sorted_by_error_and_name(cases):
-    choose(cases, "sort by", "error of adapted")
-    cases.text_appears("6 of 6 studies, with their error of adapted")
-    values = [float(line.split()[0]) for line in studies(cases)]
-    assert values == sorted(values, reverse=True)
-    choose(cases, "sort by", "study")
-    cases.text_appears("6 of 6 studies, with their disagreement")
-    names = [line.split()[1] for line in studies(cases)]
-    assert names == sorted(names) and names[0] == "target_test_0001_a_1"
-
-
-def test_a_filter_leaves_the_studies_with_a_label_and_an_empty_one_says_so(cases):
-    present(cases, "Lung nodule")
-    cases.text_appears("3 of 6 studies")
-    assert {line.split()[1] for line in studies(cases)} == {
-        f"target_test_{n}_1" for n in ("0001_b", "0003_a", "0004_a")
-    }
-    cases.screenshot("lung nodule")
-    present(cases, "Cardiomegaly")
-    cases.text_appears("0 of 6 studies")
-    assert cases.find(MESSAGE).inner_text() == "no study passes this filter; choose another label or finding"
-    assert cases.tab.locator(CANVAS).locator("visible=true").count() == 0, "no scan of a study that is not in the list"
-    cases.screenshot("nothing left")
-    choose(cases, "finding", "all findings")
-    cases.text_appears("6 of 6 studies")
-    assert cases.pixels(cases.find(CANVAS)).startswith("data:image")
-    assert drawn(cases) and cases.tab.locator(MESSAGE).count() == 0
 
 
 def test_a_sentence_is_scored_at_enter_and_one_too_long_gives_a_message(cases):

@@ -71,10 +71,3 @@ def test_it_is_caught(visit, act, said):
     act(page)
     (error,) = page.errors_that_come()
     assert re.search(said, error)
-
-
-def test_the_error_of_a_cell_is_caught(visit):
-    page = visit("cell_error", ["{}['a cell that fails']"])
-    errors = page.errors_that_come()
-    assert any("KeyError: 'a cell that fails'" in error for error in errors if error.startswith("on the page"))
-    assert any("KeyError: 'a cell that fails'" in error for error in errors if error.startswith("in kernels.log"))

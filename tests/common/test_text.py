@@ -2,7 +2,6 @@
 
 import csv
 import io
-import subprocess
 
 import pandas as pd
 import pytest
@@ -10,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from medctkit.common import provenance
 from medctkit.common.csv_tables import read_table, write_table
 from medctkit.common.text import markdown, printable
 
@@ -68,9 +66,3 @@ def test_a_report_quotes_names_without_running_them():
     assert not {"<script>", "<b>", "<i>", "](http"} & set(
         part for part in ("<script>", "<b>", "<i>", "](http") if part in page
     )
-
-
-def test_looking_at_the_commit_takes_no_lock(monkeypatch):
-    asked = []
-    monkeypatch.setattr(subprocess, "run", lambda command, **_: asked.append(command) or (_ for _ in ()).throw(OSError))
-    assert provenance.commit() is None and "--no-optional-locks" in asked[0]

@@ -1,8 +1,6 @@
 """The exercises of notebooks 00 to 02: right answers pass, typical wrong ones are told what is wrong with them."""
 
-import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,7 +12,6 @@ from medctkit.course.checks_lora import _trainable
 from medctkit.course.exercises import judge
 from medctkit.scans.hounsfield import check_hu
 
-NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 TABLE = pd.DataFrame(
     [("Emphysema", 0.2, "present"), ("Atelectasis", 0.9, "absent"), ("Lung nodule", 0.4, "unknown")],
     columns=["finding", "score", "truth"],
@@ -143,21 +140,3 @@ def test_the_stored_values_are_a_chest_with_the_right_intercept_only():
 @pytest.mark.parametrize(("preset", "r", "parameters"), [("paper", 24, 1_671_168), ("text", 24, 1_327_104)])
 def test_checks_count_as_the_notebook_does(preset, r, parameters):
     assert _trainable(preset, r) == parameters
-
-
-def markdown(path):
-    return [
-        "".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "markdown"
-    ]
-
-
-def test_the_map_in_notebook_00_says_what_each_notebook_says_of_itself():
-    start = "\n".join(markdown(NOTEBOOKS / "00_start_here.ipynb"))
-    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
-        time, memory, gpu, _ = re.search(r"^\|---.*\n\|(.*)\|$", markdown(path)[0], re.M)[1].split("|")
-        to_run = re.search(r"to read, (.+?) to run", time)[1]
-        name = re.escape(f"]({path.name})") if path.name[:2] != "00" else "00 Start here"
-        rows = re.findall(rf"^\|[^|\n]*{name} \|[^|\n]+\|(.*)\|$", start, re.M)
-        assert [[cell.strip() for cell in row.split("|")] for row in rows] == [[to_run, memory.strip(), gpu.strip()]], (
-            path.name
-        )

@@ -41,7 +41,8 @@ def test_an_answer_is_praised_or_told_what_is_wrong_or_not_there_and_never_stops
         is_wrong("01.9", answer, because=f"could not work with your answer ({type(answer).__name__})")
     for answer in (..., None, [1, ...], (..., 2), {"a": ...}):
         assert "Replace the `...`" in is_open("01.9", answer)
-    assert "`unwritten` gives nothing back yet" in is_open("01.9", unwritten)
+    for function in (unwritten, lambda x: print(x / 2)):
+        assert "gives nothing back yet" in (said := is_open("01.9", function)) and "print it is not enough" in said
     with pytest.raises(TypeError, match=r'checked with check\("01.9", half\); it was called with 2 answers'):
         judge("01.9", 1, 2)
 
@@ -57,6 +58,22 @@ def test_strict_raises_unless_right_and_else_everything_is_only_shown(monkeypatc
     check("01.9", lambda x: x)
     check("01.9", ...)
     assert capsys.readouterr().out.count("Exercise 01.9: Not") == 2
+
+
+def test_progress_is_kept_from_notebook_to_notebook(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(exercises, "import_module", lambda name: None)
+    monkeypatch.setattr(exercises, "_SOLVED", set())
+    exercises.checks("02.1")(lambda answer: "fine")
+    folder = tmp_path / "out"
+    for answer, said in ((lambda x: x, "0 of 2 "), (lambda x: x / 2, "1 of 2 ")):
+        check("01.9", answer)
+        exercises.progress(folder)
+        assert said in capsys.readouterr().out
+    exercises._SOLVED.clear()  # another kernel
+    check("02.1", 1)
+    exercises.progress(folder)
+    shown = capsys.readouterr().out
+    assert "2 of 2 exercises" in shown and "01 ●   02 ●" in shown
 
 
 def test_the_box_in_a_notebook_takes_no_markup_from_the_text():

@@ -14,12 +14,13 @@ import typer
 from ct_rate_imitation import write_ct_rate
 
 from medctkit import cli
-from medctkit.cohort.ct_rate import manifest_from_ct_rate, read_ct_rate
+from medctkit.cohort.ct_rate import manifest_from_ct_rate, volume_path
 from medctkit.cohort.manifest import load_manifest, study_from_row, write_manifest
 from medctkit.cohort.open_data import manifest_row
 from medctkit.course import worlds
 from medctkit.experiments.adapt import DEFAULT, FULL_SIZE, Origin
 from medctkit.scans.preprocessing import PreprocessConfig
+from medctkit.scans.volumes import read_volume
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -163,7 +164,7 @@ def test_with_everything_there_it_opens(ct_rate, tmp_path):
     assert world.said.startswith(f"released: CT-CLIP, 438 M parameters, and {len(world.manifest)} scans of 4 patients")
     assert ("5.4 s for each scan" in world.said) == (not torch.cuda.is_available())
     volume, row = world.sample("test")
-    np.testing.assert_array_equal(volume.hu, read_ct_rate(ct_rate / "ct-rate", row["study"]).hu)
+    np.testing.assert_array_equal(volume.hu, read_volume(ct_rate / "ct-rate" / volume_path(row["study"], 2)).hu)
 
 
 def test_what_is_missing_or_of_the_wrong_kind_is_named_before_anything_is_computed(ct_rate, tmp_path):

@@ -4,12 +4,10 @@ import shutil
 import subprocess
 import sys
 
-import highdicom as hd
 import numpy as np
 import pytest
 from dicom_peers import PATIENT, values_of, write_phantom
 from pydicom import dcmread
-from pydicom.sr.codedict import codes
 from scan_files import change, enhanced
 from typer.testing import CliRunner
 
@@ -160,23 +158,6 @@ def test_whole_answer_of_the_mini_model(study):
     assert FINDINGS[int(np.argmax(scores))] in found["SEG"].SegmentSequence[0].SegmentLabel
     assert found["OT"].pixel_array.std() > 20
     assert found["OT"].BurnedInAnnotation == "NO"
-
-
-@pytest.mark.parametrize("modality", ["OT", "CT"])  # as highdicom says, and as others do
-def test_parametric_map_beside_the_ct_is_no_second_scan(study, modality):
-    volume, folder = study
-    sources = [dcmread(path) for path in sorted(folder.glob("*.dcm"))]
-    for source in sources:
-        source.PatientBirthDate = source.PatientSex = ""  # highdicom wants them right
-    unit = hd.pm.RealWorldValueMapping("1", "relevance", codes.UCUM.NoUnits, (0, 255), 1, 0)
-    window = hd.VOILUTTransformation(128, 256)
-    made = hd.pm.ParametricMap(
-        sources, np.ones(volume.shape, np.uint16), hd.UID(), 7, hd.UID(), 1, "m", "m", "1", "1", False, [unit],
-        voi_lut_transformations=[window],
-    )  # fmt: skip
-    made.Modality = modality
-    made.save_as(folder / "map.dcm")
-    assert np.array_equal(read_volume(folder).hu, volume.hu)
 
 
 @pytest.mark.parametrize("command", [["answer", "study", "out"], ["gateway", "queue", "PACS@127.0.0.1:1"]])

@@ -14,7 +14,7 @@ from tiny import PROMPTS, tiny_ct_clip, tiny_tokenizer
 from typer.testing import CliRunner
 
 from medctkit.deploy import deploy_table as tables
-from medctkit.deploy.deploy_table import BASE, Limits, as_text, build, deploy_table
+from medctkit.deploy.deploy_table import BASE, Limits, as_text, deploy_table
 from medctkit.deploy.exported import PROMPTS as DIFFERENCES
 from medctkit.deploy.exported import Exported
 from medctkit.deploy.quantise import KINDS, quantise
@@ -173,22 +173,6 @@ def test_a_mean_that_stays_does_not_hide_an_answer_that_flips():
     found = tables.changes(rows, before, after, thresholds, 20, 0)
     assert found["auroc"] == found["finding_change"] == 0 and found["answers"] == 1 / before.size
     assert found["score"] == pytest.approx(2e-9)
-
-
-def test_without_the_extra_variants_are_left_out_with_a_line(monkeypatch, tmp_path, capsys):
-    class Model:
-        def save_pretrained(self, folder):
-            folder.mkdir()
-
-    def refuse(*_):
-        raise ImportError("this needs nncf: pip install 'medctkit[openvino]'")
-
-    monkeypatch.setattr(tables, "load_adapter", lambda model, _: model)
-    monkeypatch.setattr(tables, "merge_lora", lambda model: model)
-    monkeypatch.setattr(tables, "export", lambda *_: tmp_path)
-    monkeypatch.setattr(tables, "quantise", refuse)
-    _, variants = build(BaseModel(Model(), None), tmp_path, tmp_path, tmp_path)
-    assert len(variants) == 4 and capsys.readouterr().out.count("is left out: this needs nncf") == len(KINDS)
 
 
 def test_what_was_measured_is_not_measured_again_unless_it_is_of_something_else(tmp_path):

@@ -89,10 +89,7 @@ def test_what_differs_is_not_written(adapted, tmp_path, monkeypatch):
 
 
 def test_an_export_with_a_fixed_batch_is_found_out(adapted, tmp_path, monkeypatch):
-    def fixed(vision, example, path, digest):
-        exporting._save(vision, (example,), None, ["volumes"], ["embeds", "codes"], path, digest)
-
-    monkeypatch.setattr(exporting, "_to_onnx", fixed)
+    monkeypatch.setattr(exporting, "_sizes", lambda: None)
     with pytest.raises(ExportDiffers, match="a batch of 1 does not run"):
         export(*adapted, tmp_path / "out")
 
@@ -141,11 +138,3 @@ def test_a_missing_extra_is_told_in_one_line_before_anything_is_done(adapted, tm
     with pytest.raises(ImportError, match=r"needs onnxscript.*pip install 'medctkit\[deploy\]'$"):
         export(*adapted, tmp_path / "out")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_model_elsewhere_stays_there(adapted, monkeypatch):
-    moved = []
-    monkeypatch.setattr(torch.nn.Module, "cpu", lambda self: moved.append(self) or self)
-    here, elsewhere = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, device="meta")
-    assert exporting.on_cpu(here) is here and not moved
-    assert exporting.on_cpu(elsewhere) is moved[0] is not elsewhere

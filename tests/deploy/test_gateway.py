@@ -100,7 +100,7 @@ def test_answer_waits_for_its_destination_and_is_made_once(queue, slices):
         made.append(path)
         return answering(path)
 
-    with gateway(queue, port, counting).serving(0) as own:
+    with gateway(queue, port, counting, Limits(quiet=2, retry=0.2)).serving(0) as own:  # however busy the machine is
         send(slices, own)
         wait_until(lambda: states(queue) == ["ready"])
         with archive(port) as (_, kept):

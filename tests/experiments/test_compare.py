@@ -263,16 +263,6 @@ def test_collected_draws_are_those_of_the_metrics(data, tmp_path):
     assert row["home_auroc"] == pytest.approx(expected["base/home"][0])
 
 
-def test_draws_of_two_scores_are_of_the_same_resamples():
-    rng = np.random.default_rng(0)
-    labels, scores, patients = rng.integers(0, 2, (40, 18)), rng.random((40, 18)), np.arange(40) // 2
-    better = scores**2 * labels
-    difference = metrics.mean_draws(labels, better, patients) - metrics.mean_draws(labels, scores, patients)
-    compared_mean = metrics.compare(labels, scores, better, patients, resamples=1000).loc["mean"]
-    ends = [difference[0], np.percentile(difference[1:], 97.5)]
-    assert ends == pytest.approx([compared_mean["auroc"], compared_mean["auroc_high"]])
-
-
 def write_result(folder, job, **content):
     path = result_file(folder, job)
     path.parent.mkdir(exist_ok=True)

@@ -285,23 +285,6 @@ def test_what_is_there_is_shown_and_what_is_missing_is_said(tmp_path):
     assert [lora[key] for key in ("over_base", "over_base_low", "over_base_high")] == between(0.15, 0.15, 0.10, 0.15)
 
 
-@pytest.mark.parametrize(
-    "without", [["dialect", "variant", "chosen", "history", "intruders", "home_calibration_error"], []]
-)
-def test_results_of_before_there_were_rivals_load_and_show_what_they_have(tmp_path, without):
-    results = hand_made()
-    runs = results.runs.assign(chosen="").drop(columns=without)  # a column that is empty throughout is read as numbers
-    if without:
-        runs = runs[runs["group"].isin(["methods", "ranks", "studies"])]
-    runs.to_csv(tmp_path / "comparison.csv", index=False)
-    np.savez(
-        tmp_path / "draws.npz", **{name: of for name, of in results.draws.items() if not without or "/" not in name}
-    )
-    found = load_results(tmp_path)
-    assert found.runs["chosen"].eq("").all() and found.runs["dialect"].eq("target").all()
-    assert ("unseen" in tables.all_tables(found)) != bool(without) and "methods" in tables.all_tables(found)
-
-
 def test_missing_results_say_how_to_make_them(tmp_path):
     with pytest.raises(FileNotFoundError, match="has no comparison.csv; `medctkit compare .*` makes it"):
         load_results(tmp_path)

@@ -33,7 +33,7 @@ def test_what_a_file_leaves_out_is_the_model_s_default(tmp_path):
     ("text", "message"),
     [
         ("settings: {learnign_rate: 1}", "unknown 'learnign_rate'; expected steps, epochs"),
-        ("manifets: a.csv", "unknown 'manifets'; expected manifest, seed"),
+        ("manifets: a.csv", "unknown 'manifets'; expected manifest, cache_dir"),
         ("seed: yes", "seed must be int or nothing, got True"),
         ("settings: {rank: many}", "rank must be int, got 'many'"),
         ("settings: {dropout: fast}", "dropout must be float, got 'fast'"),

@@ -289,22 +289,10 @@ def test_the_search_singles_out_the_paper_placement():
     assert (table[table["exactly q, k, v"]]["trainable"] == table[table["exactly q, k, v"]]["r"] * 69_632).all()
 
 
-@pytest.mark.parametrize("row", [3, 250, 400, 777, 1015])
-def test_the_search_counts_what_peft_injects(full_size, row):
-    found = search_placements().iloc[row]
-    model = add_lora(
-        copy.deepcopy(full_size),
-        r=int(found["r"]),
-        vision=tuple(filter(None, found["vision"].split(" + "))),
-        text=tuple(filter(None, found["text"].split(" + "))),
-    )
-    assert count_trainable(model) == found["trainable"]
-
-
 def test_a_merge_that_would_round_the_update_away_is_refused():
     adapted = add_lora(tiny_model(), "paper", r=2)
     adapted.get_base_model().to_visual_latent.bfloat16()
-    with pytest.raises(ValueError, match=r"to_visual_latent\.weight and 0 more weights are in half precision"):
+    with pytest.raises(ValueError, match=r"to_visual_latent\.weight is in half precision"):
         merge_lora(adapted)
 
 

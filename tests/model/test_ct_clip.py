@@ -118,15 +118,6 @@ def test_position_convolution_is_causal_in_depth_and_keeps_the_shape(model):
     assert not difference[:3].any() and difference[3:].all()
 
 
-def test_attention_weights_are_those_of_the_forward_pass(model):
-    attention = model.visual_transformer.enc_spatial_transformer.layers[1]["1"]
-    x, bias = torch.randn(2, 12, 64), torch.randn(4, 12, 12)
-    weights = attention.probabilities(*attention.project(x)[:2], bias)
-    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 12))
-    values = attention.project(x)[2]
-    torch.testing.assert_close(attention.to_out((weights @ values).transpose(1, 2).flatten(2)), attention(x, bias))
-
-
 # --- the model ----------------------------------------------------------------------------------
 
 
@@ -138,8 +129,6 @@ def test_outputs_loss_and_similarity(model):
     assert torch.equal(out.logits_per_text, out.logits_per_image.T)
     for embeds in (out.image_embeds, out.text_embeds):
         torch.testing.assert_close(embeds.norm(dim=-1), torch.ones(3))
-    pairs = torch.arange(3)
-    torch.testing.assert_close(out.loss, (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2)
     fewer = model(BATCH["pixel_values"][:2], BATCH["input_ids"], BATCH["attention_mask"])
     assert fewer.loss is None and fewer.logits_per_image.shape == (2, 3)
     with pytest.raises(ValueError, match="one to one, got 2 volumes and 3 texts"):
@@ -338,11 +327,6 @@ def test_other_architectures_are_refused_with_a_readable_list(model):
     with pytest.raises(ValueError, match=r"weight: saved \(48,\), model \(768,\)(.|\n)*and \d+ more") as caught:
         CTCLIPModel.from_released_checkpoint(STATE)  # a small model where the released sizes are expected
     assert len(str(caught.value).splitlines()) < 10
-    text_only = model.text_transformer.state_dict()
-    with pytest.raises(ValueError, match=r"embeddings.word_embeddings.weight: saved \(200, 48\), model none"):
-        CTCLIPModel.from_released_checkpoint(text_only, small_config())
-    with pytest.raises(ValueError, match="to_q.weight: saved .* model"):
-        CTCLIPModel.from_released_checkpoint(STATE, small_config({"heads": 2}))
 
 
 class Payload:

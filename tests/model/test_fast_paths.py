@@ -6,19 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from golden import BATCH, relative_error, small_config, small_model
+from golden import BATCH, relative_error, small_model
 from torch import nn
 
 from medctkit.model import fast_paths
-from medctkit.model.ct_clip import CTCLIPModel
 from medctkit.model.fast_paths import QuickFeedForward, QuickVectorQuantiser, quicken
-from medctkit.model.vision_tower import (
-    FeedForward,
-    PositionConv,
-    RelativePositionBias,
-    VectorQuantiser,
-    VisionTransformer,
-)
+from medctkit.model.vision_tower import FeedForward, PositionConv, VectorQuantiser, VisionTransformer
 
 # its name in transformers < 5
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
@@ -224,65 +217,3 @@ def test_frozen_patches_are_cut_slab_by_slab_in_training_too():
     volumes = BATCH["pixel_values"].clone().requires_grad_(True)  # as for a saliency map
     model(volumes, BATCH["input_ids"]).logits_per_image.sum().backward()
     assert volumes.grad.any()
-
-
-# --- the kept relative-position bias ----------------------------------------------------------------------------
-
-
-def bias_of(model):
-    return model.visual_transformer.spatial_rel_pos_bias
-
-
-def test_the_relative_position_bias_is_computed_once_while_its_weights_are_frozen(monkeypatch):
-    module, computed = bias_of(small_model()), []
-    compute = module._bias
-    monkeypatch.setattr(module, "_bias", lambda h, w: (computed.append((h, w)), compute(h, w))[1])
-    with torch.no_grad():
-        first = module(4, 3)
-        torch.testing.assert_close(RelativePositionBias.forward(module, 4, 3), first)
-        assert torch.equal(module(4, 3), first) and computed == [(4, 3)]
-    module.requires_grad_(False)
-    assert module(4, 3) is first and len(computed) == 1
-    assert module(3, 4).shape == (4, 12, 12) and computed[1:] == [(3, 4)]
-    module.requires_grad_(True)
-    assert module(3, 4).requires_grad and len(computed) == 3
-    assert not [name for name in module.state_dict() if "kept" in name]
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda module: module.net[0][0].weight.data.add_(1),  # does not raise the version counter
-        lambda module: module.net[2].bias.data.copy_(torch.ones(4)),
-        lambda module: setattr(module.net[1][0], "weight", nn.Parameter(torch.ones(64, 64))),
-        lambda module: module.load_state_dict({n: t + 1 for n, t in module.state_dict().items()}),
-        lambda module: module.double(),
-        lambda module: module.net[2].register_forward_hook(lambda *args: args[2] + 1),
-    ],
-)
-def test_the_kept_relative_position_bias_is_never_stale(change):
-    module = bias_of(small_model()).requires_grad_(False)
-    before = module(4, 3).clone()
-    change(module)
-    found = module(4, 3)
-    assert torch.equal(found, module._bias(4, 3)) and not torch.equal(found, before)
-    assert torch.equal(copy.deepcopy(module)(4, 3), found)
-
-
-def test_a_bias_from_inference_mode_serves_training():
-    model = frozen_below_the_latents()
-    with torch.inference_mode():
-        model.encode_image(BATCH["pixel_values"])
-    assert not bias_of(model)(*model.config.grid[1:]).is_inference()
-    model(**BATCH, return_loss=True).loss.backward()
-
-
-def test_tensors_without_data_neither_use_nor_leave_a_kept_bias():
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with torch.device("meta"):
-        model = CTCLIPModel(small_config())
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        model.to_empty(device="cpu")
-        assert model.encode_image(torch.zeros(2, 1, *model.config.volume_shape)).shape == (2, 32)
-    assert bias_of(model)._kept is None

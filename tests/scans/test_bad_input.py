@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from headers import dim, itk, mha, mhd, nhdr, nifti, nrrd, pixdim, saved
+from headers import dim, mha, mhd, nhdr, nifti, nrrd, pixdim, saved
 from scan_files import SHAPE, chest, truncate, write_itk, write_nifti
 
 from medctkit.scans.volumes import read_volume
@@ -318,18 +318,6 @@ def test_impossible_slopes_and_intercepts(tmp_path, arguments):
 def test_impossible_spacings(tmp_path, spacing):
     with pytest.raises(ValueError, match="scan.nii: spacing .*: expected three positive lengths in mm"):
         read_volume(write_nifti(tmp_path / "scan.nii", chest()), spacing=spacing)
-
-
-# --- fuzz
-
-FORMATS = {
-    "scan.nii": nifti(),
-    "scan.nii.gz": nifti("scan.nii.gz"),
-    "scan.nrrd": nrrd(),
-    "packed.nrrd": itk("packed.nrrd", compressed=True),
-    "scan.mha": mha(),
-    "packed.mha": itk("packed.mha", compressed=True),
-}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory by what /proc says")

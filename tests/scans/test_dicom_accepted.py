@@ -254,13 +254,6 @@ def test_rounded_positions_are_even(tmp_path, step, decimals):
     assert stored.affine[2, 0] == pytest.approx(step, rel=1e-2)
 
 
-def test_sparse_slices_are_read_when_asked_for(tmp_path):
-    write_dicom(tmp_path, chest(), step=(0, 0, 30))
-    with pytest.raises(ValueError, match="largest_gap=30"):
-        read_volume(tmp_path)
-    np.testing.assert_array_equal(read_volume(tmp_path, largest_gap=30).hu, chest())
-
-
 # --- enhanced CT and HTJ2K -------------------------------------------------------------------------------
 
 

@@ -2,7 +2,6 @@
 
 import ast
 import csv
-import time
 from functools import partial
 from pathlib import Path
 
@@ -97,12 +96,6 @@ def test_the_smaller_pad_comes_first_and_crops_start_at_half():
     torch.testing.assert_close(padded.flatten(), torch.tensor([-1, 0.1, 0.2, 0.3, -1, -1]))
     cropped = preprocess_any(CTVolume(hu, (1, 1, 1)), PreprocessConfig((1, 1, 1), (2, 1, 1)))
     torch.testing.assert_close(cropped.flatten(), torch.tensor([0.1, 0.2]))
-
-
-def test_a_view_with_flipped_axes_is_welcome():
-    volume = scan(MINI.shape, MINI.spacing)
-    flipped = CTVolume(volume.hu[::-1, :, ::-1], MINI.spacing)
-    assert torch.equal(preprocess_any(flipped, MINI), preprocess_any(volume, MINI).flip(1, 2))
 
 
 def test_the_volume_is_not_touched():
@@ -222,16 +215,6 @@ def test_a_bare_array_is_refused():
 def test_a_scan_thinner_than_one_voxel_is_refused():
     with pytest.raises(ValueError, match="covers 2 mm along axis 0 .* less than one voxel of the model"):
         preprocess_any(scan((2, 64, 64), (1, 5, 5)), MINI)
-
-
-def test_a_volume_of_the_models_size_is_ready_in_milliseconds():
-    """Training makes phantoms on the fly; the bound is generous, the aim is under 3 ms on an idle core."""
-    volume = scan(MINI.shape, MINI.spacing)
-    preprocess_any(volume, MINI)
-    started = time.process_time()
-    for _ in range(20):
-        preprocess_any(volume, MINI)
-    assert (time.process_time() - started) / 20 < 0.03
 
 
 def test_another_model_may_want_other_axes_and_another_range():

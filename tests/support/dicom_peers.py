@@ -40,6 +40,7 @@ def send(folder, port, calling="SCANNER", called="MEDCTKIT"):
     """Status of each slice; None if the call was not taken."""
     slices = [dcmread(path) for path in sorted(folder.glob("*.dcm"))]
     entity = AE(calling)
+    entity.dimse_timeout = 300  # of a busy machine
     entity.add_requested_context(slices[0].SOPClassUID, slices[0].file_meta.TransferSyntaxUID)
     link = entity.associate("127.0.0.1", port, ae_title=called)
     if not link.is_established:

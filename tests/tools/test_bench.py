@@ -5,9 +5,7 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -65,17 +63,6 @@ def test_with_the_casts_of_a_gpu_a_step_without_data_takes_exactly_what_a_real_o
     assert as_gpu[-1] > half[-1]
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.layer_norm(x, (3,)).dtype == torch.bfloat16  # as it was before
-
-
-def test_memory_over_the_bar_fails_the_run(bench, tmp_path, monkeypatch, capsys):
-    memory = bench("memory")
-    row = {"batch": 8, "volumes_at_a_time": 8, "measures": memory.BEST, "peak": 8_000_000_001}
-    monkeypatch.setattr(memory, "measure", lambda *_: {"bytes_of_a_step": [row]})
-    monkeypatch.setattr(sys, "argv", ["memory.py", "--output", str(tmp_path / "memory.json")])
-    with pytest.raises(SystemExit, match="True"):
-        memory.main()
-    assert "MISSED batch 8: 8.00 GB, at most 8" in capsys.readouterr().out
-    assert json.loads((tmp_path / "memory.json").read_text())["against_the_bar"]["bytes"] == 8_000_000_001
 
 
 def test_what_the_repository_says_about_memory_is_within_the_bar_and_of_the_full_size_model():
@@ -160,37 +147,6 @@ def test_without_a_gpu_nothing_is_measured_and_nothing_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_row_that_fails_says_why_and_what_was_measured_is_in_the_file_by_then(bench, tmp_path):
-    gpu, rows, lab = bench("gpu"), bench("gpu_rows"), SimpleNamespace(gpu=False, held=None, tidy=lambda: None)
-    output = tmp_path / "gpu.json"
-
-    def full(_):
-        raise torch.OutOfMemoryError("CUDA out of memory\nof 80 GB")
-
-    def breaks(_):
-        (row,) = json.loads(output.read_text())["rows"]
-        assert row["out_of_memory"] and row["error"] == "CUDA out of memory"
-        raise RuntimeError("no such kernel")
-
-    planned = [rows.Row("LoRA step", "large", 1, full), rows.Row("operator", "new", 1, breaks)]
-    planned += [rows.Row("encoder", "slow", 1e9, full), rows.Row("encoder", "graph", 1, full, gpu=True)]
-    planned += [rows.Row("LoRA step", "small", 1, lambda _: {"batch": 8, "peak_bytes": 5})]
-    gpu.measure(lab, planned, gpu.Table(output, {}), minutes=1)
-    found = json.loads(output.read_text())
-    _, new, slow, graph, small = found["rows"]
-    assert new["error"] == "RuntimeError: no such kernel" and "were left" in slow["skipped"]
-    assert graph["skipped"] == "needs a GPU" and small["peak_bytes"] == 5
-    assert found["bars"]["bytes_of_a_step_at_batch_8"] == {"best": 5, "bar": 8e9}
-    again = gpu.Table(output, {}, found["rows"])
-    again.add("operator", "new", {"ms": 1.0})
-    assert [row.get("ms") for row in json.loads(output.read_text())["rows"]] == [None, 1.0, None, None, None]
-
-
-def test_a_row_that_takes_too_long_is_stopped(bench):
-    with pytest.raises(TimeoutError, match="longer than"), bench("gpu").at_most(0.05):
-        time.sleep(5)
-
-
 @pytest.mark.slow
 def test_steps_of_the_slice_viewer_are_measured_with_both_canvases(tmp_path):
     done = run("viewers.py", "--tiny", "--output", tmp_path / "viewers.json")
@@ -206,36 +162,6 @@ def test_steps_of_the_slice_viewer_are_measured_with_both_canvases(tmp_path):
     assert steps["times_faster_than_matplotlib"] == pytest.approx(steps["matplotlib_milliseconds"] / slowest)
     assert found["stack_page"]["slices"] == 16 and 0 < found["stack_page"]["megabytes"] < 1
     assert found["made_with"]["volume"] == "16 x 32 x 32"
-
-
-@pytest.mark.filterwarnings("ignore:Passing unrecognized arguments to super.Toolbar:DeprecationWarning")  # ipympl's
-def test_a_viewer_that_is_slow_or_keeps_pictures_misses_the_bars(bench, monkeypatch):
-    from medctkit.viewers.drawing import composition
-
-    viewers, kept, draw_slice = bench("viewers"), [], composition.draw_slice
-    monkeypatch.setattr(composition, "draw_slice", lambda *how: kept.append(draw_slice(*how)) or kept[-1])
-    # what the viewer keeps, and nothing else of this process
-    monkeypatch.setattr(viewers, "megabytes_now", lambda: sum(len(picture.tobytes()) for picture in kept) / 1e6)
-    memory = viewers.bench_memory(*viewers.study((16, 32, 32), 3), 60)
-    assert min(memory["growth_mb"].values()) > 8
-    for milliseconds, growth, megabytes, met in (
-        (50.1, memory["growth_mb"], 6.1, False),
-        (49.9, {"a": 7.9}, 5.9, True),
-    ):
-        found = {"steps": {"slowest_step_milliseconds": milliseconds}, "memory": {"steps": 60, "growth_mb": growth}}
-        found["stack_page"] = {"slices": 240, "megabytes": megabytes}
-        assert [within for within, _ in viewers.bars(found)] == [met] * 3
-
-
-def test_memory_that_is_kept_is_seen():
-    code = """if True:
-        from viewers import megabytes_now
-        before = megabytes_now()
-        kept = b"." * 50_000_000
-        print(megabytes_now() - before)
-    """  # in a process of its own: nobody else takes or frees memory in it
-    done = subprocess.run([sys.executable, "-c", code], cwd=BENCH, capture_output=True, text=True)
-    assert 45 < float(done.stdout) < 60, done.stderr
 
 
 def test_what_the_repository_says_about_the_viewer_is_within_the_bars_and_of_a_volume_of_full_size(bench):

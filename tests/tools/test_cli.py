@@ -73,10 +73,8 @@ def test_an_adapter_of_a_run_that_is_not_finished_is_marked(tmp_path):
 
 def test_maintainers_commands_stand_apart():
     text = run("--help").output
-    ordinary, apart = text.split("For maintainers")
-    assert {"finetune", "evaluate"} <= set(ordinary.split()) and {"gallery", "pretrain", "manifest"} <= set(
-        apart.split()
-    )
+    ordinary, apart = (set(part.split()) for part in text.split("For maintainers"))
+    assert {"finetune", "evaluate"} <= ordinary and {"gallery", "pretrain", "manifest"} <= apart
 
 
 def test_a_name_does_not_steer_the_terminal():
@@ -87,10 +85,7 @@ def test_a_name_does_not_steer_the_terminal():
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (
-            OSError(errno.ENOSPC, "No space left on device", "a.csv"),
-            "error: [Errno 28] No space left on device: 'a.csv'",
-        ),
+        (OSError(errno.ENOSPC, "No space", "a.csv"), "error: [Errno 28] No space: 'a.csv'"),
         (MemoryError("3 GB"), "error: MemoryError: 3 GB"),
         (RuntimeError("[enforce fail] file write failed"), "error: RuntimeError: [enforce fail] file write failed"),
         (SafetensorError("header too large"), "error: SafetensorError: header too large"),
@@ -159,7 +154,9 @@ from medctkit.scans.volumes import CTVolume
 from medctkit.viewers import SliceViewer
 SliceViewer(CTVolume(np.zeros((4, 6, 6), np.int16), (2.0, 2.0, 2.0)))"""
     links = "[of CT](../docs/glossary.md), [next](b.ipynb#more), [out](https://example.org)"
-    cells = [new_markdown_cell(f"# Slices\n\n$x^2$ and $$y$$ {links}"), colab, parameters, new_code_cell(viewer)]
+    imports = new_code_cell("import math\nprint('ready')", metadata={"tags": ["hide-input"]})
+    text = new_markdown_cell(f"# Slices\n\n$x^2$ and $$y$$ {links}")
+    cells = [text, colab, parameters, imports, new_code_cell(viewer)]
     source, out = tmp_path / "a.ipynb", tmp_path / "out"
     out.mkdir()
     nbformat.write(new_notebook(cells=cells), source)
@@ -174,6 +171,7 @@ SliceViewer(CTVolume(np.zeros((4, 6, 6), np.int16), (2.0, 2.0, 2.0)))"""
     assert len(re.findall("a-stack-1.html", text)) == 1 and picture.startswith("data:image/")
     assert "axial slice 2 of 0 to 3" in (out / "a-stack-1.html").read_text()
     shown = html.unescape(re.sub("<[^>]+>", "", text))
+    assert "ready" in shown and "import math" not in shown
     assert (
         shown.count("seed = ") == 1
         and "seed = 7  # of all" in shown
@@ -209,24 +207,6 @@ def test_demo_without_notebooks_says_where_they_come_from(tmp_path):
     assert "04_zero_shot_evaluation.ipynb" in result.output and "clone" in result.output
 
 
-def test_the_demo_runs_its_own_notebooks_only(folders, monkeypatch):
-    write_notebook(folders[0] / "05_more.ipynb", "1 + 1")
-    ran = []
-    monkeypatch.setattr(demo, "execute", lambda path, *rest: ran.append(path.name))
-    assert run_demo(folders).exit_code == 1, "no metrics.json can have been written"
-    assert ran == [*demo.NOTEBOOKS]
-
-
-@pytest.mark.parametrize("before", [None, "elsewhere"])
-def test_jupyter_path_is_put_back(monkeypatch, before):
-    monkeypatch.delenv("JUPYTER_PATH", raising=False)
-    if before:
-        monkeypatch.setenv("JUPYTER_PATH", before)
-    with demo.this_interpreter_as_kernel():
-        assert os.environ["JUPYTER_PATH"] != before
-    assert os.environ.get("JUPYTER_PATH") == before
-
-
 def changed(column, row, cell):
     metrics = json.loads(json.dumps(METRICS))
     metrics[column][row] = cell
@@ -236,11 +216,9 @@ def changed(column, row, cell):
 @pytest.mark.parametrize(
     ("metrics", "message"),
     [
-        ({"base": METRICS["base"]}, r"adapted\.auroc needs the keys value, low and high"),
         (changed("base", "auroc", 0.5), r"base\.auroc needs the keys"),
         (changed("base", "accuracy", {"value": float("nan"), "low": 0, "high": 1}), "three finite numbers"),
         (changed("adapted", "auroc", {"value": 64, "low": 61, "high": 67}), "interval 61 to 67 is impossible"),
-        (changed("adapted", "auroc", {"value": 0.6, "low": 0.7, "high": 0.5}), "is impossible"),
         (changed("difference", "auroc", {"value": 0.2, "low": 0.1, "high": 0.3}), "difference says 0.2"),
     ],
 )

@@ -1,7 +1,6 @@
 """What holds the project together: one-way imports, quick import, dependency files that match, commands, notebooks."""
 
 import ast
-import json
 import re
 import shutil
 import subprocess
@@ -156,12 +155,6 @@ def test_binder_builds_from_environment_yml():
     assert not unpinned and all(Requirement(entry).specifier for entry in conda if entry not in ("pip", "make"))
 
 
-def test_package_ships_its_assets():
-    assert PYPROJECT["tool"]["setuptools"]["package-data"]["medctkit"] == ["assets/**", "py.typed", "*.pyi"]
-    assert PYPROJECT["project"]["license"] == "Apache-2.0"
-    assert "Apache License" in (ROOT / "LICENSE").read_text()
-
-
 # --- make setup ------------------------------------------------------------------------------------------
 
 
@@ -187,14 +180,6 @@ def fake(path, script):
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
     return str(path)
-
-
-@pytest.mark.parametrize(("script", "answers"), [("echo GPU 0: H100", True), ("exit 9", False), (None, False)])
-def test_a_gpu_counts_only_if_nvidia_smi_works(tmp_path, monkeypatch, script, answers):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    if script:
-        fake(tmp_path / "nvidia-smi", script)
-    assert setup_env.gpu_answers() is answers
 
 
 @pytest.mark.parametrize(
@@ -260,19 +245,6 @@ def test_an_environment_without_its_python_or_packages_is_not_whole(tmp_path, mo
     assert not setup_env.is_whole(broken), "it has no packages"
 
 
-def test_setup_says_what_it_tried_of_torch_and_which_python_it_needs(environment):
-    fake(
-        environment / "bin" / "python",
-        'case "$*" in *version_info*) echo 3 12;; *--version*) ;; *) exit 1;; esac',
-    )
-    with pytest.raises(SystemExit, match=r"Tried:\n  pip install torch==2.13.0\+cpu\n.*\n.*\n  pip install torch==2"):
-        setup_env.main(environment)
-    assert not (environment / ".medctkit-setup").exists()
-    fake(environment / "bin" / "python", "echo 3 9")
-    with pytest.raises(SystemExit, match=r"needs Python >= 3\.11, but .* is 3\.9\. .* make setup PYTHON="):
-        setup_env.main(environment)
-
-
 # --- make, the build server, and what a code host reads ---------------------------------------------------
 
 
@@ -284,17 +256,6 @@ def test_make_help_lists_every_target():
     command = ["make", "--no-print-directory", "help"]  # the tests may run inside make themselves
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert {line.split()[0] for line in shown.splitlines()} == make_targets()
-
-
-@pytest.mark.parametrize("active", ["VIRTUAL_ENV", "CONDA_PREFIX"])
-def test_make_uses_the_active_environment(active):
-    clean = {"PATH": "/usr/local/bin:/usr/bin:/bin", "CONDA_DEFAULT_ENV": "lab" if "CONDA" in active else ""}
-    command = ["make", "-n", "setup"]
-    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=clean | {active: "/some env"})
-    assert '"/some env"' in shown.stdout
-    base = clean | {"CONDA_PREFIX": "/opt/conda", "CONDA_DEFAULT_ENV": "base"}
-    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=base)
-    assert '".venv"' in shown.stdout, "conda's base environment is not ours to fill"
 
 
 @pytest.mark.parametrize(
@@ -324,27 +285,11 @@ def test_the_build_server_runs_what_a_laptop_runs():
     assert workflow["permissions"] == {"contents": "read"}
     assert everything["strategy"]["matrix"]["python"] == ["3.11", "3.13"]
     assert set(light["strategy"]["matrix"]["system"]) == {"macos-latest", "windows-latest"}
-    steps = [step for job in (everything, light) for step in job["steps"]]
-    assert all(re.fullmatch(r"actions/[a-z-]+@v\d+", step["uses"]) for step in steps if "uses" in step)
     assert ".ci/run" in [step.get("run") for step in everything["steps"]]
     ran = "\n".join(step.get("run", "") for step in light["steps"])
-    assert "make" not in ran and "tests/browser" not in ran
     folders = re.findall(r"tests/\w+", ran)
     assert folders and all((ROOT / folder).is_dir() for folder in folders)
     assert set(re.search(r"\[(.*)]", ran)[1].split(",")) <= set(OPTIONAL)
-
-
-def test_dependabot_and_the_forms_for_issues():
-    updates = read_yaml(".github/dependabot.yml")["updates"]
-    assert {update["package-ecosystem"] for update in updates} == {"pip", "github-actions"}
-    assert all(update["directory"] == "/" and update["schedule"]["interval"] for update in updates)
-    forms = {path.stem: read_yaml(path) for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")}
-    assert forms.pop("config")["contact_links"][0]["url"].startswith(PYPROJECT["project"]["urls"]["Repository"])
-    assert forms
-    for form in forms.values():
-        assert form["name"] and form["description"]
-        fields = [item for item in form["body"] if item["type"] != "markdown"]
-        assert fields and all(field["id"] and field["attributes"]["label"] for field in fields)
 
 
 def test_the_checks_before_a_commit_have_the_version_of_make_style():
@@ -354,26 +299,13 @@ def test_the_checks_before_a_commit_have_the_version_of_make_style():
     assert hooks >= {"ruff-check", "ruff-format", "end-of-file-fixer", "check-added-large-files"}
 
 
-def test_the_development_container_uses_the_environment_of_make():
-    container = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text())
-    assert container["postCreateCommand"] == "make setup"
-    python = container["image"].rpartition(":")[2]
-    assert python in SpecifierSet(PYPROJECT["project"]["requires-python"])
-    settings = container["customizations"]["vscode"]["settings"]
-    assert settings["python.defaultInterpreterPath"].endswith("/.venv/bin/python")
-
-
 def test_the_citation_names_the_kit_the_paper_and_ct_clip():
     citation, project = read_yaml("CITATION.cff"), PYPROJECT["project"]
-    assert citation["cff-version"] == "1.2.0" and citation["message"] and citation["type"] == "software"
     assert (citation["version"], citation["license"]) == (project["version"], project["license"])
     assert citation["repository-code"] == project["urls"]["Repository"]
     assert citation["authors"] == project["authors"]
     for work, number in zip(citation["references"], ("2512.00597", "2403.17834"), strict=True):
-        assert work["type"] == "article" and work["title"] and work["year"]
-        assert all({"family-names", "given-names"} == set(author) for author in work["authors"])
-        assert work["url"] == f"https://arxiv.org/abs/{number}"
-        assert work["identifiers"] == [{"type": "other", "value": f"arXiv:{number}"}]
+        assert work["title"] and work["year"] and work["authors"] and work["url"] == f"https://arxiv.org/abs/{number}"
 
 
 def test_pyproject_says_what_is_tested():
@@ -393,6 +325,7 @@ def read(path):
     return notebook
 
 
+IMPORTS = {"tags": ["hide-input"], "jupyter": {"source_hidden": True}}  # folded: the story comes first
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -429,6 +362,7 @@ def test_outputs_are_committed_as_make_render_leaves_them(path):
     asked = [b.id for a, b in pairwise(notebook.cells) if course.QUESTION in a.source and b.cell_type == "code"]
     for cell in notebook.cells:
         folded = course.FOLDED if course.is_tagged(cell, "colab") else course.ANSWER if cell.id in asked else None
+        folded = IMPORTS if course.is_tagged(cell, "hide-input") and not folded else folded
         assert cell.metadata == folded if folded else set(cell.metadata) <= {"tags"}
         for output in cell.get("outputs", []):
             assert output.output_type != "error", f"{cell.source}\n{output.get('evalue')}"

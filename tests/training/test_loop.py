@@ -468,11 +468,3 @@ def test_a_damaged_checkpoint_is_told(tokenizer, tmp_path, damage):
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(ValueError, match=r"is damaged, or no checkpoint of medctkit: .* Delete .* to start over"):
         run(tokenizer, tmp_path)
-
-
-def test_a_checkpoint_is_the_adapter_and_the_optimiser_and_little_else(tokenizer, tmp_path):
-    model = tiny_model()
-    adapter = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
-    size = stopped(tokenizer, tmp_path, model=model).stat().st_size
-    assert 4 * adapter < size < 4 * adapter + 30_000  # now, best, two averages
-    assert size < sum(4 * p.numel() for p in model.parameters())

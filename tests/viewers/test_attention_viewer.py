@@ -226,17 +226,6 @@ def test_it_starts_at_the_finding_outlined_and_shows_patches_as_squares(viewer, 
     assert viewer.caption.value.count("<div") == 3
 
 
-def test_an_error_in_a_callback_is_shown_and_raised(viewer, monkeypatch):
-    monkeypatch.setattr(viewer, "heat_map", None)
-    with pytest.raises(TypeError):
-        viewer.shown.value = "temporal attention received"
-    assert "TypeError" in viewer.messages.text
-    with pytest.raises(TypeError):
-        viewer.shown.value = "spatial attention of a patch"
-    with pytest.raises(TypeError):
-        viewer.slices.move_to((60, 60, 60))
-
-
 def test_bad_input_is_refused(study, models, config):
     with pytest.raises(TypeError, match="expected a CTVolume"):
         AttentionViewer(study.volume.hu, models, tiny_tokenizer(), config)

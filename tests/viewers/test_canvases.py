@@ -1,10 +1,8 @@
 """Which canvas works where."""
 
-import importlib.util
 import io
 from types import SimpleNamespace
 
-import IPython
 import numpy as np
 import pytest
 from PIL import Image
@@ -23,13 +21,11 @@ from medctkit.viewers.drawing import canvases
     ],
 )
 def test_a_notebook_gets_the_canvas_that_hears_the_mouse_where_it_works(monkeypatch, shell, colab, ipympl, kind):
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(IPython, "get_ipython", lambda: shell)
+    monkeypatch.setattr(canvases, "get_ipython", lambda: shell)
+    monkeypatch.setattr(canvases, "find_spec", lambda name: ipympl or None)
     monkeypatch.delenv("COLAB_RELEASE_TAG", raising=False)
     if colab:
         monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab")
-    if not ipympl:
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ipympl" else find_spec(name))
     assert canvases.kind_that_works() == kind
 
 

@@ -174,14 +174,10 @@ def test_a_sentence_alone_has_a_cosine_and_a_place_among_the_studies(cases, mode
 
 def test_bad_input_is_refused(rows, models, tokenizer, config, cases):
     given = dict(manifest=rows, models=models, tokenizer=tokenizer, preprocess_config=config)
-    coarse, other_size = (
-        PreprocessConfig((45, 22.5, 22.5), (8, 16, 16)),
-        r"'base' sees volumes of \(8, 32, 32\) voxels, .* \(8, 16, 16\)",
-    )
+    coarse = PreprocessConfig((45, 22.5, 22.5), (8, 16, 16))
     for error, message, changes in (
         (TypeError, r"models: expected a dict such as \{'base': model\}, got \[\]", {"models": []}),
-        (ValueError, "limit=0: expected a whole number of studies, at least 1", {"limit": 0}),
-        (ValueError, other_size, {"preprocess_config": coarse}),
+        (ValueError, r"sees volumes of \(8, 32, 32\) voxels", {"preprocess_config": coarse}),
         (FileNotFoundError, "no manifest at nowhere.csv", {"manifest": "nowhere.csv"}),
     ):
         with pytest.raises(error, match=message):
@@ -193,12 +189,8 @@ def test_bad_input_is_refused(rows, models, tokenizer, config, cases):
     ):
         with pytest.raises(ValueError, match=message):
             cases.ordered(**wrong)
-    for message, sentence in (
-        ("type a sentence", "  "),
-        ("has 40 tokens, the text encoder takes 32; shorten", "scan " * 40),
-    ):
-        with pytest.raises(ValueError, match=message):
-            cases.score(sentence, "no")
+    with pytest.raises(ValueError, match="type a sentence"):
+        cases.score("  ", "no")
 
 
 # --- the widget -------------------------------------------------------------------------------------------
@@ -318,17 +310,10 @@ def test_a_sentence_is_scored_at_once_and_for_every_study_picked(browser, rows):
     browser.denying.value = ""
     pick(browser, rows["study"].iloc[0])
     assert browser.scores.value == first
-    browser.stating.value = ""
-    assert not browser.scores.value and not browser.typing.text
-
-
-def test_a_sentence_too_long_gives_a_message_and_the_next_one_a_score(browser):
     browser.stating.value = "scan " * 40
     assert "has 40 tokens, the text encoder takes 32" in browser.typing.text and not browser.scores.value
-    browser.stating.value = "scan"
-    assert not browser.typing.text and "cosine" in browser.scores.value
-    browser.stating.value, browser.denying.value = "", "no scan"
-    assert "type a sentence" in browser.typing.text
+    browser.stating.value = ""
+    assert not browser.scores.value and not browser.typing.text
 
 
 def test_words_that_the_model_does_not_know_are_told(browser):
@@ -340,13 +325,6 @@ def test_words_that_the_model_does_not_know_are_told(browser):
     assert "words that the model does not know: the score means little" in browser.scores.value
     browser.stating.value, browser.denying.value = "there is emphysema", ""
     assert "medctkit-unknown" not in browser.scores.value
-
-
-def test_an_error_in_a_callback_is_shown_and_raised(browser, rows, monkeypatch):
-    monkeypatch.setattr(browser.cases, "view", None)
-    with pytest.raises(TypeError):
-        pick(browser, next(study for study in rows["study"] if study not in browser.facts.value))
-    assert "TypeError" in browser.messages.text
 
 
 def test_a_study_picked_while_another_is_made_is_shown_whole(browser, rows, monkeypatch):
@@ -384,8 +362,6 @@ def test_the_table_puts_the_largest_disagreement_first_and_marks_unknown():
     assert "Hiatal hernia, unknown: base 0.50, adapted 0.50" in shown
 
 
-def test_models_that_the_browser_cannot_show_are_refused(rows, models, tokenizer, config):
-    with pytest.raises(TypeError, match="models: expected a dict such as"):
-        CaseBrowser(rows, models["base"], tokenizer, config)
+def test_more_models_than_the_browser_tells_apart_are_refused():
     with pytest.raises(ValueError, match="5 models; the browser tells 4 apart"):
         CaseBrowser(None, dict.fromkeys("abcde"), None, None)

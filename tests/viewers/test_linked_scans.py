@@ -50,9 +50,3 @@ def test_there_and_back_is_the_same_voxel(d, h, w, orientation):
     linked = LinkedScans(volume(), other=volume((100, 60, 80), (1.0, 1.0, 1.0), (-3, 8, 20)).reoriented(orientation))
     (_, there) = linked.voxels((d, h, w))
     assert linked.in_first(1, there) == (d, h, w)
-
-
-def test_a_scan_alone_may_have_a_name():
-    linked = LinkedScans(volume(), names=("phantom",))
-    assert linked.scans[0].name == "phantom" and linked.described((1, 2, 3)) == []
-    assert linked.voxels((1, 2, 3)) == [(1, 2, 3)]

@@ -30,15 +30,6 @@ def test_the_next_reaction_that_succeeds_clears_the_line():
     assert messages.widget._dom_classes == ()
 
 
-def test_what_a_reaction_says_stays_as_a_message():
-    messages = Messages()
-    messages.guarded(lambda: messages.say("77 tokens at most"))()
-    assert messages.text == "77 tokens at most" and messages.widget._dom_classes == ("medctkit-message",)
-    with pytest.raises(TypeError):
-        messages.guarded(failing(TypeError("else")))()
-    assert messages.widget._dom_classes == ("medctkit-error",)
-
-
 def test_controls_that_change_together_are_reacted_to_once():
     import ipywidgets as w
 

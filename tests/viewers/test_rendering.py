@@ -89,6 +89,15 @@ def test_a_window_is_a_ramp_between_its_ends(hu, centre, width):
     np.testing.assert_allclose(rendering.window(ends, centre, width), [0, 0, 0.5, 1, 1], atol=2e-3)
 
 
+def test_a_slab_shows_the_most_the_least_or_the_mean_through_it():
+    hu = np.zeros((9, 12, 14), np.int16)
+    hu[2, 3, 4] = 1000
+    volume = CTVolume(hu, (2.0, 5.0, 5.0))
+    found = {how: rendering.slab_of(volume, "axial", 4, how, 9.0)[3, 4] for how in rendering.SLABS}
+    assert found == {"one slice": 0, "maximum": 1000, "minimum": 0, "mean": 200}  # of 5 slices
+    assert rendering.slab_of(volume, "coronal", 5, "maximum", 20.0)[9 - 1 - 2, 4] == 1000  # head up
+
+
 def test_soft_masks_are_kept_and_outlined_at_the_border(marked):
     mask = np.zeros(marked.shape)
     mask[10, :8] = 0.5
@@ -157,8 +166,8 @@ def test_a_gallery_names_each_finding(study):
         (ValueError, "unknown plane 'oblique'", lambda s: rendering.render(s.volume, "oblique", 0)),
         (IndexError, "axial slice 32: .* has slices 0 to 31", lambda s: rendering.render(s.volume, "axial", 32)),
         (ValueError, "width must be above 0", lambda s: rendering.window(0, 40, 0)),
-        (ValueError, r"window \(40.0, 0.0\): expected a finite centre", lambda s: rendering.window_of((40, 0))),
-        (ValueError, r"window \(1, 2, 3\): expected a preset name or", lambda s: rendering.window_of((1, 2, 3))),
+        (ValueError, r"window \(40.0, 0.0\): expected a preset, or a", lambda s: rendering.window_of((40, 0))),
+        (ValueError, r"window \(1.0, 2.0, 3.0\): expected a preset", lambda s: rendering.window_of((1, 2, 3))),
         (ValueError, r"orientation IAR, expected SPL: pass volume.reoriented\(\)",
             lambda s: rendering.render(s.volume.reoriented("IAR"), "axial", 0)),
         (ValueError, "unknown colour map 'jet'; choose one of inferno", lambda s: rendering.colour_table("jet")),

@@ -12,10 +12,9 @@ from PIL import Image
 
 from medctkit.phantom.study import generate
 from medctkit.scans.heat_map import HeatMap
-from medctkit.scans.preprocessing import PreprocessConfig, as_seen
 from medctkit.scans.volumes import CTVolume
 from medctkit.viewers.drawing.hints import HELP
-from medctkit.viewers.drawing.rendering import PLANES, SLABS, WINDOWS, slab_of
+from medctkit.viewers.drawing.rendering import PLANES, WINDOWS
 from medctkit.viewers.slice_viewer import SliceViewer
 
 # ipympl's toolbar, which is never shown
@@ -86,13 +85,6 @@ def test_every_control_changes_the_picture(viewer):
     assert "application/vnd.jupyter.widget-view+json" in viewer._repr_mimebundle_()
 
 
-def test_every_control_says_what_it_is(viewer):
-    rows = [child for row in viewer.widget.children for child in getattr(row, "children", ())]
-    kinds = ("IntSlider", "FloatSlider", "Dropdown", "Checkbox")
-    controls = [widget for widget in rows if type(widget).__name__ in kinds]
-    assert len(controls) == 17 and all(widget.description for widget in controls)
-
-
 def test_choosing_a_preset_sets_both_sliders_and_stays(viewer):
     for name, (centre, width) in WINDOWS.items():
         viewer.preset.value = name
@@ -102,11 +94,8 @@ def test_choosing_a_preset_sets_both_sliders_and_stays(viewer):
     viewer.centre.value = 40  # the centre of "mediastinum", with the width of "lung"
     assert viewer.preset.value == "free" and "centre 40 HU, width 1500 HU" in viewer.readout.value
     assert (pixels(viewer) != before).any()
-
-
-def test_a_free_window_is_not_bent_to_the_sliders(study):
-    viewer = SliceViewer(study.volume, window=(2000, 6000))
-    assert (viewer.centre.value, viewer.width.value, viewer.preset.value) == (2000, 6000, "free")
+    free = SliceViewer(viewer.scans[0].volume, window=(2000, 6000))  # not bent to the sliders
+    assert (free.centre.value, free.width.value, free.preset.value) == (2000, 6000, "free")
 
 
 def test_choosing_a_mask_goes_to_where_it_is_and_tints_it(viewer, study):
@@ -233,7 +222,7 @@ def test_keys_do_what_the_help_says(clicked):
     clicked.happens("key_press", key="km")
     assert clicked.chosen_masks == ()
     clicked.happens("key_press", key="km")
-    assert clicked.chosen_masks == ("Lung nodule",)
+    assert clicked.chosen_masks == tuple(clicked.mask_boxes)
     for key, tool in (("d", "distance"), ("r", "region"), ("x", "crosshair")):
         clicked.happens("key_press", key=f"k{key}")
         assert clicked.tool.value == tool
@@ -297,17 +286,6 @@ def test_a_distance_is_in_millimetres_and_a_region_has_the_hu_inside(clicked):
     assert "region" not in clicked.readout.value and clicked.measurement is None
 
 
-def test_a_slab_shows_the_most_the_least_or_the_mean_through_it():
-    hu = np.zeros((9, 12, 14), np.int16)
-    hu[2, 3, 4] = 1000
-    volume = CTVolume(hu, (2.0, 5.0, 5.0))
-    found = {how: slab_of(volume, "axial", 4, how, 9.0)[3, 4] for how in SLABS}
-    assert found == {"one slice": 0, "maximum": 1000, "minimum": 0, "mean": 200}  # of 5 slices
-    assert slab_of(volume, "coronal", 5, "maximum", 20.0)[9 - 1 - 2, 4] == 1000  # head up
-    with pytest.raises(ValueError, match="unknown slab 'sum'; choose one of one slice, maximum"):
-        slab_of(volume, "axial", 4, "sum", 9.0)
-
-
 def test_the_page_does_not_move_while_one_looks(viewer):
     viewer.set_heat_maps({})
     height = viewer.readout.value.count("<div")
@@ -359,29 +337,12 @@ def test_the_canvas_leaves_the_figures_of_a_notebook_alone():
 # --- two volumes, other studies, maps -----------------------------------------------------------------------
 
 
-def test_before_and_after_pre_processing_show_the_same_place(study):
-    config = PreprocessConfig(spacing=(12.0, 8.0, 8.0), shape=(32, 48, 48))
-    after = as_seen(study.volume, config)
-    viewer = SliceViewer(study.volume, study.masks, other=after, names=("scan", "as the model sees it"))
-    viewer.move_to(viewer.scans[0].point_of((20, 30, 25)))
-    first, second = viewer._linked.voxels(viewer.voxel)
-    distance = viewer.scans[1].point_of(second) - viewer.position
-    assert (np.abs(distance) <= np.array([4, 4, 6]) + 1e-6).all()
-    assert "linked by patient coordinates" in viewer.readout.value and "as the model sees it: R" in viewer.readout.value
-    assert len(viewer._composition.panels) == 6
-
-
-def test_two_patients_are_linked_by_the_middle_and_a_click_on_the_second_moves_both(study):
+def test_a_second_volume_is_told_of_and_a_click_on_it_moves_both(study):
     hu = np.random.default_rng(0).integers(-1000, 1000, (30, 40, 50)).astype(np.int16)
     other, names = CTVolume(hu, (5.0, 5.0, 5.0)), ("source hospital", "target hospital")
     viewer = SliceViewer(study.volume, other=other, names=names, canvas="ipympl")
     assert "linked by the distance from the middle of each scan" in viewer.readout.value
-    viewer.move_to(viewer.scans[0].point_of((31, 0, 0)))
-    assert "target hospital: does not reach this place" in viewer.readout.value
-    viewer.move_to(viewer.scans[0].middle + [20, 0, 35])
-    _, second = viewer._linked.voxels(viewer.voxel)
-    offset = viewer.scans[1].point_of(second) - viewer.scans[1].middle
-    np.testing.assert_allclose(offset, viewer.position - viewer.scans[0].middle, atol=2.51)
+    assert re.search("target hospital: [RL] ", viewer.readout.value) and len(viewer._composition.panels) == 6
     x, y = middle_of(viewer, "axial", scan=1)
     panel = viewer._composition.panel_at(x + 20, y - 20)
     aimed = panel.voxel(x + 20, y - 20, viewer._linked.voxels(viewer.voxel)[1][0])
@@ -451,30 +412,14 @@ def test_an_error_in_a_callback_is_shown_and_raised_and_the_widget_lives_on(view
     assert viewer.messages.text == "" and viewer.canvas.widget.value != before
 
 
-def test_an_error_under_the_mouse_is_shown_and_raised(clicked):
-    clicked.on_move(lambda position: 1 / 0)
-    x, y = middle_of(clicked, "axial")
-    with pytest.raises(ZeroDivisionError):
-        clicked.happens("button_press", x + 50, y, buttons=1)
-    assert clicked.messages.text == "ZeroDivisionError: division by zero"
-    clicked.happens("button_release", x + 50, y)
-    clicked.happens("motion_notify", x, y)
-    assert clicked.messages.text  # a moving mouse does not wipe it away
-
-
 @pytest.mark.parametrize(
     ("error", "message", "given"),
     [
         (TypeError, "expected a CTVolume", {"volume": "scan.nii.gz"}),
-        (TypeError, "expected a CTVolume", {"other": "scan.nii.gz"}),
         (ValueError, r"mask 'x' has shape \(2, 2, 2\), the volume", {"masks": {"x": np.zeros((2, 2, 2))}}),
         (ValueError, "unknown window 'liver'; choose one of lung, mediastinum, bone", {"window": "liver"}),
         (ValueError, "unknown canvas 'webgl'; choose one of ipympl, plain, or None", {"canvas": "webgl"}),
-        (
-            ValueError,
-            r"names \['one'\]: expected two",
-            {"other": CTVolume(np.zeros((2, 2, 2)), (1, 1, 1)), "names": ["one"]},
-        ),
+        (ValueError, "expected two", {"other": CTVolume(np.zeros((2, 2, 2)), (1, 1, 1)), "names": ["one"]}),
     ],
 )
 def test_bad_input_is_refused(study, error, message, given):
@@ -482,22 +427,15 @@ def test_bad_input_is_refused(study, error, message, given):
         SliceViewer(**{"volume": study.volume} | given)
 
 
-def test_the_picture_is_saved_whole_and_lossless(viewer, tmp_path):
+def test_picture_and_stack_are_saved_with_what_is_shown(viewer, tmp_path):
     saved = np.asarray(Image.open(viewer.to_png(tmp_path / "slice.png")))
     np.testing.assert_array_equal(saved, np.asarray(viewer.picture()))
-    assert [file.name for file in tmp_path.iterdir()] == ["slice.png"]
-
-
-def test_the_stack_is_saved_with_what_is_shown(viewer, tmp_path):
     viewer.preset.value = "bone"
     viewer.mask_boxes["Lung nodule"].value = True
     page = viewer.to_html(tmp_path / "stack.html", "coronal", title="Phantom 4").read_text()
     assert "<h1>Phantom 4, coronal</h1>" in page and "marked: Lung nodule" in page
     assert re.findall(r'name="window" value="\d"(?: checked)?> (\w+)', page) == ["bone", "lung"]
     assert "rollout, 0 to 1" in page
-    with pytest.raises(ValueError, match="unknown plane 'oblique'"):
-        viewer.to_html(tmp_path / "none.html", "oblique")
-    assert [file.name for file in tmp_path.iterdir()] == ["stack.html"]
 
 
 def test_closing_lets_go_of_the_volume(study):

@@ -118,12 +118,6 @@ def test_names_cannot_break_out_of_the_page(scan, tmp_path):
     assert name in data_of(written)["names"][0] and any(name in text for text in data_of(written)["texts"])
 
 
-def test_a_plain_page_has_no_layers(scan, tmp_path):
-    written = write_stack_page(tmp_path / "p.html", scan, "sagittal", WINDOWS, Look(), "CT").read_text()
-    assert data_of(written)["layers"] == [] and 'class="opacity"' not in written
-    assert data_of(written)["texts"][63].startswith("sagittal slice 63 of 0 to 63, L 177 mm")
-
-
 def test_bad_input_leaves_no_file(scan, tmp_path):
     with pytest.raises(ValueError, match="unknown plane 'oblique'"):
         write_stack_page(tmp_path / "p.html", scan, "oblique", WINDOWS, Look(), "CT")

@@ -28,30 +28,19 @@ def test_training_figure_shows_losses_scores_and_guessing():
     assert not first.lines
 
 
-@pytest.mark.slow
-def test_training_plot_updates_one_picture_and_ends_with_the_last_row(monkeypatch):
-    import IPython
-
+def test_training_plot_updates_one_picture_at_each_score_and_outside_a_notebook_only_collects(monkeypatch):
     shown = []
 
     class Handle:
-        def update(self, picture):
-            shown.append(picture)
+        update = shown.append
 
-    monkeypatch.setattr(IPython, "get_ipython", lambda: object())
-    monkeypatch.setattr(IPython.display, "display", lambda picture, display_id: shown.append(picture) or Handle())
+    monkeypatch.setattr(training_plot, "get_ipython", lambda: object())
+    monkeypatch.setattr(training_plot, "display", lambda picture, display_id: shown.append(picture) or Handle)
     plot = training_plot.TrainingPlot(batch_size=32)
-    monkeypatch.setattr(training_plot.time, "perf_counter", lambda: float(len(plot.rows)))  # a second for each row
     for row in some_rows():
         plot(row)
-    assert all(picture.data.startswith(b"\x89PNG") for picture in shown)
-    assert len(plot.rows) == 31 == len(shown) and plot.history["step"].iloc[-1] == 30
-    plot._cost = 1.0  # where a picture takes a second: one for each 20 rows, and for each score
-    for row in some_rows()[1:10]:
-        plot(row)
-    assert len(shown) == 31
+    assert len(plot.rows) == 31 and plot.history["step"].iloc[-1] == 30
+    assert len(shown) == 4 and all(picture.data.startswith(b"\x89PNG") for picture in shown)
+    monkeypatch.setattr(training_plot, "get_ipython", lambda: None)
     plot(some_rows()[10])
-    assert len(shown) == 32
-    monkeypatch.setattr(IPython, "get_ipython", lambda: None)  # outside of a notebook it only collects
-    plot(some_rows()[10])
-    assert len(shown) == 32 and len(plot.history) == 42
+    assert len(shown) == 4 and len(plot.history) == 32

@@ -214,14 +214,6 @@ def test_a_prompt_longer_than_the_text_encoder_is_named(mini):
         ZeroShotClassifier(mini.model, mini.tokenizer, [long, "no {finding}"])
 
 
-def test_a_set_of_one_pair_is_the_pair_to_the_last_bit(mini, volumes):
-    names = [t.format(finding=f) for t in ("{finding} is present.", "{finding} is not present.") for f in FINDINGS]
-    words = mini.tokenizer(names, padding=True, return_tensors="pt")
-    with torch.no_grad():
-        pair = mini.model.encode_text(words["input_ids"], words["attention_mask"]).unflatten(0, (2, -1))
-    assert torch.equal(ZeroShotClassifier(mini.model, mini.tokenizer, "paper").text_embeds(), pair)
-
-
 def test_the_wordings_of_the_ensemble_are_no_wordings_of_reports():
     stating, denying = prompt_sentences("ensemble")
     sides = PROMPTS["ensemble"]["stating"], PROMPTS["ensemble"]["denying"]

@@ -339,27 +339,6 @@ def test_the_command_writes_what_scores_like_the_volumes(few, tmp_path):
     assert done.exit_code == 1 and "the manifest has no train studies" in done.stderr
 
 
-def test_a_tilde_is_the_home_folder(embedded, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    save_embeddings(embedded, "~/e.safetensors", {})
-    assert (tmp_path / "e.safetensors").is_file() and load_embeddings("~/e.safetensors").studies.size
-
-
-def test_a_full_disk_leaves_the_old_file(embedded, tmp_path, monkeypatch):
-    path = tmp_path / "e.safetensors"
-    save_embeddings(embedded, path, {})
-    before = path.read_bytes()
-
-    def full(tensors, file, metadata):
-        Path(file).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("safetensors.torch.save_file", full)
-    with pytest.raises(OSError, match="No space left"):
-        save_embeddings(embedded, path, {"base model": "b"})
-    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["e.safetensors"]
-
-
 def test_two_models_must_have_seen_the_same_studies():
     labels = np.random.default_rng(0).integers(0, 2, (80, 3)).astype(float)
     labels[3, 1] = np.nan

@@ -82,15 +82,6 @@ def test_a_model_that_sees_no_difference_finds_nothing():
     assert (report_ranks(reports_of(volumes), volumes) == 12).all()
 
 
-def test_random_embeddings_reach_about_chance():
-    rng = np.random.default_rng(0)
-    volumes = random_volumes(600, p=32)
-    table = report_to_volume(reports_of(volumes, unit(rng.normal(size=(600, 32)))), volumes)
-    assert table.index.tolist() == [5, 10, 50, 100]
-    assert table["recall"].to_numpy() == pytest.approx(table["chance"].to_numpy(), abs=0.04)
-    assert (table["low"] <= table["recall"]).all() and (table["recall"] <= table["high"]).all()
-
-
 def test_a_k_that_is_too_large_is_left_out_and_named():
     volumes = random_volumes(30)
     table = report_to_volume(reports_of(volumes), volumes)

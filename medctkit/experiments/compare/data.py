@@ -1,14 +1,13 @@
 """The studies of a comparison, what the base model makes of them, and what is done to them before a run learns."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
@@ -19,9 +18,6 @@ from medctkit.findings import FINDINGS
 from medctkit.model.base_model import BaseModel, load_mini_base
 from medctkit.training.gradients import seed_from
 from medctkit.zero_shot.classifier import Embedded, ZeroShotClassifier
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 # Kept out of every loss in the runs of "unseen": one of each group that has several findings or none like it.
 HELD_OUT = ("Pleural effusion", "Emphysema", "Hiatal hernia", "Bronchiectasis")
@@ -48,7 +44,7 @@ class Data:
     mini: BaseModel
 
     @classmethod
-    def load(cls, manifest_path: str | os.PathLike, cache_dir: str | os.PathLike, in_memory: bool = True) -> Data:
+    def load(cls, manifest_path: str | os.PathLike, cache_dir: str | os.PathLike, in_memory: bool = True) -> "Data":
         """From a manifest and a folder of prepared volumes, which are made where missing.
 
         Volumes that are seen again and again are kept in memory, if that is wanted.
@@ -143,10 +139,10 @@ class Changed(Dataset):
         return self.change(self.dataset[index])
 
 
-def held_out(item: dict[str, Any], findings: Sequence[str] = HELD_OUT) -> dict[str, Any]:
-    """A study of which some labels are unknown."""
+def held_out(item: dict[str, Any]) -> dict[str, Any]:
+    """A study of which the labels `HELD_OUT` are unknown."""
     labels = item["labels"].clone()
-    labels[[FINDINGS.index(name) for name in findings]] = float("nan")
+    labels[[FINDINGS.index(name) for name in HELD_OUT]] = float("nan")
     return item | {"labels": labels}
 
 

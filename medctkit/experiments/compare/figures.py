@@ -1,17 +1,20 @@
 """The figures of a comparison."""
 
-from __future__ import annotations
-
 import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from medctkit.common.atomic import replacing
 from medctkit.experiments.compare.results import (
     KINDS,
     TEXTS,
     Results,
+    base_of,
     forgetting_table,
     method_table,
     pooled,
@@ -20,11 +23,6 @@ from medctkit.experiments.compare.results import (
 )
 from medctkit.experiments.compare.runs import BASE, PROBE
 from medctkit.lora.methods import METHODS
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 AUROC = "mean test AUROC of 18 findings"
 # Colours of Okabe and Ito, which the colour-blind can tell apart; where one comes twice, another marker
@@ -37,8 +35,6 @@ MARKS |= {name: (_OKABE[i % 7], "PX*hdp8H"[i % 8]) for i, name in enumerate(_OTH
 
 
 def _axes(title: str, x: str, y: str, size: tuple[float, float] = (9, 5)) -> tuple[Figure, Axes]:
-    import matplotlib.pyplot as plt
-
     figure, axes = plt.subplots(figsize=size, layout="constrained")
     axes.set(title=f"Phantom studies: {title}", xlabel=x, ylabel=y)
     axes.title.set_fontsize(11)
@@ -48,7 +44,7 @@ def _axes(title: str, x: str, y: str, size: tuple[float, float] = (9, 5)) -> tup
 
 
 def _base_line(results: Results, axes: Axes, draw: str = "axhline") -> None:
-    base = results.draws[results.runs.loc[results.runs["method"] == BASE, "name"].iloc[0]][0]
+    base = results.mean_draws(base_of(results))[0]
     getattr(axes, draw)(base, color=MARKS[BASE][0], linestyle="--", linewidth=1.2, label=f"base model, {base:.3f}")
 
 
@@ -67,11 +63,9 @@ def _band(axes: Axes, table: pd.DataFrame, x: str, colour: str, **line: Any) -> 
     axes.fill_between(table[x], table["auroc_low"], table["auroc_high"], color=colour, alpha=0.1, linewidth=0)
 
 
-def figure_methods(results: Results, groups: Sequence[str] = ("methods", "placement")) -> Figure:
+def figure_methods(results: Results) -> Figure:
     """AUROC with its interval against the number of trainable parameters; ranks of LoRA are joined by a line."""
-    import pandas as pd
-
-    table = pd.concat([method_table(results, group) for group in groups if results.has(group)])
+    table = pd.concat([method_table(results, group) for group in ("methods", "placement") if results.has(group)])
     table = table[table["method"] != BASE].drop_duplicates("method").sort_values("trainable", kind="stable")
     what = "what each way to fine-tune reaches, and what it trains"
     figure, axes = _axes(what, "trainable parameters (moved aside a little where they coincide)", AUROC)
@@ -88,9 +82,8 @@ def figure_methods(results: Results, groups: Sequence[str] = ("methods", "placem
         x = max(row.trainable, 1.2 * x)  # side by side, where methods train (nearly) as much
         colour, marker = MARKS[row.method]
         label = f"{row.label}, {row.auroc:.3f}" + ("" if row.any_prompt else " (18 answers only)")
-        axes.errorbar(
-            x, row.auroc, _errors(row, "auroc"), color=colour, capsize=2, zorder=3, marker=marker, label=label
-        )
+        style: dict[str, Any] = {"color": colour, "marker": marker, "label": label, "capsize": 2, "zorder": 3}
+        axes.errorbar(x, row.auroc, _errors(row, "auroc"), **style)
     axes.margins(x=0.08, y=0.12)
     _legend(axes, "mean AUROC, 95 % interval")
     return figure
@@ -146,9 +139,8 @@ def figure_forgetting(results: Results) -> Figure:
         label = f"{row.label}, {row.over_base:+.3f} / {row.home_over_base:+.3f}"
         style: dict[str, Any] = {"color": colour, "marker": marker, "capsize": 2, "linewidth": 1, "label": label}
         style |= {"fillstyle": "none"} if row.variant else {}
-        axes.errorbar(
-            row.home_over_base, row.over_base, _errors(row, "over_base"), _errors(row, "home_over_base"), **style
-        )
+        style |= {"xerr": _errors(row, "home_over_base"), "yerr": _errors(row, "over_base")}
+        axes.errorbar(row.home_over_base, row.over_base, **style)
     if results.has("forgetting"):
         for method, rows in strength_table(results).groupby("method"):
             axes.plot(rows["home_over_base"], rows["over_base"], ".-", color=MARKS[method][0], linewidth=1, zorder=1)
@@ -166,8 +158,6 @@ FIGURES = {  # name of the file: the group whose runs it needs, what draws it
 
 def write_figures(results: Results, folder: str | os.PathLike) -> list[Path]:
     """Write those figures as PNG whose runs are there; returns their paths."""
-    import matplotlib.pyplot as plt
-
     written = []
     for name, (group, draw) in FIGURES.items():
         if results.has(group):

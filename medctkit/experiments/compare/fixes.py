@@ -3,8 +3,6 @@
 Volumes are `pixel_values` as `CTReportDataset` gives them: (1, d, h, w) of HU / 1,000, d along the patient.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from scipy import ndimage

@@ -6,27 +6,23 @@ another seed would change is `auroc_sd`, beside it. Differences, to the base mod
 resample. Findings with one class in the test studies, or in a resample of them, are left out of its mean.
 """
 
-from __future__ import annotations
-
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from medctkit.experiments.compare.rivals import RIVALS
 from medctkit.experiments.compare.runs import BASE, PROBE, STRENGTHS
 from medctkit.findings import FINDINGS
 from medctkit.lora.methods import METHODS
-from medctkit.metrics.bootstrap import interval, mean_of_findings
+from medctkit.metrics.bootstrap import mean_of_findings, with_interval
 from medctkit.zero_shot.prompts import PROMPTS
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 SAVED = Path(str(files("medctkit") / "assets" / "comparison"))
 KEYS = ["group", "method", "rank", "studies", "learning_rate", "dialect", "variant"]
@@ -70,8 +66,6 @@ class Results:
 
 def load_results(folder: str | os.PathLike = SAVED) -> Results:
     """Read the results in a folder; those that come with the package by default."""
-    import pandas as pd
-
     folder = Path(folder)
     for name in ("comparison.csv", "draws.npz"):
         if not (folder / name).is_file():
@@ -87,15 +81,12 @@ def load_results(folder: str | os.PathLike = SAVED) -> Results:
     return Results(runs, draws, pd.read_csv(costs) if costs.is_file() else pd.DataFrame(columns=columns))
 
 
-def ends_of(name: str, draws: np.ndarray, mirrored: bool = False) -> dict[str, float]:
-    """By name the value and the ends of draws (1 + resamples,); `mirrored` at the value, as calibration errors are."""
-    low, high = interval(draws)
-    if mirrored:
-        low, high = 2 * draws[0] - high, 2 * draws[0] - low
-    return {name: draws[0], f"{name}_low": low, f"{name}_high": high}
+def _with_intervals(draws: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    return {key: end for name, each in draws.items() for key, end in with_interval(name, each).items()}
 
 
-def _base(results: Results) -> list[str]:
+def base_of(results: Results) -> list[str]:
+    """The name of the base model's run."""
     return [results.runs.loc[results.runs["method"] == BASE, "name"].iloc[0]]
 
 
@@ -113,13 +104,11 @@ def pooled(results: Results, group: str) -> pd.DataFrame:
     Raises:
         ValueError: no run of that group.
     """
-    import pandas as pd
-
     runs = results.runs[results.runs["group"] == group]
     if runs.empty:
         there = ", ".join(sorted(results.runs["group"].unique()))
         raise ValueError(f"no runs of group {group!r}; there are {there}. medctkit compare FOLDER --only {group}")
-    base, swept = _base(results), results.runs[results.runs["group"] == "learning-rates"]
+    base, swept = base_of(results), results.runs[results.runs["group"] == "learning-rates"]
     before = results.runs.set_index("name")["validation_auroc"].get(base[0], np.nan)
     best = runs.loc[(runs["method"] == "lora") & (runs["variant"] == ""), "validation_auroc"].mean()
     before = before.iloc[0] if isinstance(before, pd.Series) else before
@@ -131,8 +120,8 @@ def pooled(results: Results, group: str) -> pd.DataFrame:
         row["label"] = TEXTS[row["method"]][0] + f", {row['variant']}" * bool(row["variant"])
         for what, name in (("", "auroc"), ("/home", "home"), ("/home calibration", "home_calibration")):
             of, was = (results.mean_draws(each, what) for each in (names, base))
-            row |= ends_of(name, of, "calibration" in what)
-            row |= ends_of("over_base" if name == "auroc" else f"{name}_over_base", of - was, "calibration" in what)
+            over, mirrored = "over_base" if name == "auroc" else f"{name}_over_base", "calibration" in what
+            row |= with_interval(name, of, mirrored) | with_interval(over, of - was, mirrored)
         row["auroc_sd"] = np.std([results.draws[name][0] for name in names], ddof=1) if len(names) > 1 else np.nan
         reached = [
             next((step for step, score in json.loads(text) if score >= before + EQUAL * (best - before)), np.inf)
@@ -170,8 +159,6 @@ def rivals_table(results: Results) -> pd.DataFrame:
         fine-tuning; and `does`, `kind` (one of `KINDS`), `labels` (what it does with labels of the target hospital:
         none, choose, learn), and `lora_over` with its ends (LoRA minus this, paired).
     """
-    import pandas as pd
-
     table = pooled(results, "rivals")
     table["labels"] = ["none" if m == BASE else RIVALS[m].labels if m in RIVALS else "learn" for m in table["method"]]
     table["kind"] = [
@@ -185,7 +172,7 @@ def rivals_table(results: Results) -> pd.DataFrame:
     ]
     ours = table.loc[table["method"] == "lora", "names"]
     lora = results.mean_draws(ours.iloc[0]) if len(ours) else np.nan
-    against = [ends_of("lora_over", lora - results.mean_draws(names)) for names in table["names"]]
+    against = [with_interval("lora_over", lora - results.mean_draws(names)) for names in table["names"]]
     return _ordered(pd.concat([table, pd.DataFrame(against)], axis=1), [BASE, *RIVALS, *METHODS])
 
 
@@ -207,8 +194,6 @@ def finding_table(results: Results) -> pd.DataFrame:
         Indexed by finding, the greatest lead of LoRA first, the mean last: `base`, `lora`, `boxes`, `lora_over` (LoRA
         minus boxes, paired), with their ends.
     """
-    import pandas as pd
-
     table = rivals_table(results).set_index("method")
     of = {}
     for name, method in (("base", BASE), ("lora", "lora"), ("boxes", "hu-boxes")):
@@ -217,8 +202,7 @@ def finding_table(results: Results) -> pd.DataFrame:
         each = results.mean_draws(table.loc[method, "names"], "/findings")
         of[name] = np.concatenate([each, mean_of_findings(each)[:, None]], axis=1)  # (1 + resamples, 19)
     of["lora_over"] = of["lora"] - of["boxes"]
-    columns = {name: values for key, draws in of.items() for name, values in ends_of(key, draws).items()}
-    found = pd.DataFrame(columns, index=pd.Index([*FINDINGS, "mean"], name="finding"))
+    found = pd.DataFrame(_with_intervals(of), index=pd.Index([*FINDINGS, "mean"], name="finding"))
     return pd.concat([found[:-1].sort_values("lora_over", ascending=False), found[-1:]])
 
 
@@ -240,8 +224,6 @@ def unseen_table(results: Results) -> pd.DataFrame:
         prompts: `base`, `adapted` (LoRA without the held-out findings and without reports), `gain` between them, and
         `taught` (LoRA with all findings and reports) and `taught_gain`, with their ends.
     """
-    import pandas as pd
-
     of_run = {"base": (BASE,), "adapted": ("lora", "unseen"), "taught": ("lora",)}
     names = {what: names_of(results, "unseen", *run) for what, run in of_run.items()}
     rows = []
@@ -249,15 +231,12 @@ def unseen_table(results: Results) -> pd.DataFrame:
         for prompts in PROMPTS:
             of = {what: results.mean_draws(each, f"/{findings}/{prompts}") for what, each in names.items()}
             of |= {"gain": of["adapted"] - of["base"], "taught_gain": of["taught"] - of["base"]}
-            row: dict[str, object] = {"findings": findings, "prompts": prompts}
-            rows.append(row | {key: end for what, draws in of.items() for key, end in ends_of(what, draws).items()})
+            rows.append({"findings": findings, "prompts": prompts} | _with_intervals(of))
     return pd.DataFrame(rows)
 
 
 def forgetting_table(results: Results) -> pd.DataFrame:
     """Rows of `pooled` for all that trains the model, remedies among them: gain at the target, and loss at home."""
-    import pandas as pd
-
     there = [pooled(results, group) for group in ("forgetting", "rivals", "placement", "methods") if results.has(group)]
     table = pd.concat(there).drop_duplicates(["method", "variant"])
     return _ordered(table[table["home_over_base"].notna() & table["method"].isin(METHODS)], METHODS)
@@ -269,18 +248,15 @@ def strength_table(results: Results) -> pd.DataFrame:
     Returns:
         A row for each of both and each strength from 0 to 1.5: `auroc`, `over_base`, `home_over_base`, with their ends.
     """
-    import pandas as pd
-
-    base, rows = _base(results), []
+    base, rows = base_of(results), []
     for method in ("lora", "full"):
         for strength in sorted({0.0, 1.0, *STRENGTHS}):
             names = names_of(results, "forgetting", method) if strength else base
             what = "" if strength in (0, 1) else f"/strength {strength:g}"
             of, home = results.mean_draws(names, what), results.mean_draws(names, f"{what}/home")
             row: dict[str, Any] = {"method": method, "label": TEXTS[method][0], "strength": strength}
-            row |= ends_of("auroc", of)
-            row |= ends_of("over_base", of - results.mean_draws(base))
-            rows.append(row | ends_of("home_over_base", home - results.mean_draws(base, "/home")))
+            over, home_over = of - results.mean_draws(base), home - results.mean_draws(base, "/home")
+            rows.append(row | _with_intervals({"auroc": of, "over_base": over, "home_over_base": home_over}))
     return pd.DataFrame(rows)
 
 
@@ -292,15 +268,12 @@ def noise_table(results: Results) -> pd.DataFrame:
         right ones, and `lost`, the difference to LoRA that learnt from right ones; `measured_base`, `measured` and
         `measured_gain`, the base model and that LoRA scored on flipped labels; with their ends.
     """
-    import pandas as pd
-
-    rows, base, right = [], _base(results), names_of(results, "noise", "lora")
+    rows, base, right = [], base_of(results), names_of(results, "noise", "lora")
     for percent in (0, 5, 10, 20):
         names = names_of(results, "noise", "lora", f"noise-{percent}") if percent else right
         what = f"/flipped {percent}" if percent else ""
         of = {"trained": results.mean_draws(names), "measured_base": results.mean_draws(base, what)}
         of |= {"lost": of["trained"] - results.mean_draws(right), "measured": results.mean_draws(right, what)}
         of["measured_gain"] = of["measured"] - of["measured_base"]
-        ends = {key: end for name, each in of.items() for key, end in ends_of(name, each).items()}
-        rows.append({"flipped": percent} | ends)
+        rows.append({"flipped": percent} | _with_intervals(of))
     return pd.DataFrame(rows)

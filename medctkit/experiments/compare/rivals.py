@@ -6,8 +6,6 @@ more than means. A *rival* learns from the labels or reports that LoRA learns fr
 does without it. What a rival may choose, validation studies choose, as they do for LoRA; test studies choose nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -16,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 from torch.nn import functional as F
 
 from medctkit.experiments.compare.data import Data
@@ -147,9 +147,6 @@ def logistic(
     Raises:
         ValueError: no finding has both classes in `valid_labels`.
     """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.preprocessing import StandardScaler
-
     scaler = StandardScaler().fit(train)
     x, *seen = (scaler.transform(split) for split in (train, valid, test))
     both = [k for k in range(len(FINDINGS)) if 0 < labels[:, k].mean() < 1]

@@ -4,8 +4,6 @@ What a run is stands in `runs`. Here all of them are done, each with its result 
 interrupted comparison goes on where it was; seconds and memory are measured after them. `results` reads and shows them.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import math
@@ -22,19 +20,21 @@ from contextlib import redirect_stderr
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 
 from medctkit.cohort.dataset import CTReportDataset, collate, prepared_dir
 from medctkit.cohort.manifest import load_manifest
 from medctkit.common.atomic import replacing
 from medctkit.common.csv_tables import write_table
 from medctkit.common.processes import accelerator_for, worker_pool
-from medctkit.common.provenance import made_with, write_json
+from medctkit.common.provenance import differences, made_with, write_json
 from medctkit.experiments.compare.data import HELD_OUT, Data, flipped, parts, truth
 from medctkit.experiments.compare.runs import (
     BASE,
@@ -51,16 +51,16 @@ from medctkit.findings import FINDINGS
 from medctkit.lora.methods import METHODS, apply_method, save_trained, trained_bytes
 from medctkit.metrics.bootstrap import mean_of_findings, metric_draws, patient_weights
 from medctkit.model.base_model import BaseModel, load_mini_base
-from medctkit.training.checkpoints import differences
 from medctkit.training.loop import step_gradients
 from medctkit.training.memory import PeakMemory
 from medctkit.training.objectives import draw_prompts
 from medctkit.training.settings import FineTuneConfig
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 FIRST_SEEDS = 3  # of every group, before further seeds of any
+# of a result: what `collect` keeps as it is, and how it calls the ends of an interval
+_KEPT = "method rank studies learning_rate dialect variant seed chosen validation_auroc best_step trainable".split()
+_KEPT += ["adapter_bytes", "seconds", "intruders"]
+_ENDS = {"": "value", "_low": "low", "_high": "high"}
 
 _data: Data | tuple  # of a worker process: where to load it from, then what was loaded
 
@@ -101,11 +101,9 @@ def read_result(output_dir: Path, job: Job, made_of: Mapping | None = None) -> d
         there = found["settings"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no result of this command ({error}); delete it to do that run again") from None
-    different = [] if made_of is None else differences(there, made_of)
-    if different:
-        raise ValueError(
-            f"{path} was made with other settings; choose another folder, or delete it. {'; '.join(different)}"
-        )
+    if made_of is not None and (different := differences(there, made_of)):
+        said = "; ".join(different)
+        raise ValueError(f"{path} was made with other settings; choose another folder, or delete it. {said}")
     return found
 
 
@@ -152,8 +150,6 @@ def compare_methods(
         ValueError: unknown group; results of other settings in `output_dir`.
         OSError: a worker process died.
     """
-    from tqdm.auto import tqdm
-
     if unknown := [group for group in groups if group not in GROUPS]:
         raise ValueError(f"unknown group {unknown[0]!r}; choose from {', '.join(GROUPS)}")
     if seeds < 1 or workers < 1:
@@ -239,8 +235,6 @@ def _what_it_costs(
 
 def collect(output_dir: Path, test_rows: Sequence[Mapping], home_rows: Sequence[Mapping], seeds: int) -> None:
     """Write what `load_results` reads, with a row for each job that has a result, and `tables.json`."""
-    import pandas as pd
-
     from medctkit.experiments.compare.results import load_results
     from medctkit.experiments.compare.tables import write_tables
 
@@ -260,26 +254,19 @@ def collect(output_dir: Path, test_rows: Sequence[Mapping], home_rows: Sequence[
             continue
         if job.name not in draws and groups[job.name] != {"learning-rates"}:
             draws |= _draws(job, groups[job.name], unpacked(found["scores"]), studies)
-        names = ("method", "rank", "studies", "learning_rate", "dialect", "variant", "seed")
-        row: dict[str, Any] = {"group": job.group, "name": job.name} | {key: found[key] for key in names}
-        row |= {key: found[key] for key in ("chosen", "validation_auroc", "best_step")}
+        row: dict[str, Any] = {"group": job.group, "name": job.name} | {key: found.get(key) for key in _KEPT}
         for where, measured in (("test", found), ("home", found.get("home", {}))):
             for metric in ("auroc", "calibration_error") if measured else ():
                 ends = measured[metric]["mean"]
                 row |= {f"{where}_{metric}{end}": ends[key] for end, key in _ENDS.items()}
-        row |= {key: found[key] for key in ("trainable", "adapter_bytes", "seconds")}
-        made = found["made_with"]
-        row |= {"one_class": ", ".join(found["one_class"]), "steps": found["settings"].get("steps")}
-        row |= {"intruders": found.get("intruders"), "history": json.dumps(found.get("history", []))}
+        made, history = found["made_with"], json.dumps(found.get("history", []))
+        row |= {"one_class": ", ".join(found["one_class"]), "steps": found["settings"].get("steps"), "history": history}
         row |= {"device": made["device"], "medctkit": made["versions"]["medctkit"], "torch": made["versions"]["torch"]}
         rows.append(row | {name: found["auroc"][name]["value"] for name in FINDINGS})
     with replacing(output_dir / "draws.npz") as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **draws)  # type: ignore[arg-type]
     write_table(pd.DataFrame(rows), output_dir / "comparison.csv")
     write_tables(load_results(output_dir), output_dir)
-
-
-_ENDS = {"": "value", "_low": "low", "_high": "high"}
 
 
 def _draws(
@@ -328,8 +315,6 @@ def measure_costs(train: Dataset, settings: FineTuneConfig, repeats: int = 5) ->
         A row for each of `METHODS`: `seconds_per_step` (median), `peak_bytes` (of one step: weights, inputs,
         activations, gradients, optimiser), both also relative to full fine-tuning, `file_bytes`, batch size and device.
     """
-    import pandas as pd
-
     mini, rows = load_mini_base(), []
     batch = collate(mini.tokenizer)([train[i] for i in range(settings.batch_size)])
     for name in METHODS:

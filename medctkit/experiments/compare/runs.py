@@ -5,8 +5,6 @@ differ in what they train and in their learning rate, which validation studies c
 lies between others. Test studies are scored once at the end of each run and choose nothing.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import math
@@ -87,7 +85,7 @@ class Job:
         return self.method in METHODS
 
     @property
-    def tuned(self) -> Job:
+    def tuned(self) -> "Job":
         """The run, without rate and seed, whose learning rate and dialect it has: with all studies, all of them right.
 
         Only a rank and what is held out make another rate; sizes, noise and remedies have that of the plain method.
@@ -126,11 +124,8 @@ def sweep(tuned: Job, score: Callable[[Job], float | None]) -> list[Job]:
     """The runs that choose a learning rate and a dialect (`Job.tuned`), as far as is known by now which they are.
 
     From the rates of `METHODS` on, one more at a time beyond the lowest or highest while that one is the best, and
-    below the lowest while all diverge.
-
-    Args:
-        tuned: whose rate is swept.
-        score: on validation studies, of each run; None: not done yet; -inf: it diverged.
+    below the lowest while all diverge. `score`, on
+    validation studies, is None of a run that is not done yet, and -inf of one that diverged.
     """
     found = []
     both = tuned.method in PLACEMENTS and tuned.rank == METHODS[tuned.method].rank

@@ -1,22 +1,20 @@
 """The tables of a comparison as text: for a terminal, a page and `tables.json`; and what they say, in sentences."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
-from medctkit.common.provenance import write_json
+from medctkit.common.provenance import records, write_json
 from medctkit.experiments.compare.data import HELD_OUT, VARIANTS
 from medctkit.experiments.compare.results import (
     EQUAL,
     TEXTS,
     Results,
     best_free,
-    ends_of,
     finding_table,
     forgetting_table,
     method_table,
@@ -28,23 +26,17 @@ from medctkit.experiments.compare.results import (
     unseen_table,
 )
 from medctkit.experiments.compare.runs import GROUPS
-
-if TYPE_CHECKING:
-    import pandas as pd
+from medctkit.metrics.bootstrap import with_interval
 
 
 def verdict(results: Results, group: str, one: str, other: str, what: str = "") -> str:
     """A sentence on the paired difference of two methods of a group, "METHOD" or "METHOD, VARIANT", with its interval.
 
-    Args:
-        results: of the comparison.
-        group: one of `GROUPS`.
-        one: the method that should have more.
-        other: the one it is held against.
-        what: of `Results.draws`, "/home" say; "": the AUROC at the target hospital.
+    `what` is of `Results.draws`, "/home" say; "": the AUROC at the target hospital.
     """
     sides = [names_of(results, group, *name.split(", ")) for name in (one, other)]
-    difference, low, high = ends_of("", np.subtract(*(results.mean_draws(names, what) for names in sides))).values()
+    draws = np.subtract(*(results.mean_draws(names, what) for names in sides))
+    difference, low, high = with_interval("", draws).values()
     a, b = (", ".join([TEXTS[name.split(", ")[0]][0], *name.split(", ")[1:]]) for name in (one, other))
     said = f"{a} and {b} are not told apart"
     if low > 0 or high < 0:
@@ -96,11 +88,8 @@ _FORMS |= dict.fromkeys(("trainable", "adapter_bytes", "studies", "seeds", "rank
 def shown(table: pd.DataFrame, columns: str) -> pd.DataFrame:
     """Columns of a table as text: values with their ends where they have some, "-" where there is nothing.
 
-    Args:
-        table: one of this module's.
-        columns: names, with spaces between them.
+    `columns` are names with spaces between them.
     """
-    import pandas as pd
 
     def text(row: Mapping, name: str) -> str:
         values = [row[key] for key in (name, f"{name}_low", f"{name}_high") if key in row]
@@ -158,8 +147,5 @@ def show_all(results: Results) -> str:
 
 def write_tables(results: Results, folder: str | os.PathLike) -> None:
     """Write `tables.json`: all tables that are there, with their intervals."""
-    content = {}
-    for name, table in all_tables(results).items():
-        rows = table.drop(columns="names", errors="ignore").round(5)
-        content[name] = rows.astype(object).where(rows.notna(), None).to_dict("records")
-    write_json(content, Path(folder) / "tables.json")
+    tables = {name: each.drop(columns="names", errors="ignore").round(5) for name, each in all_tables(results).items()}
+    write_json({name: records(table) for name, table in tables.items()}, Path(folder) / "tables.json")

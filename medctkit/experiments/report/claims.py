@@ -4,8 +4,6 @@ One self-contained HTML page, and the same as Markdown with its figures beside i
 with a verdict; every number says how it was made. Figures are in `figures`, the page itself in `page`.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import os
@@ -14,7 +12,9 @@ from dataclasses import dataclass
 from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import pandas as pd
+from matplotlib.figure import Figure
 
 from medctkit.common.atomic import replacing
 from medctkit.experiments.audit import audit_figure
@@ -25,10 +25,6 @@ from medctkit.experiments.report.page import Block, png, to_html, to_markdown, w
 from medctkit.lora.counting import search_placements
 from medctkit.metrics.scores import COLUMN_OF, HOME_ROWS, METRICS, p_texts
 from medctkit.model.ct_clip import CTCLIPConfig, released_layout
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.figure import Figure
 
 PAPER = "arXiv 2512.00597"
 EXACT = "reproduced exactly"  # arithmetic, and what can be counted
@@ -143,15 +139,11 @@ def _result(measured: Measurement, name: str, column: str, before: float, after:
 
 def claims_table(measured: Measurement) -> pd.DataFrame:
     """`claims` as a table."""
-    import pandas as pd
-
     return pd.DataFrame(claims(measured))
 
 
 def published() -> list[tuple[str, pd.DataFrame]]:
     """Published results, a table for each set of labels: means over different labels are not to be compared."""
-    import pandas as pd
-
     table = pd.read_csv(io.StringIO((files("medctkit") / "assets" / "published_results.csv").read_text()))
     table["f1"] = [f"{row.f1:.3f} ({row.f1_kind})" for row in table.itertuples()]
     table["n"] = [f"{n:,.0f}" if n == n else "not given" for n in table["n"]]
@@ -160,6 +152,10 @@ def published() -> list[tuple[str, pd.DataFrame]]:
     return [(name, rows[shown].reset_index(drop=True)) for name, rows in table.groupby(title, sort=False)]
 
 
+APART = (
+    "Tables of different labels are kept apart: their means are not comparable. Settings are called as their authors "
+    "call them."
+)
 REMARK = (
     "The paper's base model has a mean AUROC of 0.613. CT-CLIP's authors published 0.731 for the same 18 labels: the "
     "base lies 12 points under it, and the adapted model (0.689) lies under it too. What LoRA gained there may in part "
@@ -169,8 +165,6 @@ REMARK = (
 
 def metrics_table(measured: Measurement, model: str) -> pd.DataFrame:
     """A row for each finding and the mean: every metric as text, value [95 % interval]."""
-    import pandas as pd
-
     table = measured.tables[model]
     gaps = {f: f"no value: {why}" for f, why in table.attrs["gaps"].items()}
     shown = {"positives": table["positives"].astype(str), "threshold": table["threshold"].map(_number)}
@@ -182,8 +176,6 @@ def metrics_table(measured: Measurement, model: str) -> pd.DataFrame:
 
 def _before_and_after(measured: Measurement | Home, rows: Mapping[str, tuple[str, str]]) -> pd.DataFrame:
     """Named rows of (finding or "mean", metric): both models, the paired difference, each with its interval, and p."""
-    import pandas as pd
-
     shown = []
     for name, (finding, metric) in rows.items():
         both = {model: with_ends(table.loc[finding], metric) for model, table in measured.tables.items()}
@@ -207,8 +199,8 @@ def home_table(home: Home) -> pd.DataFrame:
 
 def retrieval_table(measured: Measurement) -> pd.DataFrame:
     """A row for each kind of search: both models with intervals, and chance."""
-    table = measured.retrieval.copy()
-    table["shown"] = [f"{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]" for r in table.itertuples()]
+    table = measured.retrieval
+    table = table.assign(shown=[with_ends(row, "value") for _, row in table.iterrows()])
     shown = table.pivot(index="search", columns="model", values="shown")[["base", "adapted"]]
     shown["chance"] = table.groupby("search")["chance"].mean().map(_number)
     return shown.loc[list(dict.fromkeys(table["search"]))].reset_index()
@@ -216,8 +208,6 @@ def retrieval_table(measured: Measurement) -> pd.DataFrame:
 
 def defects_table(measured: Measurement) -> pd.DataFrame:
     """A row for each number that a defect of the public evaluation changes."""
-    import pandas as pd
-
     table = pd.DataFrame(measured.defects)
     for column in ("public", "right"):
         table[column] = [f"{value:.3g} {unit}" for value, unit in zip(table[column], table["unit"], strict=True)]
@@ -235,13 +225,13 @@ def _number(value: float) -> str:
 def blocks(measured: Measurement) -> list[Block]:
     """The report, piece by piece."""
     made, world = measured.made_with, measured.made_with["data"]
-    by = provenance(made, short=True)
+    by = f"{world}; {provenance(made, short=True)}."
 
     def table(text: str, content: pd.DataFrame) -> Block:
-        return Block("table", f"{text} {world}; {by}.", content)
+        return Block("table", f"{text} {by}", content)
 
     def figure(name: str, draw: Callable[[], Figure], text: str) -> Block:
-        return Block("figure", f"{text} {world}; {by}.", draw, name)
+        return Block("figure", f"{text} {by}", draw, name)
 
     def finding_by_finding(model: str) -> Block:
         note = measured.tables[model].attrs.get("optimistic")
@@ -257,11 +247,7 @@ def blocks(measured: Measurement) -> list[Block]:
         Block("text", _asked(measured)),
         Block("heading", "What was published"),
         *(Block("table", f"Published, {title}.", results) for title, results in published()),
-        Block(
-            "text",
-            f"Tables of different labels are kept apart: their means are not comparable. Settings are called "
-            f"as their authors call them. {REMARK}",
-        ),
+        Block("text", f"{APART} {REMARK}"),
         Block("heading", "Finding by finding"),
         *(
             figure(name, partial(draw, measured), f"{what}. 95 % intervals over patients.")
@@ -281,12 +267,9 @@ def blocks(measured: Measurement) -> list[Block]:
         page.append(Block("heading", "Retrieval"))
         page.append(table("Base and adapted model, and a random order.", retrieval_table(measured)))
     page += clinical_blocks(measured, table, figure)
-    public = (
-        "The public evaluation code has known defects. Each was done both ways, on the base model and these studies."
-    )
     return page + [
         Block("heading", "What the public evaluation would have made of it"),
-        Block("text", public),
+        Block("text", "The known defects of the public code, each done both ways on the base model and these studies."),
         figure("audit", partial(audit_figure, measured.defects), "Each number, the public way and the right way."),
         table("Each defect, and what is right.", defects_table(measured)),
     ]
@@ -303,12 +286,12 @@ FIGURES = (
 
 def _asked(measured: Measurement) -> str:
     """What is zero-shot here, and what is not."""
-    learnt = (
-        "is not: the per-finding loss taught it these findings from labels of the hospital's training patients, in "
-        "other sentences than it is asked. It is prompt-based and supervised, and its gain is owed to labels too."
-        if measured.supervised
-        else "learnt from reports alone, and no loss saw a label."
-    )
+    learnt = "learnt from reports alone, and no loss saw a label."
+    if measured.supervised:
+        learnt = (
+            "is not: the per-finding loss taught it these findings from labels of the hospital's training patients, in "
+            "other sentences than it is asked. It is prompt-based and supervised, and its gain is owed to labels too."
+        )
     return (
         "Both models are asked by prompts. The base model is zero-shot as far as no label took part in its own "
         f"training, see its model card; free fixes, such as other prompts, leave it so. The adapted model {learnt}"
@@ -318,11 +301,9 @@ def _asked(measured: Measurement) -> str:
 def _at_home(home: Home) -> str:
     """What became of the model where its base comes from, in words."""
     mean = home.difference.loc["mean"]
-    loses = mean["auroc_high"] < 0
-    gains = mean["auroc_low"] > 0
-    said = (
-        "it lost there" if loses else "it gained there too" if gains else "no change of AUROC can be told from chance"
-    )
+    said = "no change of AUROC can be told from chance"
+    if mean["auroc_high"] < 0 or mean["auroc_low"] > 0:
+        said = "it lost there" if mean["auroc_high"] < 0 else "it gained there too"
     return (
         f"The base model comes from hospital {home.hospital}. On the {mean['studies']:.0f} test studies there, the "
         f"adapted model against the base: {said}, {with_ends(mean, 'auroc', '+')} in mean AUROC. Calibration error "
@@ -348,11 +329,7 @@ def provenance(made_with: dict, short: bool = False) -> str:
 
 
 def write_report(measured: Measurement, output_dir: str | os.PathLike) -> Path:
-    """Write `report.html`, self-contained, and `report.md` with its figures in `report_figures`.
-
-    Returns:
-        Path of the HTML page.
-    """
+    """Write `report.html`, self-contained, whose path it returns, and `report.md` with figures in `report_figures`."""
     output_dir = Path(output_dir)
     (output_dir / "report_figures").mkdir(parents=True, exist_ok=True)
     page = blocks(measured)

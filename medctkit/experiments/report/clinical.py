@@ -1,18 +1,14 @@
 """The clinical part of the report: tables and words from `Clinical`, and what the reporting check-lists ask."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib.resources import files
-from typing import TYPE_CHECKING
+
+import pandas as pd
 
 from medctkit.experiments.measure import Measurement
 from medctkit.experiments.report import figures
 from medctkit.experiments.report.page import Block, with_ends
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 CHECKLISTS = {
     "CLAIM 2024": "Tejani et al., Radiol Artif Intell 2024, doi 10.1148/ryai.240300",
@@ -41,8 +37,6 @@ def apart(table: pd.DataFrame, column: str) -> pd.Series:
 
 def parts(measured: Measurement) -> Iterator[tuple[str, str, str, pd.DataFrame]]:
     """Title, words that follow from the numbers, caption and table of each part of what was `measured`."""
-    import pandas as pd
-
     assert measured.clinical is not None
     tables = measured.clinical.tables
 
@@ -58,27 +52,20 @@ def parts(measured: Measurement) -> Iterator[tuple[str, str, str, pd.DataFrame]]
     table = tables["recalibration"]
     chosen = [f"{row['method']} for the {row['model']} model" for _, row in table[table["chosen"]].iterrows()]
     words = f"Chosen on validation patients, by the Brier score on a fifth of them left out: {', '.join(chosen)}. The "
-    words += (
-        "curves were fitted on all of them; the numbers are of test patients. A change of AUROC is no calibration: "
-    )
-    words += (
-        "a flat stair of the isotonic curve makes ties, a falling line turns round a score that pointed the wrong way."
-    )
+    words += "curves were fitted on all of them; the numbers are of test patients. A change of AUROC is no "
+    words += "calibration: a flat stair of the isotonic curve makes ties, a falling line turns round a score that "
+    words += "pointed the wrong way."
     yield "Calibration made anew", words, "Before and after, means over findings.", table
     words = "At thresholds from validation patients and the prevalence of CT-RATE's training scans, not that of these."
     yield "Predictive values", words, "Positive (PPV) and negative (NPV).", tables["predictive values"]
     table = tables["net benefit"]
     useful = table.loc[table["adapted_low"] > table["everybody_high"].clip(lower=0), "threshold"]
-    words = (
-        f"Thresholds of {len(table)} at which the adapted model's interval lies above acting on nobody, and above the "
-    )
-    words += f"interval of acting on everybody: {named(useful)}. Scores are recalibrated as chosen on validation "
+    words = f"Thresholds of {len(table)} at which the adapted model's interval lies above acting on nobody, and above "
+    words += f"the interval of acting on everybody: {named(useful)}. Scores are recalibrated as chosen on validation "
     words += "patients. From a threshold of 0.1 on, one hit is worth nine false alarms."
     yield "Decision curves", words, "Mean net benefit over findings.", table
-    words = (
-        "The CRG score (arXiv 2505.17167) weighs hits, misses and false alarms by how many there can be. Always yes "
-    )
-    words += "and always no both get 0.333, everything right gets 1."
+    words = "The CRG score (arXiv 2505.17167) weighs hits, misses and false alarms by how many there can be. Always "
+    words += "yes and always no both get 0.333, everything right gets 1."
     yield "CRG score", words, "At thresholds from validation patients.", tables["CRG score"]
     second, first = tables["DeLong"].set_index("finding"), measured.difference
     differ = first.index[apart(first, "auroc") != apart(second, "auroc").loc[first.index]]
@@ -92,8 +79,6 @@ def parts(measured: Measurement) -> Iterator[tuple[str, str, str, pd.DataFrame]]
 
 def checklists() -> pd.DataFrame:
     """`assets/checklists.csv`: a row for each question, its items in three check-lists, whether and where answered."""
-    import pandas as pd
-
     return pd.read_csv(str(files("medctkit") / "assets" / "checklists.csv"), dtype=str, keep_default_na=False)
 
 
@@ -108,9 +93,9 @@ def clinical_blocks(measured: Measurement, table: Callable[..., Block], figure: 
     asked = checklists()
     counts = Counter(asked["answered"])
     told = ", ".join(f"{counts[kind]} {kind}" for kind in ("yes", "partly", "no", "not applicable"))
-    words = f"{len(asked)} questions, in words of ours, cover every item of "
-    words += (
-        f"{'; '.join(f'{name} ({source})' for name, source in CHECKLISTS.items())}. Answered: {told}. Filled in by "
+    lists = "; ".join(f"{name} ({source})" for name, source in CHECKLISTS.items())
+    words = (
+        f"{len(asked)} questions, in words of ours, cover every item of {lists}. Answered: {told}. Filled in by the "
     )
-    words += "the authors; a paper of yours needs its own."
+    words += "authors; a paper of yours needs its own."
     return [*found, Block("heading", "What check-lists ask"), Block("text", words), Block("table", "Items.", asked)]

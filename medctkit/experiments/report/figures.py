@@ -3,29 +3,22 @@
 Colours are told apart by colour-blind people (Okabe and Ito); base is blue, adapted orange everywhere.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from sklearn.metrics import roc_curve
 
 from medctkit.experiments.clinical import GRID
+from medctkit.experiments.measure import Measurement
 from medctkit.findings import FINDINGS
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-    from medctkit.experiments.measure import Measurement
+from medctkit.metrics.bootstrap import BINS
 
 COLOURS = {"base": "#0072B2", "adapted": "#D55E00"}
 DIFFERENCE = "#009E73"
 
 
 def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -59,16 +52,20 @@ def forest(measured: Measurement) -> Figure:
     return figure
 
 
-def _panels() -> tuple[Figure, list[Axes]]:
+def _panels(x: str, y: str) -> tuple[Figure, list[Axes]]:
+    """A panel for each finding."""
     figure = _figure(13, 7.5)
-    return figure, list(figure.subplots(3, 6, sharex=True, sharey=True).flat)
+    panels = list(figure.subplots(3, 6, sharex=True, sharey=True).flat)
+    for axes, finding in zip(panels, FINDINGS, strict=True):
+        axes.set_title(finding, fontsize=8.5)
+    figure.supxlabel(x)
+    figure.supylabel(y)
+    return figure, panels
 
 
 def roc_curves(measured: Measurement) -> Figure:
     """ROC curves of both models, one panel for each finding, with the AUROC of each."""
-    from sklearn.metrics import roc_curve
-
-    figure, panels = _panels()
+    figure, panels = _panels("1 - specificity", "sensitivity")
     for k, (axes, finding) in enumerate(zip(panels, FINDINGS, strict=True)):
         axes.plot([0, 1], [0, 1], color="grey", ls=":", lw=1)
         known = ~np.isnan(measured.labels[:, k])
@@ -81,30 +78,25 @@ def roc_curves(measured: Measurement) -> Figure:
                 axes.plot(false, true, color=colour, lw=1.4, label=name)
                 value = measured.tables[name].loc[finding, "auroc"]
                 axes.text(0.97, place, f"{value:.2f}", color=colour, ha="right", fontsize=9)
-        axes.set_title(finding, fontsize=8.5)
         axes.set_aspect("equal")
-    figure.supxlabel("1 - specificity")
-    figure.supylabel("sensitivity")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
     return figure
 
 
-def calibration(measured: Measurement, bins: int = 10, fewest: int = 20) -> Figure:
-    """Observed share of positive studies against predicted probability, and how often each is predicted.
-
-    Bins of fewer than `fewest` scores say little, and are not drawn.
-    """
+def calibration(measured: Measurement) -> Figure:
+    """Observed share of positive studies against predicted probability, and how often each is predicted."""
+    fewest = 20  # scores of a bin: fewer say little
     figure = _figure(8, 6)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     top.plot([0, 1], [0, 1], color="grey", ls=":", label="perfectly calibrated")
     known = ~np.isnan(measured.labels)
-    edges = np.linspace(0, 1, bins + 1)
+    edges = np.linspace(0, 1, BINS + 1)
     for name, colour in COLOURS.items():
         scores, labels = measured.scores[name][known], measured.labels[known]
-        place = np.clip(np.digitize(scores, edges[1:-1]), 0, bins - 1)
-        counts = np.bincount(place, minlength=bins)
+        place = np.digitize(scores, edges[1:-1])
+        counts = np.bincount(place, minlength=BINS)
         full = counts >= fewest
-        predicted, observed = (np.bincount(place, x, bins)[full] / counts[full] for x in (scores, labels))
+        predicted, observed = (np.bincount(place, x, BINS)[full] / counts[full] for x in (scores, labels))
         label = f"{name} (mean calibration error {measured.tables[name].loc['mean', 'calibration_error']:.2f})"
         top.plot(predicted, observed, "o-", color=colour, label=label)
         bottom.stairs(counts, edges, color=colour, fill=name == "base", alpha=0.5 if name == "base" else 1.0, lw=1.5)
@@ -118,15 +110,12 @@ def calibration(measured: Measurement, bins: int = 10, fewest: int = 20) -> Figu
 def decision_curves(measured: Measurement) -> Figure:
     """Net benefit of acting as each model says, on everybody and on nobody, one panel for each finding."""
     assert measured.clinical is not None
-    figure, panels = _panels()
-    for k, (axes, finding) in enumerate(zip(panels, FINDINGS, strict=True)):
+    figure, panels = _panels("probability from which one acts", "net benefit")
+    for k, axes in enumerate(panels):
         for name, curve in measured.clinical.curves.items():
             axes.plot(GRID, curve[:, k], color=COLOURS.get(name, "0.6"), lw=1.4, label=name)
         axes.axhline(0, color="black", ls=":", lw=1, label="nobody")
-        axes.set_title(finding, fontsize=8.5)
         axes.set_ylim(bottom=-0.05)  # acting on everybody falls far below
-    figure.supxlabel("probability from which one acts")
-    figure.supylabel("net benefit")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=4, frameon=False)
     return figure
 
@@ -148,11 +137,10 @@ def prompt_sensitivity(measured: Measurement) -> Figure:
     return figure
 
 
-def score_histograms(measured: Measurement, model: str = "adapted", bins: int = 25) -> Figure:
-    """Scores of studies with and without each finding, and the threshold from validation."""
-    figure, panels = _panels()
-    table, scores = measured.tables[model], measured.scores[model]
-    edges = np.linspace(0, 1, bins + 1)
+def score_histograms(measured: Measurement) -> Figure:
+    """Scores of the adapted model for studies with and without each finding, and the threshold from validation."""
+    figure, panels = _panels("probability given by the adapted model", "share of studies")
+    table, scores, edges = measured.tables["adapted"], measured.scores["adapted"], np.linspace(0, 1, 26)
     for k, (axes, finding) in enumerate(zip(panels, FINDINGS, strict=True)):
         for value, colour, label in ((0, "0.45", "without the finding"), (1, COLOURS["adapted"], "with it")):
             chosen = scores[measured.labels[:, k] == value, k]
@@ -160,8 +148,5 @@ def score_histograms(measured: Measurement, model: str = "adapted", bins: int = 
                 counts = np.histogram(chosen, edges)[0] / len(chosen)
                 axes.stairs(counts, edges, color=colour, fill=value == 0, alpha=0.45 if value == 0 else 1, label=label)
         axes.axvline(table.loc[finding, "threshold"], color="black", ls="--", lw=1, label="threshold (validation)")
-        axes.set_title(finding, fontsize=8.5)
-    figure.supxlabel(f"probability given by the {model} model")
-    figure.supylabel("share of studies")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper right", ncols=3, frameon=False)
     return figure

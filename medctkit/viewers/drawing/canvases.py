@@ -8,10 +8,14 @@ import io
 import os
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from importlib.util import find_spec
+from typing import Any
+from unittest.mock import patch
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+import ipywidgets as w
+from IPython import get_ipython
+from matplotlib.figure import Figure
+from PIL.Image import Image
 
 KINDS = ("ipympl", "plain")
 
@@ -22,16 +26,12 @@ def kind_that_works() -> str:
     Outside a kernel nobody could click; Colab shows widgets other than ipywidgets' own only after its custom widget
     manager is switched on, which can't be asked from here.
     """
-    from importlib.util import find_spec
-
-    from IPython import get_ipython
-
     in_kernel = getattr(get_ipython(), "kernel", None) is not None
     in_colab = "COLAB_RELEASE_TAG" in os.environ
     return "ipympl" if in_kernel and not in_colab and find_spec("ipympl") is not None else "plain"
 
 
-def jpeg(picture: "Image") -> bytes:
+def jpeg(picture: Image) -> bytes:
     """A picture (PIL image) for the screen: at this quality no difference can be seen, in a tenth of PNG's time."""
     buffer = io.BytesIO()
     picture.save(buffer, "jpeg", quality=95, subsampling=0)
@@ -42,12 +42,10 @@ class PlainCanvas:
     """An `ipywidgets.Image`: works wherever ipywidgets do, hears nothing."""
 
     def __init__(self) -> None:
-        import ipywidgets as w
-
         # not stretched, and smaller where the page is narrower
         self.widget = w.Image(format="jpeg", layout={"align_self": "flex-start", "max_width": "100%"})
 
-    def show(self, picture: "Image") -> None:
+    def show(self, picture: Image) -> None:
         """Show a picture (PIL image)."""
         self.widget.value = jpeg(picture)
 
@@ -59,15 +57,12 @@ class PlainCanvas:
 class MouseCanvas:
     """An ipympl canvas that shows one picture and tells of what happens over it.
 
-    Args:
-        on_event: called with "press", "drag", "level", "hover", "scroll", "zoom" or "key"; x and y in pixels of the
-            picture from its upper left corner; and what belongs to it: +1 or -1 for the wheel, alone or with control;
-            for "level", a drag with the right button, the pixels (x, y) since the last; the key's name; else None.
+    `on_event` is called with "press", "drag", "level", "hover", "scroll", "zoom" or "key"; x and y in pixels of the
+    picture from its upper left corner; and what belongs to it: +1 or -1 for the wheel, alone or with control; for
+    "level", a drag with the right button, the pixels (x, y) since the last; the key's name; else None.
     """
 
     def __init__(self, on_event: Callable[[str, float, float, Any], None]):
-        from matplotlib.figure import Figure
-
         canvas, manager = _ipympl()
         self._figure, self._on_event = Figure(), on_event
         self.widget = canvas(self._figure)
@@ -76,13 +71,12 @@ class MouseCanvas:
         self.widget.layout.align_self = "flex-start"
         self._manager, self._last = manager(self.widget, 0), (0.0, 0.0)
         self.widget.mpl_disconnect(self._manager.key_press_handler_id)  # matplotlib's own keys: q would close it
-        for name, react in (
-            ("button_press_event", self._press), ("motion_notify_event", self._move), ("scroll_event", self._scroll),
-            ("key_press_event", self._key),
-        ):  # fmt: skip
-            self.widget.mpl_connect(name, react)
+        self.widget.mpl_connect("button_press_event", self._press)
+        self.widget.mpl_connect("motion_notify_event", self._move)
+        self.widget.mpl_connect("scroll_event", self._scroll)
+        self.widget.mpl_connect("key_press_event", self._key)
 
-    def show(self, picture: "Image") -> None:
+    def show(self, picture: Image) -> None:
         """Show a picture (PIL image)."""
         known = self.widget.picture
         self.widget.picture = picture
@@ -126,8 +120,6 @@ class MouseCanvas:
 @lru_cache
 def _ipympl() -> tuple[Any, Any]:
     """Canvas and manager classes, made on first use, as importing ipympl takes a moment."""
-    from unittest.mock import patch
-
     with patch("matplotlib.use"):  # ipympl makes itself the backend of all figures when it is imported
         from ipympl.backend_nbagg import Canvas, FigureManager
 
@@ -137,7 +129,7 @@ def _ipympl() -> tuple[Any, Any]:
         That saves drawing it through Agg and compressing it as PNG, which alone takes 100 ms for a noisy CT.
         """
 
-        picture: "Image | None" = None
+        picture: Image | None = None
 
         def draw(self) -> None:
             self._png_is_old = True

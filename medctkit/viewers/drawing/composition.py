@@ -5,7 +5,9 @@ A `Composition` also knows which voxel lies under which pixel, so that a click m
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from PIL import Image, ImageDraw
 
 from medctkit.viewers.drawing.rendering import (
     PLANES,
@@ -21,9 +23,6 @@ from medctkit.viewers.drawing.rendering import (
     slice_mm,
 )
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 GAP = 6  # pixels between panels
 WIDEST = 2.35  # heights: how wide a row of panels may be; 360 pixels fit JupyterLab on a small screen
 LARGE, SINGLE = 1.5, 1.8  # heights: the first of three planes, a single plane
@@ -36,25 +35,15 @@ _LINE = 22  # pixels: a line of the legend
 
 @dataclass(frozen=True)
 class Panel:
-    """Where a slice lies in the picture.
+    """Where a slice lies in the picture."""
 
-    Attributes:
-        scan: 0, or 1 for the second of two scans.
-        plane: "axial", "coronal" or "sagittal".
-        left: first column of pixels.
-        top: first row of pixels.
-        size: width and height in pixels.
-        shape: of the scan, voxels (d, h, w).
-        view: left, top, right and bottom of what is shown of the slice, as shares.
-    """
-
-    scan: int
+    scan: int  # 0, or 1 for the second of two
     plane: str
-    left: int
+    left: int  # first column and row of pixels
     top: int
-    size: tuple[int, int]
-    shape: Voxel
-    view: tuple[float, float, float, float] = WHOLE
+    size: tuple[int, int]  # width and height in pixels
+    shape: Voxel  # of the scan, (d, h, w)
+    view: tuple[float, float, float, float] = WHOLE  # left, top, right and bottom of what is shown, as shares
 
     @property
     def axes(self) -> tuple[int, int]:
@@ -93,16 +82,11 @@ class Composition:
     """The slices of one or two scans in one picture.
 
     Of three planes of a scan the first is large, with the others beside it; of two scans each makes a row, all at the
-    same scale. A single plane is large, and two scans lie side by side. The slices that were drawn last are kept, one
-    for each panel, so that only what changed is drawn again.
+    same scale. A single plane is large, and two scans lie side by side. A panel in a row has the `height`, in pixels,
+    or less where the row would be more than 2.35 times as wide; the first of three is 1.5 times as tall, a single plane
+    1.8 times. Above a `zoom` of 1 it shows that many times less, around the `voxels` (d, h, w), one for each scan.
 
-    Args:
-        scans: one or two.
-        planes: which to show.
-        height: of a panel in a row, in pixels; less where a row would be more than 2.35 times as wide. The first of
-            three is 1.5 times as tall, a single plane 1.8 times.
-        zoom: 1 for whole slices; of all panels.
-        voxels: for each scan the voxel (d, h, w) to zoom to.
+    The slices that were drawn last are kept, one for each panel, so that only what changed is drawn again.
     """
 
     def __init__(
@@ -117,7 +101,7 @@ class Composition:
         self.panels, self.size = _arranged(self.scans, tuple(planes), height)
         if zoom > 1:
             self.panels = tuple(panel.zoomed(zoom, voxels[panel.scan]) for panel in self.panels)
-        self._drawn: dict[Panel, tuple[Any, Image]] = {}
+        self._drawn: dict[Panel, tuple[Any, Image.Image]] = {}
 
     def panel_at(self, x: float, y: float) -> Panel | None:
         """The panel at a place of the picture, pixels from its upper left corner."""
@@ -130,16 +114,8 @@ class Composition:
         """Whether the voxel (d, h, w) of each scan can be seen in all of its panels."""
         return all(self.panel_at(*panel.place(voxels[panel.scan])) == panel for panel in self.panels)
 
-    def picture(self, voxels: Sequence[Voxel], look: Look, crosshair: bool = True) -> "Image":
-        """The picture (PIL image, RGB).
-
-        Args:
-            voxels: for each scan the voxel (d, h, w) that the slices go through.
-            look: how to draw; masks and heat map are those of the first scan.
-            crosshair: mark the voxel in each slice.
-        """
-        from PIL import Image
-
+    def picture(self, voxels: Sequence[Voxel], look: Look, crosshair: bool = True) -> Image.Image:
+        """The picture (PIL image, RGB) through a voxel (d, h, w) of each scan; masks and map are the first one's."""
         legend = _legend(look, self.scans[0], self.size[0])
         wide, tall = self.size
         picture = Image.new("RGB", (wide, tall + (legend.size[1] if legend else 0)), _GROUND)
@@ -152,7 +128,7 @@ class Composition:
             picture.paste(legend, (0, tall))
         return picture
 
-    def _slice(self, panel: Panel, index: int, look: Look) -> "Image":
+    def _slice(self, panel: Panel, index: int, look: Look) -> Image.Image:
         scan = self.scans[panel.scan]
         if panel.scan:
             look = Look(look.window)
@@ -203,9 +179,7 @@ def _first_large(
     return tuple(panels), (right, below)
 
 
-def _draw_crosshair(picture: "Image", panel: Panel, voxel: Voxel) -> None:
-    from PIL import ImageDraw
-
+def _draw_crosshair(picture: Image.Image, panel: Panel, voxel: Voxel) -> None:
     draw, (x, y) = ImageDraw.Draw(picture), map(round, panel.place(voxel))
     if not (0 <= x - panel.left < panel.size[0] and 0 <= y - panel.top < panel.size[1]):
         return  # zoomed past it
@@ -219,10 +193,8 @@ def _draw_crosshair(picture: "Image", panel: Panel, voxel: Voxel) -> None:
             draw.line([(x, low), (x, high)], CROSSHAIR)
 
 
-def _legend(look: Look, scan: Scan, width: int) -> "Image | None":
+def _legend(look: Look, scan: Scan, width: int) -> Image.Image | None:
     """The heat map's colours with their limits and the masks' colours, as a picture; None where there is neither."""
-    from PIL import Image, ImageDraw
-
     written, entries = font(12), []
     if look.heat_map is not None:
         low, high = look.heat_map.limits

@@ -17,7 +17,7 @@ HELP = {
     "+, -, 0": "zoom in, zoom out, whole slices",
     "d, r, x": "measure a distance; a region; no more",
     "s": f"slab: {', '.join(SLABS)}",
-    "c, m": "crosshair, masks: on or off",
+    "c, m": "crosshair, all masks: on or off",
     "?": "this list",
 }
 NO_MOUSE = """Here the picture hears neither mouse nor keys; sliders and lists do all of it. To measure, move the

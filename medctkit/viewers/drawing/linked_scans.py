@@ -14,18 +14,7 @@ class LinkedScans:
 
     Where one of the two scanned boxes lies within the other (before and after pre-processing, two series of a patient)
     both show the same patient coordinates. Else they are of two patients, or nobody knows where these lay, and both
-    show the same distance from the middle of their scan.
-
-    Args:
-        volume: any orientation.
-        masks: those of `volume`.
-        other: the second volume.
-        names: what to call the two.
-
-    Attributes:
-        scans: one or two.
-        offsets: what to add to patient coordinates of the first to come to the same place in each, (3,) mm.
-        how: by what the two are linked, in words.
+    show the same distance from the middle of their scan; `how` says which. The `masks` are those of the first.
 
     Raises:
         TypeError: not a CTVolume.
@@ -41,6 +30,7 @@ class LinkedScans:
     ):
         names = list(names or ("first scan", "second scan")[: 0 if other is None else 2])
         self.scans: tuple[Scan, ...] = (Scan.of(volume, masks, *names[:1]),)
+        # what to add to patient coordinates of the first to come to the same place in each, (3,) mm
         self.offsets, self.how = [np.zeros(3)] * 2, "linked by patient coordinates"
         if other is None:
             return
@@ -87,11 +77,7 @@ def _one_within_the_other(first: Scan, second: Scan) -> bool:
 
 
 def heat_maps_of(heat_maps: Mapping[str, HeatMap] | None) -> dict[str, HeatMap]:
-    """Named maps, each of which is one.
-
-    Raises:
-        TypeError: not a HeatMap.
-    """
+    """Named maps, refused unless each is a HeatMap."""
     for name, heat_map in (heat_maps or {}).items():
         if not isinstance(heat_map, HeatMap):
             raise TypeError(

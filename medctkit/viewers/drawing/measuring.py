@@ -2,15 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import ImageDraw
+from PIL.Image import Image
 
 from medctkit.viewers.drawing.composition import Panel
 from medctkit.viewers.drawing.rendering import PLANES, Scan, Voxel, font
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 TOOLS = ("crosshair", "distance", "region")
 _COLOUR = (86, 222, 120)
@@ -18,19 +16,12 @@ _COLOUR = (86, 222, 120)
 
 @dataclass(frozen=True)
 class Ruler:
-    """Measures between two voxels (d, h, w): a straight line in space, or the ellipse in their rectangle.
+    """Measures between two voxels (d, h, w): a straight line in space, or the ellipse in their rectangle."""
 
-    Attributes:
-        tool: "distance" or "region".
-        start: one end of the line, or a corner of the rectangle around the ellipse.
-        end: the other; the ellipse lies in its slice.
-        plane: of the ellipse.
-    """
-
-    tool: str
+    tool: str  # "distance" or "region"
     start: Voxel
-    end: Voxel
-    plane: str
+    end: Voxel  # the ellipse lies in its slice
+    plane: str  # of the ellipse
 
     def distance(self, scan: Scan) -> float:
         """From middle to middle, mm; right to a voxel."""
@@ -38,14 +29,11 @@ class Ruler:
 
     def inside(self, scan: Scan) -> np.ndarray:
         """HU of the voxels whose middles lie in the ellipse, (n,); at least one."""
-        axes = [axis for axis in range(3) if axis != PLANES[self.plane]]
-        hu = np.moveaxis(scan.volume.hu, PLANES[self.plane], 0)[self.end[PLANES[self.plane]]]
-        away = [
-            (np.arange(n) - (self.start[axis] + self.end[axis]) / 2)
-            / ((abs(self.end[axis] - self.start[axis]) + 1) / 2)
-            for n, axis in zip(hu.shape, axes, strict=True)
-        ]
-        return hu[away[0][:, None] ** 2 + away[1] ** 2 <= 1]
+        axis = PLANES[self.plane]
+        hu = np.moveaxis(scan.volume.hu, axis, 0)[self.end[axis]]
+        start, end = (np.delete(voxel, axis) for voxel in (self.start, self.end))
+        middle, half = ((start + end) / 2)[:, None, None], ((abs(end - start) + 1) / 2)[:, None, None]
+        return hu[(((np.indices(hu.shape) - middle) / half) ** 2).sum(0) <= 1]
 
     def described(self, scan: Scan) -> str:
         """The distance; or size, mean and standard deviation of the region, in words."""
@@ -58,10 +46,8 @@ class Ruler:
             f"deviation {hu.std():.0f} HU, {hu.min():.0f} to {hu.max():.0f} HU"
         )
 
-    def draw(self, picture: "Image", panels: Sequence[Panel], scan: Scan) -> None:
+    def draw(self, picture: Image, panels: Sequence[Panel], scan: Scan) -> None:
         """Draw it over a picture: a line in all panels of the first scan, an ellipse in its plane's."""
-        from PIL import ImageDraw
-
         for panel in panels:
             if panel.scan or (self.tool == "region" and panel.plane != self.plane):
                 continue

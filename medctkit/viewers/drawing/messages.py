@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import ipywidgets as w
+
 _TURN = threading.RLock()  # JupyterLab hands events to the kernel on two threads: one callback at a time
 
 
@@ -18,8 +20,6 @@ class Messages:
     """
 
     def __init__(self) -> None:
-        import ipywidgets as w
-
         self.widget, self.text, self._quiet = w.HTML(layout={"display": "none"}), "", False
 
     def say(self, text: str) -> None:
@@ -32,11 +32,9 @@ class Messages:
         self.widget.remove_class("medctkit-message").remove_class("medctkit-error")
 
     def guarded(self, react: Callable, keep: bool = False) -> Callable:
-        """A callback that clears the line, does its work, and says here what went wrong.
+        """A callback that clears the line, has `react` called without what the event brings, and says what went wrong.
 
-        Args:
-            react: called without what the event brings.
-            keep: leave what is said now, for what happens without being asked for, such as a moving mouse.
+        With `keep` it leaves what is said now, for what happens without being asked for, such as a moving mouse.
         """
 
         def call(*_: Any) -> None:

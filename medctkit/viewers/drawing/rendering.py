@@ -12,17 +12,16 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
+from PIL import Image, ImageDraw, ImageFont
 
 from medctkit.scans.geometry import CANONICAL, LETTERS, straight_affine
 from medctkit.scans.heat_map import HeatMap
 from medctkit.scans.volumes import CTVolume
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from PIL import ImageFont
-    from PIL.Image import Image
-
     from medctkit.phantom.study import PhantomStudy
 
 Voxel = tuple[int, int, int]  # (d, h, w)
@@ -52,21 +51,15 @@ def window(hu: ArrayLike, centre: float, width: float) -> np.ndarray:
 
 
 def window_of(name_or_pair: Window) -> tuple[float, float]:
-    """Centre and width of a preset ("lung", "mediastinum", "bone") or of a (centre, width) pair.
-
-    Raises:
-        ValueError: neither.
-    """
+    """Centre and width in HU of a preset ("lung", "mediastinum", "bone") or of a (centre, width) pair."""
     if isinstance(name_or_pair, str):
         if name_or_pair not in WINDOWS:
             raise ValueError(f"unknown window {name_or_pair!r}; choose one of {', '.join(WINDOWS)} or (centre, width)")
         return WINDOWS[name_or_pair]
-    if len(name_or_pair) != 2:
-        raise ValueError(f"window {tuple(name_or_pair)}: expected a preset name or (centre, width) in HU")
-    centre, width = map(float, name_or_pair)
-    if not (np.isfinite(centre) and np.isfinite(width) and width > 0):
-        raise ValueError(f"window {(centre, width)}: expected a finite centre and a width above 0, both in HU")
-    return centre, width
+    pair = tuple(map(float, name_or_pair))
+    if len(pair) != 2 or not np.isfinite(pair).all() or pair[1] <= 0:
+        raise ValueError(f"window {pair}: expected a preset, or a finite centre and a width above 0, both in HU")
+    return pair[0], pair[1]
 
 
 def slice_of(array: np.ndarray, plane: str, index: int) -> np.ndarray:
@@ -86,12 +79,7 @@ def slice_of(array: np.ndarray, plane: str, index: int) -> np.ndarray:
 
 
 def slab_of(volume: CTVolume, plane: str, index: int, how: str, thickness: float) -> np.ndarray:
-    """Maximum, minimum or mean HU (rows, columns) through a slab of so many mm around a slice; or the slice itself.
-
-    Raises:
-        ValueError: unknown plane, or `how` none of `SLABS`.
-        IndexError: no such slice.
-    """
+    """Maximum, minimum or mean HU (rows, columns) through a slab of so many mm around a slice; or the slice itself."""
     if how not in SLABS:
         raise ValueError(f"unknown slab {how!r}; choose one of {', '.join(SLABS)}")
     cut = slice_of(volume.hu, plane, index)
@@ -118,19 +106,12 @@ def in_pixels(millimetres: Sequence[float], scale: float) -> tuple[int, int]:
 
 @dataclass(frozen=True, eq=False)
 class Scan:
-    """A volume and its masks, turned to SPL: ready to be drawn. Made with `Scan.of`.
-
-    Attributes:
-        volume: in SPL orientation.
-        masks: boolean arrays (d, h, w).
-        name: what it is called where two scans are shown; may be "".
-        placed: does the affine say where the patient lay? Not if it is only what spacing and orientation give.
-    """
+    """A volume and its masks, turned to SPL: ready to be drawn. Made with `Scan.of`."""
 
     volume: CTVolume
-    masks: Mapping[str, np.ndarray] = field(default_factory=dict)
-    name: str = ""
-    placed: bool = True
+    masks: Mapping[str, np.ndarray] = field(default_factory=dict)  # bool, (d, h, w)
+    name: str = ""  # what it is called where two scans are shown
+    placed: bool = True  # the affine says where the patient lay; not only what spacing and orientation give
 
     @classmethod
     def of(cls, volume: CTVolume, masks: Mapping[str, np.ndarray] | None = None, name: str = "") -> "Scan":
@@ -145,11 +126,8 @@ class Scan:
         turned = {}
         for title, mask in (masks or {}).items():
             if np.shape(mask) != volume.shape:
-                raise ValueError(
-                    f"mask {title!r} has shape {np.shape(mask)}, the volume {volume.shape}: they must be the same"
-                )
-            mask = np.asarray(mask)
-            turned[title] = _turned(mask if mask.dtype == bool else mask != 0, volume.orientation)
+                raise ValueError(f"mask {title!r} has shape {np.shape(mask)}, the volume {volume.shape}: unequal")
+            turned[title] = _turned(np.asarray(mask).astype(bool, copy=False), volume.orientation)
         placed = not np.allclose(volume.affine, straight_affine(volume.spacing, volume.orientation))
         return cls(volume.reoriented(), turned, name, placed)
 
@@ -196,22 +174,14 @@ def _turned(array: np.ndarray, orientation: str) -> np.ndarray:
 
 
 @lru_cache
-def font(size: int) -> "ImageFont.FreeTypeFont | ImageFont.ImageFont":
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """The font of all marks and legends."""
-    from PIL import ImageFont
-
     return ImageFont.load_default(size=size)
 
 
 @lru_cache
 def colour_table(name: str) -> np.ndarray:
-    """The colours (256, 3) of a colour map from its low to its high end.
-
-    Raises:
-        ValueError: not one of `COLOUR_MAPS`.
-    """
-    from matplotlib import colormaps
-
+    """The colours (256, 3) of a colour map out of `COLOUR_MAPS`, from its low to its high end."""
     if name not in COLOUR_MAPS:
         raise ValueError(f"unknown colour map {name!r}; choose one of {', '.join(COLOUR_MAPS)}")
     return colormaps[name](np.arange(256), bytes=True)[:, :3]
@@ -219,27 +189,16 @@ def colour_table(name: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Look:
-    """How slices are drawn.
+    """How slices are drawn."""
 
-    Attributes:
-        window: centre and width, HU.
-        masks: names of the masks that are shown, each in its colour.
-        opacity: of the masks' tint, 0 to 1; their outlines are always drawn.
-        heat_map: laid over the slices.
-        heat_opacity: where the map is highest, 0 to 1.
-        colour_map: one of `COLOUR_MAPS`.
-        slab: one of `SLABS`; masks and heat map stay those of the slice in its middle.
-        thickness: of the slab, mm.
-    """
-
-    window: tuple[float, float] = WINDOWS["lung"]
-    masks: tuple[str, ...] = ()
-    opacity: float = 0.35
+    window: tuple[float, float] = WINDOWS["lung"]  # centre and width, HU
+    masks: tuple[str, ...] = ()  # names of those that are shown
+    opacity: float = 0.35  # of the masks' tint, 0 to 1; their outlines are always drawn
     heat_map: HeatMap | None = None
-    heat_opacity: float = 0.6
+    heat_opacity: float = 0.6  # where the map is highest, 0 to 1
     colour_map: str = COLOUR_MAPS[0]
-    slab: str = SLABS[0]
-    thickness: float = 10.0
+    slab: str = SLABS[0]  # masks and heat map stay those of the slice in its middle
+    thickness: float = 10.0  # of the slab, mm
 
 
 def draw_slice(
@@ -249,20 +208,13 @@ def draw_slice(
     size: tuple[int, int],
     look: Look,
     view: tuple[float, float, float, float] = WHOLE,
-) -> "Image":
-    """A slice as a picture (PIL image, RGB), without text.
+) -> Image.Image:
+    """A slice of a `scan`, the `index` along the `plane`'s axis, as a picture (PIL image, RGB), without text.
 
-    A heat map covers the more the higher its value is: where it is lowest the CT is as it was. Masks lie over it.
-
-    Args:
-        scan: whose slice.
-        plane: "axial", "coronal" or "sagittal".
-        index: along the plane's axis.
-        size: width and height, pixels.
-        look: window, masks, map, slab.
-        view: left, top, right and bottom of what is shown of it, as shares.
+    A heat map covers the more the higher its value is: where it is lowest the CT is as it was. Masks lie over it; the
+    `look` says which. The `size` is width and height, pixels; `view` has left, top, right and bottom of what is shown,
+    as shares.
     """
-    from PIL import Image
 
     def sized(array: np.ndarray, smooth: bool = True) -> Any:
         (tall, wide), (left, top, right, bottom) = array.shape, view
@@ -302,10 +254,8 @@ def heat_share(heat_map: HeatMap, volume: CTVolume, plane: str, index: int, most
     return share if plane == "axial" else share[::-1]
 
 
-def draw_marks(picture: "Image", plane: str, title: str = "", name: str = "") -> None:
+def draw_marks(picture: Image.Image, plane: str, title: str = "", name: str = "") -> None:
     """Write the sides of the patient at the edges of a slice, and what it is in its corners."""
-    from PIL import ImageDraw
-
     draw, (wide, tall) = ImageDraw.Draw(picture), picture.size
     left, right, top, bottom = MARKS[plane]
     for text, at, anchor in (
@@ -327,7 +277,7 @@ def render(
     height: int = 480,
     *,
     heat_map: HeatMap | None = None,
-) -> "Image":
+) -> Image.Image:
     """A slice as a picture (PIL image, RGB), with orientation marks and the right aspect ratio.
 
     Args:
@@ -361,7 +311,7 @@ def largest_slice(mask: np.ndarray) -> int:
     return int(np.asarray(mask).sum(axis=(1, 2)).argmax())
 
 
-def finding_gallery(studies: Sequence["PhantomStudy"], columns: int = 6) -> "Figure":
+def finding_gallery(studies: Sequence["PhantomStudy"], columns: int = 6) -> Figure:
     """Each study's first finding, cut where its mask is largest: lung window above, mediastinal window below.
 
     Raises:

@@ -11,12 +11,14 @@ import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from medctkit.common.atomic import replacing
 from medctkit.common.templates import filled
+from medctkit.scans.heat_map import HeatMap
 from medctkit.viewers.drawing.rendering import (
     MARKS,
     PLANES,
@@ -31,11 +33,6 @@ from medctkit.viewers.drawing.rendering import (
     slice_of,
 )
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from medctkit.scans.heat_map import HeatMap
-
 QUALITY = 50  # of WebP: 240 slices in two windows take 5 MB where the CT is noisy, 3 MB where it is not
 _MAP_POINTS = 48  # a side of a heat map
 _HEIGHT = 448  # of the picture, pixels, or its width where it is wider
@@ -44,15 +41,10 @@ _HEIGHT = 448  # of the picture, pixels, or its width where it is wider
 def write_stack_page(
     path: str | os.PathLike, scan: Scan, plane: str, windows: Mapping[str, tuple[float, float]], look: Look, title: str
 ) -> Path:
-    """Write a stack as a self-contained HTML page; written whole or not at all.
+    """Write a `scan`'s stack in a `plane` to `path`, a self-contained HTML page; written whole or not at all.
 
-    Args:
-        path: the file.
-        scan: what to show.
-        plane: "axial", "coronal" or "sagittal".
-        windows: named (centre, width) in HU to choose from.
-        look: its masks and heat map become layers; its window is not used.
-        title: heading of the page.
+    There are `windows` in HU to choose from; the masks and the heat map of `look` become layers, its window is not
+    used; `title` is the heading.
 
     Raises:
         ValueError: unknown plane.
@@ -103,7 +95,7 @@ def _digest(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _image(picture: "Image", **how: Any) -> str:
+def _image(picture: Image.Image, **how: Any) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, "webp", **how)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -111,18 +103,14 @@ def _image(picture: "Image", **how: Any) -> str:
 
 def _tint(look: Look, scan: Scan, plane: str, index: int) -> str | None:
     """The masks of a slice, one pixel for each voxel, transparent elsewhere; None where there are none."""
-    from PIL import Image
-
     tint = np.zeros((*slice_of(scan.volume.hu, plane, index).shape, 4), np.uint8)
     for name in look.masks:
         tint[slice_of(scan.masks[name], plane, index)] = (*scan.colours[name], 255)
     return _image(Image.fromarray(tint), lossless=True) if tint.any() else None
 
 
-def _heat(look: Look, heat_map: "HeatMap", scan: Scan, plane: str, index: int) -> str:
+def _heat(look: Look, heat_map: HeatMap, scan: Scan, plane: str, index: int) -> str:
     """The heat map of a slice on its coarse grid, the more transparent the lower its value."""
-    from PIL import Image
-
     levels = np.rint(255 * heat_share(heat_map, scan.volume, plane, index, _MAP_POINTS)).astype(np.uint8)
     picture = Image.fromarray(np.dstack([colour_table(look.colour_map)[levels], levels]))
     return _image(picture, quality=QUALITY, alpha_quality=80)
@@ -130,9 +118,9 @@ def _heat(look: Look, heat_map: "HeatMap", scan: Scan, plane: str, index: int) -
 
 def _text(scan: Scan, plane: str, index: int, masks: tuple[str, ...]) -> str:
     """What is said of a slice: its number, where its middle lies, what is marked in it."""
-    middle, last = (np.array(scan.volume.shape) - 1) / 2, scan.volume.shape[PLANES[plane]] - 1
-    middle[PLANES[plane]] = index
-    place = place_of(scan.point_of(middle)).split(", ")[2 - PLANES[plane]]  # a plane moves along one patient axis
+    axis, middle = PLANES[plane], (np.array(scan.volume.shape) - 1) / 2
+    middle[axis] = index
+    place = place_of(scan.point_of(middle)).split(", ")[2 - axis]  # a plane moves along one patient axis
     marked = [name for name in masks if slice_of(scan.masks[name], plane, index).any()]
-    said = f"{plane} slice {index} of 0 to {last}, {place}"
+    said = f"{plane} slice {index} of 0 to {scan.volume.shape[axis] - 1}, {place}"
     return f"{said}; marked: {', '.join(marked)}" if marked else said
