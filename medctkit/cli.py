@@ -193,6 +193,7 @@ def prepare_data(
     from medctkit.cohort import manifest as schema
     from medctkit.cohort.ct_rate import manifest_from_ct_rate
     from medctkit.cohort.prepare import prepare, write_failures
+    from medctkit.model.base_model import preprocess_config_of
 
     failures: list[dict] = []
     if source.is_dir():
@@ -205,7 +206,7 @@ def prepare_data(
         table = schema.load_manifest(source)
     say(f"no patient is in two splits:\n{schema.split_table(table).to_string()}\n")
     rows = table.to_dict("records")
-    wanted = _model_input(model, real=any(map(schema.has_file, rows)))
+    wanted = preprocess_config_of(model or ("released" if any(map(schema.has_file, rows)) else "mini"))
     done = prepare(rows, wanted, output_dir / "prepared", scheduler=scheduler, workers=workers, verify=verify)
     prepared, leaks = schema.without_leaks(done.prepared_rows(table))
     failures += [*done.failures, *leaks]
@@ -224,13 +225,6 @@ def prepare_data(
         if done.left:
             say(f"As nothing else came through, {done.left:,} were not tried.", err=True)
         raise typer.Exit(1)
-
-
-def _model_input(model: str | None, real: bool) -> Any:
-    """What the model of that name or folder wants to see."""
-    from medctkit.model.base_model import preprocess_config_of
-
-    return preprocess_config_of(model or ("released" if real else "mini"))
 
 
 WHAT_TO_DOWNLOAD = """Choose what to fetch; all of CT-RATE is 50,188 volumes of 12 to 162 MB:

@@ -15,7 +15,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import blosc2
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
@@ -93,6 +92,8 @@ class VolumeCache:
 
     def load(self, key: str) -> torch.Tensor | None:
         """A prepared volume, float32 (1, z, x, y); None where there is none or its file is damaged."""
+        import blosc2  # here and not above: a machine that only trains may lack it
+
         try:
             with self._opened(key) as (file, header):
                 values = np.empty(header["shape"], np.float32)
@@ -144,6 +145,8 @@ def _name(slab: int) -> str:
 
 def _compressed(values: np.ndarray) -> bytes:
     """Blosc2: bytes of equal weight side by side, then Zstandard. One thread: several would write in any order."""
+    import blosc2
+
     return blosc2.compress2(
         np.ascontiguousarray(values),
         typesize=2,

@@ -8,12 +8,15 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from pydicom import Dataset, dcmread
 
 from medctkit.cohort.manifest import has_file, is_empty, study_from_row, volume_from_row
 from medctkit.scans.volumes import CTVolume
+
+if TYPE_CHECKING:
+    import pydicom
 
 NODULE = r"Nodule (\d+)"  # in the description of a series
 LEAST_READERS = 2
@@ -48,9 +51,11 @@ def nodule_mask(folder: str | Path, volume: CTVolume) -> np.ndarray:
         FileNotFoundError: no segmentation in the folder.
         ValueError: a segmentation that lies outside of the volume.
     """
+    import pydicom
+
     readers = defaultdict(list)
     for file in sorted(Path(folder).expanduser().rglob("*.dcm")):
-        drawing = dcmread(file)
+        drawing = pydicom.dcmread(file)
         number = re.search(NODULE, drawing.get("SeriesDescription", ""))
         readers[number[1] if number else drawing.SeriesInstanceUID].append(_voxels(drawing, volume, file))
     if not readers:
@@ -63,7 +68,7 @@ def nodule_mask(folder: str | Path, volume: CTVolume) -> np.ndarray:
     return mask
 
 
-def _voxels(drawing: Dataset, volume: CTVolume, file: Path) -> np.ndarray:
+def _voxels(drawing: "pydicom.Dataset", volume: CTVolume, file: Path) -> np.ndarray:
     """Which voxels of the volume (flat indices) a segmentation fills; it has frames for some of the slices only."""
     shared, frames, found = drawing.SharedFunctionalGroupsSequence[0], drawing.PerFrameFunctionalGroupsSequence, []
     pictures, to_index = drawing.pixel_array.reshape(-1, drawing.Rows, drawing.Columns), np.linalg.inv(volume.affine)

@@ -118,10 +118,7 @@ def prepare(
         where, results = f"{workers} of {cores} cores", _on_cores(todo, config, cache, workers)
     print(printable(_announcement(len(todo), len(rows), config, Path(cache_dir).expanduser(), where)))
     busy = []
-    with (
-        closing(results),
-        tqdm(total=len(todo), desc="preparing", unit="volume") as bar,
-    ):
+    with closing(results), tqdm(total=len(todo), desc="preparing", unit="volume") as bar:
         for row, result in results:
             bar.update()
             if "error" in result:

@@ -104,9 +104,8 @@ def _labels(table: pd.DataFrame, studies: Sequence[str]) -> dict[str, dict[str, 
         names = row["rad_chestct"].split(";")
         columns = [column for column in table.columns if column.partition("*")[0] in names]
         if not columns:
-            raise ValueError(
-                f"the labels of RAD-ChestCT have no column {names[0]}*...; got {list(table.columns[:5])} ..."
-            )
+            got = list(table.columns[:5])
+            raise ValueError(f"the labels of RAD-ChestCT have no column {names[0]}*...; got {got} ...")
         present = (table[columns].apply(lambda column: column.astype(float)) > 0).any(axis=1)
         for study, there in present.items():
             found[str(study)] |= dict.fromkeys(row["finding"].split(";"), int(there))

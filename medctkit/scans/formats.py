@@ -7,12 +7,10 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from medctkit.common.text import stand_in
-from medctkit.scans.dicom_files import is_dicom
-from medctkit.scans.dicom_series import read_dicom
 from medctkit.scans.itk import read_itk
-from medctkit.scans.nifti import read_nifti
 from medctkit.scans.numpy_files import read_npz
 from medctkit.scans.stored import NOT_ANALYZE, Stored
 
@@ -47,10 +45,25 @@ def register_reader(reader: Reader) -> None:
     READERS[reader.name] = reader
 
 
-register_reader(Reader("DICOM series", (".zip",), read_dicom, True, ("series", "acquisition", "resample")))
+# pydicom and nibabel are imported when there is something to read: a machine that only trains needs neither
+
+
+def _dicom(*given: Any, **chosen: Any) -> Stored:
+    from medctkit.scans.dicom_series import read_dicom
+
+    return read_dicom(*given, **chosen)
+
+
+def _nifti(*given: Any, **chosen: Any) -> Stored:
+    from medctkit.scans.nifti import read_nifti
+
+    return read_nifti(*given, **chosen)
+
+
+register_reader(Reader("DICOM series", (".zip",), _dicom, True, ("series", "acquisition", "resample")))
 register_reader(Reader("NRRD or MetaImage file", (".nrrd", ".nhdr", ".mha", ".mhd"), read_itk))
 register_reader(Reader("NumPy archive", (".npz",), read_npz, choices=("stored_as",)))
-register_reader(Reader("NIfTI file", (".nii", ".nii.gz"), read_nifti, choices=("stored_as",)))
+register_reader(Reader("NIfTI file", (".nii", ".nii.gz"), _nifti, choices=("stored_as",)))
 
 
 def reader_of(path: Path) -> Reader:
@@ -76,6 +89,8 @@ def reader_of(path: Path) -> Reader:
     if name.endswith((".hdr", ".img", ".hdr.gz", ".img.gz")):
         pair = "half of an Analyze or NIfTI pair (.hdr with .img); save a NIfTI pair as one .nii.gz"
         raise ValueError(f"{path}: {pair}. {NOT_ANALYZE}")
+    from medctkit.scans.dicom_files import is_dicom
+
     if is_dicom(path):
         return READERS["DICOM series"]
     known = (", ".join(("a folder",) * r.folders + r.suffixes) + f" ({r.name})" for r in latest_first)

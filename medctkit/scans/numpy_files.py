@@ -17,7 +17,9 @@ def read_npz(path: Path, spacing: Sequence[float] | None, stored_as: str | None 
     The caller says how large a voxel is, `spacing` (d, h, w) in mm, and how the axes lie, `stored_as` such as "IPL".
     """
     if spacing is None or stored_as is None:
-        raise ValueError("a .npz says neither how large a voxel is nor how it lies; pass spacing=(d, h, w), stored_as=")
+        raise ValueError(
+            "a .npz says neither how large a voxel is nor how it lies; pass spacing=(d, h, w) and stored_as="
+        )
     members = decode(lambda: zipfile.ZipFile(path).infolist())
     if [member.filename.endswith(".npy") for member in members] != [True]:
         raise ValueError(f"holds {[member.filename for member in members]}: expected one array")

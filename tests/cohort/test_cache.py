@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -132,38 +131,14 @@ def test_the_digest_is_of_content_not_of_names(tmp_path):
         digest_of(tmp_path / "c")
 
 
-# --- several processes, a full disk, a killed writer
-
-WRITER = """
-import sys, torch
-from medctkit.cohort.cache import VolumeCache
-cache = VolumeCache(sys.argv[1])
-volume = torch.linspace(-1, 1, 24 * 40 * 40).view(1, 24, 40, 40)
-for _ in range(int(sys.argv[2])):
-    cache.save("k", volume)
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_at_once_do_no_harm(cache):
-    writers = [subprocess.Popen([sys.executable, "-c", WRITER, cache.folder, "60"]) for _ in range(2)]
-    expected = torch.linspace(-1, 1, 24 * 40 * 40).view(1, 24, 40, 40)
-    seen = 0
-    while any(writer.poll() is None for writer in writers):
-        if cache.path("k").exists():
-            found = cache.load("k")
-            assert found is not None and (found - expected).abs().max() <= 0.5 / STEPS
-            seen += 1
-    assert [writer.returncode for writer in writers] == [0, 0] and seen
-    assert [file.name for file in cache.folder.iterdir()] == ["k.safetensors"]
-
+# --- a full disk, a killed writer
 
 FULL = """
-import errno, resource, sys
+import resource, sys, torch
+from medctkit.cohort.cache import VolumeCache
 resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, 2_000))  # a real error from the system, in the middle of the file
-sys.argv[2] = "1"
 try:
-    exec(sys.argv[3])
+    VolumeCache(sys.argv[1]).save("k", torch.linspace(-1, 1, 24 * 40 * 40).view(1, 24, 40, 40))
 except OSError as error:
     sys.exit(error.errno)
 """
@@ -172,7 +147,7 @@ except OSError as error:
 def test_a_full_disk_leaves_no_half_file(cache):
     VolumeCache(cache.folder).save("k", volume())
     before = cache.path("k").read_bytes()
-    full = subprocess.run([sys.executable, "-c", FULL, cache.folder, "1", WRITER], capture_output=True, text=True)
+    full = subprocess.run([sys.executable, "-c", FULL, cache.folder], capture_output=True, text=True)
     assert full.returncode == errno.EFBIG, full.stderr
     assert [file.name for file in cache.folder.iterdir()] == ["k.safetensors"]
     assert cache.path("k").read_bytes() == before, "the file that was there is gone"
@@ -187,10 +162,3 @@ def test_what_killed_writers_left_is_swept_up_the_rest_stays(cache):
     cache.sweep()
     assert {file.name for file in cache.folder.iterdir()} == {"k.safetensors", fresh.name}
     VolumeCache(cache.folder / "none").sweep()
-
-
-def test_threads_may_read_one_file_together(cache):
-    cache.save("k", volume((1, 16, 32, 32)))
-    expected = cache.load("k")
-    with ThreadPoolExecutor(4) as pool:
-        assert all(torch.equal(found, expected) for found in pool.map(cache.load, ["k"] * 80))

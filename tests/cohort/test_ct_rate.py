@@ -292,21 +292,6 @@ def test_tables_of_a_split_that_is_not_there_are_not_asked_for(root):
     assert set(table["split"]) == {"test"}
 
 
-def test_tables_that_a_spreadsheet_saved_again_are_read(root):
-    expected, _ = manifest_from_ct_rate(root, 1)
-    for split in TABLES:
-        for kind in ("labels", "metadata", "reports"):
-            file = table_file(root, split, kind)
-            rows = read(file)
-            for row in rows if kind == "metadata" else []:
-                row["ZSpacing"] = row["ZSpacing"].replace(".", ",")
-            pd.DataFrame(rows).to_csv(file, sep=";", index=False, encoding="utf-8-sig", lineterminator="\r\n")
-        list_file = table_file(root, split, "no_chest")
-        list_file.write_bytes(b"\xef\xbb\xbf" + list_file.read_bytes().replace(b"\n", b"\r\n"))
-    found, _ = manifest_from_ct_rate(root, 1)
-    pd.testing.assert_frame_equal(found, expected)
-
-
 # --- splits -------------------------------------------------------------------------------------------------
 
 

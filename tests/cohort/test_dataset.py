@@ -7,7 +7,6 @@ import torch
 from scan_files import chest, write_nifti
 from torch.utils.data import DataLoader
 
-from medctkit.cohort import cache
 from medctkit.cohort.cache import STEPS, VolumeCache, content_of, digest_of
 from medctkit.cohort.dataset import CTReportDataset, collate, prepared_dir
 from medctkit.cohort.manifest import load_manifest, study_from_row
@@ -100,19 +99,6 @@ def test_the_home_folder_is_found(rows, tmp_path, monkeypatch):
     assert content_of(row) == digest_of(tmp_path / "scan.nii")
     (tmp_path / "names.txt").write_text("valid_1\n")
     assert study_names(["~/names.txt"]) == ["valid_1"]
-
-
-def test_a_file_is_hashed_once_and_then_needed_no_more(rows, tmp_path, monkeypatch):
-    scan = write_nifti(tmp_path / "scan.nii.gz", chest())
-    table = rows.head(1).assign(path=str(scan), checksum="", seed=None)
-    dataset, other = (CTReportDataset(table, MINI, tmp_path / "cache") for _ in range(2))
-    dataset.prepare(workers=1)
-    assert dataset.rows[0]["checksum"] == digest_of(scan)
-    first = other[0]["pixel_values"]  # prepared by another, hashed by this one
-    monkeypatch.setattr(cache, "digest_of", lambda path: pytest.fail(f"{path} was hashed again"))
-    scan.unlink()
-    assert first.max() > -1
-    assert torch.equal(dataset[0]["pixel_values"], first) and torch.equal(other[0]["pixel_values"], first)
 
 
 def test_studies_that_cannot_be_prepared_are_listed(rows, tmp_path):

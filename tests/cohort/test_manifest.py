@@ -26,7 +26,7 @@ from medctkit.cohort.manifest import (
     write_manifest,
 )
 from medctkit.common.text import folded
-from medctkit.findings import FINDINGS, PREVALENCE
+from medctkit.findings import FINDINGS
 
 SHIPPED = Path(__file__).resolve().parents[2] / "data_manifest.csv"
 
@@ -87,12 +87,6 @@ def test_the_shipped_cohort_is_written_byte_for_byte(table, tmp_path):
 def test_rows_can_be_made_again_byte_for_byte(table):
     for _, row in table.sample(6, random_state=0).iterrows():
         verify_row(row)
-
-
-def test_prevalences_are_near_those_of_ct_rate(table):
-    share = table.drop_duplicates(["patient", "scan"])[list(FINDINGS)].mean()
-    for name in FINDINGS:
-        assert abs(share[name] - PREVALENCE[name]) < 0.06, name
 
 
 def test_a_small_cohort_is_the_same_however_many_workers(table, tmp_path):
@@ -315,28 +309,14 @@ def test_two_spellings_of_one_patient_are_one_patient(tmp_path, other):
     assert other == "007 " or "there '007'" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        ("Jos\xe9", "Jose\u0301"),
-        ("M\xfcller", "MULLER"),
-        ("P-7", "p\u20117"),
-        ("P-7", "\u0420-007"),  # Cyrillic
-        ("DOE^JOHN", "doe^john"),
-        ("a b", "a\xa0 b"),
-        ("stra\xdfe", "STRASSE"),
-    ],
-)
-def test_names_that_look_alike(one, other):
-    assert folded(one) == folded(other)
+ALIKE = [("Jos\xe9", "Jose\u0301"), ("M\xfcller", "MULLER"), ("P-7", "p\u20117"), ("P-7", "\u0420-007")]  # Cyrillic
+ALIKE += [("DOE^JOHN", "doe^john"), ("a b", "a\xa0 b"), ("stra\xdfe", "STRASSE")]
+UNLIKE = [("p1", "p10"), ("1-11", "11-1"), ("1.2.840.0", "1.2.840"), ("1.05", "1.5"), ("\u0e01\u0e48", "\u0e01\u0e49")]
 
 
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [("p1", "p10"), ("1-11", "11-1"), ("1.2.840.0", "1.2.840"), ("1.05", "1.5"), ("\u0e01\u0e48", "\u0e01\u0e49")],
-)
-def test_names_that_differ(one, other):
-    assert folded(one) != folded(other)
+@pytest.mark.parametrize(("one", "other"), ALIKE + UNLIKE)
+def test_names_that_look_alike_are_one_and_others_are_not(one, other):
+    assert (folded(one) == folded(other)) == ((one, other) in ALIKE)
 
 
 @pytest.mark.parametrize("link", ["symlink_to", "hardlink_to"])
@@ -431,13 +411,6 @@ def test_what_has_one_meaning_is_read(tmp_path, content):
     plain = loaded(tmp_path, as_csv(number_style(TWIN_ROWS, "1")), "plain.csv")
     pd.testing.assert_frame_equal(found, plain)
     assert found["Emphysema"].tolist() == [1] * 4 and found["rescale_slope"].tolist() == [1] * 4
-
-
-def test_reports_keep_their_line_breaks_quotes_and_letters(tmp_path):
-    rows = real_rows()
-    rows[3]["report"] = 'First line,\nsecond "line"; ş, ğ, ü, 5" nodule.\n'
-    found = loaded(tmp_path, as_csv(rows))
-    assert found["report"][3] == rows[3]["report"]
 
 
 def with_cell(row, column, value):

@@ -5,12 +5,9 @@ import os
 import shutil
 import signal
 import sys
-import threading
-import time
 import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +16,7 @@ import torch
 from scan_files import SPACING, chest, write_dicom, write_nifti
 
 from medctkit.cohort import prepare as preparing
-from medctkit.cohort.cache import VolumeCache, content_of, digest_of, key_of
+from medctkit.cohort.cache import VolumeCache, digest_of, key_of
 from medctkit.cohort.manifest import load_manifest
 from medctkit.cohort.prepare import prepare
 from medctkit.findings import FINDINGS
@@ -69,27 +66,6 @@ def test_a_scheduler_needs_dask(phantoms, tmp_path, monkeypatch):
         prepare(phantoms[:2], SMALL, tmp_path, scheduler="tcp://127.0.0.1:9")
 
 
-def test_no_port_is_opened_to_prepare_on_this_machine(phantoms, tmp_path, monkeypatch):
-    import psutil
-
-    def listening():
-        processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
-        found = [c for process in processes for c in process.net_connections("inet")]
-        return {c.laddr for c in found if c.status == psutil.CONN_LISTEN}
-
-    pool, before, seen = preparing.worker_pool, listening(), set()
-
-    @contextmanager
-    def looking(*arguments):
-        with pool(*arguments) as found:
-            yield found
-            seen.update(listening())
-
-    monkeypatch.setattr(preparing, "worker_pool", looking)
-    assert prepare(phantoms[:3], SMALL, tmp_path, workers=2).made == 3
-    assert seen <= before
-
-
 @pytest.mark.parametrize("told", ["plain", "as damage"])
 def test_a_full_disk_ends_the_run_and_names_both_disks(phantoms, tmp_path, monkeypatch, told):
     def full(*_):
@@ -135,38 +111,6 @@ def test_stopping_and_starting_again_does_only_what_is_missing(phantoms, tmp_pat
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
     third = prepare(phantoms[:7], SMALL, tmp_path, scheduler="nobody is asked")
     assert third.made == 0 and third.contents == again.contents and not capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_a_killed_worker_loses_nothing(phantoms, tmp_path):
-    from distributed import Client, LocalCluster
-
-    found = {}
-    with (
-        LocalCluster(
-            n_workers=2,
-            threads_per_worker=1,
-            host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",
-            silence_logs="CRITICAL",
-        ) as own,
-        Client(own) as client,
-    ):
-        run = threading.Thread(
-            target=lambda: found.update(done=prepare(phantoms, MINI, tmp_path, scheduler=own.scheduler_address))
-        )
-        run.start()
-        while not files(tmp_path):
-            time.sleep(0.01)
-        victim = next(iter(client.run(os.getpid).values()))
-        os.kill(victim, signal.SIGKILL)
-        run.join()
-        assert victim not in client.run(os.getpid).values()
-    done = found["done"]
-    assert len(done.contents) == len(phantoms) and not done.failures
-    cache = VolumeCache(tmp_path)
-    assert all(cache.load(key_of(row, content_of(row), MINI)) is not None for row in phantoms)
-    assert len(files(tmp_path)) == len(phantoms)
 
 
 @pytest.mark.slow
@@ -225,31 +169,6 @@ def test_folders_and_zips_of_dicom_are_volumes_too(tmp_path):
     volumes = [cache.load(key_of(row, done.contents[row["study"]], SMALL)) for row in rows]
     assert torch.equal(volumes[0], volumes[1]) and torch.equal(volumes[0], volumes[2])
     assert prepare(rows, SMALL, tmp_path / "cache", scheduler="nobody is asked").made == 0
-
-
-@pytest.mark.slow
-def test_a_full_disk_stops_the_run_and_leaves_no_half_file(phantoms, cluster, tmp_path):
-    from distributed import Client
-
-    def limit(size):
-        import resource
-
-        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size if size else hard, hard))
-
-    assert prepare(phantoms[:2], SMALL, tmp_path, scheduler=cluster.scheduler_address).made == 2
-    before = files(tmp_path)
-    with Client(cluster) as client:
-        client.run(limit, min(map(len, before.values())) // 2)  # the system itself refuses to write more
-        try:
-            with pytest.raises(OSError, match="no room left .* What is prepared is whole; make room") as caught:
-                prepare(phantoms[:6], SMALL, tmp_path, scheduler=cluster.scheduler_address)
-            assert files(tmp_path) == before
-        finally:
-            client.run(limit, 0)
-    assert caught.value.errno == errno.EFBIG
-    assert len(prepare(phantoms[:6], SMALL, tmp_path, scheduler=cluster.scheduler_address).contents) == 6
-    assert len(files(tmp_path)) == 6 and not list(tmp_path.glob(".*.tmp"))
 
 
 def test_a_disk_without_room_is_seen_before_anything_starts(phantoms, tmp_path, monkeypatch):

@@ -178,10 +178,3 @@ def test_stopping_by_keyboard_says_how_to_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr(preparing, "prepare", interrupted)
     result = run(own_manifest(tmp_path), tmp_path / "out", "--model", "mini")
     assert result.exit_code == 130 and "the same command goes on from here" in result.output
-
-
-@pytest.mark.parametrize(("model", "expected"), [(None, "mini"), ("released", "released"), ("mini", "mini")])
-def test_models_by_name(model, expected):
-    config = cli._model_input(model, real=False)
-    assert config == {"mini": MINI, "released": PreprocessConfig()}[expected]
-    assert cli._model_input(None, real=True) == PreprocessConfig()
