@@ -1,4 +1,7 @@
-"""This process's device, and the processes that work beside it."""
+"""This process's device, and the processes that work beside it.
+
+Every process of a `worker_pool` imports this module: what takes long to import stands where it is needed.
+"""
 
 import os
 import signal
@@ -8,18 +11,15 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import is_tensorboard_available
-from torch import distributed as dist
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def accelerator_for(
     mixed_precision: str = "no", output_dir: str | os.PathLike | None = None, tracker: str = "tensorboard"
-) -> Accelerator:
+) -> "Accelerator":
     """This process's device, and the other processes that `accelerate launch` started.
 
     Args:
@@ -31,6 +31,11 @@ def accelerator_for(
     Raises:
         ValueError: a tracker that is not known here, or not installed.
     """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    from accelerate.utils import is_tensorboard_available
+
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision:
         AcceleratorState._reset_state()
     if tracker not in ("none", "tensorboard", *map(str, get_available_trackers())):
@@ -43,6 +48,8 @@ def accelerator_for(
 
 def process_and_processes() -> tuple[int, int]:
     """Which process this is, and of how many that `accelerate launch` started."""
+    from torch import distributed as dist
+
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
@@ -50,6 +57,8 @@ def process_and_processes() -> tuple[int, int]:
 
 def in_main_process(work: Callable[[], Any]) -> Any:
     """What `work` gives in the first process, in all of them; or its error, so that none waits for the others."""
+    from torch import distributed as dist
+
     process, processes = process_and_processes()
     if processes == 1:
         return work()

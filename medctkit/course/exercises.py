@@ -151,7 +151,7 @@ def progress(folder: str | os.PathLike) -> None:
     with replacing(file) as temporary:
         temporary.write_text("\n".join(sorted(solved)), encoding="utf-8")
     marks = {name: "●" if name in solved else "○" for name in sorted(_REGISTERED)}
-    print(f"{list(marks.values()).count('●')} of {len(marks)} exercises of the course solved")
+    print(f"{len(solved & marks.keys())} of {len(marks)} exercises of the course solved")
     print("   ".join(f"{number} {''.join(m for name, m in marks.items() if name[:2] == number)}" for number in CHECKS))
 
 

@@ -30,7 +30,7 @@ from medctkit.lora.adapter import load_adapter, merge_lora
 from medctkit.metrics.bootstrap import RESAMPLES
 from medctkit.metrics.scores import compare, thresholds_from_validation
 from medctkit.model.base_model import BaseModel
-from medctkit.model.fingerprint import digest_of, digests
+from medctkit.model.fingerprint import digest_of_facts, digests
 from medctkit.zero_shot.classifier import ZeroShotClassifier
 from medctkit.zero_shot.prompts import Prompts
 
@@ -106,7 +106,7 @@ def deploy_table(
 
             found = {}
             for name in variants:
-                key = digest_of(known | {"variant": name, "threads": threads})
+                key = digest_of_facts(known | {"variant": name, "threads": threads})
                 found[name] = _kept(folder / "measured" / f"{slug(name)}.npz", key, lambda: measured(name))  # noqa: B023
         scores = {name: classifier.scores_from_embeddings(one["embeds"]) for name, one in found.items()}
         on_valid = classifier.scores_from_embeddings(found[BASE]["valid"])

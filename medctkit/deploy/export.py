@@ -23,7 +23,7 @@ from medctkit.common.provenance import made_with, write_json
 from medctkit.common.templates import filled
 from medctkit.deploy.exported import FACTS, PROMPTS, VISION, Exported
 from medctkit.lora.adapter import merge_lora
-from medctkit.model.fingerprint import digest_of, digests, vocabulary_of
+from medctkit.model.fingerprint import digest_of_facts, digests, vocabulary_of
 from medctkit.model.vision_tower import VisionTransformer
 from medctkit.zero_shot.classifier import ZeroShotClassifier, evaluating
 from medctkit.zero_shot.prompts import Prompts
@@ -81,7 +81,7 @@ def export(
         "base": base, "adapter": adapter, "vocabulary": vocabulary_of(tokenizer),
         "prompts": prompts if isinstance(prompts, str) else "own", "made_with": made_with(0, "none"),
     }  # fmt: skip
-    facts["digest"] = digest_of(facts)
+    facts["digest"] = digest_of_facts(facts)
     with replacing_export(folder) as building:
         difference = (stating - denying).cpu().numpy()
         scale = np.float32(plain.temperature.detach().exp())

@@ -20,7 +20,7 @@ import numpy as np
 from medctkit.common.extras import require
 from medctkit.deploy.export import replacing_export, write_facts
 from medctkit.deploy.exported import OPENVINO, PROMPTS, VISION, Exported
-from medctkit.model.fingerprint import digest_of
+from medctkit.model.fingerprint import digest_of_facts
 
 
 def quantise(folder: str | os.PathLike, out: str | os.PathLike, kind: str) -> Path:
@@ -45,7 +45,7 @@ def quantise(folder: str | os.PathLike, out: str | os.PathLike, kind: str) -> Pa
     if out.resolve() == folder.resolve():
         raise ValueError(f"{out} is what it is made from; give another folder")
     facts = {name: facts[name] for name in facts if name not in ("checked", "digest", "measured")} | {"variant": kind}
-    facts["digest"] = digest_of(facts)
+    facts["digest"] = digest_of_facts(facts)
     with replacing_export(out) as building:
         with _quiet():
             KINDS[kind](folder / VISION, building, facts["digest"])

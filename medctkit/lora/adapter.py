@@ -173,10 +173,10 @@ def load_adapter(
             shapes |= {id(part): type(part)() for part in parts}
         twin = copy.deepcopy(model, shapes)
         twin = twin.unload() if wrapped else twin
-        for field, pattern in patterns.items():
-            setattr(config, field, matching(pattern, [name for name, _ in twin.named_modules()], f"{file}: {field}"))
-            if not getattr(config, field):
-                _refuse_unmatched(twin, {f"of {directory}": re.escape(pattern)})
+        for field, matched in matching(patterns, [name for name, _ in twin.named_modules()], file).items():
+            setattr(config, field, matched)
+            if not matched:
+                _refuse_unmatched(twin, {f"of {directory}": re.escape(patterns[field])})
         try:
             adapted = get_peft_model(twin, copy.deepcopy(config))
         except Exception as error:  # peft raises many

@@ -7,7 +7,7 @@ among others, so only what is checked here gets to peft.
 import json
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import peft
 import regex
 
 KINDS = {"LORA": peft.LoraConfig, "VERA": peft.VeraConfig, "IA3": peft.IA3Config, "OFT": peft.OFTConfig}
-SECONDS = 2.0  # that a pattern may take
+SECONDS = 2.0  # that the patterns of one adapter may take
 _PATTERNS = ("target_modules", "feedforward_modules")
 # What a folder says and no model depends on; an adapter is what its tensors are, however they were begun
 _UNUSED = {"peft_type", "peft_version", "task_type", "inference_mode", "auto_mapping", "revision"}
@@ -116,18 +116,20 @@ def patterns_of(config: peft.PeftConfig) -> dict[str, str]:
     return {field: value for field, value in found.items() if isinstance(value, str) and value != "all-linear"}
 
 
-def matching(pattern: str, names: Iterable[str], source: str) -> list[str]:
-    """Those of the `names` that a pattern out of a file, the `source`, matches as a whole.
+def matching(patterns: Mapping[str, str], names: Sequence[str], file: Path) -> dict[str, list[str]]:
+    """For each of the `patterns_of` the configuration in `file`, those of the `names` that it matches as a whole.
 
     Raises:
         ValueError: no pattern, or one that takes too long.
     """
-    end = time.monotonic() + SECONDS
-    try:
-        within = ((name, max(1e-3, end - time.monotonic())) for name in names)
-        return [name for name, left in within if name and regex.fullmatch(pattern, name, timeout=left)]
-    except (regex.error, TimeoutError, RecursionError) as error:
-        raise ValueError(f"{source} is no usable pattern ({error}): {_short(pattern)}") from None
+    found, end = {}, time.monotonic() + SECONDS
+    for field, pattern in patterns.items():
+        try:
+            within = ((name, max(1e-3, end - time.monotonic())) for name in names)
+            found[field] = [name for name, left in within if name and regex.fullmatch(pattern, name, timeout=left)]
+        except (regex.error, TimeoutError, RecursionError) as error:
+            raise ValueError(f"{file}: {field} is no usable pattern ({error}): {_short(pattern)}") from None
+    return found
 
 
 def _short(value: Any) -> str:

@@ -45,9 +45,9 @@ def vocabulary_of(tokenizer: Any) -> str:
     """Digest of a tokenizer: its words by number, and what it makes of capitals, accents, figures and marks."""
     words = sorted(tokenizer.get_vocab().items()) if hasattr(tokenizer, "get_vocab") else []
     made = tokenizer(["No Pleural effusion; naïve, 3.5 cm (RLL)?"])["input_ids"]
-    return digest_of([words, [list(map(int, ids)) for ids in made]])
+    return digest_of_facts([words, [list(map(int, ids)) for ids in made]])
 
 
-def digest_of(facts: Any) -> str:
+def digest_of_facts(facts: Any) -> str:
     """A digest of what JSON can hold."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]

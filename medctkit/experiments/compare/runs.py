@@ -124,8 +124,8 @@ def sweep(tuned: Job, score: Callable[[Job], float | None]) -> list[Job]:
     """The runs that choose a learning rate and a dialect (`Job.tuned`), as far as is known by now which they are.
 
     From the rates of `METHODS` on, one more at a time beyond the lowest or highest while that one is the best, and
-    below the lowest while all diverge. `score`, on
-    validation studies, is None of a run that is not done yet, and -inf of one that diverged.
+    below the lowest while all diverge. `score`, on validation studies, is None of a run that is not done yet, and -inf
+    of one that diverged.
     """
     found = []
     both = tuned.method in PLACEMENTS and tuned.rank == METHODS[tuned.method].rank
