@@ -9,13 +9,15 @@ So, as CT-ViT was trained to reconstruct before it became CT-CLIP's vision encod
 3. `read`: the text encoder learns to find the volumes whose reports hold a sentence, while images stay as they are
    (locked-image tuning, Zhai et al. 2021, arXiv 2111.07991).
 
+Contrast then teaches the vision encoder. The projection, with a weight for each channel of each place, follows it more
+slowly than 2 finds anew: so 2 and 3 are done again now and then, and at the end.
+
 Labels have no part in it.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -54,17 +56,14 @@ class WarmStart:
     reconstruct_rate: float = 2e-3
     ridge: float = 0.1
     phrases: int = 2_000
-    read_steps: int = 1_000
+    read_steps: int = 600
     read_batch: int = 64
     read_rate: float = 1e-3
 
 
-def warm_start(run: Pretraining) -> None:
-    """Do all of it."""
-    started = time.perf_counter()
-    reconstruct(run)
+def align(run: Pretraining) -> None:
+    """Do 2 and 3: what the vision encoder sees becomes what reports say."""
     read(run, project(run))
-    run.seconds += time.perf_counter() - started
 
 
 def common_phrases(reports: Iterable[str], most: int) -> dict[str, float]:
@@ -117,7 +116,7 @@ def reconstruct(run: Pretraining) -> None:
     learnt = [*vision.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(learnt, betas=(0.9, 0.98))
     vision.train()
-    for step in tqdm(range(1, config.reconstruct_steps + 1), desc="1 of 3, reconstruction", unit="step"):
+    for step in tqdm(range(1, config.reconstruct_steps + 1), desc="reconstruction", unit="step"):
         _set_rate(optimizer, config.reconstruct_rate, step, config.reconstruct_steps)
         if step == config.reconstruct_steps // 2:
             codebook.start(vision, (some(8) for _ in range(16)))
@@ -159,7 +158,7 @@ def project(run: Pretraining) -> torch.Tensor:
     vision, projection = run.model.vision_encoder, run.model.to_visual_latent
     found, generator = [], run.generator("project")
     with evaluating(run.model):
-        for part in tqdm(torch.arange(len(run.train)).split(10), desc="2 of 3, projection", unit="batch"):
+        for part in tqdm(torch.arange(len(run.train)).split(10), desc="projection", unit="batch"):
             found.append(vision(run.moved(part.tolist(), generator)).mean(1).flatten(1))
     features = torch.cat(found)  # (n, k)
     mean, spread = features.mean(0), features.std(0) + 1e-4
@@ -189,10 +188,10 @@ def read(run: Pretraining, embeds: torch.Tensor) -> None:
     optimizer = torch.optim.AdamW(learnt, betas=(0.9, 0.98), weight_decay=0.01)
     model.train()
     generator = run.generator("read")
-    for step in tqdm(range(1, config.read_steps + 1), desc="3 of 3, reading", unit="step"):
+    for step in tqdm(range(1, config.read_steps + 1), desc="reading", unit="step"):
         _set_rate(optimizer, config.read_rate, step, config.read_steps)
         index = torch.randperm(len(embeds), generator=generator)[: config.read_batch]
-        reports = [run.train.report(i, step) for i in index.tolist()]
+        reports = [run.train.report(i, run.step + step) for i in index.tolist()]
         loss = run.sentence_loss(embeds[index], reports) + 0.01 * run.phrase_loss(embeds[index], reports)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learnt, 1.0)

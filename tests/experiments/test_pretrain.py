@@ -15,7 +15,7 @@ from medctkit.experiments.warm_start import BANDS, WarmStart, band_roots, common
 from medctkit.model.base_model import load_mini_base
 
 WARM = WarmStart(reconstruct_steps=2, reconstruct_batch=4, phrases=20, read_steps=2, read_batch=8)
-TINY = PretrainConfig(16, 16, WARM, steps=6, batch_size=8, vocabulary=400)
+TINY = PretrainConfig(16, 16, WARM, steps=6, align_every=3, batch_size=8, vocabulary=400)
 SHAPE = (16, 32, 32)
 VISION = pretrain.MINI_VISION | dict(image_size=32, num_frames=16)
 
