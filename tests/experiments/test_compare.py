@@ -35,6 +35,7 @@ from medctkit.experiments.compare.runs import (
     PLACEMENTS,
     PROBE,
     SETTINGS,
+    SWEEP,
     Job,
     run_job,
     unpacked,
@@ -212,6 +213,15 @@ def test_every_variant_trains(data, tmp_path, monkeypatch, variant):
     assert len(found["history"]) == 2 and not [name for name in found["scores"] if "strength" in name]
 
 
+def test_a_sweep_leaves_test_studies_alone_and_its_best_run_is_scored_without_training_again(data, tmp_path, monkeypatch):
+    swept = run_job(Job(SWEEP, "bitfit", learning_rate=1e-2), data, TOY, tmp_path)
+    assert swept["validation_auroc"] and not {"scores", "auroc", "home", "calibration_error"} & set(swept)
+    monkeypatch.setattr(comparison.torch.Tensor, "backward", None)  # a step would fail
+    found = run_job(Job("methods", "bitfit", learning_rate=1e-2), data, TOY, tmp_path)
+    assert {key: found[key] for key in swept if key != "seconds"} == {k: v for k, v in swept.items() if k != "seconds"}
+    assert set(unpacked(found["scores"])) == {*PROMPTS, "home"}
+
+
 @pytest.mark.parametrize("method", [BASE, PROBE, "bitfit"])
 def test_a_run_says_what_it_scored_and_what_that_took(data, tmp_path, method):
     job = Job("studies", method, studies=None if method == BASE else 8, learning_rate=1e-3)
@@ -293,9 +303,7 @@ def test_other_strengths_lie_on_a_line_from_the_base_model(data, tmp_path, monke
 
 
 def test_a_run_that_diverges_says_so(data, tmp_path):
-    found = run_job(
-        Job("learning-rates", "full", learning_rate=1e12), data, replace(SETTINGS, steps=5, batch_size=4), tmp_path
-    )
+    found = run_job(Job(SWEEP, "full", learning_rate=1e12), data, replace(SETTINGS, steps=5, batch_size=4), tmp_path)
     assert found.keys() == {"diverged"} and "at step" in found["diverged"]
 
 

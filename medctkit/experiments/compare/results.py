@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from medctkit.experiments.compare.rivals import RIVALS
-from medctkit.experiments.compare.runs import BASE, PROBE, STRENGTHS
+from medctkit.experiments.compare.runs import BASE, PROBE, STRENGTHS, SWEEP
 from medctkit.findings import FINDINGS
 from medctkit.lora.methods import METHODS
 from medctkit.metrics.bootstrap import mean_of_findings, with_interval
@@ -108,7 +108,7 @@ def pooled(results: Results, group: str) -> pd.DataFrame:
     if runs.empty:
         there = ", ".join(sorted(results.runs["group"].unique()))
         raise ValueError(f"no runs of group {group!r}; there are {there}. medctkit compare FOLDER --only {group}")
-    base, swept = base_of(results), results.runs[results.runs["group"] == "learning-rates"]
+    base, swept = base_of(results), results.runs[results.runs["group"] == SWEEP]
     before = results.runs.set_index("name")["validation_auroc"].get(base[0], np.nan)
     best = runs.loc[(runs["method"] == "lora") & (runs["variant"] == ""), "validation_auroc"].mean()
     before = before.iloc[0] if isinstance(before, pd.Series) else before

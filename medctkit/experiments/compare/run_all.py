@@ -40,6 +40,7 @@ from medctkit.experiments.compare.runs import (
     BASE,
     GROUPS,
     SETTINGS,
+    SWEEP,
     Job,
     inputs_of,
     jobs,
@@ -81,9 +82,12 @@ def _work(job: Job, settings: FineTuneConfig, made_of: dict, output_dir: Path) -
     run = {key: value for key, value in asdict(job).items() if key != "group"}
     studies = len(_data.train) if job.studies is None else job.studies
     run |= {"studies": 0 if job.method == BASE else studies, "settings": made_of}
+    if before := read_result(output_dir, job):  # of the sweep, which trained it
+        found["seconds"] += before["seconds"]
     result_file(output_dir, job).parent.mkdir(parents=True, exist_ok=True)
     write_json(run | found | {"made_with": made_with(job.seed)}, result_file(output_dir, job))
-    shutil.rmtree(work_dir, ignore_errors=True)
+    if job.group != SWEEP:  # a sweep's best run is scored later
+        shutil.rmtree(work_dir, ignore_errors=True)
 
 
 def result_file(output_dir: Path, job: Job) -> Path:
@@ -113,14 +117,24 @@ class _Scores:
     def __init__(self, output_dir: Path, made_of: Callable[[Job], dict] | None = None):
         self.output_dir, self.made_of = output_dir, made_of
         self._known: dict[str, float] = {}
+        self._tested: set[str] = set()
 
     def __call__(self, job: Job) -> float | None:
         if job.name not in self._known:
-            made_of = None if self.made_of is None else self.made_of(job)
-            if (found := read_result(self.output_dir, job, made_of)) is None:
-                return None
+            self._read(job)
+        return self._known.get(job.name)
+
+    def done(self, job: Job) -> bool:
+        """Whether there is all that is wanted of it: of a sweep its validation score, of others the test scores too."""
+        if job.group != SWEEP and job.name not in self._tested:
+            self._read(job)
+        return job.name in (self._known if job.group == SWEEP else self._tested) or self(job) == -math.inf
+
+    def _read(self, job: Job) -> None:
+        made_of = None if self.made_of is None else self.made_of(job)
+        if found := read_result(self.output_dir, job, made_of):
             self._known[job.name] = -math.inf if "diverged" in found else found["validation_auroc"]
-        return self._known[job.name]
+            self._tested |= {job.name} if "scores" in found else set()
 
 
 def compare_methods(
@@ -163,28 +177,33 @@ def compare_methods(
     stages = (range(min(FIRST_SEEDS, seeds)), range(FIRST_SEEDS, seeds))
 
     def wanted(assume: bool = False) -> dict[str, Job]:
-        listed = [job for some in stages for group in groups for job in jobs(group, some, score, assume)]
-        return {job.name: job for job in listed if (job.studies or 0) < len(train)}
+        found: dict[str, Job] = {}
+        for job in (job for some in stages for group in groups for job in jobs(group, some, score, assume)):
+            if (job.studies or 0) < len(train) and (job.group != SWEEP or job.name not in found):
+                found[job.name] = job
+        return found
 
     expected = wanted(assume=True).values()
-    left = [job for job in expected if score(job) is None]
-    print(f"{len(expected)} runs, {len(expected) - len(left)} of them there", flush=True)
+    left = [job for job in expected if not score.done(job)]
+    untrained = [job for job in left if score(job) is None]
+    print(f"{len(expected)} runs, {len(expected) - len(untrained)} of them there", flush=True)
     if left:
         for rows in (train, valid, test, home):
             CTReportDataset(rows, mini.preprocess_config, cache_dir).prepare()
         threads = max(1, (os.cpu_count() or 1) // workers)
-        print(_what_it_costs(left, settings, mini, len(valid), len(test) + len(home), workers, threads), flush=True)
+        print(_what_it_costs(untrained, settings, mini, len(valid), len(test) + len(home), workers, threads), flush=True)
         running: dict[Future, str] = {}
         with (
             worker_pool(workers, _start_worker, manifest_path, cache_dir, threads) as pool,
-            tqdm(total=len(left), desc="comparing", unit="run") as bar,
+            tqdm(total=len(untrained), desc="comparing", unit="run") as bar,
         ):
             try:
                 while True:
                     busy = set(running.values())
-                    waiting = [job for job in wanted().values() if job.name not in busy and score(job) is None]
+                    waiting = [job for job in wanted().values() if job.name not in busy and not score.done(job)]
                     for job in waiting[: workers - len(running)]:
                         running[pool.submit(_work, job, settings, made_of(job), output_dir)] = job.name
+                        bar.total += score(job) is not None  # a sweep's best, to be scored on test studies
                     if not running:
                         break
                     done, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -250,19 +269,19 @@ def collect(output_dir: Path, test_rows: Sequence[Mapping], home_rows: Sequence[
     draws: dict[str, np.ndarray] = {}
     for job in listed:
         found = read_result(output_dir, job)
-        if found is None or "diverged" in found:
+        if found is None or "diverged" in found or (job.group != SWEEP and "scores" not in found):
             continue
-        if job.name not in draws and groups[job.name] != {"learning-rates"}:
+        if job.group != SWEEP and job.name not in draws:
             draws |= _draws(job, groups[job.name], unpacked(found["scores"]), studies)
         row: dict[str, Any] = {"group": job.group, "name": job.name} | {key: found.get(key) for key in _KEPT}
         for where, measured in (("test", found), ("home", found.get("home", {}))):
-            for metric in ("auroc", "calibration_error") if measured else ():
+            for metric in ("auroc", "calibration_error") if "auroc" in measured else ():
                 ends = measured[metric]["mean"]
                 row |= {f"{where}_{metric}{end}": ends[key] for end, key in _ENDS.items()}
         made, history = found["made_with"], json.dumps(found.get("history", []))
         row |= {"one_class": ", ".join(found["one_class"]), "steps": found["settings"].get("steps"), "history": history}
         row |= {"device": made["device"], "medctkit": made["versions"]["medctkit"], "torch": made["versions"]["torch"]}
-        rows.append(row | {name: found["auroc"][name]["value"] for name in FINDINGS})
+        rows.append(row | {name: found["auroc"][name]["value"] for name in FINDINGS if "auroc" in found})
     with replacing(output_dir / "draws.npz") as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **draws)  # type: ignore[arg-type]
     write_table(pd.DataFrame(rows), output_dir / "comparison.csv")

@@ -2,7 +2,7 @@
 
 Every run starts from the mini base model and gets the same objectives, steps, batches, validations and seeds; methods
 differ in what they train and in their learning rate, which validation studies choose: a grid is swept until its best
-lies between others. Test studies are scored once at the end of each run and choose nothing.
+lies between others. Test studies are scored at the end of the runs with the rates chosen, and choose nothing.
 """
 
 import base64
@@ -37,7 +37,7 @@ RANKS = (1, 2, 4, 8, 16, 32, 64)
 SIZES = (16, 64, 256, 1024, None)  # None: all
 DIALECTS = ("target", "source")  # whose sentences the per-finding loss speaks in
 PLACEMENTS = ("lora", "lora-vision", "lora-text")  # whose dialect is chosen as their learning rate is
-BASE, PROBE = "base", "linear-probe"
+BASE, PROBE, SWEEP = "base", "linear-probe", "learning-rates"
 STRENGTHS = (0.25, 0.5, 0.75, 1.25, 1.5)  # of LoRA and full fine-tuning, beside 0, the base model, and 1
 MOST_RATES = 7  # of a sweep; then it ends, wherever its best lies
 
@@ -50,7 +50,7 @@ class Job:
     """One run. Jobs of two groups that have the same `name` are the same run, and are run once.
 
     Args:
-        group: one of `GROUPS`, the question it helps to answer.
+        group: one of `GROUPS`, the question it helps to answer; or `SWEEP`: it is scored on validation studies alone.
         method: one of `METHODS`, one of `RIVALS`, or "base".
         rank: of the adapter, where it has one.
         studies: number of training studies; None: all.
@@ -90,7 +90,7 @@ class Job:
 
         Only a rank and what is held out make another rate; sizes, noise and remedies have that of the plain method.
         """
-        return Job("learning-rates", self.method, self.rank, variant=self.variant * (self.variant == "unseen"))
+        return Job(SWEEP, self.method, self.rank, variant=self.variant * (self.variant == "unseen"))
 
 
 def _of(group: str, *methods: str, **other: Any) -> list[Job]:
@@ -226,15 +226,15 @@ def _config(job: Job, settings: FineTuneConfig) -> FineTuneConfig:
 
 
 def run_job(job: Job, data: Data, settings: FineTuneConfig, work_dir: str | os.PathLike) -> dict[str, Any]:
-    """Do one run and score it on the test studies; an interrupted one goes on from `work_dir`.
+    """Do one run and score it on the test studies; what `work_dir` holds of it already is not done again.
 
     Returns:
         `validation_auroc`, the best there was, of `best_step`, and `history`, of each validated step; `trainable`
         numbers, `adapter_bytes` on disk, `seconds`; `auroc` and `calibration_error` of the test studies, and `home`,
         those of the source hospital's; `scores` of all of them, see `unpacked`: in each set of prompts ("home" in the
         paper's), and of LoRA and full fine-tuning at `STRENGTHS`; `intruders`, see `intruder_dimensions`; `chosen`,
-        what else validation studies chose; `one_class`, findings of which the training studies hold one class. Only
-        `diverged`, what was not finite, if training stopped there.
+        what else validation studies chose; `one_class`, findings of which the training studies hold one class. A run
+        of a sweep has nothing of test studies. Only `diverged`, what was not finite, if training stopped there.
     """
     started = time.perf_counter()
     indices = draw_studies([row["patient"] for row in data.train.rows], job.studies, job.seed)
@@ -268,6 +268,8 @@ def run_job(job: Job, data: Data, settings: FineTuneConfig, work_dir: str | os.P
         found |= {"best_step": result.best_step, "trainable": count_trainable(model)}
         found |= {"validation_auroc": result.best_score, "adapter_bytes": trained_bytes(result.adapter_dir)}
         found["history"] = result.history[["step", "score"]].dropna().to_numpy().tolist()
+        if job.group == SWEEP:
+            return found | {"seconds": time.perf_counter() - started}
         found["intruders"] = intruder_dimensions(data.mini.model, model)
         ask = ZeroShotClassifier(model, data.mini.tokenizer)
 
