@@ -81,6 +81,8 @@ class PretrainConfig:
         sentence_weight: of the contrast between volumes and single sentences, see `sentence_loss`.
         phrase_weight: of the cross-entropy of each phrase that the report may have, told by a linear map from the image
             embedding, which is thrown away afterwards.
+        swapped_words: share of the words of a text that are swapped for any others in training, so that a sentence means
+            the same to it in words that no report has.
         codebook_decay: of the moving averages that follow the tokens.
         vocabulary: words, at most.
         evaluate_every: steps between scores, and between checkpoints from which an interrupted run goes on.
@@ -102,6 +104,7 @@ class PretrainConfig:
     report_weight: float = 1.0
     sentence_weight: float = 1.0
     phrase_weight: float = 0.1
+    swapped_words: float = 0.15
     codebook_decay: float = 0.97
     vocabulary: int = 1200
     evaluate_every: int = 50
@@ -322,9 +325,13 @@ class Pretraining:
         self.history: list[dict[str, float]] = []
 
     def embed(self, texts: list[str]) -> torch.Tensor:
-        """Embeddings (n, p) of texts."""
+        """Embeddings (n, p) of texts, in training with some words swapped (Wei and Zou 2019, arXiv 1901.11196)."""
         words = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-        return self.model.encode_text(words["input_ids"], words["attention_mask"])
+        ids, special = words["input_ids"], len(self.tokenizer.all_special_ids)
+        if self.model.training:
+            swapped = (ids >= special) & (torch.rand(ids.shape) < self.config.swapped_words)
+            ids = torch.where(swapped, torch.randint_like(ids, special, len(self.tokenizer)), ids)
+        return self.model.encode_text(ids, words["attention_mask"])
 
     def batch(self, step: int) -> tuple[list[int], int]:
         """The studies of a step, and the epoch, which words their reports."""

@@ -185,6 +185,19 @@ def test_ridge_tells_each_row_as_a_regression_on_all_others_does():
         assert torch.allclose(by_others[i], x[i] @ x[rest].T @ ridge(x[rest], y[rest], 2.0)[0])
 
 
+def test_words_are_swapped_in_training_and_only_there(run):
+    text = ["No pleural effusion is seen."] * 20
+    run.model.eval()
+    assert torch.equal(run.embed(text), run.embed(text))
+    run.model.train()
+    for module in run.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    assert not torch.equal(run.embed(text), run.embed(text))
+    run.config = replace(TINY, swapped_words=0.0)
+    assert torch.equal(run.embed(text), run.embed(text))
+
+
 def test_a_warm_start_lowers_each_loss(run):
     run.config = replace(TINY, warm=replace(WARM, reconstruct_steps=40, read_steps=30))
     volumes = run.train.pixels(range(4))
