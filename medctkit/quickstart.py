@@ -20,13 +20,14 @@ from pydicom import Dataset
 from medctkit.attention.maps import patch_map, relevance
 from medctkit.deploy import predict
 from medctkit.findings import FINDINGS, PREVALENCE
-from medctkit.model.base_model import BaseModel, load_mini_base
+from medctkit.model.base_model import FOLDER, BaseModel, load_mini_base
 from medctkit.phantom.study import PhantomStudy, generate
 from medctkit.scans.preprocessing import preprocess
 from medctkit.scans.volumes import CTVolume, read_volume
 from medctkit.viewers.drawing.rendering import Scan, largest_slice, render
 from medctkit.zero_shot.classifier import ZeroShotClassifier
 from medctkit.zero_shot.prompts import Prompts, prompt_sentences
+from medctkit.zero_shot.reference import places
 
 # Of the first seeds, one whose drawn findings are several, some of which the mini model sees and some not.
 SAMPLE_SEED, SAMPLE_SHAPE = 2, (96, 224, 224)
@@ -41,7 +42,8 @@ class Classified:
     Attributes:
         volume: the scan, in HU.
         table: one row for each of the 18 findings: `finding`, `score` (0 to 1), `truth` ("present", "absent" or
-            "unknown") and `usual`, the share of CT-RATE's training scans that have it.
+            "unknown"), `usual`, the share of CT-RATE's training scans that have it, and, of the mini model, `place`:
+            how many of 100 other phantoms score lower.
         title: what was classified, in a few words.
         masks: where findings are, boolean arrays (d, h, w), as far as that is known.
     """
@@ -77,23 +79,30 @@ class Classified:
                 ax.axis("off")
 
     def _draw_bars(self, ax: Axes) -> None:
-        table = self.table
-        ax.barh(table["finding"], table["score"], color=table["truth"].map(COLOURS))
-        ax.plot(table["usual"], table.index, "k|", ms=13)
-        for row in table.itertuples():
-            said = f"{row.score:.2f}{'  present' if row.truth == 'present' else ''}"
-            ax.text(max(row.score, row.usual) + 0.01, row.Index, said, va="center", fontsize=9)
-        ax.set(xlim=(0, 1.15), xlabel="score: nearer to “... is not present.” (0) or to “... is present.” (1)")
+        placed = "place" in self.table
+        what, most = ("place", 100) if placed else ("score", 1)
+        table = self.table.sort_values(what, ascending=False, ignore_index=True)
+        usual = 100 * (1 - table["usual"]) if placed else table["usual"]
+        ax.barh(table["finding"], table[what], color=table["truth"].map(COLOURS))
+        ax.plot(usual, table.index, "k|", ms=13)
+        for row, tick in zip(table.itertuples(), usual, strict=True):
+            value = f"{row.place:.0f}" if placed else f"{row.score:.2f}"
+            said = f"{value}{'  present' if row.truth == 'present' else ''}"
+            ax.text(max(getattr(row, what), tick) + 0.01 * most, row.Index, said, va="center", fontsize=9)
+        nearer = "score: nearer to “... is not present.” (0) or to “... is present.” (1)"
+        lower = "place of the score: of 100 other phantoms, how many score lower"
+        ax.set(xlim=(0, 1.15 * most), xlabel=lower if placed else nearer)
         ax.invert_yaxis()
         shown = [name for name in COLOURS if (table["truth"] == name).any()]
         handles = [Patch(color=COLOURS[name], label=f"truth: {name}") for name in shown]
-        usual = ax.plot([], [], "k|", ms=13, label="share of CT-RATE's scans that have it")
-        ax.legend(handles=[*handles, *usual], loc="lower right", bbox_to_anchor=(1.02, 1), ncols=3, frameon=False)
+        tick_says = "as many have it in CT-RATE as lie right of it" if placed else "share of CT-RATE's scans that have it"
+        ticks = ax.plot([], [], "k|", ms=13, label=tick_says)
+        ax.legend(handles=[*handles, *ticks], loc="lower right", bbox_to_anchor=(1.02, 1), ncols=3, frameon=False)
 
     def _repr_png_(self) -> tuple[bytes, dict]:
         buffer = io.BytesIO()
         self.figure().savefig(buffer, format="png", dpi=80)
-        highest = self.table.nlargest(3, "score")
+        highest = self.table.nlargest(3, "place" if "place" in self.table else "score")
         named = ", ".join(f"{row.finding} {row.score:.2f} ({row.truth})" for row in highest.itertuples())
         alt = f"{self.title}: axial and coronal slices, and a bar for each of 18 scores; highest are {named}"
         return buffer.getvalue(), {"alt": alt}
@@ -146,6 +155,8 @@ def classify(
     table = pd.DataFrame({"finding": FINDINGS, "score": scores.astype(float)})
     table["truth"] = [TRUTH.get(known.get(name, -1), "unknown") for name in FINDINGS]
     table["usual"] = [PREVALENCE[name] for name in FINDINGS]
+    place = places(FOLDER, base.model, base.tokenizer, prompts, scores)
+    table = table if place is None else table.assign(place=place)
     what, parameters = ", ".join(volume.provenance[:1]) or "a scan", sum(p.numel() for p in base.model.parameters())
     title = f"{what}; a model of {parameters / 1e6:,.1f} M parameters in use"
     return Classified(volume, table, title, masks)

@@ -26,9 +26,11 @@ def highest_score(answer: str, table: pd.DataFrame) -> str:
     best, score = rows["score"].idxmax(), rows["score"].max()
     if answer != best:
         here = rows.loc[answer, "score"]
+        first = "place" in rows and rows["place"].idxmax() == answer
         raise Wrong(
             f"{answer} has a score of {here:.2f}, and {(rows['score'] > here).sum()} other findings have a higher one. "
-            "`idxmax` gives the label of the row with the highest value."
+            + "Its bar is the longest because its *place* is the highest. " * first
+            + "`idxmax` gives the label of the row with the highest value."
         )
     truth = {"present": "It is there.", "absent": "It isn't there: a high score alone is no finding."}
     return f"{best}, {score:.2f}. {truth.get(rows.loc[best, 'truth'], 'Whether it is there is unknown.')}"

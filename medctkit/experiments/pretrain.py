@@ -38,6 +38,7 @@ from medctkit.training.gradients import seed_from
 from medctkit.training.objectives import contrastive_loss, sentence_loss
 from medctkit.training.report_sentences import contrary, phrases_of, sentences_of
 from medctkit.zero_shot.classifier import ZeroShotClassifier, evaluating
+from medctkit.zero_shot.reference import write_reference
 
 CHUNK = 250
 SECONDS_A_STUDY = 0.2  # to draw it, on one core
@@ -281,13 +282,17 @@ class CodebookLearner:
 
 
 @torch.no_grad()
-def score(model: CTCLIPModel, tokenizer: Any, pool: Pool) -> float:
-    """Mean zero-shot AUROC over the 18 findings on a pool."""
+def scores_of(model: CTCLIPModel, tokenizer: Any, pool: Pool) -> np.ndarray:
+    """Zero-shot scores (n, 18) of a pool."""
     with evaluating(model):
         parts = torch.arange(len(pool)).split(25)
         embeds = torch.cat([model.encode_image(pool.pixels(part.tolist())) for part in parts])
-    probabilities = ZeroShotClassifier(model, tokenizer).scores_from_embeddings(embeds)
-    return mean_auroc(pool.labels, probabilities)
+    return ZeroShotClassifier(model, tokenizer).scores_from_embeddings(embeds)
+
+
+def score(run: "Pretraining", pool: Pool) -> float:
+    """Mean zero-shot AUROC over the 18 findings on a pool."""
+    return mean_auroc(pool.labels, scores_of(run.model, run.tokenizer, pool))
 
 
 def moved(volumes: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -450,7 +455,7 @@ def pretrain(output_dir: str | os.PathLike, pool_dir: str | os.PathLike, config:
     else:
         run.timed(reconstruct)
         run.timed(align)
-        run.history.append({"step": 0, "auroc": score(run.model, run.tokenizer, valid), "seconds": run.seconds})
+        run.history.append({"step": 0, "auroc": score(run, valid), "seconds": run.seconds})
         run.save(checkpoint)
         print(json.dumps(run.history[-1]), flush=True)
     bar = tqdm(initial=run.step, total=config.steps, desc="pretraining", unit="step")
@@ -460,7 +465,7 @@ def pretrain(output_dir: str | os.PathLike, pool_dir: str | os.PathLike, config:
         if step % config.align_every == 0 or step == config.steps:
             run.timed(align)
         if step % config.evaluate_every == 0 or step == config.steps:
-            row |= {"auroc": score(run.model, run.tokenizer, valid), "seconds": run.seconds}
+            row |= {"auroc": score(run, valid), "seconds": run.seconds}
             bar.write(json.dumps(row))
             run.save(checkpoint)
         bar.update()
@@ -473,6 +478,8 @@ def pretrain(output_dir: str | os.PathLike, pool_dir: str | os.PathLike, config:
     run.model.config.vocabulary = vocabulary_of(run.tokenizer)
     run.model.save_pretrained(building)
     run.tokenizer.save_pretrained(building)
+    of = f"{len(valid)} validation phantoms of the source hospital"
+    write_reference(building, run.model, run.tokenizer, scores_of(run.model, run.tokenizer, valid), of)
     record = {
         "command": "medctkit pretrain",
         "config": config.record(),
