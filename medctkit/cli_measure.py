@@ -132,7 +132,7 @@ def compare(
         str | None, typer.Option(help="Of rivals,unseen,placement,methods,forgetting,studies,noise,ranks; all.")
     ] = None,
     seeds: Annotated[int, typer.Option(help="Runs of each.", min=1)] = 5,
-    steps: Annotated[int, typer.Option(help="Optimiser steps of a run.", min=1)] = 60,
+    steps: Annotated[int, typer.Option(help="Optimiser steps of a run.", min=1)] = 80,
     jobs: Annotated[int, typer.Option(help="Runs side by side, each with its share of the cores.", min=1)] = 1,
 ) -> None:
     """Compare ways to bridge two hospitals (phantom). Stop it and start it again as you like.
