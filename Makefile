@@ -69,6 +69,7 @@ bench: setup  ## measure speed and memory, check the bars, write bench/*.json: a
 	$(PY) bench/gpu.py
 	$(PY) bench/viewers.py
 	$(PY) bench/phantoms.py
+	$(PY) bench/base.py
 	$(PY) bench/adapters.py
 
 bench-open: setup  ## measure three base models side by side, write bench/base_models.json: about 15 minutes

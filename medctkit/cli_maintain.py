@@ -28,7 +28,7 @@ def pretrain(
         "runs/pretraining"
     ),
 ) -> None:
-    """Make the mini base model anew: about 15 minutes of phantoms on two cores, then 100 of training on one."""
+    """Make the mini base model anew: about 15 minutes of phantoms on two cores, then 100 of training."""
     from medctkit.experiments.pretrain import pretrain as run
 
     record = run(output_dir, pool_dir)

@@ -172,7 +172,7 @@ def project(run: Pretraining) -> torch.Tensor:
     toward = F.normalize(mean, dim=0)
     matrix -= torch.outer(matrix @ toward, toward)
     told = features @ matrix.T + (by_others - by_itself) @ axes  # (n, p)
-    scale = told.pow(2).mean(0).sqrt().sqrt()  # the first axes say more, the last ones mostly noise: halfway to equal
+    scale = told.pow(2).mean(0).sqrt()  # of equal spread: then the mean of what has a finding points where it differs most
     matrix, told = matrix / scale[:, None], told / scale
     projection.weight.copy_(matrix / told.norm(dim=-1).mean())
     return F.normalize(told, dim=-1)

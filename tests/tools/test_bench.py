@@ -175,3 +175,10 @@ def test_the_page_of_base_models_says_what_was_measured(bench):
     page = base_models.PAGE.read_text(encoding="utf-8")
     assert base_models.with_table(page, found) == page and base_models.table(found) in page
     assert found["CT-CLIP"]["lora"]["paper"] == 1_671_168
+
+
+def test_the_base_model_sees_at_home_and_does_not_mind_a_shift(bench):
+    base, found = bench("base"), json.loads((BENCH / "base.json").read_text())
+    assert [said for met, said in base.bars(found) if not met] == []
+    lines = bench("printing").block("base", base.page(found))
+    assert lines in (BENCH.parent / "docs" / "phantoms.md").read_text(encoding="utf-8"), "run: python bench/base.py"
