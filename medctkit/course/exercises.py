@@ -34,8 +34,8 @@ STRICT = "MEDCTKIT_STRICT_EXERCISES"
 _HINTS = {  # what numpy and torch say of sizes, and what to look at then
     r"cannot be multiplied|not aligned|matmul": "In a matrix product the order matters: the left factor has as many "
     "columns as the right one has rows.",
-    r"broadcast|must match the size": "Number by number, sizes must be equal, or 1. Print both shapes: is a product in the "
-    "wrong order, or an axis lost?",
+    r"broadcast|must match the size": "Number by number, sizes must be equal, or 1. Print both shapes: is a product in "
+    "the wrong order, or an axis lost?",
 }
 _REGISTERED: dict[str, Callable[..., str]] = {}
 _SOLVED: set[str] = set()  # in this kernel
