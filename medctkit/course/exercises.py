@@ -31,6 +31,12 @@ CHECKS = {
     "07": "checks_deploy",
 }
 STRICT = "MEDCTKIT_STRICT_EXERCISES"
+_HINTS = {  # what numpy and torch say of sizes, and what to look at then
+    r"cannot be multiplied|not aligned|matmul": "In a matrix product the order matters: the left factor has as many "
+    "columns as the right one has rows.",
+    r"broadcast|must match the size": "Number by number, sizes must be equal, or 1. Print both shapes: is a product in "
+    "the wrong order, or an axis lost?",
+}
 _REGISTERED: dict[str, Callable[..., str]] = {}
 _SOLVED: set[str] = set()  # in this kernel
 _LOOKS = {"right": ("#009E73", "Right."), "wrong": ("#D55E00", "Not yet."), "open": ("#56B4E9", "Not done yet.")}
@@ -183,7 +189,8 @@ def _guarded(value: Any) -> Any:
         try:
             result = value(*arguments, **named)
         except Exception as error:
-            raise Wrong(f"`{value.__name__}` stopped with {type(error).__name__}: {error}") from error
+            hint = "".join(f". {hint}" for pattern, hint in _HINTS.items() if re.search(pattern, str(error)))
+            raise Wrong(f"`{value.__name__}` stopped with {type(error).__name__}: {error}{hint}") from error
         if _is_open(result):
             said = "replace the `...` in it by your code, and `return` the result; to print it is not enough."
             raise NotDone(f"`{value.__name__}` gives nothing back yet: {said}")
@@ -199,6 +206,9 @@ def number(answer: Any, what: str, finite: bool = True) -> float:
     except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several numbers
         found = None
     if found is None or (finite and not math.isfinite(found)):
+        if math.prod(shape := tuple(getattr(answer, "shape", ()))) > 1:
+            more = "Is a sum or a mean missing? With more axes than you expected, one size was spread over another."
+            raise Wrong(f"Expected {what}, a single number; got numbers of shape {shape}. {more}")
         raise Wrong(f"Expected {what}, a single number; got {type(answer).__name__} {answer!r:.80}.")
     return found
 

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from judged import is_open, is_right, is_wrong
 
 from medctkit.course import exercises
@@ -45,6 +46,16 @@ def test_an_answer_is_praised_or_told_what_is_wrong_or_not_there_and_never_stops
         assert "gives nothing back yet" in (said := is_open("01.9", function)) and "print it is not enough" in said
     with pytest.raises(TypeError, match=r'checked with check\("01.9", half\); it was called with 2 answers'):
         judge("01.9", 1, 2)
+
+
+def test_sizes_that_do_not_fit_are_explained():
+    a, b, w = np.ones((2, 9)), np.ones((6, 2)), np.ones((6, 9))
+    for kind in (np.asarray, torch.from_numpy):
+        a_, b_, w_ = map(kind, (a, b, w))
+        is_wrong("01.9", lambda x: a_ @ b_, because="In a matrix product the order matters")  # noqa: B023
+        is_wrong("01.9", lambda x: w_ + (b_ @ a_).T, because="is a product in the wrong order")  # noqa: B023
+        with pytest.raises(Wrong, match=r"got numbers of shape \(2, 9\)\. Is a sum or a mean missing\? .* spread over"):
+            exercises.number(a_, "a share")
 
 
 def test_strict_raises_unless_right_and_else_everything_is_only_shown(monkeypatch, capsys):
