@@ -12,7 +12,7 @@ import shutil
 import string
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -21,9 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from medctkit.common.atomic import replacing
-from medctkit.common.processes import worker_pool
+from medctkit.common.processes import accelerator_for, worker_pool
+from medctkit.common.provenance import made_with
 from medctkit.experiments.warm_start import SHARPNESS, WarmStart, align, common_phrases, reconstruct
 from medctkit.findings import FINDINGS
 from medctkit.metrics.scores import mean_auroc
@@ -158,10 +160,11 @@ def make_pool(studies: int, folder: Path) -> list[Path]:
 
 
 class Pool:
-    """Studies of the pool: their volumes on disk, and what their reports are worded from."""
+    """Studies of the pool: their volumes, on disk or all of them on a GPU, and what their reports are worded from."""
 
     def __init__(self, paths: list[Path]):
-        self.parts = [np.load(path, mmap_mode="r") for path in paths]
+        device = accelerator_for().device
+        self.parts = [torch.from_numpy(np.load(path, mmap_mode="c")).to(device) for path in paths]  # stays on disk there
         self.facts = [fact for path in paths for fact in json.loads(path.with_suffix(".json").read_text())]
 
     def __len__(self) -> int:
@@ -174,13 +177,55 @@ class Pool:
 
     def pixels(self, index: Iterable[int]) -> torch.Tensor:
         """Model input (b, 1, d, h, w)."""
-        read = [self.parts[i // CHUNK][i % CHUNK] for i in index]
-        return torch.from_numpy(np.stack(read)).float().div_(1000)
+        return torch.stack([self.parts[i // CHUNK][i % CHUNK] for i in index]).float().div_(1000)
 
     def report(self, index: int, wording: int) -> str:
         """A report of study `index`; each `wording` words it anew."""
-        fact, rng = self.facts[index], named_rng("pool report", index, wording)
-        return write_report(fact["labels"], fact["details"], "source", rng, REGISTRY, fact["contrast"])
+        return _report(self.facts[index], index, wording)
+
+
+def _report(fact: dict, index: int, wording: int) -> str:
+    rng = named_rng("pool report", index, wording)
+    return write_report(fact["labels"], fact["details"], "source", rng, REGISTRY, fact["contrast"])
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What a step needs of the reports of its studies, as tensors.
+
+    Args:
+        facts: of each study, from which its reports are worded.
+        tokenizer: of the text encoder.
+        phrases: those that reports are asked for.
+    """
+
+    facts: Sequence[dict]
+    tokenizer: Any
+    phrases: Sequence[str]
+
+    def ids(self, texts: list[str]) -> torch.Tensor:
+        """Token ids (n, longest) of texts, padded."""
+        return self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")["input_ids"]
+
+    def __call__(self, batch: tuple[list[int], int]) -> dict[str, Any]:
+        """Of a batch, the `index` of its studies and their wording.
+
+        Returns:
+            `index`; token ids of its `reports`, and of their `sentences` (2 s, longest), each once, and then of their
+            contraries; `said` (b, s), which report holds which sentence; `has` (b, phrases), which has which phrase.
+        """
+        index, wording = batch
+        reports = [_report(self.facts[i], i, wording) for i in index]
+        found = [sentences_of(report) for report in reports]
+        sentences = sorted({sentence for each in found for sentence in each})
+        place = {sentence: k for k, sentence in enumerate(sentences)}
+        column = {phrase: k for k, phrase in enumerate(self.phrases)}
+        said, has = torch.zeros(len(index), len(sentences)), torch.zeros(len(index), len(column))
+        for row, (report, each) in enumerate(zip(reports, found, strict=True)):
+            said[row, [place[sentence] for sentence in each]] = 1
+            has[row, [column[phrase] for phrase in phrases_of(report) if phrase in column]] = 1
+        both = self.ids([*sentences, *map(contrary, sentences)])
+        return {"index": index, "reports": self.ids(reports), "sentences": both, "said": said, "has": has}
 
 
 def make_tokenizer(reports: Iterable[str], size: int, folder: Path) -> Any:
@@ -224,7 +269,7 @@ class CodebookLearner:
         self.tokens = torch.empty(0, self.codes.shape[-1])  # (n, c), of the last batch
         self.quantised_forward = self.vq.forward
         self.vq.forward = self._forward  # type: ignore[method-assign]
-        self.counts, self.sums = torch.ones(self.codes.shape[1]), self.codes[0].clone()
+        self.counts, self.sums = torch.ones_like(self.codes[0, :, 0]), self.codes[0].clone()
 
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.vq.training:
@@ -272,7 +317,8 @@ class CodebookLearner:
 
     def load(self, state: tuple) -> None:
         """Go on from a checkpoint."""
-        self.counts, self.sums, self.started, generator = state
+        counts, sums, self.started, generator = state
+        self.counts, self.sums = counts.to(self.codes), sums.to(self.codes)
         self.generator.set_state(generator)
 
     def finish(self) -> float:
@@ -307,12 +353,13 @@ class Pretraining:
     def __init__(self, config: PretrainConfig, tokenizer: Any, train: Pool):
         torch.manual_seed(config.seed)
         text = MINI_TEXT | {"vocab_size": len(tokenizer)}
-        self.config, self.tokenizer, self.train = config, tokenizer, train
-        self.model = CTCLIPModel(CTCLIPConfig(MINI_VISION, text, MINI_PROJECTION, spacing=MINI_SPACING))
-        self.phrases = common_phrases((train.report(i, 0) for i in range(len(train))), config.warm.phrases)
-        self.head = torch.nn.Linear(MINI_PROJECTION, len(self.phrases))
+        self.config, self.tokenizer, self.train, self.device = config, tokenizer, train, accelerator_for().device
+        self.model = CTCLIPModel(CTCLIPConfig(MINI_VISION, text, MINI_PROJECTION, spacing=MINI_SPACING)).to(self.device)
+        phrases = common_phrases((train.report(i, 0) for i in range(len(train))), config.warm.phrases)
+        self.reader = Reader(train.facts, tokenizer, list(phrases))
+        self.head = torch.nn.Linear(MINI_PROJECTION, len(phrases), device=self.device)
         torch.nn.init.zeros_(self.head.weight)
-        self.head.bias.data = torch.tensor(list(self.phrases.values())).logit()
+        self.head.bias.data.copy_(torch.tensor(list(phrases.values())).logit())
         torch.nn.init.constant_(self.model.temperature, 2.3)  # cosines times 10: CLIP starts at 14
         self.codebook = CodebookLearner(self.model, config.codebook_decay, config.seed)
         # AdamW moves each number by about the rate, so that a layer's output moves by the rate times its inputs: the
@@ -321,22 +368,21 @@ class Pretraining:
         wide = self.model.to_visual_latent.weight
         slow = [*self.model.text_encoder.parameters(), *self.model.to_text_latent.parameters(), *self.head.parameters()]
         share = dict.fromkeys(slow, config.text_share) | {wide: MINI_VISION["dim"] / wide.shape[1]}
-        groups = [
-            {"params": [p], "share": share.get(p, 1.0), "weight_decay": config.weight_decay * (p.ndim > 1)}
-            for p in (*self.model.parameters(), *self.head.parameters())
-        ]
+        alike: dict[tuple, list] = {}
+        for p in (*self.model.parameters(), *self.head.parameters()):
+            alike.setdefault((share.get(p, 1.0), config.weight_decay * (p.ndim > 1)), []).append(p)
+        groups = [{"params": params, "share": of, "weight_decay": decay} for (of, decay), params in alike.items()]
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
         self.step, self.seconds = 0, 0.0
         self.history: list[dict[str, float]] = []
 
-    def embed(self, texts: list[str]) -> torch.Tensor:
-        """Embeddings (n, p) of texts, in training with some words swapped (Wei and Zou 2019, arXiv 1901.11196)."""
-        words = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-        ids, special = words["input_ids"], len(self.tokenizer.all_special_ids)
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings (n, p) of token ids, in training with some words swapped (Wei and Zou 2019, arXiv 1901.11196)."""
+        special, mask = len(self.tokenizer.all_special_ids), (ids != self.tokenizer.pad_token_id).long()
         if self.model.training:
-            swapped = (ids >= special) & (torch.rand(ids.shape) < self.config.swapped_words)
+            swapped = (ids >= special) & (torch.rand(ids.shape, device=ids.device) < self.config.swapped_words)
             ids = torch.where(swapped, torch.randint_like(ids, special, len(self.tokenizer)), ids)
-        return self.model.encode_text(ids, words["attention_mask"])
+        return self.model.encode_text(ids, mask)
 
     def batch(self, step: int) -> tuple[list[int], int]:
         """The studies of a step, and the epoch, which words their reports."""
@@ -350,38 +396,35 @@ class Pretraining:
         """The volumes of studies (b, 1, d, h, w), each moved a little."""
         return moved(self.train.pixels(index), generator)
 
-    def has(self, reports: list[str]) -> torch.Tensor:
-        """Which phrases the reports have: (b, phrases), 0 or 1."""
-        found = [phrases_of(report) for report in reports]
-        return torch.tensor([[float(phrase in each) for phrase in self.phrases] for each in found])
+    def reading(self, batches: Sequence[tuple[list[int], int]]) -> Iterator[dict[str, Any]]:
+        """What the reader says of each batch; for a GPU, which would wait for it, other processes read ahead."""
+        ahead = 0 if self.device.type == "cpu" else min(len(batches), (os.cpu_count() or 1) - 1, 12)
+        for texts in DataLoader(batches, batch_size=None, collate_fn=self.reader, num_workers=ahead):  # type: ignore
+            yield {k: v.to(self.device) if torch.is_tensor(v) else v for k, v in texts.items()}
 
-    def sentence_loss(self, images: torch.Tensor, reports: list[str]) -> torch.Tensor:
+    def sentence_loss(self, images: torch.Tensor, texts: dict[str, Any]) -> torch.Tensor:
         """Contrast of image embeddings (b, p) with the sentences of their reports."""
-        found = [sentences_of(report) for report in reports]
-        sentences = sorted({sentence for each in found for sentence in each})
-        said = torch.tensor([[float(sentence in each) for sentence in sentences] for each in found])
-        stated, denied = self.embed([*sentences, *map(contrary, sentences)]).chunk(2)
-        return sentence_loss(images, stated, denied, said, self.model.temperature)
+        stated, denied = self.embed(texts["sentences"]).chunk(2)
+        return sentence_loss(images, stated, denied, texts["said"], self.model.temperature)
 
-    def phrase_loss(self, images: torch.Tensor, reports: list[str]) -> torch.Tensor:
+    def phrase_loss(self, images: torch.Tensor, texts: dict[str, Any]) -> torch.Tensor:
         """Cross-entropy of the reports' phrases told from image embeddings (b, p); summed over phrases, mean over b."""
         told = self.head(SHARPNESS * images)
-        return F.binary_cross_entropy_with_logits(told, self.has(reports), reduction="sum") / len(images)
+        return F.binary_cross_entropy_with_logits(told, texts["has"], reduction="sum") / len(images)
 
-    def losses(self, index: list[int], wording: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    def losses(self, texts: dict[str, Any], generator: torch.Generator) -> dict[str, torch.Tensor]:
         """The contrast of a batch with whole reports and with their sentences, and their phrases."""
-        reports = [self.train.report(i, wording) for i in index]
-        images = self.model.encode_image(self.moved(index, generator))
+        images = self.model.encode_image(self.moved(texts["index"], generator))
         losses = {
-            "reports": contrastive_loss(images, self.embed(reports), self.model.temperature),
-            "sentences": self.sentence_loss(images, reports),
-            "phrases": self.phrase_loss(images, reports),
+            "reports": contrastive_loss(images, self.embed(texts["reports"]), self.model.temperature),
+            "sentences": self.sentence_loss(images, texts),
+            "phrases": self.phrase_loss(images, texts),
         }
         weights = (self.config.report_weight, self.config.sentence_weight, self.config.phrase_weight)
         return losses | {"loss": torch.stack([w * x for w, x in zip(weights, losses.values(), strict=True)]).sum()}
 
-    def advance(self) -> dict[str, float]:
-        """One optimiser step; returns its losses."""
+    def advance(self, texts: dict[str, Any]) -> dict[str, float]:
+        """One optimiser step on the texts of its `batch`; returns its losses."""
         config, started = self.config, time.perf_counter()
         self.step += 1
         torch.manual_seed(seed_from(config.seed, "dropout", self.step))
@@ -389,8 +432,7 @@ class Pretraining:
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * group["share"] * min(1.0, self.step / config.warmup_steps, left)
         self.model.train()
-        index, epoch = self.batch(self.step)
-        losses = self.losses(index, epoch, self.generator("moves", self.step))
+        losses = self.losses(texts, self.generator("moves", self.step))
         losses["loss"].backward()
         learnt = [p for group in self.optimizer.param_groups for p in group["params"]]
         torch.nn.utils.clip_grad_norm_(learnt, config.max_grad_norm)
@@ -416,7 +458,7 @@ class Pretraining:
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint of the same settings; before the rate falls, `steps` may be others."""
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True, map_location="cpu")
         steady = (1 - self.config.decay_fraction) * min(self.config.steps, state["config"]["steps"])
         free = {"steps": self.config.steps} if state["step"] <= steady else {}
         if state["config"] | free != self.config.record():
@@ -438,9 +480,6 @@ def pretrain(output_dir: str | os.PathLike, pool_dir: str | os.PathLike, config:
     Raises:
         ValueError: the checkpoint in `pool_dir` was made with other settings.
     """
-    import platform
-    from importlib.metadata import version
-
     from tqdm.auto import tqdm
 
     pool_dir, output_dir = Path(pool_dir), Path(output_dir)
@@ -459,8 +498,9 @@ def pretrain(output_dir: str | os.PathLike, pool_dir: str | os.PathLike, config:
         run.save(checkpoint)
         print(json.dumps(run.history[-1]), flush=True)
     bar = tqdm(initial=run.step, total=config.steps, desc="pretraining", unit="step")
-    for step in range(run.step + 1, config.steps + 1):
-        row = run.advance()
+    ahead = run.reading([run.batch(step) for step in range(run.step + 1, config.steps + 1)])
+    for step, texts in enumerate(ahead, run.step + 1):
+        row = run.advance(texts)
         run.history.append(row)
         if step % config.align_every == 0 or step == config.steps:
             run.timed(align)
@@ -471,6 +511,11 @@ def pretrain(output_dir: str | os.PathLike, pool_dir: str | os.PathLike, config:
         bar.update()
         bar.set_postfix(loss=f"{row['loss']:.3f}")
     bar.close()
+    return write_model(run, valid, output_dir)
+
+
+def write_model(run: Pretraining, valid: Pool, output_dir: Path) -> dict:
+    """Write what a run has made, whole or not at all; returns the training record."""
     building = output_dir.with_name(output_dir.name + ".tmp")
     shutil.rmtree(building, ignore_errors=True)
     codes_in_use = run.codebook.finish()
@@ -480,20 +525,19 @@ def pretrain(output_dir: str | os.PathLike, pool_dir: str | os.PathLike, config:
     run.tokenizer.save_pretrained(building)
     of = f"{len(valid)} validation phantoms of the source hospital"
     write_reference(building, run.model, run.tokenizer, scores_of(run.model, run.tokenizer, valid), of)
+    made = made_with(run.config.seed)
     record = {
         "command": "medctkit pretrain",
-        "config": config.record(),
+        "config": run.config.record(),
         "minutes": round(run.seconds / 60, 1),
-        "threads": torch.get_num_threads(),
-        "device": platform.machine(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "numpy")},
+        **{key: made[key] for key in ("device", "versions")},
         "codes_in_use": round(codes_in_use, 3),
         "validation_auroc": run.history[-1]["auroc"],
         "history": [row for row in run.history if "auroc" in row],
     }
     (building / "pretraining.json").write_text(json.dumps(record, indent=1))
     template = (files("medctkit") / "assets" / "model_card.md").read_text(encoding="utf-8")
-    card = template.format(parameters=run.model.num_parameters(), **config.record(), **record)
+    card = template.format(parameters=run.model.num_parameters(), **run.config.record(), **record)
     (building / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(output_dir, ignore_errors=True)
     os.replace(building, output_dir)

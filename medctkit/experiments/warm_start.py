@@ -88,10 +88,10 @@ def band_roots(volumes: torch.Tensor, patch: tuple[int, int, int]) -> torch.Tens
 
     The root makes one bright voxel of 512, a calcification, count for more than the five hundredth part of a patch.
     """
-    band = torch.bucketize(volumes[:, 0].contiguous(), torch.tensor(BANDS) / 1000)
+    band = torch.bucketize(volumes[:, 0].contiguous(), torch.tensor(BANDS, device=volumes.device) / 1000)
     (b, d, h, w), (pd, ph, pw), bands = band.shape, patch, len(BANDS) + 1
     grid = (d // pd, h // ph, w // pw)
-    place = torch.arange(b * math.prod(grid)).reshape(b, *grid)
+    place = torch.arange(b * math.prod(grid), device=volumes.device).reshape(b, *grid)
     for axis, times in enumerate(patch, start=1):
         place = place.repeat_interleave(times, dim=axis)
     counts = torch.bincount((place * bands + band).flatten(), minlength=b * math.prod(grid) * bands)
@@ -103,7 +103,7 @@ def reconstruct(run: Pretraining) -> None:
     from tqdm.auto import tqdm
 
     config, vision, codebook = run.config.warm, run.model.vision_encoder, run.codebook
-    head = torch.nn.Linear(run.model.config.vision_config["dim"], len(BANDS) + 1)
+    head = torch.nn.Linear(run.model.config.vision_config["dim"], len(BANDS) + 1, device=run.device)
     sizes = run.model.config.vision_config
     patch = (sizes["temporal_patch_size"], sizes["patch_size"], sizes["patch_size"])
     generator = run.generator("reconstruct")
@@ -156,14 +156,15 @@ def project(run: Pretraining) -> torch.Tensor:
     from tqdm.auto import tqdm
 
     vision, projection = run.model.vision_encoder, run.model.to_visual_latent
-    found, generator = [], run.generator("project")
+    found, having, generator = [], [], run.generator("project")
+    batches = [(part.tolist(), 0) for part in torch.arange(len(run.train)).split(10)]
     with evaluating(run.model):
-        for part in tqdm(torch.arange(len(run.train)).split(10), desc="projection", unit="batch"):
-            found.append(vision(run.moved(part.tolist(), generator)).mean(1).flatten(1))
-    features = torch.cat(found)  # (n, k)
+        for texts in tqdm(run.reading(batches), total=len(batches), desc="projection", unit="batch"):
+            found.append(vision(run.moved(texts["index"], generator)).mean(1).flatten(1))
+            having.append(texts["has"])
+    features, y = torch.cat(found), torch.cat(having)  # (n, k), (n, phrases)
     mean, spread = features.mean(0), features.std(0) + 1e-4
     x = (features - mean) / spread
-    y = run.has([run.train.report(i, 0) for i in range(len(run.train))])
     y = (y - y.mean(0)) / (y.std(0) + 1e-6)  # (n, phrases)
     weights, by_itself, by_others = ridge(x, y, run.config.warm.ridge * 10 * x.pow(2).sum() / len(x))
     together = by_others.T @ y
@@ -188,11 +189,13 @@ def read(run: Pretraining, embeds: torch.Tensor) -> None:
     optimizer = torch.optim.AdamW(learnt, betas=(0.9, 0.98), weight_decay=0.01)
     model.train()
     generator = run.generator("read")
-    for step in tqdm(range(1, config.read_steps + 1), desc="reading", unit="step"):
+    steps = range(1, config.read_steps + 1)
+    order = (torch.randperm(len(embeds), generator=generator)[: config.read_batch].tolist() for _ in steps)
+    batches = [(index, run.step + step) for step, index in zip(steps, order, strict=True)]
+    for step, texts in enumerate(tqdm(run.reading(batches), total=len(batches), desc="reading", unit="step"), 1):
         _set_rate(optimizer, config.read_rate, step, config.read_steps)
-        index = torch.randperm(len(embeds), generator=generator)[: config.read_batch]
-        reports = [run.train.report(i, run.step + step) for i in index.tolist()]
-        loss = run.sentence_loss(embeds[index], reports) + 0.01 * run.phrase_loss(embeds[index], reports)
+        images = embeds[texts["index"]]
+        loss = run.sentence_loss(images, texts) + 0.01 * run.phrase_loss(images, texts)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learnt, 1.0)
         optimizer.step()
@@ -207,7 +210,7 @@ def _spread_texts(run: Pretraining) -> None:
     projection = run.model.to_text_latent
     hook = projection.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     with evaluating(run.model):
-        run.embed(texts)
+        run.embed(run.reader.ids(texts).to(run.device))
     hook.remove()
     mean = F.normalize(torch.cat(seen).mean(0), dim=0)
     projection.weight -= torch.outer(projection.weight @ mean, mean)

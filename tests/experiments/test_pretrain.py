@@ -65,8 +65,8 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(pool, tmp_path, monke
     (pool / "checkpoint.pt").unlink()
     advance, calls = pretrain.Pretraining.advance, []
 
-    def advance_then_stop(run):
-        row = advance(run)
+    def advance_then_stop(run, texts):
+        row = advance(run, texts)
         calls.append(run.step)
         if run.step == 4:
             run.history.append(row)
@@ -88,21 +88,26 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(pool, tmp_path, monke
     (pool / "checkpoint.pt").unlink()
 
 
+def advance(run):
+    (texts,) = run.reading([run.batch(run.step + 1)])
+    return run.advance(texts)
+
+
 @pytest.mark.slow
 def test_a_run_may_be_made_longer_before_its_rate_falls(run, tmp_path):
     torch.set_num_threads(1)
     train, tokenizer = run.train, run.tokenizer
     short, long = (pretrain.Pretraining(replace(TINY, steps=steps), tokenizer, train) for steps in (10, 14))
     for _ in range(5):
-        short.advance()
+        advance(short)
         if short.step == 4:
             short.save(tmp_path / "checkpoint.pt")
-        row = long.advance()
+        row = advance(long)
     again = pretrain.Pretraining(replace(TINY, steps=14), tokenizer, train)
     again.resume(tmp_path / "checkpoint.pt")
-    assert again.advance() == row
+    assert advance(again) == row
     for _ in range(3):
-        short.advance()
+        advance(short)
     short.save(tmp_path / "checkpoint.pt")  # while its rate falls
     with pytest.raises(ValueError, match="other settings"):
         again.resume(tmp_path / "checkpoint.pt")
@@ -186,7 +191,7 @@ def test_ridge_tells_each_row_as_a_regression_on_all_others_does():
 
 
 def test_words_are_swapped_in_training_and_only_there(run):
-    text = ["No pleural effusion is seen."] * 20
+    text = run.reader.ids(["No pleural effusion is seen."] * 20)
     run.model.eval()
     assert torch.equal(run.embed(text), run.embed(text))
     run.model.train()
@@ -219,10 +224,10 @@ def test_a_warm_start_lowers_each_loss(run):
         own = run.model.eval().encode_image(run.moved(list(range(8)), run.generator("project")))
     assert (own * embeds[:8]).sum(-1).mean() > 0.1  # the model's own embeddings know the study, these do not
     assert (embeds @ embeds.T).mean() < 0.5
-    reports = [run.train.report(i, 0) for i in range(16)]
-    losses = [run.sentence_loss(embeds, reports).item()]
+    (texts,) = run.reading([(list(range(16)), 0)])
+    losses = [run.sentence_loss(embeds, texts).item()]
     read(run, embeds)
-    losses.append(run.sentence_loss(embeds, reports).item())
+    losses.append(run.sentence_loss(embeds, texts).item())
     assert losses[1] < losses[0] - 0.1
 
 
