@@ -48,6 +48,7 @@ def at_strength(model: Model, strength: float, start: Mapping[str, torch.Tensor]
     try:
         with torch.no_grad():
             for name, before in start.items():
+                before = before.to(end[name].device)
                 parameters[name].copy_(before + strength * (end[name] - before))
         yield model
     finally:

@@ -13,6 +13,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from medctkit.cohort.dataset import CTReportDataset
 from medctkit.cohort.manifest import build_default_manifest, load_manifest
+from medctkit.common.processes import accelerator_for
 from medctkit.experiments.compare.fixes import body_quantiles, lung_centre, matched, registered
 from medctkit.findings import FINDINGS
 from medctkit.model.base_model import BaseModel, load_mini_base
@@ -50,6 +51,7 @@ class Data:
         Volumes that are seen again and again are kept in memory, if that is wanted.
         """
         mini = load_mini_base()
+        mini.model.to(accelerator_for().device)
         train, valid, test, home = (
             CTReportDataset(rows, mini.preprocess_config, cache_dir) for rows in parts(load_manifest(manifest_path))
         )

@@ -196,7 +196,7 @@ def _ridge(data: Data, studies: Sequence[int]) -> Scored:
     """Volumes to the embeddings of their own reports, or to those of the sentences that are true of them."""
     chosen, model, tokenizer = list(studies), data.mini.model, data.mini.tokenizer
     rows = [data.train.rows[i] for i in chosen]
-    stating, denying = ZeroShotClassifier(model, tokenizer, report_prompts()).text_embeds()  # (18, p) each
+    stating, denying = ZeroShotClassifier(model, tokenizer, report_prompts()).text_embeds().cpu()  # (18, p) each
     said = torch.from_numpy(2 * data.labels("train")[chosen] - 1).float()
     texts = {
         "reports": embed_reports(model, tokenizer, rows, progress=False).embeddings,
