@@ -24,11 +24,11 @@ def write_default_manifest(
 @maintaining.command(rich_help_panel=PANEL)
 def pretrain(
     output_dir: Annotated[Path, typer.Argument(help="For the model; the shipped one is in medctkit/assets/mini.")],
-    pool_dir: Annotated[Path, typer.Option(help="Phantom studies (9.4 GB) and the checkpoint.")] = Path(
+    pool_dir: Annotated[Path, typer.Option(help="Phantom studies (5.6 GB) and the checkpoint.")] = Path(
         "runs/pretraining"
     ),
 ) -> None:
-    """Make the mini base model anew: about 15 minutes of phantoms on two cores, then 100 of training."""
+    """Make the mini base model anew: four minutes on a GPU, hours on two cores, after the phantoms are drawn."""
     from medctkit.experiments.pretrain import pretrain as run
 
     record = run(output_dir, pool_dir)

@@ -51,8 +51,8 @@ class WarmStart:
         read_rate: peak learning rate.
     """
 
-    reconstruct_steps: int = 700
-    reconstruct_batch: int = 8
+    reconstruct_steps: int = 2_000
+    reconstruct_batch: int = 16
     reconstruct_rate: float = 2e-3
     ridge: float = 0.1
     phrases: int = 2_000
