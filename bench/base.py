@@ -1,7 +1,7 @@
-"""Measures what the mini base model sees at home, on the test patients of the source hospital, and after a shift by 4 cm.
+"""Measures what the mini base model sees at home, on test patients of the source hospital, and after a shift by 4 cm.
 
-Bars: mean AUROC at least 0.80, the interval of at most two findings holds 0.5, 4 cm along the body cost at most 0.01. It
-writes bench/base.json and its place in docs/phantoms.md; about 4 minutes on two cores.
+Bars: mean AUROC at least 0.80, the interval of at most two findings holds 0.5, 4 cm along the body cost at most 0.01.
+It writes bench/base.json and its place in docs/phantoms.md; about 4 minutes on two cores.
 """
 
 import argparse
@@ -54,7 +54,10 @@ def blind(found):
 
 def bars(found):
     """Whether each bar is met, and what was found."""
-    mean, worst = found["findings"]["mean"][0], min(change[0] for name, change in found["moved"].items() if "4 cm" in name)
+    mean, worst = (
+        found["findings"]["mean"][0],
+        min(change[0] for name, change in found["moved"].items() if "4 cm" in name),
+    )
     yield mean >= 0.80, f"mean AUROC at home {mean:.3f}, at least 0.80"
     yield len(blind(found)) <= 2, f"findings whose interval holds 0.5: {', '.join(blind(found)) or 'none'}; at most two"
     yield worst >= -0.01, f"4 cm along the body change the mean AUROC by {worst:+.4f} at most, -0.01 allowed"
@@ -62,7 +65,8 @@ def bars(found):
 
 def page(found):
     """Lines of Markdown."""
-    lines = [f"{found['studies']} studies of {found['patients']} test patients of the source hospital, 95 % intervals over patients.", ""]
+    of = f"{found['studies']} studies of {found['patients']} test patients of the source hospital"
+    lines = [f"{of}, 95 % intervals over patients.", ""]
     lines += ["| finding | AUROC |", "|---|---|"]
     lines += [f"| {name} | {a:.3f} [{low:.3f}, {high:.3f}] |" for name, (a, low, high) in found["findings"].items()]
     lines += ["", "Every scan moved, and the change of the mean:", "", "| moved | change |", "|---|---|"]

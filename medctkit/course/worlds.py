@@ -145,7 +145,7 @@ def open_world(
             manifest,
             prepared_dir(manifest, output_dir),
             DEFAULT,
-            "phantom: procedural chest CTs of two hospitals and the mini CT-CLIP, 1.5 M parameters.\nNothing "
+            "phantom: procedural chest CTs of two hospitals and the mini CT-CLIP, 2.3 M parameters.\nNothing "
             "measured here says anything about patients.",
         )
     if world not in WORLDS:

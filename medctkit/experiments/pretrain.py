@@ -1,9 +1,9 @@
 """Makes the mini base model that the kit ships: a small CT-CLIP, pretrained on source-hospital phantoms.
 
-`medctkit pretrain` runs it all: a pool of phantom studies, a vocabulary from their reports, a warm start of each tower
-(`warm_start`), contrastive pretraining with the codebook learnt on the way, whose vision encoder the projection and the
-text encoder then follow anew, a score on a validation pool, and the model card. As CT-CLIP it learns from volumes and their reports alone: no loss sees a label, and no report holds a prompt of
-the evaluation.
+`medctkit pretrain` runs it all: a pool of phantom studies, a vocabulary from their reports, a warm start of each
+tower (`warm_start`), contrastive pretraining with the codebook learnt on the way, whose vision encoder the projection
+and the text encoder then follow anew, a score on a validation pool, and the model card. As CT-CLIP it learns from
+volumes and their reports alone: no loss sees a label, and no report holds a prompt of the evaluation.
 """
 
 import json
@@ -84,8 +84,8 @@ class PretrainConfig:
         sentence_weight: of the contrast between volumes and single sentences, see `sentence_loss`.
         phrase_weight: of the cross-entropy of each phrase that the report may have, told by a linear map from the image
             embedding, which is thrown away afterwards.
-        swapped_words: share of the words of a text that are swapped for any others in training, so that a sentence means
-            the same to it in words that no report has.
+        swapped_words: share of the words of a text that are swapped for any others in training, so that a sentence
+            means the same to it in words that no report has.
         codebook_decay: of the moving averages that follow the tokens.
         vocabulary: words, at most.
         evaluate_every: steps between scores, and between checkpoints from which an interrupted run goes on.
@@ -164,7 +164,9 @@ class Pool:
 
     def __init__(self, paths: list[Path]):
         device = accelerator_for().device
-        self.parts = [torch.from_numpy(np.load(path, mmap_mode="c")).to(device) for path in paths]  # stays on disk there
+        self.parts = [
+            torch.from_numpy(np.load(path, mmap_mode="c")).to(device) for path in paths
+        ]  # stays on disk there
         self.facts = [fact for path in paths for fact in json.loads(path.with_suffix(".json").read_text())]
 
     def __len__(self) -> int:

@@ -84,7 +84,7 @@ def common_phrases(reports: Iterable[str], most: int) -> dict[str, float]:
 
 
 def band_roots(volumes: torch.Tensor, patch: tuple[int, int, int]) -> torch.Tensor:
-    """Square roots of the shares of `BANDS` in each patch of volumes (b, 1, d, h, w) of HU / 1,000: (b, t, h, w, bands).
+    """Roots of the shares of `BANDS` in each patch of volumes (b, 1, d, h, w) of HU / 1,000: (b, t, h, w, bands).
 
     The root makes one bright voxel of 512, a calcification, count for more than the five hundredth part of a patch.
     """
@@ -173,7 +173,9 @@ def project(run: Pretraining) -> torch.Tensor:
     toward = F.normalize(mean, dim=0)
     matrix -= torch.outer(matrix @ toward, toward)
     told = features @ matrix.T + (by_others - by_itself) @ axes  # (n, p)
-    scale = told.pow(2).mean(0).sqrt()  # of equal spread: then the mean of what has a finding points where it differs most
+    scale = (
+        told.pow(2).mean(0).sqrt()
+    )  # of equal spread: then the mean of what has a finding points where it differs most
     matrix, told = matrix / scale[:, None], told / scale
     projection.weight.copy_(matrix / told.norm(dim=-1).mean())
     return F.normalize(told, dim=-1)

@@ -1,4 +1,4 @@
-"""Where a score lies among those of other scans: a score by itself says little, for each finding has a level of its own."""
+"""Where a score lies among those of other scans: by itself it says little, for each finding has a level of its own."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def write_reference(folder: str | os.PathLike, model: Any, tokenizer: Any, score
 def places(
     folder: str | os.PathLike, model: Any, tokenizer: Any, prompts: Prompts, scores: np.ndarray
 ) -> np.ndarray | None:
-    """How many of 100 reference scans score lower than `scores` (18), for each finding.
+    """How many of 100 reference scans score lower than `scores` (18,), for each finding: (18,).
 
     None: `folder` has no reference, or that of another model, other words or other prompts; an adapter makes another.
     """

@@ -56,7 +56,7 @@ WRONG = [
     ("00.1", (1, TABLE), "Give the name of the finding as a text"),
     ("00.1", ("Lung nodul", TABLE), "none of the 18 findings"),
     ("00.1", ("Lung nodule", TABLE), "has a score of 0.40, and 1 other findings have a higher one"),
-    ("00.1", ("Lung nodule", TABLE.assign(place=range(len(TABLE)))), "because its *place* is the highest"),
+    ("00.1", ("Lung nodule", TABLE.assign(place=range(len(TABLE)))), r"because its \*place\* is the highest"),
     ("00.2", (lambda p, a: sum(x > y for x in p for y in a),), "divide by the number of pairs"),
     ("00.2", (lambda p, a: share(a, p),), "is the order swapped"),
     ("00.2", (lambda p, a: np.mean([x > y for x in p for y in a]),), "equal scores counts half"),

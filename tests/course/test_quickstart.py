@@ -33,7 +33,7 @@ def test_one_call_without_arguments_gives_18_scores_and_a_picture():
     assert tuple(result.table["finding"]) == FINDINGS
     assert result.table["score"].between(0, 1).all() and result.table["score"].nunique() == 18
     assert set(result.table["truth"]) == {"present", "absent"}
-    assert result.title.startswith("phantom, seed 2") and "1.5 M parameters in use" in result.title
+    assert result.title.startswith("phantom, seed 33,") and "2.3 M parameters in use" in result.title
     # as IPython shows it
     data, metadata = PNGFormatter()(result)
     picture = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))

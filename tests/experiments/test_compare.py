@@ -213,7 +213,7 @@ def test_every_variant_trains(data, tmp_path, monkeypatch, variant):
     assert len(found["history"]) == 2 and not [name for name in found["scores"] if "strength" in name]
 
 
-def test_a_sweep_leaves_test_studies_alone_and_its_best_run_is_scored_without_training_again(data, tmp_path, monkeypatch):
+def test_a_sweep_leaves_test_studies_alone_and_its_best_run_is_not_trained_again(data, tmp_path, monkeypatch):
     swept = run_job(Job(SWEEP, "bitfit", learning_rate=1e-2), data, TOY, tmp_path)
     assert swept["validation_auroc"] and not {"scores", "auroc", "home", "calibration_error"} & set(swept)
     monkeypatch.setattr(comparison.torch.Tensor, "backward", None)  # a step would fail

@@ -11,7 +11,16 @@ from torch.nn import functional as F
 
 from medctkit.experiments import pretrain
 from medctkit.experiments.pretrain import CodebookLearner, PretrainConfig
-from medctkit.experiments.warm_start import BANDS, WarmStart, band_roots, common_phrases, project, read, reconstruct, ridge
+from medctkit.experiments.warm_start import (
+    BANDS,
+    WarmStart,
+    band_roots,
+    common_phrases,
+    project,
+    read,
+    reconstruct,
+    ridge,
+)
 from medctkit.model.base_model import load_mini_base
 
 WARM = WarmStart(reconstruct_steps=2, reconstruct_batch=4, phrases=20, read_steps=2, read_batch=8)

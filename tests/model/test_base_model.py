@@ -41,7 +41,7 @@ def test_it_knows_its_own_hospital_and_is_clearly_worse_in_another(tmp_path):
 
 
 def test_it_is_small_and_loads_without_pickle():
-    assert (FOLDER / "model.safetensors").stat().st_size <= 10_000_000
+    assert (FOLDER / "model.safetensors").stat().st_size <= 15_000_000
     assert not list(FOLDER.glob("*.bin")) + list(FOLDER.glob("*.pt"))
     assert (FOLDER / "README.md").read_text().count("phantom") >= 3
     assert all(tensor.isfinite().all() for tensor in load_mini_base().model.state_dict().values())

@@ -173,7 +173,7 @@ def test_a_tokenizer_with_other_words_is_refused(folder, tmp_path):
         (other / name).write_text(text.replace(old, new))
         for arguments in ((folder, other), (other,)):
             with pytest.raises(
-                ValueError, match=r"904 words, .*their digest is \w+, .* the tokenizer of another model"
+                ValueError, match=r"\d+ words, .*their digest is \w+, .* the tokenizer of another model"
             ):
                 load_base(*arguments)
     (other / "tokenizer.json").write_text("{")

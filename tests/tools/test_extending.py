@@ -18,5 +18,3 @@ def test_the_worked_example_runs(title, tmp_path, monkeypatch):
     names: dict = {"__name__": "example"}
     for block in blocks:
         exec(compile(block, f"{PAGE.name}: {title}", "exec"), names)
-    if title == "Add a finding":
-        assert names["study"].drawing == 2

@@ -25,7 +25,7 @@ def marked():
 
 @pytest.fixture(scope="module")
 def study():
-    return generate(4, findings=["Pleural effusion", "Lung nodule"])
+    return generate(4, findings=["Pleural effusion", "Lung nodule"], shape=(32, 64, 64))
 
 
 def bright(volume, plane, index):

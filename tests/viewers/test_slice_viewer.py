@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Passing unrecognized arguments t
 
 @pytest.fixture(scope="module")
 def study():
-    return generate(4, findings=["Pleural effusion", "Lung nodule"])
+    return generate(4, findings=["Pleural effusion", "Lung nodule"], shape=(32, 64, 64))
 
 
 @pytest.fixture(scope="module")

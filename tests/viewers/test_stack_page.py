@@ -19,7 +19,7 @@ from medctkit.viewers.drawing.stack_page import write_stack_page
 
 @pytest.fixture(scope="module")
 def scan():
-    study = generate(4, findings=["Pleural effusion", "Lung nodule"])
+    study = generate(4, findings=["Pleural effusion", "Lung nodule"], shape=(32, 64, 64))
     return Scan.of(study.volume, study.masks)
 
 
@@ -57,7 +57,7 @@ def test_every_slice_is_there_in_every_window(page, scan):
 
 def test_texts_say_slice_place_and_what_is_marked(page, scan):
     texts, step = data_of(page)["texts"], scan.volume.spacing[0]
-    assert [text.split(", ")[1].split("; ")[0] for text in texts[::31]] == ["I 174 mm", "S 174 mm"]
+    assert [text.split(", ")[1].split("; ")[0] for text in texts[::31]] == ["I 155 mm", "S 155 mm"]
     filled = scan.masks["Lung nodule"].any(axis=(1, 2))
     for index, text in enumerate(texts):
         place = round((index - 15.5) * step)
@@ -101,7 +101,7 @@ def test_the_page_can_be_read_and_used_without_seeing_or_a_mouse(page):
     read = Page(page)
     assert read.all("html")[0]["lang"] == "en" and read.all("title") and read.all("noscript")
     images = read.all("img")
-    assert images[0]["alt"] == "axial slice 16 of 0 to 31, S 6 mm; lung window, centre -600 HU, width 1500 HU"
+    assert images[0]["alt"] == "axial slice 16 of 0 to 31, S 5 mm; lung window, centre -600 HU, width 1500 HU"
     assert images[0]["src"] == data_of(page)["windows"][0][16]  # shown before any script runs
     inputs = [(attributes["type"], inside) for tag, attributes, inside in read.tags if tag == "input"]
     assert [kind for kind, _ in inputs] == ["range", "radio", "radio", "range", "range"]

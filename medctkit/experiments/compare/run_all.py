@@ -191,7 +191,9 @@ def compare_methods(
         for rows in (train, valid, test, home):
             CTReportDataset(rows, mini.preprocess_config, cache_dir).prepare()
         threads = max(1, (os.cpu_count() or 1) // workers)
-        print(_what_it_costs(untrained, settings, mini, len(valid), len(test) + len(home), workers, threads), flush=True)
+        print(
+            _what_it_costs(untrained, settings, mini, len(valid), len(test) + len(home), workers, threads), flush=True
+        )
         running: dict[Future, str] = {}
         with (
             worker_pool(workers, _start_worker, manifest_path, cache_dir, threads) as pool,
