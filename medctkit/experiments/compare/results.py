@@ -55,6 +55,8 @@ class Results:
         runs = self.runs[self.runs["group"] == group]
         own = {"rivals": runs["method"].isin(set(RIVALS) - {PROBE}), "noise": runs["variant"] != ""}
         own |= {"unseen": own["noise"], "forgetting": own["noise"]}
+        own |= {"ranks": (runs["method"] == "lora") & (runs["rank"] != METHODS["lora"].rank)}
+        own |= {"studies": (runs["method"] != BASE) & (runs["studies"] < runs["studies"].max())}
         return bool(own.get(group, runs["method"] != BASE).any())
 
     def mean_draws(self, names: Sequence[str], what: str = "") -> np.ndarray:
