@@ -49,7 +49,7 @@ def recalibrated(method: str, labels: np.ndarray, scores: np.ndarray, new: np.nd
             found[:, k] = line.predict_proba(fresh[:, k, None])[:, 1]
         else:
             stairs = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(old[known, k], label)
-            found[:, k] = stairs.predict(fresh[:, k])
+            found[:, k] = np.clip(stairs.predict(fresh[:, k]), 0, 1)  # in float32 it may go a digit beyond
     return found
 
 

@@ -111,8 +111,7 @@ class ZeroShotClassifier:
         refuse_non_finite(self._scale.reshape(1, 1), ["the temperature"])
         with torch.autocast(stating.device.type, enabled=False):  # bfloat16 would round scores to ties
             # the softmax of two similarities is the sigmoid of their difference
-            scores = torch.sigmoid(self._scale * image_embeds @ (stating - denying).T)
-            return scores.clamp(max=1).cpu().numpy()  # rounding may go a digit beyond
+            return torch.sigmoid(self._scale * image_embeds @ (stating - denying).T).cpu().numpy()
 
     def scores(self, volumes: torch.Tensor) -> np.ndarray:
         """Probabilities (b, k) of the findings for volumes (b, 1, d, h, w) in [-1, 1]."""
