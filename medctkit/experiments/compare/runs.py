@@ -42,8 +42,7 @@ STRENGTHS = (0.25, 0.5, 0.75, 1.25, 1.5)  # of LoRA and full fine-tuning, beside
 MOST_RATES = 7  # of a sweep; then it ends, wherever its best lies
 
 # What all runs share; a run has its own learning rate and seed, and a smaller batch where there are fewer studies.
-# In full precision on any device, so that runs on different ones compare.
-SETTINGS = FineTuneConfig(steps=80, batch_size=16, evaluate_every=20, mixed_precision="no")
+SETTINGS = FineTuneConfig(steps=80, batch_size=16, evaluate_every=20)
 
 
 @dataclass(frozen=True)
