@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.valuerep import format_number_as_ds
 
 from medctkit.scans.volumes import CTVolume
 
@@ -51,7 +52,7 @@ def write_series(volume: CTVolume, folder: str | os.PathLike, tags: Mapping[str,
         header = Dataset()
         header.update(common)
         header.SOPInstanceUID, header.InstanceNumber = generate_uid(), i + 1
-        header.ImagePositionPatient = [f"{x:.9g}" for x in lps[:3] @ [i, 0, 0, 1]]
+        header.ImagePositionPatient = [format_number_as_ds(float(x)) for x in lps[:3] @ [i, 0, 0, 1]]
         header.PixelData = values.tobytes()
         header.file_meta = FileMetaDataset()
         header.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian

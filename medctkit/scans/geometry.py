@@ -25,9 +25,9 @@ _MOST_SHEAR = 1.0  # degrees that two axes may be away from a right angle
 
 
 def checked_spacing(spacing: Sequence[float], axes: str = "(d, h, w)") -> Lengths:
-    """Spacing as three floats; refuses all but three positive lengths."""
+    """Spacing as three floats, rounded as `steps_of` does; refuses all but three positive lengths."""
     try:
-        d, h, w = (float(step) for step in spacing)
+        d, h, w = (round(float(step), 6) for step in spacing)
     except (TypeError, ValueError):
         d = h = w = np.nan
     if not (np.isfinite((d, h, w)).all() and min(d, h, w) > 0):

@@ -48,7 +48,7 @@ def test_dicomweb_round(pacs, base, tmp_path):
     fetched = pacs.get(study, tmp_path / "fetched")
     there = read_volume(fetched)
     assert np.abs(there.hu - volume.hu).max() == 0.0
-    assert np.abs(there.affine - volume.affine).max() == 0.0
+    assert np.abs(there.affine - volume.affine).max() < 1e-9  # mm: DICOM has 16 characters for a number
     scores = list(classify(volume, base).scores.values())
     pacs.stow(write_answer(answer_study(fetched, base), tmp_path / "answer"))
     back = pacs.get(study, tmp_path / "back")
