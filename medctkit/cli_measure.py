@@ -134,20 +134,29 @@ def compare(
     seeds: Annotated[int, typer.Option(help="Runs of each.", min=1)] = 5,
     steps: Annotated[int, typer.Option(help="Optimiser steps of a run.", min=1)] = 80,
     jobs: Annotated[int, typer.Option(help="Runs side by side, each with its share of the cores.", min=1)] = 1,
+    hospital: Annotated[str, typer.Option(help="Of the manifest: where the base model is to go.")] = "target",
+    home: Annotated[str, typer.Option(help="Of the manifest: where it comes from.")] = "source",
+    model: Model = "mini",
+    tokenizer: Tokenizer = None,
 ) -> None:
-    """Compare ways to bridge two hospitals (phantom). Stop it and start it again as you like.
+    """Compare ways to bridge two hospitals of a manifest. Stop it and start it again as you like.
 
     In this order: rivals, free fixes and what else the same labels give, beside LoRA. unseen, four findings held out.
     placement, where LoRA goes. methods, ways to fine-tune. forgetting, what helps against it, and other strengths.
     studies, how many it takes. noise, wrong labels. ranks, of LoRA. The rate of each is swept first.
     """
+    from medctkit.experiments.adapt import Origin
     from medctkit.experiments.compare.figures import write_figures
     from medctkit.experiments.compare.results import load_results
     from medctkit.experiments.compare.run_all import GROUPS, SETTINGS, compare_methods
     from medctkit.experiments.compare.tables import show_all
 
     groups = [*GROUPS] if only is None else [name.strip() for name in only.split(",")]
-    compare_methods(manifest, output_dir, groups, seeds, replace(SETTINGS, steps=steps), jobs, cache_dir)
+    origin, settings = (
+        Origin(model, None if tokenizer is None else str(tokenizer), hospital),
+        replace(SETTINGS, steps=steps),
+    )
+    compare_methods(manifest, output_dir, groups, seeds, settings, jobs, cache_dir, origin, home)
     results = load_results(output_dir)
     written = write_figures(results, output_dir)
     say(show_all(results))

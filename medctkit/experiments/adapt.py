@@ -16,7 +16,6 @@ from medctkit.cohort.dataset import load_split, prepared_dir
 from medctkit.cohort.manifest import load_manifest
 from medctkit.common.processes import accelerator_for
 from medctkit.common.provenance import write_json
-from medctkit.experiments.compare.data import with_embeddings
 from medctkit.lora.adapter import add_lora
 from medctkit.lora.counting import count_trainable
 from medctkit.lora.methods import METHODS, apply_method
@@ -28,6 +27,7 @@ from medctkit.training.memory import cast_frozen
 from medctkit.training.objectives import report_prompts
 from medctkit.training.settings import FineTuneConfig
 from medctkit.zero_shot.classifier import ZeroShotClassifier, validation_score
+from medctkit.zero_shot.embeddings import with_embeddings
 
 
 @dataclass(frozen=True)

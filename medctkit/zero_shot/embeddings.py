@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
 from tqdm.auto import tqdm
 
 from medctkit.cohort.cache import content_of, key_of
@@ -250,3 +250,22 @@ def same_studies(a: Embedded, b: Embedded) -> None:
             if str(x) != str(y):  # an unknown label, NaN, is not itself, but reads the same
                 said = f"{what} {x!r} for one model, {y!r} for the other"
                 raise ValueError(f"study {study}: {said}; embed the same data set")
+
+
+class Changed(Dataset):
+    """A data set, each item changed when it is asked for."""
+
+    def __init__(self, dataset: Dataset, change: Callable[[dict], dict]):
+        self.dataset, self.change = dataset, change
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.change(self.dataset[index])
+
+
+def with_embeddings(dataset: Dataset, embedded: Sequence[Embedded], name: str = "anchor") -> Dataset:
+    """A data set whose items have, by that name, the embedding of their study out of `embedded`."""
+    known = {study: vector for each in embedded for study, vector in zip(each.studies, each.embeddings, strict=True)}
+    return Changed(dataset, lambda item: item | {name: known[item["study"]]})

@@ -1,5 +1,6 @@
 """The comparison of methods: which runs, what chooses, what is pooled; and the command, killed and resumed."""
 
+import copy
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,9 +24,11 @@ from torch.utils.data import Subset
 from typer.testing import CliRunner
 
 from medctkit.cli import app
+from medctkit.cohort.manifest import load_manifest
+from medctkit.experiments.adapt import Origin
 from medctkit.experiments.compare import run_all as comparison
 from medctkit.experiments.compare import runs as one_run
-from medctkit.experiments.compare.data import HELD_OUT, VARIANTS, Data, flipped, replayed
+from medctkit.experiments.compare.data import HELD_OUT, VARIANTS, Data, flipped, parts, replayed
 from medctkit.experiments.compare.results import load_results
 from medctkit.experiments.compare.rivals import RIVALS
 from medctkit.experiments.compare.run_all import collect, compare_methods, measure_costs, read_result, result_file
@@ -199,8 +203,8 @@ def test_volumes_seen_once_train_the_text_encoder_as_volumes_do(data, tmp_path):
     torch.manual_seed(0)
     model = apply_method(load_mini_base().model, "lora-text", r=16)
     config = one_run._config(job, TOY)
-    score = validation_score(data.valid, data.mini.tokenizer)
-    result = finetune(model, data.train, data.mini.tokenizer, config, tmp_path / "plain", score)
+    score = validation_score(data.valid, data.base.tokenizer)
+    result = finetune(model, data.train, data.base.tokenizer, config, tmp_path / "plain", score)
     assert found["history"] == [
         [step, pytest.approx(value)] for step, value in result.history[["step", "score"]].values
     ]
@@ -238,7 +242,7 @@ def test_a_run_says_what_it_scored_and_what_that_took(data, tmp_path, method):
         assert {name: where["auroc"][name]["value"] for name in expected} == pytest.approx(expected)
         assert all(where["auroc"][name]["value"] is None for name in set(FINDINGS) - set(expected))
         assert 0 < where["calibration_error"]["mean"]["value"] < 1
-    model = data.mini.model
+    model = data.base.model
     biases = sum(p.numel() for name, p in model.named_parameters() if name.endswith(".bias"))
     of_probe = (model.config.projection_dim + 1) * (18 - len(found["one_class"]))
     trainable = {BASE: 0, PROBE: of_probe, "bitfit": biases}[method]
@@ -323,11 +327,11 @@ def test_a_result_of_other_settings_is_refused_and_the_difference_named(tmp_path
 
 
 def test_settings_hold_what_a_result_depends_on(toy_cohort):
-    inputs = one_run.inputs_of(toy_cohort / "manifest.csv")
+    inputs = one_run.inputs_of(toy_cohort / "manifest.csv", load_mini_base(), Origin(), "source")
     found = one_run.settings_of(Job("studies", "lora", 16, studies=16, learning_rate=1e-3), SETTINGS, inputs)
     expected = {"steps": SETTINGS.steps, "batch_size": 16, "rate_of_b": 1.0, "weight_decay": 0.01, "prompt_weight": 1.0}
     assert expected.items() <= found.items() and set(inputs) < set(found)
-    assert set(one_run.settings_of(Job("methods", BASE), SETTINGS, inputs)) == {"base", "manifest"}
+    assert set(one_run.settings_of(Job("methods", BASE), SETTINGS, inputs)) == set(inputs)
     plus = one_run.settings_of(
         Job("forgetting", "lora+", 16, learning_rate=1e-3, variant="anchor-10"), SETTINGS, inputs
     )
@@ -337,6 +341,23 @@ def test_settings_hold_what_a_result_depends_on(toy_cohort):
         assert len(own) > 2 and rival.settings.items() <= own.items(), "what it is, not only of which studies"
         json.dumps(own)
     json.dumps(found)
+
+
+def test_a_manifest_of_ones_own_names_its_hospitals(data, toy_cohort):
+    table = load_manifest(toy_cohort / "manifest.csv")
+    table["hospital"] = table["hospital"].map({"target": "Ours", "source": "Theirs"})
+    found = parts(table, Origin(hospital="Ours"), "Theirs")
+    assert [len(rows) for rows in found] == [12, 8, 8, 6]
+    expected = "no train studies of hospital target; it has Ours test, Ours train, Ours valid, Theirs test"
+    with pytest.raises(ValueError, match=expected):
+        parts(table, Origin(), "source")
+
+    elsewhere = copy.copy(data.home)
+    elsewhere.rows = [row | {"hospital": "Theirs"} for row in data.home.rows]
+    with pytest.raises(ValueError, match="no training studies of hospital Theirs"):
+        assert replace(data, home=elsewhere).replay
+    further = pd.DataFrame(data.train.rows)
+    assert len(replace(data, home=elsewhere, further=further).replay) == len(further)
 
 
 KILLED = """
@@ -396,7 +417,7 @@ def test_costs_are_relative_to_full_fine_tuning(data, monkeypatch):
     monkeypatch.setattr(comparison, "METHODS", {name: METHODS[name] for name in ("full", "lora", "bitfit")})
     table = measure_costs(data.train, TOY, repeats=1).set_index("method")
     assert table.loc["full", ["seconds_per_step_of_full", "peak_bytes_of_full"]].tolist() == [1, 1]
-    weights = 4 * data.mini.model.num_parameters()
+    weights = 4 * data.base.model.num_parameters()
     assert table.loc["full", "peak_bytes"] > 4 * weights, "weights, gradients and two averages"
     assert table.loc["lora", "peak_bytes"] < table.loc["full", "peak_bytes"] - 2 * weights
     assert (table["seconds_per_step"] > 0).all() and (table["batch_size"] == 4).all()

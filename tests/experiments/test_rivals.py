@@ -10,12 +10,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from medctkit.experiments.compare import fixes
-from medctkit.experiments.compare.data import HELD_OUT, Changed, Data, held_out
+from medctkit.experiments.compare.data import HELD_OUT, Data, held_out
 from medctkit.experiments.compare.fixes import coral, hu_boxes, lung_centre, matched, recentred, registered
 from medctkit.experiments.compare.rivals import RIVALS, best, logistic, ridge_map
 from medctkit.experiments.compare.runs import SETTINGS, Job, settings_of
 from medctkit.findings import FINDINGS
 from medctkit.training.objectives import joint_loss
+from medctkit.zero_shot.embeddings import Changed
 
 pytestmark = pytest.mark.usefixtures("one_thread", "on_the_cpu")
 

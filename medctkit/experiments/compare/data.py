@@ -14,11 +14,13 @@ from torch.utils.data import ConcatDataset, Dataset, Subset
 from medctkit.cohort.dataset import CTReportDataset
 from medctkit.cohort.manifest import build_default_manifest, load_manifest
 from medctkit.common.processes import accelerator_for
+from medctkit.experiments.adapt import Origin
 from medctkit.experiments.compare.fixes import body_quantiles, lung_centre, matched, registered
 from medctkit.findings import FINDINGS
-from medctkit.model.base_model import BaseModel, load_mini_base
+from medctkit.model.base_model import BaseModel
 from medctkit.training.gradients import seed_from
 from medctkit.zero_shot.classifier import Embedded, ZeroShotClassifier
+from medctkit.zero_shot.embeddings import Changed, with_embeddings
 
 # Kept out of every loss in the runs of "unseen": one of each group that has several findings or none like it.
 HELD_OUT = ("Pleural effusion", "Emphysema", "Hiatal hernia", "Bronchiectasis")
@@ -34,30 +36,42 @@ VARIANTS = {  # of a run: what is done to the studies that it learns from
 }
 
 
+PHANTOMS, HOME = Origin(), "source"
+MOST_IN_MEMORY = 4e9  # bytes of volumes
+
+
 @dataclass(frozen=True, eq=False)
 class Data:
-    """The target hospital's studies, test studies of the source hospital (`home`), and the base model."""
+    """A hospital's studies, test studies of the one that the base model comes from (`home`), and the base model.
+
+    Attributes:
+        further: training studies of home, for replay; may be none.
+        origin: the base model, to be loaded afresh, and the hospital.
+    """
 
     train: CTReportDataset
     valid: CTReportDataset
     test: CTReportDataset
     home: CTReportDataset
-    mini: BaseModel
+    further: pd.DataFrame
+    base: BaseModel
+    origin: Origin
 
     @classmethod
-    def load(cls, manifest_path: str | os.PathLike, cache_dir: str | os.PathLike, in_memory: bool = True) -> "Data":
+    def load(
+        cls, manifest_path: str | os.PathLike, cache_dir: str | os.PathLike, origin: Origin = PHANTOMS, home: str = HOME
+    ) -> "Data":
         """From a manifest and a folder of prepared volumes, which are made where missing.
 
-        Volumes that are seen again and again are kept in memory, if that is wanted.
+        Volumes that are seen again and again are kept in memory, where they are small.
         """
-        mini = load_mini_base()
-        mini.model.to(accelerator_for().device)
-        train, valid, test, home = (
-            CTReportDataset(rows, mini.preprocess_config, cache_dir) for rows in parts(load_manifest(manifest_path))
+        base, table = origin.load(), load_manifest(manifest_path)
+        base.model.to(accelerator_for().device)
+        train, valid, test, at_home = (
+            CTReportDataset(rows, base.preprocess_config, cache_dir) for rows in parts(table, origin, home)
         )
-        if in_memory:
-            train, valid = train.in_memory(), valid.in_memory()  # the other two are seen once a run
-        return cls(train, valid, test, home, mini)
+        further = table[(table["hospital"] == home) & (table["split"] == "train")]
+        return cls(_at_hand(train), _at_hand(valid), test, at_home, further, base, origin)
 
     @cache  # noqa: B019 (one object, as long as the process)
     def embedded(self, split: str, *changes: str) -> Embedded:
@@ -77,10 +91,19 @@ class Data:
 
     @cached_property
     def replay(self) -> CTReportDataset:
-        """Studies of further patients of the source hospital, none of them in `home`."""
-        rows = build_default_manifest({("source", "train"): REPLAYED}, workers=1)
+        """Studies of further patients of home, none of them in `home`.
+
+        Raises:
+            ValueError: the manifest has none, and home is not the phantoms'.
+        """
+        rows, home = self.further, self.home.rows[0]["hospital"]
+        rows = rows[rows["patient"].isin(rows["patient"].unique()[:REPLAYED])]
+        if rows.empty and home != HOME:
+            raise ValueError(f"the manifest has no training studies of hospital {home}, to be replayed")
+        if rows.empty:
+            rows = build_default_manifest({("source", "train"): REPLAYED}, workers=1)
         cache_dir = None if self.train.cache is None else self.train.cache.folder
-        return CTReportDataset(rows, self.mini.preprocess_config, cache_dir).in_memory()
+        return _at_hand(CTReportDataset(rows, self.base.preprocess_config, cache_dir))
 
     def learnt_from(self, indices: Sequence[int], variant: str, seed: int) -> Dataset:
         """Training studies, changed as one of `VARIANTS` says; "": as they are."""
@@ -110,7 +133,7 @@ class Data:
 
     @cached_property
     def _ask(self) -> ZeroShotClassifier:
-        return ZeroShotClassifier(self.mini.model, self.mini.tokenizer)
+        return ZeroShotClassifier(self.base.model, self.base.tokenizer)
 
     def _change(self, names: Sequence[str]) -> Callable[[dict], dict]:
         def change(item: dict) -> dict:
@@ -128,17 +151,10 @@ CHANGES: dict[str, Callable[[Data, torch.Tensor], torch.Tensor]] = {  # to volum
 }
 
 
-class Changed(Dataset):
-    """A data set, each item changed when it is asked for."""
-
-    def __init__(self, dataset: Dataset, change: Callable[[dict], dict]):
-        self.dataset, self.change = dataset, change
-
-    def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.change(self.dataset[index])
+def _at_hand(dataset: CTReportDataset) -> CTReportDataset:
+    """A data set that is seen again and again, in memory where it is small."""
+    small = len(dataset) * 4 * np.prod(dataset.config.shape) <= MOST_IN_MEMORY
+    return dataset.in_memory() if small else dataset
 
 
 def held_out(item: dict[str, Any]) -> dict[str, Any]:
@@ -146,12 +162,6 @@ def held_out(item: dict[str, Any]) -> dict[str, Any]:
     labels = item["labels"].clone()
     labels[[FINDINGS.index(name) for name in HELD_OUT]] = float("nan")
     return item | {"labels": labels}
-
-
-def with_embeddings(dataset: Dataset, embedded: Sequence[Embedded], name: str = "anchor") -> Dataset:
-    """A data set whose items have, by that name, the embedding of their study out of `embedded`."""
-    known = {study: vector for each in embedded for study, vector in zip(each.studies, each.embeddings, strict=True)}
-    return Changed(dataset, lambda item: item | {name: known[item["study"]]})
 
 
 def flipped(item: dict[str, Any], share: float, seed: int) -> dict[str, Any]:
@@ -167,10 +177,19 @@ def replayed(dataset: Dataset, studies: Dataset, share: float = REPLAY_SHARE) ->
     return ConcatDataset([dataset, *[studies] * max(1, round(share / (1 - share) * n / more))])
 
 
-def parts(table: pd.DataFrame) -> list[pd.DataFrame]:
-    """The rows of a manifest that a comparison reads: target train, valid and test, and source test."""
-    wanted = (("target", "train"), ("target", "valid"), ("target", "test"), ("source", "test"))
-    return [table[(table["hospital"] == hospital) & (table["split"] == split)] for hospital, split in wanted]
+def parts(table: pd.DataFrame, origin: Origin, home: str) -> list[pd.DataFrame]:
+    """The rows of a manifest that a comparison reads: the hospital's train, valid and test, and home's test.
+
+    Raises:
+        ValueError: there are none of one of them.
+    """
+    found, here = [], origin.hospital
+    for hospital, split in ((here, "train"), (here, "valid"), (here, "test"), (home, "test")):
+        found.append(table[(table["hospital"] == hospital) & (table["split"] == split)])
+        if found[-1].empty:
+            there = ", ".join(sorted({f"{row.hospital} {row.split}" for row in table.itertuples()}))
+            raise ValueError(f"the manifest has no {split} studies of hospital {hospital}; it has {there}")
+    return found
 
 
 def truth(rows: Sequence[Mapping]) -> tuple[np.ndarray, np.ndarray]:

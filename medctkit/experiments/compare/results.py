@@ -75,7 +75,7 @@ def load_results(folder: str | os.PathLike = SAVED) -> Results:
     with np.load(folder / "draws.npz", allow_pickle=False) as file:
         draws = {name: file[name] for name in file.files}
     runs = pd.read_csv(folder / "comparison.csv", dtype={"chosen": str, "variant": str})
-    runs = runs.fillna({"dialect": "target", "variant": "", "chosen": "", "history": "[]"})  # of the base, of free fixes
+    runs = runs.fillna({"dialect": "target", "variant": "", "chosen": "", "history": "[]"})
     costs = folder / "costs.csv"
     columns = ["method", "seconds_per_step", "seconds_per_step_of_full", "peak_bytes", "peak_bytes_of_full"]
     return Results(runs, draws, pd.read_csv(costs) if costs.is_file() else pd.DataFrame(columns=columns))

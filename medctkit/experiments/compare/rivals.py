@@ -101,7 +101,7 @@ def fixed(
 
 def _asked(data: Data, seen: Iterable[torch.Tensor], prompts: Prompts, chosen: str, trained: int = 0) -> Scored:
     """What the base model's prompts say of the embeddings of validation and test studies."""
-    valid, test = map(ZeroShotClassifier(data.mini.model, data.mini.tokenizer, prompts).scores_from_embeddings, seen)
+    valid, test = map(ZeroShotClassifier(data.base.model, data.base.tokenizer, prompts).scores_from_embeddings, seen)
     return Scored(valid, test, chosen, trained)
 
 
@@ -194,7 +194,7 @@ def ridge_map(images: torch.Tensor, texts: torch.Tensor, strength: float) -> tor
 
 def _ridge(data: Data, studies: Sequence[int]) -> Scored:
     """Volumes to the embeddings of their own reports, or to those of the sentences that are true of them."""
-    chosen, model, tokenizer = list(studies), data.mini.model, data.mini.tokenizer
+    chosen, model, tokenizer = list(studies), data.base.model, data.base.tokenizer
     rows = [data.train.rows[i] for i in chosen]
     stating, denying = ZeroShotClassifier(model, tokenizer, report_prompts()).text_embeds().cpu()  # (18, p) each
     said = torch.from_numpy(2 * data.labels("train")[chosen] - 1).float()

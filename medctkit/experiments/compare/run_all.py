@@ -35,7 +35,8 @@ from medctkit.common.atomic import replacing
 from medctkit.common.csv_tables import write_table
 from medctkit.common.processes import accelerator_for, worker_pool
 from medctkit.common.provenance import differences, made_with, write_json
-from medctkit.experiments.compare.data import HELD_OUT, Data, flipped, parts, truth
+from medctkit.experiments.adapt import Origin
+from medctkit.experiments.compare.data import HELD_OUT, HOME, PHANTOMS, Data, flipped, parts, truth
 from medctkit.experiments.compare.runs import (
     BASE,
     GROUPS,
@@ -51,7 +52,6 @@ from medctkit.experiments.compare.runs import (
 from medctkit.findings import FINDINGS
 from medctkit.lora.methods import METHODS, apply_method, save_trained, trained_bytes
 from medctkit.metrics.bootstrap import mean_of_findings, metric_draws, patient_weights
-from medctkit.model.base_model import BaseModel, load_mini_base
 from medctkit.training.loop import step_gradients
 from medctkit.training.memory import PeakMemory
 from medctkit.training.objectives import draw_prompts
@@ -66,10 +66,10 @@ _ENDS = {"": "value", "_low": "low", "_high": "high"}
 _data: Data | tuple  # of a worker process: where to load it from, then what was loaded
 
 
-def _start_worker(manifest_path: str | os.PathLike, cache_dir: Path, threads: int) -> None:
+def _start_worker(threads: int, *where: Any) -> None:
     global _data
     torch.set_num_threads(threads)
-    _data = (manifest_path, cache_dir)
+    _data = where
 
 
 def _work(job: Job, settings: FineTuneConfig, made_of: dict, output_dir: Path) -> None:
@@ -145,6 +145,8 @@ def compare_methods(
     settings: FineTuneConfig = SETTINGS,
     workers: int = 1,
     cache_dir: str | os.PathLike | None = None,
+    origin: Origin = PHANTOMS,
+    home: str = HOME,
 ) -> Path:
     """Do all runs that are not there yet, measure seconds and memory, and write the tables; returns `output_dir`.
 
@@ -159,19 +161,21 @@ def compare_methods(
         settings: of all runs.
         workers: processes side by side, each with its share of the cores, and its own training volumes in memory.
         cache_dir: see `prepared_dir`.
+        origin: base model, and the hospital that it is to go to.
+        home: the hospital that it comes from.
 
     Raises:
-        ValueError: unknown group; results of other settings in `output_dir`.
+        ValueError: unknown group; results of other settings in `output_dir`; no studies of a hospital.
         OSError: a worker process died.
     """
     if unknown := [group for group in groups if group not in GROUPS]:
         raise ValueError(f"unknown group {unknown[0]!r}; choose from {', '.join(GROUPS)}")
     if seeds < 1 or workers < 1:
         raise ValueError(f"seeds and workers must be at least 1, got {seeds} and {workers}")
-    output_dir, inputs = Path(output_dir), inputs_of(manifest_path)
-    cache_dir = prepared_dir(manifest_path, output_dir, cache_dir)
-    table, mini = load_manifest(manifest_path), load_mini_base()
-    train, valid, test, home = parts(table)
+    output_dir = Path(output_dir)
+    train, valid, test, at_home = parts(load_manifest(manifest_path), origin, home)
+    cache_dir, base = prepared_dir(manifest_path, output_dir, cache_dir), origin.load()
+    inputs = inputs_of(manifest_path, base, origin, home)
     made_of = partial(settings_of, settings=settings, inputs=inputs)
     score = _Scores(output_dir, made_of)
     stages = (range(min(FIRST_SEEDS, seeds)), range(FIRST_SEEDS, seeds))
@@ -188,15 +192,14 @@ def compare_methods(
     untrained = [job for job in left if score(job) is None]
     print(f"{len(expected)} runs, {len(expected) - len(untrained)} of them there", flush=True)
     if left:
-        for rows in (train, valid, test, home):
-            CTReportDataset(rows, mini.preprocess_config, cache_dir).prepare()
+        for rows in (train, valid, test, at_home):
+            CTReportDataset(rows, base.preprocess_config, cache_dir).prepare()
         threads = max(1, (os.cpu_count() or 1) // workers)
-        print(
-            _what_it_costs(untrained, settings, mini, len(valid), len(test) + len(home), workers, threads), flush=True
-        )
+        scored = len(test) + len(at_home)
+        print(_what_it_costs(untrained, settings, origin, len(valid), scored, workers, threads), flush=True)
         running: dict[Future, str] = {}
         with (
-            worker_pool(workers, _start_worker, manifest_path, cache_dir, threads) as pool,
+            worker_pool(workers, _start_worker, threads, manifest_path, cache_dir, origin, home) as pool,
             tqdm(total=len(untrained), desc="comparing", unit="run") as bar,
         ):
             try:
@@ -220,27 +223,28 @@ def compare_methods(
                 ) from None
         shutil.rmtree(output_dir / "work", ignore_errors=True)
     if "methods" in groups and not (output_dir / "costs.csv").is_file():
-        learnt_from = CTReportDataset(train, mini.preprocess_config, cache_dir)
-        write_table(measure_costs(learnt_from, settings), output_dir / "costs.csv")
-    collect(output_dir, test.to_dict("records"), home.to_dict("records"), seeds)
+        learnt_from = CTReportDataset(train, base.preprocess_config, cache_dir)
+        write_table(measure_costs(learnt_from, settings, origin=origin), output_dir / "costs.csv")
+    collect(output_dir, test.to_dict("records"), at_home.to_dict("records"), seeds)
     return output_dir
 
 
 def _what_it_costs(
-    left: Sequence[Job], settings: FineTuneConfig, mini: BaseModel, valid: int, scored: int, workers: int, threads: int
+    left: Sequence[Job], settings: FineTuneConfig, origin: Origin, valid: int, scored: int, workers: int, threads: int
 ) -> str:
     """How long runs will take, in words, from one step of LoRA and one batch embedded, measured here and now."""
     before, size = torch.get_num_threads(), settings.batch_size
     torch.set_num_threads(threads)
     try:
-        model = apply_method(load_mini_base().model, "lora")
-        pixels = torch.zeros(size, 1, *mini.preprocess_config.shape)
+        base = origin.load()
+        model, tokenizer = apply_method(origin.load().model, "lora"), base.tokenizer
+        pixels = torch.zeros(size, 1, *base.preprocess_config.shape)
         item = {"study": "", "patient": "", "report": "No finding. " * 20, "labels": torch.zeros(len(FINDINGS))}
-        batch = collate(mini.tokenizer)([item | {"pixel_values": volume} for volume in pixels])
-        step, _ = _cost(model, batch, mini.tokenizer, 1)
+        batch = collate(tokenizer)([item | {"pixel_values": volume} for volume in pixels])
+        step, _ = _cost(model, batch, tokenizer, 1)
         started = time.perf_counter()
         with torch.no_grad():
-            mini.model.to(accelerator_for().device).encode_image(pixels.to(accelerator_for().device))
+            base.model.to(accelerator_for().device).encode_image(pixels.to(accelerator_for().device))
         embed = (time.perf_counter() - started) / size
     finally:
         torch.set_num_threads(before)
@@ -329,21 +333,23 @@ def _draws(
     return found
 
 
-def measure_costs(train: Dataset, settings: FineTuneConfig, repeats: int = 5) -> pd.DataFrame:
+def measure_costs(
+    train: Dataset, settings: FineTuneConfig, repeats: int = 5, origin: Origin = PHANTOMS
+) -> pd.DataFrame:
     """Seconds, memory and bytes of an optimiser step of each method, alone on the machine, one after the other.
 
     Returns:
         A row for each of `METHODS`: `seconds_per_step` (median), `peak_bytes` (of one step: weights, inputs,
         activations, gradients, optimiser), both also relative to full fine-tuning, `file_bytes`, batch size and device.
     """
-    mini, rows = load_mini_base(), []
-    batch = collate(mini.tokenizer)([train[i] for i in range(settings.batch_size)])
+    tokenizer, rows = origin.load().tokenizer, []
+    batch = collate(tokenizer)([train[i] for i in range(settings.batch_size)])
     for name in METHODS:
         torch.manual_seed(0)
-        model = apply_method(load_mini_base().model, name)
+        model = apply_method(origin.load().model, name)
         with tempfile.TemporaryDirectory() as folder:
             size = trained_bytes(save_trained(model, folder))
-        seconds, peak = _cost(model, batch, mini.tokenizer, repeats)
+        seconds, peak = _cost(model, batch, tokenizer, repeats)
         rows.append({"method": name, "seconds_per_step": seconds, "peak_bytes": peak, "file_bytes": size})
     table = pd.DataFrame(rows)
     for column in ("seconds_per_step", "peak_bytes"):

@@ -1,6 +1,6 @@
 """The runs of the comparison: which there are, and how one is done; `run_all` does them all.
 
-Every run starts from the mini base model and gets the same objectives, steps, batches, validations and seeds; methods
+Every run starts from the same base model and gets the same objectives, steps, batches, validations and seeds; methods
 differ in what they train and in their learning rate, which validation studies choose: a grid is swept until its best
 lies between others. Test studies are scored at the end of the runs with the rates chosen, and choose nothing.
 """
@@ -19,18 +19,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from medctkit.experiments.compare.data import Changed, Data, held_out, truth
+from medctkit.experiments.adapt import Origin
+from medctkit.experiments.compare.data import Data, held_out, truth
 from medctkit.experiments.compare.rivals import RIVALS
 from medctkit.lora.counting import count_trainable
 from medctkit.lora.methods import METHODS, apply_method, trained_bytes
 from medctkit.lora.strength import at_strength, intruder_dimensions
 from medctkit.metrics.scores import evaluate, mean_auroc
-from medctkit.model.base_model import FOLDER as MINI_FOLDER
-from medctkit.model.base_model import load_mini_base
+from medctkit.model.base_model import BaseModel
+from medctkit.model.fingerprint import digests, vocabulary_of
 from medctkit.training.loop import finetune
 from medctkit.training.objectives import report_prompts
 from medctkit.training.settings import FineTuneConfig
 from medctkit.zero_shot.classifier import ZeroShotClassifier, validation_score
+from medctkit.zero_shot.embeddings import Changed
 from medctkit.zero_shot.prompts import PROMPTS
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
@@ -196,10 +198,11 @@ def draw_studies(patients: Sequence[str], n: int | None, seed: int) -> list[int]
     return sorted(range(len(patients)), key=lambda i: place[patients[i]])[:n]
 
 
-def inputs_of(manifest_path: str | os.PathLike) -> dict[str, str]:
-    """Digests of the base model and of the manifest."""
-    paths = {"base": MINI_FOLDER / "model.safetensors", "manifest": Path(manifest_path)}
-    return {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in paths.items()}
+def inputs_of(manifest_path: str | os.PathLike, base: BaseModel, origin: Origin, home: str) -> dict[str, str]:
+    """Digests of the base model, of its vocabulary and of the manifest, and the hospitals."""
+    manifest = hashlib.sha256(Path(manifest_path).read_bytes()).hexdigest()[:32]
+    of = {"base": digests(base.model)[0], "vocabulary": vocabulary_of(base.tokenizer), "manifest": manifest}
+    return of | {"hospital": str(origin.hospital), "home": home}
 
 
 def settings_of(job: Job, settings: FineTuneConfig, inputs: Mapping[str, str]) -> dict[str, Any]:
@@ -246,12 +249,12 @@ def run_job(job: Job, data: Data, settings: FineTuneConfig, work_dir: str | os.P
         scores = {"paper": rival.test}
     elif job.method == BASE:
         seen = [data.embedded(split).embeddings for split in ("valid", "test", "home")]
-        ask = ZeroShotClassifier(data.mini.model, data.mini.tokenizer)
+        ask = ZeroShotClassifier(data.base.model, data.base.tokenizer)
         found["validation_auroc"] = mean_auroc(data.labels("valid"), ask.scores_from_embeddings(seen[0]))
-        scores = _scores(data.mini.model, data, seen[1], seen[2])
+        scores = _scores(data.base.model, data, seen[1], seen[2])
     else:
         torch.manual_seed(job.seed)
-        model = apply_method(load_mini_base().model, job.method, **{"r": job.rank} if job.rank else {})
+        model = apply_method(data.origin.load().model, job.method, **{"r": job.rank} if job.rank else {})
         start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         datasets = [data.learnt_from(indices, job.variant, job.seed), data.valid, data.test, data.home]
         if job.variant == "unseen":
@@ -260,9 +263,9 @@ def run_job(job: Job, data: Data, settings: FineTuneConfig, work_dir: str | os.P
             splits = ("train", "valid", "test", "home")
             datasets = [data.seen(dataset, splits, "pixel_values") for dataset in datasets]
             model.encode_image = lambda embedded: embedded
-        score = validation_score(datasets[1], data.mini.tokenizer)
+        score = validation_score(datasets[1], data.base.tokenizer)
         try:
-            result = finetune(model, datasets[0], data.mini.tokenizer, _config(job, settings), work_dir, score)
+            result = finetune(model, datasets[0], data.base.tokenizer, _config(job, settings), work_dir, score)
         except FloatingPointError as error:
             return {"diverged": str(error)}
         found |= {"best_step": result.best_step, "trainable": count_trainable(model)}
@@ -270,8 +273,8 @@ def run_job(job: Job, data: Data, settings: FineTuneConfig, work_dir: str | os.P
         found["history"] = result.history[["step", "score"]].dropna().to_numpy().tolist()
         if job.group == SWEEP:
             return found | {"seconds": time.perf_counter() - started}
-        found["intruders"] = intruder_dimensions(data.mini.model, model)
-        ask = ZeroShotClassifier(model, data.mini.tokenizer)
+        found["intruders"] = intruder_dimensions(data.base.model, model)
+        ask = ZeroShotClassifier(model, data.base.tokenizer)
 
         def embedded() -> list[torch.Tensor]:
             return [ask.embed(dataset, progress=False).embeddings for dataset in datasets[2:]]
@@ -291,7 +294,7 @@ def run_job(job: Job, data: Data, settings: FineTuneConfig, work_dir: str | os.P
 
 def _scores(model: Any, data: Data, test: torch.Tensor, home: torch.Tensor) -> dict[str, np.ndarray]:
     """In each set of prompts, and at home in the paper's, from a model's embeddings."""
-    asked = {name: ZeroShotClassifier(model, data.mini.tokenizer, name) for name in PROMPTS}
+    asked = {name: ZeroShotClassifier(model, data.base.tokenizer, name) for name in PROMPTS}
     scores = {name: each.scores_from_embeddings(test) for name, each in asked.items()}
     return scores | {"home": asked["paper"].scores_from_embeddings(home)}
 
