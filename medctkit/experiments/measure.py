@@ -135,7 +135,7 @@ def measure(
     cache_dir = prepared_dir(manifest_path, output_dir, cache_dir)
     origin, manifest = Origin.of(output_dir), load_manifest(manifest_path)
     base = origin.load()
-    base_parameters = base.model.num_parameters()
+    base_parameters = sum(p.numel() for p in base.model.parameters())
     drawn: dict[str, Any] = {"resamples": resamples, "seed": seed}
 
     def studies(hospital: str | None, split: str) -> CTReportDataset:

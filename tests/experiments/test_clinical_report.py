@@ -96,6 +96,15 @@ def test_words_follow_from_the_numbers(measured):
     assert words["DeLong's test beside the bootstrap"].endswith(f": 1: {FINDINGS[5]}.")
 
 
+def test_a_manifest_that_says_nothing_of_its_patients_has_a_report_too(measured):
+    made = dataclasses.replace(
+        measured, clinical=Clinical(measured.clinical.tables | {"subgroups": pd.DataFrame()}, {})
+    )
+    shown = {title: (words, report.in_text(table)) for title, words, _, table in report.parts(made)}
+    assert shown["Subgroups"][0].startswith("Subgroups of 0 ") and shown["Subgroups"][1].empty
+    assert claims.blocks(made)
+
+
 def test_the_check_lists_are_whole_and_say_where_an_answer_is(measured):
     table = report.checklists()
     parts = {
