@@ -152,11 +152,8 @@ def compare(
     from medctkit.experiments.compare.tables import show_all
 
     groups = [*GROUPS] if only is None else [name.strip() for name in only.split(",")]
-    origin, settings = (
-        Origin(model, None if tokenizer is None else str(tokenizer), hospital),
-        replace(SETTINGS, steps=steps),
-    )
-    compare_methods(manifest, output_dir, groups, seeds, settings, jobs, cache_dir, origin, home)
+    origin = Origin(model, None if tokenizer is None else str(tokenizer), hospital)
+    compare_methods(manifest, output_dir, groups, seeds, replace(SETTINGS, steps=steps), jobs, cache_dir, origin, home)
     results = load_results(output_dir)
     written = write_figures(results, output_dir)
     say(show_all(results))

@@ -143,16 +143,26 @@ def load_split(
     Raises:
         ValueError: no such studies.
     """
+    dataset = CTReportDataset(rows_of(manifest, hospital, split), preprocess_config, cache_dir)
+    with accelerator_for().main_process_first():
+        dataset.prepare()
+    return at_hand(dataset)
+
+
+def rows_of(manifest: pd.DataFrame, hospital: str | None, split: str) -> pd.DataFrame:
+    """The rows of one hospital (None: of all) and split; that there are none is a ValueError."""
     rows = manifest[manifest["split"] == split]
     if hospital is not None:
         rows = rows[rows["hospital"] == hospital]
     if not len(rows):
         known = ", ".join(sorted(manifest["hospital"].unique()))
         raise ValueError(f"the manifest has no {split} studies of hospital {hospital!r}; its hospitals are {known}")
-    dataset = CTReportDataset(rows, preprocess_config, cache_dir)
-    with accelerator_for().main_process_first():
-        dataset.prepare()
-    small = 4 * math.prod(preprocess_config.shape) * len(rows) <= IN_MEMORY
+    return rows
+
+
+def at_hand(dataset: CTReportDataset) -> CTReportDataset:
+    """A data set that is seen again and again: in memory, if it is small enough."""
+    small = 4 * math.prod(dataset.config.shape) * len(dataset) <= IN_MEMORY
     return dataset.in_memory() if small else dataset
 
 

@@ -196,4 +196,6 @@ def subgroup_table(
             for name, drawn in draws.items():
                 row |= with_interval(name, mean_of_findings(drawn))
             rows.append(row | {"warning": "; ".join(why)})
-    return pd.DataFrame(rows)
+    columns = ["characteristic", "subgroup", "studies", "patients", "findings"]
+    columns += [f"{name}{end}" for name in (*scores, "difference", "against the rest") for end in ("", "_low", "_high")]
+    return pd.DataFrame(rows, columns=[*columns, "warning"])

@@ -14,6 +14,7 @@ from medctkit.experiments.clinical import MARKED, Clinical, clinical_statistics
 from medctkit.experiments.report import claims, figures
 from medctkit.experiments.report import clinical as report
 from medctkit.findings import FINDINGS, PREVALENCE
+from medctkit.metrics.clinical import subgroup_table
 from medctkit.metrics.scores import evaluate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,9 +98,8 @@ def test_words_follow_from_the_numbers(measured):
 
 
 def test_a_manifest_that_says_nothing_of_its_patients_has_a_report_too(measured):
-    made = dataclasses.replace(
-        measured, clinical=Clinical(measured.clinical.tables | {"subgroups": pd.DataFrame()}, {})
-    )
+    none = subgroup_table(measured.labels, measured.scores, measured.patients, pd.DataFrame(index=range(120)), 20)
+    made = dataclasses.replace(measured, clinical=Clinical(measured.clinical.tables | {"subgroups": none}, {}))
     shown = {title: (words, report.in_text(table)) for title, words, _, table in report.parts(made)}
     assert shown["Subgroups"][0].startswith("Subgroups of 0 ") and shown["Subgroups"][1].empty
     assert claims.blocks(made)

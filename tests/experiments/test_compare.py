@@ -348,7 +348,7 @@ def test_a_manifest_of_ones_own_names_its_hospitals(data, toy_cohort):
     table["hospital"] = table["hospital"].map({"target": "Ours", "source": "Theirs"})
     found = parts(table, Origin(hospital="Ours"), "Theirs")
     assert [len(rows) for rows in found] == [12, 8, 8, 6]
-    expected = "no train studies of hospital target; it has Ours test, Ours train, Ours valid, Theirs test"
+    expected = "no train studies of hospital 'target'; its hospitals are Ours, Theirs"
     with pytest.raises(ValueError, match=expected):
         parts(table, Origin(), "source")
 

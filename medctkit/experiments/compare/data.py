@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from medctkit.cohort.dataset import CTReportDataset
+from medctkit.cohort.dataset import CTReportDataset, at_hand, rows_of
 from medctkit.cohort.manifest import build_default_manifest, load_manifest
 from medctkit.common.processes import accelerator_for
 from medctkit.experiments.adapt import Origin
@@ -37,7 +37,6 @@ VARIANTS = {  # of a run: what is done to the studies that it learns from
 
 
 PHANTOMS, HOME = Origin(), "source"
-MOST_IN_MEMORY = 4e9  # bytes of volumes
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +70,7 @@ class Data:
             CTReportDataset(rows, base.preprocess_config, cache_dir) for rows in parts(table, origin, home)
         )
         further = table[(table["hospital"] == home) & (table["split"] == "train")]
-        return cls(_at_hand(train), _at_hand(valid), test, at_home, further, base, origin)
+        return cls(at_hand(train), at_hand(valid), test, at_home, further, base, origin)
 
     @cache  # noqa: B019 (one object, as long as the process)
     def embedded(self, split: str, *changes: str) -> Embedded:
@@ -103,7 +102,7 @@ class Data:
         if rows.empty:
             rows = build_default_manifest({("source", "train"): REPLAYED}, workers=1)
         cache_dir = None if self.train.cache is None else self.train.cache.folder
-        return _at_hand(CTReportDataset(rows, self.base.preprocess_config, cache_dir))
+        return at_hand(CTReportDataset(rows, self.base.preprocess_config, cache_dir))
 
     def learnt_from(self, indices: Sequence[int], variant: str, seed: int) -> Dataset:
         """Training studies, changed as one of `VARIANTS` says; "": as they are."""
@@ -151,12 +150,6 @@ CHANGES: dict[str, Callable[[Data, torch.Tensor], torch.Tensor]] = {  # to volum
 }
 
 
-def _at_hand(dataset: CTReportDataset) -> CTReportDataset:
-    """A data set that is seen again and again, in memory where it is small."""
-    small = len(dataset) * 4 * np.prod(dataset.config.shape) <= MOST_IN_MEMORY
-    return dataset.in_memory() if small else dataset
-
-
 def held_out(item: dict[str, Any]) -> dict[str, Any]:
     """A study of which the labels `HELD_OUT` are unknown."""
     labels = item["labels"].clone()
@@ -183,13 +176,9 @@ def parts(table: pd.DataFrame, origin: Origin, home: str) -> list[pd.DataFrame]:
     Raises:
         ValueError: there are none of one of them.
     """
-    found, here = [], origin.hospital
-    for hospital, split in ((here, "train"), (here, "valid"), (here, "test"), (home, "test")):
-        found.append(table[(table["hospital"] == hospital) & (table["split"] == split)])
-        if found[-1].empty:
-            there = ", ".join(sorted({f"{row.hospital} {row.split}" for row in table.itertuples()}))
-            raise ValueError(f"the manifest has no {split} studies of hospital {hospital}; it has {there}")
-    return found
+    here = origin.hospital
+    wanted = ((here, "train"), (here, "valid"), (here, "test"), (home, "test"))
+    return [rows_of(table, hospital, split) for hospital, split in wanted]
 
 
 def truth(rows: Sequence[Mapping]) -> tuple[np.ndarray, np.ndarray]:

@@ -52,6 +52,7 @@ from medctkit.experiments.compare.runs import (
 from medctkit.findings import FINDINGS
 from medctkit.lora.methods import METHODS, apply_method, save_trained, trained_bytes
 from medctkit.metrics.bootstrap import mean_of_findings, metric_draws, patient_weights
+from medctkit.model.base_model import BaseModel
 from medctkit.training.loop import step_gradients
 from medctkit.training.memory import PeakMemory
 from medctkit.training.objectives import draw_prompts
@@ -196,7 +197,7 @@ def compare_methods(
             CTReportDataset(rows, base.preprocess_config, cache_dir).prepare()
         threads = max(1, (os.cpu_count() or 1) // workers)
         scored = len(test) + len(at_home)
-        print(_what_it_costs(untrained, settings, origin, len(valid), scored, workers, threads), flush=True)
+        print(_what_it_costs(untrained, settings, origin, base, len(valid), scored, workers, threads), flush=True)
         running: dict[Future, str] = {}
         with (
             worker_pool(workers, _start_worker, threads, manifest_path, cache_dir, origin, home) as pool,
@@ -230,13 +231,19 @@ def compare_methods(
 
 
 def _what_it_costs(
-    left: Sequence[Job], settings: FineTuneConfig, origin: Origin, valid: int, scored: int, workers: int, threads: int
+    left: Sequence[Job],
+    settings: FineTuneConfig,
+    origin: Origin,
+    base: BaseModel,
+    valid: int,
+    scored: int,
+    workers: int,
+    threads: int,
 ) -> str:
     """How long runs will take, in words, from one step of LoRA and one batch embedded, measured here and now."""
     before, size = torch.get_num_threads(), settings.batch_size
     torch.set_num_threads(threads)
     try:
-        base = origin.load()
         model, tokenizer = apply_method(origin.load().model, "lora"), base.tokenizer
         pixels = torch.zeros(size, 1, *base.preprocess_config.shape)
         item = {"study": "", "patient": "", "report": "No finding. " * 20, "labels": torch.zeros(len(FINDINGS))}

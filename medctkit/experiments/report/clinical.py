@@ -44,7 +44,7 @@ def parts(measured: Measurement) -> Iterator[tuple[str, str, str, pd.DataFrame]]
         return f"{len(names)}{': ' if len(names) else ''}{', '.join(map(str, names))}"
 
     table = tables["subgroups"]
-    other = pd.Series() if table.empty else table.loc[apart(table, "against the rest"), "subgroup"]
+    other = table.loc[apart(table, "against the rest"), "subgroup"]
     words = f"Subgroups of {len(table)} in which the adapted model's mean AUROC differs from that of the rest, by an "
     words += f"interval without 0: {named(other)}. Nothing is corrected for so many comparisons: of twenty, one would "
     words += "differ by chance. A study of which nothing is known is in none."
