@@ -76,11 +76,12 @@ bench-open: setup  ## measure three base models side by side, write bench/base_m
 	@$(PY) -m tools.open_env .venv-open
 	.venv-open/bin/python bench/base_models.py
 
-style: setup  ## check lint, formatting, which wing imports which, and types
+style: setup  ## check lint, formatting, which wing imports which, and types, of notebooks too
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	"$(ENV)/bin/lint-imports"
 	$(PY) -m mypy medctkit
+	@$(PY) -m tools.notebooks types
 
 clean:  ## remove caches and what demo and notebooks wrote; your own runs and .venv stay
 	rm -rf runs/demo runs/notebooks runs/render runs/browser build *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache \

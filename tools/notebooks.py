@@ -26,6 +26,7 @@ LARGEST = 2_000_000  # bytes of a committed notebook
 BAR = "{desc:<26} {bar:30} {n}/{total} cells, {elapsed}"
 _TITLE = re.compile(r"# Exercise (\d\d\.[1-9]): \S.*")
 _OPEN, _CLOSE = "# <solution>", "# </solution>"
+_BREAK = ("attr-defined", "call-arg", "name-defined", "import-not-found", "syntax")  # mypy's errors that end a run
 
 
 # --- exercises ----------------------------------------------------------------------------------------------
@@ -314,6 +315,32 @@ def check(notebooks: Sequence[Path], output_dir: Path, keep: Path | None = None)
     return found
 
 
+def misfits(notebooks: Sequence[Path]) -> list[str]:
+    """What a type checker finds in the cells, exercises solved: names that are gone, arguments nobody takes.
+
+    No cell is run. Only what breaks a run counts: most of what notebooks do has no types.
+    """
+    import nbformat
+    from mypy import api
+
+    with tempfile.TemporaryDirectory() as temporary:
+        where: dict[tuple[str, int], str] = {}  # of each line of a script: notebook, cell and the line
+        for path in notebooks:
+            solved = assembled(nbformat.read(path, as_version=4), _solutions_of(path), solved=True)
+            lines = ["from IPython.display import display"]
+            for index, cell in enumerate(solved.cells):
+                for line in cell.source.split("\n") if cell.cell_type == "code" else ():
+                    lines.append(re.sub(r"^(\s*)[%!].*", r"\1pass", line))
+                    where[path.stem, len(lines)] = f"{path.name}, cell {index + 1}: {line.strip()}"
+            (Path(temporary) / f"notebook_{path.stem}.py").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        options = ["--no-error-summary", "--allow-redefinition-new", "--local-partial-types", "--follow-imports=skip"]
+        said, trouble, _ = api.run([*options, str(ROOT / "medctkit"), *map(str, Path(temporary).glob("*.py"))])
+    if trouble:
+        raise RuntimeError(f"the type checker failed: {trouble.strip()}")
+    found = re.findall(r"notebook_(\w+)\.py:(\d+): error: (.*)  \[(?:%s)\]" % "|".join(_BREAK), said)
+    return [f"{where[stem, int(number)]}\n    {what}" for stem, number, what in found]
+
+
 def _solutions_of(path: Path) -> dict[str, str]:
     return read_solutions(path.parent / "solutions" / f"{path.stem}.py")
 
@@ -382,6 +409,17 @@ def check_command(
         typer.echo("\n".join(["", *found, "", "If that is meant: make render, look at the figures, commit."]), err=True)
         raise typer.Exit(1)
     typer.echo("Every exercise is solved, and outputs are of the kinds that are committed.")
+
+
+@app.command("types")
+def types_command(names: Names = None, notebooks_dir: Folder = ROOT / "notebooks") -> None:
+    """Look for names and arguments that the package does not have (any more); runs nothing."""
+    with told():
+        found = misfits(_chosen(notebooks_dir, names))
+    if found:
+        typer.echo("\n".join(found), err=True)
+        raise typer.Exit(1)
+    typer.echo("Notebooks name what there is.")
 
 
 if __name__ == "__main__":

@@ -320,3 +320,13 @@ def test_exercises_are_written_without_running_anything(clone):
 def test_no_such_notebook_lists_those_there(clone):
     result = run("render", clone[0], "07")
     assert result.exit_code == 1 and "no notebooks 07; there are ['88_tiny.ipynb']" in result.output
+
+
+def test_cells_that_name_what_is_gone_are_found_without_running_them(tmp_path):
+    cells = ["from medctkit import lora", "lora.parameter_table(1, no_such=2)\nlora.no_such_name", "display(1)  # IPython's"]
+    path = tmp_path / "notebooks" / "88_tiny.ipynb"
+    path.parent.mkdir()
+    nbformat.write(new_notebook(cells=[new_markdown_cell("# Tiny"), *map(new_code_cell, cells)]), path)
+    unexpected, gone = course.misfits([path])
+    assert unexpected.startswith("88_tiny.ipynb, cell 4: lora.parameter_table(1, no_such=2)") and "no_such" in unexpected
+    assert gone.startswith("88_tiny.ipynb, cell 4: lora.no_such_name") and "no_such_name" in gone
