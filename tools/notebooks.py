@@ -337,7 +337,7 @@ def misfits(notebooks: Sequence[Path]) -> list[str]:
         said, trouble, _ = api.run([*options, str(ROOT / "medctkit"), *map(str, Path(temporary).glob("*.py"))])
     if trouble:
         raise RuntimeError(f"the type checker failed: {trouble.strip()}")
-    found = re.findall(r"notebook_(\w+)\.py:(\d+): error: (.*)  \[(?:%s)\]" % "|".join(_BREAK), said)
+    found = re.findall(rf"notebook_(\w+)\.py:(\d+): error: (.*)  \[(?:{'|'.join(_BREAK)})\]", said)
     return [f"{where[stem, int(number)]}\n    {what}" for stem, number, what in found]
 
 
