@@ -44,7 +44,7 @@ class WarmStart:
         reconstruct_steps: of the vision encoder alone; in the second half its tokens are quantised.
         reconstruct_batch: volumes in each.
         reconstruct_rate: peak learning rate.
-        ridge: strength of the regression.
+        ridge: strength of the regression, see `projection_of`.
         phrases: how many of them, at most, the commonest first.
         read_steps: of the text encoder alone.
         read_batch: reports in each.
@@ -54,7 +54,7 @@ class WarmStart:
     reconstruct_steps: int = 2_000
     reconstruct_batch: int = 16
     reconstruct_rate: float = 2e-3
-    ridge: float = 0.1
+    ridge: float = 3.0
     phrases: int = 2_000
     read_steps: int = 600
     read_batch: int = 64
@@ -162,23 +162,37 @@ def project(run: Pretraining) -> torch.Tensor:
         for texts in tqdm(run.reading(batches), total=len(batches), desc="projection", unit="batch"):
             found.append(vision(run.moved(texts["index"], generator)).mean(1).flatten(1))
             having.append(texts["has"])
-    features, y = torch.cat(found), torch.cat(having)  # (n, k), (n, phrases)
-    mean, spread = features.mean(0), features.std(0) + 1e-4
-    x = (features - mean) / spread
-    y = (y - y.mean(0)) / (y.std(0) + 1e-6)  # (n, phrases)
-    weights, by_itself, by_others = ridge(x, y, run.config.warm.ridge * 10 * x.pow(2).sum() / len(x))
+    matrix, embeds = projection_of(torch.cat(found), torch.cat(having), run.config.warm.ridge, projection.out_features)
+    projection.weight.copy_(matrix)
+    return embeds
+
+
+def projection_of(
+    features: torch.Tensor, phrases: torch.Tensor, strength: float, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The projection (p, k) of features (n, k) that tells phrases (n, m), and embeddings (n, p) as in `project`.
+
+    Features are not divided by their spread: a patch of air that hardly varies at home would count as much as one of
+    the heart, and what another hospital changes in it, noise or a table, would drown the rest.
+
+    Args:
+        features: of each study, its tokens.
+        phrases: 1 where its report has the phrase.
+        strength: of the ridge regression, in units of a study's mean squared distance to the mean.
+        size: p.
+    """
+    mean = features.mean(0)
+    x, y = features - mean, (phrases - phrases.mean(0)) / (phrases.std(0) + 1e-6)
+    weights, by_itself, by_others = ridge(x, y, strength * x.pow(2).sum() / len(x))
     together = by_others.T @ y
-    axes = torch.linalg.eigh(together + together.T).eigenvectors[:, -projection.out_features :]  # (phrases, p)
-    matrix = (x.T @ (weights @ axes) / spread[:, None]).T  # (p, k)
+    axes = torch.linalg.eigh(together + together.T).eigenvectors[:, -size:]  # (m, p)
+    matrix = (x.T @ (weights @ axes)).T  # (p, k)
     toward = F.normalize(mean, dim=0)
     matrix -= torch.outer(matrix @ toward, toward)
     told = features @ matrix.T + (by_others - by_itself) @ axes  # (n, p)
-    scale = (
-        told.pow(2).mean(0).sqrt()
-    )  # of equal spread: then the mean of what has a finding points where it differs most
+    scale = told.pow(2).mean(0).sqrt()  # equal spread: the mean of what has a finding points where it differs most
     matrix, told = matrix / scale[:, None], told / scale
-    projection.weight.copy_(matrix / told.norm(dim=-1).mean())
-    return F.normalize(told, dim=-1)
+    return matrix / told.norm(dim=-1).mean(), F.normalize(told, dim=-1)
 
 
 def read(run: Pretraining, embeds: torch.Tensor) -> None:

@@ -5,7 +5,7 @@ from medctkit.lora.counting import count_trainable, parameter_table, search_plac
 from medctkit.lora.linear import LoRALinear
 from medctkit.lora.methods import METHODS, apply_method
 from medctkit.lora.placement import PRESETS, Placement, lora_config
-from medctkit.lora.strength import at_strength, can_be_scaled, intruder_dimensions
+from medctkit.lora.strength import at_rank, at_strength, can_be_scaled, intruder_dimensions
 
 __all__ = [
     "LoRALinear",
@@ -14,6 +14,7 @@ __all__ = [
     "Placement",
     "add_lora",
     "apply_method",
+    "at_rank",
     "at_strength",
     "can_be_scaled",
     "count_trainable",

@@ -57,6 +57,35 @@ def at_strength(model: Model, strength: float, start: Mapping[str, torch.Tensor]
                 parameters[name].copy_(after)
 
 
+@contextmanager
+def at_rank(model: Model, rank: int) -> Iterator[Model]:
+    """The model with every LoRA update cut down to its `rank` strongest directions, within a block.
+
+    That is the update B A of this rank that is nearest to the trained one (Eckart and Young 1936); 0 is the base model.
+
+    Raises:
+        ValueError: a rank below 0; a model without a LoRA.
+    """
+    layers: list[Any] = [m for m in model.modules() if getattr(m, "lora_A", None)] if can_be_scaled(model) else []
+    if not layers or rank < 0:
+        raise ValueError(f"expected a model with a LoRA and a rank of at least 0, got {type(model).__name__}, {rank}")
+    pairs = [(m.lora_A[name].weight, m.lora_B[name].weight) for m in layers for name in m.active_adapters]
+    trained = [(A.detach().clone(), B.detach().clone()) for A, B in pairs]
+    try:
+        with torch.no_grad():
+            for A, B in pairs:
+                u, s, v = torch.linalg.svd(B @ A, full_matrices=False)
+                s[rank:] = 0
+                A.copy_(v[: len(A)])
+                B.copy_(u[:, : len(A)] * s[: len(A)])
+        yield model
+    finally:
+        with torch.no_grad():
+            for (A, B), (A_before, B_before) in zip(pairs, trained, strict=True):
+                A.copy_(A_before)
+                B.copy_(B_before)
+
+
 def intruder_dimensions(before: Model, after: Model, leading: int = 10, below: float = 0.5) -> float:
     """How many of the `leading` singular vectors of a trained weight resemble none of the weight's before.
 

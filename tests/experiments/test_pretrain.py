@@ -17,6 +17,7 @@ from medctkit.experiments.warm_start import (
     band_roots,
     common_phrases,
     project,
+    projection_of,
     read,
     reconstruct,
     ridge,
@@ -197,6 +198,18 @@ def test_ridge_tells_each_row_as_a_regression_on_all_others_does():
     for i in range(12):
         rest = torch.arange(12) != i
         assert torch.allclose(by_others[i], x[i] @ x[rest].T @ ridge(x[rest], y[rest], 2.0)[0])
+
+
+def test_what_hardly_varies_at_home_hardly_counts():
+    torch.manual_seed(0)
+    told = torch.randint(0, 2, (60, 4)).float()  # phrases
+    seen = told @ torch.randn(4, 12) + 0.3 * torch.randn(60, 12)
+    air = 5.0 + 1e-3 * torch.randn(60, 12)  # corners of a scan: the same in all of them
+    matrix, embeds = projection_of(torch.cat([seen, air], 1), told, 3.0, 3)
+    assert matrix[:, 12:].norm() < 0.2 * matrix[:, :12].norm()
+    assert torch.allclose(embeds.norm(dim=-1), torch.ones(60))
+    noisy = torch.cat([seen, 5.0 + 0.3 * torch.randn(60, 12)], 1)  # another hospital's noise in the corners
+    assert F.cosine_similarity(noisy @ matrix.T, torch.cat([seen, air], 1) @ matrix.T).min() > 0.9
 
 
 def test_words_are_swapped_in_training_and_only_there(run):

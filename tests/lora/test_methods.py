@@ -11,7 +11,7 @@ from tiny import tiny_batch, tiny_ct_clip
 from medctkit.lora.adapter import merge_lora
 from medctkit.lora.counting import count_trainable
 from medctkit.lora.methods import METHODS, apply_method, load_trained, save_trained, trained_bytes
-from medctkit.lora.strength import at_strength, can_be_scaled, intruder_dimensions
+from medctkit.lora.strength import at_rank, at_strength, can_be_scaled, intruder_dimensions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -231,6 +231,28 @@ def test_what_has_no_strength_says_so(base):
         (made(base, "lora"), float("nan"), "finite number such as 0.5, got nan"),
     ):
         with pytest.raises(ValueError, match=message), at_strength(model, strength):
+            pass
+
+
+@pytest.mark.parametrize("name", ["lora", "rslora", "lora-all"])
+def test_a_lower_rank_keeps_the_strongest_directions_of_each_update_and_gives_the_rest_back(base, batch, name):
+    model = made(base, name, r=4)
+    trained = embeds(changed(model), batch)
+    before = merge_lora(model)
+    with at_rank(model, 0):
+        assert torch.equal(embeds(model, batch), embeds(base, batch))
+    with at_rank(model, 2):
+        cut = merge_lora(model)
+    for module, whole, start in zip(cut.modules(), before.modules(), base.modules(), strict=True):
+        if isinstance(module, torch.nn.Linear) and not torch.equal(whole.weight, start.weight):
+            u, s, v = torch.linalg.svd(whole.weight - start.weight, full_matrices=False)
+            nearest = start.weight + u[:, :2] * s[:2] @ v[:2]
+            torch.testing.assert_close(module.weight, nearest, atol=1e-5, rtol=0)
+    with at_rank(model, 9):
+        torch.testing.assert_close(embeds(model, batch), trained, atol=1e-4, rtol=0)
+    assert torch.equal(embeds(model, batch), trained)
+    for wrong, rank in ((base, 2), (made(base, "dora"), 2), (model, -1)):
+        with pytest.raises(ValueError, match="with a LoRA and a rank of at least 0"), at_rank(wrong, rank):
             pass
 
 
