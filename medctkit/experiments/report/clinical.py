@@ -9,6 +9,7 @@ import pandas as pd
 from medctkit.experiments.measure import Measurement
 from medctkit.experiments.report import figures
 from medctkit.experiments.report.page import Block, with_ends
+from medctkit.findings import CT_RATE_PREVALENCE, PREVALENCE
 
 CHECKLISTS = {
     "CLAIM 2024": "Tejani et al., Radiol Artif Intell 2024, doi 10.1148/ryai.240300",
@@ -56,7 +57,8 @@ def parts(measured: Measurement) -> Iterator[tuple[str, str, str, pd.DataFrame]]
     words += "calibration: a flat stair of the isotonic curve makes ties, a falling line turns round a score that "
     words += "pointed the wrong way."
     yield "Calibration made anew", words, "Before and after, means over findings.", table
-    words = "At thresholds from validation patients and the prevalence of CT-RATE's training scans, not that of these."
+    whose = "of CT-RATE's training scans" if PREVALENCE == CT_RATE_PREVALENCE else "that the table of findings gives"
+    words = f"At thresholds from validation patients and the prevalence {whose}, not that of these."
     yield "Predictive values", words, "Positive (PPV) and negative (NPV).", tables["predictive values"]
     table = tables["net benefit"]
     useful = table.loc[table["adapted_low"] > table["everybody_high"].clip(lower=0), "threshold"]
