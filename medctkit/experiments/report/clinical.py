@@ -27,7 +27,10 @@ def in_text(table: pd.DataFrame) -> pd.DataFrame:
             shown[name] = [with_ends(row, name, sign) for _, row in table.iterrows()]
         elif not name.endswith(("_low", "_high")):
             kind = table[name].dtype.kind
-            shown[name] = [f"{x:.3g}" if kind == "f" else ("", "yes")[x] if kind == "b" else x for x in table[name]]
+            shown[name] = [
+                f"{x:.3g}".replace("nan", "-") if kind == "f" else ("", "yes")[x] if kind == "b" else x
+                for x in table[name]
+            ]
     return type(table)(shown)
 
 
