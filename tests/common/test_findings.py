@@ -17,6 +17,7 @@ from medctkit import cli
 from medctkit.findings import CT_RATE, FINDINGS, VARIABLE, read_findings, refuse_other_findings
 from medctkit.model.base_model import FOLDER
 from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel
+from medctkit.zero_shot.embeddings import load_embeddings
 
 OWN = ["Tuberculosis", "Pneumothorax", "Rib fracture"]
 TABLE = """finding,train_percent,stated,denied
@@ -158,6 +159,7 @@ def test_the_whole_way_with_findings_of_your_own(tmp_path, monkeypatch):
         "prepare mine.csv data --model base --workers 1",
         f"finetune run --manifest data/manifest.csv {model}",
         "evaluate run --manifest data/manifest.csv",
+        f"embed test.safetensors --manifest data/manifest.csv --model base --tokenizer {FOLDER} --adapter run/adapter",
     )
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
@@ -175,9 +177,11 @@ def test_the_whole_way_with_findings_of_your_own(tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(scores[OWN], manifest, check_dtype=False, check_names=False)
     assert "Air in the pleural space." in (run / "run.yaml").read_text()
 
+    lists = f"made with the findings {', '.join(OWN)}; in use are {', '.join(FINDINGS)}. "
+    with pytest.raises(ValueError, match=f"test.safetensors: {lists}"):
+        load_embeddings(tmp_path / "test.safetensors")
     monkeypatch.chdir(tmp_path)
     for command in ("evaluate run", f"finetune run {model}", "export run out"):
         refused = CliRunner().invoke(cli.app, command.split())
         assert refused.exit_code == 1
-        lists = f"made with the findings {', '.join(OWN)}; in use are {', '.join(FINDINGS)}. "
         assert f"the run of run: {lists}" in refused.output.replace("\n", " ")
