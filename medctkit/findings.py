@@ -60,15 +60,15 @@ def read_findings(path: str | os.PathLike) -> dict[str, Listed]:
         raise ValueError(f"{path}: expected a header with the column 'finding', commas, and a row for each finding")
     found: dict[str, Listed] = {}
     known = {"mean": "the row of the means"}
-    for number, row in enumerate(rows, 2):
+    for number, row in enumerate(rows, 1):
         cells = {name: (cell or "").strip() for name, cell in row.items() if isinstance(name, str)}
-        name, where = cells["finding"], f"{path}, finding {number - 1} {cells['finding']!r}"
+        name, where = cells["finding"], f"{path}, finding {number} {cells['finding']!r}"
         key = re.sub(r"\W+", "-", name.lower())
         if not name or None in row:
             raise ValueError(f"{where}: expected a name, and no more cells than the header has; quote what has commas")
         if key in known:
             raise ValueError(f"{where} has the name of {known[key]}; each needs one of its own")
-        known[key] = f"finding {number - 1}"
+        known[key] = f"finding {number}"
         found[name] = Listed(
             _share(where, cells.get("train_percent", "")),
             *(_wordings(where, name, cells.get(side, ""), usual) for side, usual in _SIDES.items()),
