@@ -19,7 +19,7 @@ from pydicom import Dataset
 
 from medctkit.attention.maps import patch_map, relevance
 from medctkit.deploy import predict
-from medctkit.findings import FINDINGS, PREVALENCE
+from medctkit.findings import CT_RATE_PREVALENCE, FINDINGS, PREVALENCE
 from medctkit.model.base_model import FOLDER, BaseModel, load_mini_base
 from medctkit.phantom.study import PhantomStudy, generate
 from medctkit.scans.preprocessing import preprocess
@@ -42,8 +42,8 @@ class Classified:
     Attributes:
         volume: the scan, in HU.
         table: one row for each of the 18 findings: `finding`, `score` (0 to 1), `truth` ("present", "absent" or
-            "unknown"), `usual`, the share of CT-RATE's training scans that have it, and, of the mini model, `place`:
-            how many of 100 other phantoms score lower.
+            "unknown"), `usual`, the share of CT-RATE's training scans that have it (or what your own table of findings
+            says), and, of the mini model, `place`: how many of 100 other phantoms score lower.
         title: what was classified, in a few words.
         masks: where findings are, boolean arrays (d, h, w), as far as that is known.
     """
@@ -95,8 +95,9 @@ class Classified:
         ax.invert_yaxis()
         shown = [name for name in COLOURS if (table["truth"] == name).any()]
         handles = [Patch(color=COLOURS[name], label=f"truth: {name}") for name in shown]
+        whose = "CT-RATE" if PREVALENCE == CT_RATE_PREVALENCE else "your table"
         tick_says = (
-            "as many have it in CT-RATE as lie right of it" if placed else "share of CT-RATE's scans that have it"
+            f"as many have it in {whose} as lie right of it" if placed else f"share of {whose}'s scans that have it"
         )
         ticks = ax.plot([], [], "k|", ms=13, label=tick_says)
         ax.legend(handles=[*handles, *ticks], loc="lower right", bbox_to_anchor=(1.02, 1), ncols=3, frameon=False)
@@ -106,7 +107,8 @@ class Classified:
         self.figure().savefig(buffer, format="png", dpi=80)
         highest = self.table.nlargest(3, "place" if "place" in self.table else "score")
         named = ", ".join(f"{row.finding} {row.score:.2f} ({row.truth})" for row in highest.itertuples())
-        alt = f"{self.title}: axial and coronal slices, and a bar for each of 18 scores; highest are {named}"
+        bars = f"a bar for each of {len(self.table)} scores; highest are {named}"
+        alt = f"{self.title}: axial and coronal slices, and {bars}"
         return buffer.getvalue(), {"alt": alt}
 
     def __repr__(self) -> str:

@@ -80,7 +80,7 @@ def find_regions(
     for index, row in enumerate(tqdm(rows, desc="masks", unit="study", disable=not progress)):
         for name, mask, volume in known_masks(row):
             shares = patch_shares(mask, volume, preprocess_config, grid)
-            if shares.max() > 0:  # else it lies outside of what the model sees
+            if name in FINDINGS and shares.max() > 0:  # else it lies outside of what the model sees
                 found.append((index, FINDINGS.index(name), row["patient"], shares))
     if not found:
         raise ValueError(f"none of the {len(rows)} studies has a finding that the model sees; there is nothing to find")

@@ -27,7 +27,7 @@ from medctkit.common.csv_tables import (
 )
 from medctkit.common.processes import worker_pool
 from medctkit.common.text import folded
-from medctkit.findings import FINDINGS
+from medctkit.findings import CT_RATE, FINDINGS, VARIABLE, refuse_other_findings
 from medctkit.phantom.study import HOSPITALS, TRAINING_SHAPE, PhantomStudy, generate, named_rng
 from medctkit.scans.geometry import STEP_RANGE
 from medctkit.scans.volumes import CTVolume, read_volume
@@ -58,6 +58,17 @@ _ORIENTATIONS = {
 }
 
 
+def _plain(name: str) -> str:
+    return "".join(filter(str.isalnum, str(name))).lower()
+
+
+for _name in FINDINGS:
+    if _plain(_name) in map(_plain, (*COLUMNS[:7], *COLUMNS[-2:], *READING, *_FILES)):
+        raise ValueError(
+            f"{VARIABLE}: {_name!r} is a column that manifests have already; give the finding another name"
+        )
+
+
 def phantom_checksum(study: PhantomStudy) -> str:
     """SHA-256 over the voxels (int16, C order) and the report."""
     return hashlib.sha256(study.volume.hu.tobytes() + study.report.encode()).hexdigest()
@@ -71,7 +82,7 @@ def study_from_row(row: Mapping, shape: tuple[int, int, int] = TRAINING_SHAPE) -
     """
     if is_empty(row["seed"]):
         raise ValueError(f"study {row['study']} has no seed: it is a real scan, which volume_from_row reads")
-    present = [name for name in FINDINGS if row[name]]
+    present = [name for name in CT_RATE if row[name]]
     return generate(
         int(row["seed"]),
         row["hospital"],
@@ -140,7 +151,8 @@ def validate_manifest(table: "pd.DataFrame", rows: Sequence[int] | None = None) 
 
     Raises:
         ValueError: names the rows (as in the file), the columns and the values that are wrong: a wrong cell,
-            reconstructions of one scan that disagree, a scan that is listed twice, a patient in two splits.
+            reconstructions of one scan that disagree, a scan that is listed twice, a patient in two splits; a phantom,
+            where findings other than CT-RATE's are in use.
     """
     check_columns(table.columns, COLUMNS, "the manifest")
     _refuse_misspelt(table.columns)
@@ -148,6 +160,8 @@ def validate_manifest(table: "pd.DataFrame", rows: Sequence[int] | None = None) 
         raise ValueError("the manifest has no rows")
     numbered = table.set_axis(range(2, len(table) + 2) if rows is None else list(rows))
     real = given(numbered["path"]) if "path" in table else given(numbered["study"]) & False
+    if not real.all():
+        refuse_other_findings(f"row {numbered.index[~real][0]} of the manifest has no path, so it is a phantom")
     refuse_wrong("manifest", numbered, [*_cell_rules(numbered, real), *_reading_rules(numbered, real)])
     refuse_wrong("manifest", numbered, [_split_rule(numbered)])
     refuse_wrong("manifest", numbered, _scan_rules(numbered))
@@ -156,14 +170,10 @@ def validate_manifest(table: "pd.DataFrame", rows: Sequence[int] | None = None) 
 
 def _refuse_misspelt(columns: Sequence[str]) -> None:
     """An optional column by another spelling would be kept, unread: a scan would lose its slope."""
-
-    def plain(name: str) -> str:
-        return "".join(filter(str.isalnum, str(name))).lower()
-
-    absent = {plain(name): name for name in (*READING, "path") if name not in columns}
+    absent = {_plain(name): name for name in (*READING, "path") if name not in columns}
     for name in columns:
-        if plain(name) in absent:
-            raise ValueError(f"the manifest has a column {name!r}; write it {absent[plain(name)]!r}")
+        if _plain(name) in absent:
+            raise ValueError(f"the manifest has a column {name!r}; write it {absent[_plain(name)]!r}")
 
 
 def _cell_rules(table: "pd.DataFrame", real: "pd.Series") -> Iterator[tuple]:
@@ -418,6 +428,7 @@ def build_default_manifest(patients: Mapping[tuple[str, str], int] | None = None
     import pandas as pd
     from tqdm.auto import tqdm
 
+    refuse_other_findings("phantoms, of which the default manifest is")
     patients = DEFAULT_PATIENTS if patients is None else patients
     tasks = [(hospital, split, i) for (hospital, split), n in patients.items() for i in range(1, n + 1)]
     with worker_pool(workers or os.cpu_count() or 1) as pool:

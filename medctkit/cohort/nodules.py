@@ -37,7 +37,7 @@ def known_masks(row: Mapping) -> Iterator[tuple[str, np.ndarray, CTVolume]]:
     elif not is_empty(row.get("masks")):
         volume = volume_from_row(row)
         yield "Lung nodule", nodule_mask(row["masks"], volume), volume
-    elif "masks" not in row or row["Lung nodule"] != 0:
+    elif "masks" not in row or row.get("Lung nodule") != 0:
         raise ValueError(
             f"study {row['study']} is a real scan: only phantoms know where their findings are, and rows whose column "
             "masks names a folder of DICOM segmentations (`medctkit download --source idc`)"

@@ -37,7 +37,7 @@ class Clinical:
     Attributes:
         tables: `subgroups`, see `subgroup_table`; `recalibration`, for each model and of `RECALIBRATIONS` the means
             over findings on test studies, `validation`, the cross-validated Brier score there, which is `chosen` by it;
-            `predictive values` at the thresholds from validation and the `prevalence` of CT-RATE's training scans;
+            `predictive values` at the thresholds from validation and the `prevalence` of the table of findings;
             `net benefit`, mean over findings, of each policy at the thresholds `MARKED`; `CRG score`; `DeLong`, adapted
             minus base, see `delong`.
         curves: net benefit (thresholds of `GRID`, findings) of acting as a model says, or on everybody.

@@ -21,6 +21,7 @@ from medctkit.common.provenance import made_with, write_json
 from medctkit.experiments.adapt import Origin
 from medctkit.experiments.audit import Answers, Defect, audit, audit_scans, prompt_mismatch
 from medctkit.experiments.clinical import Clinical, clinical_statistics
+from medctkit.findings import FACTS
 from medctkit.lora.methods import load_trained, trained_bytes, trained_count
 from medctkit.metrics.bootstrap import RESAMPLES, with_interval
 from medctkit.metrics.scores import HOME_ROWS, compare, evaluate, mean_draws, summary, thresholds_from_validation
@@ -72,7 +73,7 @@ class Measurement:
             `base_parameters`.
         defects: what the public evaluation would have made of the base model here.
         origin: base model and hospital.
-        made_with: see `made_with`, and the command.
+        made_with: see `made_with`, and the command; `findings` that are your own.
         supervised: whether the adapted model learnt from labels, by the per-finding loss; else from reports alone.
         home: both models where the base model comes from; None where the manifest has no such test studies.
         clinical: see `Clinical`.
@@ -188,7 +189,7 @@ def measure(
         adapter=_adapter_facts(model, output_dir / "adapter") | {"base_parameters": base_parameters},
         defects=defects,
         origin=origin,
-        made_with=made_with(seed, world) | {"command": command, "run": described(output_dir)},
+        made_with=made_with(seed, world) | FACTS | {"command": command, "run": described(output_dir)},
         supervised=finished_run(output_dir)["made_of"]["prompt_weight"] > 0,
         home=at_home,
         clinical=clinical_statistics(

@@ -27,7 +27,7 @@ from medctkit.common.atomic import replacing
 from medctkit.common.processes import accelerator_for, worker_pool
 from medctkit.common.provenance import made_with
 from medctkit.experiments.warm_start import SHARPNESS, WarmStart, align, common_phrases, reconstruct
-from medctkit.findings import FINDINGS
+from medctkit.findings import CT_RATE, refuse_other_findings
 from medctkit.metrics.scores import mean_auroc
 from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel
 from medctkit.model.fingerprint import vocabulary_of
@@ -175,7 +175,7 @@ class Pool:
     @property
     def labels(self) -> np.ndarray:
         """(n, 18), 0 or 1; for scores, never for a loss."""
-        return np.array([[fact["labels"][f] for f in FINDINGS] for fact in self.facts])
+        return np.array([[fact["labels"][f] for f in CT_RATE] for fact in self.facts])
 
     def pixels(self, index: Iterable[int]) -> torch.Tensor:
         """Model input (b, 1, d, h, w)."""
@@ -480,10 +480,11 @@ def pretrain(output_dir: str | os.PathLike, pool_dir: str | os.PathLike, config:
     checkpoint that an interrupted run resumes from. Returns the training record, also written as `pretraining.json`.
 
     Raises:
-        ValueError: the checkpoint in `pool_dir` was made with other settings.
+        ValueError: the checkpoint in `pool_dir` was made with other settings; findings other than CT-RATE's are in use.
     """
     from tqdm.auto import tqdm
 
+    refuse_other_findings("phantoms, of which the mini model learns")
     pool_dir, output_dir = Path(pool_dir), Path(output_dir)
     paths = make_pool(config.studies + config.validation_studies, pool_dir)
     split = -(-config.validation_studies // CHUNK)

@@ -16,7 +16,7 @@ from medctkit.common.csv_tables import write_table
 from medctkit.common.processes import accelerator_for
 from medctkit.common.provenance import made_with, write_json
 from medctkit.experiments.adapt import Origin
-from medctkit.findings import FINDINGS
+from medctkit.findings import CT_RATE, FINDINGS
 from medctkit.metrics.scores import METRICS, evaluate, thresholds_from_validation
 from medctkit.zero_shot.classifier import ZeroShotClassifier
 
@@ -59,10 +59,11 @@ def write_findings(tables: Mapping[str, pd.DataFrame], folder: Path) -> tuple[Pa
     wanted = ["positives", "studies", *(f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_high"))]
     flat = pd.concat([t[t.columns.intersection(wanted)].add_prefix(f"{name} ") for name, t in tables.items()], axis=1)
     write_table(flat.rename_axis("finding").reset_index(), folder / "findings.csv")
+    names = flat.index.str.replace(r"([&%$#_{}])", r"\\\1", regex=True)
     shown = pd.DataFrame({
         name: [f"{r.auroc:.3f} ({r.auroc_low:.3f} to {r.auroc_high:.3f})" for r in table.itertuples()]
         for name, table in tables.items()
-    }, flat.index).rename_axis("AUROC (95 \\% interval)")  # fmt: skip
+    }, names).rename_axis("AUROC (95 \\% interval)")  # fmt: skip
     with replacing(folder / "findings.tex") as temporary:
         temporary.write_text(shown.to_latex().replace("nan (nan to nan)", "--"), encoding="utf-8")
     return folder / "findings.csv", folder / "findings.tex"
@@ -110,7 +111,7 @@ def measure_base(
     written += write_findings({"base": table}, output_dir)
     said = "mean AUROC {value:.3f} [{low:.3f}, {high:.3f}]".format(**auroc)
     said += f" on {len(seen.studies):,} studies of {', '.join(hospitals)}"
-    if hospitals == [ct_rate.HOSPITAL]:
+    if hospitals == [ct_rate.HOSPITAL] and FINDINGS == CT_RATE:
         holds = "holds" if auroc["low"] <= PUBLISHED <= auroc["high"] else "does not hold"
         said += f"\nCT-CLIP published {PUBLISHED} for CT-RATE's validation patients; the interval {holds} it"
     return "\n".join([said, *(f"wrote {path}" for path in written)])

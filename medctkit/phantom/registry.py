@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from medctkit.findings import FINDINGS, GROUPS, PREVALENCE
+from medctkit.findings import CT_RATE, CT_RATE_PREVALENCE, GROUPS
 from medctkit.phantom import airway_findings, body_findings, lung_findings
 from medctkit.phantom.body import Body
 
@@ -74,7 +74,7 @@ _PAINTED: tuple[tuple[str, int, Painter], ...] = (
 )
 REGISTRY: Mapping[str, Finding] = MappingProxyType(
     {
-        name: Finding(name, PREVALENCE[name], paint, _TEXTS["findings"][name], GROUPS[name], layer)
+        name: Finding(name, CT_RATE_PREVALENCE[name], paint, _TEXTS["findings"][name], GROUPS[name], layer)
         for name, layer, paint in _PAINTED
     }
 )
@@ -82,4 +82,4 @@ REGISTRY: Mapping[str, Finding] = MappingProxyType(
 
 def label_order(registry: Mapping[str, Finding]) -> list[str]:
     """The names of a registry as label columns: the 18 findings in their order, then what was added."""
-    return [*(name for name in FINDINGS if name in registry), *(name for name in registry if name not in FINDINGS)]
+    return [*(name for name in CT_RATE if name in registry), *(name for name in registry if name not in CT_RATE)]

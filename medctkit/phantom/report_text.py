@@ -124,7 +124,7 @@ def finding_sentences(finding: str, present: bool, hospital: str) -> tuple[str, 
     """
     _check_hospital(hospital)
     if finding not in REGISTRY:
-        raise ValueError(f"unknown finding {finding!r}; the 18 names are in medctkit.FINDINGS")
+        raise ValueError(f"unknown finding {finding!r}; the 18 names are in medctkit.phantom.REGISTRY")
     wordings = REGISTRY[finding].wordings[hospital]["present" if present else "absent"]
     return tuple(_fill(w, {}, False, hospital) for w in wordings)
 

@@ -12,7 +12,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from medctkit.findings import FINDINGS
+from medctkit.findings import CT_RATE
 from medctkit.phantom.patient import Patient
 from medctkit.phantom.registry import REGISTRY, Finding, label_order
 from medctkit.phantom.report_text import write_report
@@ -154,9 +154,9 @@ def draw_labels(
     18 findings leaves their labels as they were.
     """
     names = label_order(registry)
-    lasting = named_rng("labels", patient).normal(size=len(FINDINGS) + 1)
-    passing = named_rng("labels", patient, seed).normal(size=len(FINDINGS))
-    sickness, own = lasting[-1], dict(zip(FINDINGS, zip(lasting[:-1], passing, strict=True), strict=True))
+    lasting = named_rng("labels", patient).normal(size=len(CT_RATE) + 1)
+    passing = named_rng("labels", patient, seed).normal(size=len(CT_RATE))
+    sickness, own = lasting[-1], dict(zip(CT_RATE, zip(lasting[:-1], passing, strict=True), strict=True))
     for name in names:
         if name not in own:
             own[name] = named_rng("labels", patient, name).normal(), named_rng("labels", patient, seed, name).normal()
@@ -181,7 +181,7 @@ def _check(seed, hospital, findings, shape, registry) -> None:
         raise ValueError(f"findings={findings!r}: expected a list of names, for example [{findings!r}]")
     unknown = sorted(set(findings or ()) - set(registry))
     if unknown:
-        raise ValueError(f"unknown findings {unknown}; the 18 names are in medctkit.FINDINGS")
+        raise ValueError(f"unknown findings {unknown}; the 18 names are in medctkit.phantom.REGISTRY")
 
 
 def generate(

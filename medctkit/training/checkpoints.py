@@ -30,7 +30,7 @@ from medctkit.cohort.cache import content_of, key_of
 from medctkit.common.atomic import replacing
 from medctkit.common.processes import in_main_process
 from medctkit.common.provenance import differences, write_json
-from medctkit.findings import FINDINGS
+from medctkit.findings import CT_RATE, FACTS, FINDINGS, refuse_other_findings
 from medctkit.lora.methods import restore_trained, save_trained
 from medctkit.model.fingerprint import add_tensor, digests, vocabulary_of
 from medctkit.model.protocol import Model
@@ -205,7 +205,7 @@ def finished_run(output_dir: str | os.PathLike) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no finished run there.
-        ValueError: a file of it was changed since, or is gone.
+        ValueError: a file of it was changed since, or is gone; its findings are not those in use.
     """
     output_dir = Path(output_dir).expanduser()
     file = output_dir / RECORD
@@ -222,6 +222,7 @@ def finished_run(output_dir: str | os.PathLike) -> dict[str, Any]:
         raise ValueError(f"{file} is damaged, or a file that it names is gone: {error}. Do the run again") from None
     if changed:
         raise ValueError(f"{output_dir / changed[0]} is not the one that its run wrote. Do the run again")
+    refuse_other_findings(f"the run of {output_dir}", record["made_of"].get("findings", CT_RATE))
     return record
 
 
@@ -272,6 +273,7 @@ def read(path: Path, made_of: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
             raise ValueError("it is not what was written")
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged, or no checkpoint of medctkit: {error}. {way_out}") from None
+    refuse_other_findings(f"the run of {path}, not finished", rest["made_of"].get("findings", CT_RATE))
     refuse_other_run(f"{path} is of a run that was not finished", rest["made_of"], made_of, way_out)
     return rest, tensors
 
@@ -281,7 +283,8 @@ def made_of(model: Model, dataset: Any, config: FineTuneConfig, tokenizer: Any, 
 
     Settings one by one, without those that change nothing; digests of the prompts, the base model's weights, the
     tokenizer, what is trained by name, shape and settings (not its random start, which a checkpoint has left behind),
-    and of the training and validation studies: volumes, reports and labels, in their order.
+    and of the training and validation studies: volumes, reports and labels, in their order; the findings, if they are
+    not CT-RATE's.
     """
     trainable = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad]
     adapters = [config.to_dict() for config in getattr(model, "peft_config", {}).values()]  # alpha is in no tensor
@@ -293,7 +296,7 @@ def made_of(model: Model, dataset: Any, config: FineTuneConfig, tokenizer: Any, 
         "training studies": _digest_of_studies(dataset),
         "validation studies": _digest_of_studies(getattr(score_fn, "dataset", ())),
     }
-    return config.values(*CHANGES_NOTHING) | {key: text[:22] for key, text in found.items()}
+    return config.values(*CHANGES_NOTHING) | {key: text[:22] for key, text in found.items()} | FACTS
 
 
 def _in_order(value: Any) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from medctkit.findings import FINDINGS
+from medctkit.findings import FINDINGS, WORDINGS, is_asked
 from medctkit.phantom.report_text import finding_sentences
 
 Prompts = Mapping[str, tuple[Sequence[str], Sequence[str]]]
@@ -97,7 +97,12 @@ def finding_prompt_loss(
 
 
 def report_prompts(hospital: str = "target") -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
-    """Wordings in which `hospital`'s reports state and deny each finding: {finding: (stated, denied)}."""
+    """Wordings in which `hospital`'s reports state and deny each finding: {finding: (stated, denied)}.
+
+    Of a list of your own, those of its table, in whatever hospital.
+    """
+    if WORDINGS:
+        return dict(WORDINGS)
     return {f: (finding_sentences(f, True, hospital), finding_sentences(f, False, hospital)) for f in FINDINGS}
 
 
@@ -110,9 +115,8 @@ def check_prompts(prompts: Prompts) -> None:
             "report_prompts() is a complete set"
         )
     for finding in FINDINGS:
-        evaluation = {f"{finding} is present".lower(), f"{finding} is not present".lower()}
         for sentence in (*prompts[finding][0], *prompts[finding][1]):
-            if sentence.strip().rstrip(".").lower() in evaluation:
+            if is_asked(finding, sentence):
                 raise ValueError(
                     f"training prompt {sentence!r} is a prompt of the evaluation, whose sentences no training may "
                     "see; use other wordings, such as report_prompts()"

@@ -20,7 +20,7 @@ from medctkit.cohort.cache import content_of, key_of
 from medctkit.cohort.dataset import CTReportDataset
 from medctkit.cohort.manifest import has_file, load_manifest, study_from_row, validate_manifest, volume_from_row
 from medctkit.common.text import counted
-from medctkit.findings import FINDINGS
+from medctkit.findings import FACTS, FINDINGS
 from medctkit.model.fingerprint import digest_of_facts
 from medctkit.scans.preprocessing import PreprocessConfig
 from medctkit.scans.volumes import CTVolume
@@ -123,7 +123,7 @@ class Cases:
 
     def _file(self, name: str) -> Path:
         assert self.cache_dir is not None
-        return self.cache_dir / "embeddings" / f"{digest_of_facts(self._made_of[name])}.safetensors"
+        return self.cache_dir / "embeddings" / f"{digest_of_facts(self._made_of[name] | FACTS)}.safetensors"
 
     def _kept(self, name: str) -> dict[str, torch.Tensor]:
         """Embeddings of a model that are on disk, of other browsers' studies too, by the key of their study."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medctkit.common.atomic import replacing
-from medctkit.findings import FINDINGS
+from medctkit.findings import CT_RATE
 from medctkit.phantom.study import generate
 from medctkit.scans.volumes import CTVolume, read_volume
 from medctkit.viewers.drawing.rendering import PLANES, render
@@ -52,7 +52,7 @@ def draw_twins(folder: Path, seed: int = 30) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for i, name in enumerate(FINDINGS):
+    for i, name in enumerate(CT_RATE):
         sick, twin = (generate(seed + i, findings=f, shape=SHAPE) for f in ([name], []))
         mask = sick.masks[name]
         place = [int(mask.sum(axis=tuple({0, 1, 2} - {axis})).argmax()) for axis in PLANES.values()]

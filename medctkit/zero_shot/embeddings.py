@@ -28,7 +28,7 @@ from medctkit.cohort.dataset import CTReportDataset
 from medctkit.common.atomic import replacing
 from medctkit.common.processes import in_main_process, process_and_processes
 from medctkit.common.provenance import differences
-from medctkit.findings import FINDINGS
+from medctkit.findings import FINDINGS, refuse_other_findings
 from medctkit.model.fingerprint import add_tensor, digests
 from medctkit.model.weights import write_weights
 from medctkit.scans.preprocessing import PreprocessConfig
@@ -86,7 +86,7 @@ def load_embeddings(path: str | os.PathLike, made_of: Mapping[str, Any] | None =
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a damaged file, or one of another model, other settings or other studies; says which.
+        ValueError: a damaged file, or one of another model, other settings, studies or findings; says which.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -100,13 +100,12 @@ def load_embeddings(path: str | os.PathLike, made_of: Mapping[str, Any] | None =
         patients, studies = (np.array(rest[name]) for name in ("patients", "studies"))
         embedded = Embedded(tensors["embeddings"], tensors["labels"].numpy(), patients, studies)
         there, findings = rest["made_of"], tuple(rest["findings"])
-        _check(embedded)
+        _check(embedded, len(findings))
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is damaged, or no file of embeddings: {error}. Delete it and embed anew, or give another file"
         ) from None
-    if findings != FINDINGS:
-        raise ValueError(f"{path}: its labels are of {', '.join(findings)}; expected those of medctkit.FINDINGS")
+    refuse_other_findings(str(path), findings)
     made_of = made_of or {}
     if different := differences({key: there.get(key, "nothing") for key in made_of}, made_of):
         raise ValueError(
@@ -116,14 +115,14 @@ def load_embeddings(path: str | os.PathLike, made_of: Mapping[str, Any] | None =
     return embedded
 
 
-def _check(embedded: Embedded) -> None:
+def _check(embedded: Embedded, findings: int = len(FINDINGS)) -> None:
     n = len(embedded.studies)
     for name, expected in (("embeddings", 2), ("labels", 2), ("patients", 1), ("studies", 1)):
         shape = tuple(getattr(embedded, name).shape)
-        if len(shape) != expected or shape[0] != n or (name == "labels" and shape[1] != len(FINDINGS)):
+        if len(shape) != expected or shape[0] != n or (name == "labels" and shape[1] != findings):
             raise ValueError(
                 f"{name} have shape {shape}, but there are {n} studies; expected one row for each of them, "
-                f"and {len(FINDINGS)} labels"
+                f"and {findings} labels"
             )
     _refuse_twice(embedded.studies)
     finite = embedded.embeddings.isfinite().all(1)

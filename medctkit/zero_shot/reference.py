@@ -28,7 +28,7 @@ def places(
 ) -> np.ndarray | None:
     """How many of 100 reference scans score lower than `scores` (18,), for each finding: (18,).
 
-    None: `folder` has no reference, or that of another model, other words or other prompts; an adapter makes another.
+    None: `folder` has no reference, or that of another model (an adapter makes one), other words, prompts or findings.
     """
     file = Path(folder) / FILE
     if prompts != "paper" or not file.is_file():
@@ -37,4 +37,6 @@ def places(
     if vocabulary_of(tokenizer) != known["vocabulary"] or list(digests(model)) != known["weights"]:
         return None
     of = known["percentiles"]
+    if not of.keys() >= set(FINDINGS):
+        return None
     return np.array([np.interp(score, of[name], _PERCENT) for name, score in zip(FINDINGS, scores, strict=True)])

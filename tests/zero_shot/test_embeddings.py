@@ -116,7 +116,9 @@ def test_damaged_and_other_files_are_refused(embedded, tmp_path):
     rest = {"made_of": {}, "findings": FINDINGS[::-1], "studies": ["a"], "patients": ["p"]}
     rest["sha256"] = embeddings._digest_of(tensors)
     save_file(tensors, path, metadata={"medctkit": json.dumps(rest)})
-    with pytest.raises(ValueError, match="its labels are of Interlobular septal thickening, .*; expected those of"):
+    with pytest.raises(
+        ValueError, match="made with the findings Interlobular septal thickening, .*; in use are Medical material"
+    ):
         load_embeddings(path)
     save_file(tensors, path, metadata={"medctkit": json.dumps(rest | {"findings": FINDINGS, "studies": ["a", "b"]})})
     with pytest.raises(ValueError, match=r"embeddings have shape \(1, 3\), but there are 2 studies"):

@@ -166,11 +166,16 @@ def compare_methods(
         home: the hospital that it comes from.
 
     Raises:
-        ValueError: unknown group; results of other settings in `output_dir`; no studies of a hospital.
+        ValueError: unknown group; results of other settings in `output_dir`; no studies of a hospital; "unseen", whose
+            findings are not in use.
         OSError: a worker process died.
     """
     if unknown := [group for group in groups if group not in GROUPS]:
         raise ValueError(f"unknown group {unknown[0]!r}; choose from {', '.join(GROUPS)}")
+    if "unseen" in groups and not set(HELD_OUT) < set(FINDINGS):
+        raise ValueError(
+            f"group unseen holds out {', '.join(HELD_OUT)}, of CT-RATE's list; choose other groups with --only"
+        )
     if seeds < 1 or workers < 1:
         raise ValueError(f"seeds and workers must be at least 1, got {seeds} and {workers}")
     output_dir = Path(output_dir)

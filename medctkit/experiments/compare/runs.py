@@ -22,6 +22,7 @@ import torch
 from medctkit.experiments.adapt import Origin
 from medctkit.experiments.compare.data import Data, held_out, truth
 from medctkit.experiments.compare.rivals import RIVALS
+from medctkit.findings import FACTS
 from medctkit.lora.counting import count_trainable
 from medctkit.lora.methods import METHODS, apply_method, trained_bytes
 from medctkit.lora.strength import at_strength, intruder_dimensions
@@ -198,14 +199,14 @@ def draw_studies(patients: Sequence[str], n: int | None, seed: int) -> list[int]
     return sorted(range(len(patients)), key=lambda i: place[patients[i]])[:n]
 
 
-def inputs_of(manifest_path: str | os.PathLike, base: BaseModel, origin: Origin, home: str) -> dict[str, str]:
-    """Digests of the base model, of its vocabulary and of the manifest, and the hospitals."""
+def inputs_of(manifest_path: str | os.PathLike, base: BaseModel, origin: Origin, home: str) -> dict[str, Any]:
+    """Digests of the base model, of its vocabulary and of the manifest, the hospitals; findings that are your own."""
     manifest = hashlib.sha256(Path(manifest_path).read_bytes()).hexdigest()[:32]
     of = {"base": digests(base.model)[0], "vocabulary": vocabulary_of(base.tokenizer), "manifest": manifest}
-    return of | {"hospital": str(origin.hospital), "home": home}
+    return of | {"hospital": str(origin.hospital), "home": home} | FACTS
 
 
-def settings_of(job: Job, settings: FineTuneConfig, inputs: Mapping[str, str]) -> dict[str, Any]:
+def settings_of(job: Job, settings: FineTuneConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """All that a result depends on, beside the job and the versions; compared before a result is taken up."""
     if not job.trains:
         return {**inputs, **(RIVALS[job.method].settings if job.method in RIVALS else {})}

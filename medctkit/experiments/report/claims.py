@@ -22,6 +22,7 @@ from medctkit.experiments.measure import Home, Measurement
 from medctkit.experiments.report import figures
 from medctkit.experiments.report.clinical import clinical_blocks
 from medctkit.experiments.report.page import Block, png, to_html, to_markdown, with_ends
+from medctkit.findings import FACTS
 from medctkit.lora.counting import search_placements
 from medctkit.metrics.scores import COLUMN_OF, HOME_ROWS, METRICS, p_texts
 from medctkit.model.ct_clip import CTCLIPConfig, released_layout
@@ -125,6 +126,8 @@ def _result(measured: Measurement, name: str, column: str, before: float, after:
         verdict, lies = (MINIATURE, "lies above 0") if low > 0 else (NOT, "holds 0 or lies below it")
         why = f"the interval of the gain {lies}, on phantoms with a model of our own: the mechanism, not the number; "
         why += "what is free there, and what else the same labels give, `medctkit compare` measures"
+    elif FACTS:
+        verdict, why = INCOMPARABLE, "other findings than the paper's"
     elif world == "CT-RATE" and measured.origin.model != "mini":
         verdict, lies = (COMPATIBLE, "inside") if low <= after - before <= high else (NOT, "outside")
         why = f"the paper's gain lies {lies} the interval of ours" + (", and so does 0" if low <= 0 <= high else "")

@@ -9,6 +9,7 @@ import pandas as pd
 from medctkit.experiments.measure import Measurement
 from medctkit.experiments.report import figures
 from medctkit.experiments.report.page import Block, with_ends
+from medctkit.findings import CT_RATE_PREVALENCE, PREVALENCE
 
 CHECKLISTS = {
     "CLAIM 2024": "Tejani et al., Radiol Artif Intell 2024, doi 10.1148/ryai.240300",
@@ -26,7 +27,10 @@ def in_text(table: pd.DataFrame) -> pd.DataFrame:
             shown[name] = [with_ends(row, name, sign) for _, row in table.iterrows()]
         elif not name.endswith(("_low", "_high")):
             kind = table[name].dtype.kind
-            shown[name] = [f"{x:.3g}" if kind == "f" else ("", "yes")[x] if kind == "b" else x for x in table[name]]
+            shown[name] = [
+                f"{x:.3g}".replace("nan", "-") if kind == "f" else ("", "yes")[x] if kind == "b" else x
+                for x in table[name]
+            ]
     return type(table)(shown)
 
 
@@ -56,7 +60,8 @@ def parts(measured: Measurement) -> Iterator[tuple[str, str, str, pd.DataFrame]]
     words += "calibration: a flat stair of the isotonic curve makes ties, a falling line turns round a score that "
     words += "pointed the wrong way."
     yield "Calibration made anew", words, "Before and after, means over findings.", table
-    words = "At thresholds from validation patients and the prevalence of CT-RATE's training scans, not that of these."
+    whose = "of CT-RATE's training scans" if PREVALENCE == CT_RATE_PREVALENCE else "that the table of findings gives"
+    words = f"At thresholds from validation patients and the prevalence {whose}, not that of these."
     yield "Predictive values", words, "Positive (PPV) and negative (NPV).", tables["predictive values"]
     table = tables["net benefit"]
     useful = table.loc[table["adapted_low"] > table["everybody_high"].clip(lower=0), "threshold"]

@@ -31,7 +31,7 @@ def forest(measured: Measurement) -> Figure:
     """AUROC of base and adapted model with intervals, and their paired difference; largest gain on top."""
     difference = measured.difference
     order = [*difference.drop(index="mean")["auroc"].sort_values(na_position="first").index, "mean"]
-    figure = _figure(12, 7.5)
+    figure = _figure(12, 1.8 + 0.3 * len(order))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     places = np.arange(len(order))
     for (name, colour), shift in zip(COLOURS.items(), (0.15, -0.15), strict=True):
@@ -54,10 +54,17 @@ def forest(measured: Measurement) -> Figure:
 
 def _panels(x: str, y: str) -> tuple[Figure, list[Axes]]:
     """A panel for each finding."""
-    figure = _figure(13, 7.5)
-    panels = list(figure.subplots(3, 6, sharex=True, sharey=True).flat)
+    columns = min(6, len(FINDINGS))
+    rows = -(-len(FINDINGS) // columns)
+    figure = _figure(max(6.5, 13 * columns / 6), 1.5 + 2 * rows)
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    panels = list(grid.flat)[: len(FINDINGS)]
     for axes, finding in zip(panels, FINDINGS, strict=True):
         axes.set_title(finding, fontsize=8.5)
+    for axes in panels[-columns:]:
+        axes.tick_params(labelbottom=True)
+    for axes in list(grid.flat)[len(FINDINGS) :]:
+        axes.remove()
     figure.supxlabel(x)
     figure.supylabel(y)
     return figure, panels
