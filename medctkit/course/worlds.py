@@ -100,18 +100,22 @@ class World:
             raise ValueError(f"split {split!r}: expected one of {', '.join(SPLITS)}")
         return load_split(self.manifest, self.hospital, split, self.preprocess_config, self.cache_dir)
 
-    def sample(self, split: str = "test", index: int = 0) -> tuple[CTVolume, dict]:
+    def sample(self, split: str = "test", index: int = 0, having: str | None = None) -> tuple[CTVolume, dict]:
         """A study to look at, and its row of the manifest: a scan as it is on disk, or a phantom at a fine resolution.
 
+        `index` counts the studies of the split, or those of them whose labels say that they are `having` a finding.
+
         Raises:
-            ValueError: no study with this index in the split.
+            ValueError: no study with this index.
             FileNotFoundError: its file has been moved or deleted since it was prepared.
         """
         rows = self.manifest[self.manifest["split"] == split]
         if self.hospital is not None:
             rows = rows[rows["hospital"] == self.hospital]
+        rows = rows if having is None else rows[rows[having] == 1]
         if not 0 <= index < len(rows):
-            raise ValueError(f"study {index} of split {split!r}: the manifest has {len(rows):,} there, counted from 0")
+            of = f"split {split!r}" + ("" if having is None else f" with {having}")
+            raise ValueError(f"study {index} of {of}: the manifest has {len(rows):,} there, counted from 0")
         row = rows.iloc[index].to_dict()
         return (volume_from_row(row) if has_file(row) else study_from_row(row, TO_LOOK_AT).volume), row
 

@@ -31,6 +31,7 @@ SHOWN = {
     "temporal attention received": ("layer", "head"),
     "speaks for a prompt": ("prompt", "stating", "denying"),
 }
+OF_ALL = ("nothing", "speaks for a prompt")  # the rest is attention of CT-CLIP's two transformers
 OWN = "a sentence of my own"
 MEAN = "mean of heads"
 
@@ -50,7 +51,8 @@ class AttentionViewer:
         preprocess_config: what the models see.
         masks: named boolean arrays with the volume's shape.
         height: see `SliceViewer`.
-        show: one of `SHOWN`, to start with. "nothing" runs no model.
+        show: one of `SHOWN`, to start with. "nothing" runs no model. Of models other than CT-CLIP there is no attention
+            to see, only what speaks for a prompt. None: "rollout", if there is one.
 
     Raises:
         TypeError: not a CTVolume; models that are not a dict.
@@ -65,12 +67,16 @@ class AttentionViewer:
         preprocess_config: PreprocessConfig,
         masks: Mapping[str, np.ndarray] | None = None,
         height: int = 300,
-        show: str = "rollout",
+        show: str | None = None,
     ):
+        from medctkit.attention.maps import has_rollout
+
         if not isinstance(models, Mapping) or not models:
             raise TypeError(f"models: expected a dict such as {{'base': model}}, got {models!r:.80}")
-        if show not in SHOWN:
-            raise ValueError(f"show={show!r}: expected one of {', '.join(SHOWN)}")
+        self.offered = SHOWN if all(map(has_rollout, models.values())) else OF_ALL
+        show = ("rollout" if "rollout" in self.offered else OF_ALL[-1]) if show is None else show
+        if show not in self.offered:
+            raise ValueError(f"show={show!r}: expected one of {', '.join(self.offered)}")
         self.slices = SliceViewer(volume, masks, height=height, folded=True)
         self.volume, self.models, self.tokenizer, self.config = volume, dict(models), tokenizer, preprocess_config
         self.masks, self.prompts = dict(masks or {}), _of_findings()
@@ -82,7 +88,7 @@ class AttentionViewer:
     def _build(self, show: str) -> None:
         wide = {"width": "320px"}
         self.model = w.ToggleButtons(options=list(self.models), style={"button_width": "auto"})
-        self.shown = w.Dropdown(options=list(SHOWN), value=show, description="show", layout=wide)
+        self.shown = w.Dropdown(options=list(self.offered), value=show, description="show", layout=wide)
         self.layer = w.IntSlider(min=0, max=0, description="layer", tooltip="layers count from 0", layout=wide)
         self.head = w.Dropdown(description="head", options=[MEAN])
         self.strength = w.FloatSlider(

@@ -78,6 +78,11 @@ def test_a_phantom_to_look_at_is_fine_and_of_the_target_hospital(tmp_path, monke
     np.testing.assert_array_equal(volume.hu, study_from_row(row, worlds.TO_LOOK_AT).volume.hu)
     with pytest.raises(ValueError, match="study 222 of split 'valid': the manifest has 222 there, counted from 0"):
         world.sample("valid", 222)
+    sick = rows[rows["Lung nodule"] == 1]
+    assert 1 < len(sick) < len(rows)
+    assert world.sample("valid", 1, having="Lung nodule")[1]["study"] == sick["study"].iloc[1]
+    with pytest.raises(ValueError, match=f"split 'valid' with Lung nodule: the manifest has {len(sick)} there"):
+        world.sample("valid", len(sick), having="Lung nodule")
 
 
 def test_studies_of_a_split_are_the_cohort_of_the_experiment(tmp_path, monkeypatch):

@@ -3,11 +3,15 @@
 from contextlib import nullcontext
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from medctkit.findings import FINDINGS
 from medctkit.lora.adapter import add_lora
+from medctkit.model.colipri import Sizes
 from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel
+from medctkit.model.protocol import Parts
+from medctkit.scans.preprocessing import PreprocessConfig
 from medctkit.training.memory import PeakMemory
 
 PROMPTS = {f: ((f"{f} seen", f"there is {f}"), (f"no {f}", f"without {f}")) for f in FINDINGS}
@@ -28,6 +32,40 @@ def tiny_ct_clip(vision=None, text=None, dropout=0.0):
 
 def tiny_model(preset="paper", dropout=0.1):
     return add_lora(tiny_ct_clip(dropout=dropout), preset, r=4)
+
+
+class PatchesOnly(nn.Module):
+    """A base model with nothing of CT-CLIP's inside: no attention, and like COLIPRI a vector for each patch.
+
+    Input, patches and texts are those of `tiny_ct_clip`; `words` is the length of the tokenizer.
+    """
+
+    preprocess_config, longest_text = PreprocessConfig((45.0, 11.25, 11.25), (8, 32, 32), antialias=True), 64
+    config = Sizes(grid=(2, 2, 2), projection_dim=12)
+    parts = Parts(
+        {"look": "vision_encoder.look"},
+        {"word": "text_encoder.word"},
+        {"paper": (("look",), ("word",))},
+        stages={"projection": ("vision_encoder.look",), "patches": ("vision_encoder.patches",)},
+    )
+
+    def __init__(self, words):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.tensor(1.0))
+        patches = nn.Conv3d(1, 12, (4, 16, 16), (4, 16, 16))
+        self.vision_encoder = nn.ModuleDict({"patches": patches, "look": nn.Linear(12, 12)})
+        self.text_encoder = nn.ModuleDict({"table": nn.Embedding(words, 12), "word": nn.Linear(12, 12)})
+
+    @property
+    def patches(self):
+        return self.vision_encoder["patches"]
+
+    def encode_image(self, volumes):
+        pooled = self.patches(volumes).tanh().mean((2, 3, 4))
+        return nn.functional.normalize(self.vision_encoder["look"](pooled), dim=-1)
+
+    def encode_text(self, input_ids, attention_mask=None):
+        return nn.functional.normalize(self.text_encoder["word"](self.text_encoder["table"](input_ids).mean(1)), dim=-1)
 
 
 def tiny_batch(model, n=3, words=7):

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_ct_clip, tiny_model, tiny_tokenizer
+from tiny import PatchesOnly, tiny_ct_clip, tiny_model, tiny_tokenizer
 
 from medctkit.attention import maps as attention
 from medctkit.attention.localisation import patch_shares
 from medctkit.lora.adapter import add_lora
 from medctkit.phantom.study import generate
 from medctkit.scans.preprocessing import PreprocessConfig, preprocess
-from medctkit.viewers.attention_viewer import MEAN, OWN, SHOWN, AttentionViewer
+from medctkit.viewers.attention_viewer import MEAN, OF_ALL, OWN, SHOWN, AttentionViewer
 from medctkit.viewers.drawing.rendering import heat_share, place_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -226,6 +226,19 @@ def test_it_starts_at_the_finding_outlined_and_shows_patches_as_squares(viewer, 
     assert len(np.unique(slab)) <= 4, "2 x 2 patches, nothing between them"
     assert "Accordion" in {type(child).__name__ for child in viewer.slices.widget.children}, "controls are folded"
     assert viewer.caption.value.count("<div") == 3
+
+
+def test_of_a_model_without_ct_clips_layers_it_offers_what_speaks_for_a_prompt(study, models, config):
+    words = tiny_tokenizer()
+    other = PatchesOnly(len(words)).eval()
+    viewer = AttentionViewer(study.volume, {"other": other}, words, config, study.masks, height=120)
+    assert viewer.shown.options == OF_ALL and set(OF_ALL) < set(SHOWN) and viewer.shown.value == "speaks for a prompt"
+    pair = viewer.stating.value, viewer.denying.value
+    expected = attention.relevance(other, words, preprocess(study.volume, config), *pair)
+    np.testing.assert_allclose(shown(viewer).values, expected * 8, rtol=1e-5)
+    assert "of the map in" in viewer.caption.value and not viewer.messages.text
+    with pytest.raises(ValueError, match="show='rollout': expected one of nothing, speaks for a prompt$"):
+        AttentionViewer(study.volume, models | {"other": other}, words, config, show="rollout")
 
 
 def test_bad_input_is_refused(study, models, config):
