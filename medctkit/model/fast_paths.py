@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from medctkit.common.processes import keep_freed_memory
 from medctkit.model.vision_tower import (
     Attention,
     FeedForward,
@@ -38,6 +39,7 @@ def quicken(tower: Tower) -> Tower:
 
     Weights and state dict stay as they are: a block changes its class and nothing else.
     """
+    keep_freed_memory()
     for module in tower.modules():
         module.__class__ = _QUICK.get(type(module), type(module))
     return tower
@@ -243,12 +245,14 @@ class QuickVectorQuantiser(VectorQuantiser):
 
 
 class QuickVisionTransformer(VisionTransformer):
-    """Frozen patches slab by slab: what is cut stays in the processor's cache, and takes little memory."""
+    """Frozen patches slab by slab, on a CPU of one volume at a time: what is cut stays in the processor's cache."""
 
     def embed_patches(self, volumes: torch.Tensor) -> torch.Tensor:
         """Patches of volumes (b, 1, d, h, w), as `VisionTransformer.embed_patches` says."""
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.to_patch_emb.parameters()):
             return super().embed_patches(volumes)
+        if volumes.device.type == "cpu" and len(volumes) > 1 and not torch.compiler.is_compiling():
+            return torch.cat([self.embed_patches(volume) for volume in volumes.split(1)])
         slabs = volumes.split(self.patch_depth, dim=2)
         return torch.cat([self.to_patch_emb(slab) for slab in slabs], dim=1)
 
