@@ -4,9 +4,10 @@ Each volume is embedded once for each model; other prompts, retrieval and most o
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from medctkit.metrics.scores import HOME_ROWS, compare, evaluate, mean_draws, su
 from medctkit.model.protocol import Model
 from medctkit.training.checkpoints import described, finished_run
 from medctkit.zero_shot.classifier import Embedded, ZeroShotClassifier
-from medctkit.zero_shot.embeddings import same_studies
+from medctkit.zero_shot.embeddings import refuse_other_order, same_studies
 from medctkit.zero_shot.prompts import PROMPTS
 from medctkit.zero_shot.retrieval import embed_reports, report_to_volume, volume_to_volume
 
@@ -112,6 +113,7 @@ def measure(
     audit_volumes: int | None = None,
     home: str | None = None,
     resamples: int = RESAMPLES,
+    known: Mapping[tuple[str, str], Embedded] = MappingProxyType({}),
 ) -> Measurement:
     """Score base and adapted model on the hospital's test patients, and on those of the base's; write `metrics.json`.
 
@@ -127,10 +129,12 @@ def measure(
         home: hospital that the base model comes from; by default the phantoms' source hospital, or CT-RATE for real CT.
             By default nothing is measured there where the manifest has no test studies of it but those adapted to.
         resamples: of patients, for every interval and p-value.
+        known: embeddings that are there already, by model, "base" or "adapted", and split, "valid" or "test".
 
     Raises:
         FileNotFoundError: no finished run in `output_dir`.
-        ValueError: a run whose files were changed since; no test studies of the `home` that was given.
+        ValueError: a run whose files were changed since; no test studies of the `home` that was given; `known` of
+            other studies.
     """
     output_dir, accelerator = Path(output_dir).expanduser(), accelerator_for()
     cache_dir = prepared_dir(manifest_path, output_dir, cache_dir)
@@ -154,8 +158,10 @@ def measure(
     for name in ("base", "adapted"):
         model = base.model if name == "base" else load_trained(base.model, output_dir / "adapter")
         classifier = ZeroShotClassifier(model.to(accelerator.device), base.tokenizer)
-        seen = {split: classifier.embed(dataset, batch_size) for split, dataset in data.items()}
+        seen = {split: known.get((name, split)) or classifier.embed(data[split], batch_size) for split in data}
         for split, embedded in seen.items():
+            names = [row["study"] for row in data[split].rows]
+            refuse_other_order(embedded.studies, names, f"{name} embedding of {split} in `known`", "row there")
             scores[split][name] = classifier.scores_from_embeddings(embedded.embeddings)
         limits[name] = thresholds_from_validation(seen["valid"].labels, scores["valid"][name])
         tests[name] = test = seen["test"]

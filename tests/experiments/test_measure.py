@@ -80,3 +80,19 @@ def test_nothing_is_said_of_home_where_there_are_no_such_studies_or_it_is_what_w
     every = measure(both, tmp_path / "away", audit_volumes=0, resamples=2, home="target")
     assert every.home.hospital == "target" and "--home target" in every.made_with["command"]
     assert every.home.summary["base"]["auroc"] == every.summary["base"]["auroc"]
+
+
+def test_what_is_embedded_already_is_taken_and_other_studies_are_refused(few, tmp_path):
+    adapt(few, tmp_path, settings=QUICK)
+    base, table = load_mini_base(), load_manifest(few)
+    known = {
+        ("base", split): ZeroShotClassifier(base.model, base.tokenizer).embed(
+            load_split(table, "target", split, base.preprocess_config, few.parent / "prepared"), progress=False
+        )
+        for split in ("valid", "test")
+    }
+    whole = measure(few, tmp_path, audit_volumes=0, resamples=30)
+    again = measure(few, tmp_path, audit_volumes=0, resamples=30, known=known)
+    np.testing.assert_array_equal(again.scores["base"], whole.scores["base"])
+    with pytest.raises(ValueError, match="base embedding of test in `known`"):
+        measure(few, tmp_path, audit_volumes=0, resamples=30, known={("base", "test"): known["base", "valid"]})
