@@ -251,7 +251,8 @@ class QuickVisionTransformer(VisionTransformer):
         """Patches of volumes (b, 1, d, h, w), as `VisionTransformer.embed_patches` says."""
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.to_patch_emb.parameters()):
             return super().embed_patches(volumes)
-        if volumes.device.type == "cpu" and len(volumes) > 1 and not torch.compiler.is_compiling():
+        # while it is compiled, the number of parts would be fixed
+        if volumes.device.type == "cpu" and not torch.compiler.is_compiling() and len(volumes) > 1:
             return torch.cat([self.embed_patches(volume) for volume in volumes.split(1)])
         slabs = volumes.split(self.patch_depth, dim=2)
         return torch.cat([self.to_patch_emb(slab) for slab in slabs], dim=1)

@@ -52,6 +52,7 @@ def world(tmp_path, monkeypatch):
 def test_it_runs_to_its_end_and_says_what_is_ct_clips_alone(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(backend_inline, "set_matplotlib_formats", lambda *formats, **more: None)
     plt.switch_backend("agg")
+    plt.close("all")  # other tests may have left some
     names, tables, pictures = {}, {}, {}
     for cell in CELLS:
         if cell.cell_type != "code" or cell.id in LEFT_OUT or "exercise" in cell.metadata.get("tags", ()):

@@ -212,8 +212,8 @@ def test_frozen_patches_are_cut_slab_by_slab_in_training_too():
         model.visual_transformer.to_patch_emb.requires_grad_(not frozen)
         model.visual_transformer.to_patch_emb[0].register_forward_hook(lambda *args: shapes.append(args[2].shape[1]))
         model.visual_transformer.encode(BATCH["pixel_values"])
-    t = model.config.grid[0]
-    assert shapes == [t] + [1] * t
+    t, volumes = model.config.grid[0], len(BATCH["pixel_values"])
+    assert shapes == [t] + [1] * t * volumes
     volumes = BATCH["pixel_values"].clone().requires_grad_(True)  # as for a saliency map
     model(volumes, BATCH["input_ids"]).logits_per_image.sum().backward()
     assert volumes.grad.any()

@@ -20,7 +20,7 @@ def test_a_page_for_each_finding_and_one_beside_a_scan(tmp_path, monkeypatch):
     hu = generate(2, findings=[], shape=(20, 30, 30)).volume.hu
     nibabel.save(nibabel.Nifti1Image(np.asarray(hu).transpose(2, 1, 0).copy(), np.diag([8.0, 8, 12, 1])), scan)
     monkeypatch.setattr(gallery, "SHAPE", (16, 32, 32))
-    monkeypatch.setattr(gallery, "FINDINGS", ("Lung nodule", "Pleural effusion"))
+    monkeypatch.setattr(gallery, "CT_RATE", ("Lung nodule", "Pleural effusion"))
     result = CliRunner().invoke(app, ["gallery", str(tmp_path / "pages"), "--real", str(scan)])
     assert result.exit_code == 0, result.output
     pages = {path.name: picture(path) for path in (tmp_path / "pages").iterdir()}
