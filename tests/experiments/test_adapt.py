@@ -67,7 +67,7 @@ def test_any_base_model_is_adapted_and_measured_with_what_was_written_down(few, 
     settings = replace(FULL_SIZE, steps=2, batch_size=4, evaluate_every=1, workers=0, rank=2)
     result = adapt(few, tmp_path, settings=settings, origin=origin)
     assert len(result.history) == 3
-    assert measure(few, tmp_path, batch_size=2).made_with["data"] == "phantom"
+    assert measure(few, tmp_path, batch_size=2, audit_volumes=2, resamples=30).made_with["data"] == "phantom"
     assert Origin.of(tmp_path) == origin
 
 
