@@ -11,7 +11,7 @@ import torch
 from medctkit.deploy import export as exporting
 from medctkit.deploy.export import ExportDiffers, export
 from medctkit.deploy.exported import FACTS, PROMPTS, VISION, Exported
-from medctkit.lora.adapter import add_lora
+from medctkit.lora.adapter import add_lora, merge_lora
 from medctkit.model.base_model import load_mini_base
 from medctkit.model.fingerprint import digests, vocabulary_of
 from medctkit.zero_shot.classifier import ZeroShotClassifier
@@ -86,6 +86,25 @@ def test_what_differs_is_not_written(adapted, tmp_path, monkeypatch):
     with pytest.raises(ExportDiffers, match="a batch of 1: 0 of .* codes flipped"):
         export(*adapted, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_code_may_be_another_only_where_two_are_as_near(adapted, monkeypatch):
+    vision = exporting.Vision(merge_lora(adapted[0])).eval()
+    shape = (1, *vision.model.preprocess_config.shape)
+
+    class Other:  # one token of each first volume has another code
+        def embeds_and_codes(self, volumes):
+            with torch.no_grad():
+                embeds, codes = (y.numpy().copy() for y in vision(torch.from_numpy(volumes)))
+            embeds[0] += 0.1
+            codes[0, 3] += 1 if codes[0, 3] == 0 else -1
+            return embeds, codes
+
+    with pytest.raises(ExportDiffers, match="a batch of 1: 1 of .* codes flipped"):
+        exporting.prove(Other(), vision, shape)
+    monkeypatch.setattr(exporting, "TIE", 2.0)  # now any two are
+    assert exporting.prove(Other(), vision, shape)["ties"] == 3
+    assert exporting.prove(Other(), vision, shape)["largest"] == 0
 
 
 def test_an_export_with_a_fixed_batch_is_found_out(adapted, tmp_path, monkeypatch):
