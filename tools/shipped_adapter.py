@@ -25,7 +25,7 @@ RANKS = (0, 1, 2, 3, 4, 6, 8, 12, 16)
 
 
 def ship(run: Path) -> dict:
-    """Copy the adapter of a finished run on the mini model, and measure it at each of `RANKS`; returns what it wrote."""
+    """Copy the adapter of a finished run on the mini model, and measure it at each of `RANKS`; returns the record."""
     record, origin = finished_run(run), Origin.of(run)
     base, manifest = origin.load(), load_manifest(ROOT / "data_manifest.csv")
     cache_dir = prepared_dir(ROOT / "data_manifest.csv", run)
