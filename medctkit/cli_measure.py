@@ -146,14 +146,13 @@ def compare(
     studies, how many it takes. noise, wrong labels. ranks, of LoRA. The rate of each is swept first.
     """
     from medctkit.experiments.adapt import Origin
-    from medctkit.experiments.compare.data import HELD_OUT
+    from medctkit.experiments.compare.data import CAN_HOLD_OUT
     from medctkit.experiments.compare.figures import write_figures
     from medctkit.experiments.compare.results import load_results
     from medctkit.experiments.compare.run_all import GROUPS, SETTINGS, compare_methods
     from medctkit.experiments.compare.tables import show_all
-    from medctkit.findings import FINDINGS
 
-    possible = [name for name in GROUPS if name != "unseen" or set(HELD_OUT) < set(FINDINGS)]
+    possible = [name for name in GROUPS if name != "unseen" or CAN_HOLD_OUT]
     groups = possible if only is None else [name.strip() for name in only.split(",")]
     origin = Origin(model, None if tokenizer is None else str(tokenizer), hospital)
     compare_methods(manifest, output_dir, groups, seeds, replace(SETTINGS, steps=steps), jobs, cache_dir, origin, home)

@@ -6,7 +6,6 @@ which notebook 02 shows. A few minutes on two cores.
 
 import json
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -39,7 +38,7 @@ def ship(run: Path) -> dict:
         raise ValueError(f"{run}: its adapter scores {found[RANKS[-1]]}, its run said {record['best_score']:.4f}")
     save_adapter(model, SHIPPED)
     said = {"validation_auroc": found, "studies": len(valid), "best_step": record["best_step"]}
-    said["made_with"] = made_with(0) | {"command": f"notebook 03, medctkit {version('medctkit')}"}
+    said["made_with"] = made_with(0) | {"command": "python -m tools.shipped_adapter runs/notebooks"}
     write_json(said, SHIPPED / "by_rank.json")
     return said
 

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,17 +44,12 @@ def at_strength(model: Model, strength: float, start: Mapping[str, torch.Tensor]
             yield model
         return
     parameters = dict(model.named_parameters())
-    end = {name: parameters[name].detach().clone() for name in start}
-    try:
+    with _given_back([parameters[name] for name in start]) as trained:
         with torch.no_grad():
-            for name, before in start.items():
-                before = before.to(end[name].device)
-                parameters[name].copy_(before + strength * (end[name] - before))
+            for (name, before), after in zip(start.items(), trained, strict=True):
+                before = before.to(after.device)
+                parameters[name].copy_(before + strength * (after - before))
         yield model
-    finally:
-        with torch.no_grad():
-            for name, after in end.items():
-                parameters[name].copy_(after)
 
 
 @contextmanager
@@ -70,8 +65,7 @@ def at_rank(model: Model, rank: int) -> Iterator[Model]:
     if not layers or rank < 0:
         raise ValueError(f"expected a model with a LoRA and a rank of at least 0, got {type(model).__name__}, {rank}")
     pairs = [(m.lora_A[name].weight, m.lora_B[name].weight) for m in layers for name in m.active_adapters]
-    trained = [(A.detach().clone(), B.detach().clone()) for A, B in pairs]
-    try:
+    with _given_back([matrix for pair in pairs for matrix in pair]):
         with torch.no_grad():
             for A, B in pairs:
                 u, s, v = torch.linalg.svd(B @ A, full_matrices=False)
@@ -79,11 +73,18 @@ def at_rank(model: Model, rank: int) -> Iterator[Model]:
                 A.copy_(v[: len(A)])
                 B.copy_(u[:, : len(A)] * s[: len(A)])
         yield model
+
+
+@contextmanager
+def _given_back(parameters: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Copies of parameters, which may change within the block and have these values again after it."""
+    copies = [p.detach().clone() for p in parameters]
+    try:
+        yield copies
     finally:
         with torch.no_grad():
-            for (A, B), (A_before, B_before) in zip(pairs, trained, strict=True):
-                A.copy_(A_before)
-                B.copy_(B_before)
+            for p, before in zip(parameters, copies, strict=True):
+                p.copy_(before)
 
 
 def intruder_dimensions(before: Model, after: Model, leading: int = 10, below: float = 0.5) -> float:

@@ -24,6 +24,7 @@ from medctkit.zero_shot.embeddings import Changed, with_embeddings
 
 # Kept out of every loss in the runs of "unseen": one of each group that has several findings or none like it.
 HELD_OUT = ("Pleural effusion", "Emphysema", "Hiatal hernia", "Bronchiectasis")
+CAN_HOLD_OUT = set(HELD_OUT) < set(FINDINGS)  # they are among the findings in use, which may be other ones
 REPLAYED, REPLAY_SHARE = 64, 0.25  # patients of the source hospital; their share of what is learnt from
 VARIANTS = {  # of a run: what is done to the studies that it learns from
     "unseen": "no label of four findings, and no report, which speaks of them",
