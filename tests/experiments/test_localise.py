@@ -28,7 +28,7 @@ def adapted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
     save_adapter(add_lora(load_mini_base().model, "paper", r=4, init_lora_weights=False), folder / "adapter")
-    finished = {"state": "finished", "files": {}, "step": 1, "best_step": 1, "best_score": 0.5}
+    finished = {"state": "finished", "made_of": {}, "files": {}, "step": 1, "best_step": 1, "best_score": 0.5}
     write_json(finished, folder / RECORD)
     write_json(asdict(Origin()), folder / ORIGIN)
     return folder
