@@ -112,12 +112,12 @@ def opacity(body: Body, rng: np.random.Generator) -> Drawn:
     """Ground glass: hazy patches with soft edges through which vessels and bronchi still show."""
     count = int(rng.integers(1, 6))
     centre, lobes = spots(body, rng, count, depth=(3, 30), back=(-70, 80))
-    share, delta = body.everything, rng.uniform(210, 330)
+    share, delta = body.everything, rng.uniform(260, 380)
     for c in centre:
         radii = rng.uniform(15, 36, 3)
         lumps = c + rng.normal(0, 0.5, (7, 3)) * radii
         blob = body.everything
-        body_edge, body.edge = body.edge, max(body.edge, 9.0)
+        body_edge, body.edge = body.edge, max(body.edge, 6.0)
         body.balls(blob, np.concatenate([[c], lumps]), np.concatenate([[radii], radii * rng.uniform(0.4, 0.8, (7, 1))]))
         body.edge = body_edge
         np.maximum(share, blob, out=share)
@@ -168,9 +168,9 @@ def consolidation(body: Body, rng: np.random.Generator) -> Drawn:
 
 def bronchograms(body: Body, share: np.ndarray, chosen: np.ndarray) -> None:
     """Paint the air that stays in bronchi of `chosen` (n,) branches, where a share (d, h, w) of airless lung is high."""
-    air, lumen = body.everything, 1.2 * body.lumens
+    air, lumen = body.everything, 1.3 * body.lumens
     start, end = beside(body.arteries, lumen)
-    shown = chosen & (body.lumens > max(1.0, 0.3 * body.edge))
+    shown = chosen & (body.lumens > max(1.2, 0.3 * body.edge))
     body.tubes(air, *bent(start, end, body.arteries.parent, lumen, 0.9 * lumen, shown))
     raster.paint(body.hu, air * (share > 0.3), -880.0)
 

@@ -165,7 +165,7 @@ class Patient:
             cushion=float(np.clip(rng.normal(3.5, 3) + 0.3 * fat + 0.03 * (age - 58), 0, 14)),
             heart=float(rng.uniform(1.16, 1.34)),
             aorta=float(np.exp(rng.normal(-0.02 + 0.004 * (age - 58), 0.07))),
-            bone=float(np.clip(rng.normal(185 - 1.7 * (age - 50), 28), 70, 270)),
+            bone=float(np.clip(rng.normal(160 - 1.7 * (age - 50), 28), 60, 270)),
             seed=int(rng.integers(2**31)),
         )
 

@@ -431,7 +431,7 @@ def paint_tissues(hu, fields, z, y, x, scale, edge, tile, fissures, middle, midd
                         my = min(max((qy - middle_low[1]) / middle_step, 0.0), middle.shape[1] - 1.001)
                         left = qx > middle[int(mz), int(my)]
                         v, u = qy / 100, qx / 100
-                        sheet, wave = 0.0, 2.2 * speckle(tile, qy / 37, qx / 37, 0.37)  # no fissure is flat
+                        sheet, wave = 0.0, 3.2 * speckle(tile, qy / 37, qx / 37, 0.37)  # no fissure is flat
                         for f in range(3):
                             if (f < 2) == left:
                                 continue
@@ -447,6 +447,6 @@ def paint_tissues(hu, fields, z, y, x, scale, edge, tile, fissures, middle, midd
                             sheet = max(
                                 sheet, min(max(0.5 - (abs(gap) - 0.35) / edge, 0.0), 1.0) * min(1.0, 0.8 / edge)
                             )
-                        dense += 330 * sheet
+                        dense += 330 * sheet * min(max(0.6 + 0.2 * wave, 0.1), 1.0)  # and most are incomplete
                     value += min(max(lung / edge + 0.5, 0.0), 1.0) * (dense - value)
                 hu[i, j, k] = value
