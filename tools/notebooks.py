@@ -8,10 +8,12 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
+from queue import Empty
 from typing import Annotated
+from unittest import mock
 
 import typer
 
@@ -179,6 +181,27 @@ def export_html(notebook: Path) -> Path:
     return target
 
 
+@contextmanager
+def _replies_looked_for() -> Iterator[None]:
+    """Each second, look whether a kernel has replied.
+
+    A cell's reply that comes while nbclient sends a widget's answer wakes nobody, and nbclient waits for ever:
+    https://github.com/jupyter/nbclient/issues/312.
+    """
+    from jupyter_client.channels import AsyncZMQSocketChannel as Channel
+
+    get_msg = Channel.get_msg
+
+    async def looking(self: Channel, timeout: float | None = None) -> dict:
+        while timeout is None:
+            with suppress(Empty):
+                return await get_msg(self, 1.0)
+        return await get_msg(self, timeout)
+
+    with mock.patch.object(Channel, "get_msg", looking):
+        yield
+
+
 def execute(source: Path, executed: Path, parameters: Mapping | None = None, folder: Path | None = None) -> Path:
     """Run one notebook, from its own folder as JupyterLab does.
 
@@ -199,15 +222,16 @@ def execute(source: Path, executed: Path, parameters: Mapping | None = None, fol
     from papermill.exceptions import PapermillExecutionError
 
     try:
-        execute_notebook(
-            str(source),
-            str(executed),
-            parameters=dict(parameters or {}),
-            kernel_name="python3",
-            language="python",
-            cwd=str(folder or source.parent),
-            progress_bar={"desc": source.stem, "bar_format": BAR},
-        )
+        with _replies_looked_for():
+            execute_notebook(
+                str(source),
+                str(executed),
+                parameters=dict(parameters or {}),
+                kernel_name="python3",
+                language="python",
+                cwd=str(folder or source.parent),
+                progress_bar={"desc": source.stem, "bar_format": BAR},
+            )
     except PapermillExecutionError as error:
         page = export_html(executed)
         raise RuntimeError(

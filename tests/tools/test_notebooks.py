@@ -1,13 +1,18 @@
 """Exercises come from solutions; outputs are committed as a code host shows them and compared by kind."""
 
+import asyncio
 import base64
 import copy
 import io
 import os
+import time
 from pathlib import Path
 
 import nbformat
 import pytest
+import zmq.asyncio
+from jupyter_client.channels import AsyncZMQSocketChannel
+from jupyter_client.session import Session
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from typer.testing import CliRunner
 
@@ -282,6 +287,34 @@ def test_check_solves_the_exercises_and_compares_with_what_is_committed(clone, m
     assert solved.cells[-1].source == SOLVED and "Right." in solved.cells[-1].outputs[0].data["text/html"]
     assert os.environ.get("MEDCTKIT_STRICT_EXERCISES") is None
     path.write_bytes(content)
+
+
+async def reply_while_sending(patience):
+    """Wait for a reply that arrives while something is sent on the same channel, as nbclient does for a widget."""
+    with zmq.asyncio.Context() as ours, zmq.Context() as theirs:
+        kernel, client = theirs.socket(zmq.ROUTER), ours.socket(zmq.DEALER)
+        client.connect(f"tcp://127.0.0.1:{kernel.bind_to_random_port('tcp://127.0.0.1')}")
+        session = Session(key=b"")
+        channel = AsyncZMQSocketChannel(client, session)
+        channel.send(session.msg("kernel_info_request"))
+        address = kernel.recv_multipart()[0]
+        waiting = asyncio.ensure_future(channel.get_msg(timeout=None))
+        await asyncio.sleep(0.1)
+        session.send(kernel, "execute_reply", ident=address)
+        time.sleep(0.2)  # it is there, and the event loop has not seen it
+        channel.send(session.msg("comm_msg"))
+        try:
+            return (await asyncio.wait_for(waiting, patience))["msg_type"]
+        finally:
+            kernel.close(linger=0)
+            client.close(linger=0)
+
+
+def test_a_reply_that_wakes_nobody_is_found():
+    with pytest.raises(TimeoutError):  # the fault of nbclient that is worked around; where it is gone, this can go
+        asyncio.run(reply_while_sending(1.5))
+    with course._replies_looked_for():
+        assert asyncio.run(reply_while_sending(20)) == "execute_reply"
 
 
 def test_a_solution_that_is_not_right_fails_the_check(clone):
