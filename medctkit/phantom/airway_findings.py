@@ -13,7 +13,8 @@ def peribronchial(body: Body, rng: np.random.Generator) -> Drawn:
     degree = rng.random()
     chosen = (body.lumens > 1.0) & (rng.random(len(body.lumens)) < 0.75 + 0.25 * degree)
     within = (lung_share(body) > 0.5) & (body.airway < 0.3)
-    share = np.minimum(2.5 * body.bronchi(chosen, 2.2 + 1.6 * degree, 10.0, within), 1)  # most walls are thinner than a voxel
+    walls = body.bronchi(chosen, 2.2 + 1.6 * degree, 10.0, within)
+    share = np.minimum(2.5 * walls, 1)  # most are thinner than a voxel
     return share, dict(side="bilateral", severity=severity(degree), location="central")
 
 

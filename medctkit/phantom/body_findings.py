@@ -67,7 +67,7 @@ def pericardial_effusion(body: Body, rng: np.random.Generator) -> Drawn:
 
     thickness, centre = rng.uniform(8, 18), body.patient.place(np.array([HEART[0]], float))[0]
     box = around(body, centre, np.array(HEART[1]) * body.patient.scale + 34)
-    near, hollow = body.part(box), 12.0  # mm: the sac spans hollows of the heart's surface that are narrower than twice it
+    near, hollow = body.part(box), 12.0  # mm: the sac spans what is narrower than twice that between parts of the heart
     above = np.clip((near.z[:, None, None] - body.floor[box[1:]][None] + 3) / body.edge, 0, 1)
     heart = (near.soft > -1.5) & (heart_depth(near) > 0) & (above > 0)
     z, y = near.z[:, None, None] / body.patient.scale[0], near.y[None, :, None] / body.patient.scale[1]

@@ -167,7 +167,7 @@ def consolidation(body: Body, rng: np.random.Generator) -> Drawn:
 
 
 def bronchograms(body: Body, share: np.ndarray, chosen: np.ndarray) -> None:
-    """Paint the air that stays in bronchi of `chosen` (n,) branches, where a share (d, h, w) of airless lung is high."""
+    """Paint the air that stays in bronchi of `chosen` (n,) branches, where a share (d, h, w) of dense lung is high."""
     air, lumen = body.everything, 1.3 * body.lumens
     start, end = beside(body.arteries, lumen)
     shown = chosen & (body.lumens > max(1.2, 0.3 * body.edge))

@@ -18,9 +18,9 @@ BODY_LOW, BODY_STEP = np.array([-134.0, -148.0, -196.0]), 4.0
 UNIT = 0.25  # mm to one unit of a stored distance
 BEND_LOW, BEND_STEP, BEND_KNOTS = np.array([-200.0, -200.0, -200.0]), 12.5, 33
 LOBES = ("", "right upper lobe", "middle lobe", "right lower lobe", "left upper lobe", "left lower lobe")
-# How chests differ from the atlas, whose subject has a slender middle and flat domes, and from each other: the axis along
-# which a place of the atlas moves, its centre and how far around it things move along, (z, y, x) in mm; by how much on
-# average, the standard deviation, mm, and what each year after 58 adds.
+# How chests differ from the atlas, whose subject has a slender middle and flat domes, and from each other: the axis
+# along which a place of the atlas moves, its centre and how far around it things move along, (z, y, x) in mm; by how
+# much on average, the standard deviation, mm, and what each year after 58 adds.
 MIDDLE = (
     (0, (52, -24, 8), (26, 40, 34), 0.0, 5.0, 0.15),  # the arch: up
     (2, (52, -20, 12), (28, 40, 30), 0.0, 4.0, 0.05),  # to the left
