@@ -136,9 +136,9 @@ def report_ids(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.T
 def load_split(
     manifest: pd.DataFrame, hospital: str | None, split: str, preprocess_config: PreprocessConfig, cache_dir
 ) -> CTReportDataset:
-    """The prepared studies of one hospital (None: of all) and split; in memory if they are small enough.
+    """The prepared studies of one hospital (None: of all) and split.
 
-    Under `accelerate launch` the first process prepares them and the others wait.
+    Those of "train" and "valid", which are seen again and again, are in memory if they are small enough. Under `accelerate launch` the first process prepares them and the others wait.
 
     Raises:
         ValueError: no such studies.
@@ -146,7 +146,7 @@ def load_split(
     dataset = CTReportDataset(rows_of(manifest, hospital, split), preprocess_config, cache_dir)
     with accelerator_for().main_process_first():
         dataset.prepare()
-    return at_hand(dataset)
+    return dataset if split == "test" else at_hand(dataset)
 
 
 def rows_of(manifest: pd.DataFrame, hospital: str | None, split: str) -> pd.DataFrame:

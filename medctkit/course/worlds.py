@@ -91,7 +91,7 @@ class World:
         return self.origin.load()
 
     def dataset(self, split: str) -> CTReportDataset:
-        """The prepared studies of a split ("train", "valid" or "test"), in memory if they are small enough.
+        """The prepared studies of a split ("train", "valid" or "test"), see `load_split`.
 
         Raises:
             ValueError: no such studies, or some that could not be prepared.
