@@ -138,7 +138,8 @@ def load_split(
 ) -> CTReportDataset:
     """The prepared studies of one hospital (None: of all) and split.
 
-    Those of "train" and "valid", which are seen again and again, are in memory if they are small enough. Under `accelerate launch` the first process prepares them and the others wait.
+    Those of "train" and "valid", which are seen again and again, are in memory if they are small enough. Under
+    `accelerate launch` the first process prepares them and the others wait.
 
     Raises:
         ValueError: no such studies.
