@@ -21,7 +21,7 @@ from medctkit.common.atomic import replacing
 from medctkit.lora.adapter import add_lora
 from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel
 from medctkit.training.loop import step_gradients
-from medctkit.training.memory import PeakMemory, SavedActivations, cast_frozen
+from medctkit.training.memory import PeakMemory, cast_frozen
 from medctkit.training.settings import FineTuneConfig
 
 HERE = Path(__file__).resolve().parent
@@ -128,29 +128,11 @@ def step_memory(config, batch, at_a_time, checkpointing, half, accelerator):
     return {"peak": memory.peak_bytes} | known | {"activations_and_the_rest": memory.peak_bytes - sum(known.values())}
 
 
-def saved_per_volume(config, checkpointing, half):
-    """Bytes that the forward pass keeps for the backward pass for each volume with its report."""
-    kept = []
-    with without_data(config, checkpointing, half) as model:
-        for n in (1, 2):
-            batch = small_batch(config, n)
-            inputs = [batch[name] for name in ("pixel_values", "input_ids", "attention_mask")]
-            with SavedActivations([*model.parameters(), *inputs]) as saved, torch.autocast("cpu", torch.bfloat16):
-                out = model.encode_image(inputs[0]), model.encode_text(*inputs[1:])
-            kept.append(saved.bytes)
-            del out
-    return kept[1] - kept[0]  # what does not grow with the batch, such as weights that were cast, goes out
-
-
 def measure(config, batches, cached):
     """All numbers of memory.json."""
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-    saved = {name: saved_per_volume(config, *measures) for name, measures in MEASURES.items()}
-    print(f"{'kept for the backward pass, per volume':52} {'GB':>7}")
-    for name, found in saved.items():
-        print(f"  {name:50} {found / 1e9:7.3f}")
     print(
         f"{'peak of one step, GB':52} {'peak':>7} {'weights':>7} {'volumes':>7} {'optim.':>7} {'rest':>7}", flush=True
     )
@@ -163,7 +145,7 @@ def measure(config, batches, cached):
             steps.append({"batch": batch, "volumes_at_a_time": at_a_time, "measures": name} | found)
             row = f"batch {batch:2}, {at_a_time:2} at a time, {name}"
             print(f"  {row:50}", *(f"{value / 1e9:7.3f}" for value in found.values()), flush=True)
-    return {"saved_bytes_per_volume": saved, "bytes_of_a_step": steps}
+    return {"bytes_of_a_step": steps}
 
 
 def main():

@@ -268,7 +268,7 @@ def encoder_per_finding(base: BaseModel, volume: CTVolume) -> list[Defect]:
     return _defects("a pass of the encoder for each finding", numbers)
 
 
-def audit_scans(base: BaseModel, volumes: Sequence[CTVolume], labels: ArrayLike, seed: int = 0) -> list[Defect]:
+def audit_scans(base: BaseModel, volumes: Any, labels: ArrayLike, seed: int = 0) -> list[Defect]:
     """All defects that take scans, as `double_rescale` takes them; there may be fewer volumes than labels."""
     labels = np.asarray(labels)[: len(volumes)]
     return [

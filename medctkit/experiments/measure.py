@@ -4,7 +4,7 @@ Each volume is embedded once for each model; other prompts, retrieval and most o
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -29,7 +29,7 @@ from medctkit.metrics.scores import HOME_ROWS, compare, evaluate, mean_draws, su
 from medctkit.model.protocol import Model
 from medctkit.training.checkpoints import described, finished_run
 from medctkit.zero_shot.classifier import Embedded, ZeroShotClassifier
-from medctkit.zero_shot.embeddings import refuse_other_order, same_studies
+from medctkit.zero_shot.embeddings import Changed, refuse_other_order, same_studies
 from medctkit.zero_shot.prompts import PROMPTS
 from medctkit.zero_shot.retrieval import embed_reports, report_to_volume, volume_to_volume
 
@@ -170,7 +170,7 @@ def measure(
             answers = {split: Answers(e.labels, scores[split][name], e.patients) for split, e in seen.items()}
             defects = audit(answers["test"], answers["valid"], **drawn) + prompt_mismatch(base, test)
             if audit_volumes and accelerator.is_main_process:
-                defects += audit_scans(base, _Volumes(data["test"].rows[:audit_volumes]), test.labels, seed)
+                defects += audit_scans(base, Changed(data["test"].rows[:audit_volumes], volume_from_row), test.labels, seed)
         for kind in PROMPTS:
             asked = ZeroShotClassifier(model, base.tokenizer, kind).scores_from_embeddings(test.embeddings)
             draws = mean_draws(test.labels, asked, test.patients, **drawn)
@@ -230,19 +230,6 @@ def _retrieval(name: str, model: Model, tokenizer: Any, rows: list[dict], test: 
         values = (mean[f"{column}{end}"] for end in ("", "_low", "_high", "_chance"))
         found.append((f"volumes with the same finding, {column.upper()}", name, *values))
     return found
-
-
-class _Volumes(Sequence):
-    """The scans of rows of a manifest in HU, read when asked for."""
-
-    def __init__(self, rows: list[dict]):
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        return volume_from_row(self.rows[index])
 
 
 def _adapter_facts(model: Model, folder: Path) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """Memory of a training step: how much it takes, and frozen weights in half precision to take less.
 
-Both measures also work on tensors without data (FakeTensorMode), for a full-size step on a machine that could never
+`PeakMemory` also works on tensors without data (FakeTensorMode), for a full-size step on a machine that could never
 run it.
 """
 
@@ -60,34 +60,6 @@ class PeakMemory(TorchDispatchMode):
         given = {} if func is torch.ops.aten.lift_fresh.default else _storages((args, kwargs))
         self._count({a: s for a, s in _storages(out).items() if a in self._known or a not in given})
         return out
-
-
-class SavedActivations(torch.autograd.graph.saved_tensors_hooks):
-    """Bytes that the forward passes in a block keep for the backward pass.
-
-    A storage counts once; those of `apart_from`, such as weights and inputs, which are there anyway, do not. `bytes` is
-    what has been kept so far.
-    """
-
-    def __init__(self, apart_from: Iterable[torch.Tensor] = ()):
-        self.bytes = 0
-        self._seen = _storages(list(apart_from))  # held, so that no address is used twice
-        super().__init__(self._keep, lambda tensor: tensor)
-
-    def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
-        for address, storage in _storages(tensor).items():
-            if address not in self._seen:
-                self._seen[address] = storage
-                self.bytes += storage.nbytes()
-        return tensor
-
-    def __enter__(self) -> "SavedActivations":  # type: ignore[override]
-        super().__enter__()
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        super().__exit__(*args)
-        self._seen = {}
 
 
 def cast_frozen(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> int:

@@ -252,15 +252,15 @@ def same_studies(a: Embedded, b: Embedded) -> None:
 
 
 class Changed(Dataset):
-    """A data set, each item changed when it is asked for."""
+    """A data set or a list, each item changed when it is asked for."""
 
-    def __init__(self, dataset: Dataset, change: Callable[[dict], dict]):
+    def __init__(self, dataset: Dataset | Sequence, change: Callable[[dict], Any]):
         self.dataset, self.change = dataset, change
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Any:
         return self.change(self.dataset[index])
 
 

@@ -9,12 +9,11 @@ from tiny import small_step, tiny_model
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from medctkit.lora.adapter import add_lora
 from medctkit.model.fast_paths import quicken
 from medctkit.model.vision_tower import Attention, Transformer
-from medctkit.training.memory import PeakMemory, SavedActivations, cast_frozen
+from medctkit.training.memory import PeakMemory, cast_frozen
 
 
 @pytest.fixture(params=["real", "without data"])
@@ -107,24 +106,6 @@ def test_a_step_without_data_takes_exactly_what_a_real_one_takes():
 
 
 # --- what autograd keeps ------------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("kind_of_tensor")
-def test_saved_activations_are_what_the_operations_keep_each_once():
-    x, w = torch.zeros(10, 10, requires_grad=True), torch.zeros(10, 10, requires_grad=True)
-    with SavedActivations(apart_from=[x, w]) as saved:
-        y = (x @ w).exp()  # keeps x, w and its result
-        z = y * y  # keeps the result once more
-        assert saved.bytes == 400
-        z.sum().backward()
-    assert saved.bytes == 400
-    with SavedActivations() as saved:
-        (x @ w).exp()
-    assert saved.bytes == 1200
-    layer = nn.Sequential(nn.Linear(10, 1000), nn.GELU(), nn.Linear(1000, 10))
-    with SavedActivations(layer.parameters()) as saved:
-        checkpoint(layer, x, use_reentrant=False)
-    assert saved.bytes == 400
 
 
 def test_of_a_checkpointed_transformer_with_frozen_feed_forwards_only_the_layers_inputs_stay():
