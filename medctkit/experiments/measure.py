@@ -170,7 +170,8 @@ def measure(
             answers = {split: Answers(e.labels, scores[split][name], e.patients) for split, e in seen.items()}
             defects = audit(answers["test"], answers["valid"], **drawn) + prompt_mismatch(base, test)
             if audit_volumes and accelerator.is_main_process:
-                defects += audit_scans(base, Changed(data["test"].rows[:audit_volumes], volume_from_row), test.labels, seed)
+                scans = Changed(data["test"].rows[:audit_volumes], volume_from_row)
+                defects += audit_scans(base, scans, test.labels, seed)
         for kind in PROMPTS:
             asked = ZeroShotClassifier(model, base.tokenizer, kind).scores_from_embeddings(test.embeddings)
             draws = mean_draws(test.labels, asked, test.patients, **drawn)
