@@ -1,48 +1,17 @@
 """MedCT-VLM, taught and reproduced: CT-CLIP adapted with LoRA in both encoders.
 
 Names and wings load on first use, so that `import medctkit` takes milliseconds although torch and transformers
-take seconds. `__init__.pyi` beside this file says the same to editors.
+take seconds. Which there are stands in `__init__.pyi` beside this file, where editors find it too.
 """
 
+import re
 from importlib import import_module
+from pathlib import Path
 
-_HOME = {
-    "FINDINGS": "findings",
-    "CTVolume": "scans",
-    "read_volume": "scans",
-    "PreprocessConfig": "scans",
-    "preprocess": "scans",
-    "CTReportDataset": "cohort",
-    "sample_ct": "cohort",
-    "CTCLIPConfig": "model",
-    "CTCLIPModel": "model",
-    "load_base": "model",
-    "load_mini_base": "model",
-    "add_lora": "lora",
-    "load_adapter": "lora",
-    "FineTuneConfig": "training",
-    "finetune": "training",
-    "ZeroShotClassifier": "zero_shot",
-    "classify": "quickstart",
-}
-_WINGS = (
-    "findings",
-    "scans",
-    "metrics",
-    "phantom",
-    "model",
-    "cohort",
-    "lora",
-    "training",
-    "zero_shot",
-    "attention",
-    "deploy",
-    "viewers",
-    "experiments",
-    "course",
-)
+_STUB = Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")
+_HOME = {name: home for home, name in re.findall(r"^from (\S+) import (\w+) as", _STUB, re.M)}
 
-__all__ = ["__version__", *_HOME, *_WINGS]
+__all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name):
@@ -50,14 +19,12 @@ def __getattr__(name):
         from importlib.metadata import version
 
         return version("medctkit")
-    if name in _HOME:
-        value = getattr(import_module(f"medctkit.{_HOME[name]}"), name)
-    elif name in _WINGS:
-        value = import_module(f"medctkit.{name}")
-    else:
+    if name not in _HOME:
         raise AttributeError(f"module 'medctkit' has no attribute {name!r}; it has {', '.join(__all__)}")
-    globals()[name] = value
-    return value
+    home = _HOME[name]
+    found = import_module(f"{home}.{name}") if home == __name__ else getattr(import_module(home), name)
+    globals()[name] = found
+    return found
 
 
 def __dir__():

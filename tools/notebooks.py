@@ -152,22 +152,9 @@ def this_interpreter_as_kernel() -> Iterator[None]:
 
     with tempfile.TemporaryDirectory() as folder:
         write_kernel_spec(Path(folder) / "kernels" / "python3")
-        with _environment(JUPYTER_PATH=os.pathsep.join(filter(None, [folder, os.environ.get("JUPYTER_PATH")]))):
+        path = os.pathsep.join(filter(None, [folder, os.environ.get("JUPYTER_PATH")]))
+        with mock.patch.dict(os.environ, {"JUPYTER_PATH": path}):
             yield
-
-
-@contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def export_html(notebook: Path) -> Path:
@@ -327,7 +314,8 @@ def check(notebooks: Sequence[Path], output_dir: Path, keep: Path | None = None)
 
     found: list[str] = []
     output_dir.mkdir(parents=True, exist_ok=True)
-    with this_interpreter_as_kernel(), workspace(_root_of(notebooks), keep) as folder, _environment(**{STRICT: "1"}):
+    strict = mock.patch.dict(os.environ, {STRICT: "1"})
+    with this_interpreter_as_kernel(), workspace(_root_of(notebooks), keep) as folder, strict:
         for path in notebooks:
             committed = nbformat.read(path, as_version=4)
             solved = assembled(committed, _solutions_of(path), solved=True)

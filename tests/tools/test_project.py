@@ -90,13 +90,10 @@ def test_import_is_quick_and_names_load_on_use():
     assert done.returncode == 0, done.stderr
 
 
-def test_every_public_name_exists_an_editor_is_told_of_it_and_an_unknown_one_lists_them():
+def test_every_public_name_exists_and_an_unknown_one_lists_them():
     import medctkit
 
     assert all(getattr(medctkit, name) is not None for name in medctkit.__all__)
-    stub = ast.parse((ROOT / "medctkit" / "__init__.pyi").read_text())
-    told = {alias.asname for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names}
-    assert told | {"__version__"} == set(medctkit.__all__)
     with pytest.raises(AttributeError, match="no attribute 'CTClip'; it has .*CTCLIPModel"):
         _ = medctkit.CTClip
 
