@@ -1,4 +1,4 @@
-"""What `medctkit` offers, for editors and type checkers: the names that `__init__.py` reads here and loads on first use."""
+"""What `medctkit` offers, for editors and type checkers: names that `__init__.py` reads here and loads on first use."""
 
 from medctkit import attention as attention
 from medctkit import cohort as cohort

@@ -76,8 +76,7 @@ class PretrainConfig:
         learning_rate: that of most steps; the image projection's is smaller by its number of inputs.
         text_share: of that rate, for the text encoder, its projection and the map to phrases.
         warmup_steps: in which it rises.
-        decay_fraction: share of all steps, the last ones, in which it falls to zero. Until then a run does not depend
-            on `steps`, and can be made longer.
+        decay_fraction: share of all steps, the last ones, in which it falls to zero.
         weight_decay: AdamW's, of matrices.
         max_grad_norm: longer gradients are scaled down to this norm.
         report_weight: of the contrast between volumes and whole reports.
@@ -112,10 +111,6 @@ class PretrainConfig:
     vocabulary: int = 1200
     evaluate_every: int = 50
     seed: int = 0
-
-    def record(self) -> dict[str, Any]:
-        """The settings as plain data."""
-        return asdict(self)
 
 
 DEFAULT = PretrainConfig()
@@ -450,21 +445,27 @@ class Pretraining:
         work(self)
         self.seconds += time.perf_counter() - started
 
+    def write(self, path: Path, state: dict[str, Any]) -> None:
+        """Write a checkpoint, whole or not at all; it knows the run's settings."""
+        with replacing(path) as temporary:
+            torch.save(state | {"config": asdict(self.config)}, temporary)
+
+    def read(self, path: Path) -> dict[str, Any]:
+        """What `write` wrote; of a run with other settings it is refused."""
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        if state["config"] != asdict(self.config):
+            raise ValueError(f"{path} is of a run with other settings: {state['config']}. Move it away to start anew")
+        return state
+
     def save(self, path: Path) -> None:
-        """Write a checkpoint, whole or not at all."""
+        """Write a checkpoint to go on from."""
         state = {name: getattr(self, name) for name in _COUNTS}
         state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        state |= {"head": self.head.state_dict(), "codebook": self.codebook.state(), "config": self.config.record()}
-        with replacing(path) as temporary:
-            torch.save(state, temporary)
+        self.write(path, state | {"head": self.head.state_dict(), "codebook": self.codebook.state()})
 
     def resume(self, path: Path) -> None:
-        """Go on from a checkpoint of the same settings; before the rate falls, `steps` may be others."""
-        state = torch.load(path, weights_only=True, map_location="cpu")
-        steady = (1 - self.config.decay_fraction) * min(self.config.steps, state["config"]["steps"])
-        free = {"steps": self.config.steps} if state["step"] <= steady else {}
-        if state["config"] | free != self.config.record():
-            raise ValueError(f"{path} is of a run with other settings: {state['config']}. Move it away to start anew")
+        """Go on from a checkpoint."""
+        state = self.read(path)
         self.model.load_state_dict(state["model"])
         self.head.load_state_dict(state["head"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -495,10 +496,11 @@ def pretrain(output_dir: str | os.PathLike, pool_dir: str | os.PathLike, config:
     if checkpoint.exists():
         run.resume(checkpoint)
     else:
-        run.timed(reconstruct)
+        reconstruct(run, pool_dir / "reconstruction.pt")
         run.timed(align)
         run.history.append({"step": 0, "auroc": score(run, valid), "seconds": run.seconds})
         run.save(checkpoint)
+        (pool_dir / "reconstruction.pt").unlink(missing_ok=True)
         print(json.dumps(run.history[-1]), flush=True)
     bar = tqdm(initial=run.step, total=config.steps, desc="pretraining", unit="step")
     ahead = run.reading([run.batch(step) for step in range(run.step + 1, config.steps + 1)])
@@ -531,7 +533,7 @@ def write_model(run: Pretraining, valid: Pool, output_dir: Path) -> dict:
     made = made_with(run.config.seed)
     record = {
         "command": "medctkit pretrain",
-        "config": run.config.record(),
+        "config": asdict(run.config),
         "minutes": round(run.seconds / 60, 1),
         **{key: made[key] for key in ("device", "versions")},
         "codes_in_use": round(codes_in_use, 3),
@@ -540,7 +542,7 @@ def write_model(run: Pretraining, valid: Pool, output_dir: Path) -> dict:
     }
     (building / "pretraining.json").write_text(json.dumps(record, indent=1))
     template = (files("medctkit") / "assets" / "model_card.md").read_text(encoding="utf-8")
-    card = template.format(parameters=run.model.num_parameters(), **run.config.record(), **record)
+    card = template.format(parameters=run.model.num_parameters(), **asdict(run.config), **record)
     (building / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(output_dir, ignore_errors=True)
     os.replace(building, output_dir)

@@ -18,9 +18,11 @@ Labels have no part in it.
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -98,11 +100,14 @@ def band_roots(volumes: torch.Tensor, patch: tuple[int, int, int]) -> torch.Tens
     return (counts / math.prod(patch)).sqrt().reshape(b, *grid, bands)
 
 
-def reconstruct(run: Pretraining) -> None:
-    """Train the vision encoder, its quantiser too, to tell from each token what its patch holds."""
+def reconstruct(run: Pretraining, kept: Path) -> None:
+    """Train the vision encoder, its quantiser too, to tell from each token what its patch holds.
+
+    Every `evaluate_every` steps all that it needs to go on is written to `kept`; what is there is gone on from.
+    """
     from tqdm.auto import tqdm
 
-    config, vision, codebook = run.config.warm, run.model.vision_encoder, run.codebook
+    started, config, vision, codebook = time.perf_counter(), run.config.warm, run.model.vision_encoder, run.codebook
     head = torch.nn.Linear(run.model.config.vision_config["dim"], len(BANDS) + 1, device=run.device)
     sizes = run.model.config.vision_config
     patch = (sizes["temporal_patch_size"], sizes["patch_size"], sizes["patch_size"])
@@ -115,10 +120,18 @@ def reconstruct(run: Pretraining) -> None:
     mean, spread = usual.mean(0), usual.std(0).clamp(min=0.05)  # a rare band counts as much as a common one
     learnt = [*vision.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(learnt, betas=(0.9, 0.98))
+    parts, steps, done = {"vision": vision, "head": head, "optimizer": optimizer}, config.reconstruct_steps, 0
+    if kept.exists():
+        state = run.read(kept)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        codebook.load(state["codebook"])
+        generator.set_state(state["generator"])
+        done, started = state["step"], started - state["seconds"]
     vision.train()
-    for step in tqdm(range(1, config.reconstruct_steps + 1), desc="reconstruction", unit="step"):
-        _set_rate(optimizer, config.reconstruct_rate, step, config.reconstruct_steps)
-        if step == config.reconstruct_steps // 2:
+    for step in tqdm(range(done + 1, steps + 1), desc="reconstruction", unit="step", initial=done, total=steps):
+        _set_rate(optimizer, config.reconstruct_rate, step, steps)
+        if step == steps // 2:
             codebook.start(vision, (some(8) for _ in range(16)))
         volumes = some(config.reconstruct_batch)
         told = head(SHARPNESS * vision(volumes))
@@ -128,6 +141,11 @@ def reconstruct(run: Pretraining) -> None:
         optimizer.step()
         optimizer.zero_grad()
         codebook.update()
+        if step % run.config.evaluate_every == 0:
+            state = {name: part.state_dict() for name, part in parts.items()} | {"codebook": codebook.state()}
+            state |= {"generator": generator.get_state(), "step": step, "seconds": time.perf_counter() - started}
+            run.write(kept, state)
+    run.seconds += time.perf_counter() - started
 
 
 def ridge(x: torch.Tensor, y: torch.Tensor, strength: float | torch.Tensor) -> tuple[torch.Tensor, ...]:

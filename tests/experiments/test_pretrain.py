@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from medctkit.experiments import pretrain
+from medctkit.experiments import pretrain, warm_start
 from medctkit.experiments.pretrain import CodebookLearner, PretrainConfig
 from medctkit.experiments.warm_start import (
     BANDS,
@@ -104,23 +104,31 @@ def advance(run):
 
 
 @pytest.mark.slow
-def test_a_run_may_be_made_longer_before_its_rate_falls(run, tmp_path):
+@pytest.mark.slow
+def test_a_run_interrupted_in_its_warm_start_ends_like_an_uninterrupted_one(pool, tmp_path, monkeypatch):
     torch.set_num_threads(1)
-    train, tokenizer = run.train, run.tokenizer
-    short, long = (pretrain.Pretraining(replace(TINY, steps=steps), tokenizer, train) for steps in (10, 14))
-    for _ in range(5):
-        advance(short)
-        if short.step == 4:
-            short.save(tmp_path / "checkpoint.pt")
-        row = advance(long)
-    again = pretrain.Pretraining(replace(TINY, steps=14), tokenizer, train)
-    again.resume(tmp_path / "checkpoint.pt")
-    assert advance(again) == row
-    for _ in range(3):
-        advance(short)
-    short.save(tmp_path / "checkpoint.pt")  # while its rate falls
-    with pytest.raises(ValueError, match="other settings"):
-        again.resume(tmp_path / "checkpoint.pt")
+    config = replace(TINY, warm=replace(WARM, reconstruct_steps=5), steps=1, evaluate_every=1)
+    pretrain.pretrain(tmp_path / "whole", pool, config)
+    (pool / "checkpoint.pt").unlink()
+    calls = []
+
+    def stopped(*arguments):
+        calls.append(arguments)
+        if len(calls) == 5:  # one at the start, one in each step
+            torch.manual_seed(99)
+            raise KeyboardInterrupt
+        return band_roots(*arguments)
+
+    monkeypatch.setattr(warm_start, "band_roots", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.pretrain(tmp_path / "parts", pool, config)
+    with pytest.raises(ValueError, match=r"reconstruction\.pt is of a run with other settings"):
+        pretrain.pretrain(tmp_path / "other", pool, replace(config, seed=9))
+    pretrain.pretrain(tmp_path / "parts", pool, config)
+    assert len(calls) == 5 + 1 + 1 + 2  # the other run's start, and this one's, with the two steps that were left
+    whole, parts = (load_mini_base(tmp_path / name).model.state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    (pool / "checkpoint.pt").unlink()
 
 
 def test_the_codebook_follows_the_tokens_and_is_then_left_alone():
@@ -225,7 +233,7 @@ def test_words_are_swapped_in_training_and_only_there(run):
     assert torch.equal(run.embed(text), run.embed(text))
 
 
-def test_a_warm_start_lowers_each_loss(run):
+def test_a_warm_start_lowers_each_loss(run, tmp_path):
     run.config = replace(TINY, warm=replace(WARM, reconstruct_steps=40, read_steps=30))
     volumes = run.train.pixels(range(4))
     target = band_roots(volumes, (8, 8, 8))
@@ -238,7 +246,7 @@ def test_a_warm_start_lowers_each_loss(run):
         return 1 - ((shares - fitted) ** 2).sum() / ((shares - shares.mean(0)) ** 2).sum()
 
     before = explained()
-    reconstruct(run)
+    reconstruct(run, tmp_path / "reconstruction.pt")
     assert explained() > before + 0.05
     embeds = project(run)
     with torch.no_grad():
