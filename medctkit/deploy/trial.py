@@ -5,6 +5,7 @@ is measured without it.
 """
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import BrokenExecutor
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from joblib.externals.loky import ProcessPoolExecutor
+from joblib.externals.loky import ProcessPoolExecutor, process_executor
 
 from medctkit.deploy.exported import FACTS, Exported
 
@@ -64,6 +65,7 @@ _loaded: tuple[Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]], np.ndarray
 
 def _load(variant: Variant, volumes: np.ndarray, threads: int) -> None:
     global _loaded
+    process_executor._MAX_MEMORY_LEAK_SIZE = sys.maxsize  # joblib ends a process that grows by 300 MB; activations do
     if (variant.folder / FACTS).is_file():
         _loaded = Exported(variant.folder, threads).embeds_and_codes, volumes
         return

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,20 @@ def made(tmp_path_factory):
             Studies(2, events), folder / "deploy", Limits(1, 1, 0.001, 1, np.inf), PROMPTS, resamples=50,
         )  # fmt: skip
     return table, folder / "deploy", events
+
+
+@pytest.mark.slow
+def test_a_process_may_grow(made):
+    """joblib's pool ends one that has grown by 300 MB, as activations make it grow, and what it had loaded is gone."""
+    volumes = np.random.default_rng(0).uniform(-1, 1, (2, 1, 8, 32, 32)).astype(np.float32)
+    with trial(Variant(made[1] / "onnx-float32"), volumes, 1) as do:
+        first, process = do(outputs, volumes), do(os.getpid)
+        do(exec, "import builtins, numpy; builtins.kept = numpy.ones(60_000_000)")
+        time.sleep(1.1)  # it looks once a second
+        do(exec, "pass")
+        time.sleep(1.0)
+        assert do(os.getpid) == process
+        assert all(np.array_equal(a, b) for a, b in zip(first, do(outputs, volumes), strict=True))
 
 
 @pytest.mark.slow
