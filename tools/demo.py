@@ -5,6 +5,7 @@ open first, and prints the table that notebook 04 measured.
 """
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Annotated
 import typer
 
 from medctkit.cli import told
-from medctkit.metrics.scores import result_table
+from medctkit.metrics.scores import COLUMNS, ROWS, result_table
 from tools.notebooks import ROOT, execute, this_interpreter_as_kernel
 from tools.offline_pages import with_stacks_kept, write_index, write_page
 
@@ -23,18 +24,56 @@ NOTEBOOKS = (
     "03_finetuning.ipynb",
     "04_zero_shot_evaluation.ipynb",
 )
+KEYS = ("value", "low", "high")
 NOTEBOOKS_DIR = ROOT / "notebooks"
 
 
-def execute_all(notebooks: Sequence[Path], output_dir: Path, seed: int) -> dict:
-    """Run `notebooks` in order, stopping at the first failure, and return what they wrote into metrics.json.
+def read_metrics(path: Path) -> dict:
+    """Read and check the metrics.json that notebook 04 writes.
+
+    Returns:
+        `{base, adapted, difference}` -> `{auroc, accuracy, macro_f1}` -> `{value, low, high}`, as fractions,
+        low and high being the ends of the 95 % interval.
 
     Raises:
-        FileNotFoundError: none of them wrote metrics.json.
+        FileNotFoundError: there is no such file.
+        ValueError: something is missing, is not a number, or contradicts itself; says what.
+    """
+    metrics = json.loads(path.read_text(encoding="utf-8"))
+    for column in COLUMNS:
+        for row in ROWS:
+            where = f"{path}: {column}.{row}"
+            try:
+                value, low, high = (metrics[column][row][key] for key in KEYS)
+            except (KeyError, TypeError):
+                raise ValueError(f"{where} needs the keys value, low and high") from None
+            bottom = -1 if column == "difference" else 0
+            if not all(isinstance(x, int | float) and math.isfinite(x) for x in (value, low, high)):
+                raise ValueError(f"{where}: expected three finite numbers, got {value}, {low}, {high}")
+            if not (bottom <= low <= high <= 1 and bottom <= value <= 1):
+                raise ValueError(f"{where}: value {value} with interval {low} to {high} is impossible")
+    for row in ROWS:
+        base, adapted, difference = (metrics[column][row]["value"] for column in COLUMNS)
+        if abs(adapted - base - difference) > 1e-3:
+            raise ValueError(f"{path}: {row} went from {base} to {adapted}, but difference says {difference}")
+    return metrics
+
+
+def execute_all(notebooks: Sequence[Path], output_dir: Path, seed: int) -> dict:
+    """Run `notebooks` in order, stopping at the first failure, and return the checked metrics.
+
+    Raises:
+        FileNotFoundError: a notebook is not there, or none of them wrote metrics.json.
         RuntimeError: a cell failed.
     """
     import nbformat
 
+    missing = [str(path) for path in notebooks if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"no notebook {', '.join(missing)}. The notebooks come with a clone of the repository, not with "
+            "the installed package: run this from a clone, or name their folder with --notebooks-dir."
+        )
     output_dir.mkdir(parents=True, exist_ok=True)
     metrics = output_dir / "metrics.json"
     metrics.unlink(missing_ok=True)  # an earlier run's figures must not pass for this one's
@@ -46,7 +85,7 @@ def execute_all(notebooks: Sequence[Path], output_dir: Path, seed: int) -> dict:
             execute(executed, executed, parameters, path.parent)
             page, picture = write_page(path, executed, parameters, [lesson.name for lesson in notebooks])
             pages[page] = picture
-    found = json.loads(metrics.read_text(encoding="utf-8"))
+    found = read_metrics(metrics)
     print(f"\nTo read in a browser: {write_index(output_dir, found, pages)}")
     return found
 
