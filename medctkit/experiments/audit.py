@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
 from medctkit.findings import FINDINGS
-from medctkit.metrics.scores import evaluate, thresholds_from_validation
+from medctkit.metrics.bootstrap import interval
+from medctkit.metrics.scores import evaluate, mean_draws, thresholds_from_validation
 from medctkit.model.base_model import BaseModel
 from medctkit.scans.hounsfield import check_hu
 from medctkit.scans.preprocessing import HU_LIMIT, PreprocessConfig, preprocess
@@ -76,14 +77,17 @@ class Answers:
             raise ValueError("no finding has both positive and negative studies, so nothing can be scored; give more")
         return table.loc["mean"]
 
+    def width(self, resamples: int, seed: int) -> float:
+        """Of the 95 % interval of the mean AUROC over findings."""
+        return float(np.ptp(interval(mean_draws(**vars(self), resamples=resamples, seed=seed))))
+
 
 # --- defects that scores alone show ----------------------------------------------------------------------
 
 
 def unused_bootstrap(test: Answers, resamples: int = 1000, seed: int = 0) -> list[Defect]:
     """Resamples that are drawn and never used, so that all give one value, against a bootstrap over patients."""
-    right = test.mean(resamples=resamples, seed=seed)
-    return _defects("unused bootstrap", (*WIDTH, 0, right["auroc_high"] - right["auroc_low"]))
+    return _defects("unused bootstrap", (*WIDTH, 0, test.width(resamples, seed)))
 
 
 def thresholds_on_test(test: Answers, valid: Answers) -> list[Defect]:
@@ -145,8 +149,7 @@ def counted_by_volume(test: Answers, reconstructions: int = 2, resamples: int = 
     given = (test.labels, test.scores, test.patients)
     labels, scores, patients = (np.repeat(np.asarray(a), reconstructions, axis=0) for a in given)
     counted = [Answers(labels, scores, cases, test.findings) for cases in (np.arange(len(labels)), patients)]
-    means = [each.mean(resamples=resamples, seed=seed) for each in counted]
-    widths = (mean["auroc_high"] - mean["auroc_low"] for mean in means)
+    widths = (each.width(resamples, seed) for each in counted)
     cases = ("independent cases", "cases", *(len(np.unique(each.patients)) for each in counted))
     return _defects("volumes counted as patients", cases, (*WIDTH, *widths))
 
@@ -187,42 +190,6 @@ def rescaled_again(volume: CTVolume, intercept: float) -> CTVolume:
     return replace(volume, hu=volume.hu.astype(np.float32) + np.float32(intercept))
 
 
-def double_rescale(base: BaseModel, volumes: Sequence[CTVolume], labels: ArrayLike, seed: int = 0) -> list[Defect]:
-    """Slope 1 and an intercept of CT-RATE's metadata applied to scans that are in HU already.
-
-    The public way checks nothing, so all spoiled scans reach the model; the right way those that `check_hu` lets pass.
-
-    `volumes` are n scans in HU, or a sequence that reads them one by one; `labels` (n, 18), NaN where unknown; `seed`
-    draws which scans have which intercept.
-    """
-    classifier, ways = ZeroShotClassifier(base.model, base.tokenizer), (0.0, *INTERCEPTS)
-    scores, floor, passed = np.empty((len(ways), len(volumes), len(FINDINGS))), *np.zeros((2, len(ways), len(volumes)))
-    for i in range(len(volumes)):
-        volume = volumes[i]
-        for way, intercept in enumerate(ways):
-            scan = rescaled_again(volume, intercept) if intercept else volume
-            inputs = preprocess(scan, base.preprocess_config, check=False)[None]
-            # one at a time: in batches of unequal size even equal volumes differ in their last digits
-            scores[way, i] = classifier.scores(inputs)[0]
-            floor[way, i] = 100 * (inputs == -1).float().mean().item()
-            with suppress(ValueError):
-                check_hu(scan.hu)
-                passed[way, i] = 100
-    rare = np.random.default_rng(seed).permutation(len(volumes)) < round(SHARE_8192 * len(volumes))
-    mixed = np.where(rare[:, None], scores[2], scores[1])
-    right, *public = (_auroc(labels, found) for found in (*scores, mixed))
-    texts = (*(f"intercept {i:g}" for i in INTERCEPTS), "both intercepts as often as in CT-RATE")
-    scans = f"mean AUROC of {len(volumes)} scans"
-    lowest = floor.mean(1)
-    return _defects(
-        "rescaled twice",
-        *((f"voxels at the lowest value, {texts[k]}", "%", lowest[1 + k], lowest[0]) for k in (0, 1)),
-        *((f"{scans}, {text}", "AUROC", auroc, right) for text, auroc in zip(texts, public, strict=True)),
-        ("spoiled scans that reach the model", "%", 100, passed[1:].mean()),
-        source=f"{REPOSITORY}, issue 50",
-    )
-
-
 def clipped_after_resizing(volume: CTVolume, config: PreprocessConfig) -> torch.Tensor:
     """Model input (1, z, x, y) as `preprocess` makes it, but with HU clipped after resampling, not before.
 
@@ -233,25 +200,54 @@ def clipped_after_resizing(volume: CTVolume, config: PreprocessConfig) -> torch.
     return (preprocess(replace(volume, hu=hu / np.float32(scale)), config, check=False) * scale).clamp_(-1, 1)
 
 
-def clip_order(base: BaseModel, volumes: Sequence[CTVolume], labels: ArrayLike) -> list[Defect]:
-    """HU clipped after resampling in training and before it in evaluation, against one way for both.
+def scans_prepared_otherwise(
+    base: BaseModel, volumes: Sequence[CTVolume], labels: ArrayLike, seed: int = 0
+) -> list[Defect]:
+    """Scans rescaled a second time, and clipped after resampling, against scans read and prepared in one right way.
 
-    The right way's difference of 0 is no measurement: there is one path, so nothing to differ.
+    Rescaled: slope 1 and an intercept of CT-RATE's metadata applied to scans that are in HU already. The public way
+    checks nothing, so all spoiled scans reach the model; the right way those that `check_hu` lets pass.
+
+    Clipped: after resampling in training and before it in evaluation. The right way's difference of 0 is no
+    measurement: there is one path, so nothing to differ.
+
+    `volumes` are n scans in HU, or a sequence that reads them one by one; `labels` (n, 18), NaN where unknown; `seed`
+    draws which scans have which intercept.
     """
-    classifier = ZeroShotClassifier(base.model, base.tokenizer)
-    scores, off = np.empty((2, len(volumes), len(FINDINGS))), np.empty((len(volumes), 2))
-    for i in range(len(volumes)):
+    classifier, config, n = ZeroShotClassifier(base.model, base.tokenizer), base.preprocess_config, len(volumes)
+    scores, floor = np.empty((2 + len(INTERCEPTS), n, len(FINDINGS))), np.empty((1 + len(INTERCEPTS), n))
+    passed, off = np.zeros((len(INTERCEPTS), n)), np.empty((n, 2))
+    for i in range(n):
         volume = volumes[i]
-        late, early = (way(volume, base.preprocess_config) for way in (clipped_after_resizing, preprocess))
-        scores[:, i] = [classifier.scores(inputs[None])[0] for inputs in (late, early)]
-        difference = HU_LIMIT * (late - early).abs()
+        spoiled = [rescaled_again(volume, intercept) for intercept in INTERCEPTS]
+        right, *ways = (preprocess(scan, config, check=False) for scan in (volume, *spoiled))
+        late = clipped_after_resizing(volume, config)
+        # one at a time: in batches of unequal size even equal volumes differ in their last digits
+        scores[:, i] = [classifier.scores(inputs[None])[0] for inputs in (right, *ways, late)]
+        floor[:, i] = [100 * (inputs == -1).float().mean().item() for inputs in (right, *ways)]
+        for way, scan in enumerate(spoiled):
+            with suppress(ValueError):
+                check_hu(scan.hu)
+                passed[way, i] = 100
+        difference = HU_LIMIT * (late - right).abs()
         off[i] = difference.max().item(), difference.mean().item()
-    after, before = (_auroc(labels, found) for found in scores)
-    return _defects(
+    rare = np.random.default_rng(seed).permutation(n) < round(SHARE_8192 * n)
+    mixed = np.where(rare[:, None], scores[2], scores[1])
+    auroc, *public, clipped = (_auroc(labels, found) for found in (*scores[:-1], mixed, scores[-1]))
+    texts = (*(f"intercept {i:g}" for i in INTERCEPTS), "both intercepts as often as in CT-RATE")
+    scans, lowest = f"mean AUROC of {n} scans", floor.mean(1)
+    rescaled = _defects(
+        "rescaled twice",
+        *((f"voxels at the lowest value, {texts[k]}", "%", lowest[1 + k], lowest[0]) for k in (0, 1)),
+        *((f"{scans}, {text}", "AUROC", spoilt, auroc) for text, spoilt in zip(texts, public, strict=True)),
+        ("spoiled scans that reach the model", "%", 100, passed.mean()),
+        source=f"{REPOSITORY}, issue 50",
+    )
+    return rescaled + _defects(
         "clipped after or before resizing",
         ("largest difference between training and evaluation", "HU", off[:, 0].max(), 0),
         ("mean difference between training and evaluation", "HU", off[:, 1].mean(), 0),
-        (f"mean AUROC of {len(volumes)} scans, clipped after or before", "AUROC", after, before),
+        (f"{scans}, clipped after or before", "AUROC", clipped, auroc),
     )
 
 
@@ -269,13 +265,9 @@ def encoder_per_finding(base: BaseModel, volume: CTVolume) -> list[Defect]:
 
 
 def audit_scans(base: BaseModel, volumes: Any, labels: ArrayLike, seed: int = 0) -> list[Defect]:
-    """All defects that take scans, as `double_rescale` takes them; there may be fewer volumes than labels."""
-    labels = np.asarray(labels)[: len(volumes)]
-    return [
-        *double_rescale(base, volumes, labels, seed),
-        *clip_order(base, volumes, labels),
-        *encoder_per_finding(base, volumes[0]),
-    ]
+    """All defects that take scans; there may be fewer volumes than labels. See `scans_prepared_otherwise`."""
+    otherwise = scans_prepared_otherwise(base, volumes, np.asarray(labels)[: len(volumes)], seed)
+    return otherwise + encoder_per_finding(base, volumes[0])
 
 
 def audit_figure(defects: Sequence[Defect]) -> Figure:

@@ -25,7 +25,7 @@ from medctkit.experiments.clinical import Clinical, clinical_statistics
 from medctkit.findings import FACTS
 from medctkit.lora.methods import load_trained, trained_bytes, trained_count
 from medctkit.metrics.bootstrap import RESAMPLES, with_interval
-from medctkit.metrics.scores import HOME_ROWS, compare, evaluate, mean_draws, summary, thresholds_from_validation
+from medctkit.metrics.scores import HOME_ROWS, evaluate_both, mean_draws, summary, thresholds_from_validation
 from medctkit.model.protocol import Model
 from medctkit.training.checkpoints import described, finished_run
 from medctkit.zero_shot.classifier import Embedded, ZeroShotClassifier
@@ -212,9 +212,9 @@ def _compared(
     seen: Embedded, scores: dict[str, np.ndarray], limits: dict, drawn: dict
 ) -> tuple[dict[str, pd.DataFrame], pd.DataFrame]:
     """`Measurement.tables` and `.difference` of both models' scores of the same studies."""
-    tables = {name: evaluate(seen.labels, scores[name], seen.patients, limits[name], **drawn) for name in scores}
     pairs = (scores["base"], scores["adapted"], seen.patients, limits["base"], limits["adapted"])
-    return tables, compare(seen.labels, *pairs, **drawn)
+    base, adapted, difference = evaluate_both(seen.labels, *pairs, **drawn)
+    return {"base": base, "adapted": adapted}, difference
 
 
 def _retrieval(name: str, model: Model, tokenizer: Any, rows: list[dict], test: Embedded, drawn: dict) -> list[tuple]:

@@ -69,8 +69,10 @@ def auroc_draws(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> 
     for k in range(labels.shape[1]):
         known = ~np.isnan(labels[:, k])
         if len(np.unique(labels[known, k])) == 2:
-            with np.errstate(invalid="ignore"):
-                found[:, k] = _ranked(labels[known, k], scores[known, k], weights[known])["auroc"]
+            for at in range(0, weights.shape[1], AT_A_TIME):
+                w = weights[known, at : at + AT_A_TIME]
+                with np.errstate(invalid="ignore"):
+                    found[at : at + AT_A_TIME, k] = _ranked(labels[known, k], scores[known, k], w)["auroc"]
     return found
 
 

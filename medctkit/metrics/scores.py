@@ -86,10 +86,8 @@ def evaluate(
         ValueError: shapes or orders that do not fit, labels other than 0, 1 and NaN, scores outside [0, 1]; says where.
     """
     labels, scores, patients = _check(labels, scores, patients, findings)
-    limits, optimistic = _thresholds(labels, scores, thresholds)
     weights = patient_weights(patients, resamples, seed)
-    values = metric_draws(labels, scores, limits, weights)
-    return _table(values, labels, limits, findings, optimistic)
+    return _evaluated(labels, scores, thresholds, weights, findings)[0]
 
 
 def compare(
@@ -115,14 +113,28 @@ def compare(
         A row for each finding and "mean": each of `METRICS` with _low, _high, _p, _p_floor and _p_holm, see `holm`. The
         mean is one test and has no _p_holm.
     """
+    return evaluate_both(labels, scores_a, scores_b, patients, thresholds_a, thresholds_b, findings, resamples, seed)[2]
+
+
+def evaluate_both(
+    labels: ArrayLike,
+    scores_a: ArrayLike,
+    scores_b: ArrayLike,
+    patients: ArrayLike,
+    thresholds_a: ArrayLike = 0.5,
+    thresholds_b: ArrayLike = 0.5,
+    findings: Sequence[str] = FINDINGS,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """What `evaluate` says of model a and of model b, and `compare` of both, from resamples scored once."""
     _, scores_b, _ = _check(labels, scores_b, patients, findings, "scores_b")
     labels, scores_a, patients = _check(labels, scores_a, patients, findings, "scores_a")
     weights = patient_weights(patients, resamples, seed)
-    limits_a, optimistic_a = _thresholds(labels, scores_a, thresholds_a)
-    limits_b, optimistic_b = _thresholds(labels, scores_b, thresholds_b)
-    a, b = metric_draws(labels, scores_a, limits_a, weights), metric_draws(labels, scores_b, limits_b, weights)
+    table_a, a = _evaluated(labels, scores_a, thresholds_a, weights, findings)
+    table_b, b = _evaluated(labels, scores_b, thresholds_b, weights, findings)
     difference = {name: b[name] - a[name] for name in METRICS}
-    table = _table(difference, labels, None, findings, optimistic_a or optimistic_b)
+    table = _table(difference, labels, None, findings, any("optimistic" in each for each in (table_a, table_b)))
     for name in METRICS:
         drawn = _drawn(name, difference[name])[1:]
         tail = np.minimum((drawn <= 0).sum(0), (drawn >= 0).sum(0))
@@ -130,7 +142,7 @@ def compare(
         unit = np.where(np.isnan(table[name]), np.nan, 2 / (used + 1))
         p = np.minimum(1.0, unit * (tail + 1))
         table[f"{name}_p"], table[f"{name}_p_floor"], table[f"{name}_p_holm"] = p, unit, [*holm(p[:-1]), np.nan]
-    return table
+    return table_a, table_b, table
 
 
 def p_texts(difference: pd.DataFrame, metric: str = "auroc") -> pd.DataFrame:
@@ -285,6 +297,15 @@ def _roc_corner(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
             best = 1 + int(np.argmin(np.hypot(false, 1 - true)[1:]))  # the first point is "nobody", at infinity
             found[k] = limits[best]
     return found
+
+
+def _evaluated(
+    labels: np.ndarray, scores: np.ndarray, thresholds: ArrayLike, weights: np.ndarray, findings: Sequence[str]
+) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+    """The table of `evaluate`, and the draws that it is made of."""
+    limits, optimistic = _thresholds(labels, scores, thresholds)
+    draws = metric_draws(labels, scores, limits, weights)
+    return _table(draws, labels, limits, findings, optimistic), draws
 
 
 def _drawn(name: str, values: np.ndarray) -> np.ndarray:

@@ -164,7 +164,7 @@ def test_the_audit_has_to_go_around_the_guard_that_read_volume_has():
 
 def test_double_rescale_blinds_the_model(base, few):
     volumes, seen = few
-    found = numbers(audit.double_rescale(base, volumes, seen.labels))
+    found = numbers(audit.scans_prepared_otherwise(base, volumes, seen.labels))
     scores = ZeroShotClassifier(base.model, base.tokenizer).scores_from_embeddings(seen.embeddings)
     right = evaluate(seen.labels, scores, np.arange(24), resamples=1).loc["mean", "auroc"]
     assert found["mean AUROC of 24 scans, intercept -8192"] == (0.5, pytest.approx(right, abs=1e-3))
@@ -197,7 +197,7 @@ def test_clip_order_measures_the_difference_of_the_two_inputs(base):
     twice = [generate(5, "target", ["Medical material"]).volume, generate(6, "target").volume]
     labels = np.repeat([[1.0], [0.0]], 18, axis=1)
     largest, mean = (f"{which} difference between training and evaluation" for which in ("largest", "mean"))
-    found = numbers(audit.clip_order(base, twice, labels))
+    found = numbers(audit.scans_prepared_otherwise(base, twice, labels))
     after, before = (
         torch.stack([way(v, base.preprocess_config) for v in twice])
         for way in (audit.clipped_after_resizing, preprocess)
@@ -206,7 +206,7 @@ def test_clip_order_measures_the_difference_of_the_two_inputs(base):
     assert found[largest] == (pytest.approx(off.max().item()), 0) and found[largest][0] > 10
     assert found[mean][0] == pytest.approx(off.mean().item(), rel=1e-4)
     inside = [replace(v, hu=v.hu.clip(-1000, 1000)) for v in twice]
-    assert numbers(audit.clip_order(base, inside, labels))[largest][0] < 1e-3
+    assert numbers(audit.scans_prepared_otherwise(base, inside, labels))[largest][0] < 1e-3
 
 
 def test_prompts_of_training_show_no_mismatch_and_others_move_the_scores(base, few):
