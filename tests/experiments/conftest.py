@@ -8,7 +8,9 @@ import torch
 
 from medctkit.cohort.cache import VolumeCache, content_of, key_of, prepare_row
 from medctkit.cohort.manifest import load_manifest, write_manifest
-from medctkit.model.base_model import load_mini_base
+from medctkit.experiments.adapt import Origin
+from medctkit.model.base_model import FOLDER, load_mini_base
+from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel, released_layout
 
 
 def _manifest(folder, counts):
@@ -28,6 +30,30 @@ def few(tmp_path_factory):
     for row in rows[:-1]:
         prepare_row(row, content_of(row), config, cache)
     return folder / "manifest.csv"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """Weights in the released layout, unused tensors included, of a quick model that reads the mini model's volumes.
+
+    In `folder` beside it, the model as `save_pretrained` leaves it.
+    """
+    torch.manual_seed(0)
+    vision = dict(dim=16, codebook_size=16, image_size=96, num_frames=64, patch_size=16, temporal_patch_size=16)
+    vision |= dict(spatial_depth=1, temporal_depth=1, dim_head=8, heads=2)
+    text = dict(vocab_size=394, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    model = CTCLIPModel(CTCLIPConfig(vision, text, spacing=load_mini_base().preprocess_config.spacing))
+    state = {name: torch.zeros(entry.shape) for name, entry in released_layout(model.config).items()}
+    file = tmp_path_factory.mktemp("released") / "tiny.pt"
+    torch.save(state | model.state_dict(), file)
+    model.save_pretrained(file.parent / "folder")
+    return file
+
+
+@pytest.fixture(scope="session")
+def origin(checkpoint):
+    """The quick model, to be adapted to the target hospital."""
+    return Origin(str(checkpoint.parent / "folder"), str(FOLDER), "target")
 
 
 @pytest.fixture(scope="session")

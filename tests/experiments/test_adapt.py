@@ -20,28 +20,13 @@ from medctkit.experiments.audit import DEFECTS
 from medctkit.experiments.measure import measure
 from medctkit.model import ct_clip as ctclip
 from medctkit.model.base_model import FOLDER, load_base, load_mini_base
-from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel, released_layout
+from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel
 from medctkit.training.checkpoints import Run
 from medctkit.zero_shot.prompts import PROMPTS
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 QUICK = replace(DEFAULT, rank=2, steps=2, batch_size=4, evaluate_every=1)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """Weights in the released layout, unused tensors included, of a model that reads the mini model's volumes."""
-    torch.manual_seed(0)
-    vision = dict(dim=16, codebook_size=16, image_size=96, num_frames=64, patch_size=16, temporal_patch_size=16)
-    vision |= dict(spatial_depth=1, temporal_depth=1, dim_head=8, heads=2)
-    text = dict(vocab_size=394, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
-    model = CTCLIPModel(CTCLIPConfig(vision, text))
-    state = {name: torch.zeros(entry.shape) for name, entry in released_layout(model.config).items()}
-    file = tmp_path_factory.mktemp("released") / "tiny.pt"
-    torch.save(state | model.state_dict(), file)
-    model.save_pretrained(file.parent / "folder")
-    return file
 
 
 def test_adapt_and_measure_by_default_the_mini_model(few, tmp_path):
@@ -93,10 +78,10 @@ def test_only_a_finished_run_is_measured_and_a_refused_command_leaves_it_as_it_i
         measure(few, tmp_path)
 
 
-def test_half_precision_and_recomputed_activations_change_little(few, tmp_path):
-    plain = adapt(few, tmp_path / "plain", settings=QUICK).history
+def test_half_precision_and_recomputed_activations_change_little(few, origin, tmp_path):
+    plain = adapt(few, tmp_path / "plain", settings=QUICK, origin=origin).history
     thrifty = replace(QUICK, mixed_precision="bf16", gradient_checkpointing=True, micro_batch_size=2)
-    small = adapt(few, tmp_path / "small", settings=thrifty).history
+    small = adapt(few, tmp_path / "small", settings=thrifty, origin=origin).history
     assert small["loss"].dropna().tolist() == pytest.approx(plain["loss"].dropna().tolist(), rel=0.1)
 
 
@@ -138,8 +123,9 @@ def run(*arguments):
     return CliRunner().invoke(app, list(map(str, arguments)))
 
 
-def test_the_commands_adapt_measure_and_say_how_to_watch(few, tmp_path, monkeypatch):
+def test_the_commands_adapt_measure_and_say_how_to_watch(few, origin, tmp_path, monkeypatch):
     small = ("finetune", tmp_path, "--manifest", few, "--steps", 2, "--batch-size", 4, "--rank", 2)
+    small += ("--model", origin.model, "--tokenizer", origin.tokenizer)
     done = run(*small)
     assert done.exit_code == 0 and "best validation AUROC" in done.stdout
     assert f"tensorboard --logdir {tmp_path}" in done.stdout and (tmp_path / "tensorboard").is_dir()
@@ -174,9 +160,9 @@ def test_a_base_model_is_measured_alone(few, tmp_path):
     assert scores["base"].between(0, 1).all() and "adapted" not in scores
 
 
-def test_other_methods_are_adapted_and_measured_too(few, tmp_path):
+def test_other_methods_are_adapted_and_measured_too(few, origin, tmp_path):
     settings = replace(QUICK, method="bitfit", learning_rate=1e-3)
-    assert adapt(few, tmp_path, settings=settings).best_step >= 0
+    assert adapt(few, tmp_path, settings=settings, origin=origin).best_step >= 0
     measured = measure(few, tmp_path, audit_volumes=0, resamples=2)
     assert measured.adapter["vision"] == 0 and measured.adapter["trainable"] > 0
     for changes, message in (

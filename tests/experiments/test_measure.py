@@ -14,7 +14,6 @@ from medctkit.cohort.manifest import load_manifest, write_manifest
 from medctkit.experiments.adapt import DEFAULT, adapt
 from medctkit.experiments.measure import measure
 from medctkit.metrics.scores import compare, result_table
-from medctkit.model.base_model import load_mini_base
 from medctkit.zero_shot.classifier import ZeroShotClassifier
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
@@ -33,8 +32,8 @@ def both(few, tmp_path_factory):
     return folder / "manifest.csv"
 
 
-def test_what_adaptation_cost_at_home_is_measured_written_and_shown(both, tmp_path):
-    adapt(both, tmp_path, settings=QUICK)
+def test_what_adaptation_cost_at_home_is_measured_written_and_shown(both, origin, tmp_path):
+    adapt(both, tmp_path, settings=QUICK, origin=origin)
     measured = measure(both, tmp_path, audit_volumes=0, resamples=30)
     written = json.loads((tmp_path / "metrics.json").read_text())
     assert written == measured.summary and set(written) == {
@@ -54,7 +53,7 @@ def test_what_adaptation_cost_at_home_is_measured_written_and_shown(both, tmp_pa
             "macro_f1",
         }
         assert all(set(ends) == {"value", "low", "high"} for ends in home[model].values())
-    base = load_mini_base()
+    base = origin.load()
     data = load_split(load_manifest(both), "source", "test", base.preprocess_config, both.parent / "prepared")
     classifier = ZeroShotClassifier(base.model, base.tokenizer)
     seen = classifier.embed(data, progress=False)
@@ -70,8 +69,10 @@ def test_what_adaptation_cost_at_home_is_measured_written_and_shown(both, tmp_pa
     assert text.index("macro-F1") < text.index("20 test studies of hospital source") < text.index("Brier score")
 
 
-def test_nothing_is_said_of_home_where_there_are_no_such_studies_or_it_is_what_was_adapted_to(few, both, tmp_path):
-    adapt(few, tmp_path / "away", settings=QUICK)
+def test_nothing_is_said_of_home_where_there_are_no_such_studies_or_it_is_what_was_adapted_to(
+    few, both, origin, tmp_path
+):
+    adapt(few, tmp_path / "away", settings=QUICK, origin=origin)
     measured = measure(few, tmp_path / "away", audit_volumes=0, resamples=2)
     assert measured.home is None and "home" not in measured.summary
     assert "at home" not in result_table(measured.summary)
@@ -82,9 +83,9 @@ def test_nothing_is_said_of_home_where_there_are_no_such_studies_or_it_is_what_w
     assert every.home.summary["base"]["auroc"] == every.summary["base"]["auroc"]
 
 
-def test_what_is_embedded_already_is_taken_and_other_studies_are_refused(few, tmp_path):
-    adapt(few, tmp_path, settings=QUICK)
-    base, table = load_mini_base(), load_manifest(few)
+def test_what_is_embedded_already_is_taken_and_other_studies_are_refused(few, origin, tmp_path):
+    adapt(few, tmp_path, settings=QUICK, origin=origin)
+    base, table = origin.load(), load_manifest(few)
     known = {
         ("base", split): ZeroShotClassifier(base.model, base.tokenizer).embed(
             load_split(table, "target", split, base.preprocess_config, few.parent / "prepared"), progress=False
