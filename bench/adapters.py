@@ -34,7 +34,7 @@ def resident():
     return 1024 * int(subprocess.check_output(["ps", "-o", "rss=", "-p", str(os.getpid())]))
 
 
-def milliseconds(calls, repeats=REPEATS):
+def milliseconds(calls, repeats):
     """The least milliseconds of each call, in turns: whatever else the machine does meets all of them."""
     found = dict.fromkeys(calls, float("inf"))
     for _ in range(repeats):
@@ -53,7 +53,7 @@ def tensor_bytes(model):
     return sum(x.nbytes for x in [*model.parameters(), *model.buffers()])
 
 
-def measure(size, folder, aboard):
+def measure(size, folder, aboard, repeats):
     """Bytes and milliseconds of one size: "mini" or "full"."""
     from medctkit.deploy.bank import AdapterBank
     from medctkit.lora import adapter
@@ -84,7 +84,7 @@ def measure(size, folder, aboard):
             bank.names = tuple(f"h{i}" for i in range(count))
             row = {"bytes_in_memory": tensor_bytes(bank.model), "resident_more": resident() - before}
             row["seconds_to_load_since_the_last_row"] = time.process_time() - started
-            rows[str(count)] = row | {"ms": scoring(bank, mini, size)}
+            rows[str(count)] = row | {"ms": scoring(bank, mini, size, repeats)}
             started = time.process_time()
     small["bytes_in_memory"] = (rows[str(aboard[-1])]["bytes_in_memory"] - model["bytes_in_memory"]) / aboard[-1]
     del bank, base, adapted, own
@@ -92,7 +92,7 @@ def measure(size, folder, aboard):
     return {"model": model, "adapter": small, "aboard": rows}
 
 
-def scoring(bank, plain, size):
+def scoring(bank, plain, size, repeats):
     """Milliseconds to switch; of the mini model also for some volumes: of one adapter, mixed, one after the other."""
     calls = {"switch": lambda: bank.model.set_adapter("h0")}
     if size == "mini":  # at full size they are a minute each, and what an adapter adds to that is not seen
@@ -110,7 +110,7 @@ def scoring(bank, plain, size):
             "mixed": lambda: bank.scores(volumes, names),
             "one_by_one": lambda: [bank.scores(v[None], [name]) for v, name in zip(volumes, names, strict=True)],
         }
-    return milliseconds(calls)
+    return milliseconds(calls, repeats)
 
 
 def page(found):
@@ -157,12 +157,12 @@ def main():
     parser.add_argument("--output", type=Path, help="where to write; by default here and in docs/deploy.md")
     parser.add_argument("--size", help=argparse.SUPPRESS)  # in a process of its own
     arguments = parser.parse_args()
-    aboard = (1, 2) if arguments.tiny else ABOARD
+    aboard, repeats = ((1, 2), 1) if arguments.tiny else (ABOARD, REPEATS)
     if arguments.size:
         torch.set_num_threads(1)
         with tempfile.TemporaryDirectory() as folder:
             size = "mini" if arguments.tiny else arguments.size
-            print(json.dumps(measure(size, Path(folder), aboard)))
+            print(json.dumps(measure(size, Path(folder), aboard, repeats)))
         return
     print("two sizes with up to 100 adapters: about 5 minutes, 3 GB of memory and 1.2 GB of disk", flush=True)
     found = {}

@@ -20,7 +20,7 @@ from medctkit.deploy.bank import BASE, AdapterBank
 from medctkit.experiments.adapt import DEFAULT
 from medctkit.findings import FINDINGS
 from medctkit.lora.adapter import add_lora
-from medctkit.metrics.scores import compare, evaluate
+from medctkit.metrics.scores import evaluate_both
 from medctkit.model.base_model import load_mini_base
 from medctkit.phantom.study import generate
 from medctkit.scans.preprocessing import preprocess
@@ -97,8 +97,7 @@ def measure(work, patients, settings):
         }
         scores |= {"own": scores[hospital], "scores": (scores["source"] + scores["target"]) / 2}
         for name in rows:
-            mean = evaluate(labels, scores[name], names).loc["mean"]
-            less = compare(labels, scores[hospital], scores[name], names).loc["mean"]
+            _, mean, less = (t.loc["mean"] for t in evaluate_both(labels, scores[hospital], scores[name], names))
             keys = {"auroc": mean, "difference": less}
             rows[name][hospital] = {
                 f"{key}{end}": float(row[f"auroc{end}"]) for key, row in keys.items() for end in ("", "_low", "_high")

@@ -74,6 +74,7 @@ def test_batches_are_padded_to_their_longest_report(rows):
     assert collate(tokenizer, max_length=9)(items)["input_ids"].shape[1] == 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_workers_may_be_spawned(rows, tmp_path, method):
     """As on macOS and Windows, and on Linux from Python 3.14 on."""

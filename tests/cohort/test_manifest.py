@@ -89,6 +89,7 @@ def test_rows_can_be_made_again_byte_for_byte(table):
         verify_row(row)
 
 
+@pytest.mark.slow
 def test_a_small_cohort_is_the_same_however_many_workers(table, tmp_path):
     small = build_default_manifest({("target", "valid"): 3}, workers=1)
     expected = table[table["patient"].isin(small["patient"])].reset_index(drop=True)
@@ -484,6 +485,7 @@ WRITABLE = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_si
 VALUES = st.one_of(TEXT, st.sampled_from(["", "0", "1", "-1", "1,0", "nan", "1e999", "'", '"', "007", "train", "\0"]))
 
 
+@pytest.mark.slow
 @SETTINGS
 @given(row=st.integers(0, 4), column=st.sampled_from(list(real_rows()[0])), value=VALUES)
 def test_any_changed_cell_gives_a_valid_manifest_or_an_error_that_names_it(tmp_path, row, column, value):

@@ -48,6 +48,7 @@ def on_cores(monkeypatch):
     monkeypatch.setattr(preparing, "worker_pool", lambda n, *_: ThreadPoolExecutor(n))
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_bytes_of_one_and_of_a_cluster(phantoms, cluster, tmp_path, capsys):
     rows, threads = phantoms[:6], torch.get_num_threads()
     one = prepare(rows, MINI, tmp_path / "one", workers=1)

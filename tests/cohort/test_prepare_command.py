@@ -71,6 +71,7 @@ def test_ct_rate_becomes_a_prepared_cohort_from_either_version(ct_rate, tmp_path
         assert (pixels - prepared[2][study]).abs().max() <= 2e-4
 
 
+@pytest.mark.slow
 def test_from_the_hub_to_a_prepared_cohort(ct_rate, tmp_path, cluster, monkeypatch):
     with HubImitation() as server:
         server.add(CT_RATE, ct_rate)
@@ -88,10 +89,11 @@ def test_from_the_hub_to_a_prepared_cohort(ct_rate, tmp_path, cluster, monkeypat
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_run_goes_on_where_it_was(tmp_path, how):
-    table = load_manifest(MANIFEST).head(6)
+    table = load_manifest(MANIFEST).head(16)
     write_manifest(table, tmp_path / "phantoms.csv")
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "medctkit.cli", "prepare", tmp_path / "phantoms.csv", out, "--workers", "2"]
+    command = [sys.executable, "-m", "medctkit.cli", "prepare", tmp_path / "phantoms.csv", out, "--model", "mini"]
+    command += ["--workers", "2"]
     killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     children = []
     while len(list((out / "prepared").glob("*.safetensors"))) < 1 and killed.poll() is None:
@@ -102,9 +104,9 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, how):
     psutil.wait_procs(children, timeout=30)
     assert not [child for child in children if child.is_running()], "workers outlive the run that started them"
     there = {path: path.stat().st_mtime_ns for path in (out / "prepared").glob("*.safetensors")}
-    assert 1 <= len(there) < 6 and not (out / "manifest.csv").exists()
+    assert 1 <= len(there) < 16 and not (out / "manifest.csv").exists()
     again = subprocess.run(command, capture_output=True, text=True)
-    assert f"6 of 6 volumes are prepared, {6 - len(there)} of them now" in again.stdout, again.stdout + again.stderr
+    assert f"16 of 16 volumes are prepared, {16 - len(there)} of them now" in again.stdout, again.stdout + again.stderr
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in there.items())
     assert load_manifest(out / "manifest.csv")["study"].tolist() == table["study"].tolist()
 

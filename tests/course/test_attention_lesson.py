@@ -49,6 +49,7 @@ def world(tmp_path, monkeypatch):
     return here
 
 
+@pytest.mark.slow
 def test_it_runs_to_its_end_and_says_what_is_ct_clips_alone(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(backend_inline, "set_matplotlib_formats", lambda *formats, **more: None)
     plt.switch_backend("agg")

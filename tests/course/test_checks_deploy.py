@@ -84,6 +84,7 @@ def complaints(report, digests=("base", "adapter", "vocabulary")):
     return ["final"] * final + ["verified"] * verified + ["no digest"] * missing
 
 
+@pytest.mark.slow
 def test_what_is_wrong_with_a_report(tmp_path):
     from pydicom import dcmread
 

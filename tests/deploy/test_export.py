@@ -81,6 +81,7 @@ def test_it_says_what_it_is(adapted, folder):
     assert facts["adapter"] in card and "not a medical device" in card
 
 
+@pytest.mark.slow
 def test_what_differs_is_not_written(adapted, tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "TOLERANCE", -1.0)
     with pytest.raises(ExportDiffers, match="a batch of 1: 0 of .* codes flipped"):
@@ -107,6 +108,7 @@ def test_a_code_may_be_another_only_where_two_are_as_near(adapted, monkeypatch):
     assert exporting.prove(Other(), vision, shape)["largest"] == 0
 
 
+@pytest.mark.slow
 def test_an_export_with_a_fixed_batch_is_found_out(adapted, tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "_sizes", lambda: None)
     with pytest.raises(ExportDiffers, match="a batch of 1 does not run"):
@@ -138,6 +140,7 @@ def test_wrong_input_is_refused(folder, volumes):
         exported.scores(np.full_like(volumes[:1].numpy(), np.nan))
 
 
+@pytest.mark.slow
 def test_the_command_exports_a_finished_run(adapted, tmp_path, monkeypatch):
     from typer.testing import CliRunner
 

@@ -75,6 +75,7 @@ def test_everyone_may_call_only_when_said_so(queue, slices):
         assert send(slices, own, calling="STRANGER") == [0] * 24
 
 
+@pytest.mark.slow
 def test_full_queue_refuses_another_series_and_takes_it_later(queue, slices, tmp_path):
     _, other = write_phantom(tmp_path / "other")
     go_on = threading.Event()
@@ -93,6 +94,7 @@ def test_full_queue_refuses_another_series_and_takes_it_later(queue, slices, tmp
         wait_until(lambda: reports(kept) == [24, 24])
 
 
+@pytest.mark.slow
 def test_answer_waits_for_its_destination_and_is_made_once(queue, slices):
     made, port = [], free_port()
 
@@ -108,6 +110,7 @@ def test_answer_waits_for_its_destination_and_is_made_once(queue, slices):
     assert len(made) == 1
 
 
+@pytest.mark.slow
 def test_late_slices_are_a_new_answer(queue, slices, tmp_path):
     late = tmp_path / "late"
     late.mkdir()
@@ -143,6 +146,7 @@ def test_series_that_ends_the_process_each_time_is_given_up(queue, slices, caplo
     assert json.loads(next(queue.glob("*/*/state.json")).read_text())["tries"] == 3
 
 
+@pytest.mark.slow
 def test_answered_series_are_taken_away_in_the_end(queue, slices):
     with archive() as (port, kept), gateway(queue, port, limits=Limits(quiet=0.3, keep=1)).serving(0) as own:
         send(slices, own)

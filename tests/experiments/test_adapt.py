@@ -29,6 +29,7 @@ pytestmark = pytest.mark.usefixtures("on_the_cpu")
 QUICK = replace(DEFAULT, rank=2, steps=2, batch_size=4, evaluate_every=1)
 
 
+@pytest.mark.slow
 def test_adapt_and_measure_by_default_the_mini_model(few, tmp_path):
     result = adapt(few, tmp_path, settings=QUICK)
     assert result.adapter_dir == tmp_path / "adapter"
@@ -56,6 +57,7 @@ def test_any_base_model_is_adapted_and_measured_with_what_was_written_down(few, 
     assert Origin.of(tmp_path) == origin
 
 
+@pytest.mark.slow
 def test_only_a_finished_run_is_measured_and_a_refused_command_leaves_it_as_it_is(few, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="no run of `medctkit finetune` was finished there$"):
         measure(few, tmp_path)
@@ -123,6 +125,7 @@ def run(*arguments):
     return CliRunner().invoke(app, list(map(str, arguments)))
 
 
+@pytest.mark.slow
 def test_the_commands_adapt_measure_and_say_how_to_watch(few, origin, tmp_path, monkeypatch):
     small = ("finetune", tmp_path, "--manifest", few, "--steps", 2, "--batch-size", 4, "--rank", 2)
     small += ("--model", origin.model, "--tokenizer", origin.tokenizer)
@@ -220,11 +223,11 @@ def test_options_are_those_of_the_declaration():
 
 
 @pytest.mark.slow
-def test_two_processes_measure_what_one_does(few, tmp_path):
+def test_two_processes_measure_what_one_does(few, origin, tmp_path):
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"]
     launch += ["--num_machines", "1", "--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no"]
     launch += ["--main_process_port", "0", "-m", "medctkit.cli"]
-    adapt(few, tmp_path, settings=QUICK)
+    adapt(few, tmp_path, settings=QUICK, origin=origin)
     command = [*launch, "evaluate", str(tmp_path), "--manifest", str(few), "--audit-volumes", "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -91,6 +91,7 @@ def test_findings_without_both_classes_in_validation_are_left_out():
         audit.thresholds_on_test(test, valid)
 
 
+@pytest.mark.slow
 @given(st.integers(0, 10**6), st.sampled_from([0.05, 0.1, 0.3]))
 @settings(max_examples=6, deadline=None)
 def test_random_scores_look_better_than_a_coin_only_with_thresholds_from_the_test_labels(seed, prevalence):
@@ -162,6 +163,7 @@ def test_the_audit_has_to_go_around_the_guard_that_read_volume_has():
             check_hu(spoiled.hu)
 
 
+@pytest.mark.slow
 def test_double_rescale_blinds_the_model(base, few):
     volumes, seen = few
     found = numbers(audit.scans_prepared_otherwise(base, volumes, seen.labels))
@@ -230,6 +232,7 @@ def test_the_vision_encoder_runs_once_or_once_for_each_finding(base, few):
     assert np.allclose(single, ZeroShotClassifier(base.model, base.tokenizer).scores(inputs)[0], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_every_defect_is_found(base, few):
     volumes, seen = few
     first = [i for i in range(24) if i % 2]  # half for validation, half for the test

@@ -197,6 +197,7 @@ def test_a_penalty_is_nothing_at_the_base_model_and_grows_with_what_moved(data):
         joint_loss(base, None, prompts, {"labels": batch["labels"]}, torch.zeros(()), 0.0, 1.0, 2.0)
 
 
+@pytest.mark.slow
 def test_volumes_seen_once_train_the_text_encoder_as_volumes_do(data, tmp_path):
     job = Job("placement", "lora-text", 16, learning_rate=1e-3)
     found = run_job(job, data, TOY, tmp_path / "cached")
@@ -293,6 +294,7 @@ def test_rates_are_chosen_by_validation_alone(tmp_path):
     assert one_run.chosen(tuned, score).learning_rate == METHODS["dora"].learning_rates[1], "whatever test studies say"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_other_strengths_lie_on_a_line_from_the_base_model(data, tmp_path, monkeypatch, method):
     monkeypatch.setattr(one_run, "STRENGTHS", (0.0, 1.0))
@@ -413,6 +415,7 @@ def test_a_killed_comparison_goes_on_where_it_was(toy_cohort, tmp_path, monkeypa
     assert len(list(out.glob("runs/*.json"))) == 4
 
 
+@pytest.mark.slow
 def test_costs_are_relative_to_full_fine_tuning(data, monkeypatch):
     monkeypatch.setattr(comparison, "METHODS", {name: METHODS[name] for name in ("full", "lora", "bitfit")})
     table = measure_costs(data.train, TOY, repeats=1).set_index("method")

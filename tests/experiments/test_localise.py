@@ -13,9 +13,8 @@ from medctkit.attention import faithfulness
 from medctkit.cli import app
 from medctkit.common.provenance import write_json
 from medctkit.experiments import localise
-from medctkit.experiments.adapt import ORIGIN, Origin
+from medctkit.experiments.adapt import ORIGIN
 from medctkit.lora.adapter import add_lora, save_adapter
-from medctkit.model.base_model import load_mini_base
 from medctkit.training.checkpoints import RECORD
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,14 +22,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def adapted(tmp_path_factory):
+def adapted(origin, tmp_path_factory):
     """An adapter that does something, as a finished run leaves it."""
     folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
-    save_adapter(add_lora(load_mini_base().model, "paper", r=4, init_lora_weights=False), folder / "adapter")
+    save_adapter(add_lora(origin.load().model, "paper", r=4, init_lora_weights=False), folder / "adapter")
     finished = {"state": "finished", "made_of": {}, "files": {}, "step": 1, "best_step": 1, "best_score": 0.5}
     write_json(finished, folder / RECORD)
-    write_json(asdict(Origin()), folder / ORIGIN)
+    write_json(asdict(origin), folder / ORIGIN)
     return folder
 
 

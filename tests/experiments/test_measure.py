@@ -32,6 +32,7 @@ def both(few, tmp_path_factory):
     return folder / "manifest.csv"
 
 
+@pytest.mark.slow
 def test_what_adaptation_cost_at_home_is_measured_written_and_shown(both, origin, tmp_path):
     adapt(both, tmp_path, settings=QUICK, origin=origin)
     measured = measure(both, tmp_path, audit_volumes=0, resamples=30)
@@ -69,6 +70,7 @@ def test_what_adaptation_cost_at_home_is_measured_written_and_shown(both, origin
     assert text.index("macro-F1") < text.index("20 test studies of hospital source") < text.index("Brier score")
 
 
+@pytest.mark.slow
 def test_nothing_is_said_of_home_where_there_are_no_such_studies_or_it_is_what_was_adapted_to(
     few, both, origin, tmp_path
 ):

@@ -233,6 +233,7 @@ def test_words_are_swapped_in_training_and_only_there(run):
     assert torch.equal(run.embed(text), run.embed(text))
 
 
+@pytest.mark.slow
 def test_a_warm_start_lowers_each_loss(run, tmp_path):
     run.config = replace(TINY, warm=replace(WARM, reconstruct_steps=40, read_steps=30))
     volumes = run.train.pixels(range(4))

@@ -119,6 +119,7 @@ def test_published_results_of_different_labels_are_in_different_tables():
     assert {"0.707 (weighted)", "0.369 (macro)"} <= set(tables["18 labels, CT-RATE"]["f1"])
 
 
+@pytest.mark.slow
 def test_the_page_is_self_contained_and_says_where_numbers_come_from(measured, tmp_path):
     path = report.write_report(measured, tmp_path / "new")
     text = path.read_text()

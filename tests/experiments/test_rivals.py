@@ -159,7 +159,7 @@ def others(data):
     return {"none": every, "choose": test, "learn": test}
 
 
-SLOW = {"best-free", "hu-boxes"}  # many combinations, many regressions
+SLOW = {"best-free", "hu-boxes", "all-free", "intensities"}  # many combinations, many regressions
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in RIVALS])

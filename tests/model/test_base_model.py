@@ -16,7 +16,7 @@ from medctkit.findings import FINDINGS
 from medctkit.lora.adapter import add_lora
 from medctkit.lora.counting import parameter_table
 from medctkit.lora.methods import load_trained, save_trained
-from medctkit.metrics.scores import evaluate
+from medctkit.metrics.scores import mean_auroc
 from medctkit.model.base_model import BASES, FOLDER, BaseModel, load_base, load_mini_base, preprocess_config_of
 from medctkit.model.ct_clip import CTCLIPConfig
 from medctkit.model.protocol import Parts, VisionLanguageModel
@@ -32,14 +32,13 @@ def test_it_knows_its_own_hospital_and_is_clearly_worse_in_another(tmp_path):
     mini, manifest, found = load_mini_base(), load_manifest(MANIFEST), []
     classifier = ZeroShotClassifier(mini.model, mini.tokenizer)
     for hospital in ("source", "target"):
-        some = rows_of(manifest, hospital, "test").head(120)
+        some = rows_of(manifest, hospital, "test").head(80)
         data = experiment.load_split(some, hospital, "test", mini.preprocess_config, tmp_path)
         seen = classifier.embed(data, progress=False)
         scores = classifier.scores_from_embeddings(seen.embeddings)
-        found.append(evaluate(seen.labels, scores, seen.patients, resamples=200).loc["mean"])
+        found.append(mean_auroc(seen.labels, scores))
     source, target = found
-    assert source["auroc"] >= 0.70
-    assert target["auroc"] < source["auroc"] - 0.05 and target["auroc_high"] < source["auroc_low"]
+    assert source >= 0.70 and target < source - 0.05
 
 
 def test_it_is_small_and_loads_without_pickle():

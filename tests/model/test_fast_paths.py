@@ -124,6 +124,7 @@ def test_an_adapter_or_a_hook_is_not_passed_over(whose_ways):
             torch.testing.assert_close(block(x), plain.tanh())
 
 
+@pytest.mark.slow
 def test_the_compiler_sees_one_graph(whose_ways):
     tower = small_model().train().visual_transformer
     compiled = torch.compile(tower, backend="eager", fullgraph=True)

@@ -57,6 +57,7 @@ def test_half_precision_that_overflows_is_seen():
         assert not model.encode_image(BATCH["pixel_values"].half()).isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["export", "compile"])
 def test_a_graph_of_the_model_keeps_it(how):
     tower = small_model().visual_transformer.requires_grad_(False)

@@ -81,6 +81,7 @@ def test_reports_vary_and_the_same_generator_writes_the_same():
     assert reports[5] == write_report(labels, DETAILS, "source", np.random.default_rng(5))
 
 
+@pytest.mark.slow
 def test_hospitals_share_a_language_but_not_a_habit():
     words, lengths = {}, {}
     for hospital in HOSPITALS:

@@ -123,6 +123,7 @@ def test_all_findings_at_once_at_both_hospitals():
         assert set(study.masks) == set(FINDINGS) and study.volume.hu.min() >= -1024
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes_on_any_number_of_cores():
     code = (
         "import hashlib; from medctkit.phantom.study import generate;"
@@ -287,6 +288,7 @@ def numbers(hu, spacing):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hospital", HOSPITALS)
 def test_phantoms_measure_like_real_scans(hospital):
     """Each number of most phantoms lies within the spread of the real scans, and the mean of all of them does."""

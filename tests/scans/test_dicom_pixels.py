@@ -95,6 +95,7 @@ def test_jpeg_lossless_of_12_and_16_bits_by_another_encoder(tmp_path, signed, bi
     np.testing.assert_array_equal(values(folder), hu)
 
 
+@pytest.mark.slow
 def test_lossy_compression_is_read_and_said(tmp_path):
     hu = chest()
     folder = write_dicom(tmp_path, hu)

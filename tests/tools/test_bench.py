@@ -138,6 +138,7 @@ def test_the_pages_say_what_was_measured_on_a_gpu(bench):
     assert f"{step['ms'] / 1e3:.1f} s on {found['made_with']['device']}" in notebook
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_nothing_is_measured_and_nothing_written(tmp_path):
     done = run("gpu.py", "--output", tmp_path / "gpu.json")

@@ -101,6 +101,7 @@ def test_what_goes_wrong_is_told_a_mistake_of_ours_has_its_traceback(monkeypatch
     assert result.exit_code == 1 and (result.output.strip() == told if told else result.exception is error)
 
 
+@pytest.mark.slow
 def test_a_terminal_that_lacks_letters_gets_others(tmp_path):
     write_manifest(load_manifest(MANIFEST).head(1), tmp_path / "m.csv")
     code = "import sys; from medctkit.cli import app; app(sys.argv[1:])"
@@ -126,6 +127,7 @@ def run_demo(folders, *more):
     return CliRunner().invoke(app, list(map(str, arguments)))
 
 
+@pytest.mark.slow
 def test_demo_runs_all_four_and_prints_what_04_measured(folders, monkeypatch):
     foreign = folders[0].parent / "jupyter" / "kernels" / "python3" / "kernel.json"
     foreign.parent.mkdir(parents=True)
@@ -145,6 +147,7 @@ def test_demo_runs_all_four_and_prints_what_04_measured(folders, monkeypatch):
     assert "+0.090 <small>+0.070 to +0.110</small>" in index and 'href="01_data_prep.html"' in index
 
 
+@pytest.mark.slow
 def test_the_demo_s_pages_need_no_network_and_no_kernel(tmp_path):
     """Viewers are stacks, equations are set by what lies beside, parameters are shown once, Colab's cell not at all."""
     colab = new_code_cell("import os", metadata={"tags": ["colab"]})
@@ -181,6 +184,7 @@ SliceViewer(CTVolume(np.zeros((4, 6, 6), np.int16), (2.0, 2.0, 2.0)))"""
     assert "<b>Slices</b>" in index.read_text() and (out / "mathjax.js").stat().st_size > 1e6
 
 
+@pytest.mark.slow
 def test_demo_stops_at_the_first_failing_cell_and_names_it(folders):
     write_notebook(folders[0] / demo.NOTEBOOKS[1], "x = 1", "1 / (x - 1)", "print('never')")
     folders[1].mkdir(parents=True)
@@ -194,6 +198,7 @@ def test_demo_stops_at_the_first_failing_cell_and_names_it(folders):
     assert not (folders[1] / "metrics.json").exists(), "figures of an earlier run were left behind"
 
 
+@pytest.mark.slow
 def test_demo_says_when_a_kernel_dies(folders):
     write_notebook(folders[0] / demo.NOTEBOOKS[0], "import os; os._exit(9)")
     result = run_demo(folders)

@@ -219,6 +219,7 @@ def test_the_reproduction_page_counts_hospitals_as_notebook_07_does():
     assert quoted in (ROOT / "docs" / "reproduction.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_page_of_the_comparison_is_written_from_the_results_that_come_with_the_package():
     from medctkit.experiments.compare.results import load_results
     from medctkit.experiments.compare.tables import TABLES

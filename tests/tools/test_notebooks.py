@@ -355,6 +355,7 @@ def test_no_such_notebook_lists_those_there(clone):
     assert result.exit_code == 1 and "no notebooks 07; there are ['88_tiny.ipynb']" in result.output
 
 
+@pytest.mark.slow
 def test_cells_that_name_what_is_gone_are_found_without_running_them(tmp_path):
     gone = ["lora.parameter_table(1, no_such=2)", "lora.no_such_name"]
     cells = ["from medctkit import lora", "\n".join(gone), "display(1)  # IPython's"]

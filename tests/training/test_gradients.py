@@ -112,6 +112,7 @@ def test_small_batches_give_the_gradient_of_the_whole(accelerator, weights, seed
     assert_same(got, expected)
 
 
+@pytest.mark.slow
 def test_batch_64_in_the_memory_of_batch_2(accelerator):
     model = tiny_model(dropout=0.0).train()
 
