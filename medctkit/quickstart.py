@@ -83,15 +83,18 @@ class Classified:
         what, most = ("place", 100) if placed else ("score", 1)
         table = self.table.sort_values(what, ascending=False, ignore_index=True)
         usual = 100 * (1 - table["usual"]) if placed else table["usual"]
-        ax.barh(table["finding"], table[what], color=table["truth"].map(COLOURS))
+        ax.barh(table.index, table[what], color=table["truth"].map(COLOURS))
         ax.plot(usual, table.index, "k|", ms=13)
+        values = table[what].map("{:.0f}".format if placed else "{:.2f}".format)
+        ax.set_yticks(
+            table.index, [f"{name}  {value:>3}" for name, value in zip(table["finding"], values, strict=True)]
+        )
         for row, tick in zip(table.itertuples(), usual, strict=True):
-            value = f"{row.place:.0f}" if placed else f"{row.score:.2f}"
-            said = f"{value}{'  present' if row.truth == 'present' else ''}"
-            ax.text(max(getattr(row, what), tick) + 0.01 * most, row.Index, said, va="center", fontsize=9)
+            if row.truth == "present":
+                ax.text(max(getattr(row, what), tick) + 0.02 * most, row.Index, "present", va="center", fontsize=9)
         nearer = "score: nearer to “... is not present.” (0) or to “... is present.” (1)"
         lower = "place of the score: of 100 other phantoms, how many score lower"
-        ax.set(xlim=(0, 1.15 * most), xlabel=lower if placed else nearer)
+        ax.set(xlim=(0, 1.2 * most), xlabel=lower if placed else nearer)
         ax.invert_yaxis()
         shown = [name for name in COLOURS if (table["truth"] == name).any()]
         handles = [Patch(color=COLOURS[name], label=f"truth: {name}") for name in shown]

@@ -193,9 +193,9 @@ def localisation_figure(table: pd.DataFrame) -> Figure:
             ax.plot([row.low, row.high], [y, y], color=colour, lw=2)
             ax.plot(row.value, y, "o", color=colour, ms=7)
         chance = rows["chance"].iloc[0]
-        ax.axvline(chance, color="black", ls=":", label=f"chance, {chance:.3f}")
-        ax.set(title=score, xlabel="mean of findings, 95 % interval", yticks=range(len(rows)), xlim=(0, None))
-        ax.legend(loc="lower right", fontsize=8)
+        ax.axvline(chance, color="black", ls=":")
+        ax.set(xlabel="mean of findings, 95 % interval", yticks=range(len(rows)), xlim=(0, None))
+        ax.set_title(f"{score}\ndotted: chance, {chance:.3f}", fontsize=10)
         if i == 0:
             ax.set_yticklabels(rows["method"])
     return figure

@@ -40,7 +40,8 @@ def test_one_call_without_arguments_gives_18_scores_and_a_picture():
     assert picture.shape[1] == 1200 and picture.std() > 20
     assert result.table["place"].between(0, 100).all()
     names = [label.get_text() for label in result.figure().axes[-1].get_yticklabels()]
-    assert names == list(result.table.sort_values("place", ascending=False)["finding"])
+    ordered = result.table.sort_values("place", ascending=False)
+    assert names == [f"{row.finding}  {row.place:>3.0f}" for row in ordered.itertuples()]
     best = result.table.loc[result.table["place"].idxmax()]
     assert f"{best['finding']} {best['score']:.2f} ({best['truth']})" in metadata["alt"]
 

@@ -184,7 +184,7 @@ def test_forgetting_holds_what_trains_the_model_and_its_remedies():
     ("one", "other", "said"),
     [
         ("lora", "base", "LoRA is better than base model: +0.150 [+0.102, +0.150]"),
-        ("base", "lora", "LoRA is better than base model: -0.150 ["),
+        ("base", "lora", "LoRA is better than base model: +0.150 [+0.102, +0.150]"),
         ("lora", "linear-probe", "LoRA and linear probe are not told apart: +0.030 ["),
     ],
 )

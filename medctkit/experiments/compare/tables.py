@@ -32,15 +32,16 @@ from medctkit.metrics.bootstrap import with_interval
 def verdict(results: Results, group: str, one: str, other: str, what: str = "") -> str:
     """A sentence on the paired difference of two methods of a group, "METHOD" or "METHOD, VARIANT", with its interval.
 
+    The difference is of the first that is named from the second; where it is not chance, the better one is named first.
     `what` is of `Results.draws`, "/home" say; "": the AUROC at the target hospital.
     """
     sides = [names_of(results, group, *name.split(", ")) for name in (one, other)]
     draws = np.subtract(*(results.mean_draws(names, what) for names in sides))
     difference, low, high = with_interval("", draws).values()
+    if high < 0:
+        return verdict(results, group, other, one, what)
     a, b = (", ".join([TEXTS[name.split(", ")[0]][0], *name.split(", ")[1:]]) for name in (one, other))
-    said = f"{a} and {b} are not told apart"
-    if low > 0 or high < 0:
-        said = "{} is better than {}".format(*((a, b) if low > 0 else (b, a)))
+    said = f"{a} is better than {b}" if low > 0 else f"{a} and {b} are not told apart"
     return f"{said}: {difference:+.3f} [{low:+.3f}, {high:+.3f}], {len(sides[0])} and {len(sides[1])} runs."
 
 
