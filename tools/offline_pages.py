@@ -17,7 +17,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from medctkit.common.atomic import replacing
-from medctkit.metrics.scores import COLUMNS, ROWS
+from medctkit.metrics.scores import BLIND, COLUMNS, ROWS
 from tools.notebook_outputs import cleaned
 
 STACK = "medctkit-stack"  # in an output's metadata: the file of its stack
@@ -119,7 +119,7 @@ def write_index(folder: Path, metrics: Mapping[str, Any], pages: Mapping[Path, s
         text = next(("".join(cell["source"]) for cell in first if cell["cell_type"] == "markdown"), path.stem)
         lessons.append((path.name, text.strip().partition("\n")[0].lstrip("# "), picture))
     template = Environment(autoescape=True, undefined=StrictUndefined).from_string(INDEX.read_text(encoding="utf-8"))
-    page = template.render(metrics=metrics, lessons=lessons, columns=COLUMNS, rows=ROWS)
+    page = template.render(metrics=metrics, lessons=lessons, columns=COLUMNS, rows=ROWS, blind=BLIND)
     with replacing(folder / "index.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
     return folder / "index.html"

@@ -148,12 +148,13 @@ def _own_prompts(prompts: Prompts, mean_auroc: float, model: nn.Module, tokenize
     right = auroc(prompts)
     otherwise = (
         f"With these prompts the mean AUROC is not {found:.4f}. Make a `ZeroShotClassifier` with `prompts=`, take its "
-        "scores from the test embeddings of the adapted model, and the row `mean` of `metrics.evaluate`."
+        "scores from its embeddings of the validation volumes, and the row `mean` of `metrics.evaluate`."
     )
     expect(found, right, {}, otherwise, 1e-3)
     return (
         f"{right:.3f}, against {auroc('paper'):.3f} with the paper's prompts: same model, same patients, other "
-        "words. Without its prompts no such number can be repeated. If you try many, choose on validation patients."
+        "words. Without its prompts no such number can be repeated. Whoever tries many has chosen: what the best is "
+        "worth, test patients say, once."
     )
 
 

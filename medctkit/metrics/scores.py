@@ -50,6 +50,7 @@ OPTIMISTIC = "optimistic: thresholds were chosen on the labels they are measured
 ROWS = {"auroc": "mean AUROC", "accuracy": "accuracy", "macro_f1": "macro-F1"}
 HOME_ROWS = {"auroc": "mean AUROC", "ece": "calibration error", "brier": "Brier score"}
 COLUMNS = ("base", "adapted", "difference")
+BLIND = {"auroc": "chance", "accuracy": "always no", "macro_f1": "always yes"}  # what gets so much without a look
 COLUMN_OF = {"macro_f1": "f1", "ece": "calibration_error"}  # of the tables, where its name is another
 
 
@@ -127,7 +128,11 @@ def evaluate_both(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """What `evaluate` says of model a and of model b, and `compare` of both, from resamples scored once."""
+    """Both models' tables and their difference, from resamples scored once; args and errors are those of `compare`.
+
+    Returns:
+        The table of `evaluate` of model a, that of model b, and that of `compare`.
+    """
     _, scores_b, _ = _check(labels, scores_b, patients, findings, "scores_b")
     labels, scores_a, patients = _check(labels, scores_a, patients, findings, "scores_a")
     weights = patient_weights(patients, resamples, seed)
@@ -211,8 +216,8 @@ def summary(
     """The means (or a finding) of two evaluations and their comparison, as `make demo` writes them to metrics.json.
 
     Returns:
-        {base, adapted, difference} -> {auroc, accuracy, macro_f1} or other `rows` -> {value, low, high}; "optimistic"
-        and why, if one of the tables is.
+        {base, adapted, difference} -> {auroc, accuracy, macro_f1} or other `rows` -> {value, low, high};
+        "without_a_look" -> those of `BLIND` among the rows; "optimistic" and why, if one of the tables is.
     """
     tables = {"base": base, "adapted": adapted, "difference": difference}
     ends = {"value": "", "low": "_low", "high": "_high"}
@@ -223,7 +228,18 @@ def summary(
         }
         for key, table in tables.items()
     }
+    if finding == "mean" and (
+        blind := {row: each for row, each in without_a_look(base).items() if row in found["base"]}
+    ):
+        found["without_a_look"] = blind
     return found | ({"optimistic": OPTIMISTIC} if any("optimistic" in table for table in tables.values()) else {})
+
+
+def without_a_look(table: pd.DataFrame) -> dict[str, float]:
+    """What the mean over findings of a table of `evaluate` would be, had nobody looked at a scan; see `BLIND`."""
+    known = table.drop(index="mean").dropna(subset="auroc")
+    share = known["positives"] / known["studies"]
+    return {"auroc": 0.5, "accuracy": float((1 - share).mean()), "macro_f1": float((2 * share / (1 + share)).mean())}
 
 
 def _check(
@@ -352,12 +368,14 @@ def result_table(metrics: dict) -> str:
         title = f"at home: {home['studies']} test studies of hospital {home['hospital']}\n"
         parts.append((f"{title}{'':18}", home, HOME_ROWS))
     for title, numbers, rows in parts:
-        lines.append(title + "".join(f"{column:>26}" for column in COLUMNS))
+        blind = numbers.get("without_a_look", {})
+        titles = [*COLUMNS, *(["without a look"] if blind else [])]
+        lines.append(title + "".join(f"{column:>26}" for column in titles))
         for row, name in rows.items():
             line = f"{name:18}"
             for column in COLUMNS:
                 sign = "+" if column == "difference" else ""
                 value, low, high = (format(numbers[column][row][key], f"{sign}.3f") for key in ("value", "low", "high"))
                 line += f"{f'{value} [{low}, {high}]':>26}"
-            lines.append(line)
+            lines.append(line + (f"{f'{blind[row]:.3f}, {BLIND[row]}':>26}" if row in blind else ""))
     return "\n".join(lines)

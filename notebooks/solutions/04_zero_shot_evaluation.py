@@ -44,10 +44,11 @@ check("04.3", by_patients, by_volumes, labels, scores, patients)
 # <solution> my_prompts = (..., ...)  # a sentence that states, and one that denies; {finding} stands for the name
 my_prompts = ("This scan shows {finding}.", "This scan does not show {finding}.")
 # </solution>
-# <solution> my_auroc = ...  # mean AUROC of the adapted model with them, on the test patients
+# <solution> my_auroc = ...  # mean AUROC of the adapted model with them, on the validation patients
 my_scorer = ZeroShotClassifier(models["adapted"], base.tokenizer, prompts=my_prompts)
-my_scores = my_scorer.scores_from_embeddings(seen["adapted", "test"].embeddings)
-my_auroc = metrics.evaluate(labels, my_scores, patients, resamples=2).loc["mean", "auroc"]
+valid = seen["adapted", "valid"]
+my_scores = my_scorer.scores_from_embeddings(valid.embeddings)
+my_auroc = metrics.evaluate(valid.labels, my_scores, valid.patients, resamples=2).loc["mean", "auroc"]
 # </solution>
 
-check("04.4", my_prompts, my_auroc, models["adapted"], base.tokenizer, seen["adapted", "test"])
+check("04.4", my_prompts, my_auroc, models["adapted"], base.tokenizer, seen["adapted", "valid"])

@@ -94,18 +94,29 @@ def test_a_sweep_goes_on_until_its_best_lies_inside(method, exponent):
 
 
 def test_what_diverged_is_left_out_and_equals_begin_nothing():
-    tuned = Job("methods", "dora", 16).tuned
-    low, middle, high = METHODS["dora"].learning_rates
-    assert [job.learning_rate for job in one_run.sweep(tuned, lambda job: 0.6)] == [low, middle, high]
-    assert one_run.chosen(tuned, lambda job: 0.6).learning_rate == low, "of equals, the lowest"
+    tuned = Job("methods", "full").tuned
+    low, middle, high = METHODS["full"].learning_rates
+
+    def of_full(score):
+        return lambda job: score(job.learning_rate) if job.method == "full" else peaked(1e-2)(job)
+
+    assert len(one_run.sweep(tuned, of_full(lambda rate: 0.6))) == one_run.MOST_RATES, "lower ones, where none learns"
+    flat_at_the_end = of_full(lambda rate: 0.5 if rate < low else 0.6)
+    assert one_run.chosen(tuned, flat_at_the_end).learning_rate == low, "of equals, the lowest"
     falls = {low: 0.5, middle: 0.6, high: -math.inf}
-    assert one_run.chosen(tuned, lambda job: falls[job.learning_rate]).learning_rate == middle
-    assert one_run.chosen(tuned, nothing) is None and len(one_run.sweep(tuned, nothing)) == 3
-    assert len(one_run.sweep(tuned, lambda job: -math.inf if job.learning_rate > low / 4 else 0.6)) == 6, (
-        "lower ones, and one below the best"
-    )
-    with pytest.raises(ValueError, match="dora.* diverged with every rate of its sweep; lower METHODS"):
-        one_run.chosen(tuned, lambda job: -math.inf)
+    assert one_run.chosen(tuned, of_full(falls.get)).learning_rate == middle
+    assert one_run.chosen(tuned, nothing) is None and one_run.sweep(tuned, nothing) == [], "LoRA chooses the words"
+    diverging = of_full(lambda rate: -math.inf if rate > low / 4 else 0.6 + rate)
+    assert len(one_run.sweep(tuned, diverging)) == 6, "lower ones, and one below the best"
+    with pytest.raises(ValueError, match="full.* diverged with every rate of its sweep; lower METHODS"):
+        one_run.chosen(tuned, of_full(lambda rate: -math.inf))
+
+
+def test_all_methods_have_the_words_that_were_chosen_for_lora():
+    tuned = Job("methods", "dora", 16).tuned
+    for dialect in DIALECTS:
+        found = one_run.sweep(tuned, lambda job, best=dialect: peaked(3e-3)(job) + 0.1 * (job.dialect == best))
+        assert {job.dialect for job in found} == {dialect}
 
 
 def test_every_question_gets_its_runs_and_none_is_run_before_its_rate_is_chosen():
@@ -285,13 +296,14 @@ def write_result(folder, job, **content):
 
 
 def test_rates_are_chosen_by_validation_alone(tmp_path):
-    tuned = Job("methods", "dora", 16).tuned
+    tuned = Job("methods", "lora", 16).tuned
     score = comparison._Scores(tmp_path)
-    for i, job in enumerate(one_run.sweep(tuned, nothing)):
+    for dialect, rate in product(DIALECTS, METHODS["lora"].learning_rates):
         assert one_run.chosen(tuned, score) is None
+        i = METHODS["lora"].learning_rates.index(rate)
         found = {"diverged": "loss is nan"} if i == 2 else {"validation_auroc": 0.6 + i / 100, "auroc": 1 - i}
-        write_result(tmp_path, job, settings={}, **found)
-    assert one_run.chosen(tuned, score).learning_rate == METHODS["dora"].learning_rates[1], "whatever test studies say"
+        write_result(tmp_path, replace(tuned, learning_rate=rate, dialect=dialect), settings={}, **found)
+    assert one_run.chosen(tuned, score).learning_rate == METHODS["lora"].learning_rates[1], "whatever test studies say"
 
 
 @pytest.mark.slow

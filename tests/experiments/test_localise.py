@@ -15,6 +15,8 @@ from medctkit.common.provenance import write_json
 from medctkit.experiments import localise
 from medctkit.experiments.adapt import ORIGIN
 from medctkit.lora.adapter import add_lora, save_adapter
+from medctkit.model.base_model import load_mini_base
+from medctkit.model.fingerprint import digests
 from medctkit.training.checkpoints import RECORD
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,3 +115,5 @@ def test_the_page_on_localisation_is_made_of_what_was_measured():
         "after `medctkit localise`: copy its .json to bench, its .md to docs"
     )
     assert saved["made_with"]["command"].startswith("medctkit localise runs/")
+    shipped = digests(load_mini_base().model)[0]
+    assert saved["made_with"].get("base") == shipped or "not on the one that is shipped" in page

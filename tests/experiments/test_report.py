@@ -74,6 +74,8 @@ def test_every_claim_of_the_paper_has_a_row_and_a_verdict(measured):
         "accuracy on CT-RATE", "macro-F1, base -> LoRA", "macro-F1 on CT-RATE",
     ]  # fmt: skip
     assert {c.verdict for c in found.values()} == {report.EXACT, report.MINIATURE, report.GATED, report.INCOMPARABLE}
+    gain = found["accuracy, base -> LoRA"]
+    assert gain.verdict == report.INCOMPARABLE and "; always no: " in gain.here and "alone shows nothing" in gain.why
     assert all(claim.why and claim.command for claim in found.values())
     assert "438,148,761 + 1,671,168 = 439.8 M" in found["size of the model"].here
     assert "154,447,184 of them never take part" in found["size of the model"].why

@@ -261,7 +261,17 @@ def test_an_optimistic_table_says_so_whatever_is_printed_of_it():
     assert "optimistic" not in honest and honest.index.name == "finding"
     same = metrics.compare(labels, scores, scores, patients, findings=NAMES, resamples=10)
     assert metrics.summary(honest, table, against)["optimistic"] == said
-    assert set(metrics.summary(honest, honest, same)) == {"base", "adapted", "difference"}
+    assert set(metrics.summary(honest, honest, same)) == {"base", "adapted", "difference", "without_a_look"}
+
+
+def test_what_is_worth_nothing_stands_beside_what_was_measured():
+    labels, scores, patients = simulate(6)
+    no, yes = (metrics.evaluate(labels, np.full(labels.shape, s), patients, 0.5, NAMES, resamples=2) for s in (0, 1))
+    found = metrics.summary(yes, no, metrics.compare(labels, scores, scores, patients, findings=NAMES, resamples=2))
+    blind = {"auroc": 0.5, "accuracy": no.loc["mean", "accuracy"], "macro_f1": yes.loc["mean", "f1"]}
+    assert found["without_a_look"] == pytest.approx(blind)
+    printed = metrics.result_table(found)
+    assert f"{blind['accuracy']:.3f}, always no" in printed and f"{blind['macro_f1']:.3f}, always yes" in printed
 
 
 def test_one_class_is_a_named_gap_not_a_nan_in_the_mean():

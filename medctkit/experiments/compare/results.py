@@ -98,7 +98,9 @@ def pooled(results: Results, group: str) -> pd.DataFrame:
         `auroc` (mean over them) with `auroc_low` and `auroc_high`, `auroc_sd` over seeds, `over_base` (the difference
         to the base model) with its ends, `home`, `home_over_base` and `home_calibration_over_base`, the same at the
         source hospital, `steps_to_equal` (median over seeds of the first validated step with a score of `EQUAL`; NaN:
-        most never had it), `trainable`, `adapter_bytes`, `validation_auroc`, calibration errors, `intruders`, and
+        most never had it), `stayed` (how many
+        runs of a method that trains kept the base model, for no validated step was better), `trainable`,
+        `adapter_bytes`, `validation_auroc`, calibration errors, `intruders`, and
         `at_edge`: the rate chosen is the lowest or highest of its sweep. 95 % intervals; see the module.
 
     Raises:
@@ -127,6 +129,7 @@ def pooled(results: Results, group: str) -> pd.DataFrame:
             next((step for step, score in json.loads(text) if score >= before + EQUAL * (best - before)), np.inf)
             for text in same["history"]
         ]
+        row["stayed"] = same["best_step"].eq(0).sum() if row["method"] in METHODS else np.nan
         row["steps_to_equal"] = steps if np.isfinite(steps := np.median(reached)) else np.nan
         alike = swept[(swept["method"] == row["method"]) & (swept["variant"] == row["variant"])]
         grid = METHODS[row["method"]].learning_rates if row["method"] in METHODS else ()
@@ -146,6 +149,7 @@ def method_table(results: Results, group: str = "methods") -> pd.DataFrame:
     for i, column in ((1, "trains"), (2, "paper")):
         table[column] = [TEXTS[name][i] for name in table["method"]]
     table["any_prompt"] = table["method"] != PROBE
+    table.loc[~table["method"].isin(METHODS), "dialect"] = "-"
     full = table.loc[table["method"] == "full", "trainable"]
     table["trainable_share"] = table["trainable"] / (full.iloc[0] if len(full) else np.nan)
     return _ordered(table, TEXTS)

@@ -2,7 +2,8 @@
 
 Every run starts from the same base model and gets the same objectives, steps, batches, validations and seeds; methods
 differ in what they train and in their learning rate, which validation studies choose: a grid is swept until its best
-lies between others. Test studies are scored at the end of the runs with the rates chosen, and choose nothing.
+lies between others, or to its end. The words of the per-finding loss are chosen for LoRA in either encoder and in both;
+all other methods have LoRA's. Test studies are scored at the end of the runs with the rates chosen, and choose nothing.
 """
 
 import base64
@@ -39,7 +40,11 @@ from medctkit.zero_shot.prompts import PROMPTS
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 SIZES = (16, 64, 256, 1024, None)  # None: all
 DIALECTS = ("target", "source")  # whose sentences the per-finding loss speaks in
-PLACEMENTS = ("lora", "lora-vision", "lora-text")  # whose dialect is chosen as their learning rate is
+PLACEMENTS = (
+    "lora",
+    "lora-vision",
+    "lora-text",
+)  # whose dialect is chosen as their learning rate is; others have lora's
 BASE, PROBE, SWEEP = "base", "linear-probe", "learning-rates"
 STRENGTHS = (0.25, 0.5, 0.75, 1.25, 1.5)  # of LoRA and full fine-tuning, beside 0, the base model, and 1
 MOST_RATES = 7  # of a sweep; then it ends, wherever its best lies
@@ -127,12 +132,15 @@ def sweep(tuned: Job, score: Callable[[Job], float | None]) -> list[Job]:
     """The runs that choose a learning rate and a dialect (`Job.tuned`), as far as is known by now which they are.
 
     From the rates of `METHODS` on, one more at a time beyond the lowest or highest while that one is the best, and
-    below the lowest while all diverge. `score`, on validation studies, is None of a run that is not done yet, and -inf
-    of one that diverged.
+    below the lowest while it is as good as any: all diverge, or none learns. `score`, on validation studies, is None of
+    a run that is not done yet, and -inf of one that diverged.
     """
-    found = []
-    both = tuned.method in PLACEMENTS and tuned.rank == METHODS[tuned.method].rank
-    for dialect in DIALECTS if both else DIALECTS[:1]:
+    found: list[Job] = []
+    dialects: tuple[str, ...] = DIALECTS
+    if tuned.method not in PLACEMENTS or tuned.rank != METHODS[tuned.method].rank:
+        lora = chosen(Job("", "lora", METHODS["lora"].rank).tuned, score)
+        dialects = (lora.dialect,) if lora else ()
+    for dialect in dialects:
         rates = list(METHODS[tuned.method].learning_rates)
         while True:
             jobs = [replace(tuned, learning_rate=rate, dialect=dialect) for rate in rates]
@@ -140,7 +148,7 @@ def sweep(tuned: Job, score: Callable[[Job], float | None]) -> list[Job]:
             known = [value for value in scores if value is not None]
             if len(known) < len(scores) or len(rates) >= MOST_RATES:
                 break
-            if known[0] == max(known) > max(known[1:]) or max(known) == -math.inf:
+            if known[0] == max(known):
                 rates.insert(0, next_rate(rates[0], up=False))
             elif known[-1] == max(known) > max(known[:-1]):
                 rates.append(next_rate(rates[-1], up=True))
@@ -157,7 +165,7 @@ def chosen(tuned: Job, score: Callable[[Job], float | None]) -> Job | None:
         ValueError: it diverged with every learning rate.
     """
     scored = [(score(job), job) for job in sweep(tuned, score)]
-    if any(value is None for value, _ in scored):
+    if not scored or any(value is None for value, _ in scored):
         return None
     value, best = max(scored, key=lambda each: (each[0], -(each[1].learning_rate or 0)))
     if value == -math.inf:
@@ -170,8 +178,14 @@ def jobs(group: str, seeds: Iterable[int], score: Callable[[Job], float | None],
 
     With `assume`, what is not chosen yet has the first rate of its sweep.
     """
-    sweeps = {job.tuned: sweep(job.tuned, score) for job in GROUPS[group] if job.trains}
-    best = {tuned: chosen(tuned, score) or (found[0] if assume else None) for tuned, found in sweeps.items()}
+    tuned = dict.fromkeys(job.tuned for job in [*_of(group, "lora"), *GROUPS[group]] if job.trains)
+    sweeps = {each: sweep(each, score) for each in tuned}
+    if assume:
+        first = {
+            job: [replace(job, learning_rate=rate) for rate in METHODS[job.method].learning_rates] for job in tuned
+        }
+        sweeps = {each: found or first[each] for each, found in sweeps.items()}
+    best = {each: chosen(each, score) or (found[0] if assume else None) for each, found in sweeps.items()}
     listed = [job for found in sweeps.values() for job in found]
     for seed, job in product(seeds, GROUPS[group]):
         if job.trains:

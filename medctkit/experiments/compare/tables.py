@@ -1,12 +1,13 @@
 """The tables of a comparison as text: for a terminal, a page and `tables.json`; and what they say, in sentences."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from medctkit.common.provenance import records, write_json
 from medctkit.experiments.compare.data import HELD_OUT, VARIANTS
@@ -26,23 +27,46 @@ from medctkit.experiments.compare.results import (
     unseen_table,
 )
 from medctkit.experiments.compare.runs import GROUPS
-from medctkit.metrics.bootstrap import with_interval
+from medctkit.lora.methods import METHODS
 
 
 def verdict(results: Results, group: str, one: str, other: str, what: str = "") -> str:
     """A sentence on the paired difference of two methods of a group, "METHOD" or "METHOD, VARIANT", with its interval.
 
     The difference is of the first that is named from the second; where it is not chance, the better one is named first.
-    `what` is of `Results.draws`, "/home" say; "": the AUROC at the target hospital.
+    `what` is of `Results.draws`, "/home" say; "": the AUROC at the target hospital. See `difference_of_means`.
     """
     sides = [names_of(results, group, *name.split(", ")) for name in (one, other)]
-    draws = np.subtract(*(results.mean_draws(names, what) for names in sides))
-    difference, low, high = with_interval("", draws).values()
+    a, b = (", ".join([TEXTS[name.split(", ")[0]][0], *name.split(", ")[1:]]) for name in (one, other))
+    steps = results.runs.set_index("name")["best_step"]
+    for name, label, names in ((one, a, sides[0]), (other, b, sides[1])):
+        if name.split(", ")[0] in METHODS and (steps[list(names)] == 0).all():
+            return (
+                f"{a} and {b} are not compared: no step of {label} was better than the base model, {len(names)} runs."
+            )
+    difference, low, high = difference_of_means(results, sides[0], sides[1], what)
     if high < 0:
         return verdict(results, group, other, one, what)
-    a, b = (", ".join([TEXTS[name.split(", ")[0]][0], *name.split(", ")[1:]]) for name in (one, other))
     said = f"{a} is better than {b}" if low > 0 else f"{a} and {b} are not told apart"
     return f"{said}: {difference:+.3f} [{low:+.3f}, {high:+.3f}], {len(sides[0])} and {len(sides[1])} runs."
+
+
+def difference_of_means(
+    results: Results, names: Sequence[str], others: Sequence[str], what: str = ""
+) -> tuple[float, float, float]:
+    """Mean AUROC of some runs minus that of others, with a 95 % interval over patients *and* seeds.
+
+    Variance over resamples of patients, plus on each side that of the runs' means over seeds; Student's t with the
+    degrees of freedom of Welch (Biometrika 34, 1947), where those of patients are many. One run alone has no variance
+    over seeds: then the interval is of patients, for that run.
+    """
+    draws = results.mean_draws(names, what) - results.mean_draws(others, what)
+    runs = [[float(results.draws[name + what][0]) for name in side] for side in (names, others)]
+    over_seeds = [(np.var(side, ddof=1) / len(side), len(side) - 1) for side in runs if len(side) > 1]
+    variance = np.var(draws[1:], ddof=1) + sum(of for of, _ in over_seeds)
+    uncertain = sum(of**2 / freedom for of, freedom in over_seeds)
+    half = stats.t.ppf(0.975, variance**2 / uncertain if uncertain else np.inf) * np.sqrt(variance)
+    return draws[0], draws[0] - half, draws[0] + half
 
 
 class Shown(NamedTuple):
@@ -55,7 +79,7 @@ class Shown(NamedTuple):
 
 
 _SCORES = "label auroc over_base seeds"
-_TAUGHT = f"{_SCORES} auroc_sd learning_rate steps_to_equal trainable"
+_TAUGHT = f"{_SCORES} auroc_sd stayed learning_rate dialect steps_to_equal trainable"
 _COSTS = "adapter_bytes seconds_per_step seconds_per_step_of_full peak_bytes peak_bytes_of_full"
 TABLES: dict[str, Shown] = {
     "rivals": Shown(
@@ -70,8 +94,9 @@ TABLES: dict[str, Shown] = {
     "placement": Shown("placement", lambda found: method_table(found, "placement"), _TAUGHT),
     "methods": Shown(
         "methods", method_table, f"{_TAUGHT} {_COSTS}",
-        f"The linear probe knows these 18 answers only. Steps to equal: until {EQUAL:.0%} of LoRA's gain on validation "
-        "studies, median over seeds; -: most never had it. Seconds and peak bytes: of a step, measured alone.",
+        "The linear probe knows these 18 answers only. Stayed: so many runs kept the base model, as no validated step "
+        f"was better. Steps to equal: until {EQUAL:.0%} of LoRA's gain on validation studies, median over seeds; -: "
+        "most never had it. Seconds and peak bytes: of a step, alone; what differs by less than a quarter is noise.",
     ),
     "forgetting": Shown(
         "forgetting", forgetting_table, f"{_SCORES} home_over_base home_calibration_over_base intruders",
@@ -83,7 +108,9 @@ TABLES: dict[str, Shown] = {
     "ranks": Shown("ranks", lambda found: pooled(found, "ranks").sort_values("rank"), f"rank {_TAUGHT}"),
 }  # fmt: skip
 _FORMS = {"learning_rate": "g", "strength": "g", "peak_bytes": ".2g", "intruders": ".1f", "seconds_per_step": ".2f"}
-_FORMS |= dict.fromkeys(("trainable", "adapter_bytes", "studies", "seeds", "rank", "flipped", "steps_to_equal"), ",.0f")
+_FORMS |= dict.fromkeys(
+    ("trainable", "adapter_bytes", "studies", "seeds", "rank", "flipped", "steps_to_equal", "stayed"), ",.0f"
+)
 
 
 def shown(table: pd.DataFrame, columns: str) -> pd.DataFrame:
@@ -131,9 +158,23 @@ def all_tables(results: Results) -> dict[str, pd.DataFrame]:
 
 
 def missing(results: Results) -> str:
-    """What was not measured yet, and the command that does it; "" if nothing is missing."""
-    groups = [group for group in GROUPS if not results.has(group)]
-    return f"not measured yet: medctkit compare FOLDER --only {','.join(groups)}" if groups else ""
+    """What was not measured yet, with the command that does it, or not as often as the rest; "" if nothing is."""
+    groups, seeds = [group for group in GROUPS if not results.has(group)], results.runs["seed"].nunique()
+    few: dict[str, str] = {}
+    for job in (job for group in GROUPS if group not in groups for job in GROUPS[group]):
+        runs, wanted = results.runs[results.runs["group"] == job.group], seeds if job.trains else 1
+        for key, value in (
+            ("method", job.method),
+            ("variant", job.variant),
+            ("rank", job.rank),
+            ("studies", job.studies),
+        ):
+            runs = runs if value is None else runs[runs[key] == value]
+        if len(runs) < wanted:
+            few[f"{TEXTS[job.method][0]}{', ' * bool(job.variant)}{job.variant}"] = f"{len(runs)} of {wanted}"
+    said = [f"not measured yet: medctkit compare FOLDER --only {','.join(groups)}"] if groups else []
+    said += [f"runs still to be done: {', '.join(f'{name} ({n})' for name, n in few.items())}"] if few else []
+    return "; ".join(said)
 
 
 def show_all(results: Results) -> str:

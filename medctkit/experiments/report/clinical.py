@@ -50,8 +50,11 @@ def parts(measured: Measurement) -> Iterator[tuple[str, str, str, pd.DataFrame]]
     table = tables["subgroups"]
     other = table.loc[apart(table, "against the rest"), "subgroup"]
     words = f"Subgroups of {len(table)} in which the adapted model's mean AUROC differs from that of the rest, by an "
-    words += f"interval without 0: {named(other)}. Nothing is corrected for so many comparisons: of twenty, one would "
-    words += "differ by chance. A study of which nothing is known is in none."
+    words += f"interval without 0: {named(other)}. Nothing is corrected for so many comparisons (both rows of a trait "
+    words += (
+        "with two groups, such as sex, are one): of twenty, one would differ by chance. A study of which nothing is "
+    )
+    words += "known is in none."
     yield "Subgroups", words, "Mean AUROC, and the adapted model against the rest.", table
     table = tables["recalibration"]
     chosen = [f"{row['method']} for the {row['model']} model" for _, row in table[table["chosen"]].iterrows()]
@@ -67,7 +70,7 @@ def parts(measured: Measurement) -> Iterator[tuple[str, str, str, pd.DataFrame]]
     useful = table.loc[table["adapted_low"] > table["everybody_high"].clip(lower=0), "threshold"]
     words = f"Thresholds of {len(table)} at which the adapted model's interval lies above acting on nobody, and above "
     words += f"the interval of acting on everybody: {named(useful)}. Scores are recalibrated as chosen on validation "
-    words += "patients. From a threshold of 0.1 on, one hit is worth nine false alarms."
+    words += "patients. At a threshold of 0.1 one hit is worth nine false alarms, at 0.5 one."
     yield "Decision curves", words, "Mean net benefit over findings.", table
     words = "The CRG score (arXiv 2505.17167) weighs hits, misses and false alarms by how many there can be. Always "
     words += "yes and always no both get 0.333, everything right gets 1."
