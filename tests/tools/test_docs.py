@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 from markdown_it import MarkdownIt
 
@@ -149,6 +150,20 @@ def test_the_front_door_shows_what_notebook_04_measured():
     rows = re.findall(r"^\| (?:mean AUROC|accuracy|macro-F1) .*$", (ROOT / "README.md").read_text(), re.M)
     assert len(rows) == 3
     assert [row for row in rows if " ".join(re.sub(r"[|*]", " ", row).split()) not in printed] == []
+
+
+def test_what_prose_says_of_the_comparison_is_what_it_found():
+    from medctkit.experiments.compare.results import load_results, method_table, rivals_table
+
+    over = pd.concat([rivals_table(load_results()), method_table(load_results(), "placement")]).set_index("method")
+    said = {method: f"{over.loc[[method], 'over_base'].iloc[0]:.3f}" for method in over.index}
+    quoted = {
+        "README.md": ("lora", "coral", "lora-all", "full", "hu-boxes"),
+        "CHANGELOG.md": ("lora", "coral", "lora-all", "full", "hu-boxes"),
+        "docs/reproduction.md": ("lora", "coral"),
+    }
+    lacking = [(page, m) for page, of in quoted.items() for m in of if said[m] not in (ROOT / page).read_text()]
+    assert lacking == [], said
 
 
 def measured():

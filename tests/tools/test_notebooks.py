@@ -332,6 +332,17 @@ def test_a_solution_that_is_not_right_fails_the_check(clone):
     )
 
 
+def test_committed_notebooks_were_run_in_one_go_with_nothing_solved():
+    """Rendered one by one, beside a check's results, they told of other runs and of exercises that nobody had solved."""
+    said = {}
+    for path in sorted((course.ROOT / "notebooks").glob("*.ipynb")):
+        cells = nbformat.read(path, as_version=4).cells
+        said[path.name] = "".join(output.get("text", "") for cell in cells for output in cell.get("outputs", ()))
+    assert [name for name, text in said.items() if "●" in text] == []
+    runs = {line for text in said.values() for line in text.split("\n") if "a run finished after" in line}
+    assert len(runs) == 1, runs
+
+
 def test_what_cannot_be_committed_is_refused():
     path = Path("01_x.ipynb")
     with pytest.raises(RuntimeError, match="01_x.ipynb has 2.1 MB with its outputs; at most 2 MB"):
