@@ -333,7 +333,7 @@ def test_a_solution_that_is_not_right_fails_the_check(clone):
 
 
 def test_committed_notebooks_were_run_in_one_go_with_nothing_solved():
-    """Rendered one by one, beside a check's results, they told of other runs and of exercises that nobody had solved."""
+    """Rendered one by one beside a check's results, they told of other runs, and of exercises nobody had solved."""
     said = {}
     for path in sorted((course.ROOT / "notebooks").glob("*.ipynb")):
         cells = nbformat.read(path, as_version=4).cells
