@@ -47,6 +47,9 @@ class _Commands(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         split = [arg.partition("=") if arg.startswith("--") else (arg, "", "") for arg in args]
         home = os.path.expanduser
+        if empty := [name for name, equals, value in split if not (value if equals else name)]:
+            what = f"the value of {empty[0]}" if empty[0] else "an argument"
+            raise typer.BadParameter(f"{what} is empty: is it a shell variable that is not set?")
         return super().parse_args(ctx, [home(name) + equals + home(value) for name, equals, value in split])
 
     def invoke(self, ctx: Any) -> Any:
@@ -192,10 +195,13 @@ def prepare_data(
     """Read and pre-process every volume of a data set once. Stop it and start it again as you like."""
     from medctkit.cohort import manifest as schema
     from medctkit.cohort.ct_rate import manifest_from_ct_rate
-    from medctkit.cohort.prepare import prepare, write_failures
+    from medctkit.cohort.prepare import prepare, refuse_other_list, write_failures
     from medctkit.model.base_model import preprocess_config_of
 
     failures: list[dict] = []
+    if source.is_file() and (output_dir / "manifest.csv").exists() and source.samefile(output_dir / "manifest.csv"):
+        raise ValueError(f"{source} would be overwritten by the manifest of what is prepared; give another OUTPUT_DIR")
+    refuse_other_list(output_dir / "failures.csv")
     if source.is_dir():
         chosen: dict[str, Any] = dict(one_reconstruction=one_reconstruction, failures=failures)
         table, counts = manifest_from_ct_rate(source, version, valid_share, seed, **chosen)

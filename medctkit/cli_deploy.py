@@ -38,7 +38,9 @@ def with_adapter(model: str, tokenizer: Path | None, adapter: Path | None) -> An
 @deploying.command()
 def predict(
     study: Study,
-    out: Annotated[Path, typer.Argument(help="Folder for scores.csv, scores.json, results.json and picture.png.")],
+    out: Annotated[
+        Path, typer.Argument(help="Folder for scores.csv, scores.json, results.json and picture.png.", file_okay=False)
+    ],
     model: Asked,
     tokenizer: Words = None,
     adapter: OfModel = None,
@@ -53,7 +55,9 @@ def predict(
 @deploying.command()
 def answer(
     study: Study,
-    out: Annotated[Path, typer.Argument(help="Folder for SR.dcm (report), OT.dcm (picture) and SEG.dcm (map).")],
+    out: Annotated[
+        Path, typer.Argument(help="Folder for SR.dcm (report), OT.dcm (picture) and SEG.dcm (map).", file_okay=False)
+    ],
     model: Asked,
     tokenizer: Words = None,
     adapter: OfModel = None,
@@ -73,7 +77,7 @@ def answer(
 @deploying.command()
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a finished fine-tuning.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write; an export that is there is replaced.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; an export that is there is replaced.", file_okay=False)],
     prompts: Annotated[str, typer.Option(help="paper, training-style or ensemble.")] = "paper",
     text: Annotated[bool, typer.Option("--text", help="The text tower too, for other prompts later.")] = False,
 ) -> None:
@@ -115,7 +119,9 @@ def deploy_table(
 
 @deploying.command()
 def gateway(
-    folder: Annotated[Path, typer.Argument(help="For slices and answers on their way; nobody else's.")],
+    folder: Annotated[
+        Path, typer.Argument(help="For slices and answers on their way; nobody else's.", file_okay=False)
+    ],
     destination: Annotated[str, typer.Argument(help="Gets the answers: TITLE@HOST:PORT.")],
     model: Asked,
     tokenizer: Words = None,

@@ -23,7 +23,9 @@ def write_default_manifest(
 
 @maintaining.command(rich_help_panel=PANEL)
 def pretrain(
-    output_dir: Annotated[Path, typer.Argument(help="For the model; the shipped one is in medctkit/assets/mini.")],
+    output_dir: Annotated[
+        Path, typer.Argument(help="For the model; the shipped one is in medctkit/assets/mini.", file_okay=False)
+    ],
     pool_dir: Annotated[Path, typer.Option(help="Phantom studies (5.6 GB) and the checkpoint.")] = Path(
         "runs/pretraining"
     ),
@@ -38,7 +40,9 @@ def pretrain(
 @maintaining.command(rich_help_panel=PANEL)
 def gallery(
     folder: Annotated[Path, typer.Argument(help="Where the pages are written.", file_okay=False)],
-    real: Annotated[Path | None, typer.Option(help="A real scan: one page more, beside a phantom.")] = None,
+    real: Annotated[
+        Path | None, typer.Option(help="A real scan: one page more, beside a phantom.", exists=True)
+    ] = None,
 ) -> None:
     """Draw pages to judge phantoms by: each finding in three planes, beside the same patient without it."""
     from medctkit.viewers.gallery import draw_beside_real, draw_twins

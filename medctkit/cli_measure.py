@@ -58,6 +58,8 @@ def evaluate(
     from medctkit.training.checkpoints import described
 
     file = tables.scores_file(scores or output_dir / "scores.csv")
+    if scores and not file.parent.is_dir():
+        raise ValueError(f"{file}: there is no folder {file.parent}; make it, or give another name")
     first = accelerator_for().is_main_process
     if base:
         origin = Origin(model, None if tokenizer is None else str(tokenizer), hospital)
@@ -125,7 +127,9 @@ def embed(
 
 @measuring.command("compare")
 def compare(
-    output_dir: Annotated[Path, typer.Argument(help="Gets a file for each run, the tables and the figures.")],
+    output_dir: Annotated[
+        Path, typer.Argument(help="Gets a file for each run, the tables and the figures.", file_okay=False)
+    ],
     manifest: Manifest = DEFAULT_MANIFEST,
     cache_dir: Cache = None,
     only: Annotated[

@@ -64,7 +64,7 @@ class Classified:
         slices, bars = figure.subfigures(1, 2, width_ratios=(1, 1.15), squeeze=False)[0]
         self._draw_slices(slices.subplots(2, 2))
         self._draw_bars(bars.subplots())
-        figure.suptitle(self.title, fontsize=12)
+        figure.suptitle(self.title.encode("utf-8", "backslashreplace").decode(), fontsize=12)  # of a file's name
         return figure
 
     def _draw_slices(self, axes: np.ndarray) -> None:
@@ -141,6 +141,12 @@ def classify(
     """
     if scan is None:
         scan = generate(SAMPLE_SEED, shape=SAMPLE_SHAPE)
+    given = dict(labels or {})
+    wrong = {
+        name: value for name, value in given.items() if name in FINDINGS and not (value in (0, 1) or value != value)
+    }
+    if wrong or (given and not set(given) & set(FINDINGS)):
+        raise ValueError(f"labels are {wrong or given}; expected 0, 1 or NaN for names of FINDINGS")
     masks, volume, known = {}, scan, {} if labels is None else labels
     if isinstance(scan, PhantomStudy):
         volume, masks, known = scan.volume, scan.masks, scan.labels if labels is None else labels
@@ -203,8 +209,9 @@ def answer_study(
         ValueError: see `read_volume` and `deploy.answer`.
         ModuleNotFoundError: the extra [deploy] is not installed.
     """
-    from medctkit.deploy.answer import NOTICE, answer
+    from medctkit.deploy.answer import NOTICE, answer, of_dicom
 
+    of_dicom(path)
     volume = read_volume(path, series=series)
     found, facts, heat_map = classify(volume, base, prompts=prompts), predict.facts_of(base, prompts), None
     if with_map:

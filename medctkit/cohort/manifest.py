@@ -390,7 +390,7 @@ def write_manifest(table: "pd.DataFrame", path: str | os.PathLike) -> Path:
     A `path` or `masks` inside the manifest's folder is written relative to it, so that all can move together.
     """
     path = Path(path).expanduser()
-    validate_manifest(table)
+    table = validate_manifest(table).copy()
     folder = Path(os.path.abspath(path.parent))
     for name in table.columns.intersection(_FILES):
         table[name] = ["" if is_empty(file) else _from_folder(str(file), folder) for file in table[name]]

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from medctkit.common.processes import worker_pool
 from medctkit.common.text import as_bytes, printable
 from medctkit.scans.preprocessing import PreprocessConfig
 
+FAILURE = ["study", "path", "error", "message"]  # columns of a list of failures
 CONTENTS = "contents.csv"  # in the cache folder: which file had which content, so that it is hashed once
 BYTES_PER_VOXEL = 1.4  # expected; phantoms took 1.04 at the released size, 1.34 at that of the mini model
 HOPELESS = 20  # failures without one success after which a run stops: the settings are wrong, not the volumes
@@ -140,13 +141,20 @@ def prepare(
     return done
 
 
+def refuse_other_list(path: str | os.PathLike) -> None:
+    """Refuse a file that a list of failures would overwrite, or take away, and that is none: a ValueError."""
+    with suppress(FileNotFoundError), Path(path).open(encoding="utf-8", errors="replace") as file:
+        if not file.readline().startswith(",".join(FAILURE)):
+            raise ValueError(f"{path} is no list of failures of `medctkit prepare`; move it away")
+
+
 def write_failures(failures: Sequence[Mapping], path: str | os.PathLike) -> None:
     """Write the failures of a run as a table, whole or not at all; without failures, remove an earlier run's."""
     path = Path(path)
     if not failures:
         path.unlink(missing_ok=True)
         return
-    write_table(pd.DataFrame(failures, columns=["study", "path", "error", "message"]), path)
+    write_table(pd.DataFrame(failures, columns=FAILURE), path)
 
 
 def _not_yet(

@@ -2,8 +2,8 @@
 
 import os
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 
@@ -19,6 +19,17 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     try:
         yield temporary
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and error.filename is None:
+            error.filename = str(path)  # of a full disk only the errno is told
         raise
+
+
+def replace_all(contents: Mapping[str, bytes], folder: Path) -> list[Path]:
+    """Write files of these names into a folder, which take their names when all of them are whole, or none does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        for name, content in contents.items():
+            stack.enter_context(replacing(folder / name)).write_bytes(content)
+    return [folder / name for name in contents]

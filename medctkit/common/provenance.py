@@ -46,10 +46,15 @@ def records(table: pd.DataFrame) -> list[dict]:
     return table.astype(object).where(table.notna(), None).to_dict("records")
 
 
+def as_json(content: dict) -> bytes:
+    """JSON as the kit writes it."""
+    return json.dumps(content, indent=1).encode()
+
+
 def write_json(content: dict, path: str | os.PathLike) -> None:
     """Write JSON, whole or not at all."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        temporary.write_bytes(as_json(content))
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

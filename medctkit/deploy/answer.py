@@ -8,9 +8,11 @@ nearest codes of SNOMED.
 UIDs are made from the slices, the model and the scores, so that an answer that is given twice is one answer.
 """
 
+import io
 import os
 import re
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,7 +23,7 @@ from pydicom import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
-from medctkit.common.atomic import replacing
+from medctkit.common.atomic import replace_all
 from medctkit.scans.archives import unpacked
 from medctkit.scans.dicom_files import Slice, chosen_series, is_dicom, load
 from medctkit.scans.heat_map import HeatMap
@@ -81,14 +83,35 @@ def answer(
     return found
 
 
+def of_dicom(path: str | os.PathLike) -> None:
+    """Refuse a `path` that no answer can be given for, before it is scored: a ValueError."""
+    path = Path(path).expanduser()
+    if path.is_file() and not is_dicom(path) and not zipfile.is_zipfile(path):
+        raise ValueError(
+            f"{path.name} is no DICOM, and an answer refers to DICOM slices: give their folder or its .zip"
+        )
+
+
 def write_answer(found: Sequence[Dataset], folder: str | os.PathLike) -> list[Path]:
-    """Write DICOM objects to a folder, each whole, named by their kind: SR.dcm, OT.dcm, SEG.dcm."""
-    folder = Path(folder).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{made.Modality}.dcm" for made in found]
-    for made, path in zip(found, paths, strict=True):
-        with replacing(path) as temporary:
-            made.save_as(temporary, enforce_file_format=True)
+    """Write DICOM objects to a folder, named by their kind: SR.dcm, OT.dcm, SEG.dcm; all of them or none.
+
+    An earlier answer that lies there is taken away whole.
+
+    Raises:
+        ValueError: a file of such a name that is no answer of the kit, such as a slice of the scan.
+    """
+    folder, contents = Path(folder).expanduser(), {}
+    for made in found:
+        made.save_as(buffer := io.BytesIO(), enforce_file_format=True)
+        contents[f"{made.Modality}.dcm"] = buffer.getvalue()
+    there = [folder / f"{kind}.dcm" for kind in ("SR", "OT", "SEG") if (folder / f"{kind}.dcm").exists()]
+    for path in there:
+        header = load(path, path.name)
+        if header is None or header.get("ManufacturerModelName") != NAME:
+            raise ValueError(f"{path} is there, and no answer of {NAME}; give another folder")
+    paths = replace_all(contents, folder)
+    for path in set(there) - set(paths):
+        path.unlink()
     return paths
 
 

@@ -1,6 +1,8 @@
 """One base model with the adapters of many hospitals on board; each volume is seen through its own."""
 
+import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +18,20 @@ from medctkit.zero_shot.classifier import ZeroShotClassifier, refuse_non_finite
 from medctkit.zero_shot.prompts import Prompts
 
 BASE = "__base__"  # peft's name for no adapter
+WAYS: tuple[str, ...] = (
+    "cat",
+    "svd",
+    "linear",
+    "ties",
+    "ties_svd",
+    "dare_linear",
+    "dare_linear_svd",
+    "dare_ties",
+    "dare_ties_svd",
+)
+WAYS += ("magnitude_prune", "magnitude_prune_svd")
+_NAME = re.compile(r"[\w-]{1,64}")
+_NAMES = f"names other than {BASE!r}, of letters, digits, _ and -"
 
 
 class AdapterBank:
@@ -29,8 +45,8 @@ class AdapterBank:
     """
 
     def __init__(self, base: BaseModel, folders: Mapping[str, str | os.PathLike], prompts: Prompts = "paper"):
-        if not folders or BASE in folders:
-            raise ValueError(f"folders has {', '.join(folders) or 'no adapters'}; expected names other than {BASE!r}")
+        if not folders or BASE in folders or not all(map(_NAME.fullmatch, folders)):
+            raise ValueError(f"folders has {', '.join(map(repr, folders)) or 'no adapters'}; expected {_NAMES}")
         model: Any = base.model
         for name, folder in folders.items():
             model = load_adapter(model, folder, name)
@@ -81,6 +97,10 @@ class AdapterBank:
             ValueError: a name that is taken, or unknown; no plain LoRA; what peft cannot combine.
         """
         known = self.model.peft_config
+        if how not in WAYS or not all(map(math.isfinite, weights.values())):
+            raise ValueError(f"{how!r} of {dict(weights)}: expected finite weights, and one of {', '.join(WAYS)}")
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"{name!r}: expected {_NAMES}")
         if name in (*known, BASE) or not weights or not set(weights) <= set(known):
             raise ValueError(f"{name!r} of {[*weights]}: expected a new name, of {', '.join(self.names)}")
         for each in weights:  # peft would keep the scaling of rsLoRA and the lengths of DoRA, and both were wrong

@@ -9,7 +9,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ TOLERANCE = 1e-6  # of an embedding's numbers
 TIE = 2e-6  # difference of two cosines that rounding decides
 OPSET = 20
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
+_OWN, _OWN_BEGIN = {FACTS, PROMPTS, "README.md", "text"}, ("vision.", ".export-")  # of an export, half of one as well
 
 
 class ExportDiffers(ValueError):
@@ -58,8 +59,8 @@ def export(
 ) -> Path:
     """Write vision tower, prompts, pre-processing and digests to `folder`, as `Exported` reads them.
 
-    The `model` is a CT-CLIP, with an adapter or without, and is left as it is. The `folder` is replaced as a whole, or
-    left as it was. With `text`, it has the text tower and its vocabulary too, for other prompts later.
+    The `model` is a CT-CLIP, with an adapter or without, and is left as it is. An export in `folder` is replaced as a
+    whole, or left as it was. With `text`, it has the text tower and its vocabulary too, for other prompts later.
 
     Raises:
         ValueError: a model whose vision tower is not CT-CLIP's; `folder` holds something else.
@@ -104,18 +105,35 @@ def export(
 
 @contextmanager
 def replacing_export(folder: str | os.PathLike) -> Iterator[Path]:
-    """A folder to write an export to, which takes the place of `folder` at the end of the block, or nothing happens."""
+    """A folder to write an export to, whose files go to `folder` at the end of the block, or nothing happens.
+
+    Those of an earlier export are taken away; what else lies there stays. The last to come is `FACTS`, without which a
+    folder is no export. The folder itself stays the same: it may be a mount point.
+
+    Raises:
+        ValueError: a folder that holds something else than an export.
+    """
     folder = Path(folder).expanduser()
-    if folder.exists() and not (folder / FACTS).is_file() and any(folder.iterdir()):
+    made, there = not folder.exists(), [path.name for path in folder.iterdir()] if folder.exists() else []
+    own = [name for name in there if name in _OWN or name.startswith(_OWN_BEGIN)]
+    if FACTS not in there and len(own) < len(there):
         raise ValueError(f"{folder} holds something else than an export; give an empty or another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        building = Path(scratch) / "export"
-        building.mkdir()
-        yield building
-        if folder.exists():
-            folder.rename(Path(scratch) / "old")
-        os.replace(building, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as scratch:
+            building, old = Path(scratch) / "new", Path(scratch) / "old"
+            building.mkdir()
+            old.mkdir()
+            yield building
+            for name in sorted(own, key=lambda name: name != FACTS):
+                (folder / name).rename(old / name)
+            for path in sorted(building.iterdir(), key=lambda path: path.name == FACTS):
+                path.rename(folder / path.name)
+    except BaseException:
+        if made:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:

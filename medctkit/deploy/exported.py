@@ -11,6 +11,7 @@ import numpy as np
 from medctkit.common.extras import require
 
 VISION, PROMPTS, FACTS = "vision.onnx", "prompts.npz", "export.json"
+LARGEST = 1.01  # of a volume's values, whose limits are -1 and 1
 OPENVINO = "vision.xml"  # in place of VISION, with its weights in vision.bin
 Run = Callable[[np.ndarray], list[np.ndarray]]  # volumes to embeddings and codes
 
@@ -55,6 +56,10 @@ class Exported:
         if volumes.ndim != 5 or volumes.shape[1:] != expected or volumes.dtype != np.float32:
             shape = f"(batch, {', '.join(map(str, expected))})"
             raise ValueError(f"volumes are {volumes.dtype} {volumes.shape}; expected float32 {shape}")
+        if max(-volumes.min(initial=0), volumes.max(initial=0)) > LARGEST:
+            raise ValueError(
+                f"volumes go from {volumes.min():g} to {volumes.max():g}; expected -1 to 1: HU / 1000, cut"
+            )
         embeds, codes = self._run(volumes)
         return embeds, codes
 

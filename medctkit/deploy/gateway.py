@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import threading
 import time
@@ -33,6 +34,8 @@ from medctkit.deploy.answer import write_answer
 log = logging.getLogger("medctkit.gateway")
 SUCCESS, OUT_OF_RESOURCES, NOT_UNDERSTOOD = 0x0000, 0xA700, 0xC000
 _TRIES = 3  # of a series, which may be what ends the process each time
+_TITLE = re.compile(r"(?=.*[^ ])[ -\[\]-~]{1,16}")  # printable ASCII without the backslash, not only spaces
+_TITLES = "a title has at most 16 letters of ASCII and no backslash"
 _PAUSE = 0.2  # s between looks at the disk
 
 
@@ -53,9 +56,10 @@ class Peer:
         """
         title, _, rest = text.partition("@")
         host, _, port = rest.rpartition(":")
-        if not (title and host and port.isdecimal() and 0 < int(port) < 2**16 and len(title) <= 16):
-            raise ValueError(f"{text!r}: expected TITLE@HOST:PORT, such as PACS@127.0.0.1:4242")
-        return cls(host, int(port), title)
+        fits = port.isdecimal() and 0 < int(port) < 2**16 and re.fullmatch(r"[\w.:-]+|\[[\w.:]+\]", host)
+        if not (fits and _TITLE.fullmatch(title)):
+            raise ValueError(f"{text!r}: expected TITLE@HOST:PORT, such as PACS@127.0.0.1:4242; {_TITLES}")
+        return cls(host.strip("[]"), int(port), title)
 
 
 @dataclass(frozen=True)
@@ -221,7 +225,11 @@ class Gateway:
         for made in answers:
             entity.add_requested_context(made.SOPClassUID, made.file_meta.TransferSyntaxUID)
         peer = self.destination
-        link = entity.associate(peer.host, peer.port, ae_title=peer.title)
+        try:
+            link = entity.associate(peer.host, peer.port, ae_title=peer.title)
+        except (OSError, ValueError) as error:  # an address, or a kind of object, that cannot be
+            log.warning("series %s waits: %s, calling %s", name, type(error).__name__, peer.title)
+            return False
         if not link.is_established:
             log.warning("series %s waits: %s does not take calls", name, peer.title)
             return False

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from medctkit.common.atomic import replacing
-from medctkit.common.provenance import write_json
+from medctkit.common.atomic import replace_all
+from medctkit.common.provenance import as_json
 from medctkit.model.base_model import BaseModel
 from medctkit.model.fingerprint import digests, vocabulary_of
 from medctkit.zero_shot.prompts import Prompts
@@ -37,20 +37,20 @@ def write_prediction(
 
     The challenge's form is that of github.com/forithmus/VLM3D-Dockers, `abnclass_example_docker`: one entry for each
     volume, the `case` named without .nii.gz, with the 18 probabilities by name. The `facts` are those of `facts_of`,
-    the `picture` is a PNG file's bytes; files of these names in `folder` are replaced.
+    the `picture` is a PNG file's bytes; files of these names in `folder` are replaced, all or none.
     """
-    folder = Path(folder).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
     challenge = {
         "name": "Generated probabilities",
         "type": "Abnormality Classification",
         "version": {"major": 1, "minor": 0},
         "predictions": [{"input_image_name": case, "probabilities": dict(scores)}],
     }
-    write_json({"case": case, "scores": dict(scores), "model": dict(facts)}, folder / "scores.json")
-    write_json(challenge, folder / "results.json")
-    table = pd.DataFrame({"finding": list(scores), "score": list(scores.values())}).to_csv(index=False)
-    for name, content in {"scores.csv": table.encode(), "picture.png": picture}.items():
-        with replacing(folder / name) as temporary:
-            temporary.write_bytes(content)
-    return [folder / name for name in ("scores.csv", "scores.json", "results.json", "picture.png")]
+    contents = {
+        "scores.csv": pd.DataFrame({"finding": list(scores), "score": list(scores.values())})
+        .to_csv(index=False)
+        .encode(),
+        "scores.json": as_json({"case": case, "scores": dict(scores), "model": dict(facts)}),
+        "results.json": as_json(challenge),
+        "picture.png": picture,
+    }
+    return replace_all(contents, Path(folder).expanduser())

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydicom.datadict import tag_for_keyword
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from pydicom.valuerep import format_number_as_ds
@@ -24,9 +25,14 @@ def write_series(volume: CTVolume, folder: str | os.PathLike, tags: Mapping[str,
     a series without a UID get new ones.
 
     Raises:
-        ValueError: values that are not those of a CT: outside of 16 bits.
+        ValueError: values that are not those of a CT: outside of 16 bits; a folder that holds something; an unknown
+            tag.
     """
     folder = Path(folder).expanduser()
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty, and slices of two scans would mix; give a folder of its own")
+    if unknown := [name for name in tags or {} if tag_for_keyword(name) is None]:
+        raise ValueError(f"{unknown[0]!r} is no DICOM keyword; expected names such as PatientID or StudyDate")
     folder.mkdir(parents=True, exist_ok=True)
     pixels = np.rint(volume.hu)
     if pixels.min() < -(2**15) or pixels.max() >= 2**15:

@@ -4,6 +4,7 @@ Notebook 03 walks through the same steps one by one.
 """
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -57,6 +58,12 @@ class Adaptation(FineTuneConfig):
             raise ValueError(f"unknown method {self.method!r}; choose one of {', '.join(METHODS)}")
         if self.preset != "paper" and self.method != "lora":
             raise ValueError(f"preset {self.preset!r} is a placement of method 'lora'; {self.method!r} has its own")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be from 0 to below 1, got {self.dropout}")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha must be above 0, or None for twice the rank, got {self.alpha}")
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, got {self.rank}")
 
     def apply(self, model: Model) -> Model:
         """A plain model with what is trained, in place.
@@ -123,7 +130,12 @@ class Origin:
         if not file.is_file():
             raise FileNotFoundError(f"{file} is not there, which says what was adapted; `medctkit finetune` writes it")
         try:
-            return cls(**json.loads(file.read_text(encoding="utf-8")))
+            found = cls(**json.loads(file.read_text(encoding="utf-8")))
+            if not all(
+                isinstance(text, str) or (text is None and name != "model") for name, text in vars(found).items()
+            ):
+                raise TypeError(f"expected names, got {found}")
+            return found
         except (ValueError, TypeError) as error:
             raise ValueError(f"{file} does not say what was adapted: {error}. Do the run again") from None
 

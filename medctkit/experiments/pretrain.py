@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import string
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -59,6 +60,7 @@ MINI_TEXT = dict(
     max_position_embeddings=192, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1,
 )  # fmt: skip
 MINI_PROJECTION = 96
+RECORD = "pretraining.json"
 MINI_SPACING = (5.0, 3.75, 3.75)  # mm
 
 
@@ -481,12 +483,14 @@ def pretrain(output_dir: str | os.PathLike, pool_dir: str | os.PathLike, config:
     checkpoint that an interrupted run resumes from. Returns the training record, also written as `pretraining.json`.
 
     Raises:
-        ValueError: the checkpoint in `pool_dir` was made with other settings; findings other than CT-RATE's are in use.
+        ValueError: the checkpoint in `pool_dir` was made with other settings; findings other than CT-RATE's are in use;
+            `output_dir` holds something else than a model that was made so.
     """
     from tqdm.auto import tqdm
 
     refuse_other_findings("phantoms, of which the mini model learns")
     pool_dir, output_dir = Path(pool_dir), Path(output_dir)
+    refuse_other_folder(output_dir)
     paths = make_pool(config.studies + config.validation_studies, pool_dir)
     split = -(-config.validation_studies // CHUNK)
     train, valid = Pool(paths[:-split]), Pool(paths[-split:])
@@ -519,10 +523,17 @@ def pretrain(output_dir: str | os.PathLike, pool_dir: str | os.PathLike, config:
     return write_model(run, valid, output_dir)
 
 
+def refuse_other_folder(output_dir: Path) -> None:
+    """Refuse a folder that a new model would replace, and that holds something else: a ValueError."""
+    if output_dir.exists() and not (output_dir / RECORD).is_file() and any(output_dir.iterdir()):
+        raise ValueError(f"{output_dir} holds something else than a model of `medctkit pretrain`; give another folder")
+
+
 def write_model(run: Pretraining, valid: Pool, output_dir: Path) -> dict:
     """Write what a run has made, whole or not at all; returns the training record."""
-    building = output_dir.with_name(output_dir.name + ".tmp")
-    shutil.rmtree(building, ignore_errors=True)
+    refuse_other_folder(output_dir)
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(dir=output_dir.parent, prefix=f".{output_dir.name}-"))
     codes_in_use = run.codebook.finish()
     run.model.eval()
     run.model.config.vocabulary = vocabulary_of(run.tokenizer)
@@ -540,7 +551,7 @@ def write_model(run: Pretraining, valid: Pool, output_dir: Path) -> dict:
         "validation_auroc": run.history[-1]["auroc"],
         "history": [row for row in run.history if "auroc" in row],
     }
-    (building / "pretraining.json").write_text(json.dumps(record, indent=1))
+    (building / RECORD).write_text(json.dumps(record, indent=1))
     template = (files("medctkit") / "assets" / "model_card.md").read_text(encoding="utf-8")
     card = template.format(parameters=run.model.num_parameters(), **asdict(run.config), **record)
     (building / "README.md").write_text(card, encoding="utf-8")

@@ -20,6 +20,7 @@ from medctkit.findings import CT_RATE, FINDINGS
 from medctkit.metrics.scores import METRICS, evaluate, thresholds_from_validation
 from medctkit.zero_shot.classifier import ZeroShotClassifier
 
+_OF_SCORES = ("study", "patient", "finding", "label")
 PUBLISHED = 0.731  # mean AUROC of CT-CLIP, zero-shot, on CT-RATE's validation patients (arXiv 2403.17834)
 
 
@@ -27,11 +28,16 @@ def scores_file(path: str | os.PathLike) -> Path:
     """The path, if scores can be written there: .csv, or .parquet with pyarrow; asked before hours are spent on them.
 
     Raises:
-        ValueError: neither.
+        ValueError: neither; no such folder, or a file there that holds something else.
     """
     path = Path(path).expanduser()
     if path.suffix != ".csv" and not (path.suffix == ".parquet" and find_spec("pyarrow")):
         raise ValueError(f"{path}: scores are written as .csv, or as .parquet after pip install pyarrow")
+    if path.is_file():
+        with path.open("rb") as file:
+            start = file.read(4 + len(",".join(_OF_SCORES)))
+        if not start.startswith((",".join(_OF_SCORES).encode() if path.suffix == ".csv" else b"PAR1",)):
+            raise ValueError(f"{path} is there and holds something else than scores; give another name")
     return path
 
 

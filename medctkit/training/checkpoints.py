@@ -37,7 +37,7 @@ from medctkit.model.protocol import Model
 from medctkit.model.weights import write_weights
 from medctkit.training.settings import FineTuneConfig
 
-NAME, WORK, RECORD = "checkpoint.safetensors", "unfinished", "run.json"
+NAME, WORK, RECORD, HISTORY = "checkpoint.safetensors", "unfinished", "run.json", "history.csv"
 CHANGES_NOTHING = ("prompts", "workers", "checkpoint_every", "tracker")  # of settings; prompts have a digest
 _COUNTS = ("step", "history", "best_step", "best_score", "seconds")  # written as JSON
 _AVERAGES = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
@@ -95,7 +95,7 @@ class Run:
         finally:
             if self._lock.is_locked:
                 if self.finished:
-                    shutil.rmtree(self.work, ignore_errors=True)
+                    self._clear()
                 with suppress(OSError):  # Windows does it on release
                     Path(self._lock.lock_file).unlink()
                 self._lock.release()
@@ -121,8 +121,20 @@ class Run:
                 f"{self.adapter_dir} is there, and no {RECORD} that says of which run. Give another output_dir, or "
                 "move it away"
             )
-        shutil.rmtree(self.work, ignore_errors=True)  # of a run that ended before its first checkpoint
+        if (self.output_dir / HISTORY).exists():
+            raise ValueError(
+                f"{self.output_dir / HISTORY} is there, and no {RECORD}: move it away, it would be replaced"
+            )
+        self._clear()  # of a run that ended before its first checkpoint
         return None
+
+    def _clear(self) -> None:
+        """Take away what a run writes while it works, and the folder of it, unless there is something else in it."""
+        shutil.rmtree(self.work / "adapter", ignore_errors=True)
+        for file in (self.file, *self.work.glob(f".{NAME}.*.tmp")):
+            file.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.work.rmdir()
 
     def _restore(self, counts: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         self._started -= counts["seconds"]
@@ -181,7 +193,7 @@ class Run:
             best = save_trained(self.model, self.work / "adapter")  # what is there may be of a later step
             shutil.rmtree(self.adapter_dir, ignore_errors=True)  # of this run, killed when it was about to end
             os.replace(best, self.adapter_dir)
-            files = [path for path in (*self.adapter_dir.iterdir(), self.output_dir / "history.csv") if path.is_file()]
+            files = [path for path in (*self.adapter_dir.iterdir(), self.output_dir / HISTORY) if path.is_file()]
             sums = {path.relative_to(self.output_dir).as_posix(): _sum_of(path) for path in files}
             counts = {name: getattr(self, name) for name in _COUNTS}
             record = {"state": "finished", "made_of": dict(self.made_of), "files": sums} | counts
@@ -218,6 +230,7 @@ def finished_run(output_dir: str | os.PathLike) -> dict[str, Any]:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         changed = [name for name, told in record["files"].items() if _sum_of(output_dir / name) != told]
+        float(record["step"]), float(record["best_step"]), float(record["best_score"]), dict(record["made_of"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is damaged, or a file that it names is gone: {error}. Do the run again") from None
     if changed:

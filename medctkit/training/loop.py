@@ -22,7 +22,7 @@ from medctkit.cohort.dataset import collate
 from medctkit.common.processes import accelerator_for
 from medctkit.model.protocol import Model
 from medctkit.training.batches import StepBatches
-from medctkit.training.checkpoints import Run, made_of
+from medctkit.training.checkpoints import HISTORY, Run, made_of
 from medctkit.training.gradients import EmbeddedBatch, refuse_non_finite, seed_from
 from medctkit.training.history import History
 from medctkit.training.objectives import draw_prompts, joint_loss
@@ -164,7 +164,7 @@ def finetune(
             if step % config.checkpoint_every == 0 or step == steps:
                 run.save()
 
-        history.close(output_dir / "history.csv")
+        history.close(output_dir / HISTORY)
         run.finish()
     accelerator.wait_for_everyone()
     return FineTuneResult.of(run)

@@ -35,6 +35,7 @@ from medctkit.metrics.scores import mean_auroc
 from medctkit.model.protocol import Model
 from medctkit.zero_shot.prompts import Prompts, prompt_sentences
 
+LARGEST = 1.01  # of a volume's values, whose limits are -1 and 1
 AT_A_TIME = 128  # sentences in the text encoder
 
 
@@ -114,7 +115,15 @@ class ZeroShotClassifier:
             return torch.sigmoid(self._scale * image_embeds @ (stating - denying).T).cpu().numpy()
 
     def scores(self, volumes: torch.Tensor) -> np.ndarray:
-        """Probabilities (b, k) of the findings for volumes (b, 1, d, h, w) in [-1, 1]."""
+        """Probabilities (b, k) of the findings for volumes (b, 1, d, h, w) in [-1, 1].
+
+        Raises:
+            ValueError: values beyond: they look like HU.
+            FloatingPointError: see `scores_from_embeddings`.
+        """
+        if volumes.numel() and float(volumes.abs().max()) > LARGEST:
+            low, high = map(float, volumes.aminmax())
+            raise ValueError(f"volumes go from {low:g} to {high:g}; expected -1 to 1, as `preprocess` gives them")
         with evaluating(self.model):
             return self.scores_from_embeddings(self.model.encode_image(volumes.to(self.device)))
 

@@ -69,6 +69,23 @@ def test_names_are_checked(folders, volumes):
             AdapterBank(load_mini_base(), wrong)
 
 
+def test_what_peft_would_choke_on_is_told_before(folders):
+    for name in ("st.mary", ""):
+        with pytest.raises(ValueError, match="of letters, digits, _ and -"):
+            AdapterBank(load_mini_base(), {name: folders["north"]})
+    bank = AdapterBank(load_mini_base(), folders)
+    both = dict.fromkeys(NAMES, 0.5)
+    for name, weights, how in (
+        ("a.b", both, "svd"),
+        ("new", {"north": 1.0}, "nonsense"),
+        ("new", both | {"north": float("nan")}, "cat"),
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            bank.combine(name, weights, how)
+    bank.combine("new", both, "cat")
+    assert bank.names == (*NAMES, "new"), "the name is free still"
+
+
 def updates(model, name):
     return {key: m.get_delta_weight(name) for key, m in model.named_modules() if hasattr(m, "lora_A")}
 

@@ -138,6 +138,8 @@ def test_wrong_input_is_refused(folder, volumes):
         exported.scores(volumes[:, 0].numpy())
     with pytest.raises(FloatingPointError, match="not finite"):
         exported.scores(np.full_like(volumes[:1].numpy(), np.nan))
+    with pytest.raises(ValueError, match="expected -1 to 1: HU / 1000, cut"):
+        exported.scores(1000 * volumes[:1].numpy())
 
 
 @pytest.mark.slow

@@ -238,3 +238,16 @@ def test_command_serves_until_it_is_told_to_stop(queue, slices):
     assert reports(kept) == [24]
     assert "answered" in err
     assert not [value for value in map(str, PATIENT.values()) if len(value) > 3 and value in out + err]
+
+
+@pytest.mark.parametrize(
+    "text", ["Ä@h:1", "P\\X@h:1", "  @h:1", "PACS@ h :12", "PACS@:12", "P@h:0", "P@h:70000", "x" * 17 + "@h:1"]
+)
+def test_what_cannot_be_called_is_told_at_once(text):
+    with pytest.raises(ValueError, match="expected TITLE@HOST:PORT"):
+        Peer.of(text)
+
+
+def test_an_address_may_be_of_any_kind():
+    assert Peer.of("MY PACS@[::1]:104") == Peer("::1", 104, "MY PACS")
+    assert Peer.of("PACS@pacs.example.org:11112") == Peer("pacs.example.org", 11112, "PACS")

@@ -244,6 +244,12 @@ def test_embeddings_of_another_model_are_refused(mini):
         classifier.scores_from_embeddings(torch.zeros(5, 512))
 
 
+def test_hounsfield_units_are_no_input(mini):
+    classifier = ZeroShotClassifier(mini.model, mini.tokenizer)
+    with pytest.raises(ValueError, match="volumes go from -1000 to 0; expected -1 to 1, as `preprocess` gives them"):
+        classifier.scores(-1000 * torch.eye(96).expand(1, 1, 64, 96, 96))
+
+
 def test_scores_are_not_rounded_in_mixed_precision(mini):
     classifier = ZeroShotClassifier(mini.model, mini.tokenizer)
     embeds = torch.nn.functional.normalize(torch.randn(5, 96, generator=torch.Generator().manual_seed(0)), dim=-1)

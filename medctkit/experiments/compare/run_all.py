@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -227,7 +227,10 @@ def compare_methods(
                     "a worker process died, most often for want of memory. Runs that were finished are kept: the same "
                     "command goes on from here, if need be with fewer --jobs"
                 ) from None
-        shutil.rmtree(output_dir / "work", ignore_errors=True)
+        for folder in (output_dir / "work").glob("*-seed*"):
+            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # there is something else in it
+            (output_dir / "work").rmdir()
     if "methods" in groups and not (output_dir / "costs.csv").is_file():
         learnt_from = CTReportDataset(train, base.preprocess_config, cache_dir)
         write_table(measure_costs(learnt_from, settings, origin=origin), output_dir / "costs.csv")
