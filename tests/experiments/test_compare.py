@@ -413,9 +413,9 @@ def test_a_killed_comparison_goes_on_where_it_was(toy_cohort, tmp_path, monkeypa
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     compare_methods(arguments[0], out, ["ranks"], 1, TOY, 1, arguments[2])
     said = capsys.readouterr().out
-    assert f"4 runs, {len(first)} of them there" in said and "a step of 4 volumes takes" in said
+    assert f"10 runs, {len(first)} of them there" in said and "a step of 4 volumes takes" in said
     assert all(path.stat().st_mtime_ns == at for path, at in first.items())
-    assert len(list(out.glob("runs/*.json"))) == 4 and not (out / "work").exists()
+    assert len(list(out.glob("runs/*.json"))) == 10 and not (out / "work").exists()
     assert not [path for path in out.rglob("*.tmp") if path not in first]
 
     results = load_results(out)
@@ -424,7 +424,7 @@ def test_a_killed_comparison_goes_on_where_it_was(toy_cohort, tmp_path, monkeypa
     assert [group for group in GROUPS if results.has(group)] == ["ranks"]
     with pytest.raises(ValueError, match="steps: 1 there, 2 here"):
         compare_methods(arguments[0], out, ["ranks"], 1, replace(TOY, steps=2), 1, arguments[2])
-    assert len(list(out.glob("runs/*.json"))) == 4
+    assert len(list(out.glob("runs/*.json"))) == 10
 
 
 @pytest.mark.slow
