@@ -246,7 +246,7 @@ def test_embeddings_of_another_model_are_refused(mini):
 
 def test_hounsfield_units_are_no_input(mini):
     classifier = ZeroShotClassifier(mini.model, mini.tokenizer)
-    with pytest.raises(ValueError, match="volumes go from -1000 to -1000; expected -1 to 1, as `preprocess` gives them"):
+    with pytest.raises(ValueError, match="volumes go from -1000 to -1000; expected -1 to 1, as `preprocess`"):
         classifier.scores(torch.full((1, 1, 64, 96, 96), -1000.0))
 
 
