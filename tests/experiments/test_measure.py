@@ -41,6 +41,7 @@ def test_what_adaptation_cost_at_home_is_measured_written_and_shown(both, origin
         "base",
         "adapted",
         "difference",
+        "without_a_look",
         "made_with",
         "home",
         "clinical",
