@@ -97,7 +97,8 @@ def measure(work, patients, settings):
         }
         scores |= {"own": scores[hospital], "scores": (scores["source"] + scores["target"]) / 2}
         for name in rows:
-            _, mean, less = (t.loc["mean"] for t in evaluate_both(labels, scores[hospital], scores[name], names))
+            both = scores[hospital], scores[name]
+            _, mean, less = (table.loc["mean"] for table in evaluate_both(labels, both, names))
             keys = {"auroc": mean, "difference": less}
             rows[name][hospital] = {
                 f"{key}{end}": float(row[f"auroc{end}"]) for key, row in keys.items() for end in ("", "_low", "_high")

@@ -209,9 +209,9 @@ def answer_study(
         ValueError: see `read_volume` and `deploy.answer`.
         ModuleNotFoundError: the extra [deploy] is not installed.
     """
-    from medctkit.deploy.answer import NOTICE, answer, of_dicom
+    from medctkit.deploy.answer import NOTICE, answer, refuse_other_than_dicom
 
-    of_dicom(path)
+    refuse_other_than_dicom(path)
     volume = read_volume(path, series=series)
     found, facts, heat_map = classify(volume, base, prompts=prompts), predict.facts_of(base, prompts), None
     if with_map:

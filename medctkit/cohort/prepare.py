@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from medctkit.cohort.cache import VolumeCache, checksum_of, content_of, key_of, prepare_row
 from medctkit.cohort.contents import Contents, stamp_of
 from medctkit.cohort.manifest import has_file
-from medctkit.common.csv_tables import write_table
+from medctkit.common.csv_tables import begins_with, write_table
 from medctkit.common.processes import worker_pool
 from medctkit.common.text import as_bytes, printable
 from medctkit.scans.preprocessing import PreprocessConfig
@@ -143,9 +143,8 @@ def prepare(
 
 def refuse_other_list(path: str | os.PathLike) -> None:
     """Refuse a file that a list of failures would overwrite, or take away, and that is none: a ValueError."""
-    with suppress(FileNotFoundError), Path(path).open(encoding="utf-8", errors="replace") as file:
-        if not file.readline().startswith(",".join(FAILURE)):
-            raise ValueError(f"{path} is no list of failures of `medctkit prepare`; move it away")
+    if Path(path).exists() and not begins_with(path, FAILURE):
+        raise ValueError(f"{path} is no list of failures of `medctkit prepare`; move it away")
 
 
 def write_failures(failures: Sequence[Mapping], path: str | os.PathLike) -> None:

@@ -39,6 +39,12 @@ def write_table(table: pd.DataFrame, path: str | os.PathLike) -> None:
         table.assign(**texts).to_csv(temporary, index=False, lineterminator="\n")
 
 
+def begins_with(path: str | os.PathLike, columns: Iterable[str]) -> bool:
+    """Whether the first columns of a table that `write_table` wrote are these; False for anything else."""
+    with Path(path).open(encoding="utf-8", errors="replace") as file:
+        return file.readline().startswith(",".join(columns))
+
+
 def read_table(
     path: str | os.PathLike,
     required: Collection[str],

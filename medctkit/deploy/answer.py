@@ -83,7 +83,7 @@ def answer(
     return found
 
 
-def of_dicom(path: str | os.PathLike) -> None:
+def refuse_other_than_dicom(path: str | os.PathLike) -> None:
     """Refuse a `path` that no answer can be given for, before it is scored: a ValueError."""
     path = Path(path).expanduser()
     if path.is_file() and not is_dicom(path) and not zipfile.is_zipfile(path):

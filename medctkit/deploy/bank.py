@@ -18,18 +18,8 @@ from medctkit.zero_shot.classifier import ZeroShotClassifier, refuse_non_finite
 from medctkit.zero_shot.prompts import Prompts
 
 BASE = "__base__"  # peft's name for no adapter
-WAYS: tuple[str, ...] = (
-    "cat",
-    "svd",
-    "linear",
-    "ties",
-    "ties_svd",
-    "dare_linear",
-    "dare_linear_svd",
-    "dare_ties",
-    "dare_ties_svd",
-)
-WAYS += ("magnitude_prune", "magnitude_prune_svd")
+WAYS = """cat svd linear ties ties_svd dare_linear dare_linear_svd dare_ties dare_ties_svd magnitude_prune
+    magnitude_prune_svd""".split()  # of peft, which looks at them only where there are two
 _NAME = re.compile(r"[\w-]{1,64}")
 _NAMES = f"names other than {BASE!r}, of letters, digits, _ and -"
 

@@ -45,10 +45,9 @@ def write_prediction(
         "version": {"major": 1, "minor": 0},
         "predictions": [{"input_image_name": case, "probabilities": dict(scores)}],
     }
+    table = pd.DataFrame({"finding": list(scores), "score": list(scores.values())})
     contents = {
-        "scores.csv": pd.DataFrame({"finding": list(scores), "score": list(scores.values())})
-        .to_csv(index=False)
-        .encode(),
+        "scores.csv": table.to_csv(index=False).encode(),
         "scores.json": as_json({"case": case, "scores": dict(scores), "model": dict(facts)}),
         "results.json": as_json(challenge),
         "picture.png": picture,

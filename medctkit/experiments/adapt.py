@@ -131,9 +131,7 @@ class Origin:
             raise FileNotFoundError(f"{file} is not there, which says what was adapted; `medctkit finetune` writes it")
         try:
             found = cls(**json.loads(file.read_text(encoding="utf-8")))
-            if not all(
-                isinstance(text, str) or (text is None and name != "model") for name, text in vars(found).items()
-            ):
+            if found.model is None or not all(isinstance(text, str | None) for text in vars(found).values()):
                 raise TypeError(f"expected names, got {found}")
             return found
         except (ValueError, TypeError) as error:

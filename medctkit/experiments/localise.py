@@ -132,9 +132,8 @@ def measure_localisation(
     }
     made = {"command": command, "studies": len(np.unique(regions.study)), "regions": len(regions.study)}
     content: dict[str, Any] = {name: records(part) for name, part in found.items()}
-    content["made_with"] = (
-        made_with(seed) | made | {"base": digests(base.model)[0], "patch_mm": patch_in_mm(config, grid)}
-    )
+    of = {"base": digests(base.model)[0], "patch_mm": patch_in_mm(config, grid)}
+    content["made_with"] = made_with(seed) | made | of
     write_json(content, output_dir / "localisation.json")
     with replacing(output_dir / "localisation.md") as temporary:
         temporary.write_text(localisation_page(content), encoding="utf-8")

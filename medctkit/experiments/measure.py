@@ -212,8 +212,8 @@ def _compared(
     seen: Embedded, scores: dict[str, np.ndarray], limits: dict, drawn: dict
 ) -> tuple[dict[str, pd.DataFrame], pd.DataFrame]:
     """`Measurement.tables` and `.difference` of both models' scores of the same studies."""
-    pairs = (scores["base"], scores["adapted"], seen.patients, limits["base"], limits["adapted"])
-    base, adapted, difference = evaluate_both(seen.labels, *pairs, **drawn)
+    both, at = ((each["base"], each["adapted"]) for each in (scores, limits))
+    base, adapted, difference = evaluate_both(seen.labels, both, seen.patients, at, **drawn)
     return {"base": base, "adapted": adapted}, difference
 
 

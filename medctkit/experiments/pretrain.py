@@ -533,7 +533,14 @@ def write_model(run: Pretraining, valid: Pool, output_dir: Path) -> dict:
     """Write what a run has made, whole or not at all; returns the training record."""
     refuse_other_folder(output_dir)
     output_dir.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(dir=output_dir.parent, prefix=f".{output_dir.name}-"))
+    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as scratch:
+        record = _write_model(run, valid, building := Path(scratch) / "model")
+        shutil.rmtree(output_dir, ignore_errors=True)
+        os.replace(building, output_dir)
+    return record
+
+
+def _write_model(run: Pretraining, valid: Pool, building: Path) -> dict:
     codes_in_use = run.codebook.finish()
     run.model.eval()
     run.model.config.vocabulary = vocabulary_of(run.tokenizer)
@@ -555,6 +562,4 @@ def write_model(run: Pretraining, valid: Pool, output_dir: Path) -> dict:
     template = (files("medctkit") / "assets" / "model_card.md").read_text(encoding="utf-8")
     card = template.format(parameters=run.model.num_parameters(), **asdict(run.config), **record)
     (building / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(output_dir, ignore_errors=True)
-    os.replace(building, output_dir)
     return record

@@ -12,7 +12,7 @@ from medctkit.cohort import ct_rate
 from medctkit.cohort.dataset import load_split, prepared_dir
 from medctkit.cohort.manifest import load_manifest
 from medctkit.common.atomic import replacing
-from medctkit.common.csv_tables import write_table
+from medctkit.common.csv_tables import begins_with, write_table
 from medctkit.common.processes import accelerator_for
 from medctkit.common.provenance import made_with, write_json
 from medctkit.experiments.adapt import Origin
@@ -28,16 +28,13 @@ def scores_file(path: str | os.PathLike) -> Path:
     """The path, if scores can be written there: .csv, or .parquet with pyarrow; asked before hours are spent on them.
 
     Raises:
-        ValueError: neither; no such folder, or a file there that holds something else.
+        ValueError: neither; a file there that holds something else.
     """
     path = Path(path).expanduser()
     if path.suffix != ".csv" and not (path.suffix == ".parquet" and find_spec("pyarrow")):
         raise ValueError(f"{path}: scores are written as .csv, or as .parquet after pip install pyarrow")
-    if path.is_file():
-        with path.open("rb") as file:
-            start = file.read(4 + len(",".join(_OF_SCORES)))
-        if not start.startswith((",".join(_OF_SCORES).encode() if path.suffix == ".csv" else b"PAR1",)):
-            raise ValueError(f"{path} is there and holds something else than scores; give another name")
+    if path.is_file() and not begins_with(path, _OF_SCORES if path.suffix == ".csv" else ["PAR1"]):
+        raise ValueError(f"{path} is there and holds something else than scores; give another name")
     return path
 
 

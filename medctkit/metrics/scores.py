@@ -114,30 +114,33 @@ def compare(
         A row for each finding and "mean": each of `METRICS` with _low, _high, _p, _p_floor and _p_holm, see `holm`. The
         mean is one test and has no _p_holm.
     """
-    return evaluate_both(labels, scores_a, scores_b, patients, thresholds_a, thresholds_b, findings, resamples, seed)[2]
+    both, limits = (scores_a, scores_b), (thresholds_a, thresholds_b)
+    return evaluate_both(labels, both, patients, limits, findings, resamples, seed)[2]
 
 
 def evaluate_both(
     labels: ArrayLike,
-    scores_a: ArrayLike,
-    scores_b: ArrayLike,
+    scores: tuple[ArrayLike, ArrayLike],
     patients: ArrayLike,
-    thresholds_a: ArrayLike = 0.5,
-    thresholds_b: ArrayLike = 0.5,
+    thresholds: tuple[ArrayLike, ArrayLike] = (0.5, 0.5),
     findings: Sequence[str] = FINDINGS,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Both models' tables and their difference, from resamples scored once; args and errors are those of `compare`.
+    """Two models' tables and their difference, from resamples scored once.
+
+    Args and errors are those of `compare`; `scores` and `thresholds` are of model a and of model b.
 
     Returns:
         The table of `evaluate` of model a, that of model b, and that of `compare`.
     """
-    _, scores_b, _ = _check(labels, scores_b, patients, findings, "scores_b")
-    labels, scores_a, patients = _check(labels, scores_a, patients, findings, "scores_a")
+    _, scores_b, _ = _check(labels, scores[1], patients, findings, "scores_b")
+    labels, scores_a, patients = _check(labels, scores[0], patients, findings, "scores_a")
     weights = patient_weights(patients, resamples, seed)
-    table_a, a = _evaluated(labels, scores_a, thresholds_a, weights, findings)
-    table_b, b = _evaluated(labels, scores_b, thresholds_b, weights, findings)
+    (table_a, a), (table_b, b) = (
+        _evaluated(labels, each, limits, weights, findings)
+        for each, limits in zip((scores_a, scores_b), thresholds, strict=True)
+    )
     difference = {name: b[name] - a[name] for name in METRICS}
     table = _table(difference, labels, None, findings, any("optimistic" in each for each in (table_a, table_b)))
     for name in METRICS:
@@ -228,10 +231,8 @@ def summary(
         }
         for key, table in tables.items()
     }
-    if finding == "mean" and (
-        blind := {row: each for row, each in without_a_look(base).items() if row in found["base"]}
-    ):
-        found["without_a_look"] = blind
+    if finding == "mean":
+        found["without_a_look"] = {row: each for row, each in without_a_look(base).items() if row in found["base"]}
     return found | ({"optimistic": OPTIMISTIC} if any("optimistic" in table for table in tables.values()) else {})
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from medctkit.experiments.compare.rivals import RIVALS
 from medctkit.experiments.compare.runs import BASE, PROBE, STRENGTHS, SWEEP
@@ -90,6 +91,29 @@ def base_of(results: Results) -> list[str]:
     return [results.runs.loc[results.runs["method"] == BASE, "name"].iloc[0]]
 
 
+def label_of(method: str, variant: str = "") -> str:
+    """What a method, or a variant of it, is called: "LoRA, replay"."""
+    return TEXTS[method][0] + f", {variant}" * bool(variant)
+
+
+def difference_of_means(
+    results: Results, names: Sequence[str], others: Sequence[str], what: str = ""
+) -> tuple[float, float, float]:
+    """Mean AUROC of some runs minus that of others, with a 95 % interval over patients *and* seeds.
+
+    Variance over resamples of patients, plus on each side that of the runs' means over seeds; Student's t with the
+    degrees of freedom of Welch (Biometrika 34, 1947), where those of patients are many. One run alone has no variance
+    over seeds: then the interval is of patients, for that run.
+    """
+    draws = results.mean_draws(names, what) - results.mean_draws(others, what)
+    runs = [[float(results.draws[name + what][0]) for name in side] for side in (names, others)]
+    over_seeds = [(np.var(side, ddof=1) / len(side), len(side) - 1) for side in runs if len(side) > 1]
+    variance = np.var(draws[1:], ddof=1) + sum(of for of, _ in over_seeds)
+    uncertain = sum(of**2 / freedom for of, freedom in over_seeds)
+    half = stats.t.ppf(0.975, variance**2 / uncertain if uncertain else np.inf) * np.sqrt(variance)
+    return draws[0], draws[0] - half, draws[0] + half
+
+
 def pooled(results: Results, group: str) -> pd.DataFrame:
     """The runs of a group with their seeds put together.
 
@@ -98,10 +122,9 @@ def pooled(results: Results, group: str) -> pd.DataFrame:
         `auroc` (mean over them) with `auroc_low` and `auroc_high`, `auroc_sd` over seeds, `over_base` (the difference
         to the base model) with its ends, `home`, `home_over_base` and `home_calibration_over_base`, the same at the
         source hospital, `steps_to_equal` (median over seeds of the first validated step with a score of `EQUAL`; NaN:
-        most never had it), `stayed` (how many
-        runs of a method that trains kept the base model, for no validated step was better), `trainable`,
-        `adapter_bytes`, `validation_auroc`, calibration errors, `intruders`, and
-        `at_edge`: the rate chosen is the lowest or highest of its sweep. 95 % intervals; see the module.
+        most never had it), `stayed` (how many runs of a method that trains kept the base model, for no validated step
+        was better), `trainable`, `adapter_bytes`, `validation_auroc`, calibration errors, `intruders`, and `at_edge`:
+        the rate chosen is the lowest or highest of its sweep. 95 % intervals; see the module.
 
     Raises:
         ValueError: no run of that group.
@@ -119,7 +142,7 @@ def pooled(results: Results, group: str) -> pd.DataFrame:
     for key, same in runs.groupby(KEYS, dropna=False, sort=False):
         names = tuple(same["name"])
         row = dict(zip(KEYS, key, strict=True)) | {"seeds": len(same), "names": names, "chosen": same["chosen"].iloc[0]}
-        row["label"] = TEXTS[row["method"]][0] + f", {row['variant']}" * bool(row["variant"])
+        row["label"] = label_of(row["method"], row["variant"])
         for what, name in (("", "auroc"), ("/home", "home"), ("/home calibration", "home_calibration")):
             of, was = (results.mean_draws(each, what) for each in (names, base))
             over, mirrored = "over_base" if name == "auroc" else f"{name}_over_base", "calibration" in what

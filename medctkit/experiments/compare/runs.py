@@ -40,11 +40,7 @@ from medctkit.zero_shot.prompts import PROMPTS
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 SIZES = (16, 64, 256, 1024, None)  # None: all
 DIALECTS = ("target", "source")  # whose sentences the per-finding loss speaks in
-PLACEMENTS = (
-    "lora",
-    "lora-vision",
-    "lora-text",
-)  # whose dialect is chosen as their learning rate is; others have lora's
+PLACEMENTS = ("lora", "lora-vision", "lora-text")  # choose their dialect as their learning rate; others have lora's
 BASE, PROBE, SWEEP = "base", "linear-probe", "learning-rates"
 STRENGTHS = (0.25, 0.5, 0.75, 1.25, 1.5)  # of LoRA and full fine-tuning, beside 0, the base model, and 1
 MOST_RATES = 7  # of a sweep; then it ends, wherever its best lies
@@ -101,6 +97,9 @@ class Job:
         return Job(SWEEP, self.method, self.rank, variant=self.variant * (self.variant == "unseen"))
 
 
+LORA = Job(SWEEP, "lora", METHODS["lora"].rank)  # whose dialect the others have
+
+
 def _of(group: str, *methods: str, **other: Any) -> list[Job]:
     return [Job(group, name, METHODS[name].rank if name in METHODS else None, **other) for name in methods]
 
@@ -138,7 +137,7 @@ def sweep(tuned: Job, score: Callable[[Job], float | None]) -> list[Job]:
     found: list[Job] = []
     dialects: tuple[str, ...] = DIALECTS
     if tuned.method not in PLACEMENTS or tuned.rank != METHODS[tuned.method].rank:
-        lora = chosen(Job("", "lora", METHODS["lora"].rank).tuned, score)
+        lora = chosen(LORA, score)
         dialects = (lora.dialect,) if lora else ()
     for dialect in dialects:
         rates = list(METHODS[tuned.method].learning_rates)
@@ -178,13 +177,9 @@ def jobs(group: str, seeds: Iterable[int], score: Callable[[Job], float | None],
 
     With `assume`, what is not chosen yet has the first rate of its sweep.
     """
-    tuned = dict.fromkeys(job.tuned for job in [*_of(group, "lora"), *GROUPS[group]] if job.trains)
-    sweeps = {each: sweep(each, score) for each in tuned}
-    if assume:
-        first = {
-            job: [replace(job, learning_rate=rate) for rate in METHODS[job.method].learning_rates] for job in tuned
-        }
-        sweeps = {each: found or first[each] for each, found in sweeps.items()}
+    tuned = dict.fromkeys([LORA, *(job.tuned for job in GROUPS[group] if job.trains)])
+    first = {each: [replace(each, learning_rate=x) for x in METHODS[each.method].learning_rates] for each in tuned}
+    sweeps = {each: sweep(each, score) or (first[each] if assume else []) for each in tuned}
     best = {each: chosen(each, score) or (found[0] if assume else None) for each, found in sweeps.items()}
     listed = [job for found in sweeps.values() for job in found]
     for seed, job in product(seeds, GROUPS[group]):

@@ -1,23 +1,22 @@
 """The tables of a comparison as text: for a terminal, a page and `tables.json`; and what they say, in sentences."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
-from scipy import stats
 
 from medctkit.common.provenance import records, write_json
 from medctkit.experiments.compare.data import HELD_OUT, VARIANTS
 from medctkit.experiments.compare.results import (
     EQUAL,
-    TEXTS,
     Results,
     best_free,
+    difference_of_means,
     finding_table,
     forgetting_table,
+    label_of,
     method_table,
     names_of,
     noise_table,
@@ -36,37 +35,19 @@ def verdict(results: Results, group: str, one: str, other: str, what: str = "") 
     The difference is of the first that is named from the second; where it is not chance, the better one is named first.
     `what` is of `Results.draws`, "/home" say; "": the AUROC at the target hospital. See `difference_of_means`.
     """
-    sides = [names_of(results, group, *name.split(", ")) for name in (one, other)]
-    a, b = (", ".join([TEXTS[name.split(", ")[0]][0], *name.split(", ")[1:]]) for name in (one, other))
+    pairs = [name.split(", ") for name in (one, other)]
+    sides = [names_of(results, group, *pair) for pair in pairs]
+    a, b = labels = [label_of(*pair) for pair in pairs]
     steps = results.runs.set_index("name")["best_step"]
-    for name, label, names in ((one, a, sides[0]), (other, b, sides[1])):
-        if name.split(", ")[0] in METHODS and (steps[list(names)] == 0).all():
-            return (
-                f"{a} and {b} are not compared: no step of {label} was better than the base model, {len(names)} runs."
-            )
+    for (method, *_), label, names in zip(pairs, labels, sides, strict=True):
+        if method in METHODS and (steps[list(names)] == 0).all():
+            why = f"no step of {label} was better than the base model, {len(names)} runs."
+            return f"{a} and {b} are not compared: {why}"
     difference, low, high = difference_of_means(results, sides[0], sides[1], what)
     if high < 0:
         return verdict(results, group, other, one, what)
     said = f"{a} is better than {b}" if low > 0 else f"{a} and {b} are not told apart"
     return f"{said}: {difference:+.3f} [{low:+.3f}, {high:+.3f}], {len(sides[0])} and {len(sides[1])} runs."
-
-
-def difference_of_means(
-    results: Results, names: Sequence[str], others: Sequence[str], what: str = ""
-) -> tuple[float, float, float]:
-    """Mean AUROC of some runs minus that of others, with a 95 % interval over patients *and* seeds.
-
-    Variance over resamples of patients, plus on each side that of the runs' means over seeds; Student's t with the
-    degrees of freedom of Welch (Biometrika 34, 1947), where those of patients are many. One run alone has no variance
-    over seeds: then the interval is of patients, for that run.
-    """
-    draws = results.mean_draws(names, what) - results.mean_draws(others, what)
-    runs = [[float(results.draws[name + what][0]) for name in side] for side in (names, others)]
-    over_seeds = [(np.var(side, ddof=1) / len(side), len(side) - 1) for side in runs if len(side) > 1]
-    variance = np.var(draws[1:], ddof=1) + sum(of for of, _ in over_seeds)
-    uncertain = sum(of**2 / freedom for of, freedom in over_seeds)
-    half = stats.t.ppf(0.975, variance**2 / uncertain if uncertain else np.inf) * np.sqrt(variance)
-    return draws[0], draws[0] - half, draws[0] + half
 
 
 class Shown(NamedTuple):
@@ -163,15 +144,11 @@ def missing(results: Results) -> str:
     few: dict[str, str] = {}
     for job in (job for group in GROUPS if group not in groups for job in GROUPS[group]):
         runs, wanted = results.runs[results.runs["group"] == job.group], seeds if job.trains else 1
-        for key, value in (
-            ("method", job.method),
-            ("variant", job.variant),
-            ("rank", job.rank),
-            ("studies", job.studies),
-        ):
+        for key in ("method", "variant", "rank", "studies"):
+            value = getattr(job, key)
             runs = runs if value is None else runs[runs[key] == value]
         if len(runs) < wanted:
-            few[f"{TEXTS[job.method][0]}{', ' * bool(job.variant)}{job.variant}"] = f"{len(runs)} of {wanted}"
+            few[label_of(job.method, job.variant)] = f"{len(runs)} of {wanted}"
     said = [f"not measured yet: medctkit compare FOLDER --only {','.join(groups)}"] if groups else []
     said += [f"runs still to be done: {', '.join(f'{name} ({n})' for name, n in few.items())}"] if few else []
     return "; ".join(said)

@@ -24,7 +24,7 @@ from medctkit.experiments.report.clinical import clinical_blocks
 from medctkit.experiments.report.page import Block, png, to_html, to_markdown, with_ends
 from medctkit.findings import FACTS
 from medctkit.lora.counting import search_placements
-from medctkit.metrics.scores import BLIND, COLUMN_OF, HOME_ROWS, METRICS, p_texts, without_a_look
+from medctkit.metrics.scores import BLIND, COLUMN_OF, HOME_ROWS, METRICS, ROWS, p_texts, without_a_look
 from medctkit.model.ct_clip import CTCLIPConfig, released_layout
 
 PAPER = "arXiv 2512.00597"
@@ -95,9 +95,9 @@ def claims(measured: Measurement) -> list[Claim]:
             "float32 are larger, and what 500 MB would hold we do not know",
         ),
     ]  # fmt: skip
-    paper = {"auroc": ("mean AUROC", 61.3, 68.9), "accuracy": ("accuracy", 67.2, 73.6), "f1": ("macro-F1", 32.1, 36.9)}
-    for column, (name, before, after) in paper.items():
-        found += _result(measured, name, column, before, after)
+    paper = {"auroc": (61.3, 68.9), "accuracy": (67.2, 73.6), "macro_f1": (32.1, 36.9)}
+    for row, (before, after) in paper.items():
+        found += _result(measured, row, before, after)
     return found
 
 
@@ -116,22 +116,19 @@ def _encoders(measured: Measurement) -> Claim:
     )
 
 
-def _result(measured: Measurement, name: str, column: str, before: float, after: float) -> list[Claim]:
+def _result(measured: Measurement, row: str, before: float, after: float) -> list[Claim]:
+    name, column = ROWS[row], COLUMN_OF.get(row, row)
     base, adapted = (measured.tables[model].loc["mean"] for model in ("base", "adapted"))
     gain, world = measured.difference.loc["mean"], measured.made_with["data"]
     value, low, high = (100 * gain[f"{column}{end}"] for end in ("", "_low", "_high"))
     here = f"{100 * base[column]:.1f} -> {100 * adapted[column]:.1f} %, {value:+.1f} [{low:+.1f}, {high:+.1f}] points"
-    row = {of: name for name, of in COLUMN_OF.items()}.get(column, column)
     here += f"; {BLIND[row]}: {100 * without_a_look(measured.tables['base'])[row]:.1f} %"
     paper = f"{before} -> {after} %, {after - before:+.1f} points"
     if world == "phantom":
         verdict, lies = (INCOMPARABLE, "lies above 0") if low > 0 else (NOT, "holds 0 or lies below it")
-        why = (
-            f"the interval of the gain {lies}, on phantoms with a model of our own. That alone shows nothing: what is "
-        )
-        why += (
-            "free there, and what else the same labels give, `medctkit compare` measures, and docs/comparison.md has it"
-        )
+        why = f"the interval of the gain {lies}, on phantoms with a model of our own. That alone shows nothing: "
+        why += "what is free there, and what else the same labels give, `medctkit compare` measures, and "
+        why += "docs/comparison.md has it"
     elif FACTS:
         verdict, why = INCOMPARABLE, "other findings than the paper's"
     elif world == "CT-RATE" and measured.origin.model != "mini":

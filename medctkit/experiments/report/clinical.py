@@ -51,10 +51,8 @@ def parts(measured: Measurement) -> Iterator[tuple[str, str, str, pd.DataFrame]]
     other = table.loc[apart(table, "against the rest"), "subgroup"]
     words = f"Subgroups of {len(table)} in which the adapted model's mean AUROC differs from that of the rest, by an "
     words += f"interval without 0: {named(other)}. Nothing is corrected for so many comparisons (both rows of a trait "
-    words += (
-        "with two groups, such as sex, are one): of twenty, one would differ by chance. A study of which nothing is "
-    )
-    words += "known is in none."
+    words += "with two groups, such as sex, are one): of twenty, one would differ by chance. A study of which nothing "
+    words += "is known is in none."
     yield "Subgroups", words, "Mean AUROC, and the adapted model against the rest.", table
     table = tables["recalibration"]
     chosen = [f"{row['method']} for the {row['model']} model" for _, row in table[table["chosen"]].iterrows()]
