@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 import zmq.asyncio
 from jupyter_client.channels import AsyncZMQSocketChannel
@@ -16,6 +17,7 @@ from jupyter_client.session import Session
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from typer.testing import CliRunner
 
+from medctkit.cohort.manifest import load_manifest
 from tools import notebooks as course
 from tools.notebook_outputs import VIEW, cleaned, differences, kinds, noise, picture_of
 
@@ -269,6 +271,20 @@ def test_rendering_again_gives_the_same_bytes(clone):
     root, _, content = clone
     assert run("render", root).exit_code == 0
     assert (root / "notebooks" / "88_tiny.ipynb").read_bytes() == content
+
+
+def test_a_check_on_some_patients_leaves_the_cohort_as_it_is(tmp_path):
+    cohort = course.ROOT / course.COHORT
+    there = load_manifest(cohort)
+    for every in (3, 1, 3):  # in the same place
+        with course.workspace(folder=tmp_path, every=every) as notebooks:
+            some = load_manifest(notebooks.parent / course.COHORT)
+    pd.testing.assert_frame_equal(load_manifest(cohort), there)
+    assert set(some["study"]) < set(there["study"])
+    parts = ["hospital", "split"]
+    counts, of = (table.groupby(parts)["patient"].nunique() for table in (some, there))
+    assert counts.equals((of + 2) // 3)
+    assert some.groupby("patient").size().equals(there.groupby("patient").size()[sorted(set(some["patient"]))])
 
 
 def test_check_solves_the_exercises_and_compares_with_what_is_committed(clone, monkeypatch):
