@@ -316,7 +316,8 @@ def check(notebooks: Sequence[Path], output_dir: Path, keep: Path | None = None,
     Args:
         notebooks: what to run.
         output_dir: gets the executed notebooks, also as HTML.
-        keep, every: see `workspace`.
+        keep: see `workspace`.
+        every: see `workspace`.
 
     Returns:
         What differs in structure, a line for each; see `tools.notebook_outputs.differences`.

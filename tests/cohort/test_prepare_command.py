@@ -93,8 +93,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, how):
     write_manifest(table, tmp_path / "phantoms.csv")
     out = tmp_path / "out"
     command = [sys.executable, "-m", "medctkit.cli", "prepare", tmp_path / "phantoms.csv", out, "--model", "mini"]
-    command += ["--workers", "2"]
-    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    killed = subprocess.Popen([*command, "--workers", "2"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     children = []
     while len(list((out / "prepared").glob("*.safetensors"))) < 1 and killed.poll() is None:
         time.sleep(0.02)
@@ -105,8 +104,8 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, how):
     assert not [child for child in children if child.is_running()], "workers outlive the run that started them"
     there = {path: path.stat().st_mtime_ns for path in (out / "prepared").glob("*.safetensors")}
     assert 1 <= len(there) < 16 and not (out / "manifest.csv").exists()
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert f"16 of 16 volumes are prepared, {16 - len(there)} of them now" in again.stdout, again.stdout + again.stderr
+    again = run(tmp_path / "phantoms.csv", out, "--model", "mini", "--workers", 1)
+    assert f"16 of 16 volumes are prepared, {16 - len(there)} of them now" in again.output, again.output
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in there.items())
     assert load_manifest(out / "manifest.csv")["study"].tolist() == table["study"].tolist()
 

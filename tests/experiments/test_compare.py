@@ -59,8 +59,8 @@ TOY = replace(SETTINGS, steps=1, batch_size=4, evaluate_every=1)
 
 
 @pytest.fixture(scope="module")
-def data(toy_cohort):
-    return Data.load(toy_cohort / "manifest.csv", toy_cohort / "prepared")
+def data(toy_cohort, origin):
+    return Data.load(toy_cohort / "manifest.csv", toy_cohort / "prepared", origin)
 
 
 # --- which runs -----------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ def test_volumes_seen_once_train_the_text_encoder_as_volumes_do(data, tmp_path):
     job = Job("placement", "lora-text", 16, learning_rate=1e-3)
     found = run_job(job, data, TOY, tmp_path / "cached")
     torch.manual_seed(0)
-    model = apply_method(load_mini_base().model, "lora-text", r=16)
+    model = apply_method(data.origin.load().model, "lora-text", r=16)
     config = one_run._config(job, TOY)
     score = validation_score(data.valid, data.base.tokenizer)
     result = finetune(model, data.train, data.base.tokenizer, config, tmp_path / "plain", score)
@@ -382,17 +382,19 @@ one_run.MOST_RATES = 3
 os.cpu_count = lambda: 1  # tensors this small lose time to threads that wait for each other
 if __name__ == "__main__":
     toy = comparison.FineTuneConfig(steps=1, batch_size=4, evaluate_every=1)
-    comparison.compare_methods(sys.argv[1], sys.argv[2], ["ranks"], 1, toy, 1, sys.argv[3])
+    origin = comparison.Origin(*sys.argv[4:], "target")
+    comparison.compare_methods(sys.argv[1], sys.argv[2], ["ranks"], 1, toy, 1, sys.argv[3], origin)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_killed_comparison_goes_on_where_it_was(toy_cohort, tmp_path, monkeypatch, capsys):
+def test_a_killed_comparison_goes_on_where_it_was(toy_cohort, origin, tmp_path, monkeypatch, capsys):
     out, script = tmp_path / "out", tmp_path / "run.py"
     script.write_text(KILLED)
     arguments = [str(toy_cohort / "manifest.csv"), str(out), str(toy_cohort / "prepared")]
-    process = subprocess.Popen([sys.executable, str(script), *arguments], stderr=subprocess.DEVNULL)
+    base = [origin.model, origin.tokenizer]
+    process = subprocess.Popen([sys.executable, str(script), *arguments, *base], stderr=subprocess.DEVNULL)
     while not list(out.glob("runs/*.json")):
         assert process.poll() is None
         time.sleep(0.05)
@@ -411,7 +413,7 @@ def test_a_killed_comparison_goes_on_where_it_was(toy_cohort, tmp_path, monkeypa
     monkeypatch.setitem(GROUPS, "ranks", [Job("ranks", BASE), *(Job("ranks", "lora", rank) for rank in (1,))])
     monkeypatch.setattr(one_run, "MOST_RATES", 3)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    compare_methods(arguments[0], out, ["ranks"], 1, TOY, 1, arguments[2])
+    compare_methods(arguments[0], out, ["ranks"], 1, TOY, 1, arguments[2], origin)
     said = capsys.readouterr().out
     assert f"10 runs, {len(first)} of them there" in said and "a step of 4 volumes takes" in said
     assert all(path.stat().st_mtime_ns == at for path, at in first.items())
@@ -423,7 +425,7 @@ def test_a_killed_comparison_goes_on_where_it_was(toy_cohort, tmp_path, monkeypa
     assert measured < {path.stem for path in out.glob("runs/*.json")} and len(measured) == 2
     assert [group for group in GROUPS if results.has(group)] == ["ranks"]
     with pytest.raises(ValueError, match="steps: 1 there, 2 here"):
-        compare_methods(arguments[0], out, ["ranks"], 1, replace(TOY, steps=2), 1, arguments[2])
+        compare_methods(arguments[0], out, ["ranks"], 1, replace(TOY, steps=2), 1, arguments[2], origin)
     assert len(list(out.glob("runs/*.json"))) == 10
 
 

@@ -148,8 +148,8 @@ def relabelled(data, *splits):
 
 
 @pytest.fixture(scope="module")
-def data(toy_cohort):
-    return Data.load(toy_cohort / "manifest.csv", toy_cohort / "prepared")
+def data(toy_cohort, origin):
+    return Data.load(toy_cohort / "manifest.csv", toy_cohort / "prepared", origin)
 
 
 @pytest.fixture(scope="module")

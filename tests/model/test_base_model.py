@@ -32,7 +32,7 @@ def test_it_knows_its_own_hospital_and_is_clearly_worse_in_another(tmp_path):
     mini, manifest, found = load_mini_base(), load_manifest(MANIFEST), []
     classifier = ZeroShotClassifier(mini.model, mini.tokenizer)
     for hospital in ("source", "target"):
-        some = rows_of(manifest, hospital, "test").head(80)
+        some = rows_of(manifest, hospital, "test").head(40)
         data = experiment.load_split(some, hospital, "test", mini.preprocess_config, tmp_path)
         seen = classifier.embed(data, progress=False)
         scores = classifier.scores_from_embeddings(seen.embeddings)
