@@ -1,12 +1,14 @@
-"""The pictures of phantoms in README, drawn by the kit itself: `python -m tools.pictures notebooks/images`."""
+"""README's pictures of phantoms and the cover, drawn by the kit itself: `python -m tools.pictures notebooks/images`."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from matplotlib.figure import Figure
 
 from medctkit.attention.maps import patch_map, relevance
 from medctkit.common.atomic import replacing
+from medctkit.experiments.compare.results import finding_table, load_results
 from medctkit.findings import FINDINGS
 from medctkit.model.base_model import load_mini_base
 from medctkit.phantom.study import generate
@@ -18,7 +20,7 @@ SHAPE = (80, 256, 256)
 
 
 def draw_pictures(folder: Path) -> list[Path]:
-    """Write `findings.png`, a phantom for each finding, and what `draw_viewer` does.
+    """Write `cover.png`, `findings.png`, a phantom for each finding, and what `draw_viewer` does.
 
     Args:
         folder: made if it is not there.
@@ -27,9 +29,32 @@ def draw_pictures(folder: Path) -> list[Path]:
     findings = folder / "findings.png"
     studies = [generate(30 + i, findings=[name], shape=SHAPE) for i, name in enumerate(FINDINGS)]
     with replacing(findings) as temporary:
-        finding_gallery(studies).savefig(temporary, format="png", dpi=70, facecolor="black")
+        finding_gallery(studies).savefig(temporary, format="png", dpi=84, facecolor="black")
+    return [draw_cover(folder), findings, *draw_viewer(folder)]
 
-    return [findings, *draw_viewer(folder)]
+
+def draw_cover(folder: Path) -> Path:
+    """Write `cover.png`: three planes of a phantom, and the AUROC of each finding before and after LoRA."""
+    study = generate(7, findings=["Lung nodule", "Pleural effusion", "Lymphadenopathy"], shape=SHAPE)
+    slices = SliceViewer(study.volume, study.masks, height=640, canvas="plain")
+    slices.mask_boxes["Pleural effusion"].value = True
+    table = finding_table(load_results()).drop(index="mean").sort_values("lora")
+    figure, heights = Figure((16, 6.5), facecolor="black", layout="constrained"), range(len(table))
+    left, right = figure.subplots(1, 2, width_ratios=(1.9, 1))
+    left.imshow(slices.picture())
+    left.axis("off")
+    right.axvline(0.5, color="grey", linewidth=0.8)
+    right.hlines(heights, table["base"], table["lora"], color="#e69f00", linewidth=2)
+    for name, label, colour in (("base", "the base model", "#56b4e9"), ("lora", "after LoRA", "#e69f00")):
+        right.scatter(table[name], heights, color=colour, s=42, zorder=3, label=label)
+    right.set_facecolor("black")
+    right.tick_params(colors="white", labelsize=11)
+    right.set_yticks(heights, table.index)
+    right.set_xlabel("AUROC on test phantoms; 0.5 is chance", color="white", fontsize=11)
+    right.legend(facecolor="black", labelcolor="white", edgecolor="grey", loc="lower right", fontsize=11)
+    with replacing(folder / "cover.png") as temporary:
+        figure.savefig(temporary, format="png", dpi=80)
+    return folder / "cover.png"
 
 
 def draw_viewer(folder: Path) -> list[Path]:
@@ -46,9 +71,11 @@ def draw_viewer(folder: Path) -> list[Path]:
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(help="Where findings.png, viewer.png and viewer.html go.", file_okay=False)],
+    folder: Annotated[
+        Path, typer.Argument(help="Where cover.png, findings.png, viewer.png and viewer.html go.", file_okay=False)
+    ],
 ) -> None:
-    """Draw README's pictures of phantoms: the 18 findings in two windows, and the slice viewer with mask and map."""
+    """Draw README's pictures: the cover, the 18 findings, and the slice viewer with mask and map."""
     for picture in draw_pictures(folder):
         typer.echo(f"wrote {picture}")
 

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import ndimage
 
 from medctkit import viewers
 from medctkit.phantom.study import generate
@@ -150,9 +151,36 @@ def test_each_colour_map_is_readable_in_grey_too():
         assert (np.diff(light) > -1.5).all() and light[-1] - light[0] > 130, name
 
 
-def test_a_gallery_names_each_finding(study):
-    titles = [ax.get_title() for ax in rendering.finding_gallery([study, study], columns=2).axes]
-    assert titles.count(next(iter(study.masks))) == 2
+def test_a_gallery_names_each_finding_and_points_at_it(study):
+    name, mask = next(iter(study.masks.items()))
+    figure = rendering.finding_gallery([study, study, study], columns=2)
+    assert [ax.get_title() for ax in figure.axes] == [name, name, name, ""]
+    piece = mask[rendering.largest_slice(mask)]
+    for ax in figure.axes[:3]:
+        x, y = ax.texts[0].xy
+        rows, columns = np.argwhere(ndimage.binary_dilation(piece)).T * np.array([study.volume.spacing[1:]]).T
+        assert np.hypot(rows - y, columns - x).min() < max(study.volume.spacing)
+        assert ax.get_xlim()[0] <= x <= ax.get_xlim()[1] and ax.get_ylim()[1] <= y <= ax.get_ylim()[0]
+
+
+@given(st.data())
+@settings(max_examples=100, deadline=None)
+def test_an_arrow_ends_at_the_largest_piece_and_lies_in_the_crop(data):
+    number = st.integers(0, 199)
+    mask, spacing = np.zeros((200, 160), bool), (1.5, 2.0)
+    for _ in range(data.draw(st.integers(1, 3))):
+        top, left = data.draw(number), data.draw(number) % 160
+        mask[top : top + data.draw(st.integers(1, 80)), left : left + data.draw(st.integers(1, 80))] = True
+    (left, top, side), tip, tail = rendering._pointed_at(mask, spacing)
+    pieces, count = ndimage.label(mask)
+    sizes = [(pieces == i + 1).sum() for i in range(count)]
+    distances = [np.hypot(*((np.argwhere(pieces == i + 1) + 0.5) * spacing - tip[::-1]).T).min() for i in range(count)]
+    assert min(d for d, size in zip(distances, sizes, strict=True) if size == max(sizes)) <= 2.0
+    assert side <= 320 and 0 <= top <= 300 and 0 <= left <= 320
+    inside = [
+        (left - 1e-6 <= x <= left + side + 1e-6) and (top - 1e-6 <= y <= top + side + 1e-6) for x, y in (tip, tail)
+    ]
+    assert inside[0] and (inside[1] or side > 250)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,9 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
 
+from medctkit.findings import GROUPS
 from medctkit.scans.geometry import CANONICAL, LETTERS, straight_affine
 from medctkit.scans.heat_map import HeatMap
 from medctkit.scans.volumes import CTVolume
@@ -36,6 +38,8 @@ MASK_COLOURS = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (213, 94, 0), (204
 SLABS = ("one slice", "maximum", "minimum", "mean")  # of HU, over the thickness of a slab
 WHOLE = (0.0, 0.0, 1.0, 1.0)  # of a slice: left, top, right and bottom of what is shown of it, as shares
 _MAP_POINTS = 96  # a side: a heat map is coarse, and asked for at no more points than this
+_CROP, _DEEP = 120.0, 10.0  # mm of a gallery: a crop's side, at least; a finding as deep has the arrow's tip in it
+_ARROW = "#e69f00"
 _EDGE_POINTS = 256  # where its cells are shown with their edges
 
 
@@ -312,7 +316,7 @@ def largest_slice(mask: np.ndarray) -> int:
 
 
 def finding_gallery(studies: Sequence["PhantomStudy"], columns: int = 6) -> Figure:
-    """Each study's first finding, cut where its mask is largest: lung window above, mediastinal window below.
+    """Each study's first finding: a crop where its mask is largest, in the window that shows it, and an arrow at it.
 
     Raises:
         ValueError: no studies, or one without a finding.
@@ -321,18 +325,42 @@ def finding_gallery(studies: Sequence["PhantomStudy"], columns: int = 6) -> Figu
 
     if not studies or not all(study.masks for study in studies):
         raise ValueError("a gallery shows studies with findings: give at least one, and leave out those without")
-    rows = 2 * -(-len(studies) // columns)
-    size = (2.5 * columns, 2.35 * rows)
+    rows = -(-len(studies) // columns)
+    size = (2.5 * columns, 2.75 * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, facecolor="black", squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
-    for i, study in enumerate(studies):
+    for ax, study in zip(axes.flat, studies, strict=False):
         name, mask = next(iter(study.masks.items()))
-        scan = Scan.of(study.volume, {name: mask})
-        index = largest_slice(scan.masks[name])
-        lung, mediastinum = axes[2 * (i // columns) :, i % columns][:2]
-        lung.set_title(name, color="white", fontsize=9)
-        lung.imshow(render(scan.volume, "axial", index, "lung", height=300))
-        mediastinum.imshow(render(scan.volume, "axial", index, "mediastinum", scan.masks, opacity=0.0, height=300))
+        index = largest_slice(mask)
+        (left, top, side), tip, tail = _pointed_at(mask[index], study.volume.spacing[1:])
+        airy = GROUPS.get(name, "lungs") in ("lungs", "airways") and name != "Atelectasis"  # which has no air left
+        window = "lung" if airy else "mediastinum"
+        picture = render(study.volume, "axial", index, window, height=1000)
+        wide, tall = slice_mm(study.volume, "axial")
+        ax.imshow(picture, extent=(0, wide, tall, 0), interpolation="antialiased")
+        ax.set(xlim=(left, left + side), ylim=(top + side, top))
+        ax.annotate("", tip, tail, arrowprops={"arrowstyle": "-|>", "color": _ARROW, "lw": 2, "mutation_scale": 14})
+        ax.set_title(name, color="white", fontsize=9)
     figure.tight_layout(pad=0.4)
     return figure
+
+
+def _pointed_at(
+    mask: np.ndarray, spacing: Sequence[float]
+) -> tuple[tuple[float, float, float], np.ndarray, np.ndarray]:
+    """A square (left, top, side) around the largest piece of a mask (h, w); tip and tail (x, y) of an arrow; in mm."""
+    pieces, _ = ndimage.label(mask)
+    piece = pieces == np.bincount(pieces[pieces > 0]).argmax()
+    scale, whole = np.array(spacing), np.array(mask.shape) * spacing
+    first, last = np.argwhere(piece).min(0) * scale, (np.argwhere(piece).max(0) + 1) * scale
+    side = min(max(_CROP, 1.5 * (last - first).max()), whole.max())
+    corner = np.clip((first + last - side) / 2, 0, np.maximum(whole - side, 0))
+
+    depth, edge = ndimage.distance_transform_edt(np.pad(piece, 1), scale, return_indices=True)
+    at = np.unravel_index(depth.argmax(), depth.shape)
+    deepest, way = (np.array(at) - 0.5) * scale, (edge[:, *at] - at) * scale / depth[at]
+    if not ((corner < deepest + side / 3 * way) & (deepest + side / 3 * way < corner + side)).all():
+        way = -way  # from the other side, where there is room
+    tip = deepest + (0 if depth[at] > _DEEP else depth[at]) * way
+    return (corner[1], corner[0], side), tip[::-1], (tip + side / 4 * way)[::-1]
