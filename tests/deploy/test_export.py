@@ -40,12 +40,14 @@ def volumes(adapted):
     return torch.randn(5, 1, *shape, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_scores_are_the_models(adapted, folder, volumes, batch):
     scores = ZeroShotClassifier(*adapted).scores(volumes[:batch])
     np.testing.assert_allclose(Exported(folder).scores(volumes[:batch].numpy()), scores, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_runs_where_there_is_no_torch(folder, volumes, tmp_path):
     np.save(tmp_path / "volumes.npy", volumes.numpy())
     program = (
@@ -59,6 +61,7 @@ def test_it_runs_where_there_is_no_torch(folder, volumes, tmp_path):
     np.testing.assert_allclose(json.loads(said), Exported(folder).scores(volumes.numpy()), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_text_tower_answers_other_prompts(adapted, folder):
     import onnxruntime
 
@@ -72,6 +75,7 @@ def test_the_text_tower_answers_other_prompts(adapted, folder):
         np.testing.assert_allclose(session.run(None, given)[0], expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_says_what_it_is(adapted, folder):
     model, tokenizer = adapted
     facts = json.loads((folder / FACTS).read_text())
@@ -115,6 +119,7 @@ def test_an_export_with_a_fixed_batch_is_found_out(adapted, tmp_path, monkeypatc
         export(*adapted, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_folders_are_not_mixed_or_taken(adapted, folder, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="something else"):
@@ -130,6 +135,7 @@ def test_folders_are_not_mixed_or_taken(adapted, folder, tmp_path):
         Exported(other)
 
 
+@pytest.mark.slow
 def test_wrong_input_is_refused(folder, volumes):
     exported = Exported(folder)
     with pytest.raises(ValueError, match="expected float32"):
