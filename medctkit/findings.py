@@ -26,6 +26,7 @@ _TABLE = list(csv.DictReader((files("medctkit") / "assets" / "findings.csv").rea
 CT_RATE: tuple[str, ...] = tuple(row["finding"] for row in _TABLE)
 CT_RATE_PREVALENCE: dict[str, float] = {row["finding"]: float(row["train_percent"]) / 100 for row in _TABLE}
 GROUPS: dict[str, str] = {row["finding"]: row["group"] for row in _TABLE}  # of CT-RATE's
+WINDOW: dict[str, str] = {row["finding"]: row["window"] for row in _TABLE}  # of CT-RATE's: the one that shows it
 
 
 @dataclass(frozen=True)

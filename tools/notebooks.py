@@ -243,7 +243,7 @@ def workspace(root: Path = ROOT, folder: Path | None = None, every: int = 1) -> 
     Args:
         root: the repository.
         folder: one that is kept, with its results; None: a new one, which is removed.
-        every: the cohort keeps every so-manieth patient of each hospital and split; 1 keeps all.
+        every: the cohort keeps one patient in so many of each hospital and split; 1 keeps all.
 
     Yields:
         Its folder for notebooks, in which their `../data_manifest.csv` and `../runs` lead where they should.
@@ -257,21 +257,21 @@ def workspace(root: Path = ROOT, folder: Path | None = None, every: int = 1) -> 
         ]
         linked += [path for path in (root / "notebooks").iterdir() if path.is_dir() and path.name[0] != "."]
         for path in linked:
-            link = folder / path.relative_to(root)
-            link.unlink(missing_ok=True)
-            link.symlink_to(path.resolve())
-        if every > 1:
-            (folder / COHORT).unlink()  # the link
-            _thinned(root / COHORT, folder / COHORT, every)
+            link, target = folder / path.relative_to(root), path.resolve()
+            if every > 1 and path == root / COHORT:
+                target = _thinned(path, folder / ".cohort.csv", every)
+            if link.is_symlink():  # of an earlier run; what is no link is somebody's own, and stays
+                link.unlink()
+            link.symlink_to(target)
         yield notebooks
 
 
-def _thinned(cohort: Path, target: Path, every: int) -> None:
+def _thinned(cohort: Path, target: Path, every: int) -> Path:
     from medctkit.cohort.manifest import load_manifest, write_manifest
 
     table = load_manifest(cohort)
     patients = table.groupby(["hospital", "split"])["patient"].unique()
-    write_manifest(table[table["patient"].isin({name for names in patients for name in names[::every]})], target)
+    return write_manifest(table[table["patient"].isin({name for names in patients for name in names[::every]})], target)
 
 
 # --- make render, make notebooks ------------------------------------------------------------------------------
@@ -429,7 +429,7 @@ def check_command(
     output_dir: Annotated[Path, typer.Option(help="Gets the executed notebooks and HTML.")] = Path("runs/notebooks"),
     keep: Keep = None,
     every: Annotated[
-        int, typer.Option(min=1, help="Run on every so-manieth patient: as quick as that, scores as rough as that.")
+        int, typer.Option(min=1, help="Run on one patient in so many: quicker, and scores are rougher.")
     ] = 1,
     notebooks_dir: Folder = ROOT / "notebooks",
 ) -> None:

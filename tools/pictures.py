@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 from matplotlib.figure import Figure
 
@@ -11,12 +12,13 @@ from medctkit.common.atomic import replacing
 from medctkit.experiments.compare.results import finding_table, load_results
 from medctkit.findings import FINDINGS
 from medctkit.model.base_model import load_mini_base
-from medctkit.phantom.study import generate
+from medctkit.phantom.study import PhantomStudy, generate
 from medctkit.scans.preprocessing import preprocess
-from medctkit.viewers.drawing.rendering import finding_gallery
+from medctkit.viewers.drawing.rendering import MASK_COLOURS, finding_gallery
 from medctkit.viewers.slice_viewer import SliceViewer
 
 SHAPE = (80, 256, 256)
+SHOWN = "Pleural effusion"  # outlined in the viewer
 
 
 def draw_pictures(folder: Path) -> list[Path]:
@@ -30,23 +32,24 @@ def draw_pictures(folder: Path) -> list[Path]:
     studies = [generate(30 + i, findings=[name], shape=SHAPE) for i, name in enumerate(FINDINGS)]
     with replacing(findings) as temporary:
         finding_gallery(studies).savefig(temporary, format="png", dpi=84, facecolor="black")
-    return [draw_cover(folder), findings, *draw_viewer(folder)]
+    study = generate(7, findings=["Lung nodule", SHOWN, "Lymphadenopathy"], shape=SHAPE)
+    return [draw_cover(study, folder), findings, *draw_viewer(study, folder)]
 
 
-def draw_cover(folder: Path) -> Path:
+def draw_cover(study: PhantomStudy, folder: Path) -> Path:
     """Write `cover.png`: three planes of a phantom, and the AUROC of each finding before and after LoRA."""
-    study = generate(7, findings=["Lung nodule", "Pleural effusion", "Lymphadenopathy"], shape=SHAPE)
     slices = SliceViewer(study.volume, study.masks, height=640, canvas="plain")
-    slices.mask_boxes["Pleural effusion"].value = True
+    slices.mask_boxes[SHOWN].value = True
     table = finding_table(load_results()).drop(index="mean").sort_values("lora")
     figure, heights = Figure((16, 6.5), facecolor="black", layout="constrained"), range(len(table))
     left, right = figure.subplots(1, 2, width_ratios=(1.9, 1))
     left.imshow(slices.picture())
     left.axis("off")
     right.axvline(0.5, color="grey", linewidth=0.8)
-    right.hlines(heights, table["base"], table["lora"], color="#e69f00", linewidth=2)
-    for name, label, colour in (("base", "the base model", "#56b4e9"), ("lora", "after LoRA", "#e69f00")):
-        right.scatter(table[name], heights, color=colour, s=42, zorder=3, label=label)
+    after, before = (np.array(colour) / 255 for colour in MASK_COLOURS[:2])
+    right.hlines(heights, table["base"], table["lora"], color=after, linewidth=2)
+    for name, label, colour in (("base", "the base model", before), ("lora", "after LoRA", after)):
+        right.scatter(table[name], heights, color=[colour], s=42, zorder=3, label=label)
     right.set_facecolor("black")
     right.tick_params(colors="white", labelsize=11)
     right.set_yticks(heights, table.index)
@@ -57,16 +60,15 @@ def draw_cover(folder: Path) -> Path:
     return folder / "cover.png"
 
 
-def draw_viewer(folder: Path) -> list[Path]:
+def draw_viewer(study: PhantomStudy, folder: Path) -> list[Path]:
     """Write `viewer.png`, the slice viewer with a mask and a map, and `viewer.html`, its stack, for the site."""
-    name, mini = "Pleural effusion", load_mini_base()
-    study = generate(7, findings=["Lung nodule", name, "Lymphadenopathy"], shape=SHAPE)
+    mini = load_mini_base()
     pixels = preprocess(study.volume, mini.preprocess_config)
-    values = relevance(mini.model, mini.tokenizer, pixels, f"{name} is present.", f"{name} is not present.")
-    times = "speaks for pleural effusion, times chance"
+    values = relevance(mini.model, mini.tokenizer, pixels, f"{SHOWN} is present.", f"{SHOWN} is not present.")
+    times = f"speaks for {SHOWN.lower()}, times chance"
     speaks = patch_map(values * values.size, study.volume, mini.preprocess_config, times)
     slices = SliceViewer(study.volume, study.masks, height=420, heat_maps={"relevance": speaks}, canvas="plain")
-    slices.mask_boxes[name].value = True
+    slices.mask_boxes[SHOWN].value = True
     return [slices.to_png(folder / "viewer.png"), slices.to_html(folder / "viewer.html", title="Phantom")]
 
 

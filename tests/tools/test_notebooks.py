@@ -287,6 +287,13 @@ def test_a_check_on_some_patients_leaves_the_cohort_as_it_is(tmp_path):
     assert some.groupby("patient").size().equals(there.groupby("patient").size()[sorted(set(some["patient"]))])
 
 
+def test_what_is_no_link_in_the_folder_that_is_kept_is_refused_and_stays(clone, tmp_path):
+    (tmp_path / course.COHORT).write_text("mine")
+    with pytest.raises(FileExistsError, match=course.COHORT), course.workspace(clone[0], tmp_path):
+        pass
+    assert (tmp_path / course.COHORT).read_text() == "mine"
+
+
 def test_check_solves_the_exercises_and_compares_with_what_is_committed(clone, monkeypatch):
     root, _, content = clone
     out = root / "runs" / "checked"

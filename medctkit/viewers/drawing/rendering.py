@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from medctkit.findings import GROUPS
+from medctkit.findings import WINDOW
 from medctkit.scans.geometry import CANONICAL, LETTERS, straight_affine
 from medctkit.scans.heat_map import HeatMap
 from medctkit.scans.volumes import CTVolume
@@ -39,7 +39,6 @@ SLABS = ("one slice", "maximum", "minimum", "mean")  # of HU, over the thickness
 WHOLE = (0.0, 0.0, 1.0, 1.0)  # of a slice: left, top, right and bottom of what is shown of it, as shares
 _MAP_POINTS = 96  # a side: a heat map is coarse, and asked for at no more points than this
 _CROP, _DEEP = 120.0, 10.0  # mm of a gallery: a crop's side, at least; a finding as deep has the arrow's tip in it
-_ARROW = "#e69f00"
 _EDGE_POINTS = 256  # where its cells are shown with their edges
 
 
@@ -330,17 +329,17 @@ def finding_gallery(studies: Sequence["PhantomStudy"], columns: int = 6) -> Figu
     figure, axes = plt.subplots(rows, columns, figsize=size, facecolor="black", squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
+    arrow = {"arrowstyle": "-|>", "color": np.array(MASK_COLOURS[0]) / 255, "lw": 2, "mutation_scale": 14}
     for ax, study in zip(axes.flat, studies, strict=False):
         name, mask = next(iter(study.masks.items()))
-        index = largest_slice(mask)
-        (left, top, side), tip, tail = _pointed_at(mask[index], study.volume.spacing[1:])
-        airy = GROUPS.get(name, "lungs") in ("lungs", "airways") and name != "Atelectasis"  # which has no air left
-        window = "lung" if airy else "mediastinum"
-        picture = render(study.volume, "axial", index, window, height=1000)
-        wide, tall = slice_mm(study.volume, "axial")
+        scan = Scan.of(study.volume, {name: mask})
+        index = largest_slice(scan.masks[name])
+        (left, top, side), tip, tail = _pointed_at(scan.masks[name][index], scan.volume.spacing[1:])
+        wide, tall = slice_mm(scan.volume, "axial")
+        picture = render(scan.volume, "axial", index, WINDOW.get(name, "lung"), height=1000)
         ax.imshow(picture, extent=(0, wide, tall, 0), interpolation="antialiased")
         ax.set(xlim=(left, left + side), ylim=(top + side, top))
-        ax.annotate("", tip, tail, arrowprops={"arrowstyle": "-|>", "color": _ARROW, "lw": 2, "mutation_scale": 14})
+        ax.annotate("", tip, tail, arrowprops=arrow)
         ax.set_title(name, color="white", fontsize=9)
     figure.tight_layout(pad=0.4)
     return figure
