@@ -2,6 +2,7 @@
 
 import pytest
 from conftest import PICTURES, ROOT
+from pages import READY
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 DRAWN = "() => [...document.querySelectorAll('.jp-RenderedMarkdown img')].some(i => i.complete && i.naturalWidth > 0)"
@@ -16,6 +17,7 @@ def opened(browser, server, request):
     tab.set_default_timeout(20_000)
     tab.goto(server.address_of(f"notebooks/{request.param.name}"), timeout=120_000)
     yield tab
+    tab.wait_for_function(READY, timeout=60_000)  # a tab that goes while its kernel connects is an error of the server
     tab.close()
 
 
