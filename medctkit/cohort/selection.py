@@ -101,7 +101,7 @@ def study_names(values: Iterable[str]) -> list[str]:
     """
     names = []
     for value in values:
-        if Path(value).expanduser().is_file():
+        if os.path.isfile(os.path.expanduser(value)):  # Path.is_file fails on a long list of names
             names += read_names(value)
         elif "/" in value or value.endswith((".txt", ".csv")):
             raise FileNotFoundError(f"{value}: there is no such file of names")

@@ -180,6 +180,7 @@ def test_names_come_from_files_or_the_command_line(tmp_path):
     names = study_names([str(tmp_path / "names.txt"), "valid_3, valid_4"])
     assert names == ["valid_1", "valid_2_a", "valid_3", "valid_4"]
     assert study_names([str(tmp_path / "table.csv")]) == ["valid_1_a_1.nii.gz"]
+    assert study_names([",".join(HUNDRED)]) == HUNDRED, "longer than the name of a file can be"
     with pytest.raises(FileNotFoundError, match=r"nowhere\.txt: there is no such file of names"):
         study_names(["nowhere.txt"])
 
