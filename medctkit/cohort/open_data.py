@@ -47,7 +47,7 @@ class OpenPlan:
         labels = {name: self.table[name].dropna() for name in FINDINGS}
         known = ", ".join(f"{name} {int(of.sum())} of {len(of)}" for name, of in labels.items() if len(of))
         what = f"{self.source} -> {self.destination}: {counted(self.table, 'scan')} of "
-        what += f"{self.table['patient'].nunique():,} patients, {as_bytes(self.bytes_total)}; "
+        what += f"{counted(set(self.table['patient']), 'patient')}, {as_bytes(self.bytes_total)}; "
         return "\n".join([*self.licences, f"{what}{as_bytes(self.bytes_there)} there", f"labels: {known or 'none'}"])
 
 

@@ -18,7 +18,7 @@ def counted(things: Collection, noun: str) -> str:
 def as_bytes(n: int) -> str:
     """Bytes, for a person: "1.77 GB"."""
     for power, unit in ((12, "TB"), (9, "GB"), (6, "MB"), (3, "kB")):
-        if n >= 10**power:
+        if n >= 0.9995 * 10**power:  # three digits of it are 1
             return f"{n / 10**power:.3g} {unit}"
     return f"{n} B"
 

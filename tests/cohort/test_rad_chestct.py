@@ -99,7 +99,7 @@ def test_a_record_that_gives_its_files_on_request_says_so_and_takes_a_token(reco
             rad_chestct.plan_rad_chestct(tmp_path)
         assert capsys.readouterr().out.startswith("cc-by-nc-nd-4.0 (restricted access)")
         monkeypatch.setenv("ZENODO_TOKEN", "secret.of.mine")
-        assert len(rad_chestct.plan_rad_chestct(tmp_path, 1, "test").table) == 2
+        assert "2 scans of 1 patient, " in str(rad_chestct.plan_rad_chestct(tmp_path, 1, "test"))
     with pytest.raises(ConnectionError, match="no connection to http://127.0.0.1") as caught:
         rad_chestct.plan_rad_chestct(tmp_path)
     assert "secret" not in str(caught.value)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from medctkit.common.csv_tables import read_table, write_table
-from medctkit.common.text import markdown, printable
+from medctkit.common.text import as_bytes, markdown, printable
 
 FORMULAS = ["=1+1", "+1+1", "-1+1", "@SUM(A1)", "\t=1", "\r=1", "=cmd|' /C calc'!A0", "＝1+1", " =1+1", "'=1", "''-1+1"]
 
@@ -50,6 +50,13 @@ def test_markdown_shows_what_was_written_and_no_more(text):
 
 def test_code_in_a_report_stays_code():
     assert markdown("`medctkit evaluate`, 95 % [0.60, 0.64]") == "`medctkit evaluate`, 95 % [0.60, 0.64]"
+
+
+@pytest.mark.parametrize(
+    ("n", "said"), [(999, "999 B"), (999_499, "999 kB"), (999_700_000, "1 GB"), (1_770_000_000, "1.77 GB")]
+)
+def test_sizes_have_three_digits(n, said):
+    assert as_bytes(n) == said
 
 
 @pytest.mark.parametrize("text", ["\x1b[31m", "\x9b1m", "\x07", "\u202e", "\u2066", "\udcff", "\r"])
