@@ -11,6 +11,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from itertools import product
 from math import inf
 from pathlib import Path
 from typing import NamedTuple
@@ -157,24 +158,19 @@ def _volumes_on_disk(root: Path, version: int | None, counts: Counter) -> pd.Dat
     """Columns of the manifest that names and folders give, in the order of patients, scans, reconstructions."""
     versions = tuple(VERSIONS) if version is None else (_checked_version(version),)
     found: dict[VolumeName, tuple[int, str]] = {}
-    for number in versions:
-        for split in TABLES:
-            top = os.path.abspath(root / VERSIONS[number].format(split=split))
-            if not os.path.isdir(top):
-                continue
-            for folder, _, files in os.walk(top, onerror=_fail, followlinks=True):
-                for file in files:
-                    if not file.endswith(".nii.gz"):
-                        continue
-                    name = _NAME.fullmatch(file.removesuffix(".nii.gz"))
-                    if (
-                        name
-                        and name["split"] == split
-                        and folder == os.path.join(top, name["patient"], f"{name['patient']}_{name['scan']}")
-                    ):
-                        found[parse_volume_name(file)] = number, os.path.join(folder, file)  # the later version wins
-                    else:
-                        counts["ignored: files whose name or folder is not CT-RATE's"] += 1
+    for number, split in product(versions, TABLES):
+        top = os.path.abspath(root / VERSIONS[number].format(split=split))
+        if not os.path.isdir(top):
+            continue
+        for folder, _, files in os.walk(top, onerror=_fail, followlinks=True):
+            for file in files:
+                name, path = file.removesuffix(".nii.gz"), os.path.join(folder, file)
+                if name == file:
+                    continue
+                if _NAME.fullmatch(name) and path == os.path.abspath(root / volume_path(name, number)):
+                    found[parse_volume_name(name)] = number, path  # the later version wins
+                else:
+                    counts["ignored: files whose name or folder is not CT-RATE's"] += 1
     counts["volumes on disk"] = len(found)
     if not found:
         looked = " or ".join(f"{folder.format(split='*')}/" for n, folder in VERSIONS.items() if n in versions)
@@ -195,7 +191,7 @@ def _joined(root: Path, split: str, volumes: pd.DataFrame, counts: Counter, wron
     tables = {
         "labels": _read_table(root, split, "labels", wrong, FINDINGS),
         "reports": _read_table(root, split, "reports", wrong, REPORT),
-        "metadata": _read_metadata(root, split, wrong),
+        "metadata": _read_table(root, split, "metadata", wrong, _GEOMETRY, (*KEPT, _DIRECTIONS)),
     }
     listed_somewhere = set().union(*(table["VolumeName"] for table in tables.values()))
     counts["rows of the tables without a file"] += len(listed_somewhere - set(volumes["study"]))
@@ -234,10 +230,10 @@ def _joined(root: Path, split: str, volumes: pd.DataFrame, counts: Counter, wron
 
 
 def _right(
-    root: str | os.PathLike, split: str, kind: str, table: pd.DataFrame, rules: Sequence[tuple], wrong: list[dict]
+    root: Path, split: str, kind: str, table: pd.DataFrame, rules: Sequence[tuple], wrong: list[dict]
 ) -> pd.DataFrame:
     """The rows of a table that no rule finds wrong; what is wrong with the others goes into `wrong`."""
-    path = str(_table_path(root, split, kind))
+    path = str(root / TABLES[split][kind])
     why = dict(reversed(wrong_cells(path, table, rules)))  # of each row the first
     for at, message in sorted(why.items()):
         study = table["VolumeName"].iloc[at]
@@ -254,20 +250,11 @@ def _extra_columns(metadata: pd.DataFrame) -> pd.DataFrame:
     return extra
 
 
-def _table_path(root: str | os.PathLike, split: str, kind: str) -> Path:
-    return Path(root).expanduser() / TABLES[split][kind]
-
-
 def _read_table(
-    root: str | os.PathLike,
-    split: str,
-    kind: str,
-    wrong: list[dict],
-    columns: Sequence[str],
-    optional: Sequence[str] = (),
+    root: Path, split: str, kind: str, wrong: list[dict], columns: Sequence[str], optional: Sequence[str] = ()
 ) -> pd.DataFrame:
     """A table of CT-RATE with VolumeName checked and without its .nii.gz; the index is the row in the file."""
-    path = _table_path(root, split, kind)
+    path = root / TABLES[split][kind]
     if not path.is_file():
         raise FileNotFoundError(f"{path}: this table of CT-RATE is missing; download it as well")
     broken: dict[int, str] = {}
@@ -287,7 +274,7 @@ def _read_table(
 
 def _no_chest(root: Path, split: str, wrong: list[dict]) -> set[str]:
     """Names of the volumes that CT-RATE lists as no chests, without .nii.gz."""
-    path = _table_path(root, split, "no_chest")
+    path = root / TABLES[split]["no_chest"]
     if not path.is_file():
         raise FileNotFoundError(f"{path}: the list of volumes that show no chest is missing; download it as well")
     names = set()
@@ -316,10 +303,6 @@ def _one_value_for_each_scan(table: pd.DataFrame, columns: Sequence[str]) -> lis
     return [(name, table[name].groupby(scan).transform("nunique", dropna=False) > 1, expected) for name in columns]
 
 
-def _read_metadata(root: str | os.PathLike, split: str, wrong: list[dict]) -> pd.DataFrame:
-    return _read_table(root, split, "metadata", wrong, _GEOMETRY, (*KEPT, _DIRECTIONS))
-
-
 def _stored_as(directions: str) -> str:
     """How an array of version 1 lies, of which its header says nothing true: as the slices, SPL of one who lies supine.
 
@@ -341,14 +324,8 @@ def _stored_as(directions: str) -> str:
 def _reading_columns(metadata: pd.DataFrame) -> tuple[pd.DataFrame, list[tuple]]:
     """Columns of the manifest that say how to read version 1, of rows of the metadata, which are text; and rules."""
     plane = metadata["XYSpacing"].str.extract(rf"^\s*\[{_LENGTH},{_LENGTH}\]\s*$")
-    values = {
-        "RescaleSlope": to_numbers(metadata["RescaleSlope"]),
-        "RescaleIntercept": to_numbers(metadata["RescaleIntercept"]),
-        "ZSpacing": to_numbers(metadata["ZSpacing"]),
-        "rows": plane[0],
-        "columns": plane[1],
-    }
-    values = pd.DataFrame({name: pd.to_numeric(v, errors="coerce").astype(float) for name, v in values.items()})
+    values = metadata[["RescaleSlope", "RescaleIntercept", "ZSpacing"]].apply(to_numbers)
+    values = values.assign(rows=plane[0], columns=plane[1]).apply(pd.to_numeric, errors="coerce").astype(float)
     low, high = STEP_RANGE
     inside = values[["ZSpacing", "rows", "columns"]].apply(lambda steps: steps.between(low, high))
     between = f"from {low} to {high} mm"

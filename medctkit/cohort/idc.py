@@ -19,7 +19,8 @@ from typing import Any
 import pandas as pd
 
 from medctkit.cohort.nodules import LEAST_READERS, NODULE
-from medctkit.cohort.open_data import OpenPlan, manifest_row, some_of, split_of
+from medctkit.cohort.open_data import OpenPlan, manifest_row, split_of
+from medctkit.cohort.selection import some_of
 
 LIDC = "lidc_idri"
 NODULES = {LIDC: "dicom_lidc_idri_nodules"}  # collection -> whose segmentations of nodules
@@ -56,7 +57,7 @@ def plan_idc(
     scans = chest_series(rows.merge(_details(client), on="SeriesInstanceUID"))
     if scans.empty:
         raise ValueError(f"{collection} has no CT of {SLICES} slices of {THICKNESS} mm; choose another collection")
-    scans = scans[scans["PatientID"].isin(some_of(scans["PatientID"], patients, seed))]
+    scans = scans[scans["PatientID"].isin(some_of(sorted(scans["PatientID"]), patients, seed))]
     whose = rows["analysis_result_id"] == NODULES.get(collection, "")
     drawn = rows[whose & (rows["Modality"] == "SEG") & rows["StudyInstanceUID"].isin(scans["StudyInstanceUID"])]
     scans = scans.assign(folder="scans/" + scans["PatientID"] + "/" + scans["SeriesInstanceUID"])

@@ -26,7 +26,8 @@ from urllib.request import urlopen
 import pandas as pd
 from tqdm.auto import tqdm
 
-from medctkit.cohort.open_data import OpenPlan, manifest_row, some_of
+from medctkit.cohort.open_data import OpenPlan, manifest_row
+from medctkit.cohort.selection import some_of
 from medctkit.common.atomic import replacing
 from medctkit.common.csv_tables import read_table
 
@@ -79,7 +80,7 @@ def plan_rad_chestct(
         raise OSError("; ".join(failed.values()))
     summary = read_table(destination / SUMMARY, ["MRN_DEID", "NoteAcc_DEID", "Subset_Assigned"])
     summary = summary[summary["Subset_Assigned"].isin(wanted) & (summary["NoteAcc_DEID"] + ".npz").isin(entries)]
-    chosen = summary[summary["MRN_DEID"].isin(some_of(summary["MRN_DEID"], patients, seed))]
+    chosen = summary[summary["MRN_DEID"].isin(some_of(sorted(summary["MRN_DEID"]), patients, seed))]
     tabled = [_labels(read_table(destination / name, ["NoteAcc_DEID"]), chosen["NoteAcc_DEID"]) for name in tables[1:]]
     labels = {study: of for some in tabled for study, of in some.items()}
     more = dict(spacing_d=SPACING, spacing_h=SPACING, spacing_w=SPACING, stored_as=LIES, licence=licence)

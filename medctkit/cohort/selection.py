@@ -70,12 +70,8 @@ def select(
             )
         chosen = {volume for name in asked for volume in names[name]}
     else:
-        there = list(dict.fromkeys(_patient(v) for found in names.values() for v in found if v not in no_chest))
-        if patients is not None and not 1 <= patients <= len(there):
-            raise ValueError(f"{patients} patients were asked for; there are {len(there)}")
-        if seed is not None:
-            there.sort(key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
-        chosen = {volume for name in there[:patients] for volume in names[name]}
+        there = [_patient(v) for found in names.values() for v in found if v not in no_chest]
+        chosen = {volume for name in some_of(there, patients, seed) for volume in names[name]}
     files = sorted(chosen - no_chest, key=_natural)
     if not files:
         raise ValueError(f"nothing to fetch: {counted(chosen, 'volume')} asked for, none of which is a chest")
@@ -84,6 +80,20 @@ def select(
         tuple(dict.fromkeys(map(_patient, files))),
         tuple(sorted(chosen & no_chest, key=_natural)),
     )
+
+
+def some_of(patients: Iterable[str], number: int | None, seed: int | None) -> list[str]:
+    """So many patients: the first, in the order given, or, with a seed, drawn at random; None: all.
+
+    Raises:
+        ValueError: more than there are, or less than one.
+    """
+    names = list(dict.fromkeys(patients))
+    if number is not None and not 1 <= number <= len(names):
+        raise ValueError(f"{number} patients were asked for; there are {len(names)}")
+    if seed is not None:
+        names.sort(key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
+    return names[:number]
 
 
 def read_names(path: str | os.PathLike) -> list[str]:
