@@ -14,7 +14,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import permutations, product
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
+from tqdm.auto import tqdm
 
 from medctkit.common.csv_tables import (
     check_columns,
@@ -31,9 +34,6 @@ from medctkit.findings import CT_RATE, FINDINGS, VARIABLE, refuse_other_findings
 from medctkit.phantom.study import HOSPITALS, TRAINING_SHAPE, PhantomStudy, generate, named_rng
 from medctkit.scans.geometry import STEP_RANGE
 from medctkit.scans.volumes import CTVolume, read_volume
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 COLUMNS = ("study", "patient", "split", "hospital", "seed", "scan", "reconstruction", *FINDINGS, "report", "checksum")
 SPACING = ("spacing_d", "spacing_h", "spacing_w")  # mm, in place of a blank or wrong header
@@ -122,8 +122,6 @@ def has_file(row: Mapping) -> bool:
 
 def is_empty(value: Any) -> bool:
     """None, NaN, pandas' NA, or a blank text."""
-    import pandas as pd
-
     return bool(pd.isna(value)) or not str(value).strip()
 
 
@@ -142,7 +140,7 @@ def verify_row(row: Mapping) -> None:
         )
 
 
-def validate_manifest(table: "pd.DataFrame", rows: Sequence[int] | None = None) -> "pd.DataFrame":
+def validate_manifest(table: pd.DataFrame, rows: Sequence[int] | None = None) -> pd.DataFrame:
     """Check a manifest; returns it unchanged.
 
     Args:
@@ -176,13 +174,11 @@ def _refuse_misspelt(columns: Sequence[str]) -> None:
             raise ValueError(f"the manifest has a column {name!r}; write it {absent[_plain(name)]!r}")
 
 
-def _cell_rules(table: "pd.DataFrame", real: "pd.Series") -> Iterator[tuple]:
+def _cell_rules(table: pd.DataFrame, real: pd.Series) -> Iterator[tuple]:
     """(column, wrong rows, what was expected) for everything that a cell alone can have wrong.
 
     `real`: which rows are real scans.
     """
-    from pandas.api.types import is_numeric_dtype
-
     for name in ("study", "patient", "hospital", "scan"):
         text = table[name].astype(str)
         yield name, ~given(table[name]) | (text.str.strip() != text), "a name, without spaces around it"
@@ -194,9 +190,8 @@ def _cell_rules(table: "pd.DataFrame", real: "pd.Series") -> Iterator[tuple]:
     yield "seed", ~table["seed"].map(_is_whole) & (~real | given(table["seed"])), "a whole number >= 0"
     yield "reconstruction", ~table["reconstruction"].map(_is_whole), "a whole number >= 0"
     yield "report", ~table["report"].map(lambda r: isinstance(r, str) and bool(r.strip())), "a text"
-    for name in table.columns:
-        if not is_numeric_dtype(table[name]):
-            yield name, table[name].map(lambda cell: isinstance(cell, str) and "\0" in cell), "a text without NUL bytes"
+    for name in table.select_dtypes(exclude="number"):
+        yield name, table[name].map(lambda cell: isinstance(cell, str) and "\0" in cell), "a text without NUL bytes"
     digits = table["checksum"].astype(str).str.fullmatch("[0-9a-f]{64}").astype(bool)
     unfilled = real & ~given(table["checksum"])
     yield "checksum", ~digits & ~unfilled, "64 hexadecimal digits in small letters"
@@ -205,10 +200,8 @@ def _cell_rules(table: "pd.DataFrame", real: "pd.Series") -> Iterator[tuple]:
         yield name, ~table[name].isin((0, 1)) & ~unknown, "0 or 1, or nothing for a real scan: unknown"
 
 
-def _reading_rules(table: "pd.DataFrame", real: "pd.Series") -> Iterator[tuple]:
+def _reading_rules(table: pd.DataFrame, real: pd.Series) -> Iterator[tuple]:
     """The same for the columns that say how to read a file."""
-    import pandas as pd
-
     filled = {name: given(table[name]) if name in table else real & False for name in READING}
     for name in table.columns.intersection(READING):
         yield name, filled[name] & ~real, "nothing: a phantom (no path) is made, not read"
@@ -237,7 +230,7 @@ def _reading_rules(table: "pd.DataFrame", real: "pd.Series") -> Iterator[tuple]:
         yield "orientation", filled["orientation"] & ~known, expected
 
 
-def _scan_rules(table: "pd.DataFrame") -> Iterator[tuple]:
+def _scan_rules(table: pd.DataFrame) -> Iterator[tuple]:
     """The same for what rows have wrong against each other; every cell alone is right already."""
     row = table.index.astype(str)
     scan = table.groupby(["patient", "scan"], sort=False).ngroup()
@@ -259,21 +252,16 @@ def _scan_rules(table: "pd.DataFrame") -> Iterator[tuple]:
         yield "split", first.notna() & (first != table["split"]), expected
     twins = _twins(table)
     last = twins.groupby("twins")[["study", "split"]].transform("last").reindex(table.index)
+    elsewhere = last["split"].notna() & (last["split"] != table["split"])
     expected = "another scan: study " + table["study"].astype(str) + " is the same as " + last["study"]
-    yield (
-        "checksum",
-        last["split"].notna() & (last["split"] != table["split"]),
-        expected + " in the split " + last["split"],
-    )
+    yield "checksum", elsewhere, expected + " in the split " + last["split"]
 
 
-def _series(table: "pd.DataFrame", of: "pd.Series") -> "pd.Series":
+def _series(table: pd.DataFrame, of: pd.Series) -> pd.Series:
     """Which series a row has `of` a file or folder; "" for all rows of one where not every row gives a UID.
 
     Two UIDs are two scans; of a number, a description or nothing that can't be said.
     """
-    import pandas as pd
-
     uid = table["series"].fillna("").astype(str) if "series" in table else pd.Series("", index=table.index)
     vague = ~uid.str.fullmatch(r"\d+(\.\d+)+")
     return uid.mask(vague.groupby(of).transform("any").fillna(True).astype(bool), "")
@@ -288,7 +276,7 @@ def _file_at(path: str) -> str:
     return f"{found.st_dev} {found.st_ino}"
 
 
-def _twins(table: "pd.DataFrame") -> "pd.DataFrame":
+def _twins(table: pd.DataFrame) -> pd.DataFrame:
     """Rows whose volumes are equal, and equal in more than one split, with their number in `twins`; test comes last."""
     known = table[given(table["checksum"])]
     known = known.assign(twins=known.groupby(["checksum", _series(known, known["checksum"])]).ngroup())
@@ -296,7 +284,7 @@ def _twins(table: "pd.DataFrame") -> "pd.DataFrame":
     return known.sort_values("split", key=lambda split: split.map(SPLITS.index), kind="stable")
 
 
-def without_leaks(table: "pd.DataFrame") -> tuple["pd.DataFrame", list[dict]]:
+def without_leaks(table: pd.DataFrame) -> tuple[pd.DataFrame, list[dict]]:
     """A prepared manifest without patients of whom a volume is, under another name, in a later split too.
 
     Returns:
@@ -319,29 +307,22 @@ def without_leaks(table: "pd.DataFrame") -> tuple["pd.DataFrame", list[dict]]:
     ]
 
 
-def _split_rule(table: "pd.DataFrame") -> tuple:
+def _split_rule(table: pd.DataFrame) -> tuple:
     patient = table["patient"].map({name: folded(name) for name in table["patient"].unique()})
     row = first_row(table, patient)
     first = table["split"].groupby(patient).transform("first")
     other = table["patient"].groupby(patient).transform("first")
     there = row + (", there " + other.map(ascii)).where(other != table["patient"], "")
-    expected = (
-        first
-        + ": patient "
-        + table["patient"].map(ascii)
-        + " is in two splits (see row "
-        + there
-        + "); all scans of a "
-        "patient belong into one, or the test measures memory. If they are two people, give them names that differ in "
-        "more than case, accents, blanks, leading zeros or letters that look alike"
+    why = (
+        "); all scans of a patient belong into one, or the test measures memory. If they are two people, give them "
+        "names that differ in more than case, accents, blanks, leading zeros or letters that look alike"
     )
+    expected = first + ": patient " + table["patient"].map(ascii) + " is in two splits (see row " + there + why
     return "split", first != table["split"], expected
 
 
-def split_table(table: "pd.DataFrame") -> "pd.DataFrame":
+def split_table(table: pd.DataFrame) -> pd.DataFrame:
     """Numbers of patients, scans and volumes by hospital and split; ValueError where a patient is in two splits."""
-    import pandas as pd
-
     numbered = table.set_axis(range(2, len(table) + 2))
     refuse_wrong("manifest", numbered, [_split_rule(numbered)])
     order = pd.Categorical(table["split"], SPLITS, ordered=True)
@@ -358,7 +339,7 @@ def _is_whole(value: Any) -> bool:
         return False
 
 
-def load_manifest(path: str | os.PathLike) -> "pd.DataFrame":
+def load_manifest(path: str | os.PathLike) -> pd.DataFrame:
     """Read and check a manifest. A relative `path` or `masks` in it counts from the manifest's own folder.
 
     Raises:
@@ -384,7 +365,7 @@ def load_manifest(path: str | os.PathLike) -> "pd.DataFrame":
         raise ValueError(f"{path}: {error}") from None
 
 
-def write_manifest(table: "pd.DataFrame", path: str | os.PathLike) -> Path:
+def write_manifest(table: pd.DataFrame, path: str | os.PathLike) -> Path:
     """Check a manifest and write it, whole or not at all.
 
     A `path` or `masks` inside the manifest's folder is written relative to it, so that all can move together.
@@ -425,9 +406,6 @@ def _rows_of_patient(task: tuple[str, str, int]) -> list[dict]:
 
 def build_default_manifest(patients: Mapping[tuple[str, str], int] | None = None, workers: int | None = None):
     """Generate a phantom cohort's manifest (DataFrame), with so many `patients` of each (hospital, split)."""
-    import pandas as pd
-    from tqdm.auto import tqdm
-
     refuse_other_findings("phantoms, of which the default manifest is")
     patients = DEFAULT_PATIENTS if patients is None else patients
     tasks = [(hospital, split, i) for (hospital, split), n in patients.items() for i in range(1, n + 1)]

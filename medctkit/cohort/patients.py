@@ -1,14 +1,12 @@
 """Who was scanned, and with what: the characteristics by which a report tells patients apart."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+import pandas as pd
 
 from medctkit.cohort.manifest import has_file
 from medctkit.phantom.patient import Patient
 from medctkit.phantom.study import person_of
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 COLUMNS = {"sex": "PatientSex", "age": "PatientAge", "manufacturer": "Manufacturer", "kernel": "ConvolutionKernel"}
 AGES = {"under 50": 0, "50 to 64": 50, "65 to 79": 65, "80 and over": 80}  # years from which a band begins
@@ -16,7 +14,7 @@ KERNELS = ("standard", "smooth", "sharp")  # of a phantom's reconstructions 0, 1
 MOST = 6  # values of a characteristic that stand alone; the rest are "other"
 
 
-def characteristics(rows: Sequence[dict]) -> "pd.DataFrame":
+def characteristics(rows: Sequence[dict]) -> pd.DataFrame:
     """Sex, age band, manufacturer and kernel of studies, as text; "" where unknown.
 
     A real scan has them in columns of the manifest by the names of DICOM, which CT-RATE's metadata fill; a phantom has
@@ -28,8 +26,6 @@ def characteristics(rows: Sequence[dict]) -> "pd.DataFrame":
     Returns:
         (n, 4): columns sex, age, manufacturer, kernel.
     """
-    import pandas as pd
-
     people: dict[tuple[str, str], Patient] = {}
     found: list[list] = []
     for row in rows:
