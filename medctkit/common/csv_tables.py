@@ -113,10 +113,7 @@ def _decode(path: Path) -> tuple[str, bool]:
 
 def _header(text: str, delimiter: str) -> list[str]:
     reader = csv.reader(io.StringIO(text[:_HEADER], newline=""), delimiter=delimiter)
-    try:
-        return [name.strip() for name in next(reader, [])]
-    except csv.Error:
-        return []
+    return [name.strip() for name in next(reader, [])]
 
 
 def _rows(path: Path, text: str, delimiter: str) -> dict[int, list[str]]:

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pydicom
-from pydicom import Dataset
-from pydicom.uid import UID
+from pydicom import Dataset, uid
 
 from medctkit.common.text import stand_in
 from medctkit.scans.limits import most_unpacked
@@ -39,9 +38,9 @@ _OF_SLICES = """Modality SamplesPerPixel PhotometricInterpretation Rows Columns
 _KEPT = [*_NAMES, *MARKS, *_IN_FRAMES, *_OF_SLICES]
 _SUFFIXES = (".dcm", ".dicom", ".ima")
 _DEFLATED, _EXPLICIT = b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.2.1\0\0\0"
-_CT_IMAGE, _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.7"
-_CT_IMAGES = (_CT_IMAGE, _CT_IMAGE + ".1", _CT_IMAGE + ".2")  # slices, enhanced, enhanced made of slices
-_MADE_OF_SCANS = {f"1.2.840.10008.5.1.4.1.1.{n}" for n in ("30", "66.4", "66.7")}  # parametric map, segmentations
+_CT_IMAGES = (uid.CTImageStorage, uid.EnhancedCTImageStorage, uid.LegacyConvertedEnhancedCTImageStorage)
+_LABEL_MAP = "1.2.840.10008.5.1.4.1.1.66.7"  # a segmentation too
+_MADE_OF_SCANS = {uid.ParametricMapStorage, uid.SegmentationStorage, _LABEL_MAP}
 _PAGES = {"SCREEN SAVE", "DOSE_INFO", "CSA REPORT"}  # in ImageType: text as a picture, by GE and Siemens
 _NO_PLACE, _LOCALIZER, _PAGE = "picture without a place in the patient", "localizer", "page of text (dose report)"
 _CAPTURE = "secondary capture"
@@ -280,14 +279,14 @@ def _kind_left_out(item: Slice) -> str:
     kind, image_type = item.text("SOPClassUID"), set(item.text("ImageType").split("/"))
     if "DirectoryRecordSequence" in item.header:
         return "DICOMDIR"
-    if (kind + ".").startswith(_SECONDARY_CAPTURE + "."):
+    if f"{kind}.".startswith(f"{uid.SecondaryCaptureImageStorage}."):
         return _CAPTURE
     if kind in _MADE_OF_SCANS:
-        return UID(kind).name
+        return uid.UID(kind).name
     if "PixelData" not in item.header:
         if kind in ("", *_CT_IMAGES):
             raise damaged("it has no pixels", item.name)
-        return UID(kind).name
+        return uid.UID(kind).name
     if "LOCALIZER" in image_type:
         return _LOCALIZER
     if image_type & _PAGES:

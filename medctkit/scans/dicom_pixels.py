@@ -15,7 +15,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from pydicom import Dataset
+from pydicom import Dataset, uid
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate, get_frame
 from pydicom.pixels import pixel_array
@@ -25,12 +25,11 @@ from medctkit.scans.dicom_files import Slice, load
 from medctkit.scans.stored import damaged, decode
 
 MOST_ROWS = 4096  # and columns; CT slices have 256 to 2048
-_UNCOMPRESSED = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
-_JPEG = "1.2.840.10008.1.2.4."
-_LOSSY = (_JPEG + "50", _JPEG + "51")
-_MAYBE_LOSSY = (_JPEG + "81", _JPEG + "91", _JPEG + "203")
-_HTJ2K = (_JPEG + "201", _JPEG + "202", _JPEG + "203")
-_LOSSLESS = ("1.2.840.10008.1.2.5", *(_JPEG + n for n in ("57", "70", "80", "90")))
+_UNCOMPRESSED = (uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian, uid.ExplicitVRBigEndian)
+_LOSSY = (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit)
+_MAYBE_LOSSY = (uid.JPEGLSNearLossless, uid.JPEG2000, uid.HTJ2K)
+_HTJ2K = (uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL, uid.HTJ2K)
+_LOSSLESS = (uid.RLELossless, uid.JPEGLossless, uid.JPEGLosslessSV1, uid.JPEGLSLossless, uid.JPEG2000Lossless)
 _COMPRESSED = {*_LOSSY, *_MAYBE_LOSSY, *_LOSSLESS, *_HTJ2K}
 _BITS = ("BitsAllocated", "BitsStored", "PixelRepresentation")
 _SLICE = "slice.dcm"  # what the decoding process decodes

@@ -8,7 +8,6 @@ import errno
 import math
 import re
 from collections.abc import Callable, Sequence
-from errno import ENOSPC
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -59,7 +58,7 @@ def decode(read: Callable[[], T], part: str = "") -> T:
         if _NO_MEMORY.search(str(error)):  # of libraries in C and C++
             raise MemoryError(str(error).strip().splitlines()[-1]) from error
         if "free space" in str(error):  # NumPy's word for a full disk
-            raise OSError(ENOSPC, str(error)) from error
+            raise OSError(errno.ENOSPC, str(error)) from error
         raise damaged((str(error).strip().splitlines() or [type(error).__name__])[-1], part) from error
 
 
