@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from scan_files import chest, write_nifti
+from scan_files import MINI, chest, write_nifti
 from torch.utils.data import DataLoader
 
 from medctkit.cohort.cache import STEPS, VolumeCache, content_of, digest_of
@@ -17,7 +17,6 @@ from medctkit.model.base_model import load_mini_base
 from medctkit.scans.preprocessing import PreprocessConfig, preprocess
 
 SMALL = PreprocessConfig((30.0, 20.0, 20.0), (12, 18, 18), antialias=True)
-MINI = PreprocessConfig((11.25, 5.625, 5.625), (32, 64, 64), antialias=True)
 
 
 @pytest.fixture(scope="module")

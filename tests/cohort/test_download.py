@@ -163,10 +163,7 @@ def test_volumes_that_are_no_chest_are_left_out_and_this_is_said():
         (dict(seed=1), "a seed draws patients: give their number"),
         (dict(studies=[]), "the list of studies is empty"),
         (dict(studies=["valid_2_b"], no_chest=NO_CHEST), "1 volume asked for, none of which is a chest"),
-        (
-            dict(studies=["valid1_b_1", "valid_1", "zebra"]),
-            r"2 names .*\nvalid1_b_1, perhaps valid_1_b_1\nzebra$",
-        ),
+        (dict(studies=["valid1_b_1", "valid_1", "zebra"]), r"2 names .*\nvalid1_b_1, perhaps valid_1_b_1\nzebra$"),
     ],
 )
 def test_impossible_choices_are_refused(choice, message):

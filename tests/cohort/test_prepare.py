@@ -13,16 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scan_files import SPACING, chest, write_dicom, write_nifti
+from scan_files import MINI, SPACING, chest, write_dicom, write_nifti
 
 from medctkit.cohort import prepare as preparing
 from medctkit.cohort.cache import VolumeCache, digest_of, key_of
 from medctkit.cohort.manifest import load_manifest
+from medctkit.cohort.open_data import manifest_row
 from medctkit.cohort.prepare import prepare
 from medctkit.findings import FINDINGS
 from medctkit.scans.preprocessing import PreprocessConfig
 
-MINI = PreprocessConfig((11.25, 5.625, 5.625), (32, 64, 64), antialias=True)
 SMALL = PreprocessConfig((30.0, 20.0, 20.0), (12, 18, 18), antialias=True)
 MANIFEST = Path(__file__).resolve().parents[2] / "data_manifest.csv"
 
@@ -33,9 +33,7 @@ def phantoms():
 
 
 def real_row(study, path, **more):
-    labels = dict.fromkeys(FINDINGS, 0)
-    names = dict(study=study, patient=study, split="train", hospital="here", report="A report.", checksum="")
-    return {**names, "scan": "a", "reconstruction": 1, **labels, "path": str(path), **more}
+    return manifest_row(study, study, "train", "here", dict.fromkeys(FINDINGS, 0), path=str(path)) | more
 
 
 def files(folder):

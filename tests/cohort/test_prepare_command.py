@@ -12,7 +12,7 @@ import psutil
 import pytest
 from ct_rate_imitation import write_ct_rate
 from hub_imitation import HubImitation
-from scan_files import chest, write_nifti
+from scan_files import MINI, chest, write_nifti
 from typer.testing import CliRunner
 
 from medctkit import cli
@@ -21,11 +21,9 @@ from medctkit.cohort.ct_rate import TABLES, volume_path
 from medctkit.cohort.dataset import CTReportDataset
 from medctkit.cohort.download import CT_RATE, download, plan_ct_rate
 from medctkit.cohort.manifest import load_manifest, write_manifest
-from medctkit.findings import FINDINGS
-from medctkit.scans.preprocessing import PreprocessConfig
+from medctkit.cohort.open_data import manifest_row
 
 MANIFEST = Path(__file__).resolve().parents[2] / "data_manifest.csv"
-MINI = PreprocessConfig((11.25, 5.625, 5.625), (32, 64, 64), antialias=True)
 
 
 def run(*arguments):
@@ -41,12 +39,10 @@ def ct_rate(tmp_path_factory):
 
 def own_manifest(folder, **columns):
     """A hospital's own two scans, one file each."""
-    rows = {"study": ["s1", "s2"], "patient": ["p1", "p2"], "split": ["train", "test"], "hospital": "St. Elsewhere"}
-    rows |= {"seed": "", "scan": "a", "reconstruction": 1, **dict.fromkeys(FINDINGS, 0), "report": "No findings."}
-    rows |= {"checksum": "", "path": ["one.nii", "two.nii"], **columns}
+    rows = [manifest_row(f"s{i}", f"p{i}", ("train", "test")[i - 1], "St. Elsewhere", {}) for i in (1, 2)]
     write_nifti(folder / "one.nii", chest())
     write_nifti(folder / "two.nii", chest() + 3)
-    pd.DataFrame(rows).to_csv(folder / "own.csv", index=False)
+    pd.DataFrame(rows).assign(path=["one.nii", "two.nii"], **columns).to_csv(folder / "own.csv", index=False)
     return folder / "own.csv"
 
 
@@ -154,10 +150,7 @@ def test_where_everything_fails_the_rest_is_not_tried(tmp_path, monkeypatch):
     [
         (["nowhere.csv", "out"], "no manifest at nowhere.csv"),
         (["{manifest}", "out", "--version", "1"], "--version and --one-reconstruction are for CT-RATE's folder"),
-        (
-            ["{manifest}", "out", "--model", "huge"],
-            "huge: expected mini, colipri, released, or a folder",
-        ),
+        (["{manifest}", "out", "--model", "huge"], "huge: expected mini, colipri, released, or a folder"),
         (["{manifest}", "out", "--scheduler", "ftp://x"], "no dask scheduler answers at ftp://x"),
         (["{manifest}", "out", "--scheduler", "tcp://127.0.0.1:9", "--workers", "2"], "workers of its own"),
         (["{folder}", "out"], "CT-RATE|dataset"),

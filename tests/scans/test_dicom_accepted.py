@@ -5,9 +5,7 @@ import re
 import shutil
 
 import numpy as np
-import pydicom
 import pytest
-from pydicom.encaps import encapsulate
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
     ExplicitVRLittleEndian,
@@ -16,7 +14,7 @@ from pydicom.uid import (
     JPEGLSLossless,
     RLELossless,
 )
-from scan_files import SHAPE, SPACING, change, chest, enhanced, notes, truncate, values, write_dicom
+from scan_files import SHAPE, SPACING, change, chest, enhanced, heights, notes, repack, truncate, values, write_dicom
 
 from medctkit.scans.dicom_series import read_dicom
 from medctkit.scans.volumes import read_volume
@@ -67,13 +65,6 @@ def test_scans_in_one_series_are_refused_or_chosen(tmp_path, tag, one, other, ap
         read_volume(tmp_path, acquisition="x")
 
 
-def write_numbered(folder, name, numbers):
-    """A chest whose slices have these numbers, in the order of their files."""
-    write_dicom(folder, chest())
-    for file, number in zip(sorted(folder.iterdir()), numbers, strict=True):
-        change(file, **{name: number})
-
-
 @pytest.mark.parametrize(
     ("numbers", "good"),
     [
@@ -87,7 +78,7 @@ def write_numbered(folder, name, numbers):
     ],
 )
 def test_scans_that_only_the_numbers_of_their_slices_tell_apart(tmp_path, numbers, good):
-    write_numbered(tmp_path, "InstanceNumber", numbers)
+    write_dicom(tmp_path, chest(), each={"InstanceNumber": numbers})
     if not good:
         with pytest.raises(ValueError, match="both have InstanceNumber"):
             read_volume(tmp_path)
@@ -102,9 +93,7 @@ def test_a_choice_among_slices_of_one_acquisition(tmp_path):
 
 
 def test_one_scan_with_numbers_of_its_own_for_each_slice_can_be_asked_for(tmp_path):
-    write_dicom(tmp_path, chest())
-    for i, file in enumerate(sorted(tmp_path.iterdir())):
-        change(file, FrameOfReferenceUID=f"1.2.{i}")
+    write_dicom(tmp_path, chest(), each={"FrameOfReferenceUID": [f"1.2.{i}" for i in range(SHAPE[0])]})
     with pytest.raises(ValueError, match=r"FrameOfReferenceUID 1.2.0 .* and 3 more"):
         read_volume(tmp_path)
     assert "unlike in FrameOfReferenceUID taken for one scan, as asked for" in check(tmp_path, acquisition="all")
@@ -122,7 +111,7 @@ def test_one_scan_with_numbers_of_its_own_for_each_slice_can_be_asked_for(tmp_pa
     ],
 )
 def test_shots_of_a_table_that_moves_are_one_scan(tmp_path, numbers, good):
-    write_numbered(tmp_path, "AcquisitionNumber", numbers)
+    write_dicom(tmp_path, chest(), each={"AcquisitionNumber": numbers})
     if good:
         assert "acquisitions side by side" in check(tmp_path)
     else:
@@ -246,9 +235,7 @@ def test_what_was_not_scanned(tmp_path, padding, tagged):
 
 @pytest.mark.parametrize(("step", "decimals"), [(0.625, 1), (1.25, 1), (1.333, 1), (2.5, 0), (3.333, 0), (3.98734, 3)])
 def test_rounded_positions_are_even(tmp_path, step, decimals):
-    write_dicom(tmp_path, chest((80, 4, 4)))
-    for i, file in enumerate(sorted(tmp_path.iterdir())):
-        change(file, ImagePositionPatient=[0, 0, round(i * step - 100, decimals)])
+    write_dicom(tmp_path, chest((80, 4, 4)), each=heights(round(i * step - 100, decimals) for i in range(80)))
     stored = read_dicom(tmp_path)
     np.testing.assert_array_equal(stored.hu, chest((80, 4, 4)))
     assert stored.affine[2, 0] == pytest.approx(step, rel=1e-2)
@@ -310,11 +297,7 @@ def test_high_throughput_jpeg_2000_is_read(tmp_path):
     hu[0, :, :12], hu[1:, :, :12] = chest((1, 20, 24))[0, :, :12] - 900, chest((3, 20, 24))[1:, :, :12]
     write_dicom(tmp_path, hu[:2], intercept=0)
     for file, picture in zip(sorted(tmp_path.iterdir()), HTJ2K_SLICES, strict=True):
-        header = pydicom.dcmread(file)
-        header.PixelData = encapsulate([base64.b85decode(picture)])
-        header.file_meta.TransferSyntaxUID = HTJ2KLossless
-        header["PixelData"].VR = "OB"
-        header.save_as(file)
+        repack(file, base64.b85decode(picture), HTJ2KLossless)
     np.testing.assert_array_equal(values(tmp_path), hu[:2])
     truncate(tmp_path / "001.dcm", 0.9)
     with pytest.raises(ValueError, match="001.dcm.*(truncated|damaged)"):
@@ -327,9 +310,7 @@ def test_high_throughput_jpeg_2000_is_read(tmp_path):
 @pytest.mark.parametrize("zs", [[0, 1, 2, 3, 5, 6, 8], [0, 1, 2, 4, 5, 6, 7], [0, 2, 3, 4, 5, 6, 7]])
 def test_missing_slices_are_interpolated_when_asked_for(tmp_path, zs):
     hu = chest((len(zs), *SHAPE[1:]))
-    write_dicom(tmp_path, hu)
-    for file, z in zip(sorted(tmp_path.iterdir()), zs, strict=True):
-        change(file, ImagePositionPatient=[0, 0, z * 8])
+    write_dicom(tmp_path, hu, each=heights(z * 8 for z in zs))
     with pytest.raises(ValueError, match="missing slices: 16.00 mm .*resample=True"):
         read_volume(tmp_path)
     volume = read_volume(tmp_path, resample=True)
@@ -343,9 +324,7 @@ def test_uneven_slices_are_interpolated_when_asked_for(tmp_path):
     zs = np.array([0, 7, 14, 21, 31, 41, 51, 61.0])
     d, h, w = np.indices(SHAPE)
     hu = np.round(zs[d] * 10 + h * 5 + w - 900 * (w < 5)).astype(np.int16)  # linear from slice to slice
-    write_dicom(tmp_path, hu)
-    for file, z in zip(sorted(tmp_path.iterdir()), zs, strict=True):
-        change(file, ImagePositionPatient=[0, 0, z + 3])
+    write_dicom(tmp_path, hu, each=heights(zs + 3))
     with pytest.raises(ValueError, match="uneven gaps .* 7.00 mm from .*resample=True"):
         read_volume(tmp_path)
     volume = read_volume(tmp_path, resample=True)

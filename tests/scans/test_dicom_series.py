@@ -4,7 +4,7 @@ import numpy as np
 import pydicom
 import pytest
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGLosslessSV1
-from scan_files import SHAPE, SPACING, change, chest, notes, values, write_dicom
+from scan_files import SHAPE, SPACING, change, chest, heights, notes, values, write_dicom
 
 from medctkit.scans.dicom_files import is_dicom
 from medctkit.scans.dicom_series import read_dicom
@@ -132,10 +132,8 @@ def test_a_choice_that_is_none_is_refused_with_the_list(three_series, series, me
 
 def test_series_without_uids_are_not_mixed(tmp_path):
     for folder, start in (("a", 0), ("b", SPACING[0] / 2)):
-        write_dicom(tmp_path / folder, chest())
-        for file in (tmp_path / folder).iterdir():
-            x, y, z = pydicom.dcmread(file).ImagePositionPatient
-            change(file, SeriesInstanceUID="", SeriesDescription=folder, ImagePositionPatient=[x, y, z + start])
+        tags = dict(SeriesInstanceUID="", SeriesDescription=folder, origin=(0, 0, start))
+        write_dicom(tmp_path / folder, chest(), **tags)
     with pytest.raises(ValueError, match="2 series in it.*\n.*'a', 8 slices.*UID not given"):
         values(tmp_path)
     assert values(tmp_path, "b").shape == SHAPE
@@ -243,10 +241,7 @@ def test_unspecified_rescale_types_are_taken_for_hu_and_said(tmp_path):
     ("zs", "message"),
     [
         ([0, 2, 4, 8, 10], "missing slices: 4.00 mm from 002.dcm to 003.dcm, other slices 2.00 mm; 1 missing in 1"),
-        (
-            [0, 2, 4, 8, 10, 12, 18, 20],
-            r"4.00 mm from .* 3 missing in 2 .* or pass resample=True",
-        ),
+        ([0, 2, 4, 8, 10, 12, 18, 20], r"4.00 mm from .* 3 missing in 2 .* or pass resample=True"),
         ([0.0, 2.0, 6.0, 8.0, 12.0, 14.0, 18.0, 20.0], "missing slices: 4.00 mm .* 3 missing in 3"),
         ([0.5, 2.5, 4.5, 6.5, 9.5, 11.5, 13.5, 15.5], "uneven gaps .* 3.00 mm from 003.dcm to 004.dcm"),
         ([0, 2, 4, 4, 6, 8], "duplicate slices: 002.dcm and 003.dcm both lie at 4.00 mm, 1 of 6 .* leave one slice in"),
@@ -260,9 +255,7 @@ def test_unspecified_rescale_types_are_taken_for_hu_and_said(tmp_path):
     ],
 )
 def test_gaps_are_told_apart(tmp_path, zs, message):
-    write_dicom(tmp_path, chest((len(zs), *SHAPE[1:])))
-    for file, z in zip(sorted(tmp_path.iterdir()), zs, strict=True):
-        change(file, ImagePositionPatient=[0, 0, z])
+    write_dicom(tmp_path, chest((len(zs), *SHAPE[1:])), each=heights(zs))
     with pytest.raises(ValueError, match=message):
         read_volume(tmp_path)
 

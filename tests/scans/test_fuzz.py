@@ -11,25 +11,11 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from pydicom.uid import (
-    DeflatedExplicitVRLittleEndian,
-    ExplicitVRBigEndian,
-    ExplicitVRLittleEndian,
-    ImplicitVRLittleEndian,
-    JPEG2000Lossless,
-    JPEGLosslessSV1,
-    JPEGLSLossless,
-    RLELossless,
-)
-from scan_files import chest, enhanced, write_dicom, write_itk, write_nifti
+from scan_files import SYNTAXES, chest, enhanced, write_dicom, write_itk, write_nifti
 
 from medctkit.scans.volumes import read_volume
 
 SECONDS = float(os.environ.get("MEDCTKIT_FUZZ_SECONDS", 20))
-SYNTAXES = [
-    *(ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian),
-    *(JPEGLosslessSV1, JPEGLSLossless, JPEG2000Lossless, RLELossless),
-]
 SUFFIXES = (".nii", ".gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".zip")
 TELLING = np.array([0, 1, 0x7F, 0x80, 0xFE, 0xFF, *b"0123456789 -.\\\n:="], np.uint8)
 

@@ -19,11 +19,10 @@ def ramp():
 
 @given(st.tuples(*(st.floats(0, n - 1) for n in (6, 8, 10))))
 @settings(deadline=None)
-def test_between_cells_it_is_linear(index):
-    volume = CTVolume(np.zeros((6, 8, 10), np.float32), (5.0, 3.0, 2.0))
-    heat = HeatMap.of_voxels(np.arange(8)[None, :, None] * np.ones((6, 1, 10)), volume)
+def test_between_cells_it_is_linear(ramp, index):
+    volume, heat = ramp
     point = volume.affine[:3, :3] @ index + volume.affine[:3, 3]
-    assert heat.at(point) == pytest.approx(index[1], abs=1e-4)
+    assert heat.at(point) == pytest.approx(-3 * index[1], abs=1e-4)
     assert heat.at(point).shape == () and heat.at([[point]]).shape == (1, 1)
 
 

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from hypothesis import given, settings
-from hypothesis import strategies as st
-from scan_files import LPS, SHAPE, SPACING, chest, write_itk, write_nifti
+from scan_files import LPS, SHAPE, SPACING, chest, orientations, write_itk, write_nifti
 
 from medctkit.scans.volumes import CTVolume, read_volume
 
@@ -50,11 +49,6 @@ def test_a_volume_knows_its_geometry():
 def test_impossible_volumes_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         CTVolume(**{"hu": np.zeros((4, 4, 4)), "spacing": (1, 1, 1), **arguments})
-
-
-orientations = st.permutations(["SI", "PA", "LR"]).flatmap(
-    lambda pairs: st.tuples(*map(st.sampled_from, pairs)).map("".join)
-)
 
 
 @settings(max_examples=30, deadline=None)

@@ -5,13 +5,17 @@ from tempfile import TemporaryDirectory
 import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
+from hypothesis import strategies as st
 from pydicom import dcmread, dcmwrite
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate, get_frame
 from pydicom.uid import (
     CTImageStorage,
+    DeflatedExplicitVRLittleEndian,
     EnhancedCTImageStorage,
+    ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
     JPEG2000Lossless,
     JPEGLosslessSV1,
     JPEGLSLossless,
@@ -20,9 +24,18 @@ from pydicom.uid import (
 )
 
 from medctkit.scans.dicom_series import read_dicom
+from medctkit.scans.preprocessing import PreprocessConfig
 
 SHAPE, SPACING = (8, 12, 10), (12.5, 8.0, 7.7)  # few voxels, but 100 x 96 x 77 mm of a patient
+COMPRESSED = [JPEGLosslessSV1, JPEGLSLossless, JPEG2000Lossless, RLELossless]
+SYNTAXES = [ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian]
+SYNTAXES += COMPRESSED
+MINI = PreprocessConfig((11.25, 5.625, 5.625), (32, 64, 64), antialias=True)  # what the mini model sees
 LPS = np.diag([-SPACING[2], -SPACING[1], SPACING[0], 1])  # affine of a NIfTI that lies as slices of DICOM do
+
+orientations = st.permutations(["SI", "PA", "LR"]).flatmap(
+    lambda pairs: st.tuples(*map(st.sampled_from, pairs)).map("".join)
+)
 
 
 def chest(shape=SHAPE):
@@ -59,9 +72,13 @@ def write_dicom(
     origin=(0, 0, 0),
     series=None,
     syntax=ExplicitVRLittleEndian,
+    each=None,
     **tags,
 ):
-    """A series of one file for each slice; `tags` replace or, where None, remove those of every header."""
+    """A series of one file for each slice.
+
+    `tags` replace or, where None, remove those of every header; `each` has lists of tags, a value for each slice.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     series = series or generate_uid()
     for i, pixels in enumerate(hu):
@@ -82,7 +99,7 @@ def write_dicom(
         slice_.RescaleSlope, slice_.RescaleIntercept = slope, intercept
         stored = np.round((pixels - intercept) / slope).astype("<i2" if slice_.PixelRepresentation else "<u2")
         slice_.PixelData = stored.astype(stored.dtype if syntax.is_little_endian else ">i2").tobytes()
-        _set_tags(slice_, tags)
+        _set_tags(slice_, tags | {tag: values[i] for tag, values in (each or {}).items()})
         if syntax.is_compressed and syntax.is_encapsulated:
             _compress(slice_, stored, syntax)
         file = folder / (names[i] if names else f"{i:03}.dcm")
@@ -105,6 +122,19 @@ def _compress(slice_, stored, syntax):
     assert picture.file_meta.TransferSyntaxUID == syntax
     slice_.PixelData = picture.PixelData
     slice_["PixelData"].VR, slice_["PixelData"].is_undefined_length = "OB", True
+
+
+def repack(path, picture, syntax):
+    """Put a picture, compressed by another encoder, into a slice."""
+    header = dcmread(path)
+    header.PixelData, header.file_meta.TransferSyntaxUID = encapsulate([picture]), syntax
+    header["PixelData"].VR = "OB"
+    header.save_as(path)
+
+
+def heights(zs):
+    """Places (mm) of the slices of a series, for `write_dicom`."""
+    return {"ImagePositionPatient": [[0, 0, z] for z in zs]}
 
 
 def truncate(path, share=0.5):
