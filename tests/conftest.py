@@ -30,7 +30,7 @@ def real_ct():
     return Path(folder)
 
 
-@pytest.fixture(params=REAL_SCANS)
+@pytest.fixture(scope="session", params=REAL_SCANS)
 def real_scan(request, real_ct):
     """Path of one real scan after the other, one for each format and orientation."""
     return real_ct / REAL_SCANS[request.param]

@@ -3,8 +3,6 @@
 import dataclasses
 import errno
 import os
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -73,7 +71,7 @@ def test_what_is_no_prepared_volume_is_refused(cache, wrong):
 
 
 def test_a_file_cut_off_anywhere_is_noticed(cache):
-    cache.save("k", volume())
+    cache.save("k", volume((1, 10, 4, 4)))
     file = cache.path("k")
     content = file.read_bytes()
     for length in range(len(content)):
@@ -88,10 +86,9 @@ def test_a_flipped_bit_anywhere_is_noticed(cache):
     exact, file = cache.load("k"), cache.path("k")
     content = file.read_bytes()
     for at in range(len(content)):
-        for bit in (1, 16, 128):
-            file.write_bytes(content[:at] + bytes([content[at] ^ bit]) + content[at + 1 :])
-            found = cache.load("k")  # a bit that nobody reads does no harm
-            assert found is None or torch.equal(found, exact)
+        file.write_bytes(content[:at] + bytes([content[at] ^ (1 << at % 8)]) + content[at + 1 :])
+        found = cache.load("k")  # a bit that nobody reads does no harm
+        assert found is None or torch.equal(found, exact)
 
 
 def test_a_file_under_another_name_is_not_taken_for_it(cache):
@@ -133,22 +130,18 @@ def test_the_digest_is_of_content_not_of_names(tmp_path):
 
 # --- a full disk, a killed writer
 
-FULL = """
-import resource, sys, torch
-from medctkit.cohort.cache import VolumeCache
-resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, 2_000))  # a real error from the system, in the middle of the file
-try:
-    VolumeCache(sys.argv[1]).save("k", torch.linspace(-1, 1, 24 * 40 * 40).view(1, 24, 40, 40))
-except OSError as error:
-    sys.exit(error.errno)
-"""
-
 
 def test_a_full_disk_leaves_no_half_file(cache):
-    VolumeCache(cache.folder).save("k", volume())
-    before = cache.path("k").read_bytes()
-    full = subprocess.run([sys.executable, "-c", FULL, cache.folder], capture_output=True, text=True)
-    assert full.returncode == errno.EFBIG, full.stderr
+    resource = pytest.importorskip("resource")
+    cache.save("k", volume())
+    before, limits = cache.path("k").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, limits[1]))  # a real error from the system, amid the file
+    try:
+        with pytest.raises(OSError) as caught:
+            cache.save("k", torch.linspace(-1, 1, 24 * 40 * 40).view(1, 24, 40, 40))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.errno == errno.EFBIG
     assert [file.name for file in cache.folder.iterdir()] == ["k.safetensors"]
     assert cache.path("k").read_bytes() == before, "the file that was there is gone"
 

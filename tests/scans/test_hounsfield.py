@@ -2,6 +2,7 @@
 
 import tracemalloc
 from functools import cache
+from itertools import product
 
 import numpy as np
 import pytest
@@ -50,15 +51,15 @@ def test_rescaling_passes_once_and_is_refused_when_missing_or_repeated(hu, slope
         check_hu(hu * slope + intercept)
 
 
-@pytest.mark.parametrize("slope", SLOPES)
-@pytest.mark.parametrize("intercept", INTERCEPTS)
-def test_rescaling_real_scans_twice_is_refused(real_scan, slope, intercept):
+def test_rescaling_real_scans_twice_is_refused_and_their_middle_passes(real_scan):
     hu = read_volume(real_scan).hu
-    check_hu(np.round((hu - intercept) / slope) * slope + intercept, (slope, intercept))
-    with pytest.raises(ValueError, match="^rescaled twice"):
-        check_hu(hu * slope + intercept, (slope, intercept))
-    with pytest.raises(ValueError, match="^not in HU"):
-        check_hu((hu - intercept) / slope)
+    check_hu(hu[tuple(slice(n // 4, n - n // 4) for n in hu.shape)])
+    for slope, intercept in product(SLOPES, INTERCEPTS):
+        check_hu(np.round((hu - intercept) / slope) * slope + intercept, (slope, intercept))
+        with pytest.raises(ValueError, match="^rescaled twice"):
+            check_hu(hu * slope + intercept, (slope, intercept))
+        with pytest.raises(ValueError, match="^not in HU"):
+            check_hu((hu - intercept) / slope)
 
 
 def test_version_2_with_the_metadata_of_version_1_stops_with_what_to_change(tmp_path):
