@@ -355,26 +355,14 @@ def test_an_optional_column_by_another_spelling_is_not_ignored(table, name):
         validate_manifest(table.assign(**{name: 1}))
 
 
-def test_other_defects_are_refused(table, tmp_path):
-    with pytest.raises(ValueError, match=r"lacks the column\(s\) \['report'\]"):
-        validate_manifest(table.drop(columns="report"))
+def test_other_defects_are_refused(table):
     with pytest.raises(ValueError, match=r"\['Lymphadenopathy'\]; 'Lymphadenopaty' may be meant for 'Lymphaden"):
         validate_manifest(table.rename(columns={"Lymphadenopathy": "Lymphadenopaty"}))
-    with pytest.raises(ValueError, match=r"the column\(s\) \['report'\] occur more than once"):
-        validate_manifest(pd.concat([table, table["report"]], axis=1))
     with pytest.raises(ValueError, match="lacks the column 'spacing_h': spacing needs all of"):
         validate_manifest(table.head(1).assign(path="a.nii", spacing_d=1.0))
-    with pytest.raises(ValueError, match="no rows"):
-        validate_manifest(table.iloc[:0])
     twice = change(table, "study", table["study"].iloc[0])
     with pytest.raises(ValueError, match="a name that occurs once"):
         validate_manifest(twice)
-    elsewhere = table.loc[table["split"] != table["split"].iloc[4], "patient"].iloc[0]
-    crossed = change(table, "patient", elsewhere)
-    with pytest.raises(ValueError, match=rf"column 'split': .* patient '{elsewhere}' is in two splits \(see row 6\)"):
-        validate_manifest(crossed)
-    with pytest.raises(FileNotFoundError, match="no manifest at"):
-        load_manifest(tmp_path / "none.csv")
     wrong = table.iloc[0].copy()
     wrong["seed"] += 1
     with pytest.raises(ValueError, match="made again it has checksum"):
