@@ -87,12 +87,11 @@ def read_table(
     if wrong is not None:
         wrong |= found
     del rows[number]
-    header = [name.strip() for name in header]
+    header = [_unescaped(name.strip()) for name in header]
     check_columns(header, required, str(path))
     kept = [i for i, name in enumerate(header) if optional is None or name in required or name in optional]
     cells = [[_unescaped(row[i]) for i in kept] for n, row in rows.items() if n not in found]
-    columns = [_unescaped(header[i]) for i in kept]
-    return pd.DataFrame(cells, index=[n for n in rows if n not in found], columns=columns, dtype=str)
+    return pd.DataFrame(cells, index=[n for n in rows if n not in found], columns=[header[i] for i in kept], dtype=str)
 
 
 def _unescaped(cell: str) -> str:

@@ -21,7 +21,7 @@ def test_a_spreadsheet_runs_no_cell_and_reading_gives_it_back(tmp_path, text):
     write_table(table, tmp_path / "t.csv")
     (header, row) = csv.reader(io.StringIO((tmp_path / "t.csv").read_text(), newline=""))
     assert row[0].startswith("'") and header[1] == "'@column" and row[1:] == ["-1,5", "-1.5"], "numbers stay numbers"
-    found = read_table(tmp_path / "t.csv", ["name"])
+    found = read_table(tmp_path / "t.csv", ["name", "@column"])
     assert found["name"].tolist() == [text.replace("\r", "\n")] and found.columns[1] == "@column"
 
 
