@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
 
 from medctkit.common.atomic import replacing
 from medctkit.findings import CT_RATE
@@ -10,37 +12,26 @@ from medctkit.phantom.study import generate
 from medctkit.scans.volumes import CTVolume, read_volume
 from medctkit.viewers.drawing.rendering import PLANES, render
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 SHAPE = (160, 256, 256)
+HEIGHT, GAP = 300, 4  # of a slice, and below and beside it, pixels
 
 
-def page(scans: Sequence[CTVolume], places: Sequence[Sequence[int]], height: int = 300) -> "Image":
+def page(scans: Sequence[CTVolume], places: Sequence[Sequence[int]]) -> Image.Image:
     """Scans side by side: three planes each, lung windows above mediastinal ones (PIL image).
 
     Args:
         scans: in SPL orientation.
         places: for each scan the voxel (z, y, x) that the planes pass through.
-        height: of a slice, pixels.
     """
-    from PIL import Image
-
     rows = []
     for window in ("lung", "mediastinum"):
-        rows.append([
-            render(scan, plane, int(place[axis]), window, height=height)
-            for scan, place in zip(scans, places, strict=True)
-            for plane, axis in PLANES.items()
-        ])  # fmt: skip
-    wide, tall = sum(picture.width + 4 for picture in rows[0]), 2 * (height + 4)
-    sheet = Image.new("RGB", (wide, tall))
-    for j, row in enumerate(rows):
-        at = 0
-        for picture in row:
-            sheet.paste(picture, (at, j * (height + 4)))
-            at += picture.width + 4
-    return sheet
+        row = []
+        for scan, place in zip(scans, places, strict=True):
+            for plane, axis in PLANES.items():
+                picture = np.asarray(render(scan, plane, int(place[axis]), window, height=HEIGHT))
+                row.append(np.pad(picture, ((0, HEIGHT + GAP - len(picture)), (0, GAP), (0, 0))))
+        rows.append(np.hstack(row))
+    return Image.fromarray(np.vstack(rows))
 
 
 def draw_twins(folder: Path, seed: int = 30) -> list[Path]:
