@@ -159,15 +159,12 @@ def score_maps(maps: np.ndarray, shares: np.ndarray) -> dict[str, np.ndarray]:
     held = shares >= np.minimum(PART_OF_A_PATCH, shares.max(1, keepdims=True))
     highest = maps == maps.max(1, keepdims=True)
     # average precision as scikit-learn has it, of all maps at once; a patch is its share of positives, ties one step
-    order, places = np.argsort(-maps, axis=1), np.arange(maps.shape[1])
-    ranked, hits = (np.take_along_axis(x, order, axis=1) for x in (maps, shares))
-    last = np.where(np.diff(ranked, axis=1, append=-1) != 0, places, len(places))
-    last = np.minimum.accumulate(last[:, ::-1], axis=1)[:, ::-1]
-    precision = np.take_along_axis(hits.cumsum(1) / (places + 1), last, axis=1)
-    precision = (hits * precision).sum(1) / hits.sum(1)
+    found = np.take_along_axis(shares, np.argsort(-maps, axis=1), axis=1).cumsum(1)  # in the best 1, 2, ... patches
+    as_high = rankdata(-maps, "max", axis=1).astype(int)  # how many patches are at least as high as this one
+    precision = np.take_along_axis(found, as_high - 1, axis=1) / as_high
     return {
         "pointing game": (held & highest).sum(1) / highest.sum(1),
-        "AUPRC": precision,
+        "AUPRC": (shares * precision).sum(1) / shares.sum(1),
         "in-mask mass": (maps * shares).sum(1) / maps.sum(1),
         "pointing game by chance": held.mean(1),
         "AUPRC by chance": shares.mean(1),
