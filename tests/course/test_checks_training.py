@@ -101,16 +101,12 @@ def test_lora_on_the_feed_forward_is_counted(hidden, inner, layers):
     right = 8 * (hidden + inner) * 2 * layers
     is_right("06.1", right, config)
     is_wrong("06.1", 8 * (hidden + inner) * 2, config, because="That is one layer" if layers > 2 else "That is half")
+    is_wrong("06.1", 8 * (hidden + inner) * layers, config, because="one of the two matrices")
     is_wrong("06.1", 2 * hidden * inner * layers, config, because="full fine-tuning")
     is_wrong("06.1", 8 * 2 * hidden * 2 * layers, config, because="not square")
     is_wrong("06.1", right + 1, config, because="times what peft adds")
     is_wrong("06.1", "many", config, because="Expected a number of parameters, a single number; got str 'many'")
     is_open("06.1", ..., config)
-
-
-def test_one_matrix_of_two_is_told_from_one_layer_of_many():
-    config = CTCLIPConfig()
-    is_wrong("06.1", 8 * (768 + 3072) * 12, config, because="one of the two matrices")
 
 
 def enough(power, add=1):

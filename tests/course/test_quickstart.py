@@ -47,13 +47,14 @@ def test_one_call_without_arguments_gives_18_scores_and_a_picture():
 
 
 def test_scores_are_those_of_the_classifier_for_a_phantom_with_its_truth_and_for_its_file(study, mini, tmp_path):
-    table = classify(study, mini).table.set_index("finding")
+    result = classify(study, mini)
+    table = result.table.set_index("finding")
     pixels = preprocess(study.volume, mini.preprocess_config)[None]
     expected = ZeroShotClassifier(mini.model, mini.tokenizer).scores(pixels)[0]
     np.testing.assert_allclose(table["score"], expected, atol=1e-6)
     assert list(table["usual"]) == [PREVALENCE[name] for name in FINDINGS]
     assert set(table.index[table["truth"] == "present"]) == {"Pleural effusion", "Emphysema"}
-    assert "Pleural effusion" in repr(classify(study, mini))
+    assert "Pleural effusion" in repr(result)
     path = tmp_path / "scan.nii.gz"
     nib.save(nib.Nifti1Image(study.volume.hu.transpose(2, 1, 0), study.volume.affine[:, [2, 1, 0, 3]]), path)
     result = classify(path, mini)

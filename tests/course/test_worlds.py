@@ -56,6 +56,13 @@ def ct_rate(tmp_path_factory):
     return data
 
 
+def commands_in(steps):
+    """The medctkit commands in a text, each with what its arguments mean; options that don't exist are refused."""
+    known = typer.main.get_command(cli.app).commands
+    lines = [shlex.split(line) for line in map(str.strip, steps.splitlines()) if line.startswith("medctkit ")]
+    return [(name, known[name].make_context(name, arguments).params) for _, name, *arguments in lines]
+
+
 def test_the_phantom_world_is_that_of_the_default_experiment(tmp_path):
     world = worlds.open_world("phantom", output_dir=tmp_path)
     assert (world.name, world.hospital, world.settings, world.origin) == ("phantom", "target", DEFAULT, Origin())
@@ -130,14 +137,12 @@ def test_the_commands_it_shows_exist_and_the_token_itself_is_never_shown(tmp_pat
     monkeypatch.setenv("HF_TOKEN", "hf_secret123")
     steps = worlds.released_steps(tmp_path / "my data", seed=3)
     assert "there    Hugging Face token (HF_TOKEN)" in steps and "secret123" not in steps
-    commands = [shlex.split(line) for line in map(str.strip, steps.splitlines()) if line.startswith("medctkit ")]
-    assert [command[1] for command in commands] == ["download", "download", "download", "prepare"]
-    known = typer.main.get_command(cli.app).commands
-    for _, name, *arguments in commands:
-        context = known[name].make_context(name, arguments)  # refuses options that don't exist
-        assert context.params.get("seed", 3) in (3, 0)
-    assert context.params["source"] == tmp_path / "my data" / "ct-rate"
-    assert context.params["output_dir"] == tmp_path / "my data" / "prepared"
+    commands = commands_in(steps)
+    assert [name for name, _ in commands] == ["download", "download", "download", "prepare"]
+    assert all(asked.get("seed", 3) in (3, 0) for _, asked in commands)
+    prepare = commands[-1][1]
+    assert prepare["source"] == tmp_path / "my data" / "ct-rate"
+    assert prepare["output_dir"] == tmp_path / "my data" / "prepared"
 
 
 def test_what_it_tells_of_disk_and_time_is_what_make_bench_measured():
@@ -210,11 +215,9 @@ def test_the_open_world_lists_packages_licences_disk_and_time_and_commands_that_
         "a token or a secret",
     ):
         assert step in said
-    commands = [shlex.split(line) for line in map(str.strip, said.splitlines()) if line.startswith("medctkit ")]
-    assert [command[1] for command in commands] == ["download", "download", "prepare"]
-    for _, name, *arguments in commands:
-        context = typer.main.get_command(cli.app).commands[name].make_context(name, arguments)
-    assert context.params["source"] == tmp_path / "my data" / "idc" / "manifest.csv"
+    commands = commands_in(said)
+    assert [name for name, _ in commands] == ["download", "download", "prepare"]
+    assert commands[-1][1]["source"] == tmp_path / "my data" / "idc" / "manifest.csv"
     assert not (tmp_path / "my data").exists()
 
 
