@@ -107,7 +107,7 @@ def test_the_share_of_a_patch_goes_the_way_of_the_scan():
 def test_regions_are_the_masks_of_the_rows_own_phantoms():
     from medctkit.cohort.manifest import load_manifest
 
-    rows = load_manifest(ROOT / "data_manifest.csv").head(6).to_dict("records")
+    rows = load_manifest(ROOT / "data_manifest.csv").head(3).to_dict("records")
     regions = loc.find_regions(rows, CONFIG, (2, 2, 2), progress=False)
     for index, row in enumerate(rows):
         here = regions.finding[regions.study == index]

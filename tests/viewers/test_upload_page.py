@@ -60,13 +60,8 @@ def test_a_scan_is_read_scored_and_scored_again_with_another_adapter(page, tmp_p
     ("content", "said"),
     [
         (b"not a zip", "scan.zip: not a zip archive"),
-        (b"PK\x03\x04half", "truncated or damaged"),
         ({"../../etc/x.dcm": b""}, "leads out of its folder"),
-        ({"/etc/x.dcm": b""}, "absolute path"),
-        ({"x.dcm": bytes(300 << 20)}, "unpack to 314572800"),
-        ({"inner.zip": zipped({"x.dcm": bytes(9)})}, "give the one inside"),
         ({"letter.txt": b"Dear colleague"}, "no slice of a scan"),
-        ({}, "holds no files"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
