@@ -19,9 +19,9 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from medctkit.findings import WINDOW
-from medctkit.scans.geometry import CANONICAL, LETTERS, straight_affine
+from medctkit.scans.geometry import CANONICAL, straight_affine
 from medctkit.scans.heat_map import HeatMap
-from medctkit.scans.volumes import CTVolume
+from medctkit.scans.volumes import CTVolume, turned
 
 if TYPE_CHECKING:
     from medctkit.phantom.study import PhantomStudy
@@ -126,13 +126,14 @@ class Scan:
         """
         if not isinstance(volume, CTVolume):
             raise TypeError(f"expected a CTVolume, as read_volume(path) gives it, got {type(volume).__name__}")
-        turned = {}
+        hung = {}
         for title, mask in (masks or {}).items():
             if np.shape(mask) != volume.shape:
                 raise ValueError(f"mask {title!r} has shape {np.shape(mask)}, the volume {volume.shape}: unequal")
-            turned[title] = _turned(np.asarray(mask).astype(bool, copy=False), volume.orientation)
+            filled = np.asarray(mask).astype(bool, copy=False).view(np.uint8)  # a volume has numbers
+            hung[title] = turned(CTVolume(filled, volume.spacing, volume.orientation))[0].view(bool)
         placed = not np.allclose(volume.affine, straight_affine(volume.spacing, volume.orientation))
-        return cls(volume.reoriented(), turned, name, placed)
+        return cls(volume.reoriented(), hung, name, placed)
 
     def point_of(self, voxel: ArrayLike) -> np.ndarray:
         """Patient coordinates (RAS, mm) of a voxel's middle."""
@@ -166,14 +167,6 @@ def place_of(point: ArrayLike) -> str:
     """Patient coordinates (3,) in words: how far to which side of the scan's origin, "R 12 mm, P 30 mm, S 41 mm"."""
     rounded = (round(x) for x in np.asarray(point, float).tolist())
     return ", ".join(f"{side[x < 0]} {abs(x)} mm" for side, x in zip(("RL", "AP", "SI"), rounded, strict=True))
-
-
-def _turned(array: np.ndarray, orientation: str) -> np.ndarray:
-    """An array (d, h, w) of a volume in some orientation, seen in SPL; nothing is copied."""
-    axes = [LETTERS[letter][0] for letter in orientation]
-    order = [axes.index(LETTERS[letter][0]) for letter in CANONICAL]
-    flipped = [new for new, old in enumerate(order) if CANONICAL[new] != orientation[old]]
-    return np.flip(array.transpose(order), tuple(flipped))
 
 
 @lru_cache
