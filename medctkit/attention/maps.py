@@ -170,11 +170,8 @@ def _followed_back(model: Model, pixels: torch.Tensor, directions: torch.Tensor)
     """Through both transformers of CT-CLIP, for directions (b, k, p): (b, k, t, h, w)."""
     z, found, b = list[torch.Tensor](), [], len(pixels)
     with evaluating(model), torch.enable_grad(), _explicit(model) as layers:
-        handle = model.vision_encoder.register_forward_hook(lambda module, given, out: z.append(out))
-        try:
+        with model.vision_encoder.register_forward_hook(lambda module, given, out: z.append(out)):
             image = model.encode_image(pixels.requires_grad_())
-        finally:
-            handle.remove()
         scores = model.temperature.exp() * (image[:, None] * directions).sum((0, 2))  # (k,)
         kept, n = [*layers["spatial"], *layers["temporal"]], len(layers["spatial"])
         for k, score in enumerate(scores):
@@ -197,12 +194,8 @@ def _added_by_patches(model: Model, pixels: torch.Tensor, directions: torch.Tens
         z.append(out.detach().requires_grad_())
         return z[0]
 
-    with evaluating(model):
-        handle = model.patches.register_forward_hook(start_here)
-        try:
-            scores = model.temperature.exp() * (model.encode_image(pixels)[:, None] * directions).sum((0, 2))  # (k,)
-        finally:
-            handle.remove()
+    with evaluating(model), model.patches.register_forward_hook(start_here):
+        scores = model.temperature.exp() * (model.encode_image(pixels)[:, None] * directions).sum((0, 2))  # (k,)
     gradients = [torch.autograd.grad(score, z, retain_graph=True)[0] for score in scores]
     return torch.stack([(g * z[0]).sum(1).clamp(min=0) for g in gradients], 1).detach().float().cpu().numpy()
 
