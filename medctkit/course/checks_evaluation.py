@@ -44,7 +44,7 @@ def _sensitivity_and_specificity(sensitivity_and_specificity: Callable) -> str:
         return called[labels == 1].mean(), (~called[labels == 0]).mean()
 
     right = rates(scores >= 0.5)
-    counts = (right[0] * 5, right[1] * 7)
+    counts, precision = (right[0] * 5, right[1] * 7), labels[scores >= 0.5].mean()
     otherwise = (
         f"Of 5 sick and 7 healthy patients you get ({first:.2f}, {second:.2f}) at a threshold of 0.5, where "
         f"{counts[0]:.0f} of the sick and {counts[1]:.0f} of the healthy are called right."
@@ -52,10 +52,8 @@ def _sensitivity_and_specificity(sensitivity_and_specificity: Callable) -> str:
     slips = {
         right[::-1]: "The two are in the wrong order: sensitivity is about the sick, specificity about the healthy.",
         rates(scores > 0.5): "A score exactly at the threshold counts as positive in the package: `>=`, not `>`.",
-        (
-            labels[scores >= 0.5].mean(),
-            second,
-        ): "Your first number is the precision, the share of alarms that are true. Divide by the sick.",
+        (precision, second): "Your first number is the precision, the share of alarms that are true. Divide by the "
+        "sick.",
         (first, 1 - right[1]): "Your second number is the share of the healthy who are called sick; specificity is the "
         "rest.",
         counts: "Those are counts; divide the first by the number of the sick, the second by that of the healthy.",

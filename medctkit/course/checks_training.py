@@ -53,7 +53,8 @@ def _own_report_share(own_report_share: Callable) -> str:
 
 @checks("03.2")
 def _learning_rate(rate: Callable) -> str:
-    peak, falling = 3e-3, 45 / 180  # at step 65, a quarter of the fall is behind
+    peak = 3e-3
+    straight = peak * (1 - 45 / 180)  # at step 65, a quarter of the fall is behind
     usual = {
         0: {
             0: "At step 0 your rate is 0, and the first step would learn nothing. Count steps from 1 in the rise.",
@@ -61,8 +62,7 @@ def _learning_rate(rate: Callable) -> str:
         },
         65: {
             peak: "After the warm-up your rate stays at its peak; it has to fall along a cosine.",
-            peak
-            * (1 - falling): "Your rate falls along a straight line; a cosine falls slowly at first and at the end.",
+            straight: "Your rate falls along a straight line; a cosine falls slowly at first and at the end.",
         },
     }
     for step, steps, top in ((0, 200, peak), (19, 200, peak), (65, 200, peak), (110, 200, peak), (40, 50, 1.0)):
