@@ -19,7 +19,7 @@ from medctkit.scans.volumes import CTVolume
 from medctkit.viewers.drawing.hints import lines
 from medctkit.viewers.drawing.messages import Messages
 from medctkit.viewers.drawing.rendering import place_of
-from medctkit.viewers.slice_viewer import SliceViewer
+from medctkit.viewers.slice_viewer import SliceViewer, close_with_children
 
 # what can be shown, and the controls that it needs
 SHOWN = {
@@ -247,7 +247,7 @@ class AttentionViewer:
         """Free what was captured, and the widget."""
         self._kept.clear()
         self.slices.close()
-        self.widget.close()
+        close_with_children(self.widget)
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         return self.widget._repr_mimebundle_(**kwargs)

@@ -15,7 +15,7 @@ from medctkit.common.templates import filled
 from medctkit.findings import FINDINGS
 from medctkit.scans.preprocessing import PreprocessConfig
 from medctkit.viewers.drawing.messages import Messages
-from medctkit.viewers.slice_viewer import SliceViewer
+from medctkit.viewers.slice_viewer import SliceViewer, close_with_children
 
 if TYPE_CHECKING:
     from medctkit.viewers.cases import Sentence
@@ -178,7 +178,7 @@ class CaseBrowser:
         """Free the widgets."""
         if self.slices is not None:
             self.slices.close()
-        self.widget.close()
+        close_with_children(self.widget)
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
         return self.widget._repr_mimebundle_(**kwargs)

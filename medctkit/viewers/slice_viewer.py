@@ -416,7 +416,7 @@ class SliceViewer:
     def close(self) -> None:
         """Remove the widget, and let go of the volumes."""
         self.canvas.close()
-        _close(self.widget)
+        close_with_children(self.widget)
         self.scans, self.heat_maps, self._callbacks = (), {}, []
         self._linked = self._composition = None
 
@@ -424,7 +424,8 @@ class SliceViewer:
         return self.widget._repr_mimebundle_(**kwargs)
 
 
-def _close(widget: Any) -> None:
+def close_with_children(widget: Any) -> None:
+    """Close a widget and all in it: ipywidgets keeps each control until then, and a control keeps whom it tells."""
     for child in getattr(widget, "children", ()):
-        _close(child)
+        close_with_children(child)
     widget.close()

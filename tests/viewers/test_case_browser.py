@@ -224,6 +224,8 @@ def test_the_browser_says_what_it_costs_and_shows_the_study_with_the_largest_dis
     assert study in browser.facts.value and browser.scan.children == (browser.slices.widget,)
     assert browser.study.options[0][0].endswith(study) and browser.study.options[-1][0].startswith("unread")
     assert "application/vnd.jupyter.widget-view+json" in browser._repr_mimebundle_()
+    browser.close()
+    assert browser.study.comm is None and browser.slices.scans == (), "a control that lives on would keep the models"
 
 
 def test_picking_a_study_shows_its_scan_report_labels_and_probabilities(browser, rows):
