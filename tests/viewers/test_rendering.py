@@ -164,7 +164,7 @@ def test_a_gallery_names_each_finding_and_points_at_it(study):
 
 
 @given(st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_an_arrow_ends_at_the_largest_piece_and_lies_in_the_crop(data):
     number = st.integers(0, 199)
     mask, spacing = np.zeros((200, 160), bool), (1.5, 2.0)
