@@ -28,7 +28,7 @@ from medctkit.cohort.manifest import load_manifest
 from medctkit.experiments.adapt import Origin
 from medctkit.experiments.compare import run_all as comparison
 from medctkit.experiments.compare import runs as one_run
-from medctkit.experiments.compare.data import HELD_OUT, VARIANTS, Data, flipped, parts, replayed
+from medctkit.experiments.compare.data import HELD_OUT, VARIANTS, flipped, parts, replayed
 from medctkit.experiments.compare.results import load_results
 from medctkit.experiments.compare.rivals import RIVALS
 from medctkit.experiments.compare.run_all import collect, compare_methods, measure_costs, read_result, result_file
@@ -56,11 +56,6 @@ from medctkit.zero_shot.prompts import PROMPTS
 pytestmark = pytest.mark.usefixtures("one_thread", "on_the_cpu")
 
 TOY = replace(SETTINGS, steps=1, batch_size=4, evaluate_every=1)
-
-
-@pytest.fixture(scope="module")
-def data(toy_cohort, origin):
-    return Data.load(toy_cohort / "manifest.csv", toy_cohort / "prepared", origin)
 
 
 # --- which runs -----------------------------------------------------------------------------------------

@@ -1,43 +1,30 @@
 """What adaptation cost at home: base and adapted model in the hospital that the base model comes from."""
 
 import json
-import shutil
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from medctkit.cohort.dataset import load_split
-from medctkit.cohort.manifest import load_manifest, write_manifest
-from medctkit.experiments.adapt import DEFAULT, adapt
+from medctkit.cohort.manifest import load_manifest
 from medctkit.experiments.measure import measure
 from medctkit.metrics.scores import compare, result_table
 from medctkit.zero_shot.classifier import ZeroShotClassifier
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
-QUICK = replace(DEFAULT, rank=2, steps=2, batch_size=4, evaluate_every=1)
-
 
 @pytest.fixture(scope="module")
-def both(few, tmp_path_factory):
-    """A manifest with test studies of both hospitals, beside it what is prepared."""
-    folder = tmp_path_factory.mktemp("both")
-    shutil.copytree(few.parent / "prepared", folder / "prepared")
-    table = load_manifest(Path(__file__).parents[2] / "data_manifest.csv")
-    source = table[table["hospital"] == "source"].head(20)
-    write_manifest(pd.concat([load_manifest(few), source]), folder / "manifest.csv")
-    return folder / "manifest.csv"
+def measured(both, finished):
+    """What was measured, and what was written of it."""
+    found = measure(both, finished, audit_volumes=0, resamples=30)
+    return found, json.loads((finished / "metrics.json").read_text())
 
 
 @pytest.mark.slow
-def test_what_adaptation_cost_at_home_is_measured_written_and_shown(both, origin, tmp_path):
-    adapt(both, tmp_path, settings=QUICK, origin=origin)
-    measured = measure(both, tmp_path, audit_volumes=0, resamples=30)
-    written = json.loads((tmp_path / "metrics.json").read_text())
-    assert written == measured.summary and set(written) == {
+def test_what_adaptation_cost_at_home_is_measured_written_and_shown(both, origin, measured):
+    found, written = measured
+    assert written == found.summary and set(written) == {
         "base",
         "adapted",
         "difference",
@@ -72,22 +59,18 @@ def test_what_adaptation_cost_at_home_is_measured_written_and_shown(both, origin
 
 
 @pytest.mark.slow
-def test_nothing_is_said_of_home_where_there_are_no_such_studies_or_it_is_what_was_adapted_to(
-    few, both, origin, tmp_path
-):
-    adapt(few, tmp_path / "away", settings=QUICK, origin=origin)
-    measured = measure(few, tmp_path / "away", audit_volumes=0, resamples=2)
+def test_nothing_is_said_of_home_where_there_are_no_such_studies_or_it_is_what_was_adapted_to(few, both, finished):
+    measured = measure(few, finished, audit_volumes=0, resamples=2)
     assert measured.home is None and "home" not in measured.summary
     assert "at home" not in result_table(measured.summary)
     with pytest.raises(ValueError, match="no test studies of hospital 'north'; its hospitals are target"):
-        measure(few, tmp_path / "away", audit_volumes=0, resamples=2, home="north")
-    every = measure(both, tmp_path / "away", audit_volumes=0, resamples=2, home="target")
+        measure(few, finished, audit_volumes=0, resamples=2, home="north")
+    every = measure(both, finished, audit_volumes=0, resamples=2, home="target")
     assert every.home.hospital == "target" and "--home target" in every.made_with["command"]
     assert every.home.summary["base"]["auroc"] == every.summary["base"]["auroc"]
 
 
-def test_what_is_embedded_already_is_taken_and_other_studies_are_refused(few, origin, tmp_path):
-    adapt(few, tmp_path, settings=QUICK, origin=origin)
+def test_what_is_embedded_already_is_taken_and_other_studies_are_refused(few, origin, finished, measured):
     base, table = origin.load(), load_manifest(few)
     known = {
         ("base", split): ZeroShotClassifier(base.model, base.tokenizer).embed(
@@ -95,8 +78,7 @@ def test_what_is_embedded_already_is_taken_and_other_studies_are_refused(few, or
         )
         for split in ("valid", "test")
     }
-    whole = measure(few, tmp_path, audit_volumes=0, resamples=30)
-    again = measure(few, tmp_path, audit_volumes=0, resamples=30, known=known)
-    np.testing.assert_array_equal(again.scores["base"], whole.scores["base"])
+    again = measure(few, finished, audit_volumes=0, resamples=2, known=known)
+    np.testing.assert_array_equal(again.scores["base"], measured[0].scores["base"])
     with pytest.raises(ValueError, match="base embedding of test in `known`"):
-        measure(few, tmp_path, audit_volumes=0, resamples=30, known={("base", "test"): known["base", "valid"]})
+        measure(few, finished, audit_volumes=0, resamples=2, known={("base", "test"): known["base", "valid"]})

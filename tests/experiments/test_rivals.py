@@ -9,8 +9,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from medctkit.experiments.compare import fixes
-from medctkit.experiments.compare.data import HELD_OUT, Data, held_out
+from medctkit.experiments.compare import fixes, rivals
+from medctkit.experiments.compare.data import HELD_OUT, held_out
 from medctkit.experiments.compare.fixes import coral, hu_boxes, lung_centre, matched, recentred, registered
 from medctkit.experiments.compare.rivals import RIVALS, best, logistic, ridge_map
 from medctkit.experiments.compare.runs import SETTINGS, Job, settings_of
@@ -120,11 +120,11 @@ def test_logistic_is_scikit_learns_on_standardised_features_chosen_on_validation
 
 def test_a_finding_of_one_class_in_training_scores_one_half_and_is_named():
     (train, labels), (valid, truth), (test, _) = drawn(20, 0, one_class=[3, 17]), drawn(30, 1), drawn(10, 2)
-    found = logistic(train, labels, valid, truth, test)
+    found = logistic(train, labels, valid, truth, test, [1.0])
     assert found.one_class == (FINDINGS[3], FINDINGS[17])
     assert (found.test[:, [3, 17]] == 0.5).all() and (found.test[:, 4] != 0.5).all()
     with pytest.raises(ValueError, match="no finding has both positive and negative studies in the validation data"):
-        logistic(train, labels, valid, 0 * truth, test)
+        logistic(train, labels, valid, 0 * truth, test, [1.0])
 
 
 def test_ridge_without_strength_recovers_a_linear_map_and_with_much_shrinks_to_nothing():
@@ -148,11 +148,6 @@ def relabelled(data, *splits):
 
 
 @pytest.fixture(scope="module")
-def data(toy_cohort, origin):
-    return Data.load(toy_cohort / "manifest.csv", toy_cohort / "prepared", origin)
-
-
-@pytest.fixture(scope="module")
 def others(data):
     """The same with other labels: of all studies for what is free, else of the test studies."""
     test, every = relabelled(data, "test", "home"), relabelled(data, "train", "valid", "test", "home")
@@ -163,7 +158,8 @@ SLOW = {"best-free", "hu-boxes", "all-free", "intensities"}  # many combinations
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in RIVALS])
-def test_no_rival_looks_at_test_labels_nor_a_free_fix_at_any(name, data, others):
+def test_no_rival_looks_at_test_labels_nor_a_free_fix_at_any(name, data, others, monkeypatch):
+    monkeypatch.setattr(rivals, "STRENGTHS", (1e-3, 1.0))
     rival, studies = RIVALS[name], range(len(data.train))
     found = rival.score(data, studies)
     assert found.valid.shape == (len(data.valid), 18) and found.test.shape == (len(data.test), 18)

@@ -8,6 +8,7 @@ does without it. What a rival may choose, validation studies choose, as they do 
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from hashlib import sha256
 from itertools import product
 from typing import Any
@@ -96,13 +97,19 @@ def fixed(
     if aligned:
         of, to = data.embedded("train", *changes).embeddings[list(studies)], data.embedded("home").embeddings
         seen = [F.normalize(ALIGNED[aligned](each, of, to), dim=-1) for each in seen]
-    return _asked(data, seen, WORDINGS[wording](), " + ".join([*changes, *[aligned] * bool(aligned), wording]))
+    return _asked(data, seen, wording, " + ".join([*changes, *[aligned] * bool(aligned), wording]))
 
 
-def _asked(data: Data, seen: Iterable[torch.Tensor], prompts: Prompts, chosen: str, trained: int = 0) -> Scored:
+def _asked(data: Data, seen: Iterable[torch.Tensor], wording: str, chosen: str, trained: int = 0) -> Scored:
     """What the base model's prompts say of the embeddings of validation and test studies."""
-    valid, test = map(ZeroShotClassifier(data.base.model, data.base.tokenizer, prompts).scores_from_embeddings, seen)
+    valid, test = map(_in_words(data, wording).scores_from_embeddings, seen)
     return Scored(valid, test, chosen, trained)
+
+
+@cache
+def _in_words(data: Data, wording: str) -> ZeroShotClassifier:
+    """The base model with one of `WORDINGS`, which it reads once."""
+    return ZeroShotClassifier(data.base.model, data.base.tokenizer, WORDINGS[wording]())
 
 
 def _best_fixed(data: Data, studies: Sequence[int]) -> Scored:
@@ -132,7 +139,7 @@ def logistic(
     valid: np.ndarray,
     valid_labels: np.ndarray,
     test: np.ndarray,
-    strengths: Sequence[float] = STRENGTHS,
+    strengths: Sequence[float],
 ) -> Scored:
     """A logistic regression for each finding on standardised features (n, k), one strength for all findings.
 
@@ -166,7 +173,7 @@ def logistic(
 def _on_features(data: Data, studies: Sequence[int], features: Callable[[str], np.ndarray]) -> Scored:
     chosen, labels, valid_labels = list(studies), data.labels("train"), data.labels("valid")
     train, valid, test = map(features, ("train", "valid", "test"))
-    return logistic(train[chosen], labels[chosen], valid, valid_labels, test)
+    return logistic(train[chosen], labels[chosen], valid, valid_labels, test, STRENGTHS)
 
 
 def _boxes(data: Data, studies: Sequence[int]) -> Scored:
@@ -194,12 +201,12 @@ def ridge_map(images: torch.Tensor, texts: torch.Tensor, strength: float) -> tor
 
 def _ridge(data: Data, studies: Sequence[int]) -> Scored:
     """Volumes to the embeddings of their own reports, or to those of the sentences that are true of them."""
-    chosen, model, tokenizer = list(studies), data.base.model, data.base.tokenizer
+    chosen = list(studies)
     rows = [data.train.rows[i] for i in chosen]
-    stating, denying = ZeroShotClassifier(model, tokenizer, report_prompts()).text_embeds().cpu()  # (18, p) each
+    stating, denying = _in_words(data, "the hospital's wording").text_embeds().cpu()  # (18, p) each
     said = torch.from_numpy(2 * data.labels("train")[chosen] - 1).float()
     texts = {
-        "reports": embed_reports(model, tokenizer, rows, progress=False).embeddings,
+        "reports": embed_reports(data.base.model, data.base.tokenizer, rows, progress=False).embeddings,
         "labels": F.normalize(said @ (stating - denying), dim=-1),
     }
     of = {split: data.embedded(split).embeddings for split in ("train", "valid", "test")}
