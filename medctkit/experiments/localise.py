@@ -77,12 +77,12 @@ def measure_localisation(
     work = output_dir / "localisation_work" / hashlib.sha256(key.encode()).hexdigest()[:12]
     work.mkdir(parents=True, exist_ok=True)
 
-    def kept(name: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """Arrays that an interrupted run made, or `make` makes now."""
+    def kept(name: str, make: Callable[..., dict[str, np.ndarray]], *given: Any) -> dict[str, np.ndarray]:
+        """Arrays that an interrupted run made, or `make` makes now of what is `given`."""
         file = work / f"{name}.npz"
         if not file.exists():
             with replacing(file) as temporary, temporary.open("wb") as stream:
-                np.savez(stream, allow_pickle=False, **make())
+                np.savez(stream, allow_pickle=False, **make(*given))
         with np.load(file) as arrays:
             return dict(arrays)
 
@@ -92,27 +92,27 @@ def measure_localisation(
 
     regions = Regions(**kept("regions", lambda: vars(find_regions(rows, config, grid))))
     chosen, few = some_of_each(regions, EACH, seed), Regions(*(part[:FEW] for part in vars(regions).values()))
+
+    def relevant(model: Model) -> dict[str, np.ndarray]:
+        every = relevance_of_regions(model, base.tokenizer, dataset, regions, every=True)
+        own, others = own_and_others(every, regions)
+        rollout = {"rollout": rollout_of_regions(model, dataset, regions)} if has_rollout(model) else {}
+        return {"relevance": own, OTHERS: others} | rollout
+
+    def tested(model: Model) -> dict[str, np.ndarray]:
+        return columns(faithfulness(model, base.tokenizer, dataset, chosen, seed=seed))
+
+    def sane(model: Model) -> dict[str, np.ndarray]:
+        plain = merge_lora(model) if model is models["adapted"] else model
+        return columns(sanity_check(plain, base.tokenizer, dataset, few, seed).reset_index())
+
     maps: dict[str, np.ndarray] = {}
     checks, faithful = [], []
     for name, model in models.items():
-
-        def relevant(model: Model = model) -> dict[str, np.ndarray]:
-            every = relevance_of_regions(model, base.tokenizer, dataset, regions, every=True)
-            own, others = own_and_others(every, regions)
-            rollout = {"rollout": rollout_of_regions(model, dataset, regions)} if has_rollout(model) else {}
-            return {"relevance": own, OTHERS: others} | rollout
-
-        def tested(model: Model = model) -> dict[str, np.ndarray]:
-            return columns(faithfulness(model, base.tokenizer, dataset, chosen, seed=seed))
-
-        def sane(name: str = name) -> dict[str, np.ndarray]:
-            plain = merge_lora(models[name]) if name == "adapted" else models[name]
-            return columns(sanity_check(plain, base.tokenizer, dataset, few, seed).reset_index())
-
-        maps |= {f"{name}, {kind}": of for kind, of in kept(f"{name}_maps", relevant).items()}
-        values = pd.DataFrame(kept(f"{name}_faithfulness", tested))
+        maps |= {f"{name}, {kind}": of for kind, of in kept(f"{name}_maps", relevant, model).items()}
+        values = pd.DataFrame(kept(f"{name}_faithfulness", tested, model))
         faithful.append(faithfulness_table(chosen, values, seed=seed).assign(model=name))
-        checks.append(pd.DataFrame(kept(f"{name}_sanity", sane)).assign(model=name))
+        checks.append(pd.DataFrame(kept(f"{name}_sanity", sane, model)).assign(model=name))
     maps[CONTRAST] = contrast_of_regions(dataset, regions, grid)
     compared = [("adapted minus base", "base, relevance", "adapted, relevance")]
     compared += [(f"{name}: own minus {OTHERS}", f"{name}, {OTHERS}", f"{name}, relevance") for name in models]
