@@ -66,13 +66,13 @@ class Answers:
     patients: ArrayLike
     findings: Sequence[str] = FINDINGS
 
-    def mean(self, resamples: int = 20, **options: Any) -> pd.Series:
+    def mean(self, thresholds: ArrayLike = 0.5) -> pd.Series:
         """The mean over findings as `evaluate` gives it; few resamples where nobody looks at the interval.
 
         Raises:
             ValueError: no finding has both classes; those of `metrics.evaluate`.
         """
-        table = evaluate(**vars(self), resamples=resamples, **options)
+        table = evaluate(**vars(self), thresholds=thresholds, resamples=20)
         if np.isnan(table.loc["mean", "auroc"]):
             raise ValueError("no finding has both positive and negative studies, so nothing can be scored; give more")
         return table.loc["mean"]
@@ -102,7 +102,7 @@ def thresholds_on_test(test: Answers, valid: Answers) -> list[Defect]:
         raise ValueError("no finding has positive and negative studies in both validation and test; give more studies")
     labels, scores = np.asarray(test.labels, float)[:, both], np.asarray(test.scores, float)[:, both]
     judged = Answers(labels, scores, test.patients, list(compress(test.findings, both)))
-    public, right = (judged.mean(thresholds=limits) for limits in ("roc-corner-on-test", honest[both]))
+    public, right = (judged.mean(limits) for limits in ("roc-corner-on-test", honest[both]))
     return _defects(
         "thresholds chosen on the test labels",
         ("balanced accuracy", "accuracy", public["balanced_accuracy"], right["balanced_accuracy"]),
@@ -133,7 +133,7 @@ def f1_weighted_by_class(test: Answers, thresholds: ArrayLike = 0.5) -> list[Def
     Weighted F1 is the mean of the F1 of "absent" and of "present", each weighted by how many studies it has.
     """
     silent = replace(test, scores=np.zeros(np.shape(test.labels)))
-    means = {"of these answers": test.mean(thresholds=thresholds), "of a model that always says no": silent.mean()}
+    means = {"of these answers": test.mean(thresholds), "of a model that always says no": silent.mean()}
     numbers = ((f"mean F1 {of}", "F1", mean["weighted_f1"], mean["f1"]) for of, mean in means.items())
     return _defects("weighted F1", *numbers)
 

@@ -314,7 +314,6 @@ def _draws(
     groups: set[str],
     scores: Mapping[str, np.ndarray],
     studies: Mapping[str, tuple[np.ndarray, np.ndarray]],
-    resamples: int = 1000,
 ) -> dict[str, np.ndarray]:
     """AUROC of a run on the studies as they are and on each resample of their patients; see `results.Results`."""
 
@@ -323,7 +322,7 @@ def _draws(
         if noise:
             items = ({"study": str(i), "labels": torch.from_numpy(each)} for i, each in enumerate(labels))
             labels = np.stack([flipped(item, noise, job.seed)["labels"].numpy() for item in items])
-        weights = patient_weights(patients, resamples, seed=0)
+        weights = patient_weights(patients, 1000, seed=0)
         return metric_draws(labels, scores[what], np.full(len(FINDINGS), 0.5), weights)
 
     of = drawn("paper")["auroc"]

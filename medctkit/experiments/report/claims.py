@@ -4,7 +4,6 @@ One self-contained HTML page, and the same as Markdown with its figures beside i
 with a verdict; every number says how it was made. Figures are in `figures`, the page itself in `page`.
 """
 
-import io
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -150,7 +149,7 @@ def claims_table(measured: Measurement) -> pd.DataFrame:
 
 def published() -> list[tuple[str, pd.DataFrame]]:
     """Published results, a table for each set of labels: means over different labels are not to be compared."""
-    table = pd.read_csv(io.StringIO((files("medctkit") / "assets" / "published_results.csv").read_text()))
+    table = pd.read_csv(str(files("medctkit") / "assets" / "published_results.csv"))
     table["f1"] = [f"{row.f1:.3f} ({row.f1_kind})" for row in table.itertuples()]
     table["n"] = [f"{n:,.0f}" if n == n else "not given" for n in table["n"]]
     title = table["labels"].astype(str) + " labels, " + table["dataset"].str.removesuffix(" valid")
