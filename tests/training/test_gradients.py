@@ -1,15 +1,12 @@
 """Gradients of a large batch from small ones, and of several processes, against plain autograd."""
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from several import in_two_processes
 from tiny import PROMPTS, tiny_data, tiny_model, tiny_tokenizer
 
 from medctkit.cohort.dataset import collate
@@ -162,21 +159,12 @@ def test_seeds_depend_on_every_part():
 
 # --- several processes ----------------------------------------------------------------------------------
 
-SCRIPT = """
-import sys
-sys.path[:0] = sys.argv[2:]
-import torch
-from test_gradients import in_one_process
-torch.set_num_threads(1)
-in_one_process(sys.argv[1])
-"""
-
 
 def in_one_process(folder):
     """Gradients, an evaluation and a whole run, as one of the processes or as the only one."""
     from accelerate import Accelerator
 
-    accelerator, folder = Accelerator(cpu=True), Path(folder)
+    accelerator = Accelerator(cpu=True)
     n, mine = accelerator.num_processes, accelerator.process_index
     data, model = tiny_data(8), whole_model()
     share = data[mine * 8 // n : (mine + 1) * 8 // n]
@@ -202,17 +190,10 @@ def in_one_process(folder):
 
 
 @pytest.fixture(scope="module")
-def several(tmp_path_factory):
+def several(one_thread, tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    script = folder / "script.py"
-    script.write_text(SCRIPT)
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    arguments = [str(script), str(folder), str(Path(__file__).parent), str(Path(__file__).parents[1] / "support")]
-    launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_machines", "1"]
-    launch += ["--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    for command in ([sys.executable, *arguments], [sys.executable, *launch, *arguments]):
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-        assert done.returncode == 0, done.stderr[-3000:]
+    in_one_process(folder)
+    in_two_processes(folder, in_one_process, folder)
     names = ("1 processes, 0", "2 processes, 0", "2 processes, 1")
     return [torch.load(folder / f"{name}.pt", weights_only=True) for name in names]
 

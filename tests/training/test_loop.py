@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from several import at_once
 from tiny import PROMPTS, tiny_ct_clip, tiny_data, tiny_model, tiny_tokenizer
 
 from medctkit.lora.adapter import ADAPTER_FILE, add_lora, load_adapter
@@ -252,22 +253,14 @@ def in_a_process(folder, changes):
         run(tiny_tokenizer(), folder, model, score_fn=score_fn, callback=tell, **changes)
 
 
-@pytest.fixture(scope="module")
-def processes():
-    """Processes that start at once, for what they import is there already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tiny", "medctkit.training", "accelerate", "peft", "torch.utils.tensorboard"])
-    return context
-
-
 LONG = {"steps": 120, "evaluate_every": 10, "checkpoint_every": 7}  # long after the last kill, however slow the machine
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"micro_batch_size": 2, "mixed_precision": "bf16"}])
-def test_kill_9_at_any_moment_and_the_same_run_comes_out(processes, tmp_path, more):
+def test_kill_9_at_any_moment_and_the_same_run_comes_out(tmp_path, more):
     def start(folder):
-        process = processes.Process(target=in_a_process, args=(str(folder), LONG | more))
+        process = at_once().Process(target=in_a_process, args=(str(folder), LONG | more))
         process.start()
         return process
 

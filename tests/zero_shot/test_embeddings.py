@@ -1,8 +1,6 @@
 """Embeddings in a file: to the last bit, of one model and one data set only, and never computed twice."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
+from several import in_two_processes
 from tiny import tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
 
@@ -275,36 +274,21 @@ def test_other_weights_or_studies_are_refused_and_a_corrected_label_is_not(few, 
         embed_manifest(classifier, Noise(pd.concat([table, table.head(1)])), tmp_path / "new", progress=False)
 
 
+def share(manifest, folder):
+    """What one of two processes does."""
+    classifier = ZeroShotClassifier(tiny_model().eval(), tiny_tokenizer())
+    data, file, process = Noise(load_manifest(manifest)), folder / "e.safetensors", torch.distributed.get_rank()
+    found = embed_manifest(classifier, data, file, batch_size=1, block=2)
+    (folder / f"read{process}").write_text(f"{len(data.read)} {found.embeddings.sum().item()}")
+    with pytest.raises(ValueError, match="holds embeddings of something else. adapter:"):
+        embed_manifest(ZeroShotClassifier(tiny_model("vision"), tiny_tokenizer()), data, file)
+
+
 @pytest.mark.slow
 def test_processes_share_the_work(few, tmp_path):
-    script = tmp_path / "share.py"
-    script.write_text(f"""if True:
-        import sys
-        sys.path[:0] = [{str(ROOT / "tests" / "support")!r}, {str(Path(__file__).parent)!r}]
-        from pathlib import Path
-        from test_embeddings import Noise, ZeroShotClassifier, embed_manifest, load_manifest, tiny_model, tiny_tokenizer
-        import torch.distributed as dist
-        from medctkit.common.processes import accelerator_for
-        accelerator_for()
-        classifier = ZeroShotClassifier(tiny_model().eval(), tiny_tokenizer())
-        data, folder = Noise(load_manifest({str(few)!r})), Path({str(tmp_path)!r})
-        found = embed_manifest(classifier, data, folder / "e.safetensors", batch_size=1, block=2)
-        (folder / f"read{{dist.get_rank()}}").write_text(f"{{len(data.read)}} {{found.embeddings.sum().item()}}")
-        try:
-            embed_manifest(ZeroShotClassifier(tiny_model("vision"), tiny_tokenizer()), data, folder / "e.safetensors")
-        except ValueError as error:
-            (folder / f"refused{{dist.get_rank()}}").write_text(str(error))
-        dist.barrier()
-        dist.destroy_process_group()
-    """)
-    launch = f"{sys.executable} -m accelerate.commands.accelerate_cli launch --multi_gpu --num_machines 1".split()
-    launch += "--num_processes 2 --mixed_precision no --dynamo_backend no --main_process_port 0".split()
-    done = subprocess.run([*launch, str(script)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_two_processes(tmp_path, share, few, tmp_path)
     (first, total), (second, same) = ((tmp_path / f"read{i}").read_text().split() for i in (0, 1))
     assert (first, second) == ("4", "3") and total == same
-    for i in (0, 1):
-        assert "holds embeddings of something else. adapter:" in (tmp_path / f"refused{i}").read_text()
     alone = ZeroShotClassifier(tiny_model().eval(), tiny_tokenizer())
     data = Noise(load_manifest(few))
     found = embed_manifest(alone, data, tmp_path / "e.safetensors", progress=False)  # accepts what the two wrote
