@@ -30,21 +30,22 @@ SHAPE = (16, 32, 32)
 VISION = pretrain.MINI_VISION | dict(image_size=32, num_frames=16)
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def small(one_thread):
     vision = VISION | dict(dim=16, dim_head=8, heads=2, codebook_size=16)
-    monkeypatch.setattr(pretrain, "CHUNK", 8)
-    monkeypatch.setattr(pretrain, "MINI_VISION", vision)
-    monkeypatch.setattr(pretrain, "MINI_PROJECTION", 8)
-    monkeypatch.setattr(pretrain, "make_pool", lambda n, at: [at / f"chunk_{i:04d}.npy" for i in range(-(-n // 8))])
-    monkeypatch.setattr(pretrain, "score", lambda *_: 0.5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "CHUNK", 8)
+        patch.setattr(pretrain, "MINI_VISION", vision)
+        patch.setattr(pretrain, "MINI_PROJECTION", 8)
+        patch.setattr(pretrain, "make_pool", lambda n, at: [at / f"chunk_{i:04d}.npy" for i in range(-(-n // 8))])
+        patch.setattr(pretrain, "score", lambda *_: 0.5)
+        yield
 
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pool")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain, "CHUNK", 8)
         patch.setattr(pretrain, "SHAPE", SHAPE)
         patch.setattr(pretrain, "MINI_SPACING", (20.0, 11.25, 11.25))
         patch.setattr(pretrain, "MINI_VISION", VISION)
@@ -53,14 +54,22 @@ def pool(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
-def test_the_result_loads_and_says_how_it_was_made(pool, tmp_path):
-    record = pretrain.pretrain(tmp_path / "mini", pool, TINY)
+@pytest.fixture(scope="module")
+def whole(pool, tmp_path_factory):
+    """The folder of a model that was made in one go, and its record."""
+    folder = tmp_path_factory.mktemp("whole") / "mini"
+    record = pretrain.pretrain(folder, pool, TINY)
     (pool / "checkpoint.pt").unlink()
-    mini = load_mini_base(tmp_path / "mini")
+    return folder, record
+
+
+@pytest.mark.slow
+def test_the_result_loads_and_says_how_it_was_made(whole):
+    folder, record = whole
+    mini = load_mini_base(folder)
     assert mini.preprocess_config.shape == SHAPE
     assert mini.preprocess_config.spacing == pretrain.MINI_SPACING
-    assert json.loads((tmp_path / "mini" / "pretraining.json").read_text()) == json.loads(json.dumps(record))
+    assert json.loads((folder / "pretraining.json").read_text()) == json.loads(json.dumps(record))
     assert record["config"]["steps"] == 6
     words = mini.tokenizer("Kerley lines, GGO; a major zebra-like quiz: XYZ 42 mm")
     assert mini.tokenizer.unk_token_id not in words["input_ids"]
@@ -69,15 +78,11 @@ def test_the_result_loads_and_says_how_it_was_made(pool, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_ends_like_an_uninterrupted_one(pool, tmp_path, monkeypatch):
-    torch.set_num_threads(1)
-    pretrain.pretrain(tmp_path / "whole", pool, TINY)
-    (pool / "checkpoint.pt").unlink()
-    advance, calls = pretrain.Pretraining.advance, []
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(pool, whole, tmp_path, monkeypatch):
+    advance = pretrain.Pretraining.advance
 
     def advance_then_stop(run, texts):
         row = advance(run, texts)
-        calls.append(run.step)
         if run.step == 4:
             run.history.append(row)
             run.save(pool / "checkpoint.pt")
@@ -91,22 +96,15 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(pool, tmp_path, monke
     assert not (tmp_path / "parts").exists()
     monkeypatch.setattr(pretrain.Pretraining, "advance", advance)
     pretrain.pretrain(tmp_path / "parts", pool, TINY)
-    whole, parts = (load_mini_base(tmp_path / name).model.state_dict() for name in ("whole", "parts"))
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    expected, found = (load_mini_base(at).model.state_dict() for at in (whole[0], tmp_path / "parts"))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
     with pytest.raises(ValueError, match="other settings"):
         pretrain.pretrain(tmp_path / "other", pool, replace(TINY, seed=9))
     (pool / "checkpoint.pt").unlink()
 
 
-def advance(run):
-    (texts,) = run.reading([run.batch(run.step + 1)])
-    return run.advance(texts)
-
-
-@pytest.mark.slow
 @pytest.mark.slow
 def test_a_run_interrupted_in_its_warm_start_ends_like_an_uninterrupted_one(pool, tmp_path, monkeypatch):
-    torch.set_num_threads(1)
     config = replace(TINY, warm=replace(WARM, reconstruct_steps=5), steps=1, evaluate_every=1)
     pretrain.pretrain(tmp_path / "whole", pool, config)
     (pool / "checkpoint.pt").unlink()
