@@ -67,6 +67,8 @@ def read_run_file(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, An
     if (prompts := settings.get("prompts")) is not None:
         try:
             sides = {finding: (both["states"], both["denies"]) for finding, both in prompts.items()}
+            if any(isinstance(side, str) for both in sides.values() for side in both):
+                raise TypeError("a sentence without its list would be taken letter by letter")
             chosen["prompts"] = {finding: tuple(map(tuple, both)) for finding, both in sides.items()}
         except (AttributeError, KeyError, TypeError):
             raise ValueError(f"{path}: prompts must be {{finding: {{states: [...], denies: [...]}}}}") from None

@@ -39,6 +39,7 @@ def test_what_a_file_leaves_out_is_the_model_s_default(tmp_path):
         ("settings: {dropout: fast}", "dropout must be float, got 'fast'"),
         ("settings: [1]", "expected names with values"),
         ("settings: {prompts: {Emphysema: [a, b]}}", "prompts must be {finding: {states"),
+        ("settings: {prompts: {Emphysema: {states: It is seen., denies: [b]}}}", "prompts must be {finding: {states"),
         ("a: [", "is not YAML"),
         ("!!python/object/apply:os.getcwd []", "is not YAML"),
     ],
