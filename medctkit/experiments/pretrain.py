@@ -161,9 +161,7 @@ class Pool:
 
     def __init__(self, paths: list[Path]):
         device = accelerator_for().device
-        self.parts = [
-            torch.from_numpy(np.load(path, mmap_mode="c")).to(device) for path in paths
-        ]  # stays on disk there
+        self.parts = [torch.from_numpy(np.load(path, mmap_mode="c")).to(device) for path in paths]
         self.facts = [fact for path in paths for fact in json.loads(path.with_suffix(".json").read_text())]
 
     def __len__(self) -> int:

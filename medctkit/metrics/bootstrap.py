@@ -6,7 +6,7 @@ resamples. A test holds them equal to scikit-learn on repeated rows. `medctkit.m
 Whoever needs an interval over patients of anything else takes `patient_weights`, `weighted_means`, `with_interval`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,32 +48,31 @@ def metric_draws(
 ) -> dict[str, np.ndarray]:
     """Each metric for each resample and finding: (1 + resamples, k); NaN where a class is missing."""
     found = {name: np.full((weights.shape[1], labels.shape[1]), np.nan) for name in METRICS}
-    for k in range(labels.shape[1]):
-        known = ~np.isnan(labels[:, k])
-        label, score = labels[known, k], scores[known, k]
-        if len(np.unique(label)) < 2:
-            continue
-        for at in range(0, weights.shape[1], AT_A_TIME):
-            w = weights[known, at : at + AT_A_TIME]
-            with np.errstate(invalid="ignore", divide="ignore"):
-                values = _ranked(label, score, w) | _calibrated(label, score, w)
-                values |= _counted(label, score >= limits[k], w)
-            for name in METRICS:
-                found[name][at : at + AT_A_TIME, k] = values[name]
+    for some, k, label, score, w in _parts(labels, scores, weights):
+        with np.errstate(invalid="ignore", divide="ignore"):
+            values = _ranked(label, score, w) | _calibrated(label, score, w) | _counted(label, score >= limits[k], w)
+        for name in METRICS:
+            found[name][some, k] = values[name]
     return found
 
 
 def auroc_draws(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """AUROC alone, for each resample and finding, as `metric_draws`: (1 + resamples, k)."""
     found = np.full((weights.shape[1], labels.shape[1]), np.nan)
+    for some, k, label, score, w in _parts(labels, scores, weights):
+        with np.errstate(invalid="ignore"):
+            found[some, k] = _ranked(label, score, w)["auroc"]
+    return found
+
+
+def _parts(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> Iterator[tuple]:
+    """Some resamples of a finding with both classes: which, its column, its known labels and scores, the weights."""
     for k in range(labels.shape[1]):
         known = ~np.isnan(labels[:, k])
         if len(np.unique(labels[known, k])) == 2:
             for at in range(0, weights.shape[1], AT_A_TIME):
-                w = weights[known, at : at + AT_A_TIME]
-                with np.errstate(invalid="ignore"):
-                    found[at : at + AT_A_TIME, k] = _ranked(labels[known, k], scores[known, k], w)["auroc"]
-    return found
+                some = slice(at, at + AT_A_TIME)
+                yield some, k, labels[known, k], scores[known, k], weights[known, some]
 
 
 def _ranked(label: np.ndarray, score: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ from medctkit.training.checkpoints import Run
 
 
 class History:
-    """Adds rows to a run's history, and tells them. Rows of before an interruption are told first.
+    """Adds rows to a run's history, and tells them.
 
     The settings' tracker gets them too, in Weights & Biases as the same run after an interruption. `run` is restored
     already, if there was something to restore.
@@ -31,9 +31,6 @@ class History:
         run.accelerator.init_trackers("tensorboard" if board else "medctkit", init_kwargs=kwargs)
         silent = not run.accelerator.is_local_main_process
         self._bar = tqdm(total=steps, initial=run.step, desc="fine-tuning", unit="step", disable=silent)
-        if callback is not None:
-            for row in run.history:
-                callback(row)
 
     def add(self, row: dict[str, float]) -> None:
         """A row: `step`, and numbers by name; the seconds so far are added."""

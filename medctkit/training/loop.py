@@ -52,11 +52,8 @@ class FineTuneResult:
     seconds: float
 
     @classmethod
-    def of(cls, run: Run, callback: Callable[[dict[str, float]], None] | None = None) -> "FineTuneResult":
-        """The result of a finished run; `callback` is told its rows."""
-        if callback is not None:
-            for row in run.history:
-                callback(row)
+    def of(cls, run: Run) -> "FineTuneResult":
+        """The result of a finished run."""
         table = pd.DataFrame(run.history)
         return cls(table, run.best_step, run.best_score, run.adapter_dir, table["seconds"].iloc[-1])
 
@@ -113,8 +110,11 @@ def finetune(
     run = Run(model, optimizer, accelerator, output_dir, made_of(model, train_dataset, config, tokenizer, score_fn))
     steps = config.steps_for(studies)
     with run.taken_up():
+        if callback is not None:
+            for row in run.history:
+                callback(row)
         if run.finished:
-            return FineTuneResult.of(run, callback)
+            return FineTuneResult.of(run)
         left = range(run.step + 1, steps + 1)
         batches = StepBatches(studies, config, left, accelerator.process_index, accelerator.num_processes)
         loader = DataLoader(

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from medctkit.cli import app
 from medctkit.cohort.cache import VolumeCache, content_of, key_of
-from medctkit.cohort.dataset import load_split, prepared_dir
+from medctkit.cohort.dataset import prepared_dir
 from medctkit.cohort.manifest import load_manifest
 from medctkit.experiments.adapt import FULL_SIZE, Adaptation, Origin, adapt
 from medctkit.experiments.audit import DEFECTS
@@ -114,11 +114,6 @@ def test_load_base(checkpoint, tmp_path, monkeypatch):
     ):
         with pytest.raises(error, match=message):
             load_base(*arguments)
-
-
-def test_a_hospital_that_the_manifest_lacks_is_named(few):
-    with pytest.raises(ValueError, match=r"no train studies of hospital 'north'; its hospitals are target"):
-        load_split(load_manifest(few), "north", "train", load_mini_base().preprocess_config, None)
 
 
 def test_where_prepared_volumes_are(few, tmp_path):
