@@ -34,8 +34,9 @@ def parameter_table(model: Model) -> pd.DataFrame:
     base, active = (model.get_base_model(), set(model.active_adapters)) if adapted else (model, set())
     named = {name.replace(".base_layer.", "."): p for name, p in base.named_parameters()}
     own = {name: p for name, p in named.items() if not active & set(name.split("."))}
-    if hasattr(base, "checkpoint_layout"):
-        held = {n: (math.prod(e.shape), e.live) for n, e in base.checkpoint_layout().items() if e.kind == "parameter"}
+    if isinstance(base, CTCLIPModel):
+        layout = released_layout(base.config)
+        held = {name: (math.prod(e.shape), e.live) for name, e in layout.items() if e.kind == "parameter"}
     else:
         held = {name: (p.numel(), True) for name, p in own.items()}
     rows = [(name, size, size * live, 0, 0) for name, (size, live) in held.items()]

@@ -302,10 +302,6 @@ class CTCLIPModel(PreTrainedModel):
             loss = (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
         return CTCLIPOutput(loss, logits, logits.T, image_embeds, text_embeds)
 
-    def checkpoint_layout(self) -> dict[str, ReleasedTensor]:
-        """Every tensor of a released state dict of this model's sizes; see `released_layout`."""
-        return released_layout(self.config)
-
     @classmethod
     def from_released_checkpoint(
         cls,
