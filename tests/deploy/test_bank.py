@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from peft import AutoPeftModel, PeftModel
-from tiny import tiny_batch, tiny_model
+from tiny import randomise_adapter, tiny_batch, tiny_model
 
 from medctkit.deploy.bank import BASE, AdapterBank
 from medctkit.lora.adapter import add_lora, load_adapter, save_adapter
@@ -23,11 +23,7 @@ def folders(tmp_path_factory):
     found = {}
     for seed, name in enumerate(NAMES):
         torch.manual_seed(seed)
-        model = add_lora(load_mini_base().model, "paper", r=4)
-        with torch.no_grad():
-            for key, parameter in model.named_parameters():
-                if "lora_B" in key:
-                    parameter.normal_(std=0.1)
+        model = randomise_adapter(add_lora(load_mini_base().model, "paper", r=4), 0.1, seed)
         found[name] = save_adapter(model, tmp_path_factory.mktemp(name))
     return found
 

@@ -4,8 +4,8 @@ import json
 
 import pandas as pd
 import pytest
-import torch
 from dicom_peers import write_phantom
+from tiny import randomise_adapter
 from typer.testing import CliRunner
 
 from medctkit.cli import app
@@ -61,11 +61,7 @@ def test_nothing_guesses_the_model(tmp_path):
 
 def test_adapter_is_used_and_named(tmp_path):
     _, folder = write_phantom(tmp_path / "study")
-    adapted = add_lora(load_base().model)
-    with torch.no_grad():
-        for name, weight in adapted.named_parameters():
-            if "lora_B" in name:
-                weight.fill_(0.02)
+    adapted = randomise_adapter(add_lora(load_base().model), 0.02)
     save_adapter(adapted, tmp_path / "adapter")
     for name, more in {"base": [], "adapted": ["--adapter", str(tmp_path / "adapter")]}.items():
         command = ["predict", str(folder), str(tmp_path / name), "--model", "mini", *more]

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from tiny import tiny_batch, tiny_ct_clip
+from tiny import randomise_adapter, tiny_batch, tiny_ct_clip
 from torch import nn
 
 from medctkit.lora.adapter import add_lora, load_adapter, merge_lora, save_adapter
@@ -23,15 +23,6 @@ DEEP = {"image_size": [32, 48], "spatial_depth": 2}
 
 def tiny_model(**vision):
     return tiny_ct_clip(DEEP | vision, {"num_hidden_layers": 2}).eval()
-
-
-def randomise_adapter(model, seed=2):
-    """Give B, zero at the start, values, so that the adapter does something."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".lora_B." in name and parameter.requires_grad:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
 
 
 def trainable_names(model):
@@ -170,8 +161,7 @@ def test_a_second_add_lora_is_refused():
 def test_merge_gives_a_plain_model_and_leaves_the_adapted_one(tmp_path):
     base = tiny_model()
     batch = tiny_batch(base)
-    model = add_lora(copy.deepcopy(base), "all-attention", r=3).eval()
-    randomise_adapter(model)
+    model = randomise_adapter(add_lora(copy.deepcopy(base), "all-attention", r=3).eval())
     adapted = model(**batch).text_embeds
     merged = merge_lora(model)
     assert type(merged) is CTCLIPModel
@@ -190,8 +180,7 @@ def test_adapters_are_saved_loaded_and_swapped_by_name(tmp_path):
     batch = tiny_batch(model)
     base = model(**batch).logits_per_image
     for name, preset, seed in (("north", "paper", 5), ("south", "text", 6)):
-        model = add_lora(tiny_model(), preset, r=2).eval()
-        randomise_adapter(model, seed)
+        model = randomise_adapter(add_lora(tiny_model(), preset, r=2).eval(), seed=seed)
         outputs[name] = model(**batch).logits_per_image
         save_adapter(model, tmp_path / name)
         assert {p.name for p in (tmp_path / name).iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}

@@ -6,8 +6,8 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_adapter import randomise_adapter, tiny_model
-from tiny import tiny_batch
+from test_adapter import tiny_model
+from tiny import randomise_adapter, tiny_batch
 
 from medctkit.lora.adapter import add_lora, load_adapter, merge_lora, save_adapter
 from medctkit.lora.methods import apply_method, load_trained, save_trained
@@ -123,8 +123,7 @@ def test_weights_are_held_to_the_same_as_a_model(tmp_path, spoil, message, metho
 
 def test_every_linear_layer_may_be_named_by_a_word_and_comes_back(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    model = add_lora(tiny_model(), target_modules="all-linear", r=2).eval()
-    randomise_adapter(model)
+    model = randomise_adapter(add_lora(tiny_model(), target_modules="all-linear", r=2).eval())
     batch = tiny_batch(model)
     save_adapter(model, "~/adapter")
     loaded = load_adapter(tiny_model(), "~/adapter")

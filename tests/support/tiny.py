@@ -34,6 +34,15 @@ def tiny_model(preset="paper", dropout=0.1):
     return add_lora(tiny_ct_clip(dropout=dropout), preset, r=4)
 
 
+def randomise_adapter(model, std=0.3, seed=0):
+    """The model, its B matrices, which are zero at the start, filled at random: so the adapter does something."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name and parameter.requires_grad:
+            nn.init.normal_(parameter, std=std, generator=generator)
+    return model
+
+
 class PatchesOnly(nn.Module):
     """A base model with nothing of CT-CLIP's inside: no attention, and like COLIPRI a vector for each patch.
 
