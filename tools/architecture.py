@@ -4,6 +4,7 @@ One picture, and one for each notebook that is about a part of it, which says "y
 the full-size model itself, built without its weights.
 """
 
+from functools import cache
 from html import escape
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +22,7 @@ WIDTH, HEIGHT, TALL = 1120, 440, 74  # of the picture, and of a box
 VISION, TEXT, MIDDLE = 70, 300, 185  # top of the boxes of each row
 
 
+@cache
 def facts() -> dict[str, str]:
     """Numbers in the picture, of the full-size model with the adapter of the paper."""
     with torch.device("meta"):

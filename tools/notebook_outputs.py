@@ -36,7 +36,7 @@ def cleaned(source, ran):
         if cell.cell_type == "code":
             found = cells[cell.id]
             cell.execution_count = found.execution_count
-            cell.outputs = list(_joined(filter(None, (_output(output, models) for output in found.outputs))))
+            cell.outputs = _joined(filter(None, (_output(output, models) for output in found.outputs)))
     return notebook
 
 
@@ -114,18 +114,15 @@ def _steady(text: str) -> str:
     return text
 
 
-def _joined(outputs) -> Iterator:
+def _joined(outputs) -> list:
     """Text that was printed in one go comes in pieces; where it is cut depends on the machine."""
-    before = None
+    found: list = []
     for output in outputs:
-        if before is not None and before.output_type == output.output_type == "stream":
-            before.text += output.text
-            continue
-        if before is not None:
-            yield before
-        before = output
-    if before is not None:
-        yield before
+        if found and found[-1].output_type == output.output_type == "stream":
+            found[-1].text += output.text
+        else:
+            found.append(output)
+    return found
 
 
 # --- comparing ----------------------------------------------------------------------------------------------

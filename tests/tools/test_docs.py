@@ -6,6 +6,7 @@ import inspect
 import json
 import pydoc
 import re
+from functools import cache
 from pathlib import Path
 
 import nbformat
@@ -51,6 +52,7 @@ def links(path):
                 yield target
 
 
+@cache
 def anchors(path):
     """What `#...` may follow: each heading in lower case, without punctuation, with hyphens for blanks."""
     tokens, found = list(parsed(path)), []
