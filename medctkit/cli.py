@@ -15,9 +15,9 @@ from typing import Annotated, Any, get_type_hints
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from medctkit.cli_deploy import deploying, say
+from medctkit.cli_deploy import Tokenizer, deploying, say
 from medctkit.cli_maintain import maintaining
-from medctkit.cli_measure import DEFAULT_MANIFEST, Adapted, Cache, Manifest, Model, Seed, Tokenizer, measuring
+from medctkit.cli_measure import DEFAULT_MANIFEST, Adapted, Cache, Manifest, Model, Seed, measuring
 
 
 @contextmanager

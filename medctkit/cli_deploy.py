@@ -13,7 +13,7 @@ from medctkit.common.text import printable
 deploying = typer.Typer(add_completion=False)
 Study = Annotated[Path, typer.Argument(help="One scan: a folder of DICOM slices, a .zip of one, or a file.")]
 Asked = Annotated[str, typer.Option("--model", help="mini (knows phantoms only), a folder, or a file of weights.")]
-Words = Annotated[Path | None, typer.Option("--tokenizer", help="Its folder, for a file of weights.")]
+Tokenizer = Annotated[Path | None, typer.Option(help="Its folder, for a file of weights.")]
 OfModel = Annotated[Path | None, typer.Option(help="Folder of an adapter; by default the base model alone.")]
 OneOf = Annotated[str | None, typer.Option(help="Which of several: its UID, number or description.")]
 
@@ -42,7 +42,7 @@ def predict(
         Path, typer.Argument(help="Folder for scores.csv, scores.json, results.json and picture.png.", file_okay=False)
     ],
     model: Asked,
-    tokenizer: Words = None,
+    tokenizer: Tokenizer = None,
     adapter: OfModel = None,
     series: OneOf = None,
 ) -> None:
@@ -59,7 +59,7 @@ def answer(
         Path, typer.Argument(help="Folder for SR.dcm (report), OT.dcm (picture) and SEG.dcm (map).", file_okay=False)
     ],
     model: Asked,
-    tokenizer: Words = None,
+    tokenizer: Tokenizer = None,
     adapter: OfModel = None,
     series: OneOf = None,
     with_map: Annotated[bool, typer.Option("--map/--no-map", help="Where the model looked; 8 GB at full size.")] = True,
@@ -124,7 +124,7 @@ def gateway(
     ],
     destination: Annotated[str, typer.Argument(help="Gets the answers: TITLE@HOST:PORT.")],
     model: Asked,
-    tokenizer: Words = None,
+    tokenizer: Tokenizer = None,
     adapter: OfModel = None,
     allow: Annotated[list[str] | None, typer.Option(help="AE title that may call; give it several times.")] = None,
     allow_all: Annotated[bool, typer.Option("--allow-all", help="Anyone may call.")] = False,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from medctkit.cli_deploy import say, with_adapter
+from medctkit.cli_deploy import OfModel, Tokenizer, say, with_adapter
 
 measuring = typer.Typer(add_completion=False)
 Adapted = Annotated[Path, typer.Argument(help="Folder of the adaptation: adapter, history, metrics.")]
@@ -16,7 +16,6 @@ Cache = Annotated[
     Path | None, typer.Option(help="Prepared volumes; if not given, `prepared` beside the manifest or in OUTPUT_DIR.")
 ]
 Model = Annotated[str, typer.Option(help="mini, a model's folder, or a file such as CT-CLIP_v2.pt.")]
-Tokenizer = Annotated[Path | None, typer.Option(help="Its folder, for a file of weights.")]
 AtATime = Annotated[int, typer.Option(help="Volumes at a time; 1 or 2 at full size.", min=1)]
 DEFAULT_MANIFEST = Path("data_manifest.csv")
 
@@ -102,7 +101,7 @@ def embed(
     cache_dir: Cache = None,
     model: Model = "mini",
     tokenizer: Tokenizer = None,
-    adapter: Annotated[Path | None, typer.Option(help="Folder of an adapter; by default the base model alone.")] = None,
+    adapter: OfModel = None,
     split: Annotated[str, typer.Option(help="Of the manifest: train, valid or test.")] = "test",
     hospital: Annotated[str | None, typer.Option(help="Of the manifest; by default all.")] = None,
     batch_size: AtATime = 32,
