@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from printing import publish
+from printing import all_met, publish
 from tqdm.auto import tqdm
 
 from medctkit.cohort.dataset import CTReportDataset
@@ -80,8 +80,7 @@ def main():
     parser.add_argument("--cache-dir", type=Path, help="prepared volumes")
     arguments = parser.parse_args()
     found = measured(arguments.cache_dir)
-    for met, said in bars(found):
-        print("met   " if met else "MISSED", said)
+    all_met(bars(found))
     found["made_with"] = {"command": "python bench/base.py", **{name: version(name) for name in ("medctkit", "torch")}}
     publish("base", found, "phantoms.md", page(found), arguments.output)
 

@@ -20,10 +20,9 @@ from importlib.metadata import version
 from pathlib import Path
 from unittest import mock
 
-from medctkit.common.atomic import replacing
+from printing import publish
 
-HERE = Path(__file__).resolve().parent
-PAGE, RANK = HERE.parent / "docs" / "base_models.md", 24
+RANK = 24
 # Of Merlin's package: spacing (x, y, z) in its transforms, towards right, front, head; its text tower's sizes (those of
 # Longformer-base), which the package does not hold.
 MERLIN_SHAPE, MERLIN_SPACING = (224, 224, 160), (1.5, 1.5, 3.0)
@@ -109,8 +108,8 @@ def measure(name, counts):
     } | found
 
 
-def table(found):
-    """The table of the page that is measured, in markdown."""
+def page(found):
+    """The table of docs/base_models.md."""
 
     def row(name, of):
         return f"| {name} | " + " | ".join(of(found[model]) for model in BUILD) + " |"
@@ -136,14 +135,7 @@ def table(found):
         rows.append(
             row(f'LoRA "{preset}", r = {RANK}', lambda e, p=preset: f"{e['lora'][p]:,}" if p in e["lora"] else "-")
         )
-    return "\n".join(rows)
-
-
-def with_table(page, found):
-    """The page with its measured table made anew."""
-    before, begin, rest = page.partition("<!-- measured -->\n")
-    _, end, after = rest.partition("<!-- until here -->\n")
-    return f"{before}{begin}{table(found)}\n{end}{after}"
+    return rows
 
 
 def processor():
@@ -158,7 +150,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--one", choices=BUILD, help="measure this one only, and print it")
     parser.add_argument("--counts", action="store_true", help="parameters alone, in a minute")
-    parser.add_argument("--output", type=Path, default=HERE / "base_models.json", help="where to write")
+    parser.add_argument("--output", type=Path, help="where to write; by default here and in docs/base_models.md")
     arguments = parser.parse_args()
     if arguments.one:
         print(json.dumps(measure(arguments.one, arguments.counts)))
@@ -174,9 +166,7 @@ def main():
     found["made_with"] = {"command": command, "weights": "random", "threads": 1, "processor": processor()}
     packages = ("medctkit", "torch", "transformers", "peft", "colipri", "merlin-vlm", "timm")
     found["made_with"]["versions"] = {package: version(package) for package in packages}
-    with replacing(arguments.output) as path:
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
+    publish("base_models", found, "base_models.md", page(found), arguments.output)
 
 
 if __name__ == "__main__":

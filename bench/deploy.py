@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from printing import write
 
-from medctkit.common.atomic import replacing
 from medctkit.common.provenance import made_with
 from medctkit.deploy.deploy_table import BASE, as_text, build, cost
 from medctkit.deploy.trial import trial
@@ -87,8 +87,7 @@ def main():
     if arguments.page:
         print(page(found))
         return
-    with replacing(arguments.output) as path:
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write(found, arguments.output)
 
 
 if __name__ == "__main__":

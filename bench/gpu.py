@@ -24,8 +24,7 @@ import transformers
 from gpu_lab import SEED, Lab
 from gpu_rows import rows
 from memory import BAR_BATCH, BAR_BYTES
-
-from medctkit.common.atomic import replacing
+from printing import write
 
 HERE = Path(__file__).resolve().parent
 GOAL = 0.4  # of the measured bf16 rate, by the vision encoder at batch 8
@@ -47,8 +46,7 @@ class Table:
     def write(self):
         """Write the file, by another name first."""
         found = self.head | {"rows": [*self.rows.values()], "bars": self.bars()}
-        with replacing(self.output) as path:
-            path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write(found, self.output)
 
     def bars(self):
         """The best figure for each bar so far, None if there is none."""

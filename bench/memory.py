@@ -6,7 +6,6 @@ while it runs that counts nowhere here; bench/gpu.py measures one where there is
 """
 
 import argparse
-import json
 import sys
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -15,9 +14,9 @@ from unittest import mock
 
 import torch
 import transformers
+from printing import all_met, write
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from medctkit.common.atomic import replacing
 from medctkit.lora.adapter import add_lora
 from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel
 from medctkit.training.loop import step_gradients
@@ -163,8 +162,8 @@ def main():
         for row in found["bytes_of_a_step"]
         if row["batch"] == row["volumes_at_a_time"] == BAR_BATCH and row["measures"] == BEST
     )
-    missed = at_bar > BAR_BYTES
-    print(f"{'MISSED' if missed else 'met   '} batch {BAR_BATCH}: {at_bar / 1e9:.2f} GB, at most {BAR_BYTES / 1e9:.0f}")
+    said = f"batch {BAR_BATCH}: {at_bar / 1e9:.2f} GB, at most {BAR_BYTES / 1e9:.0f}"
+    met = all_met([(at_bar <= BAR_BYTES, said)])
     found |= {
         "against_the_bar": {"batch": BAR_BATCH, "bytes": at_bar, "bar": BAR_BYTES},
         "made_with": {
@@ -176,9 +175,8 @@ def main():
             "versions": {name: version(name) for name in ("medctkit", "torch", "transformers", "peft", "accelerate")},
         },
     }
-    with replacing(arguments.output) as path:
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    sys.exit(missed)
+    write(found, arguments.output)
+    sys.exit(not met)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@
 """
 
 import argparse
-import json
 import os
 import resource
 import sys
@@ -14,7 +13,8 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # one core; before numpy is imported
 
-from medctkit.common.atomic import replacing
+from printing import all_met, write
+
 from medctkit.phantom.study import generate
 
 HERE = Path(__file__).resolve().parent
@@ -37,14 +37,10 @@ def main():
     seconds(range(6), (16, 32, 32))  # compiled, once on a machine
     found = {"small_s": min(seconds(range(40), SMALL) for _ in range(3)), "full_s": seconds([3], FULL)}
     found["full_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    missed = False
-    for name, bar in BARS.items():
-        missed |= found[name] > bar
-        print(f"{'MISSED' if found[name] > bar else 'met   '} {name:8} {found[name]:.3g}, at most {bar:g}")
+    met = all_met((found[n] <= bar, f"{n:8} {found[n]:.3g}, at most {bar:g}") for n, bar in BARS.items())
     found["made_with"] = {"command": "make bench", "cores": 1, **{n: version(n) for n in ("numpy", "scipy", "numba")}}
-    with replacing(arguments.output) as path:
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    sys.exit(missed)
+    write(found, arguments.output)
+    sys.exit(not met)
 
 
 if __name__ == "__main__":

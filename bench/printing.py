@@ -1,7 +1,9 @@
-"""How the measuring programs print what they found, and put it on a page."""
+"""How the measuring programs print what they found, write it down, and put it on a page."""
 
 import json
 from pathlib import Path
+
+from medctkit.common.atomic import replacing
 
 HERE = Path(__file__).resolve().parent
 PAGES = HERE.parent / "docs"
@@ -19,10 +21,16 @@ def write_block(page, name, lines):
     path.write_text(before + block(name, lines) + rest.partition(end)[2], encoding="utf-8")
 
 
+def write(found, path):
+    """Write JSON, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
 def publish(name, found, page, lines, output=None):
     """Print the lines and write what was found: to bench/<name>.json and the page, or to `output` alone."""
     print(*lines, sep="\n")
-    (output or HERE / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write(found, output or HERE / f"{name}.json")
     if output is None:
         write_block(page, name, lines)
 
@@ -35,3 +43,11 @@ def show(name, values, indent=0):
             show(key, value, indent + 1)
         else:
             print(f"{'  ' * (indent + 1)}{key.replace('_', ' '):40} {value:,.4g}")
+
+
+def all_met(bars):
+    """Print whether each bar, (met, what), is met; returns whether all are."""
+    bars = list(bars)
+    for met, what in bars:
+        print("met   " if met else "MISSED", what)
+    return all(met for met, _ in bars)

@@ -1,6 +1,9 @@
-"""Shared fixtures: real CT scans, which are not part of the repository."""
+"""Shared fixtures: real CT scans, which are not part of the repository, and the measuring programs of bench/."""
 
+import importlib
 import os
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from hypothesis import settings
 settings.register_profile("kit", deadline=None)
 settings.load_profile("kit")
 
+BENCH = Path(__file__).resolve().parents[1] / "bench"
 REAL_SCANS = {
     "dicom": "cip_ct64/dicom",
     "nrrd": "cip_ct64/ct-64.nrrd",
@@ -62,3 +66,30 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """Imports a measuring program."""
+    monkeypatch.syspath_prepend(BENCH)
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in {path.stem for path in BENCH.glob("*.py")} - before:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def run_bench(bench, monkeypatch, capsys):
+    """Runs a measuring program in this process: its exit code, and what it printed."""
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                code = bench(name).main() or 0
+            except SystemExit as end:
+                code = int(end.code)
+        return code, capsys.readouterr().out
+
+    return run

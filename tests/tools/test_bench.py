@@ -1,6 +1,5 @@
 """The measuring programs run, write whole files, and say so when a bar is missed."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -9,33 +8,28 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from tiny import small_step
 
+# at toy size more threads only wait for each other
+pytestmark = pytest.mark.usefixtures("one_thread")
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 
 
-def run(program, *arguments):
-    # one thread: at toy size more of them only wait for each other
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(BENCH / program), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
 @pytest.fixture
-def bench(monkeypatch):
-    """Imports a measuring program."""
-    monkeypatch.syspath_prepend(BENCH)
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in {"memory", "model", "gpu", "gpu_lab", "gpu_operators", "gpu_rows", "viewers"} - before:
-        sys.modules.pop(name, None)
+def own_accelerator():
+    """Device and precision are fixed for a process; those of other tests are others."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.slow
-def test_memory_is_measured_without_a_gpu(tmp_path, bench):
-    done = run("memory.py", "--tiny", "--output", tmp_path / "memory.json")
-    assert done.returncode == 0, done.stderr
-    assert "met    batch 8" in done.stdout
+@pytest.mark.usefixtures("own_accelerator")
+def test_memory_is_measured_without_a_gpu(tmp_path, bench, run_bench, monkeypatch):
+    monkeypatch.setattr("transformers.logging.set_verbosity_error", lambda: None)  # it would stay
+    code, said = run_bench("memory", "--tiny", "--output", tmp_path / "memory.json")
+    assert code == 0 and "met    batch 8" in said
     assert [file.name for file in tmp_path.iterdir()] == ["memory.json"]
     found = json.loads((tmp_path / "memory.json").read_text())
     rows = {row["measures"]: row for row in found["bytes_of_a_step"]}
@@ -72,6 +66,9 @@ def test_what_the_repository_says_about_memory_is_within_the_bar_and_of_the_full
 
 # What a machine with a GPU may lack; None in sys.modules refuses the import.
 ABSENT = "monai nibabel SimpleITK pydicom blosc2 dask distributed bokeh ipywidgets typer tensorboard".split()
+# Of rows that differ in size or precision alone, one.
+ROWS = ["golden", "possible", "operator", "public", "adapters", "encoder: eager", "encoder: compiled", "CUDA graph"]
+ROWS += ["blocks compiled, bf16, batch 8", "half precision", "batch 8, 1 at a time", "batch 8, 8 at a time, with check"]
 
 
 @pytest.mark.slow
@@ -80,8 +77,7 @@ def test_the_program_for_gpus_runs_on_a_cpu_at_toy_size_with_torch_transformers_
     program = f"import runpy, sys; sys.modules.update(dict.fromkeys({ABSENT})); sys.path.insert(0, {str(BENCH)!r}); "
     program += f"sys.argv[0] = {str(BENCH / 'gpu.py')!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
     command = [sys.executable, "-c", program, "--device", "cpu", "--tiny", "--compile-backend", "eager"]
-    only = ["golden", "encoder", "possible", "operator", "public", "adapters", "LoRA step: batch 8"]
-    command += ["--output", str(output), "--only", *only]
+    command += ["--output", str(output), "--only", *ROWS]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert [file.name for file in tmp_path.iterdir()] == ["gpu.json"]
@@ -138,18 +134,17 @@ def test_the_pages_say_what_was_measured_on_a_gpu(bench):
     assert f"{step['ms'] / 1e3:.1f} s for 32, 2 at a time, {found['made_with']['device']}" in notebook
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_without_a_gpu_nothing_is_measured_and_nothing_written(tmp_path):
-    done = run("gpu.py", "--output", tmp_path / "gpu.json")
-    assert (done.returncode, done.stdout.count("\n")) == (0, 1) and done.stdout.startswith("no GPU here")
+def test_without_a_gpu_nothing_is_measured_and_nothing_written(tmp_path, run_bench):
+    code, said = run_bench("gpu", "--output", tmp_path / "gpu.json")
+    assert (code, said.count("\n")) == (0, 1) and said.startswith("no GPU here")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
-def test_steps_of_the_slice_viewer_are_measured_with_both_canvases(tmp_path):
-    done = run("viewers.py", "--tiny", "--output", tmp_path / "viewers.json")
-    assert "memory grows by" in done.stdout, done.stderr
+def test_steps_of_the_slice_viewer_are_measured_with_both_canvases(tmp_path, run_bench):
+    _, said = run_bench("viewers", "--tiny", "--output", tmp_path / "viewers.json")
+    assert "memory grows by" in said
     assert [file.name for file in tmp_path.iterdir()] == ["viewers.json"]
     found = json.loads((tmp_path / "viewers.json").read_text())
     steps = found["steps"]
@@ -170,9 +165,9 @@ def test_what_the_repository_says_about_the_viewer_is_within_the_bars_and_of_a_v
 
 
 def test_the_page_of_base_models_says_what_was_measured(bench):
-    base_models, found = bench("base_models"), json.loads((BENCH / "base_models.json").read_text())
-    page = base_models.PAGE.read_text(encoding="utf-8")
-    assert base_models.with_table(page, found) == page and base_models.table(found) in page
+    found = json.loads((BENCH / "base_models.json").read_text())
+    lines = bench("printing").block("base_models", bench("base_models").page(found))
+    assert lines in (BENCH.parent / "docs" / "base_models.md").read_text(encoding="utf-8")
     assert found["CT-CLIP"]["lora"]["paper"] == 1_671_168
 
 
