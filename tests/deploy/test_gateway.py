@@ -213,7 +213,7 @@ def test_kill_costs_nothing(queue, slices, tmp_path, moment):
             wait_until(mark.exists)
         elif moment == "sending":
             wait_until(lambda: states(queue) == ["ready"])
-    with process(queue, port, own, mark, 0), archive(port) as (_, kept):
+    with gateway(queue, port).serving(own), archive(port) as (_, kept):
         if moment == "arriving":
             assert send(last, own) == [0]
         wait_until(lambda: 24 in reports(kept) and states(queue) == ["sent"])
