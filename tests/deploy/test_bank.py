@@ -34,9 +34,14 @@ def volumes():
     return torch.randn(4, 1, *shape, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
 
 
-def test_a_mixed_batch_is_each_volume_with_its_own_adapter(folders, volumes):
+@pytest.fixture(scope="module")
+def bank(folders):
+    """One that no test changes."""
+    return AdapterBank(load_mini_base(), folders)
+
+
+def test_a_mixed_batch_is_each_volume_with_its_own_adapter(bank, folders, volumes):
     names = ["south", BASE, "north", "south"]
-    bank = AdapterBank(load_mini_base(), folders)
     scores, slow = bank.scores(volumes, names), []
     for name, volume in zip(names, volumes, strict=True):
         alone = load_mini_base()
@@ -46,16 +51,14 @@ def test_a_mixed_batch_is_each_volume_with_its_own_adapter(folders, volumes):
     assert np.abs(scores - bank.scores(volumes, [BASE] * 4)).max() > 0.01  # adapters do something
 
 
-def test_no_hook_stays_whatever_happens(folders, volumes, monkeypatch):
-    bank = AdapterBank(load_mini_base(), folders)
+def test_no_hook_stays_whatever_happens(bank, volumes, monkeypatch):
     monkeypatch.setattr(type(bank.model.get_base_model()), "encode_image", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         bank.embed(volumes, ["north"] * 4)
     assert not any(hooks_on(bank.model.get_base_model()))
 
 
-def test_names_are_checked(folders, volumes):
-    bank = AdapterBank(load_mini_base(), folders)
+def test_names_are_checked(bank, folders, volumes):
     with pytest.raises(ValueError, match="4 volumes and 1 names"):
         bank.scores(volumes, ["north"])
     with pytest.raises(ValueError, match="no adapter 'west'; the bank has north, south"):
