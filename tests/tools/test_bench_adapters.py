@@ -1,33 +1,14 @@
 """Many adapters on one base, and arithmetic between two: the programs run, and the page says what they found."""
 
-import importlib
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 PAGE = BENCH.parent / "docs" / "deploy.md"
-
-
-@pytest.fixture
-def bench(monkeypatch):
-    monkeypatch.syspath_prepend(BENCH)
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in {"adapters", "arithmetic", "printing"} - before:
-        sys.modules.pop(name, None)
-
-
-def run(program, output, *arguments):
-    command = [sys.executable, "-W", "ignore", str(BENCH / program), "--tiny", "--output", str(output), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    return json.loads(output.read_text()), done.stdout
+pytestmark = pytest.mark.usefixtures("one_thread", "on_the_cpu")
 
 
 @pytest.mark.parametrize("name", ["adapters", "arithmetic"])
@@ -46,8 +27,9 @@ def test_a_hundred_adapters_take_less_than_two_models_and_a_mixed_batch_less_tha
 
 
 @pytest.mark.slow
-def test_adapters_on_board_are_measured(tmp_path):
-    found, said = run("adapters.py", tmp_path / "adapters.json")
+def test_adapters_on_board_are_measured(tmp_path, run_bench):
+    _, said = run_bench("adapters", "--tiny", "--output", tmp_path / "adapters.json")
+    found = json.loads((tmp_path / "adapters.json").read_text())
     one, two = (found["full"]["aboard"][n]["bytes_in_memory"] for n in ("1", "2"))
     base, adapter = found["full"]["model"]["bytes_in_memory"], found["full"]["adapter"]["numbers"]
     assert one - base == two - one == 4 * adapter
@@ -55,8 +37,9 @@ def test_adapters_on_board_are_measured(tmp_path):
 
 
 @pytest.mark.slow
-def test_arithmetic_is_measured_beside_what_it_competes_with(tmp_path):
-    found, _ = run("arithmetic.py", tmp_path / "arithmetic.json", "--work", str(tmp_path / "work"))
+def test_arithmetic_is_measured_beside_what_it_competes_with(tmp_path, run_bench):
+    run_bench("arithmetic", "--tiny", "--output", tmp_path / "arithmetic.json", "--work", tmp_path / "work")
+    found = json.loads((tmp_path / "arithmetic.json").read_text())
     rows, off = found["rows"], found["off_the_sum"]
     assert {"__base__", "source", "target", "own", "scores", "both", *off} == set(rows)
     for hospital in ("source", "target"):
