@@ -8,7 +8,7 @@ does without it. What a rival may choose, validation studies choose, as they do 
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import lru_cache
 from hashlib import sha256
 from itertools import product
 from typing import Any
@@ -106,7 +106,7 @@ def _asked(data: Data, seen: Iterable[torch.Tensor], wording: str, chosen: str, 
     return Scored(valid, test, chosen, trained)
 
 
-@cache
+@lru_cache(maxsize=4)  # one model with each
 def _in_words(data: Data, wording: str) -> ZeroShotClassifier:
     """The base model with one of `WORDINGS`, which it reads once."""
     return ZeroShotClassifier(data.base.model, data.base.tokenizer, WORDINGS[wording]())
