@@ -427,7 +427,7 @@ def test_a_killed_comparison_goes_on_where_it_was(toy_cohort, origin, tmp_path, 
 @pytest.mark.slow
 def test_costs_are_relative_to_full_fine_tuning(data, monkeypatch):
     monkeypatch.setattr(comparison, "METHODS", {name: METHODS[name] for name in ("full", "lora", "bitfit")})
-    table = measure_costs(data.train, TOY, repeats=1).set_index("method")
+    table = measure_costs(data.train, TOY, repeats=1, origin=data.origin).set_index("method")
     assert table.loc["full", ["seconds_per_step_of_full", "peak_bytes_of_full"]].tolist() == [1, 1]
     weights = 4 * data.base.model.num_parameters()
     assert table.loc["full", "peak_bytes"] > 4 * weights, "weights, gradients and two averages"
