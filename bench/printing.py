@@ -22,7 +22,7 @@ def write_block(page, name, lines):
 
 
 def write(found, path):
-    """Write JSON, whole or not at all."""
+    """Write JSON, whole or not at all; the package's `write_json` brings torch, whose memory would be measured."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 

@@ -43,6 +43,13 @@ def checked_orientation(orientation: str) -> str:
     return letters
 
 
+def turned_axes(orientation: str, target: str = CANONICAL) -> tuple[list[int], tuple[int, ...]]:
+    """What turns an array from one orientation to another: its axes in their new order, and the new ones to flip."""
+    axes = [LETTERS[letter][0] for letter in orientation]
+    order = [axes.index(LETTERS[letter][0]) for letter in target]
+    return order, tuple(new for new, old in enumerate(order) if target[new] != orientation[old])
+
+
 def steps_of(affine: np.ndarray) -> Lengths:
     """Length in mm of one step of d, h and w; rounded, as headers hold float32 (0.75 must stay 0.75)."""
     d, h, w = (round(step, 6) for step in np.linalg.norm(affine[:3, :3], axis=0).tolist())

@@ -19,7 +19,6 @@ from medctkit.scans.chest import chest_range
 from medctkit.scans.formats import reader_of
 from medctkit.scans.geometry import (
     CANONICAL,
-    LETTERS,
     STEP_RANGE,
     Lengths,
     check_size,
@@ -28,6 +27,7 @@ from medctkit.scans.geometry import (
     nearest_orientation,
     steps_of,
     straight_affine,
+    turned_axes,
     with_spacing,
 )
 from medctkit.scans.hounsfield import check_hu, fill_outside
@@ -107,9 +107,7 @@ class CTVolume:
 
 def turned(volume: CTVolume, orientation: str = CANONICAL) -> tuple[np.ndarray, Lengths, np.ndarray]:
     """Values (a view), spacing and affine of a volume in another orientation; see `CTVolume.reoriented`."""
-    patient_axes = [LETTERS[letter][0] for letter in volume.orientation]
-    order = [patient_axes.index(LETTERS[letter][0]) for letter in orientation]
-    flipped = tuple(new for new, old in enumerate(order) if orientation[new] != volume.orientation[old])
+    order, flipped = turned_axes(volume.orientation, orientation)
     to_old_index = np.diag([0.0, 0, 0, 1])
     to_old_index[order, range(3)] = 1
     for new in flipped:

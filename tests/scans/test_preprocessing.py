@@ -170,6 +170,7 @@ def test_a_model_sees_the_released_field_of_view(shape, expected):
     ("arguments", "message"),
     [
         (dict(spacing=(1.5, 0, 0.75)), r"spacing \(1.5, 0, 0.75\): expected three positive lengths in mm \(z, x, y\)"),
+        (dict(spacing=(1.5, 0.75)), "expected three positive lengths"),
         (dict(shape=(240, 480, -1)), "shape=.*-1.*: expected three positive numbers"),
         (dict(shape=(240, 480, 1.5)), "expected three positive numbers"),
         (dict(hu_range=(100, -100)), r"hu_range=\(100, -100\): expected the lower end, then the higher"),

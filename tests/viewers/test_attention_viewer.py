@@ -61,7 +61,8 @@ def ask(viewer, show, model="base", layer=0, head=None, patch=None):
         viewer.slices.move_to(patch)
 
 
-@pytest.mark.parametrize(("layer", "head"), [(0, None), (2, 1)])
+@pytest.mark.parametrize("head", [None, 1])
+@pytest.mark.parametrize("layer", [0, 2])
 def test_every_map_is_the_one_that_the_package_computes(viewer, study, models, config, layer, head):
     viewer.slices.move_to(middle_of(PATCH, study, config))
     pixels = preprocess(study.volume, config)

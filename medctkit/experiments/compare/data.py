@@ -21,6 +21,7 @@ from medctkit.model.base_model import BaseModel
 from medctkit.training.gradients import seed_from
 from medctkit.zero_shot.classifier import Embedded, ZeroShotClassifier
 from medctkit.zero_shot.embeddings import Changed, with_embeddings
+from medctkit.zero_shot.prompts import Prompts
 
 # Kept out of every loss in the runs of "unseen": one of each group that has several findings or none like it.
 HELD_OUT = ("Pleural effusion", "Emphysema", "Hiatal hernia", "Bronchiectasis")
@@ -83,6 +84,11 @@ class Data:
         """Numbers (n, k) of each volume of a split, after these of `CHANGES`."""
         dataset = Changed(getattr(self, split), self._change(changes))
         return np.stack([of(dataset[i]["pixel_values"]) for i in range(len(dataset))])
+
+    @cache  # noqa: B019
+    def in_words(self, prompts: Callable[[], Prompts]) -> ZeroShotClassifier:
+        """The base model with prompts that it reads once."""
+        return ZeroShotClassifier(self.base.model, self.base.tokenizer, prompts())
 
     @cache  # noqa: B019
     def labels(self, split: str) -> np.ndarray:

@@ -8,7 +8,6 @@ does without it. What a rival may choose, validation studies choose, as they do 
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from hashlib import sha256
 from itertools import product
 from typing import Any
@@ -24,7 +23,6 @@ from medctkit.experiments.compare.fixes import BANDS, BOXES, LEVELS, coral, hu_b
 from medctkit.findings import FINDINGS
 from medctkit.metrics.scores import mean_auroc
 from medctkit.training.objectives import report_prompts
-from medctkit.zero_shot.classifier import ZeroShotClassifier
 from medctkit.zero_shot.prompts import Prompts
 from medctkit.zero_shot.retrieval import embed_reports
 
@@ -102,14 +100,8 @@ def fixed(
 
 def _asked(data: Data, seen: Iterable[torch.Tensor], wording: str, chosen: str, trained: int = 0) -> Scored:
     """What the base model's prompts say of the embeddings of validation and test studies."""
-    valid, test = map(_in_words(data, wording).scores_from_embeddings, seen)
+    valid, test = map(data.in_words(WORDINGS[wording]).scores_from_embeddings, seen)
     return Scored(valid, test, chosen, trained)
-
-
-@lru_cache(maxsize=4)  # one model with each
-def _in_words(data: Data, wording: str) -> ZeroShotClassifier:
-    """The base model with one of `WORDINGS`, which it reads once."""
-    return ZeroShotClassifier(data.base.model, data.base.tokenizer, WORDINGS[wording]())
 
 
 def _best_fixed(data: Data, studies: Sequence[int]) -> Scored:
@@ -203,7 +195,7 @@ def _ridge(data: Data, studies: Sequence[int]) -> Scored:
     """Volumes to the embeddings of their own reports, or to those of the sentences that are true of them."""
     chosen = list(studies)
     rows = [data.train.rows[i] for i in chosen]
-    stating, denying = _in_words(data, "the hospital's wording").text_embeds().cpu()  # (18, p) each
+    stating, denying = data.in_words(WORDINGS["the hospital's wording"]).text_embeds().cpu()  # (18, p) each
     said = torch.from_numpy(2 * data.labels("train")[chosen] - 1).float()
     texts = {
         "reports": embed_reports(data.base.model, data.base.tokenizer, rows, progress=False).embeddings,

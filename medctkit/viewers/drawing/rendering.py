@@ -19,9 +19,9 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from medctkit.findings import WINDOW
-from medctkit.scans.geometry import CANONICAL, straight_affine
+from medctkit.scans.geometry import CANONICAL, straight_affine, turned_axes
 from medctkit.scans.heat_map import HeatMap
-from medctkit.scans.volumes import CTVolume, turned
+from medctkit.scans.volumes import CTVolume
 
 if TYPE_CHECKING:
     from medctkit.phantom.study import PhantomStudy
@@ -126,12 +126,11 @@ class Scan:
         """
         if not isinstance(volume, CTVolume):
             raise TypeError(f"expected a CTVolume, as read_volume(path) gives it, got {type(volume).__name__}")
-        hung = {}
+        hung, (order, flipped) = {}, turned_axes(volume.orientation)
         for title, mask in (masks or {}).items():
             if np.shape(mask) != volume.shape:
                 raise ValueError(f"mask {title!r} has shape {np.shape(mask)}, the volume {volume.shape}: unequal")
-            filled = np.asarray(mask).astype(bool, copy=False).view(np.uint8)  # a volume has numbers
-            hung[title] = turned(CTVolume(filled, volume.spacing, volume.orientation))[0].view(bool)
+            hung[title] = np.flip(np.asarray(mask).astype(bool, copy=False).transpose(order), flipped)
         placed = not np.allclose(volume.affine, straight_affine(volume.spacing, volume.orientation))
         return cls(volume.reoriented(), hung, name, placed)
 
