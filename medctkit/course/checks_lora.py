@@ -69,10 +69,13 @@ def merged_weight(merge: Callable[..., torch.Tensor]) -> str:
         layer.base.weight.copy_(weight), layer.A.copy_(a), layer.B.copy_(b)
     layer.merge()
     expected = layer.base.weight.detach()
-    found = merge(weight.clone(), a.clone(), b.clone(), alpha, r)
-    if not isinstance(found, torch.Tensor) or found.shape != weight.shape:
-        got = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
-        raise Wrong(f"The merged weight has the shape of W, {tuple(weight.shape)}; got {got}.")
+    given = merge(weight.clone(), a.clone(), b.clone(), alpha, r)
+    try:
+        found = torch.as_tensor(given).to(weight.dtype)
+    except (TypeError, ValueError, RuntimeError):
+        raise Wrong(f"The merged weight is a tensor like W; got {type(given).__name__}.") from None
+    if found.shape != weight.shape:
+        raise Wrong(f"The merged weight has the shape of W, {tuple(weight.shape)}; got {tuple(found.shape)}.")
     if torch.allclose(found, expected, atol=1e-5):
         return "One matrix as before: after merging, LoRA costs no time and no memory. It can be taken out again, too."
     slips = {  # how much of W, and how much of B A

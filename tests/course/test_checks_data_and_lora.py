@@ -50,6 +50,8 @@ RIGHT = [
     ("02.1", (lambda n, m, r: r * (n + m),), "in times out"),
     ("02.2", (14,), "974,848 parameters"),
     ("02.3", (merge,), "One matrix as before"),
+    ("02.3", (lambda *given: merge(*given).double(),), "One matrix as before"),
+    ("02.3", (lambda *given: merge(*given).numpy(),), "One matrix as before"),
     ("02.4", (1_327_104 / 1_671_168,), "79.4%"),
 ]
 WRONG = [
@@ -102,6 +104,7 @@ WRONG = [
     ("02.3", (lambda W, A, B, alpha, r: W + A @ B,), "stopped with RuntimeError"),
     ("02.3", (lambda W, A, B, alpha, r: (W + B @ A).T,), "has the shape of W"),
     ("02.3", (lambda W, A, B, alpha, r: 2 * W + B @ A,), "differ by up to"),
+    ("02.3", (lambda W, A, B, alpha, r: "W + BA",), "a tensor like W; got str"),
     ("02.4", (344_064 / 1_671_168,), "the vision encoder"),
     ("02.4", (79.4,), "per cent"),
     ("02.4", (1_327_104 / 438_148_761,), "a share of the whole model"),
