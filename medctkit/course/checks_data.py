@@ -71,7 +71,7 @@ def window_from_fat_to_vessel(answer: tuple[float, float]) -> str:
     """A window (centre, width) in which -100 HU is just black and 200 HU is just white."""
     if np.shape(answer) != (2,):
         raise Wrong(f"Expected a pair (centre, width) in HU; got {answer!r:.80}.")
-    centre, width = map(float, answer)
+    centre, width = (number(one, "a number of HU") for one in answer)
     if (centre, width) == (FAT, VESSEL):
         raise Wrong(f"({FAT}, {VESSEL}) are the two ends; a window is given as (centre, width).")
     if width <= 0:

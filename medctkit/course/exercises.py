@@ -202,7 +202,8 @@ def _guarded(value: Any) -> Any:
 def number(answer: Any, what: str, finite: bool = True) -> float:
     """An answer that should be a single number; raises `Wrong` and says `what` was expected if it isn't one."""
     try:
-        found = float(answer.item() if hasattr(answer, "item") else answer)
+        value = answer.item() if hasattr(answer, "item") else answer
+        found = None if isinstance(value, bool | str | bytes) else float(value)
     except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several numbers
         found = None
     if found is None or (finite and not math.isfinite(found)):
