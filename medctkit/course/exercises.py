@@ -233,5 +233,9 @@ def close(a: Any, b: Any, tolerance: float = 1e-4) -> bool:
 
 def expect(found: Any, right: Any, slips: Mapping[Any, str], otherwise: str, tolerance: float = 1e-4) -> None:
     """Raise `Wrong` unless `found` is right: with what is said of the slip that gives the same, or `otherwise`."""
+    import numpy as np
+
     if not close(found, right, tolerance):
+        if tolerance and any(close(found, np.round(right, digits), 1e-9) for digits in range(2, 7)):
+            otherwise = "That is right but for rounding: give the number as it was computed, with all its digits."
         raise Wrong(next((said for slip, said in slips.items() if close(found, slip, tolerance)), otherwise))

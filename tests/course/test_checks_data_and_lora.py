@@ -65,6 +65,7 @@ WRONG = [
     ("00.2", (lambda p, a: np.mean([x >= y for x in p for y in a]),), "equal scores counts half"),
     ("00.2", (lambda p, a: p.mean() - a.mean(),), "all 6 pairs are in the right order"),
     ("00.2", (lambda p, a: 0.5 + 0.5 * np.sign(p.mean() - a.mean()),), "scikit-learn gives 0"),
+    ("00.2", (lambda p, a: round(share(p, a), 4),), "right but for rounding"),
     ("00.2", (lambda p, a: p > a,), "stopped with ValueError"),
     ("01.1", ((-100, 200),), "are the two ends"),
     ("01.1", ((50, 150),), "black up to -25 HU and white from 125 HU"),

@@ -43,6 +43,7 @@ def test_sensitivity_and_specificity():
     is_wrong("04.1", rates(first="precision"), because="the precision")
     is_wrong("04.1", rates(first="count"), because="Those are counts")
     is_wrong("04.1", rates(second="false alarms"), because="specificity is the rest")
+    is_wrong("04.1", lambda *a: np.round(rates()(*a), 2), because="right but for rounding")
     is_wrong("04.1", lambda *a: (0.0, 0.0), because="Of 5 sick and 7 healthy")
     is_wrong("04.1", lambda *a: 0.8, because="Expected two numbers")
     is_wrong("04.1", lambda *a: (np.nan, 0.5), because="Expected a share, a single number; got float nan")
@@ -61,6 +62,7 @@ def test_flattery_is_what_test_labels_add(cohort):
     is_wrong("04.2", optimistic["accuracy"] - honest["accuracy"], *cohort, because="difference in accuracy")
     is_wrong("04.2", optimistic["f1"], *cohort, because="subtract the honest one")
     is_wrong("04.2", 0.0, *cohort, because="AUROC needs no threshold")
+    is_wrong("04.2", round(optimistic["f1"] - honest["f1"], 4), *cohort, because="right but for rounding")
     is_wrong("04.2", 0.5, *cohort, because="is not the difference")
     is_open("04.2", ..., *cohort)
 
