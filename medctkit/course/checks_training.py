@@ -70,7 +70,8 @@ def _learning_rate(rate: Callable) -> str:
         right = top * learning_rate_factor(step, steps, 0.1)
         otherwise = (
             f"At step {step} of {steps} with peak {top:g} your rate is {found:.3g}, {found / right:.2f} times what the "
-            "package uses. The rise takes a tenth of the steps; the cosine begins where it ends, and ends at the last."
+            "package uses. The rise takes a tenth of the steps; the cosine takes the others, and would be 0 "
+            "one step after the last."
         )
         expect(found, right, usual.get(step, {}), otherwise, 1e-3)
     return (

@@ -34,9 +34,9 @@ def test_share_of_volumes_that_find_their_report():
     is_open("03.1", lambda v, t: ...)
 
 
-def warm(step, steps, peak, offset=1, fall=lambda x: (1 + math.cos(math.pi * x)) / 2):
+def warm(step, steps, peak, offset=1, fall=lambda x: (1 + math.cos(math.pi * x)) / 2, end=0):
     up = round(0.1 * steps)
-    return peak * (step + offset) / up if step < up else peak * fall((step - up) / (steps - up))
+    return peak * (step + offset) / up if step < up else peak * fall((step - up) / (steps - up - end))
 
 
 def test_learning_rate_rises_and_falls_as_the_package_does():
@@ -46,6 +46,7 @@ def test_learning_rate_rises_and_falls_as_the_package_does():
     is_wrong("03.2", lambda *a: warm(*a, fall=lambda x: 1.0), because="stays at its peak")
     is_wrong("03.2", lambda step, steps, peak: peak, because="begins at its peak")
     is_wrong("03.2", lambda *a: warm(*a, fall=lambda x: math.cos(math.pi * x / 2)), because="times what the package")
+    is_wrong("03.2", lambda *a: warm(*a, end=1), because="0 one step after the last")
     is_wrong("03.2", lambda step: 0.1, because="stopped with TypeError")
     is_open("03.2", lambda step, steps, peak: None)
 
