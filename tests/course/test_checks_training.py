@@ -122,6 +122,8 @@ def test_directions_are_counted_by_squared_length():
     is_right("06.2", enough(2))
     is_wrong("06.2", enough(1), because="sum of their squares")
     is_wrong("06.2", enough(2, add=0), because="Counting begins at one")
+    more = lambda s, share: int(np.argmax(np.cumsum(s**2) / np.sum(s**2) > share)) + 1  # noqa: E731
+    is_wrong("06.2", more, because="share of 0.5 you say 3, not 2")
     is_wrong("06.2", lambda strengths, share: 7, because="you say 7, not 2")
     is_open("06.2", lambda strengths, share: ...)
 
