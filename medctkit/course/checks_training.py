@@ -221,10 +221,10 @@ def _by_chance(found: tuple[float, float], results: Results) -> str:
 
 @checks("06.4")
 def _worth_it(worth: Sequence[str], table: pd.DataFrame) -> str:
-    if isinstance(worth, str) or not all(isinstance(name, str) for name in worth):
+    chosen = set(worth)
+    if isinstance(worth, str) or not all(isinstance(name, str) for name in chosen):
         raise Wrong('Expected a list of names of methods, such as `["lora", "full"]`.')
     rows = table[table["any_prompt"] & (table["trainable"] > 0)].set_index("method")
-    chosen = set(worth)
     if "linear-probe" in chosen:
         raise Wrong("The linear probe takes no prompt: it answers 18 questions and no other. Leave it out.")
     if unknown := sorted(chosen - set(rows.index)):

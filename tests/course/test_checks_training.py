@@ -169,6 +169,7 @@ def test_worth_it_is_what_nothing_cheaper_reaches(results):
         ).any()
     ]
     assert "Pareto front" in is_right("06.4", front, table)
+    is_right("06.4", (name for name in front), table)
     is_wrong("06.4", [*front, "ia3"], table, because="(IA)³ should not be in the list")
     is_wrong("06.4", [name for name in front if name != "full"], table, because="full fine-tuning is missing")
     is_wrong("06.4", [*front, "linear-probe"], table, because="takes no prompt")
