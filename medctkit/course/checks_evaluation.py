@@ -186,6 +186,7 @@ def _pointing_game(pointing_game: Callable) -> str:
     small, large = np.zeros((2, 2, 3)), np.zeros((2, 2, 3))
     small[0, 1, 2], large[1], large[0, 0, 0] = 0.05, 0.9, 0.3
     on_small, beside, on_edge = np.full((3, 2, 2, 3), 0.05)
+    sliver = large + 0.1 * small  # 0.5 % of a patch: too little
     on_small[0, 1, 2] = beside[0, 0, 1] = on_edge[0, 0, 0] = 0.4
     beside[1] = 0.3  # much of it inside the large finding, but the highest patch is not
     cases = {
@@ -193,27 +194,30 @@ def _pointing_game(pointing_game: Callable) -> str:
         "a small finding beside the highest patch": (beside, small),
         "a large finding that fills 30 % of the highest patch": (on_edge, large),
         "a large finding beside the highest patch": (beside, large),
+        "a finding that fills 0.5 % of the highest patch": (on_small, sliver),
     }
     for case, (heat, shares) in cases.items():
         right = bool(score_maps(heat[None], shares[None])["pointing game"][0])
-        found = pointing_game(heat, shares)
-        if not isinstance(found, bool | np.bool_):
-            raise Wrong(f"Expected True or False, got {type(found).__name__}.")
+        said = pointing_game(heat, shares)
+        found = np.asarray(said)
+        if found.dtype != bool or found.size != 1:
+            raise Wrong(f"Expected True or False, got {type(said).__name__}.")
         if right and not found:
             raise Wrong(f"Your function says miss to {case}. A part is enough, it need not be the fullest patch.")
         if found and not right:
-            raise Wrong(f"Your function says hit to {case}. Only the highest patch of the map counts.")
+            raise Wrong(f"Your function says hit to {case}. Only the highest patch counts, from 1 % on.")
     return "The game forgives much: a patch on the edge of a large finding is a hit. Hence the chance level beside it."
 
 
 @checks("05.3")
 def _by_chance(by_chance: Callable) -> str:
     shares = np.zeros((2, 2, 3))
-    shares[0, 0, :2], shares[1, 1] = (0.1, 0.5), 0.9
+    shares[0, 0], shares[1, 1] = (0.1, 0.5, 0.005), 0.9
     right = score_maps(np.ones((1, 2, 2, 3)), shares[None])["pointing game by chance"][0]
     found, hits = number(by_chance(shares), "a share of patches"), round(shares.size * right)
     slips = {
         shares.mean(): "That is the share of the volume that the finding fills. A patch filled a little is a hit, too.",
+        (shares > 0).mean(): "A patch of which the finding fills less than 1 % is no hit.",
         hits: "That is how many patches would be a hit; divide by how many there are.",
         1 / shares.size: "That would be right if a single patch held the finding; here several do.",
     }

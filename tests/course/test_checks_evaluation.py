@@ -134,6 +134,8 @@ def test_a_hit_is_any_part_of_the_finding_in_the_highest_patch():
         return shares.flat[heat.argmax()]
 
     is_right("05.2", lambda heat, shares: filled(heat, shares) >= 0.01)
+    is_right("05.2", lambda heat, shares: shares[heat == heat.max()] >= 0.01)
+    is_wrong("05.2", lambda heat, shares: filled(heat, shares) > 0, because="fills 0.5 % of the highest patch")
     is_wrong("05.2", lambda heat, shares: filled(heat, shares) > 0.5, because="says miss to a small finding")
     is_wrong("05.2", lambda heat, shares: heat.argmax() == shares.argmax(), because="need not be the fullest")
     is_wrong("05.2", lambda heat, shares: (heat * shares).sum() > 0.01, because="Only the highest patch")
@@ -144,6 +146,7 @@ def test_a_hit_is_any_part_of_the_finding_in_the_highest_patch():
 def test_chance_is_the_share_of_patches_that_would_be_a_hit():
     is_right("05.3", lambda shares: (shares >= 0.01).mean())
     is_wrong("05.3", lambda shares: shares.mean(), because="share of the volume")
+    is_wrong("05.3", lambda shares: (shares > 0).mean(), because="less than 1 % is no hit")
     is_wrong("05.3", lambda shares: (shares >= 0.01).sum(), because="divide by how many")
     is_wrong("05.3", lambda shares: 1 / shares.size, because="if a single patch")
     is_wrong("05.3", lambda shares: 0.9, because="Of 12 patches 5 are filled")
