@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -52,9 +53,9 @@ def is_equal(accepts: Callable[..., bool]) -> str:
         embeds = v.reshape(len(v), -1) @ weights
         return embeds / np.linalg.norm(embeds, axis=1, keepdims=True)
 
-    def fixed(v: np.ndarray) -> np.ndarray:
-        if len(v) != 2:
-            raise RuntimeError(f"index: 0 Got: {len(v)} Expected: 2")
+    def fixed(v: np.ndarray, size: int = 2) -> np.ndarray:
+        if len(v) != size:
+            raise RuntimeError(f"index: 0 Got: {len(v)} Expected: {size}")
         return model(v)
 
     def neighbours(v: np.ndarray) -> np.ndarray:
@@ -66,6 +67,7 @@ def is_equal(accepts: Callable[..., bool]) -> str:
         neighbours: "an export in which the volumes of a batch change each other. Try batches of more than one.",
         lambda v: model(v) + 1e-3: "an export that is off by 0.001 everywhere: allowed is 1e-6.",
         lambda v: model(v) * np.nan: "an export that gives NaN. No comparison with NaN is true, `off > 1e-6` neither.",
+        partial(fixed, size=5): "an export whose batch is fixed at 5. Give it fewer volumes at a time, too.",
     }
 
     if accepts(lambda v: model(v) + np.float32(1e-8), model, volumes) not in (True, np.True_):

@@ -54,6 +54,7 @@ FLIPS = (["a", "b", "c"], THRESHOLDS, BEFORE, AFTER)
         ("07.1", (np.isin(range(5), STALE), *log()), "number of a request, a single number; got bool"),
         ("07.1", ([0, 1], *log()), "1 of yours were answered rightly, 2 stale ones are missing"),
         ("07.2", (lambda e, m, v: equal(e, m, v, (2,)),), "fixed at 2"),
+        ("07.2", (lambda e, m, v: equal(e, m, v, (5,)),), "fixed at 5"),
         ("07.2", (lambda e, m, v: np.allclose(e(v[:1]), m(v[:1])),), "Got: 1 Expected: 2"),
         ("07.2", (lambda e, m, v: equal(e, m, v, (1,)),), "change each other"),
         ("07.2", (lambda e, m, v: equal(e, m, v, tolerance=0),), "rounding"),
