@@ -36,9 +36,10 @@ def _sensitivity_and_specificity(sensitivity_and_specificity: Callable) -> str:
     labels = np.array([1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0])
     scores = np.array([0.9, 0.8, 0.6, 0.5, 0.1, 0.7, 0.5, 0.4, 0.3, 0.2, 0.2, 0.1])
     found = sensitivity_and_specificity(labels, scores, 0.5)
-    if not isinstance(found, tuple | list | np.ndarray) or len(found) != 2:
-        raise Wrong("Expected two numbers, sensitivity and specificity.")
-    first, second = (number(value, "a share") for value in found)
+    try:
+        first, second = (number(value, "a share") for value in found)
+    except (TypeError, ValueError):
+        raise Wrong("Expected two numbers, sensitivity and specificity.") from None
 
     def rates(called: np.ndarray) -> tuple[float, float]:
         return called[labels == 1].mean(), (~called[labels == 0]).mean()

@@ -38,6 +38,7 @@ def rates(called=np.greater_equal, order=(0, 1), first=None, second=None):
 
 def test_sensitivity_and_specificity():
     is_right("04.1", rates())
+    is_right("04.1", lambda *a: torch.tensor(rates()(*a)))
     is_wrong("04.1", rates(order=(1, 0)), because="wrong order")
     is_wrong("04.1", rates(called=np.greater), because="`>=`, not `>`")
     is_wrong("04.1", rates(first="precision"), because="the precision")
@@ -46,6 +47,7 @@ def test_sensitivity_and_specificity():
     is_wrong("04.1", lambda *a: np.round(rates()(*a), 2), because="right but for rounding")
     is_wrong("04.1", lambda *a: (0.0, 0.0), because="Of 5 sick and 7 healthy")
     is_wrong("04.1", lambda *a: 0.8, because="Expected two numbers")
+    is_wrong("04.1", lambda *a: (*rates()(*a), 0.5), because="Expected two numbers")
     is_wrong("04.1", lambda *a: (np.nan, 0.5), because="Expected a share, a single number; got float nan")
     is_open("04.1", lambda *a: ...)
 
