@@ -18,6 +18,8 @@ from scipy.stats import norm, rankdata
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from medctkit.findings import FINDINGS
 from medctkit.metrics.bootstrap import auroc_draws, mean_of_findings, patient_weights, with_interval
@@ -45,7 +47,7 @@ def recalibrated(method: str, labels: np.ndarray, scores: np.ndarray, new: np.nd
         if method == "none" or min(np.sum(label == c) for c in (0, 1)) < 2:
             continue
         if method == "Platt":  # next to no penalty: it only keeps the slope finite where the classes do not overlap
-            line = LogisticRegression(C=1e3).fit(old[known, k, None], label)
+            line = make_pipeline(StandardScaler(), LogisticRegression(C=1e3)).fit(old[known, k, None], label)
             found[:, k] = line.predict_proba(fresh[:, k, None])[:, 1]
         else:
             stairs = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(old[known, k], label)

@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.special import expit
 from scipy.stats import norm
 from sklearn.metrics import brier_score_loss, roc_auc_score
 
@@ -43,6 +44,15 @@ def test_recalibration_is_fitted_on_validation_and_mends_what_can_be_mended(meth
     assert (np.diff(mended[order, 0]) >= 0).all(), "the order of scores stays"
     chosen = clinical.choose_recalibration(labels[old], shown[old], np.arange(2000))
     assert chosen["none"] > chosen[method] and set(chosen) == set(clinical.RECALIBRATIONS)
+
+
+@pytest.mark.parametrize("scale", [5, 1e-2, 1e-4])
+def test_platts_curve_is_the_same_whatever_the_temperature_of_the_scores(scale):
+    rng = np.random.default_rng(0)
+    labels = (rng.random((400, 1)) < 0.3).astype(float)
+    margins = rng.normal(labels, 1 / 3)
+    found, expected = (clinical.recalibrated("Platt", labels, x, x) for x in (expit(scale * margins), expit(margins)))
+    np.testing.assert_allclose(found, expected, atol=5e-3)
 
 
 def test_recalibration_leaves_alone_what_it_cannot_learn_and_does_not_see_the_test():
