@@ -127,23 +127,25 @@ def delong(
     clusters; where each patient has one study, it is the test of DeLong et al. (Biometrics 44, 1988).
 
     Returns:
-        Columns auroc, auroc_low, auroc_high (95 %) and auroc_p of `findings` and "mean"; NaN below two of a class.
+        Columns auroc, auroc_low, auroc_high (95 %) and auroc_p of `findings` and "mean"; NaN below two patients of a
+        class, whose studies cannot say how much patients differ.
     """
     _, patient = np.unique(patients, return_inverse=True)
     difference = np.full(labels.shape[1], np.nan)
     shares = np.zeros((patient.max() + 1, labels.shape[1]))
     for k in range(labels.shape[1]):
         groups = [np.flatnonzero(labels[:, k] == c) for c in (0, 1)]
-        if min(map(len, groups)) < 2:
+        people = [len(np.unique(patient[group])) for group in groups]
+        if min(people) < 2:
             continue
         order = np.concatenate(groups)
         for sign, scores in ((-1, scores_a[:, k]), (1, scores_b[:, k])):
             ranks = np.split(rankdata(scores[order]), [len(groups[0])])
-            for group, rank, right in zip(groups, ranks, (-1, 1), strict=True):
+            for group, rank, right, n in zip(groups, ranks, (-1, 1), people, strict=True):
                 other = len(order) - len(group)
                 placed = right * (rank - rankdata(scores[group])) / other  # pairs in the right order, of each study
                 placed -= placed.mean()
-                weight = sign * placed / np.sqrt(len(group) * (len(group) - 1))
+                weight = sign * placed / len(group) * np.sqrt(n / (n - 1))
                 shares[:, k] += np.bincount(patient[group], weight, len(shares))
             auroc = (ranks[1].mean() - (len(groups[1]) + 1) / 2) / len(groups[0])
             difference[k] = (0 if sign < 0 else difference[k]) + sign * auroc

@@ -127,6 +127,24 @@ def test_delong_is_its_definition_where_patients_have_one_study():
     assert found.loc["mean", "auroc"] == pytest.approx(found["auroc"][:-1].mean())
 
 
+def test_delong_counts_patients_not_their_studies():
+    """Obuchowski's variance written out, for patients who are sick or well in all of their studies."""
+    rng = np.random.default_rng(0)
+    patients = np.repeat(np.arange(9), rng.integers(1, 6, 9))
+    labels, a, b = (patients < 3)[:, None].astype(float), *rng.random((2, len(patients), 1)).round(1)
+    sick, variance = labels[:, 0] == 1, 0.0
+    margins = (x[sick] - x[~sick].T for x in (a, b))
+    first, second = ((margin > 0) + 0.5 * (margin == 0) for margin in margins)
+    for axis, of in ((1, patients[sick]), (0, patients[~sick])):
+        share = (second - first).mean(axis)
+        sums = np.bincount(of, share - share.mean())[np.unique(of)]
+        variance += len(sums) / (len(sums) - 1) * np.sum(sums**2) / len(of) ** 2
+    row = clinical.delong(labels, a, b, patients, ["a"]).loc["a"]
+    assert row["auroc_high"] - row["auroc"] == pytest.approx(1.959964 * np.sqrt(variance))
+    alone = clinical.delong((patients == 2)[:, None].astype(float), a, b, patients, ["a"])
+    assert (patients == 2).sum() > 1 and alone.isna().all(axis=None), "all who are sick are one patient"
+
+
 def test_delong_agrees_with_the_bootstrap_and_is_not_impressed_by_repetition():
     labels, a, b, patients = some(600)
     found = clinical.delong(labels, a, b, patients, NAMES)
