@@ -13,7 +13,7 @@ from medctkit.experiments.compare import fixes, rivals
 from medctkit.experiments.compare.data import HELD_OUT, held_out
 from medctkit.experiments.compare.fixes import coral, hu_boxes, lung_centre, matched, recentred, registered
 from medctkit.experiments.compare.rivals import RIVALS, best, logistic, ridge_map
-from medctkit.experiments.compare.runs import SETTINGS, Job, settings_of
+from medctkit.experiments.compare.runs import PROBE, SETTINGS, Job, settings_of
 from medctkit.findings import FINDINGS
 from medctkit.training.objectives import joint_loss
 from medctkit.zero_shot.embeddings import Changed
@@ -125,6 +125,25 @@ def test_a_finding_of_one_class_in_training_scores_one_half_and_is_named():
     assert (found.test[:, [3, 17]] == 0.5).all() and (found.test[:, 4] != 0.5).all()
     with pytest.raises(ValueError, match="no finding has both positive and negative studies in the validation data"):
         logistic(train, labels, valid, 0 * truth, test, [1.0])
+
+
+def test_a_label_that_is_unknown_is_left_out_and_the_others_of_its_finding_and_study_count():
+    (train, labels), (valid, truth), (test, _) = drawn(60, 0), drawn(50, 1), drawn(30, 2)
+    labels[:20, 0], labels[20:, 1], labels[20, 1] = np.nan, np.nan, 1 - labels[0, 1]
+    found = logistic(train, labels, valid, truth, test, [1.0])
+    x, seen = ((split - train.mean(0)) / train.std(0) for split in (train, test))
+    for k, rows in enumerate((slice(20, None), slice(21), slice(None))):
+        model = LogisticRegression(C=1.0).fit(x[rows], labels[rows, k])
+        np.testing.assert_allclose(found.test[:, k], model.predict_proba(seen)[:, 1], atol=1e-4)
+    assert found.one_class == ()
+
+
+def test_rivals_learn_from_studies_with_unknown_labels(data):
+    train = copy.copy(data.train)
+    train.rows = [row | {FINDINGS[i % 18]: np.nan} for i, row in enumerate(train.rows)]
+    for name in (PROBE, "ridge"):
+        found = RIVALS[name].score(replace(data, train=train), range(len(train)))
+        assert np.isfinite(found.test).all() and found.trained
 
 
 def test_ridge_without_strength_recovers_a_linear_map_and_with_much_shrinks_to_nothing():

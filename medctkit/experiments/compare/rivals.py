@@ -137,7 +137,7 @@ def logistic(
 
     Args:
         train: features of the studies to learn from.
-        labels: (n, 18) of theirs.
+        labels: (n, 18) of theirs; studies whose label is unknown, NaN, are left out, finding by finding.
         valid: features of the studies that choose.
         valid_labels: (n, 18) of theirs.
         test: features of the studies to score.
@@ -148,13 +148,14 @@ def logistic(
     """
     scaler = StandardScaler().fit(train)
     x, *seen = (scaler.transform(split) for split in (train, valid, test))
-    both = [k for k in range(len(FINDINGS)) if 0 < labels[:, k].mean() < 1]
+    known = ~np.isnan(labels)
+    both = [k for k in range(len(FINDINGS)) if len(np.unique(labels[known[:, k], k])) == 2]
     one_class = tuple(name for k, name in enumerate(FINDINGS) if k not in both)
 
     def scored(strength: float) -> Scored:
         scores = [np.full((len(split), len(FINDINGS)), 0.5) for split in seen]
         for k in both:
-            model = LogisticRegression(C=strength, max_iter=2000).fit(x, labels[:, k])
+            model = LogisticRegression(C=strength, max_iter=2000).fit(x[known[:, k]], labels[known[:, k], k])
             for split, out in zip(seen, scores, strict=True):
                 out[:, k] = model.predict_proba(split)[:, 1]
         return Scored(scores[0], scores[1], f"C = {strength:g}", len(both) * (train.shape[1] + 1), one_class)
@@ -196,7 +197,7 @@ def _ridge(data: Data, studies: Sequence[int]) -> Scored:
     chosen = list(studies)
     rows = [data.train.rows[i] for i in chosen]
     stating, denying = data.in_words(WORDINGS["the hospital's wording"]).text_embeds().cpu()  # (18, p) each
-    said = torch.from_numpy(2 * data.labels("train")[chosen] - 1).float()
+    said = torch.from_numpy(np.nan_to_num(2 * data.labels("train")[chosen] - 1)).float()  # what is unknown says nothing
     texts = {
         "reports": embed_reports(data.base.model, data.base.tokenizer, rows, progress=False).embeddings,
         "labels": F.normalize(said @ (stating - denying), dim=-1),
