@@ -1,5 +1,6 @@
 """The comparison of methods: which runs, what chooses, what is pooled; and the command, killed and resumed."""
 
+import base64
 import copy
 import json
 import math
@@ -257,6 +258,13 @@ def test_a_run_says_what_it_scored_and_what_that_took(data, tmp_path, method):
     assert found["adapter_bytes"] - 4 * trainable in range(20_000 if method == "bitfit" else 1)
     assert 0 <= found["validation_auroc"] <= 1 and found["seconds"] > 0
     json.dumps(found, allow_nan=False)
+
+
+def test_scores_of_a_list_of_your_own_are_unpacked_by_its_length(monkeypatch):
+    monkeypatch.setattr(one_run, "FINDINGS", ("Rib fracture", "Scoliosis", "Cyst"))
+    scores = np.arange(36, dtype="<f4").reshape(12, 3)
+    packed = {"paper": base64.b64encode(scores.tobytes()).decode()}
+    np.testing.assert_array_equal(unpacked(packed)["paper"], scores)
 
 
 def test_collected_draws_are_those_of_the_metrics(data, tmp_path):

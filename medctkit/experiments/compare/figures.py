@@ -22,9 +22,11 @@ from medctkit.experiments.compare.results import (
     strength_table,
 )
 from medctkit.experiments.compare.runs import BASE, PROBE
+from medctkit.findings import FINDINGS
 from medctkit.lora.methods import METHODS
 
-AUROC = "mean test AUROC of 18 findings"
+AUROC = f"mean test AUROC of {len(FINDINGS)} findings"
+_ONLY = f" ({len(FINDINGS)} answers only)"
 # Colours of Okabe and Ito, which the colour-blind can tell apart; where one comes twice, another marker
 _OKABE = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#000000")
 _METHODS = ("lora", "full", PROBE, "lora-vision", "lora-text", "dora", "bitfit")
@@ -81,7 +83,7 @@ def figure_methods(results: Results) -> Figure:
     for row in table.itertuples():
         x = max(row.trainable, 1.2 * x)  # side by side, where methods train (nearly) as much
         colour, marker = MARKS[row.method]
-        label = f"{row.label}, {row.auroc:.3f}" + ("" if row.any_prompt else " (18 answers only)")
+        label = f"{row.label}, {row.auroc:.3f}" + ("" if row.any_prompt else _ONLY)
         style: dict[str, Any] = {"color": colour, "marker": marker, "label": label, "capsize": 2, "zorder": 3}
         axes.errorbar(x, row.auroc, _errors(row, "auroc"), **style)
     axes.margins(x=0.08, y=0.12)
@@ -99,7 +101,7 @@ def figure_studies(results: Results) -> Figure:
     _base_line(results, axes)
     for name in ("lora", "full", PROBE, "hu-boxes"):
         rows, (colour, marker) = table[table["method"] == name], MARKS[name]
-        label = TEXTS[name][0] + (" (18 answers only)" if name in (PROBE, "hu-boxes") else "")
+        label = TEXTS[name][0] + _ONLY * (name in (PROBE, "hu-boxes"))
         if len(rows):
             _band(axes, rows, "studies", colour, marker=marker, label=label)
     sizes = sorted(set(table["studies"]) - {0})

@@ -257,7 +257,8 @@ RIVALS: dict[str, Rival] = {
         _boxes, {"bands": BANDS, "boxes": BOXES, "C": STRENGTHS, "roots": [False, True], "moved": ["", "registration"]},
     ),
     "linear-probe": Rival(
-        "linear probe", "18 logistic regressions on frozen image embeddings. It knows these 18 answers only.",
+        "linear probe",
+        "{0} logistic regressions on frozen image embeddings. It knows these {0} answers only.".format(len(FINDINGS)),
         "Alain and Bengio 2016, arXiv 1610.01644", "learn", _probe,
         {"C": STRENGTHS},
     ),

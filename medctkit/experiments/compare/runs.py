@@ -23,7 +23,7 @@ import torch
 from medctkit.experiments.adapt import Origin
 from medctkit.experiments.compare.data import Data, held_out, truth
 from medctkit.experiments.compare.rivals import RIVALS
-from medctkit.findings import FACTS
+from medctkit.findings import FACTS, FINDINGS
 from medctkit.lora.counting import count_trainable
 from medctkit.lora.methods import METHODS, apply_method, trained_bytes
 from medctkit.lora.strength import at_strength, intruder_dimensions
@@ -311,7 +311,9 @@ def _scores(model: Any, data: Data, test: torch.Tensor, home: torch.Tensor) -> d
 
 def unpacked(scores: Mapping[str, str]) -> dict[str, np.ndarray]:
     """The `scores` of a run: (n, 18) each."""
-    return {what: np.frombuffer(base64.b64decode(text), "<f4").reshape(-1, 18) for what, text in scores.items()}
+    return {
+        what: np.frombuffer(base64.b64decode(text), "<f4").reshape(-1, len(FINDINGS)) for what, text in scores.items()
+    }
 
 
 def _measured(rows: Sequence[Mapping], scores: np.ndarray) -> dict[str, dict[str, dict[str, float | None]]]:

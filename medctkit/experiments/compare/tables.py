@@ -25,7 +25,8 @@ from medctkit.experiments.compare.results import (
     strength_table,
     unseen_table,
 )
-from medctkit.experiments.compare.runs import GROUPS
+from medctkit.experiments.compare.runs import BASE, GROUPS
+from medctkit.findings import FINDINGS
 from medctkit.lora.methods import METHODS
 
 
@@ -75,9 +76,10 @@ TABLES: dict[str, Shown] = {
     "placement": Shown("placement", lambda found: method_table(found, "placement"), _TAUGHT),
     "methods": Shown(
         "methods", method_table, f"{_TAUGHT} {_COSTS}",
-        "The linear probe knows these 18 answers only. Stayed: so many runs kept the base model, as no validated step "
-        f"was better. Steps to equal: until {EQUAL:.0%} of LoRA's gain on validation studies, median over seeds; -: "
-        "most never had it. Seconds and peak bytes: of a step, alone; what differs by less than a quarter is noise.",
+        f"The linear probe knows these {len(FINDINGS)} answers only. Stayed: so many runs kept the base model, as no "
+        f"validated step was better. Steps to equal: until {EQUAL:.0%} of LoRA's gain on validation studies, median "
+        "over seeds; -: most never had it. Seconds and peak bytes: of a step, alone; what differs by less than a "
+        "quarter is noise.",
     ),
     "forgetting": Shown(
         "forgetting", forgetting_table, f"{_SCORES} home_over_base home_calibration_over_base intruders",
