@@ -329,3 +329,8 @@ def test_runs_that_are_missing_are_named_with_their_number():
     said = tables.missing(hand_made())
     assert said.startswith("not measured yet: medctkit compare FOLDER --only placement")
     assert "LoRA, replay (1 of 2)" in said and "DoRA (0 of 2)" in said and "CORAL" not in said
+    assert "LoRA, rank 8 (1 of 2)" in said and "LoRA, rank 64 (0 of 2)" in said
+    assert "LoRA, 16 studies (1 of 2)" in said and "HU in boxes, 64 studies (0 of 2)" in said
+    few = hand_made()
+    few.runs["studies"] = few.runs["studies"].replace(1301, 300)
+    assert "256 studies" in tables.missing(few) and "1024 studies" not in tables.missing(few), "no run has so many"

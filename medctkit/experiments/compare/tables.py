@@ -143,14 +143,16 @@ def all_tables(results: Results) -> dict[str, pd.DataFrame]:
 def missing(results: Results) -> str:
     """What was not measured yet, with the command that does it, or not as often as the rest; "" if nothing is."""
     groups, seeds = [group for group in GROUPS if not results.has(group)], results.runs["seed"].nunique()
-    few: dict[str, str] = {}
+    few, every = {}, results.runs["studies"].max()  # all training studies, where they were ever used
     for job in (job for group in GROUPS if group not in groups for job in GROUPS[group]):
-        runs, wanted = results.runs[results.runs["group"] == job.group], seeds if job.trains else 1
-        for key in ("method", "variant", "rank", "studies"):
+        runs, wanted = results.runs[results.runs["group"] == job.group], seeds if job.trains or job.studies else 1
+        for key in ("method", "variant", "rank"):
             value = getattr(job, key)
             runs = runs if value is None else runs[runs[key] == value]
-        if len(runs) < wanted:
-            few[label_of(job.method, job.variant)] = f"{len(runs)} of {wanted}"
+        runs = runs if job.method == BASE else runs[runs["studies"] == (job.studies or every)]
+        if len(runs) < wanted and (job.studies or 0) < every:  # larger sizes are left out
+            of = f", rank {job.rank}" * (job.group == "ranks") + f", {job.studies} studies" * bool(job.studies)
+            few[label_of(job.method, job.variant) + of] = f"{len(runs)} of {wanted}"
     said = [f"not measured yet: medctkit compare FOLDER --only {','.join(groups)}"] if groups else []
     said += [f"runs still to be done: {', '.join(f'{name} ({n})' for name, n in few.items())}"] if few else []
     return "; ".join(said)
