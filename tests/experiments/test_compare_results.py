@@ -296,6 +296,14 @@ def test_rivals_are_drawn_a_line_each_by_kind_and_forgetting_against_gain():
     assert len([line for line in axes.lines if len(line.get_xdata()) == 2 + len(STRENGTHS)]) == 2
 
 
+def test_an_interval_that_leaves_its_value_out_is_drawn():
+    results = hand_made()
+    for name in ("coral", "lora-0", "lora-1", "lora-0/home", "lora-1/home"):
+        results.draws[name] = results.draws[name] + [0.3, 0, 0, 0]
+    for draw in (figures.figure_rivals, figures.figure_methods, figures.figure_forgetting):
+        assert draw(results)
+
+
 def test_what_is_there_is_shown_and_what_is_missing_is_said(tmp_path):
     results = hand_made()
     assert set(tables.all_tables(results)) == set(tables.TABLES) - {"placement"}

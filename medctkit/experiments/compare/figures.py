@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -50,10 +51,10 @@ def _base_line(results: Results, axes: Axes, draw: str = "axhline") -> None:
     getattr(axes, draw)(base, color=MARKS[BASE][0], linestyle="--", linewidth=1.2, label=f"base model, {base:.3f}")
 
 
-def _errors(row: Any, name: str) -> list[list[float]]:
-    """Lengths of both ends of an interval."""
+def _errors(row: Any, name: str) -> np.ndarray:
+    """Lengths (2, n) of both ends of the intervals of n rows; percentiles of few patients may leave the value out."""
     value, low, high = (getattr(row, name + end) for end in ("", "_low", "_high"))
-    return [[value - low], [high - value]]
+    return np.maximum([value - low, high - value], 0).reshape(2, -1)
 
 
 def _legend(axes: Axes, title: str) -> None:
@@ -121,9 +122,9 @@ def figure_rivals(results: Results) -> Figure:
     for kind, colour in zip(KINDS, ("#E69F00", "#009E73", "#0072B2"), strict=True):
         rows = table[table["kind"] == kind]
         if len(rows):
-            ends = [rows["auroc"] - rows["auroc_low"], rows["auroc_high"] - rows["auroc"]]
             places = [list(table.index).index(i) for i in rows.index]
-            axes.errorbar(rows["auroc"], places, xerr=ends, fmt="o", capsize=3, color=colour, label=kind)
+            bars: dict[str, Any] = {"xerr": _errors(rows, "auroc"), "fmt": "o", "capsize": 3}
+            axes.errorbar(rows["auroc"], places, **bars, color=colour, label=kind)
     axes.set_yticks(range(len(table)), [f"{row.label}  {row.auroc:.3f}" for row in table.itertuples()])
     axes.invert_yaxis()
     _legend(axes, "")
