@@ -125,6 +125,13 @@ def test_seeds_are_averaged_within_each_resample():
     assert table.loc["lora", "steps_to_equal"] == 20, "0.58 is 80 % of the way from 0.5 to 0.6"
 
 
+@pytest.mark.parametrize(("group", "other"), [("ranks", "lora-1"), ("studies", "lora-0")])
+def test_lora_of_its_usual_rank_with_all_studies_says_what_is_equal(group, other):
+    results = hand_made()
+    results.runs.loc[results.runs["name"] == other, "validation_auroc"] = 0.9
+    assert (pooled(results, group).set_index("method").loc["lora", "steps_to_equal"] == 20).all()
+
+
 def test_lora_is_held_against_each_rival_within_each_resample():
     table = compared.rivals_table(hand_made())
     order = [BASE, "registration", "coral", "best-free", "hu-boxes", PROBE, "full", "lora"]

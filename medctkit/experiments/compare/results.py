@@ -135,7 +135,8 @@ def pooled(results: Results, group: str) -> pd.DataFrame:
         raise ValueError(f"no runs of group {group!r}; there are {there}. medctkit compare FOLDER --only {group}")
     base, swept = base_of(results), results.runs[results.runs["group"] == SWEEP]
     before = results.runs.set_index("name")["validation_auroc"].get(base[0], np.nan)
-    best = runs.loc[(runs["method"] == "lora") & (runs["variant"] == ""), "validation_auroc"].mean()
+    ours = (runs["method"] == "lora") & (runs["rank"] == METHODS["lora"].rank) & (runs["variant"] == "")
+    best = runs.loc[ours & (runs["studies"] == runs["studies"].max()), "validation_auroc"].mean()
     before = before.iloc[0] if isinstance(before, pd.Series) else before
     means = ["trainable", "adapter_bytes", "validation_auroc", "test_calibration_error", "home_calibration_error"]
     rows = []
