@@ -292,6 +292,15 @@ def test_collected_draws_are_those_of_the_metrics(data, tmp_path):
     assert row["home_auroc"] == pytest.approx(expected["base/home"][0])
 
 
+def test_wrong_test_labels_are_the_same_for_all_runs():
+    rng = np.random.default_rng(0)
+    said, truth = {"paper": rng.random((40, 18))}, (rng.integers(0, 2, (40, 18)).astype(float), np.arange(40))
+    jobs = Job("", BASE), Job("", "lora", seed=3)
+    one, other = (comparison._draws(job, {"noise"}, said, {"test": truth}) for job in jobs)
+    np.testing.assert_array_equal(one["base/flipped 20"], other["lora-all-studies-seed3/flipped 20"])
+    assert (one["base/flipped 20"] != one["base"]).any()
+
+
 def write_result(folder, job, **content):
     path = result_file(folder, job)
     path.parent.mkdir(exist_ok=True)
