@@ -318,6 +318,15 @@ def test_rates_are_chosen_by_validation_alone(tmp_path):
     assert one_run.chosen(tuned, score).learning_rate == METHODS["lora"].learning_rates[1], "whatever test studies say"
 
 
+def test_a_rate_that_diverged_is_known_to_have_been_tried(tmp_path):
+    for rate, found in ((1e-3, {"validation_auroc": 0.6, "one_class": []}), (3e-3, {"diverged": "loss is nan"})):
+        job = Job(SWEEP, "lora", 16, learning_rate=rate)
+        write_result(tmp_path, job, **found, **vars(job), settings={}, made_with=comparison.made_with(0))
+    collect(tmp_path, [], [], 1)
+    swept = load_results(tmp_path).runs.set_index("learning_rate")["validation_auroc"]
+    assert swept[1e-3] == 0.6 and np.isnan(swept[3e-3])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_other_strengths_lie_on_a_line_from_the_base_model(data, tmp_path, monkeypatch, method):

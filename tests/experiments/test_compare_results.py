@@ -162,15 +162,15 @@ def test_the_best_free_fix_is_named_for_both_kinds_of_patients():
     assert compared.rivals_table(alone)["lora_over"].isna().all() and "registration" in tables.show_all(alone)
 
 
-def test_a_rate_at_the_edge_of_its_sweep_is_told():
+@pytest.mark.parametrize("elsewhere", [{}, {"rank": 8}, {"dialect": "source"}, {"variant": "unseen"}])
+def test_a_rate_at_the_edge_of_its_own_sweep_is_told(elsewhere):
     results = hand_made()
     rate = METHODS["lora"].learning_rates[1]
-    swept = [
-        results.runs[results.runs["name"] == "lora-0"][:1].assign(group="learning-rates", learning_rate=r)
-        for r in (rate, 1)
-    ]
+    one = results.runs[results.runs["name"] == "lora-0"][:1].assign(group="learning-rates", validation_auroc=np.nan)
+    swept = [one.assign(learning_rate=r) for r in (rate, 1)] + [one.assign(learning_rate=1e-9, **elsewhere)]
     results = Results(pd.concat([results.runs, *swept]), results.draws, results.costs)
-    assert compared.rivals_table(results).set_index("method").loc["lora", "at_edge"]
+    assert compared.rivals_table(results).set_index("method").loc["lora", "at_edge"] == bool(elsewhere)
+    assert pooled(results, "forgetting").set_index("variant").loc["replay", "at_edge"] == bool(elsewhere)
 
 
 def test_strengths_begin_at_the_base_model_and_noise_is_paired():

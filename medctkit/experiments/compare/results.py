@@ -19,7 +19,7 @@ import pandas as pd
 from scipy import stats
 
 from medctkit.experiments.compare.rivals import RIVALS
-from medctkit.experiments.compare.runs import BASE, PROBE, STRENGTHS, SWEEP
+from medctkit.experiments.compare.runs import BASE, PROBE, STRENGTHS, SWEEP, Job
 from medctkit.findings import FINDINGS
 from medctkit.lora.methods import METHODS
 from medctkit.metrics.bootstrap import mean_of_findings, with_interval
@@ -133,7 +133,8 @@ def pooled(results: Results, group: str) -> pd.DataFrame:
     if runs.empty:
         there = ", ".join(sorted(results.runs["group"].unique()))
         raise ValueError(f"no runs of group {group!r}; there are {there}. medctkit compare FOLDER --only {group}")
-    base, swept = base_of(results), results.runs[results.runs["group"] == SWEEP]
+    base, tuned = base_of(results), ["method", "rank", "dialect", "variant"]
+    swept = results.runs[results.runs["group"] == SWEEP].fillna({"rank": 0}).groupby(tuned)["learning_rate"].agg(set)
     before = results.runs.set_index("name")["validation_auroc"].get(base[0], np.nan)
     ours = (runs["method"] == "lora") & (runs["rank"] == METHODS["lora"].rank) & (runs["variant"] == "")
     best = runs.loc[ours & (runs["studies"] == runs["studies"].max()), "validation_auroc"].mean()
@@ -155,9 +156,9 @@ def pooled(results: Results, group: str) -> pd.DataFrame:
         ]
         row["stayed"] = same["best_step"].eq(0).sum() if row["method"] in METHODS else np.nan
         row["steps_to_equal"] = steps if np.isfinite(steps := np.median(reached)) else np.nan
-        alike = swept[(swept["method"] == row["method"]) & (swept["variant"] == row["variant"])]
         grid = METHODS[row["method"]].learning_rates if row["method"] in METHODS else ()
-        tried = set(alike["learning_rate"]) or set(grid)
+        kind = Job(SWEEP, row["method"], variant=row["variant"]).tuned.variant  # whose rate it has
+        tried = swept.get((row["method"], np.nan_to_num(row["rank"]), row["dialect"], kind), grid)
         row["at_edge"] = bool(tried) and row["learning_rate"] in (min(tried), max(tried))
         rows.append(row | same.reindex(columns=[*means, "intruders"]).mean().to_dict())
     return pd.DataFrame(rows)

@@ -290,7 +290,7 @@ def collect(output_dir: Path, test_rows: Sequence[Mapping], home_rows: Sequence[
     draws: dict[str, np.ndarray] = {}
     for job in listed:
         found = read_result(output_dir, job)
-        if found is None or "diverged" in found or (job.group != SWEEP and "scores" not in found):
+        if found is None or (job.group != SWEEP and "scores" not in found):  # not there, diverged, or not scored yet
             continue
         if job.group != SWEEP and job.name not in draws:
             draws |= _draws(job, groups[job.name], unpacked(found["scores"]), studies)
@@ -300,7 +300,11 @@ def collect(output_dir: Path, test_rows: Sequence[Mapping], home_rows: Sequence[
                 ends = measured[metric]["mean"]
                 row |= {f"{where}_{metric}{end}": ends[key] for end, key in _ENDS.items()}
         made, history = found["made_with"], json.dumps(found.get("history", []))
-        row |= {"one_class": ", ".join(found["one_class"]), "steps": found["settings"].get("steps"), "history": history}
+        row |= {
+            "one_class": ", ".join(found.get("one_class", ())),
+            "steps": found["settings"].get("steps"),
+            "history": history,
+        }
         row |= {"device": made["device"], "medctkit": made["versions"]["medctkit"], "torch": made["versions"]["torch"]}
         rows.append(row | {name: found["auroc"][name]["value"] for name in FINDINGS if "auroc" in found})
     with replacing(output_dir / "draws.npz") as temporary, temporary.open("wb") as file:
