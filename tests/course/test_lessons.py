@@ -4,7 +4,10 @@ import re
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
+
+from medctkit import FINDINGS, metrics
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
 LESSONS = [nbformat.read(path, as_version=4).cells for path in NOTEBOOKS]
@@ -46,3 +49,15 @@ def test_the_end_says_what_was_built_how_far_one_is_and_where_to_go(cells):
 def test_the_map_in_notebook_00_leads_to_every_other():
     (course,) = (cell.source for cell in LESSONS[0] if "## The course" in cell.source)
     assert re.findall(r"^\| \[.+\]\((\d\d_\w+\.ipynb)\) \|", course, re.M) == [path.name for path in NOTEBOOKS[1:]]
+
+
+def test_the_bootstrap_of_notebook_04_leaves_unknown_labels_out_as_the_package_does():
+    names = {"np": np, "FINDINGS": FINDINGS}
+    for name in ("auroc", "bootstrap"):
+        source = next(cell.source for cell in LESSONS[4] if cell.source.startswith(f"def {name}("))
+        exec(source.split("\n\n\n")[0], names)
+    rng = np.random.default_rng(0)
+    labels, scores, patients = rng.integers(0, 2, (40, 18)).astype(float), rng.random((40, 18)), np.arange(40) // 2
+    labels[:6, 0], labels[:, 2:] = np.nan, np.nan
+    expected = metrics.mean_draws(labels, scores, patients, resamples=20)[1:]
+    np.testing.assert_allclose(names["bootstrap"](labels, scores, patients, 20), expected)
