@@ -1,6 +1,6 @@
 """`run.yaml`: what a run was asked for, beside its adapter, to be read, changed, and handed to `medctkit finetune`.
 
-YAML is data here: it is read by `yaml.safe_load`, and every name and value in it is checked.
+YAML is data here: it is read by a `yaml.SafeLoader`, and every name and value in it is checked.
 """
 
 import os
@@ -21,12 +21,22 @@ ASKED: dict[str, type] = dict.fromkeys(("manifest", "cache_dir", "model", "token
 _SETTINGS = [field.name for field in fields(Adaptation) if field.name != "seed"]  # the run's, above
 
 
+class _EachNameOnce(yaml.SafeLoader):
+    """Of a name that stands twice, YAML's own loader takes the last value without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = [key.value for key, _ in node.value]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} stands there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def write_run_file(path: str | os.PathLike, asked: Mapping[str, Any], settings: Adaptation) -> Path:
     """Write what was `asked` (see `ASKED`) and every field of the settings.
 
     Prompts are {finding: {states: [sentences], denies: [sentences]}}.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     found = {name: getattr(settings, name) for name in _SETTINGS}
     found["prompts"] = {
         finding: {"states": list(states), "denies": list(denies)}
@@ -46,14 +56,14 @@ def read_run_file(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, An
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not YAML, an unknown name, a value of another type; says where.
+        ValueError: not YAML, a name that is unknown or there twice, a value of another type; says where.
     """
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no run file at {path}; `medctkit finetune` writes a {NAME} beside each adapter")
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        found = yaml.load(path.read_bytes(), _EachNameOnce) or {}
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from None
     if not isinstance(found, dict) or not isinstance(found.get("settings", {}), dict):
         raise ValueError(f"{path}: expected names with values, and below `settings` those of the settings")
@@ -67,7 +77,8 @@ def read_run_file(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, An
     if (prompts := settings.get("prompts")) is not None:
         try:
             sides = {finding: (both["states"], both["denies"]) for finding, both in prompts.items()}
-            if any(isinstance(side, str) for both in sides.values() for side in both):
+            lists = [side for both in sides.values() for side in both]
+            if not all(isinstance(side, list) and all(isinstance(text, str) for text in side) for side in lists):
                 raise TypeError("a sentence without its list would be taken letter by letter")
             chosen["prompts"] = {finding: tuple(map(tuple, both)) for finding, both in sides.items()}
         except (AttributeError, KeyError, TypeError):
@@ -85,7 +96,7 @@ def _typed(path: Path, name: str, value: Any, wanted: Any) -> Any:
     """A value of the type that a field wants; 3e-4 without a dot is text in YAML."""
     kinds = get_args(wanted) or (wanted,)
     if float in kinds and isinstance(value, int | str) and not isinstance(value, bool):
-        with suppress(ValueError):
+        with suppress(ValueError, OverflowError):
             return float(value)
     elif isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)):
         return value

@@ -21,9 +21,10 @@ def test_every_field_is_written_and_comes_back(settings, tmp_path):
     assert Adaptation(**given) == settings
 
 
-def test_what_a_file_leaves_out_is_the_model_s_default(tmp_path):
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])  # as PowerShell writes
+def test_what_a_file_leaves_out_is_the_model_s_default(tmp_path, encoding):
     file = tmp_path / "run.yaml"
-    file.write_text("settings:\n  learning_rate: 3e-4\n  epochs: 2\n")
+    file.write_text("settings:\n  learning_rate: 3e-4\n  epochs: 2\n", encoding)
     there, given = read_run_file(file)
     assert there == {} and settings_of("mini", given) == replace(DEFAULT, learning_rate=3e-4, epochs=2.0, steps=None)
     assert settings_of("released.pt", given).rank == FULL_SIZE.rank
@@ -40,7 +41,11 @@ def test_what_a_file_leaves_out_is_the_model_s_default(tmp_path):
         ("settings: [1]", "expected names with values"),
         ("settings: {prompts: {Emphysema: [a, b]}}", "prompts must be {finding: {states"),
         ("settings: {prompts: {Emphysema: {states: It is seen., denies: [b]}}}", "prompts must be {finding: {states"),
+        ("settings: {prompts: {Emphysema: {states: [1], denies: [b]}}}", "prompts must be {finding: {states"),
+        ("settings:\n  rank: 8\n  rank: 16\n", "'rank' stands there twice"),
+        ("settings: {alpha: %s}" % ("9" * 400), "alpha must be float or nothing, got 999"),
         ("a: [", "is not YAML"),
+        ("[" * 5000, "is not YAML"),
         ("!!python/object/apply:os.getcwd []", "is not YAML"),
     ],
 )
