@@ -78,7 +78,7 @@ class FineTuneConfig:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(f"give either steps or epochs, got steps={self.steps!r} and epochs={self.epochs!r}")
         require(self.steps is None or self.steps >= 1, "steps", "at least 1")
-        require(self.epochs is None or self.epochs > 0, "epochs", "above 0")
+        require(self.epochs is None or 0 < self.epochs < math.inf, "epochs", "a number above 0")
         for name in ("batch_size", "max_length", "evaluate_every", "checkpoint_every"):
             require(getattr(self, name) >= 1, name, "at least 1")
         micro, divisor = self.micro_batch_size, f"None or a divisor of batch_size {self.batch_size}"

@@ -57,6 +57,7 @@ def test_learning_rate_rises_then_falls_along_a_cosine():
         ({"steps": None}, "give either steps or epochs, got steps=None and epochs=None"),
         ({"epochs": 2}, "give either steps or epochs, got steps=4 and epochs=2"),
         ({"steps": 0}, "FineTuneConfig.steps must be at least 1, got 0"),
+        ({"steps": None, "epochs": math.inf}, "FineTuneConfig.epochs must be a number above 0, got inf"),
         ({"micro_batch_size": 3}, "FineTuneConfig.micro_batch_size must be None or a divisor of batch_size 4, got 3"),
         ({"workers": -1}, "FineTuneConfig.workers must be at least 0, got -1"),
         ({"checkpoint_every": 0}, "FineTuneConfig.checkpoint_every must be at least 1, got 0"),
