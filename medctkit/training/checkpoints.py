@@ -190,7 +190,9 @@ class Run:
         self.model.eval()
         self.finished = True
         if self.accelerator.is_main_process:
-            best = save_trained(self.model, self.work / "adapter")  # what is there may be of a later step
+            # what is there may be of a later step, and what a kill left half-written
+            shutil.rmtree(self.work / "adapter", ignore_errors=True)
+            best = save_trained(self.model, self.work / "adapter")
             shutil.rmtree(self.adapter_dir, ignore_errors=True)  # of this run, killed when it was about to end
             os.replace(best, self.adapter_dir)
             files = [path for path in (*self.adapter_dir.iterdir(), self.output_dir / HISTORY) if path.is_file()]

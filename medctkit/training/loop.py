@@ -133,6 +133,7 @@ def finetune(
 
         for step in left:
             if config.patience is not None and run.validations_without_best >= config.patience:
+                run.save()  # as at the last step
                 break
             # forward and backward
             prompts = None

@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -326,6 +327,22 @@ def test_early_stopping_counts_validations_before_an_interruption_too(tokenizer,
         stopped(tokenizer, tmp_path, **changes)
     _, result = run(tokenizer, tmp_path, **changes)
     assert result.history["step"].iloc[-1] == 3 and result.best_step == 0
+
+
+def test_a_run_that_had_stopped_early_when_it_was_killed_goes_on(tokenizer, tmp_path, monkeypatch):
+    changes = {"steps": 20, "evaluate_every": 1, "patience": 3}  # before its first checkpoint
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(checkpoints.Run, "finish", Mock(side_effect=KeyboardInterrupt))
+        run(tokenizer, tmp_path, **changes)
+    _, result = run(tokenizer, tmp_path, **changes)
+    assert result.history["step"].iloc[-1] == 3 and checkpoints.finished_run(tmp_path)["step"] == 3
+
+
+def test_what_a_kill_left_half_written_is_not_handed_on(tokenizer, tmp_path):
+    half_written = stopped(tokenizer, tmp_path).with_name("adapter") / ".saving-x"
+    half_written.mkdir()
+    _, result = run(tokenizer, tmp_path)
+    assert {path.name for path in result.adapter_dir.iterdir()} == {"adapter_config.json", ADAPTER_FILE}
 
 
 def told_otherwise(name, value):
