@@ -93,13 +93,13 @@ def read_config(file: Path) -> tuple[peft.PeftConfig, str]:
     for name, value in given.items():
         if name in _FIELDS and name in usual:
             check, expected = _FIELDS[name]
-            if value is not None and value != usual[name]:
+            if value != usual[name] and (value is not None or usual[name]):
                 if not check(value):
                     raise refuse(f"{name} is {_short(value)}, expected {expected}")
                 fields[name] = value
         elif name.startswith("init_") and value not in _BEGINNINGS:
             raise refuse(f"{name} is {_short(value)}, which changes the base model too; the kit does not load that")
-        elif name not in _UNUSED and value and value != usual.get(name):
+        elif name not in _UNUSED and value is not None and (value or usual.get(name)) and value != usual.get(name):
             raise refuse(f"{name} is {_short(value)}, a field that the kit does not load")
     if "target_modules" not in fields:
         raise refuse("target_modules is missing")

@@ -51,6 +51,7 @@ def test_no_module_of_the_folder_is_imported(tmp_path, monkeypatch, name):
         ({"lora_alpha": float("nan")}, "lora_alpha is nan, expected a finite number"),
         ({"lora_alpha": float("inf")}, "lora_alpha is inf"),
         ({"lora_alpha": 10**400}, "lora_alpha is 1000"),
+        ({"lora_alpha": None}, "lora_alpha is None"),
         ({"lora_alpha": [4]}, r"lora_alpha is \[4\]"),
         ({"lora_dropout": 1.5}, "lora_dropout is 1.5"),
         ({"use_dora": "yes"}, "use_dora is 'yes', expected true or false"),
@@ -78,6 +79,13 @@ def test_a_configuration_that_is_not_plain_is_refused(folder, fields, message):
     with pytest.raises(ValueError, match=rf"(?s)adapter.*{message}"):
         load_adapter(model, folder)
     assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+def test_what_was_switched_off_is_not_taken_for_the_usual(tmp_path):
+    folder = save_adapter(apply_method(tiny_model(), "oft", r=2), tmp_path)
+    changed(folder, use_cayley_neumann=False)
+    with pytest.raises(ValueError, match="use_cayley_neumann is False, a field that the kit does not load"):
+        load_adapter(tiny_model(), folder)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"null", b"{", b"\xff\xfe", b"[" * 100_000, b'{"r": 1' + b" " * 2**20])
