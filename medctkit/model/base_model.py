@@ -112,7 +112,7 @@ def preprocess_config_of(model: str | Path) -> PreprocessConfig:
 
 
 def _with_tokenizer(model: CTCLIPModel, folder: Path) -> BaseModel:
-    """A CT-CLIP and the WordPiece tokenizer in a folder; the model keeps its digest, and knows it when it is saved."""
+    """A CT-CLIP, in float32, and the tokenizer in a folder, whose digest it keeps, and knows when it is saved."""
     tokenizer = _tokenizer_in(folder)
     found = vocabulary_of(tokenizer)
     words, known = model.config.text_config["vocab_size"], model.config.vocabulary
@@ -122,7 +122,7 @@ def _with_tokenizer(model: CTCLIPModel, folder: Path) -> BaseModel:
         )
         raise ValueError(f"the tokenizer in {folder} {has}; it is the tokenizer of another model")
     model.config.vocabulary = found
-    return BaseModel(model.eval(), tokenizer)
+    return BaseModel(model.float().eval(), tokenizer)
 
 
 def _tokenizer_in(folder: Path) -> Any:

@@ -76,6 +76,13 @@ def test_what_a_model_wants_is_known_without_its_weights(tmp_path):
     assert preprocess_config_of(tmp_path).shape == (120, 480, 480)
 
 
+def test_weights_in_half_precision_are_computed_with_in_float32(tmp_path):
+    base = load_mini_base()
+    base.model.bfloat16().save_pretrained(tmp_path)
+    base.tokenizer.save_pretrained(tmp_path)
+    assert {tensor.dtype for tensor in load_base(tmp_path).model.state_dict().values()} == {torch.float32}
+
+
 class Toy(nn.Module):
     """The least that a base model is: brightness of slabs, and a word list."""
 
