@@ -93,8 +93,12 @@ def worker_pool(workers: int, start: Callable[..., Any] | None = None, *given: A
             ) from None
         try:
             yield pool
-        except BaseException:
+        except BaseException as error:
+            working = list((pool._processes or {}).values())
             pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(error, KeyboardInterrupt):  # of which nobody may have told them: this one would wait for them
+                for process in working:
+                    process.terminate()
             raise
 
 
