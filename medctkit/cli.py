@@ -162,7 +162,8 @@ def finetune(
     default = [name for name in ASKED if ctx.get_parameter_source(name).name == "DEFAULT"]  # type: ignore[union-attr]
     asked = {name: ctx.params[name] for name in ASKED} | {name: in_file[name] for name in default if name in in_file}
     manifest, seed, cache_dir, model = (asked[name] for name in ("manifest", "seed", "cache_dir", "model"))
-    settings = settings_of(model, chosen | ({"epochs": None} if "steps" in ctx.obj else {}) | ctx.obj)
+    instead = {other: None for name, other in (("steps", "epochs"), ("epochs", "steps")) if name in ctx.obj}
+    settings = settings_of(model, chosen | instead | ctx.obj)
     asked["hospital"] = asked["hospital"] or ("target" if model == "mini" else None)
     tokenizer = asked["tokenizer"]
     origin = Origin(model, None if tokenizer is None else str(tokenizer), asked["hospital"])

@@ -154,6 +154,14 @@ def test_the_commands_adapt_measure_and_say_how_to_watch(few, origin, tmp_path, 
     pd.testing.assert_frame_equal(*histories)
 
 
+@pytest.mark.parametrize(("written", "option"), [("steps: 80", "epochs"), ("epochs: 80", "steps")])
+def test_an_option_goes_before_the_file(tmp_path, written, option):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"settings: {{{written}}}")
+    done = run("finetune", tmp_path / "out", "--config", file, f"--{option}", 2, "--manifest", "nowhere.csv")
+    assert "error: no manifest at nowhere.csv" in done.stderr and f"{option}=2" in done.stdout
+
+
 def test_a_base_model_is_measured_alone(few, origin, tmp_path):
     which = ("--hospital", "target", "--model", origin.model, "--tokenizer", origin.tokenizer)
     done = run("evaluate", tmp_path, "--base", "--manifest", few, *which)
