@@ -37,8 +37,8 @@ class Adaptation(FineTuneConfig):
 
     Args:
         preset: LoRA placement: "paper", "vision", "text", "all-attention", "mlp" or "all-linear".
-        method: what is trained, one of `medctkit.lora.methods.METHODS`, such as "lora", "dora" or "full"; each wants a
-            learning rate of its own.
+        method: what is trained, one of `medctkit.lora.methods.METHODS`, such as "lora", "dora" or "full", but not
+            "pissa"; each wants a learning rate of its own.
         rank: of the adapter, where the method has one.
         alpha: of LoRA, which scales the update by alpha / rank; None: twice the rank.
         dropout: of what enters a LoRA, 0 to below 1.
@@ -56,6 +56,11 @@ class Adaptation(FineTuneConfig):
         super().__post_init__()
         if self.method not in METHODS:
             raise ValueError(f"unknown method {self.method!r}; choose one of {', '.join(METHODS)}")
+        if self.method == "pissa":
+            raise ValueError(
+                "method 'pissa' changes the base model too, so that no command could load what it trained; choose "
+                "another, or have it measured by medctkit compare"
+            )
         if self.preset != "paper" and self.method != "lora":
             raise ValueError(f"preset {self.preset!r} is a placement of method 'lora'; {self.method!r} has its own")
         if not 0 <= self.dropout < 1:

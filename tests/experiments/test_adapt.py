@@ -180,6 +180,7 @@ def test_other_methods_are_adapted_and_measured_too(few, origin, quick, tmp_path
     assert measured.adapter["vision"] == 0 and measured.adapter["trainable"] > 0
     for changes, message in (
         ({"method": "lorra"}, "unknown method 'lorra'; choose one of full"),
+        ({"method": "pissa"}, "'pissa' changes the base model too, so that no command could load what it trained"),
         ({"method": "dora", "preset": "vision"}, "preset 'vision' is a placement of method 'lora'"),
     ):
         with pytest.raises(ValueError, match=message):
