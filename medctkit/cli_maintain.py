@@ -16,8 +16,10 @@ def write_default_manifest(
     path: Annotated[Path, typer.Argument(help="CSV to write.")] = Path("data_manifest.csv"),
 ) -> None:
     """Write the default phantom cohort's manifest: about two minutes on two cores."""
-    from medctkit.cohort.manifest import build_default_manifest, write_manifest
+    from medctkit.cohort.manifest import build_default_manifest, has_file, load_manifest, write_manifest
 
+    if path.exists() and any(map(has_file, load_manifest(path).to_dict("records"))):
+        raise ValueError(f"{path} is there and lists real scans; give another name")
     say(f"wrote {write_manifest(build_default_manifest(), path)}")
 
 

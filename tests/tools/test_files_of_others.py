@@ -66,6 +66,15 @@ def test_writing_a_manifest_leaves_the_table_as_it_is(tmp_path):
     )
 
 
+def test_the_default_manifest_takes_the_place_of_none_of_real_scans(tmp_path):
+    table = load_manifest("data_manifest.csv").head(1).assign(path=str(tmp_path / "a.nii.gz"), checksum="0" * 64)
+    mine = write_manifest(table, tmp_path / "mine.csv")
+    before = mine.read_bytes()
+    done = run("manifest", mine)
+    assert done.exit_code == 1 and "mine.csv is there and lists real scans" in done.stderr
+    assert mine.read_bytes() == before
+
+
 def test_scores_replace_scores_and_nothing_else(tmp_path):
     for name, content in (("manifest.csv", "study,patient,split\n"), ("notes.csv", "")):
         (tmp_path / name).write_text(content)
