@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from medctkit.common.atomic import replace_all
+from medctkit.common.csv_tables import begins_with
 from medctkit.common.provenance import as_json
 from medctkit.model.base_model import BaseModel
 from medctkit.model.fingerprint import digests, vocabulary_of
@@ -38,6 +39,9 @@ def write_prediction(
     The challenge's form is that of github.com/forithmus/VLM3D-Dockers, `abnclass_example_docker`: one entry for each
     volume, the `case` named without .nii.gz, with the 18 probabilities by name. The `facts` are those of `facts_of`,
     the `picture` is a PNG file's bytes; files of these names in `folder` are replaced, all or none.
+
+    Raises:
+        ValueError: there is a scores.csv of something else, such as that of a run's test studies.
     """
     challenge = {
         "name": "Generated probabilities",
@@ -46,10 +50,13 @@ def write_prediction(
         "predictions": [{"input_image_name": case, "probabilities": dict(scores)}],
     }
     table = pd.DataFrame({"finding": list(scores), "score": list(scores.values())})
+    there = Path(folder).expanduser() / "scores.csv"
+    if there.is_file() and not begins_with(there, table):
+        raise ValueError(f"{there} is there and holds something else than scores of one scan; give another folder")
     contents = {
         "scores.csv": table.to_csv(index=False).encode(),
         "scores.json": as_json({"case": case, "scores": dict(scores), "model": dict(facts)}),
         "results.json": as_json(challenge),
         "picture.png": picture,
     }
-    return replace_all(contents, Path(folder).expanduser())
+    return replace_all(contents, there.parent)

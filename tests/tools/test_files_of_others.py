@@ -172,6 +172,9 @@ def test_scores_of_one_scan_never_lie_beside_the_picture_of_another(tmp_path, mo
     with pytest.raises(OSError, match=r"No space left on device: .*picture\.png"):
         write_prediction(tmp_path, "second", SCORES, {}, b"second picture")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    (tmp_path / "scores.csv").write_text("study,patient,finding,label,base,adapted\n")
+    with pytest.raises(ValueError, match="holds something else than scores of one scan"):
+        write_prediction(tmp_path, "third", SCORES, {}, b"third picture")
 
 
 def test_files_are_replaced_all_or_none(tmp_path):
