@@ -487,7 +487,7 @@ def pretrain(output_dir: str | os.PathLike, pool_dir: str | os.PathLike, config:
     from tqdm.auto import tqdm
 
     refuse_other_findings("phantoms, of which the mini model learns")
-    pool_dir, output_dir = Path(pool_dir), Path(output_dir)
+    pool_dir, output_dir = Path(pool_dir).expanduser(), Path(output_dir).expanduser()
     refuse_other_folder(output_dir)
     paths = make_pool(config.studies + config.validation_studies, pool_dir)
     split = -(-config.validation_studies // CHUNK)

@@ -397,7 +397,7 @@ class SliceViewer:
 
     def to_png(self, path: str | os.PathLike) -> Path:
         """Save the picture now shown; written whole or not at all."""
-        path = Path(path)
+        path = Path(path).expanduser()
         with replacing(path) as temporary:
             self.picture().save(temporary, format="png")
         return path

@@ -461,6 +461,16 @@ def test_costs_are_relative_to_full_fine_tuning(data, monkeypatch):
     assert (table["seconds_per_step"] > 0).all() and (table["batch_size"] == 4).all()
 
 
+def test_the_home_folder_is_found(toy_cohort, origin, tmp_path, monkeypatch):
+    (tmp_path / "cohort").symlink_to(toy_cohort)
+    result = result_file(tmp_path / "out", replace(one_run.LORA, learning_rate=METHODS["lora"].learning_rates[0]))
+    result.parent.mkdir(parents=True)
+    result.write_text('{"settings": {}}')
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ValueError, match=f"^{result} was made with other settings"):
+        compare_methods("~/cohort/manifest.csv", "~/out", ["ranks"], seeds=1, origin=origin)
+
+
 def test_the_command_refuses_what_it_does_not_know(tmp_path):
     result = CliRunner().invoke(app, ["compare", str(tmp_path), "--only", "rank"])
     assert result.exit_code == 1

@@ -327,9 +327,12 @@ def test_what_is_there_is_shown_and_what_is_missing_is_said(tmp_path):
     assert [lora[key] for key in ("over_base", "over_base_low", "over_base_high")] == between(0.15, 0.15, 0.10, 0.15)
 
 
-def test_missing_results_say_how_to_make_them(tmp_path):
+def test_missing_results_say_how_to_make_them(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="has no comparison.csv; `medctkit compare .*` makes it"):
         load_results(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=f"^{tmp_path}/x has no"):
+        load_results("~/x")
     results = hand_made()
     with pytest.raises(ValueError, match="no runs of group 'learning-rates'; there are .*methods, .*ranks, rivals"):
         pooled(results, "learning-rates")

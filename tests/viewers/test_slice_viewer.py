@@ -421,12 +421,13 @@ def test_bad_input_is_refused(study, error, message, given):
         SliceViewer(**{"volume": study.volume} | given)
 
 
-def test_picture_and_stack_are_saved_with_what_is_shown(viewer, tmp_path):
-    saved = np.asarray(Image.open(viewer.to_png(tmp_path / "slice.png")))
+def test_picture_and_stack_are_saved_with_what_is_shown(viewer, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    saved = np.asarray(Image.open(viewer.to_png("~/slice.png")))
     np.testing.assert_array_equal(saved, np.asarray(viewer.picture()))
     viewer.preset.value = "bone"
     viewer.mask_boxes["Lung nodule"].value = True
-    page = viewer.to_html(tmp_path / "stack.html", "coronal", title="Phantom 4").read_text()
+    page = viewer.to_html("~/stack.html", "coronal", title="Phantom 4").read_text()
     assert "<h1>Phantom 4, coronal</h1>" in page and "marked: Lung nodule" in page
     assert re.findall(r'name="window" value="\d"(?: checked)?> (\w+)', page) == ["bone", "lung"]
     assert "rollout, 0 to 1" in page

@@ -69,7 +69,7 @@ class Results:
 
 def load_results(folder: str | os.PathLike = SAVED) -> Results:
     """Read the results in a folder; those that come with the package by default."""
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     for name in ("comparison.csv", "draws.npz"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}; `medctkit compare {folder}` makes it")

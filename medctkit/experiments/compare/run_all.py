@@ -178,7 +178,7 @@ def compare_methods(
         )
     if seeds < 1 or workers < 1:
         raise ValueError(f"seeds and workers must be at least 1, got {seeds} and {workers}")
-    output_dir = Path(output_dir)
+    output_dir = Path(output_dir).expanduser()
     train, valid, test, at_home = parts(load_manifest(manifest_path), origin, home)
     cache_dir, base = prepared_dir(manifest_path, output_dir, cache_dir), origin.load()
     inputs = inputs_of(manifest_path, base, origin, home)

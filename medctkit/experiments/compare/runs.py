@@ -210,7 +210,7 @@ def draw_studies(patients: Sequence[str], n: int | None, seed: int) -> list[int]
 
 def inputs_of(manifest_path: str | os.PathLike, base: BaseModel, origin: Origin, home: str) -> dict[str, Any]:
     """Digests of the base model, of its vocabulary and of the manifest, the hospitals; findings that are your own."""
-    manifest = hashlib.sha256(Path(manifest_path).read_bytes()).hexdigest()[:32]
+    manifest = hashlib.sha256(Path(manifest_path).expanduser().read_bytes()).hexdigest()[:32]
     of = {"base": digests(base.model)[0], "vocabulary": vocabulary_of(base.tokenizer), "manifest": manifest}
     return of | {"hospital": str(origin.hospital), "home": home} | FACTS
 

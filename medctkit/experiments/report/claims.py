@@ -335,7 +335,7 @@ def provenance(made_with: dict, short: bool = False) -> str:
 
 def write_report(measured: Measurement, output_dir: str | os.PathLike) -> Path:
     """Write `report.html`, self-contained, whose path it returns, and `report.md` with figures in `report_figures`."""
-    output_dir = Path(output_dir)
+    output_dir = Path(output_dir).expanduser()
     (output_dir / "report_figures").mkdir(parents=True, exist_ok=True)
     page = blocks(measured)
     pictures = {block.name: png(block.content()) for block in page if block.kind == "figure"}

@@ -49,7 +49,7 @@ def write_stack_page(
     Raises:
         ValueError: unknown plane.
     """
-    path, volume = Path(path), scan.volume
+    path, volume = Path(path).expanduser(), scan.volume
     slice_of(volume.hu, plane, 0)  # refuses an unknown plane
     millimetres = slice_mm(volume, plane)
     size = in_pixels(millimetres, _HEIGHT / max(millimetres))
