@@ -9,9 +9,9 @@ import typer
 from medctkit.cli_deploy import OfModel, Tokenizer, say, with_adapter
 
 measuring = typer.Typer(add_completion=False)
-Adapted = Annotated[Path, typer.Argument(help="Folder of the adaptation: adapter, history, metrics.")]
+Adapted = Annotated[Path, typer.Argument(help="Folder of the adaptation: adapter, history, metrics.", file_okay=False)]
 Manifest = Annotated[Path, typer.Option(help="The cohort.")]
-Seed = Annotated[int, typer.Option(help="Of the adapter's start, batches and wordings, and of the bootstrap.")]
+Seed = Annotated[int, typer.Option(help="Of the adapter's start, batches and wordings, and of the bootstrap.", min=0)]
 Cache = Annotated[
     Path | None, typer.Option(help="Prepared volumes; if not given, `prepared` beside the manifest or in OUTPUT_DIR.")
 ]

@@ -18,6 +18,7 @@ from medctkit.common.provenance import made_with, write_json
 from medctkit.experiments.adapt import Origin
 from medctkit.findings import CT_RATE, FINDINGS
 from medctkit.metrics.scores import METRICS, evaluate, thresholds_from_validation
+from medctkit.training.checkpoints import RECORD
 from medctkit.zero_shot.classifier import ZeroShotClassifier
 
 _OF_SCORES = ("study", "patient", "finding", "label")
@@ -88,9 +89,12 @@ def measure_base(
     `manifest_path`, `output_dir`, `seed`, `cache_dir` and `batch_size` see `measure.measure`.
 
     Raises:
-        ValueError: no such test studies.
+        ValueError: no such test studies; the folder of a run.
     """
     output_dir, manifest, base = Path(output_dir).expanduser(), load_manifest(manifest_path), origin.load()
+    if (output_dir / RECORD).is_file():
+        raise ValueError(f"{output_dir} is of a run, whose scores and tables would be replaced; give another folder")
+    output_dir.mkdir(parents=True, exist_ok=True)
     classifier = ZeroShotClassifier(base.model.to(accelerator_for().device), base.tokenizer)
     prepared = prepared_dir(manifest_path, output_dir, cache_dir)
     there = manifest if origin.hospital is None else manifest[manifest["hospital"] == origin.hospital]
@@ -108,7 +112,6 @@ def measure_base(
     auroc = {end: round(table.loc["mean", column], 4) for end, column in ends.items()}
     hospitals = sorted(set(there.loc[there["split"] == "test", "hospital"]))
     content = {"auroc": auroc, "studies": len(seen.studies), "hospitals": hospitals}
-    output_dir.mkdir(parents=True, exist_ok=True)
     write_json(content | {"made_with": made_with(seed, ", ".join(hospitals))}, output_dir / "base.json")
     written = [write_scores(scores, seen.studies, seen.patients, seen.labels, {"base": found})]
     written += write_findings({"base": table}, output_dir)

@@ -162,6 +162,19 @@ def test_an_option_goes_before_the_file(tmp_path, written, option):
     assert "error: no manifest at nowhere.csv" in done.stderr and f"{option}=2" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("finetune", __file__), "is a file"),
+        (("evaluate", __file__, "--base"), "is a file"),
+        (("evaluate", "out", "--seed", -1), "Invalid value for '--seed'"),
+    ],
+)
+def test_what_would_fail_in_the_end_is_refused_at_once(arguments, message):
+    done = run(*arguments)
+    assert done.exit_code == 2 and message in " ".join(done.stderr.replace("\u2502", "").split())
+
+
 def test_a_base_model_is_measured_alone(few, origin, tmp_path):
     which = ("--hospital", "target", "--model", origin.model, "--tokenizer", origin.tokenizer)
     done = run("evaluate", tmp_path, "--base", "--manifest", few, *which)

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from medctkit.experiments import tables
-from medctkit.experiments.tables import scores_file, write_findings, write_scores
+from medctkit.experiments.tables import measure_base, scores_file, write_findings, write_scores
 from medctkit.findings import FINDINGS
 from medctkit.metrics.scores import evaluate
 
@@ -29,6 +29,15 @@ def test_other_endings_and_parquet_without_pyarrow_are_refused_at_once(monkeypat
             scores_file(tmp_path / name)
     monkeypatch.setattr(tables, "find_spec", lambda _: object())
     assert scores_file(tmp_path / "scores.parquet").suffix == ".parquet"
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_anything_is_scored(few, origin, tmp_path, monkeypatch):
+    monkeypatch.setattr(tables.ZeroShotClassifier, "embed", lambda *_: pytest.fail("it could not be written"))
+    with pytest.raises(NotADirectoryError):
+        measure_base(few, few / "out", origin, tmp_path / "scores.csv")
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match="is of a run, whose scores and tables would be replaced"):
+        measure_base(few, tmp_path, origin, tmp_path / "scores.csv")
 
 
 def test_tables_are_for_a_paper_and_a_finding_of_one_class_has_a_dash(tmp_path):
