@@ -68,10 +68,11 @@ def evaluate(
         say(described(output_dir))
     measured = measure(manifest, output_dir, seed, cache_dir, batch_size, audit_volumes, home)
     if first:
-        say(result_table(measured.summary))
         tables.write_scores(file, measured.studies, measured.patients, measured.labels, measured.scores)
         tables.write_findings(measured.tables | {"difference": measured.difference}, output_dir)
-        say(f"scores: {file}; tables: findings.csv, findings.tex; report: {write_report(measured, output_dir)}")
+        report = write_report(measured, output_dir)  # before anything is told: whoever listens may have gone
+        say(result_table(measured.summary))
+        say(f"scores: {file}; tables: findings.csv, findings.tex; report: {report}")
 
 
 @measuring.command()

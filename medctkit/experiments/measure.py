@@ -4,6 +4,7 @@ Each volume is embedded once for each model; other prompts, retrieval and most o
 """
 
 import os
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,12 +134,15 @@ def measure(
 
     Raises:
         FileNotFoundError: no finished run in `output_dir`.
+        OSError: nothing can be written there.
         ValueError: a run whose files were changed since; no test studies of the `home` that was given; `known` of
             other studies.
     """
     output_dir, accelerator = Path(output_dir).expanduser(), accelerator_for()
     cache_dir = prepared_dir(manifest_path, output_dir, cache_dir)
     origin, manifest = Origin.of(output_dir), load_manifest(manifest_path)
+    with tempfile.TemporaryFile(dir=output_dir):
+        pass  # refuses a folder that takes no result
     base = origin.load()
     base_parameters = sum(p.numel() for p in base.model.parameters())
     drawn: dict[str, Any] = {"resamples": resamples, "seed": seed}

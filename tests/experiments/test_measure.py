@@ -1,10 +1,17 @@
 """What adaptation cost at home: base and adapted model in the hospital that the base model comes from."""
 
+import errno
 import json
+import shutil
+from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from medctkit import cli_measure
+from medctkit.cli import app
 from medctkit.cohort.dataset import load_split
 from medctkit.cohort.manifest import load_manifest
 from medctkit.experiments.measure import measure
@@ -82,3 +89,24 @@ def test_what_is_embedded_already_is_taken_and_other_studies_are_refused(few, or
     np.testing.assert_array_equal(again.scores["base"], measured[0].scores["base"])
     with pytest.raises(ValueError, match="base embedding of test in `known`"):
         measure(few, finished, audit_volumes=0, resamples=2, known={("base", "test"): known["base", "valid"]})
+
+
+def test_a_folder_that_takes_no_result_is_told_before_anything_is_scored(few, finished, monkeypatch):
+    monkeypatch.setattr("tempfile.TemporaryFile", Mock(side_effect=OSError(errno.EROFS, "Read-only file system")))
+    monkeypatch.setattr(ZeroShotClassifier, "embed", lambda *_: pytest.fail("it could not be written"))
+    with pytest.raises(OSError, match="Read-only"):
+        measure(few, finished)
+
+
+def test_results_are_written_before_they_are_told(finished, measured, tmp_path, monkeypatch):
+    folder, told = Path(shutil.copytree(finished, tmp_path / "run")), []
+
+    def piped_into_head(text):
+        told.append(text)
+        if len(told) == 2:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(cli_measure, "say", piped_into_head)
+    monkeypatch.setattr("medctkit.experiments.measure.measure", lambda *_: measured[0])
+    assert CliRunner().invoke(app, ["evaluate", str(folder)]).exit_code == 1
+    assert all((folder / name).is_file() for name in ("scores.csv", "findings.csv", "findings.tex", "report.html"))
