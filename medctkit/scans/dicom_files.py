@@ -64,7 +64,7 @@ class Slice:
         """A tag as text, several values with / between them; empty where the header has none."""
         value = decode(lambda: self.header.get(tag), self.name)
         values = value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value]
-        texts = (f"{value:g}" if isinstance(value, float) else str(value or "").strip() for value in values)
+        texts = (f"{v:g}" if isinstance(v, float) else "" if v is None else str(v).strip() for v in values)
         return "/".join(texts)
 
     def numbers(self, tag: str, count: int = 1) -> np.ndarray | None:

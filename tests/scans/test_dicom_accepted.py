@@ -41,6 +41,7 @@ APART = {"half a step apart": 0.5, "in the same places": 0, "one above the other
     [(tag, "A", "B", apart) for apart in APART for tag in ("PatientID", "StackID")]
     + [
         ("AcquisitionNumber", 1, 2, "one above the other"),
+        ("AcquisitionNumber", 0, 1, "in the same places"),
         ("StudyInstanceUID", "1.2.8", "1.2.9", "half a step apart"),
         ("FrameOfReferenceUID", "1.2.8", "1.2.9", "half a step apart"),
         ("SOPClassUID", CLASS + "2", CLASS + "29", "half a step apart"),
@@ -71,6 +72,7 @@ def test_scans_in_one_series_are_refused_or_chosen(tmp_path, tag, one, other, ap
         ([1, 1, 2, 2, 3, 3, 4, 4], False),
         ([1, 4, 2, 3, 3, 2, 4, 1], False),
         ([1, 2, 3, 4, 1, 2, 3, 4], False),
+        ([0, 1, 2, 3, 0, 1, 2, 3], False),
         ([1, 2, 3, 1, 2, 3, 1, 2], True),  # counted anew in each shot
         ([1, 2, 3, 3, 4, 5, 6, 7], True),
         ([5, 5, 5, 5, 5, 5, 5, 5], True),
