@@ -121,7 +121,7 @@ def _side_by_side(slices: list[Slice], tag: str) -> bool:
 
 
 def _common_geometry(slices: list[Slice], spacing: Sequence[float] | None) -> tuple[np.ndarray, np.ndarray]:
-    """Directions of rows and columns (2, 3) and spacing of pixels (2,), which all slices have in common."""
+    """Unit directions of rows and columns (2, 3) and spacing of pixels (2,), which all slices have in common."""
     first = slices[0]
     for item in slices:
         frames = item.numbers("NumberOfFrames")
@@ -143,7 +143,7 @@ def _common_geometry(slices: list[Slice], spacing: Sequence[float] | None) -> tu
     if pixel is None or not np.allclose(axes @ axes.T, np.eye(2), atol=1e-2) or not np.all(pixel > 0):
         found = ", ".join(f"{tag} {first.text(tag)}" for tag in ("ImageOrientationPatient", "PixelSpacing"))
         raise damaged(f"{found}; expected two directions at a right angle, and lengths above 0 mm", first.name)
-    return axes, pixel
+    return axes / np.linalg.norm(axes, axis=1, keepdims=True), pixel  # headers round to a few decimals
 
 
 def _in_order(slices: list[Slice], normal: np.ndarray, reader: PixelReader) -> tuple[list[Slice], list[str]]:
