@@ -2,8 +2,8 @@
 
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from itertools import groupby, pairwise
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -170,16 +170,28 @@ def _in_order(slices: list[Slice], normal: np.ndarray, reader: PixelReader) -> t
 
 
 def _check_numbers(slices: list[Slice]) -> None:
-    """Refuse sorted slices that are two scans, by their numbers alone: these come twice, and jump once or all along."""
-    numbers = [item.text("InstanceNumber") for item in slices]
-    apart = [abs(int(a) - int(b)) if a.isdecimal() and b.isdecimal() else 0 for a, b in pairwise(numbers)]
-    jumps, values = sum(step != 1 for step in apart), len(set(numbers))
-    twice = len(numbers) - values > len(numbers) / 4 and not any(item.frame for item in slices)
-    if twice and values > 1 and (jumps == 1 or jumps >= len(numbers) / 2):
+    """Refuse sorted slices that are two scans, by their numbers alone.
+
+    These come twice, and jump once or all along; or they count on only from each slice to the next but one (or more).
+    """
+    numbers, found = [item.text("InstanceNumber") for item in slices], ""
+    if any(item.frame for item in slices):  # those of a file have one number
+        return
+
+    def apart(lag: int) -> Iterator[int]:
+        for a, b in zip(numbers, numbers[lag:], strict=False):
+            yield abs(int(a) - int(b)) if a.isdecimal() and b.isdecimal() else 0
+
+    jumps, values = sum(step != 1 for step in apart(1)), len(set(numbers))
+    if len(numbers) - values > len(numbers) / 4 and values > 1 and (jumps == 1 or jumps >= len(numbers) / 2):
         number = next(number for number, n in Counter(numbers).items() if n > 1)
         names = " and ".join([item.name for item in slices if item.text("InstanceNumber") == number][:2])
+        found = f"{names} both have InstanceNumber {number}, as others"
+    elif any(all(step == 1 for step in apart(lag)) for lag in range(2, len(numbers) // 4 + 1)):
+        found = f"InstanceNumber goes {', '.join(numbers[:5])} ... from {slices[0].name} on"
+    if found:
         way_out = "put the slices of each into a folder of its own, or pass acquisition='all' if they are one scan"
-        raise ValueError(f"{names} both have InstanceNumber {number}, as others: two scans in one series? {way_out}")
+        raise ValueError(f"{found}: two scans in one series? {way_out}")
 
 
 def _same(one: Slice, other: Slice, reader: PixelReader) -> bool:

@@ -73,6 +73,8 @@ def test_scans_in_one_series_are_refused_or_chosen(tmp_path, tag, one, other, ap
         ([1, 4, 2, 3, 3, 2, 4, 1], False),
         ([1, 2, 3, 4, 1, 2, 3, 4], False),
         ([0, 1, 2, 3, 0, 1, 2, 3], False),
+        ([1, 5, 2, 6, 3, 7, 4, 8], False),
+        ([8, 1, 7, 2, 6, 3, 5, 4], False),
         ([1, 2, 3, 1, 2, 3, 1, 2], True),  # counted anew in each shot
         ([1, 2, 3, 3, 4, 5, 6, 7], True),
         ([5, 5, 5, 5, 5, 5, 5, 5], True),
@@ -82,7 +84,7 @@ def test_scans_in_one_series_are_refused_or_chosen(tmp_path, tag, one, other, ap
 def test_scans_that_only_the_numbers_of_their_slices_tell_apart(tmp_path, numbers, good):
     write_dicom(tmp_path, chest(), each={"InstanceNumber": numbers})
     if not good:
-        with pytest.raises(ValueError, match="both have InstanceNumber"):
+        with pytest.raises(ValueError, match="InstanceNumber .*two scans in one series"):
             read_volume(tmp_path)
     check(tmp_path, acquisition=None if good else "all")
 
