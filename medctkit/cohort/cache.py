@@ -23,6 +23,7 @@ from safetensors.numpy import save
 from medctkit.cohort.manifest import has_file, reading_arguments, volume_from_row
 from medctkit.common.atomic import replacing
 from medctkit.scans.preprocessing import PreprocessConfig, preprocess
+from medctkit.scans.stored import files_below
 
 FORMAT = 3  # raised when the content of prepared files changes
 STEPS = 8192  # prepared values are stored as whole numbers of 1/8192: at most 6.1e-5 off, 0.06 HU
@@ -43,7 +44,7 @@ def digest_of(path: str | os.PathLike) -> str:
     if not path.is_dir():
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    inside = sorted(digest_of(file) for file in path.rglob("*") if file.is_file())
+    inside = sorted(digest_of(file) for file in files_below(path) if file.is_file())
     return hashlib.sha256("".join(inside).encode()).hexdigest()
 
 

@@ -6,6 +6,8 @@ import os
 import re
 from pathlib import Path
 
+from medctkit.scans.stored import files_below
+
 _DIGEST = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 
 
@@ -13,7 +15,7 @@ def stamp_of(path: str | os.PathLike) -> str:
     """Of a file, or of all in a folder: another after each change, also one that leaves size and date as they were."""
     path, found = Path(path), hashlib.sha256()
     try:
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        for file in files_below(path) if path.is_dir() else [path]:
             s = file.stat()
             state = (str(file), s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino)
             found.update(repr(state).encode(errors="replace"))

@@ -24,6 +24,7 @@ from medctkit.common.csv_tables import first_row, read_table, to_numbers, wrong_
 from medctkit.common.text import listed
 from medctkit.findings import FINDINGS
 from medctkit.scans.geometry import CANONICAL, STEP_RANGE, nearest_orientation, ras_affine
+from medctkit.scans.stored import files_below
 
 HOSPITAL = "CT-RATE"
 VERSIONS = {1: "dataset/{split}", 2: "dataset/{split}_fixed"}
@@ -150,10 +151,6 @@ def _without(table: pd.DataFrame, dropped: pd.Series, reason: str, counts: Count
     return table[~dropped]
 
 
-def _fail(error: OSError) -> None:
-    raise error  # os.walk passes over folders that it may not read
-
-
 def _volumes_on_disk(root: Path, version: int | None, counts: Counter) -> pd.DataFrame:
     """Columns of the manifest that names and folders give, in the order of patients, scans, reconstructions."""
     versions = tuple(VERSIONS) if version is None else (_checked_version(version),)
@@ -162,15 +159,14 @@ def _volumes_on_disk(root: Path, version: int | None, counts: Counter) -> pd.Dat
         top = os.path.abspath(root / VERSIONS[number].format(split=split))
         if not os.path.isdir(top):
             continue
-        for folder, _, files in os.walk(top, onerror=_fail, followlinks=True):
-            for file in files:
-                name, path = file.removesuffix(".nii.gz"), os.path.join(folder, file)
-                if name == file:
-                    continue
-                if _NAME.fullmatch(name) and path == os.path.abspath(root / volume_path(name, number)):
-                    found[parse_volume_name(name)] = number, path  # the later version wins
-                else:
-                    counts["ignored: files whose name or folder is not CT-RATE's"] += 1
+        for file in files_below(top):
+            name = file.name.removesuffix(".nii.gz")
+            if name == file.name:
+                continue
+            if _NAME.fullmatch(name) and str(file) == os.path.abspath(root / volume_path(name, number)):
+                found[parse_volume_name(name)] = number, str(file)  # the later version wins
+            else:
+                counts["ignored: files whose name or folder is not CT-RATE's"] += 1
     counts["volumes on disk"] = len(found)
     if not found:
         looked = " or ".join(f"{folder.format(split='*')}/" for n, folder in VERSIONS.items() if n in versions)

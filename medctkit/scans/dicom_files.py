@@ -4,7 +4,6 @@ A file counts as DICOM by its contents, not by its name, and what is left out is
 """
 
 import io
-import os
 import re
 import zlib
 from collections import Counter, defaultdict
@@ -18,7 +17,7 @@ from pydicom import Dataset, uid
 
 from medctkit.common.text import stand_in
 from medctkit.scans.limits import most_unpacked
-from medctkit.scans.stored import damaged, decode
+from medctkit.scans.stored import damaged, decode, files_below
 
 # where a file without preamble starts: first element, with a type in letters or (implicit) a short length
 _BARE = re.compile(rb"[\x02\x08]\x00[\x00-\x2f]\x00(?:UL|UI|OB|CS|SH|LO|DA|TM|UN|.\x00\x00\x00)", re.DOTALL)
@@ -259,13 +258,9 @@ def _check_left_out(slices: list[Slice], left_out: _LeftOut) -> None:
 
 def _files(path: Path) -> list[Path]:
     """The file, or all files below a folder; a subfolder that may not be read is an error."""
-
-    def refuse(error: OSError) -> None:
-        raise error
-
     if path.is_file():
         return [path]
-    files = sorted(Path(root, name) for root, _, names in os.walk(path, onerror=refuse) for name in names)
+    files = files_below(path)
     for file in files:
         if file.is_symlink() and not file.exists():
             raise ValueError(f"{file.name} is a link that leads nowhere; get the file itself, or take the link away")

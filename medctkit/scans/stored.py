@@ -6,8 +6,10 @@ voxels are checked by their checksum.
 
 import errno
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -30,6 +32,27 @@ class Stored(NamedTuple):
     affine: np.ndarray  # 4 x 4, from (d, h, w) to RAS mm
     notes: list[str]  # for the provenance
     rescaled: bool | None = False  # its headers brought slope or intercept; None: they should have, the caller must
+
+
+def files_below(folder: str | os.PathLike) -> list[Path]:
+    """All files below a folder, sorted, and below folders that links in it lead to, but for links that lead back.
+
+    Raises:
+        OSError: a folder that may not be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    def leads_back(link: Path) -> bool:
+        target = link.resolve()
+        return link.parent.resolve().is_relative_to(target) or any(p.resolve() == target for p in link.parents)
+
+    files = []
+    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        files += [Path(root, name) for name in names]
+        folders[:] = [name for name in folders if not ((sub := Path(root, name)).is_symlink() and leads_back(sub))]
+    return sorted(files)
 
 
 def damaged(reason: str, part: str = "") -> ValueError:

@@ -258,9 +258,12 @@ def test_everything_on_disk_is_kept_or_dropped_for_a_reason(imitation, root):
 
 
 def test_folders_behind_links_are_searched_and_none_is_passed_over(root, monkeypatch):
+    _, before = manifest_from_ct_rate(root, 2)
     (root / "dataset/train_fixed/train_1").rename(root / "other_disk")
     (root / "dataset/train_fixed/train_1").symlink_to(root / "other_disk")
-    assert manifest_from_ct_rate(root, 2)[0]["study"].tolist() == KEPT
+    (root / "dataset/train_fixed/back").symlink_to(root)
+    table, counts = manifest_from_ct_rate(root, 2)
+    assert table["study"].tolist() == KEPT and counts == before
     scandir = os.scandir
 
     def forbidden(folder):

@@ -6,6 +6,8 @@ import pytest
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGLosslessSV1
 from scan_files import SHAPE, SPACING, change, chest, heights, notes, values, write_dicom
 
+from medctkit.cohort.cache import digest_of
+from medctkit.cohort.contents import stamp_of
 from medctkit.scans.dicom_files import is_dicom
 from medctkit.scans.dicom_series import read_dicom
 from medctkit.scans.volumes import read_volume
@@ -174,6 +176,19 @@ def test_a_read_me_beside_slices_without_suffix_is_left_out(tmp_path):
     write_dicom(tmp_path, chest(), [f"IM{i}" for i in range(len(chest()))])
     (tmp_path / "README").write_text("from the CD")
     assert values(tmp_path).shape == SHAPE and "file that is not DICOM (1)" in notes(tmp_path)
+
+
+def test_linked_folders_are_read_and_links_that_lead_back_are_not(tmp_path):
+    scan = write_dicom(tmp_path / "patient" / "scan", chest()[:4], series="1.2.3")
+    write_dicom(tmp_path / "patient" / "other", chest())
+    store = write_dicom(tmp_path / "store", chest()[4:], series="1.2.3", origin=(0, 0, 4 * SPACING[0]))
+    links = {scan / "rest": store, scan / "up": tmp_path / "patient", scan / "itself": scan, store / "round": scan}
+    for link, target in links.items():
+        link.symlink_to(target)
+    np.testing.assert_array_equal(values(scan), chest())
+    before = digest_of(scan), stamp_of(scan)
+    change(store / "001.dcm", KVP=100)
+    assert not {*before} & {digest_of(scan), stamp_of(scan)}
 
 
 def test_links_that_lead_nowhere_are_named(tmp_path):
