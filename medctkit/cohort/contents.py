@@ -29,7 +29,7 @@ class Contents:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.is_file() else ""
+        text = self.path.read_text(encoding="utf-8", errors="surrogateescape") if self.path.is_file() else ""
         rows = [row for line in text.splitlines() for row in csv.reader([line.replace("\0", "")])]
         self._known = {(row[0], row[1]): row[2] for row in rows if len(row) == 3 and _DIGEST.fullmatch(row[2])}
 
@@ -40,5 +40,5 @@ class Contents:
     def put(self, path: str | os.PathLike, stamp: str, digest: str) -> None:
         """Write down the digest of what had this stamp before it was read."""
         self._known[str(path), stamp] = digest
-        with open(self.path, "a", newline="", encoding="utf-8") as file:
+        with open(self.path, "a", newline="", encoding="utf-8", errors="surrogateescape") as file:
             csv.writer(file).writerow([path, stamp, digest])

@@ -153,7 +153,7 @@ def write_failures(failures: Sequence[Mapping], path: str | os.PathLike) -> None
     if not failures:
         path.unlink(missing_ok=True)
         return
-    write_table(pd.DataFrame(failures, columns=FAILURE), path)
+    write_table(pd.DataFrame(failures, columns=FAILURE).map(printable, na_action="ignore"), path)
 
 
 def _not_yet(

@@ -27,7 +27,11 @@ _FORMULA = re.compile(r"(?!'*[+-]?[\d.,]+(e[+-]?\d+)?$)'*\s*[=+@＝＋－＠\t\r
 
 
 def write_table(table: pd.DataFrame, path: str | os.PathLike) -> None:
-    """Write a CSV table, whole or not at all; `read_table` gives its texts back as they were."""
+    """Write a CSV table, whole or not at all; `read_table` gives its texts back as they were.
+
+    Raises:
+        ValueError: a text that UTF-8 can't hold, such as a file's name in another encoding.
+    """
 
     def escaped(cell: object) -> object:
         return f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) else cell
@@ -36,7 +40,11 @@ def write_table(table: pd.DataFrame, path: str | os.PathLike) -> None:
     table = table.replace(r"\r\n?", "\n", regex=True).rename(columns=escaped)
     texts = table.select_dtypes(exclude="number").map(escaped)
     with replacing(path) as temporary:
-        table.assign(**texts).to_csv(temporary, index=False, lineterminator="\n")
+        try:
+            table.assign(**texts).to_csv(temporary, index=False, lineterminator="\n")
+        except UnicodeEncodeError as error:
+            near = error.object[max(0, error.start - 60) : error.end + 20]
+            raise ValueError(f"{path}: {near!a} is not UTF-8; rename the file or folder with this name") from None
 
 
 def begins_with(path: str | os.PathLike, columns: Iterable[str]) -> bool:

@@ -30,6 +30,8 @@ def read_itk(path: Path, spacing: Sequence[float] | None) -> Stored:
     import SimpleITK as sitk
 
     fields, end = _header(path)
+    if re.search("[\ud800-\udfff]", str(path)):  # how Python keeps bytes of a name; SimpleITK ends the process there
+        raise ValueError("its path is not UTF-8, which SimpleITK can't open; rename it, or copy it to another folder")
     axes, sizes = (next((fields[name] for name in names if name in fields), "") for names in _AXES)
     three = r"[+-]?\d+(\s+[+-]?\d+){2}"
     if not re.fullmatch({"3": three, "4": rf"{three}\s+1"}.get(axes, "(?!)"), sizes):  # MetaIO survives these

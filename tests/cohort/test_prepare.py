@@ -19,7 +19,7 @@ from medctkit.cohort import prepare as preparing
 from medctkit.cohort.cache import VolumeCache, digest_of, key_of
 from medctkit.cohort.manifest import load_manifest
 from medctkit.cohort.open_data import manifest_row
-from medctkit.cohort.prepare import prepare
+from medctkit.cohort.prepare import prepare, write_failures
 from medctkit.findings import FINDINGS
 from medctkit.scans.preprocessing import PreprocessConfig
 
@@ -205,6 +205,16 @@ def test_a_file_without_checksum_is_hashed_once(tmp_path, monkeypatch):
     assert prepare([row], SMALL, cache, workers=1).bytes > 0 and len(files(cache)) == 2
     other = real_row("s", path, orientation="canonical")
     assert prepare([other], SMALL, cache, workers=1).bytes > 0 and len(files(cache)) == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_names_that_are_not_utf_8(tmp_path):
+    path = write_nifti(tmp_path / os.fsdecode(b"M\xfcller.nii.gz"), chest())
+    rows = [real_row("s", path), real_row("t", tmp_path / os.fsdecode(b"\xfc.nii"))]
+    done = prepare(rows, SMALL, tmp_path / "cache", workers=1)
+    assert prepare(rows[:1], SMALL, tmp_path / "cache", scheduler="nobody is asked").contents == done.contents
+    write_failures(done.failures, tmp_path / "failures.csv")
+    assert "\\udcfc.nii: there is no such file" in (tmp_path / "failures.csv").read_text()
 
 
 def test_a_folder_whose_slices_were_replaced_is_read_again(tmp_path):

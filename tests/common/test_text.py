@@ -25,6 +25,12 @@ def test_a_spreadsheet_runs_no_cell_and_reading_gives_it_back(tmp_path, text):
     assert found["name"].tolist() == [text.replace("\r", "\n")] and found.columns[1] == "@column"
 
 
+def test_a_text_that_utf_8_cannot_hold_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"t.csv: '.*M\\udcfcller.*' is not UTF-8; rename the file or folder"):
+        write_table(pd.DataFrame({"a": ["/data/M\udcfcller"]}), tmp_path / "t.csv")
+    assert not list(tmp_path.iterdir())
+
+
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\r\0"), min_size=1))
 def test_any_text_comes_back_from_a_table(tmp_path_factory, text):
     file = tmp_path_factory.mktemp("t") / "t.csv"

@@ -1,6 +1,8 @@
 """Scans that are unusual but right, or that the caller knows better than their headers: read voxel for voxel."""
 
 import gzip
+import os
+import sys
 
 import nibabel as nib
 import numpy as np
@@ -93,6 +95,16 @@ def test_names_in_any_script(tmp_path, name):
     folder.mkdir()
     path = (write_nifti if ".nii" in name else write_itk)(folder / name, chest())
     np.testing.assert_array_equal(read_volume(path).hu, chest())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_names_that_are_not_utf_8(tmp_path):
+    folder = tmp_path / os.fsdecode(b"M\xfcller")
+    for path in (write_dicom(folder, chest()), write_nifti(folder / "scan.nii.gz", chest())):
+        np.testing.assert_array_equal(read_volume(path).hu, chest())
+    for name in ("scan.nrrd", "scan.mha"):
+        with pytest.raises(ValueError, match=f"{name}: its path is not UTF-8, .*; rename it, or copy"):
+            read_volume(write_itk(tmp_path / name, chest()).rename(folder / name))
 
 
 # --- what was not scanned
