@@ -61,7 +61,7 @@ def _nifti(*given: Any, **chosen: Any) -> Stored:
 
 
 register_reader(Reader("DICOM series", (".zip",), _dicom, True, ("series", "acquisition", "resample")))
-register_reader(Reader("NRRD or MetaImage file", (".nrrd", ".nhdr", ".mha", ".mhd"), read_itk))
+register_reader(Reader("NRRD or MetaImage file", (".nrrd", ".nhdr", ".mha", ".mhd"), read_itk, choices=("stored_as",)))
 register_reader(Reader("NumPy archive", (".npz",), read_npz, choices=("stored_as",)))
 register_reader(Reader("NIfTI file", (".nii", ".nii.gz"), _nifti, choices=("stored_as",)))
 

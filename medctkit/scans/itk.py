@@ -25,8 +25,11 @@ _DATA_FILE = ("ElementDataFile", "data file", "datafile")
 _SKIPS = ("line skip", "lineskip", "byte skip", "byteskip", "HeaderSize")
 
 
-def read_itk(path: Path, spacing: Sequence[float] | None) -> Stored:
-    """Read a .nrrd, .nhdr, .mha or .mhd file; `spacing` (d, h, w) in mm takes the place of the header's."""
+def read_itk(path: Path, spacing: Sequence[float] | None, stored_as: str | None = None) -> Stored:
+    """Read a .nrrd, .nhdr, .mha or .mhd file.
+
+    `spacing` (d, h, w) in mm takes the place of the header's; `stored_as`: the caller knows how the scan lies.
+    """
     import SimpleITK as sitk
 
     fields, end = _header(path)
@@ -58,7 +61,12 @@ def read_itk(path: Path, spacing: Sequence[float] | None) -> Stored:
     notes = _check_voxels(voxels, start, fields, shape, itemsize)
     image = decode(reader.Execute)
     along = np.reshape(image.GetDirection(), (3, 3)) * (image.GetSpacing() if spacing is None else spacing[::-1])
-    known = any(name in fields for name in ("space", "TransformMatrix", "Orientation", "Rotation"))
+    known = any(name in fields for name in ("TransformMatrix", "Orientation", "Rotation"))
+    known = known or bool(re.match("(?i)(left|right)-|[LR][AP]S", fields.get("space", "")))  # scanner-xyz says nothing
+    letters = fields.get("AnatomicalOrientation", "RAI")
+    if not known and stored_as is None and letters not in ("RAI", "???"):
+        found = f"AnatomicalOrientation {letters} without a TransformMatrix, which some take for its opposite"
+        raise ValueError(f"{found}; pass how the scan lies as stored_as=")
     hu = sitk.GetArrayViewFromImage(image).astype(np.float32)  # the array is (z, y, x) already
     notes += [] if known else [NO_ORIENTATION]
     return Stored(hu, ras_affine(along[:, ::-1], image.GetOrigin()), notes)  # the columns of along are x, y, z

@@ -72,6 +72,7 @@ def noisy(shape):
 
 
 NAN = float("nan")
+ORIGIN = "Offset = 0 0 0\nCenterOfRotation = 0 0 0\n"
 OUTSIDE = "outside its folder; put both files into one folder"
 HALF_NAN = np.where(np.arange(960).reshape(SHAPE) >= 955, np.nan, chest().astype(np.float32))
 
@@ -216,6 +217,10 @@ BAD_ITK = [
     (
         lambda folder: truncate(mhd()(folder).with_suffix(".raw")).with_suffix(".mhd"),
         f"{BYTES} bytes...holds {BYTES // 2})",
+    ),
+    (
+        mha(f"TransformMatrix = 1 0 0 0 1 0 0 0 1\n{ORIGIN}AnatomicalOrientation = RAI", "AnatomicalOrientation = LPI"),
+        "AnatomicalOrientation LPI without a TransformMatrix...pass how the scan lies as stored_as=",
     ),
     (mha("ElementSpacing", "Comment"), "blank header...pass spacing=(d, h, w) in mm"),
     (

@@ -80,8 +80,12 @@ def test_spacing_mends_a_header_without_sizes(tmp_path):
 
 @pytest.mark.parametrize(
     "write",
-    [mha("TransformMatrix = 1 0 0 0 1 0 0 0 1\n", ""), nifti(sform_code=0, qform_code=0)],
-    ids=["MetaImage", "NIfTI"],
+    [
+        mha("TransformMatrix = 1 0 0 0 1 0 0 0 1\n", ""),
+        nifti(sform_code=0, qform_code=0),
+        nrrd("left-posterior-superior", "scanner-xyz"),
+    ],
+    ids=["MetaImage", "NIfTI", "NRRD"],
 )
 def test_a_header_that_says_no_orientation_gets_the_documented_one(tmp_path, write):
     volume = read_volume(write(tmp_path))
