@@ -49,7 +49,7 @@ def files_below(folder: str | os.PathLike) -> list[Path]:
         return link.parent.resolve().is_relative_to(target) or any(p.resolve() == target for p in link.parents)
 
     files = []
-    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+    for root, folders, names in os.walk(str(folder), onerror=refuse, followlinks=True):
         files += [Path(root, name) for name in names]
         folders[:] = [name for name in folders if not ((sub := Path(root, name)).is_symlink() and leads_back(sub))]
     return sorted(files)
