@@ -58,12 +58,22 @@ def add_adapter(model: Model, config: PeftConfig) -> PeftModel:
 
     The digest of the base model becomes part of the configuration, so that `load_adapter` refuses any other.
     """
+    _refuse_wrapped(model)
     with _quiet():
         adapted = get_peft_model(model, config)
     adapted.register_forward_pre_hook(_refuse_names, with_kwargs=True)
     (config,) = adapted.peft_config.values()
     config.base_model_name_or_path = _digest(adapted) if _has_exact_weights(adapted) else None
     return adapted
+
+
+def _refuse_wrapped(model: Model) -> None:
+    """Refuse a model whose layers carry an adapter already, but which is not the `PeftModel` that knows of it."""
+    if hasattr(model, "peft_config") and not isinstance(model, PeftModel):
+        raise ValueError(
+            f"this model's layers already carry the adapter(s) {', '.join(model.peft_config)}, put there in place; go "
+            "on with the model that add_lora or load_adapter gave back, or load the base model anew"
+        )
 
 
 def _digest(model: Model) -> str:
@@ -113,8 +123,11 @@ def merge_lora(model: PeftModel) -> Model:
     `model.set_adapter(name)`, and `with model.disable_adapter():` for the base.
 
     Raises:
-        ValueError: weights in half precision, where the update would be rounded away.
+        ValueError: weights in half precision, where the update would be rounded away; an adapter that is switched off.
     """
+    _refuse_wrapped(model)
+    if any(layer.disable_adapters for layer in model.modules() if hasattr(layer, "adapter_layer_names")):
+        raise ValueError("the adapter is switched off, and would be merged all the same; for the base, load it alone")
     for name, p in model.named_parameters():
         if p.dtype in (torch.bfloat16, torch.float16):
             raise ValueError(
@@ -154,6 +167,7 @@ def load_adapter(
         ValueError: the adapter was made for another architecture or base model; names taken twice; see `read_weights`,
             `read_config` and `refuse_bad_numbers`.
     """
+    _refuse_wrapped(model)
     directory = Path(directory).expanduser()
     for expected in (ADAPTER_FILE, ADAPTER_CONFIG):
         if not (directory / expected).is_file():

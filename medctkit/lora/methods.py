@@ -121,7 +121,7 @@ def apply_method(model: Model, name: str, **settings: Any) -> Model:
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; choose one of {', '.join(METHODS)}")
     if hasattr(model, "peft_config"):
-        kind = type(model.get_base_model()).__name__
+        kind = type(getattr(model, "get_base_model", lambda: model)()).__name__
         raise ValueError(f"this model already carries an adapter; {name} starts from a plain {kind}")
     method = METHODS[name]
     rank = {} if method.rank is None else {"r": method.rank}

@@ -16,7 +16,7 @@ def digests(model: Model) -> tuple[str, str]:
     adapter that is switched off counts as none.
     """
     base, adapter, adapted = hashlib.sha256(), hashlib.sha256(), False
-    model = model.get_base_model() if hasattr(model, "peft_config") else model
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
     layers = {name: module for name, module in model.named_modules() if hasattr(module, "adapter_layer_names")}
     for name, tensor in model.state_dict().items():
         owner = next((layer for layer in layers if name.startswith(f"{layer}.")), None)

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from torch import nn
 from medctkit.lora.adapter import add_lora, load_adapter, merge_lora, save_adapter
 from medctkit.lora.counting import count_trainable, parameter_table, search_placements
 from medctkit.lora.linear import LoRALinear
+from medctkit.lora.methods import apply_method
 from medctkit.lora.placement import PRESETS, lora_config
 from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel
+from medctkit.model.fingerprint import digests
 
 RELEASED_TOTAL = 438_148_761  # parameters of the released checkpoint
 PAPER_TRAINABLE = 1_671_168
@@ -173,6 +176,23 @@ def test_merge_gives_a_plain_model_and_leaves_the_adapted_one(tmp_path):
     merged.save_pretrained(tmp_path)
     again = CTCLIPModel.from_pretrained(tmp_path).eval()
     assert torch.equal(again(**batch).text_embeds, merged(**batch).text_embeds)
+
+
+def test_an_adapter_that_is_switched_off_is_not_merged():
+    model = add_lora(tiny_model())
+    with model.disable_adapter(), pytest.raises(ValueError, match="switched off"):
+        merge_lora(model)
+
+
+def test_a_base_model_whose_layers_carry_an_adapter_says_so(tmp_path):
+    base = tiny_model()
+    save_adapter(randomise_adapter(add_lora(base, r=2)), tmp_path)
+    for again in (partial(load_adapter, base, tmp_path), *(partial(f, base) for f in (add_lora, merge_lora))):
+        with pytest.raises(ValueError, match="already carry the adapter.s. default.*gave back, or load the base"):
+            again()
+    with pytest.raises(ValueError, match="starts from a plain CTCLIPModel"):
+        apply_method(base, "lora")
+    assert digests(base) == digests(load_adapter(tiny_model(), tmp_path))
 
 
 def test_adapters_are_saved_loaded_and_swapped_by_name(tmp_path):
