@@ -138,9 +138,20 @@ def merge_lora(model: PeftModel) -> Model:
 
 
 def save_adapter(model: PeftModel, directory: str | os.PathLike, name: str = "default") -> Path:
-    """Write adapter `name` in peft's format; a crash midway leaves the previous files whole."""
+    """Write adapter `name` in peft's format; a crash midway leaves the previous files whole.
+
+    Raises:
+        ValueError: no such adapter; beside it one that is called like a part of the model, "0" say.
+    """
     if name not in model.peft_config:
         raise ValueError(f"no adapter {name!r} on this model; it has {', '.join(model.peft_config)}")
+    layers = {key: m.adapter_layer_names for key, m in model.named_modules() if hasattr(m, "adapter_layer_names")}
+    parts = {part for key, names in layers.items() for part in (*key.split("."), *names, "weight", "bias")}
+    if clash := sorted(parts & (set(model.peft_config) - {name})):
+        raise ValueError(
+            f"adapter {clash[0]!r} is called like a part of the model, and peft would leave that part of {name!r} out "
+            f"of the file; take it off first, model.delete_adapter({clash[0]!r}), or load it by another name"
+        )
     directory = Path(directory).expanduser()
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as scratch:

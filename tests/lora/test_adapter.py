@@ -195,6 +195,18 @@ def test_a_base_model_whose_layers_carry_an_adapter_says_so(tmp_path):
     assert digests(base) == digests(load_adapter(tiny_model(), tmp_path))
 
 
+@pytest.mark.parametrize("name", ["0", "layers", "lora_A"])
+def test_a_name_that_is_a_part_of_the_model_costs_no_other_adapter_a_tensor(tmp_path, name):
+    model = add_lora(tiny_model(), r=2)
+    model.add_adapter(name, lora_config("paper", r=2))
+    with pytest.raises(ValueError, match=f"{name!r} is called like a part of the model.*'default'.*take it off first"):
+        save_adapter(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+    save_adapter(model, tmp_path, name)
+    model.delete_adapter(name)
+    load_adapter(tiny_model(), save_adapter(model, tmp_path))
+
+
 def test_adapters_are_saved_loaded_and_swapped_by_name(tmp_path):
     model, outputs = tiny_model(), {}
     batch = tiny_batch(model)
