@@ -23,6 +23,7 @@ from medctkit.model.weights import read_weights, refuse_bad_numbers, refuse_othe
 
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as peft names them
 _DIGEST = "sha256:"
+_WHOLE = "modules_to_save"  # copies of whole modules, one of which `unload` puts in place
 
 
 def add_lora(model: Model, preset: str = "paper", **overrides: Any) -> PeftModel:
@@ -175,8 +176,8 @@ def load_adapter(
 
     Raises:
         FileNotFoundError: no adapter in `directory`.
-        ValueError: the adapter was made for another architecture or base model; names taken twice; see `read_weights`,
-            `read_config` and `refuse_bad_numbers`.
+        ValueError: the adapter was made for another architecture or base model; names taken twice; biases of the model
+            itself, trained by one of several adapters; see `read_weights`, `read_config` and `refuse_bad_numbers`.
     """
     _refuse_wrapped(model)
     directory = Path(directory).expanduser()
@@ -189,12 +190,17 @@ def load_adapter(
 
     file = directory / ADAPTER_CONFIG
     config, made_on = read_config(file)
+    if wrapped and any(getattr(each, "bias", "none") != "none" for each in (config, *model.peft_config.values())):
+        raise ValueError(
+            f"{directory} beside {', '.join(model.peft_config)}: one of these adapters trained biases of the base "
+            "model itself, which all would get; load each on a base model of its own"
+        )
     patterns = patterns_of(config)
     with torch.device("meta"), _quiet():  # shapes only: what this adapter would look like on this architecture
         shapes = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
         shapes |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
         for layer in model.modules():  # what other adapters hold is not copied only to be thrown away
-            parts = [getattr(layer, name) for name in getattr(layer, "adapter_layer_names", ())]
+            parts = [getattr(layer, part) for part in getattr(layer, "adapter_layer_names", ()) if part != _WHOLE]
             shapes |= {id(part): type(part)() for part in parts}
         twin = copy.deepcopy(model, shapes)
         twin = twin.unload() if wrapped else twin

@@ -207,6 +207,18 @@ def test_a_name_that_is_a_part_of_the_model_costs_no_other_adapter_a_tensor(tmp_
     load_adapter(tiny_model(), save_adapter(model, tmp_path))
 
 
+def test_adapters_beside_each_other_may_save_whole_modules_but_not_train_biases_of_the_base(tmp_path):
+    for name, fields in {"one": {}, "two": {}, "bias": {"bias": "lora_only"}}.items():
+        fields = fields or {"modules_to_save": ["to_text_latent"]}
+        save_adapter(randomise_adapter(add_lora(tiny_model(), r=2, **fields)), tmp_path / name)
+    model = load_adapter(tiny_model(), tmp_path / "one", "one")
+    model = load_adapter(model, tmp_path / "two", "two")
+    with pytest.raises(ValueError, match="bias beside one, two: one of these adapters trained biases"):
+        load_adapter(model, tmp_path / "bias", "bias")
+    with pytest.raises(ValueError, match="trained biases"):
+        load_adapter(load_adapter(tiny_model(), tmp_path / "bias"), tmp_path / "one", "one")
+
+
 def test_adapters_are_saved_loaded_and_swapped_by_name(tmp_path):
     model, outputs = tiny_model(), {}
     batch = tiny_batch(model)
