@@ -14,7 +14,7 @@ from torch import nn
 from medctkit.findings import FINDINGS
 from medctkit.lora.adapter import load_adapter
 from medctkit.model.base_model import BaseModel
-from medctkit.zero_shot.classifier import ZeroShotClassifier, refuse_non_finite
+from medctkit.zero_shot.classifier import ZeroShotClassifier, refuse_non_finite, refuse_unscaled
 from medctkit.zero_shot.prompts import Prompts
 
 BASE = "__base__"  # peft's name for no adapter
@@ -45,11 +45,12 @@ class AdapterBank:
         self._prompts, self._tokenizer = prompts, base.tokenizer
 
     def embed(self, volumes: torch.Tensor, adapters: Sequence[str]) -> torch.Tensor:
-        """Embed volumes (b, 1, d, h, w), each with the adapter that `adapters` names for it: (b, p), L2-normalised.
+        """Embed volumes (b, 1, d, h, w) in [-1, 1], each with the adapter that `adapters` names: (b, p), L2-normalised.
 
         Raises:
-            ValueError: another number of names than of volumes; an unknown name.
+            ValueError: another number of names than of volumes; an unknown name; values beyond -1 to 1.
         """
+        refuse_unscaled(volumes)
         if len(adapters) != len(volumes):
             raise ValueError(f"{len(volumes)} volumes and {len(adapters)} names of adapters; give one for each")
         if unknown := sorted(set(adapters) - {*self.names, BASE}):

@@ -121,9 +121,7 @@ class ZeroShotClassifier:
             ValueError: values beyond: they look like HU.
             FloatingPointError: see `scores_from_embeddings`.
         """
-        if volumes.numel() and float(volumes.abs().max()) > LARGEST:
-            low, high = map(float, volumes.aminmax())
-            raise ValueError(f"volumes go from {low:g} to {high:g}; expected -1 to 1, as `preprocess` gives them")
+        refuse_unscaled(volumes)
         with evaluating(self.model):
             return self.scores_from_embeddings(self.model.encode_image(volumes.to(self.device)))
 
@@ -169,6 +167,13 @@ def _state_of(model: nn.Module) -> tuple:
     layers: list[Any] = [m for m in model.modules() if hasattr(m, "adapter_layer_names")]
     used = [(tuple(m.active_adapters), m.disable_adapters, tuple(m.merged_adapters)) for m in layers]
     return tensors, used, [tuple(getattr(m, "scaling", {}).items()) for m in layers]
+
+
+def refuse_unscaled(volumes: torch.Tensor) -> None:
+    """Refuse volumes whose values lie beyond -1 to 1, as those in HU do: a ValueError."""
+    if volumes.numel() and float(volumes.abs().max()) > LARGEST:
+        low, high = map(float, volumes.aminmax())
+        raise ValueError(f"volumes go from {low:g} to {high:g}; expected -1 to 1, as `preprocess` gives them")
 
 
 def refuse_non_finite(embeds: torch.Tensor, names: Sequence[str]) -> None:

@@ -1,13 +1,17 @@
 """Adapters of several hospitals on one base: each volume through its own, and nothing left behind."""
 
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from peft import AutoPeftModel, PeftModel
-from tiny import randomise_adapter, tiny_batch, tiny_model
+from tiny import PROMPTS, randomise_adapter, tiny_batch, tiny_ct_clip, tiny_model, tiny_tokenizer
 
 from medctkit.deploy.bank import BASE, AdapterBank
 from medctkit.lora.adapter import add_lora, load_adapter, save_adapter
+from medctkit.lora.methods import apply_method, save_trained
 from medctkit.model.base_model import load_mini_base
 from medctkit.zero_shot.classifier import ZeroShotClassifier
 
@@ -66,6 +70,11 @@ def test_names_are_checked(bank, folders, volumes):
     for wrong in ({}, {BASE: folders["north"]}):
         with pytest.raises(ValueError, match="expected names other than"):
             AdapterBank(load_mini_base(), wrong)
+
+
+def test_values_in_hu_are_refused_as_without_a_bank(bank, volumes):
+    with pytest.raises(ValueError, match="expected -1 to 1"):
+        bank.scores(1000 * volumes, ["north"] * 4)
 
 
 def test_what_peft_would_choke_on_is_told_before(folders):
