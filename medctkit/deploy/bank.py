@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -31,7 +32,8 @@ class AdapterBank:
     `ZeroShotClassifier`) are encoded once for each adapter.
 
     Raises:
-        ValueError: no adapter; peft's own name for the base model; see `load_adapter`.
+        ValueError: no adapter; peft's own name for the base model; an adapter that a batch cannot mix: no LoRA, one
+            with DoRA or trained biases, or whose `modules_to_save` others do not have; see `load_adapter`.
     """
 
     def __init__(self, base: BaseModel, folders: Mapping[str, str | os.PathLike], prompts: Prompts = "paper"):
@@ -40,6 +42,15 @@ class AdapterBank:
         model: Any = base.model
         for name, folder in folders.items():
             model = load_adapter(model, folder, name)
+            config = model.peft_config[name]
+            odd = config.peft_type != "LORA" or config.use_dora or config.bias != "none"
+            if odd or len({frozenset(each.modules_to_save or ()) for each in model.peft_config.values()}) > 1:
+                raise ValueError(
+                    f"{name!r} ({folder}) cannot be mixed with others in a batch: expected LoRAs without DoRA and "
+                    f"without trained biases, all with the same modules_to_save; this is {config.peft_type}, "
+                    f"modules_to_save {config.modules_to_save}. Use it alone: load_adapter on a base model of its own"
+                )
+        self._lock = threading.Lock()
         self.model, self.names, self._layers = model, tuple(folders), _adapted(model)
         self._classifiers: dict[str, ZeroShotClassifier] = {}
         self._prompts, self._tokenizer = prompts, base.tokenizer

@@ -77,6 +77,32 @@ def test_values_in_hu_are_refused_as_without_a_bank(bank, volumes):
         bank.scores(1000 * volumes, ["north"] * 4)
 
 
+def tiny_bank(folder, methods):
+    """A bank of tiny adapters, each of a method and its settings, and a batch."""
+    folders = {}
+    for seed, (name, (method, settings)) in enumerate(methods.items()):
+        model = apply_method(tiny_ct_clip(), method, **settings)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(seed))
+        folders[name] = save_trained(model, folder / name)
+    bank = AdapterBank(SimpleNamespace(model=tiny_ct_clip().eval(), tokenizer=tiny_tokenizer()), folders, PROMPTS)
+    return bank, tiny_batch(bank.model)["pixel_values"], folders
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        *((method, {}) for method in ("dora", "vera", "ia3", "oft")),
+        *(("lora", {"bias": bias}) for bias in ("all", "lora_only")),
+        ("lora", {"modules_to_save": ["to_text_latent"]}),
+    ],
+)
+def test_what_a_batch_cannot_mix_is_told_at_once(tmp_path, method, settings):
+    with pytest.raises(ValueError, match="cannot be mixed with others in a batch"):
+        tiny_bank(tmp_path, {"odd": (method, settings), "plain": ("lora", {})})
+
+
 def test_what_peft_would_choke_on_is_told_before(folders):
     for name in ("st.mary", ""):
         with pytest.raises(ValueError, match="of letters, digits, _ and -"):
