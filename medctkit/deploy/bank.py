@@ -29,7 +29,7 @@ class AdapterBank:
     """Adapters, loaded once onto `base`, chosen by name: `folders` has for each the folder that `save_adapter` wrote.
 
     A batch may mix hospitals: `bank.scores(volumes, ["north", "south", "north"])`. The prompts (see
-    `ZeroShotClassifier`) are encoded once for each adapter.
+    `ZeroShotClassifier`) are encoded once for each adapter. Threads may share a bank; they take turns.
 
     Raises:
         ValueError: no adapter; peft's own name for the base model; an adapter that a batch cannot mix: no LoRA, one
@@ -133,15 +133,15 @@ class AdapterBank:
             rows = len(args[0]) // len(adapters)
             return args, kwargs | {"adapter_names": [name for name in adapters for _ in range(rows)]}
 
-        if self.model.training:
-            self.model.eval()
-        hooks = [layer.register_forward_pre_hook(name_rows, with_kwargs=True) for layer in self._layers]
-        try:
-            with torch.no_grad():
+        with self._lock, torch.no_grad():
+            if self.model.training:
+                self.model.eval()
+            hooks = [layer.register_forward_pre_hook(name_rows, with_kwargs=True) for layer in self._layers]
+            try:
                 yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+            finally:
+                for hook in hooks:
+                    hook.remove()
 
 
 class _Through:

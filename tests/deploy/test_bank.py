@@ -103,6 +103,22 @@ def test_what_a_batch_cannot_mix_is_told_at_once(tmp_path, method, settings):
         tiny_bank(tmp_path, {"odd": (method, settings), "plain": ("lora", {})})
 
 
+def test_whole_modules_are_mixed_too_and_threads_do_not_mix_them_up(tmp_path):
+    whole = {"r": 2, "modules_to_save": ["to_visual_latent", "to_text_latent"]}
+    bank, volumes, folders = tiny_bank(tmp_path, {"one": ("lora", whole), "two": ("lora", whole)})
+    alone = {BASE: ZeroShotClassifier(tiny_ct_clip(), tiny_tokenizer(), PROMPTS).scores(volumes)}
+    for name, folder in folders.items():
+        model = load_adapter(tiny_ct_clip(), folder)
+        alone[name] = ZeroShotClassifier(model, tiny_tokenizer(), PROMPTS).scores(volumes)
+    mixed = bank.scores(volumes, ["two", BASE, "one"])
+    np.testing.assert_allclose(mixed, [alone["two"][0], alone[BASE][1], alone["one"][2]], atol=1e-6)
+    names = ["one", "two"] * 10
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda name: bank.scores(volumes, [name] * 3), names))
+    for name, scores in zip(names, found, strict=True):
+        np.testing.assert_allclose(scores, alone[name], atol=1e-6)
+
+
 def test_what_peft_would_choke_on_is_told_before(folders):
     for name in ("st.mary", ""):
         with pytest.raises(ValueError, match="of letters, digits, _ and -"):
