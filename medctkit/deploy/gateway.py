@@ -199,7 +199,7 @@ class Gateway:
         if one.state != "ready":
             if one.tries >= _TRIES:
                 log.error("series %s was given up after %d tries", name, one.tries)
-                return one.becomes("failed", "the process ended, or too little memory or disk, at each try")
+                return one.becomes("failed", one.reason or "the process ended, of too little memory say, at each try")
             one.becomes("trying")
             shutil.rmtree(answers, ignore_errors=True)
             try:
@@ -272,6 +272,7 @@ class Series:
             found = {}
         known = found if found.get("slices") == self._slices else {}
         self.state, self.tries = str(known.get("state", "")), int(known.get("tries", 0))
+        self.reason = str(known.get("reason", ""))
 
     @staticmethod
     def latest_of(folder: Path) -> float:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 from dicom_peers import PATIENT, archive, free_port, send, values_of, wait_until, write_phantom
+from pydicom import dcmread
 from scan_files import change
 
 from medctkit.deploy.answer import answer
@@ -143,7 +144,8 @@ def test_series_that_ends_the_process_each_time_is_given_up(queue, slices, caplo
     with gateway(queue, free_port(), out_of_memory).serving(0) as own:
         send(slices, own)
         wait_until(lambda: states(queue) == ["failed"])
-    assert json.loads(next(queue.glob("*/*/state.json")).read_text())["tries"] == 3
+    state = json.loads(next(queue.glob("*/*/state.json")).read_text())
+    assert state["tries"] == 3 and state["reason"].startswith("MemoryError")
 
 
 @pytest.mark.slow
