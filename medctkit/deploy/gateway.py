@@ -3,7 +3,7 @@
 A slice is acknowledged once it is on disk. What is to be done is read from the disk alone, so that a gateway that was
 killed goes on where it stood: `FOLDER/<study>/<series>/` has `slices/`, `answer/` with what is to be sent, and
 `state.json`, which says how far it came; names are digests of UIDs. A series counts as whole when nothing more of it
-has come for a while; if more comes later, it is answered again, under other UIDs.
+has come for a while; if more comes later, or a slice of other content, it is answered again, under other UIDs.
 
 Only digests go to the log: no name, no number of a patient, and no text of an error, which may quote a header.
 """
@@ -171,8 +171,12 @@ class Gateway:
                     return OUT_OF_RESOURCES
                 folder.parent.mkdir(mode=0o700, exist_ok=True)  # for this user alone
                 (folder / "slices").mkdir(parents=True, exist_ok=True)
-                with replacing(folder / "slices" / f"{instance}.dcm") as temporary, open(temporary, "wb") as file:
-                    file.write(event.encoded_dataset())
+                path, content = folder / "slices" / f"{instance}.dcm", event.encoded_dataset()
+                if path.is_file() and path.read_bytes() == content:
+                    os.utime(path.parent)  # whoever sends it again is not done yet
+                    return SUCCESS
+                with replacing(path) as temporary, open(temporary, "wb") as file:
+                    file.write(content)
                     file.flush()
                     os.fsync(file.fileno())
             except OSError as error:
@@ -260,17 +264,18 @@ class Gateway:
 class Series:
     """A series on disk, when its latest slice came (s), how often an answer was begun, and how far it came.
 
-    The state is of exactly these slices: "" (new), "trying", "ready" (its answer is on disk), "sent" or "failed".
+    The state is of exactly these files: "" (new), "trying", "ready" (its answer is on disk), "sent" or "failed".
     """
 
     def __init__(self, folder: Path):
         self.folder, self.latest = folder, self.latest_of(folder)
-        self._slices = _digest("\n".join(sorted(path.name for path in (folder / "slices").glob("*.dcm"))))
+        files = sorted((folder / "slices").glob("*.dcm"))
+        self.slices = _digest("\n".join(f"{path.name} {path.stat().st_mtime_ns}" for path in files))
         try:
             found = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             found = {}
-        known = found if found.get("slices") == self._slices else {}
+        known = found if found.get("slices") == self.slices else {}
         self.state, self.tries = str(known.get("state", "")), int(known.get("tries", 0))
         self.reason = str(known.get("reason", ""))
 
@@ -287,7 +292,7 @@ class Series:
     def becomes(self, state: str, reason: str = "") -> None:
         """Write down how far it came."""
         self.state, self.tries = state, self.tries + (state == "trying" and not reason)
-        content = {"slices": self._slices, "state": state, "tries": self.tries, "reason": reason}
+        content = {"slices": self.slices, "state": state, "tries": self.tries, "reason": reason}
         write_json(content, self.folder / "state.json")
 
 

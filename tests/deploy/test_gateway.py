@@ -126,6 +126,30 @@ def test_late_slices_are_a_new_answer(queue, slices, tmp_path):
     assert len({made.SOPInstanceUID for made in kept}) == 4
 
 
+@pytest.mark.slow
+def test_slices_that_come_again_are_a_new_answer_if_they_differ(queue, slices):
+    header = dcmread(slices / "0003.dcm")
+    change(slices / "0003.dcm", PixelSpacing=[2, 3])
+
+    def reading(path):
+        read_volume(path)
+        return answering(path)
+
+    with archive() as (port, kept), gateway(queue, port, reading).serving(0) as own:
+        send(slices, own)
+        wait_until(lambda: states(queue) == ["failed"])  # a damaged slice, which its sender mends
+        header.save_as(slices / "0003.dcm")
+        for number in ("MRN-4711", "MRN-4711", "MRN-1"):
+            for path in slices.iterdir():
+                change(path, PatientID=number)
+            send(slices, own)
+            wait_until(lambda: states(queue) == ["sent"])
+            time.sleep(1)
+            wait_until(lambda: states(queue) == ["sent"])
+    assert [made.PatientID for made in kept] == ["MRN-4711", "MRN-4711", "MRN-1", "MRN-1"]
+    assert len({made.SOPInstanceUID for made in kept}) == 4
+
+
 def test_folder_is_one_gateways_and_what_else_is_in_it_stays(queue):
     other = queue / "other" / "work.tmp"
     other.parent.mkdir(parents=True)
