@@ -207,7 +207,10 @@ class Gateway:
             one.becomes("trying")
             shutil.rmtree(answers, ignore_errors=True)
             try:
-                write_answer(self.answering(one.folder / "slices"), answers)
+                made = self.answering(one.folder / "slices")
+                if Series(one.folder).slices != one.slices:  # some came meanwhile, which were not looked at
+                    return
+                write_answer(made, answers)
             except Exception as error:
                 log.error("series %s: no answer: %s; state.json says why", name, type(error).__name__)
                 lasting = isinstance(error, ValueError)

@@ -150,6 +150,24 @@ def test_slices_that_come_again_are_a_new_answer_if_they_differ(queue, slices):
     assert len({made.SOPInstanceUID for made in kept}) == 4
 
 
+@pytest.mark.slow
+def test_an_answer_refers_to_no_slice_that_came_while_it_was_made(queue, slices, tmp_path):
+    late, seen = tmp_path / "late", []
+    late.mkdir()
+    (slices / "0023.dcm").rename(late / "0023.dcm")
+
+    def meanwhile(path):
+        seen.append(len(list(path.iterdir())))
+        if len(seen) == 1:
+            assert send(late, own) == [0]
+        return answering(path)
+
+    with archive() as (port, kept), gateway(queue, port, meanwhile).serving(0) as own:
+        send(slices, own)
+        wait_until(lambda: states(queue) == ["sent"])
+    assert (seen, reports(kept)) == ([23, 24], [24])
+
+
 def test_folder_is_one_gateways_and_what_else_is_in_it_stays(queue):
     other = queue / "other" / "work.tmp"
     other.parent.mkdir(parents=True)
