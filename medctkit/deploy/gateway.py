@@ -100,7 +100,8 @@ class Gateway:
             raise ValueError("nobody may call: name the titles that may, or allow everyone")
         self.folder, self.answering, self.destination = Path(folder).expanduser(), answering, destination
         self.allowed, self.title, self.limits = allowed, title, limits
-        self._stop, self._lock, self._not_before = threading.Event(), threading.Lock(), 0.0
+        self._stop, self._lock = threading.Event(), threading.Lock()
+        self._not_before = dict[Path | None, float]()  # s, of an answer that was refused; None: of all, nobody is there
         self._known = dict[Path, Series]()
 
     @contextmanager
@@ -216,13 +217,11 @@ class Gateway:
                 lasting = isinstance(error, ValueError)
                 return one.becomes("failed" if lasting else "trying", f"{type(error).__name__}: {error}")
             one.becomes("ready")
-        if time.time() < self._not_before:
+        if any(time.time() < self._not_before.get(of, 0) for of in (None, one.folder)):
             return
         if self._send(name, answers):
             log.info("series %s: answered", name)
             one.becomes("sent")
-        else:
-            self._not_before = time.time() + self.limits.retry
 
     def _send(self, name: str, answer: Path) -> bool:
         from pynetdicom import AE
@@ -236,21 +235,27 @@ class Gateway:
             link = entity.associate(peer.host, peer.port, ae_title=peer.title)
         except (OSError, ValueError) as error:  # an address, or a kind of object, that cannot be
             log.warning("series %s waits: %s, calling %s", name, type(error).__name__, peer.title)
-            return False
+            return self._later(None)
         if not link.is_established:
             log.warning("series %s waits: %s does not take calls", name, peer.title)
-            return False
+            return self._later(None)
         try:
             codes = [link.send_c_store(made).get("Status") for made in answers]
         except (RuntimeError, ValueError) as error:  # the link broke; a kind of object is not taken
             log.warning("series %s waits: %s, from %s", name, type(error).__name__, peer.title)
-            return False
+            return self._later(answer.parent)
         finally:
             link.release()
         refused = [code for code in codes if code is None or not (code == 0 or code >> 12 == 0xB)]
         if refused:
             log.warning("series %s waits: %s answers with %s", name, peer.title, refused[0])
-        return not refused
+            return self._later(answer.parent)
+        return True
+
+    def _later(self, of: Path | None) -> bool:
+        """Not taken: another try after a while, of one series, so that no other waits for it, or of all."""
+        self._not_before[of] = time.time() + self.limits.retry
+        return False
 
     def _forget(self) -> None:
         """Take away what was settled long ago."""
@@ -260,6 +265,7 @@ class Gateway:
                 if old and self._series(state.parent).settled:
                     shutil.rmtree(state.parent)
                     self._known.pop(state.parent, None)
+                    self._not_before.pop(state.parent, None)
                     with suppress(OSError):  # other series of the study
                         state.parent.parent.rmdir()
 

@@ -168,6 +168,17 @@ def test_an_answer_refers_to_no_slice_that_came_while_it_was_made(queue, slices,
     assert (seen, reports(kept)) == ([23, 24], [24])
 
 
+@pytest.mark.slow
+def test_an_answer_that_is_refused_keeps_no_other_waiting(queue, slices, tmp_path):
+    _, other = write_phantom(tmp_path / "other", PatientID="MRN-1")
+    with archive(refused=PATIENT["PatientID"]) as (port, kept), gateway(queue, port).serving(0) as own:
+        send(slices, own)
+        wait_until(lambda: states(queue) == ["ready"])
+        send(other, own)
+        wait_until(lambda: sorted(states(queue)) == ["ready", "sent"])
+    assert {made.PatientID for made in kept} == {"MRN-1"}
+
+
 def test_folder_is_one_gateways_and_what_else_is_in_it_stays(queue):
     other = queue / "other" / "work.tmp"
     other.parent.mkdir(parents=True)

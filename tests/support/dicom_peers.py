@@ -52,12 +52,17 @@ def send(folder, port, calling="SCANNER", called="MEDCTKIT"):
 
 
 @contextmanager
-def archive(port=0):
-    """A service that keeps what it is sent: its port, and the objects, in the order of their coming."""
+def archive(port=0, refused=""):
+    """A service that keeps what it is sent: its port, and the objects, in the order of their coming.
+
+    Those about the patient whose number is `refused` it does not take.
+    """
     kept = []
 
     def keep(event):
         dataset = event.dataset
+        if dataset.PatientID == refused:
+            return 0xA900
         dataset.file_meta = event.file_meta
         kept.append(dataset)
         return 0
