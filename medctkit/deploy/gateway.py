@@ -120,6 +120,7 @@ class Gateway:
             entity.add_supported_context(kind, ALL_TRANSFER_SYNTAXES)
         entity.add_supported_context("1.2.840.10008.1.1")  # C-ECHO
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._stop.clear()
         worker = threading.Thread(target=self._work, name="answers")
         with ExitStack() as stack:
             try:
@@ -187,16 +188,15 @@ class Gateway:
 
     def _work(self) -> None:
         while not self._stop.wait(_PAUSE):
-            try:
+            with _going_on():
                 with self._lock:
                     waiting = self.waiting()
                 for one in waiting:
                     if not self._stop.is_set() and time.time() - one.latest >= self.limits.quiet:
-                        one = self._known[one.folder] = Series(one.folder)  # no slice is missed now
-                        self._settle(one)
+                        with _going_on():
+                            one = self._known[one.folder] = Series(one.folder)  # no slice is missed now
+                            self._settle(one)
                 self._forget()
-            except Exception as error:  # the disk, for one; the next look may find it mended
-                log.error("the queue stumbled: %s", type(error).__name__)
 
     def _settle(self, one: "Series") -> None:
         """Answer a series, or send what is ready."""
@@ -303,6 +303,15 @@ class Series:
         self.state, self.tries = state, self.tries + (state == "trying" and not reason)
         content = {"slices": self.slices, "state": state, "tries": self.tries, "reason": reason}
         write_json(content, self.folder / "state.json")
+
+
+@contextmanager
+def _going_on() -> Iterator[None]:
+    """Log what goes wrong, the disk for one, by its kind; the next look may find it mended."""
+    try:
+        yield
+    except Exception as error:
+        log.error("the queue stumbled: %s", type(error).__name__)
 
 
 def _digest(text: str) -> str:

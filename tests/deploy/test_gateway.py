@@ -179,6 +179,17 @@ def test_an_answer_that_is_refused_keeps_no_other_waiting(queue, slices, tmp_pat
     assert {made.PatientID for made in kept} == {"MRN-1"}
 
 
+def test_what_goes_wrong_with_one_series_stops_no_other_and_a_gateway_may_serve_again(queue, monkeypatch):
+    seen, service = [], gateway(queue, 1, limits=Limits(quiet=0))
+    monkeypatch.setattr(service, "_settle", lambda one: 1 / (seen.append(one.folder.name) or 0))
+    for name in ("one", "two"):
+        (queue / "study" / name / "slices").mkdir(parents=True)
+    for _ in range(2):
+        seen.clear()
+        with service.serving(0):
+            wait_until(lambda: {*seen} == {"one", "two"}, 20)
+
+
 def test_folder_is_one_gateways_and_what_else_is_in_it_stays(queue):
     other = queue / "other" / "work.tmp"
     other.parent.mkdir(parents=True)
