@@ -5,7 +5,7 @@ digests of base model, adapter and vocabulary. It is *preliminary* and *unverifi
 only. Findings have codes of the kit's own (scheme 99MEDCTKIT), for CT-RATE's 18 names are wider or narrower than the
 nearest codes of SNOMED.
 
-UIDs are made from the slices, the model and the scores, so that an answer that is given twice is one answer.
+UIDs are made from patient, slices, model and scores, so that an answer that is given twice is one answer.
 """
 
 import io
@@ -72,7 +72,8 @@ def answer(
         slices, _ = chosen_series(path, series)
         slices = list({tuple(s.required("ImagePositionPatient", 3).round(2)): s for s in slices}.values())  # no copies
         said, sources = _sources(slices)
-        uid = partial(_uid, *(s.SOPInstanceUID for s in sources), *facts.items(), *scores.items())
+        about = (said.get(name) for name in _EMPTY_OR_COPIED)
+        uid = partial(_uid, *about, *sorted(s.SOPInstanceUID for s in sources), *facts.items(), *scores.items())
         found = [_report(sources, scores, facts, uid), _capture(sources[0], picture, facts, uid)]
         if heat_map is not None and "FrameOfReferenceUID" in sources[0]:
             found += _segmentation(slices, sources, heat_map, facts, uid)

@@ -98,6 +98,17 @@ def test_same_answer_has_the_same_uids_and_another_has_others(study):
     assert not {*uids.values()} & {made.SOPInstanceUID for made in [*other, *answers(study[1]).values()]}
 
 
+def test_uids_are_the_same_whatever_files_are_called_and_others_for_a_corrected_patient(study, tmp_path):
+    first, turned = answers(study[1])["SR"].SOPInstanceUID, tmp_path / "turned"
+    turned.mkdir()
+    for i, path in enumerate(sorted(study[1].iterdir(), reverse=True)):
+        shutil.copy(path, turned / f"{i:04}.dcm")
+    assert answers(turned)["SR"].SOPInstanceUID == first
+    for path in turned.iterdir():
+        change(path, PatientID="MRN-1")
+    assert answers(turned)["SR"].SOPInstanceUID != first
+
+
 def stored(volume, found):
     """A segmentation as a mask of the volume, put where its frames say."""
     mask, pixels = np.zeros(volume.shape, bool), found.pixel_array.reshape(-1, found.Rows, found.Columns)
