@@ -194,6 +194,7 @@ def _segmentation(
 
     low, _ = heat_map.limits
     least = max(np.quantile(heat_map.values, 1 - TOP_SHARE), np.nextafter(np.float32(low), np.float32(np.inf)))
+    _agree(slices, sources)
     masks = np.stack([_values_on(item, heat_map) >= least for item in slices])
     if not masks.any():
         return []
@@ -208,6 +209,25 @@ def _segmentation(
         content_description=f"Highest {TOP_SHARE:.0%} of a map. {NOTICE}", **_made(facts, uid, "map"),
     )  # fmt: skip
     return [made]
+
+
+def _agree(slices: Sequence[Slice], sources: list[Dataset]) -> None:
+    """Let all sources say alike what slices have in common, which headers round, leave empty, or say of each frame."""
+    import highdicom as hd
+
+    axes, spacing = slices[0].required("ImageOrientationPatient", 6), slices[0].required("PixelSpacing", 2)
+    along = [item.required("ImagePositionPatient", 3) @ np.cross(axes[:3], axes[3:]) for item in slices]
+    given = slices[0].numbers("SliceThickness")
+    thickness = float(given[0]) if given is not None and given[0] > 0 else np.ptp(along) / max(1, len(along) - 1)
+    for source in sources:
+        if "PerFrameFunctionalGroupsSequence" in source:
+            shared = (source.get("SharedFunctionalGroupsSequence") or [Dataset()])[0]
+            shared.PlaneOrientationSequence = hd.PlaneOrientationSequence("PATIENT", axes.tolist())
+            shared.PixelMeasuresSequence = hd.PixelMeasuresSequence(spacing.tolist(), float(thickness))
+            source.SharedFunctionalGroupsSequence = [shared]
+        else:
+            source.ImageOrientationPatient = slices[0].header.ImageOrientationPatient
+            source.SliceThickness = f"{thickness:.9g}"
 
 
 def _values_on(item: Slice, heat_map: HeatMap) -> np.ndarray:

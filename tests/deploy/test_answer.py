@@ -109,6 +109,35 @@ def test_uids_are_the_same_whatever_files_are_called_and_others_for_a_corrected_
     assert answers(turned)["SR"].SOPInstanceUID != first
 
 
+def frames_that_say_all(folder):
+    """One file, of which each frame says for itself how it lies."""
+    path = enhanced(sorted(folder.glob("*.dcm")), folder / "whole.dcm")
+    whole = dcmread(path)
+    (shared,) = whole.SharedFunctionalGroupsSequence
+    for frame in whole.PerFrameFunctionalGroupsSequence:
+        frame.update(shared)
+    del whole.SharedFunctionalGroupsSequence
+    whole.save_as(path)
+
+
+def rounded(folder):
+    """The direction of a row is not in all slices the same."""
+    change(folder / "0003.dcm", ImageOrientationPatient=[1, 1e-4, 0, -1e-4, 1, 0])
+
+
+@pytest.mark.parametrize("thickness", [None, "", "0"])
+@pytest.mark.parametrize("spoil", [lambda folder: None, rounded, frames_that_say_all])
+def test_segmentation_is_made_whatever_a_scanner_leaves_out_or_says_of_each_frame(study, thickness, spoil):
+    volume, folder = study
+    for path in folder.glob("*.dcm"):
+        change(path, SliceThickness=thickness)
+    spoil(folder)
+    found = answers(folder, volume)["SEG"]
+    assert np.array_equal(stored(volume, found), heat_map(volume).on_voxels(volume) > 0)
+    measures = found.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
+    assert measures.SliceThickness == pytest.approx(volume.spacing[0], abs=1e-3)
+
+
 def stored(volume, found):
     """A segmentation as a mask of the volume, put where its frames say."""
     mask, pixels = np.zeros(volume.shape, bool), found.pixel_array.reshape(-1, found.Rows, found.Columns)
