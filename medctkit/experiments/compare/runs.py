@@ -92,9 +92,10 @@ class Job:
     def tuned(self) -> "Job":
         """The run, without rate and seed, whose learning rate and dialect it has: with all studies, all of them right.
 
-        Only a rank and what is held out make another rate; sizes, noise and remedies have that of the plain method.
+        Only a rank, what is held out and another loss make another rate; sizes, noise and remedies have that of the
+        plain method.
         """
-        return Job(SWEEP, self.method, self.rank, variant=self.variant * (self.variant == "unseen"))
+        return Job(SWEEP, self.method, self.rank, variant=self.variant * (self.variant in ("unseen", "prevalence")))
 
 
 LORA = Job(SWEEP, "lora", METHODS["lora"].rank)  # whose dialect the others have
@@ -107,6 +108,7 @@ def _of(group: str, *methods: str, **other: Any) -> list[Job]:
 # By question, most needed first, the runs of one seed; they have no learning rate yet.
 GROUPS: dict[str, list[Job]] = {
     "rivals": _of("rivals", BASE, *RIVALS, *PLACEMENTS, "full"),
+    "loss": _of("loss", BASE, "lora") + _of("loss", "lora", variant="prevalence"),
     "unseen": _of("unseen", BASE, "lora") + _of("unseen", "lora", variant="unseen"),
     "placement": _of("placement", BASE, *PLACEMENTS, "lora-mlp", "lora-all"),
     "methods": _of("methods", BASE, PROBE, *METHODS),
@@ -233,6 +235,8 @@ def _config(job: Job, settings: FineTuneConfig) -> FineTuneConfig:
     own["rate_of_b"] = METHODS[job.method].rate_of_b
     if job.variant == "unseen":
         own["contrastive_weight"] = 0.0
+    if job.variant == "prevalence":
+        own["prevalence"] = True
     if job.variant.startswith("anchor-"):
         own["anchor_weight"] = float(job.variant.removeprefix("anchor-"))
     return replace(settings, **own, prompts=report_prompts(job.dialect))
