@@ -107,7 +107,9 @@ def test_the_joint_loss_is_the_weighted_sum_and_leaves_out_what_has_no_weight():
     prompts, temperature = F.normalize(torch.randn(36, 8), dim=1), torch.tensor(1.0)
     batch = {"report_id": torch.arange(4), "labels": torch.randint(0, 2, (4, 18))}
     both = joint_loss(images, texts, prompts, batch, temperature, 2.0, 0.5)
-    assert joint_loss(images, texts, prompts, batch, temperature, 2.0, 0.5, prevalence=True)["prompts"] != both["prompts"]
+    assert (
+        joint_loss(images, texts, prompts, batch, temperature, 2.0, 0.5, prevalence=True)["prompts"] != both["prompts"]
+    )
     assert both["contrastive"] == contrastive_loss(images, texts, 1.0)
     assert both["prompts"] == finding_prompt_loss(images, prompts[:18], prompts[18:], batch["labels"], math.e)
     assert both["loss"].item() == pytest.approx(2 * both["contrastive"].item() + 0.5 * both["prompts"].item())

@@ -72,7 +72,7 @@ TABLES: dict[str, Shown] = {
     "loss": Shown(
         "loss", lambda found: method_table(found, "loss"),
         f"{_SCORES} auroc_sd stayed learning_rate dialect test_calibration_error home_over_base",
-        f"LoRA, prevalence: {VARIANTS['prevalence']}.",
+        "; ".join(f"{name}: {VARIANTS[name]}" for name in ("prevalence", "contrastive")),
     ),
     "unseen": Shown(
         "unseen", unseen_table, "findings prompts base adapted gain taught taught_gain",
