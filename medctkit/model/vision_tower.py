@@ -141,8 +141,12 @@ class Attention(nn.Module):
         """Queries, keys and values (b, heads, n, dim_head) of tokens (b, n, c)."""
         q, (k, v) = self.to_q(self.norm(x)), self.to_kv(x).chunk(2, dim=-1)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
-        q, k = F.normalize(q, dim=-1) * self.q_scale, F.normalize(k, dim=-1) * self.k_scale
+        q, k = self.unit(q) * self.q_scale, self.unit(k) * self.k_scale
         return q.to(v.dtype), k.to(v.dtype), v
+
+    def unit(self, x: torch.Tensor) -> torch.Tensor:
+        """Vectors (..., dim_head) made one long."""
+        return F.normalize(x, dim=-1)
 
     def probabilities(self, q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """The attention map (b, heads, n queries, n keys) of queries and keys; each row sums to one."""
