@@ -1,6 +1,7 @@
 """Gradients of a large batch from small ones, and of several processes, against plain autograd."""
 
 import copy
+from itertools import product
 
 import pytest
 import torch
@@ -77,12 +78,13 @@ def by_parts(model, data, parts, accelerator, weights=(1.0, 1.0)):
     return losses, gradients(model)
 
 
-@torch.no_grad()
-def codes(model, data, parts):
-    """The quantiser's choices, of one batch or of small ones."""
-    tower = model.vision_encoder
-    small = torch.stack([item["pixel_values"] for item in data]).chunk(parts)
-    return torch.cat([tower.vq.nearest(tower.encode(volumes)) for volumes in small])
+def at_a_border(model, data, parts):
+    """Whether a token lies so near two codes that rounding chooses: in one batch or in small ones, both passes."""
+    tower, whole, found = model.vision_encoder, torch.stack([item["pixel_values"] for item in data]), []
+    for n, gradients_too in product((1, parts), (False, True)):
+        with torch.set_grad_enabled(gradients_too):
+            found.append(torch.cat([tower.vq.nearest(tower.encode(volumes)) for volumes in whole.chunk(n)]))
+    return any(not torch.equal(found[0], other) for other in found[1:])
 
 
 def assert_same(one, other, rest=()):
@@ -101,7 +103,7 @@ def assert_same(one, other, rest=()):
 def test_small_batches_give_the_gradient_of_the_whole(accelerator, weights, seed, power):
     model, data = whole_model(), tiny_data(16, seed)
     data[9] = data[9] | {"report": data[2]["report"]}  # two reconstructions of one scan, in different small batches
-    assume(torch.equal(codes(model, data, 1), codes(model, data, 2**power)))  # none at the border of two codes
+    assume(not at_a_border(model, data, 2**power))
     losses, expected = by_autograd(model, data, weights)
     found, got = by_parts(model, data, 2**power, accelerator, weights)
     assert found["loss"].item() == pytest.approx(losses["loss"].item(), rel=1e-6)
