@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from medctkit.cohort.dataset import CTReportDataset
 from medctkit.common.atomic import replacing
+from medctkit.common.digests import digest_of_facts
 from medctkit.common.provenance import made_with, write_json
 from medctkit.deploy.export import export, write_facts
 from medctkit.deploy.exported import FACTS, Exported
@@ -30,7 +31,7 @@ from medctkit.lora.adapter import load_adapter, merge_lora
 from medctkit.metrics.bootstrap import RESAMPLES
 from medctkit.metrics.scores import compare, thresholds_from_validation
 from medctkit.model.base_model import BaseModel
-from medctkit.model.fingerprint import digest_of_facts, digests
+from medctkit.model.fingerprint import digests
 from medctkit.zero_shot.classifier import ZeroShotClassifier
 from medctkit.zero_shot.prompts import Prompts
 

@@ -21,9 +21,9 @@ from medctkit.common.atomic import replacing
 from medctkit.common.extras import require
 from medctkit.common.provenance import made_with, write_json
 from medctkit.common.templates import filled
-from medctkit.deploy.exported import FACTS, PROMPTS, VISION, Exported
+from medctkit.deploy.exported import FACTS, PROMPTS, VISION, Exported, sealed
 from medctkit.lora.adapter import merge_lora
-from medctkit.model.fingerprint import digest_of_facts, digests, vocabulary_of
+from medctkit.model.fingerprint import digests, vocabulary_of
 from medctkit.model.vision_tower import VisionTransformer
 from medctkit.zero_shot.classifier import ZeroShotClassifier, evaluating
 from medctkit.zero_shot.prompts import Prompts
@@ -84,21 +84,20 @@ def export(
         "base": base, "adapter": adapter, "vocabulary": vocabulary_of(tokenizer),
         "prompts": prompts if isinstance(prompts, str) else "own", "made_with": made_with(0, "none"),
     }  # fmt: skip
-    facts["digest"] = digest_of_facts(facts)
     with replacing_export(folder) as building:
         difference = (stating - denying).cpu().numpy()
         scale = np.float32(plain.temperature.detach().exp())
-        np.savez(building / PROMPTS, differences=difference, scale=scale, digest=facts["digest"])
-        write_json(facts, building / FACTS)
+        np.savez(building / PROMPTS, differences=difference, scale=scale)
         shape = (1, *config.shape)
         with evaluating(plain):
             vision = Vision(plain).eval()
             example, outputs = {"volumes": torch.zeros(2, *shape)}, ["embeds", "codes"]
-            _save(vision, example, _sizes(), outputs, building / VISION, facts["digest"])
+            _save(vision, example, _sizes(), outputs, building / VISION)
+            write_json(sealed(facts, building), building / FACTS)
             facts["checked"] = prove(Exported(building), vision, shape)
         if text:
             tokenizer.save_pretrained(building / "text")
-            _text_to_onnx(plain, tokenizer, building / "text" / "text.onnx", facts["digest"])
+            _text_to_onnx(plain, tokenizer, building / "text" / "text.onnx")
         write_facts(building, facts)
     return Path(folder).expanduser()
 
@@ -138,7 +137,7 @@ def replacing_export(folder: str | os.PathLike) -> Iterator[Path]:
 
 def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
     """Write export.json and, from it, the model card."""
-    write_json(dict(facts), folder / FACTS)
+    write_json(sealed(facts, folder), folder / FACTS)
     size = sum(file.stat().st_size for file in folder.glob("vision.*")) / 1e6
     card = filled("export.md", facts=facts, megabytes=size, tolerance=TOLERANCE)
     with replacing(folder / "README.md") as temporary:
@@ -194,7 +193,7 @@ def _ties(vision: nn.Module, volumes: torch.Tensor, codes: np.ndarray, own_codes
     return (codes != own_codes) & (nearer.abs() <= TIE).numpy()
 
 
-def _text_to_onnx(model: Any, tokenizer: Any, path: Path, digest: str) -> None:
+def _text_to_onnx(model: Any, tokenizer: Any, path: Path) -> None:
     class Text(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -206,7 +205,7 @@ def _text_to_onnx(model: Any, tokenizer: Any, path: Path, digest: str) -> None:
     words = tokenizer(["A nodule is seen.", "No."], padding=True, return_tensors="pt")
     example = {name: words[name] for name in ("input_ids", "attention_mask")}
     with evaluating(model):
-        _save(Text().eval(), example, _sizes(model.longest_text), ["embeds"], path, digest)
+        _save(Text().eval(), example, _sizes(model.longest_text), ["embeds"], path)
 
 
 def _sizes(words: int | None = None) -> dict[int, Any]:
@@ -215,9 +214,7 @@ def _sizes(words: int | None = None) -> dict[int, Any]:
     return batch if words is None else batch | {1: torch.export.Dim("words", min=2, max=words)}
 
 
-def _save(
-    module: nn.Module, example: Mapping[str, torch.Tensor], sizes: dict, outputs: list[str], path: Path, digest: str
-) -> None:
+def _save(module: nn.Module, example: Mapping[str, torch.Tensor], sizes: dict, outputs: list[str], path: Path) -> None:
     """Write ONNX; the `example` has the inputs, all with the same axes of any size."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own deprecations
@@ -226,5 +223,4 @@ def _save(
             input_names=[*example], output_names=outputs, opset_version=OPSET, verbose=False,
         )  # fmt: skip
     assert program is not None
-    program.model.metadata_props["digest"] = digest
     program.save(path)

@@ -2,17 +2,19 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from medctkit.common.digests import digest_of_facts, sha256_of
 from medctkit.common.extras import require
 
 VISION, PROMPTS, FACTS = "vision.onnx", "prompts.npz", "export.json"
 LARGEST = 1.01  # of a volume's values, whose limits are -1 and 1
 OPENVINO = "vision.xml"  # in place of VISION, with its weights in vision.bin
+Facts = dict[str, Any]
 Run = Callable[[np.ndarray], list[np.ndarray]]  # volumes to embeddings and codes
 
 
@@ -23,7 +25,7 @@ class Exported:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: files of different exports.
+        ValueError: a file is not as it was written.
         ImportError: the runtime is not installed.
     """
 
@@ -33,13 +35,10 @@ class Exported:
         for name in (vision, PROMPTS, FACTS):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} has no {name}; expected a folder that `medctkit export` wrote")
-        self.facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        self._run, own = (_openvino if vision == OPENVINO else _onnx_runtime)(folder / vision, threads)
+        self.facts: Facts = _read_facts(folder)
+        self._run = (_openvino if vision == OPENVINO else _onnx_runtime)(folder / vision, threads)
         with np.load(folder / PROMPTS, allow_pickle=False) as file:
-            self._differences, scale, digest = file["differences"], file["scale"], str(file["digest"])
-        self._scale = float(scale)
-        if not own == digest == self.facts["digest"]:
-            raise ValueError(f"{folder} mixes files of different exports; export anew into an empty folder")
+            self._differences, self._scale = file["differences"], float(file["scale"])
         self.findings: tuple[str, ...] = tuple(self.facts["findings"])
 
     def encode_image(self, volumes: np.ndarray) -> np.ndarray:
@@ -75,25 +74,51 @@ class Exported:
         return 1 / (1 + np.exp(-self._scale * embeds @ self._differences.T))
 
 
-def _onnx_runtime(path: Path, threads: int | None) -> tuple[Run, str | None]:
-    """What runs a file, and the digest in it."""
+def sealed(facts: Mapping[str, Any], folder: Path) -> Facts:
+    """Facts with the SHA-256 of each file that volumes are scored with, and a digest of it all."""
+    facts = {**facts, "files": _sums(folder)}
+    return facts | {"digest": _digest_of(facts)}
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    return {path.name: sha256_of(path) for path in (*sorted(folder.glob("vision.*")), folder / PROMPTS)}
+
+
+def _digest_of(facts: Mapping[str, Any]) -> str:
+    return digest_of_facts({name: value for name, value in facts.items() if name != "digest"})
+
+
+def _read_facts(folder: Path) -> Facts:
+    """What `sealed` made, of just the files that are there."""
+    try:
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        files = dict(facts["files"]) if facts["digest"] == _digest_of(facts) else {}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        files = {}
+    now = _sums(folder)
+    if changed := [name for name in now | files if now.get(name) != files.get(name)]:
+        path = folder / (changed[0] if files else FACTS)
+        raise ValueError(f"{path} is not as it was written there; get the export again, or export anew")
+    return facts
+
+
+def _onnx_runtime(path: Path, threads: int | None) -> Run:
+    """What runs a file."""
     require("deploy", "onnxruntime")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    digest = session.get_modelmeta().custom_metadata_map.get("digest")
-    return lambda volumes: session.run(None, {"volumes": volumes}), digest
+    return lambda volumes: session.run(None, {"volumes": volumes})
 
 
-def _openvino(path: Path, threads: int | None) -> tuple[Run, str | None]:
-    """What runs a file, in float32 whatever the processor would rather do, and the digest in it."""
+def _openvino(path: Path, threads: int | None) -> Run:
+    """What runs a file, in float32 whatever the processor would rather do."""
     require("openvino", "openvino")
     import openvino
 
     model = openvino.Core().read_model(path)
-    digest = model.get_rt_info("digest").astype(str) if model.has_rt_info("digest") else None
     options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads or 0}
     compiled = openvino.Core().compile_model(model, "CPU", options)
-    return lambda volumes: list(compiled(volumes).values()), digest
+    return lambda volumes: list(compiled(volumes).values())

@@ -15,12 +15,9 @@ from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from medctkit.common.extras import require
 from medctkit.deploy.export import replacing_export, write_facts
 from medctkit.deploy.exported import OPENVINO, PROMPTS, VISION, Exported
-from medctkit.model.fingerprint import digest_of_facts
 
 
 def quantise(folder: str | os.PathLike, out: str | os.PathLike, kind: str) -> Path:
@@ -44,13 +41,11 @@ def quantise(folder: str | os.PathLike, out: str | os.PathLike, kind: str) -> Pa
         raise ValueError(f"{folder} is {facts['variant']} already; give what `medctkit export` wrote")
     if out.resolve() == folder.resolve():
         raise ValueError(f"{out} is what it is made from; give another folder")
-    facts = {name: facts[name] for name in facts if name not in ("checked", "digest", "measured")} | {"variant": kind}
-    facts["digest"] = digest_of_facts(facts)
+    facts = {name: facts[name] for name in facts if name not in ("checked", "measured")} | {"variant": kind}
     with replacing_export(out) as building:
         with _quiet():
-            KINDS[kind](folder / VISION, building, facts["digest"])
-        with np.load(folder / PROMPTS, allow_pickle=False) as file:
-            np.savez(building / PROMPTS, **{**file, "digest": np.array(facts["digest"])})
+            KINDS[kind](folder / VISION, building)
+        shutil.copy(folder / PROMPTS, building)
         if (folder / "text").is_dir():
             shutil.copytree(folder / "text", building / "text")
         write_facts(building, facts)
@@ -72,15 +67,14 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _dynamic(source: Path, folder: Path, digest: str) -> None:
+def _dynamic(source: Path, folder: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     quantize_dynamic(source, folder / VISION, op_types_to_quantize=["MatMul"], per_channel=True,
                      weight_type=QuantType.QInt8)  # fmt: skip
-    _sign(folder / VISION, digest)
 
 
-def _weights(source: Path, folder: Path, digest: str) -> None:
+def _weights(source: Path, folder: Path) -> None:
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
     from onnxruntime.quantization.onnx_model import ONNXModel
@@ -91,18 +85,9 @@ def _weights(source: Path, folder: Path, digest: str) -> None:
     quantiser.process()
     quantiser.model.clean_initializers()
     quantiser.model.save_model_to_file(folder / VISION)
-    _sign(folder / VISION, digest)
 
 
-def _sign(path: Path, digest: str) -> None:
-    import onnx
-
-    model = onnx.load(path)
-    onnx.helper.set_model_props(model, {"digest": digest})
-    onnx.save(model, path)
-
-
-def _openvino(source: Path, folder: Path, digest: str, int8: bool = False) -> None:
+def _openvino(source: Path, folder: Path, int8: bool = False) -> None:
     import openvino
 
     model = openvino.Core().read_model(source)
@@ -110,11 +95,10 @@ def _openvino(source: Path, folder: Path, digest: str, int8: bool = False) -> No
         import nncf
 
         model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
-    model.set_rt_info(digest, "digest")
     openvino.save_model(model, folder / OPENVINO, compress_to_fp16=False)
 
 
-KINDS: dict[str, Callable[[Path, Path, str], None]] = {
+KINDS: dict[str, Callable[[Path, Path], None]] = {
     "onnx int8 dynamic": _dynamic,
     "onnx int8 weights": _weights,
     "openvino float32": _openvino,

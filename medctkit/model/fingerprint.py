@@ -1,11 +1,11 @@
 """Which weights and words these are: digests over every value, so that they differ if any does."""
 
 import hashlib
-import json
 from typing import Any
 
 import torch
 
+from medctkit.common.digests import digest_of_facts
 from medctkit.model.protocol import Model
 
 
@@ -46,8 +46,3 @@ def vocabulary_of(tokenizer: Any) -> str:
     words = sorted(tokenizer.get_vocab().items()) if hasattr(tokenizer, "get_vocab") else []
     made = tokenizer(["No Pleural effusion; naïve, 3.5 cm (RLL)?"])["input_ids"]
     return digest_of_facts([words, [list(map(int, ids)) for ids in made]])
-
-
-def digest_of_facts(facts: Any) -> str:
-    """A digest of what JSON can hold."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]

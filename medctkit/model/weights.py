@@ -4,7 +4,6 @@ There is one strictness for all of them, base model, adapter or checkpoint of a 
 a point, all finite.
 """
 
-import hashlib
 import math
 import os
 import pickle
@@ -18,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from medctkit.common.atomic import replacing
+from medctkit.common.digests import sha256_of
 from medctkit.common.text import listed, stand_in
 
 SUMS = "SHA256SUMS"  # as `sha256sum` writes and checks it
@@ -72,22 +72,19 @@ def write_weights(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Map
 
 def write_sum(path: Path) -> None:
     """Write the SHA-256 of a file of weights beside it, for `read_weights` to find."""
-    with path.open("rb") as file, replacing(path.with_name(SUMS)) as temporary:
-        temporary.write_text(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n", encoding="utf-8")
+    with replacing(path.with_name(SUMS)) as temporary:
+        temporary.write_text(f"{sha256_of(path)}  {path.name}\n", encoding="utf-8")
 
 
 def _refuse_other_sum(path: Path) -> None:
     sums = path.with_name(SUMS)
     lines = sums.read_text(encoding="utf-8", errors="replace").splitlines() if sums.is_file() else []
     known = {name.lstrip(" *"): digest for digest, _, name in (line.partition(" ") for line in lines)}
-    if path.name in known:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != known[path.name].lower():
-            raise ValueError(
-                f"{path} is not the file that was saved there: its SHA-256 is {found}, by {sums} it should be "
-                f"{known[path.name]}. Download it again; if you changed it yourself, delete {SUMS}"
-            )
+    if path.name in known and (found := sha256_of(path)) != known[path.name].lower():
+        raise ValueError(
+            f"{path} is not the file that was saved there: its SHA-256 is {found}, by {sums} it should be "
+            f"{known[path.name]}. Download it again; if you changed it yourself, delete {SUMS}"
+        )
 
 
 def refuse_other_shapes(found: Mapping[str, torch.Tensor], expected: Mapping[str, tuple], message: str) -> None:

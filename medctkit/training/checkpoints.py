@@ -28,6 +28,7 @@ from torch.utils.data import Subset
 
 from medctkit.cohort.cache import content_of, key_of
 from medctkit.common.atomic import replacing
+from medctkit.common.digests import sha256_of
 from medctkit.common.processes import in_main_process
 from medctkit.common.provenance import differences, write_json
 from medctkit.findings import CT_RATE, FACTS, FINDINGS, refuse_other_findings
@@ -196,7 +197,7 @@ class Run:
             shutil.rmtree(self.adapter_dir, ignore_errors=True)  # of this run, killed when it was about to end
             os.replace(best, self.adapter_dir)
             files = [path for path in (*self.adapter_dir.iterdir(), self.output_dir / HISTORY) if path.is_file()]
-            sums = {path.relative_to(self.output_dir).as_posix(): _sum_of(path) for path in files}
+            sums = {path.relative_to(self.output_dir).as_posix(): sha256_of(path) for path in files}
             counts = {name: getattr(self, name) for name in _COUNTS}
             record = {"state": "finished", "made_of": dict(self.made_of), "files": sums} | counts
             write_json(record, self.output_dir / RECORD)
@@ -207,11 +208,6 @@ def _digest_of(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
     for name in sorted(tensors):
         add_tensor(digest, name, tensors[name])
     return digest.hexdigest()
-
-
-def _sum_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def finished_run(output_dir: str | os.PathLike) -> dict[str, Any]:
@@ -231,7 +227,7 @@ def finished_run(output_dir: str | os.PathLike) -> dict[str, Any]:
         )
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        changed = [name for name, told in record["files"].items() if _sum_of(output_dir / name) != told]
+        changed = [name for name, told in record["files"].items() if sha256_of(output_dir / name) != told]
         float(record["step"]), float(record["best_step"]), float(record["best_score"]), dict(record["made_of"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is damaged, or a file that it names is gone: {error}. Do the run again") from None

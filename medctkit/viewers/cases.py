@@ -19,9 +19,9 @@ from tqdm.auto import tqdm
 from medctkit.cohort.cache import content_of, key_of
 from medctkit.cohort.dataset import CTReportDataset
 from medctkit.cohort.manifest import has_file, load_manifest, study_from_row, validate_manifest, volume_from_row
+from medctkit.common.digests import digest_of_facts
 from medctkit.common.text import counted
 from medctkit.findings import FACTS, FINDINGS
-from medctkit.model.fingerprint import digest_of_facts
 from medctkit.scans.preprocessing import PreprocessConfig
 from medctkit.scans.volumes import CTVolume
 from medctkit.zero_shot.classifier import Embedded, ZeroShotClassifier

@@ -16,7 +16,6 @@ from medctkit.cli import app
 from medctkit.deploy import export as exporting
 from medctkit.deploy.export import ExportDiffers, export
 from medctkit.deploy.exported import FACTS, PROMPTS, VISION, Exported
-from medctkit.deploy.quantise import _sign
 from medctkit.experiments.adapt import Origin
 from medctkit.lora.adapter import add_lora, save_adapter
 from medctkit.model.base_model import load_mini_base
@@ -40,9 +39,8 @@ def folder(adapted, tmp_path_factory):
 def traced_before(folder, monkeypatch):
     """The same model gives the same graph: it is copied, for to trace it takes the longest."""
 
-    def copied(module, example, sizes, outputs, path, digest):
+    def copied(module, example, sizes, outputs, path):
         shutil.copy(folder / VISION, path)
-        _sign(path, digest)
 
     monkeypatch.setattr(exporting, "_save", copied)
 
@@ -144,8 +142,31 @@ def test_folders_are_not_mixed_or_taken(adapted, folder, tmp_path):
         (other / name).write_bytes((folder / name).read_bytes())
     with pytest.raises(FileNotFoundError, match=FACTS):
         Exported(other)
-    (other / FACTS).write_text(json.dumps(json.loads((folder / FACTS).read_text()) | {"digest": "0"}))
-    with pytest.raises(ValueError, match="different exports"):
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [VISION, PROMPTS, FACTS])
+def test_a_changed_byte_of_any_file_is_found(folder, tmp_path, name):
+    other = shutil.copytree(folder, tmp_path / "copy")
+    for at in np.random.default_rng(0).integers(0, (other / name).stat().st_size, 3):
+        content = bytearray((folder / name).read_bytes())
+        content[at] ^= 1
+        (other / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} is not as it was written"):
+            Exported(other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [
+    lambda facts: facts | {"findings": facts["findings"][::-1]},
+    lambda facts: {name: facts[name] for name in facts if name != "files"},
+    lambda facts: facts | {"files": {}},
+    lambda facts: [],
+])  # fmt: skip
+def test_facts_of_another_export_are_found(folder, tmp_path, change):
+    other = shutil.copytree(folder, tmp_path / "copy")
+    (other / FACTS).write_text(json.dumps(change(json.loads((folder / FACTS).read_text()))))
+    with pytest.raises(ValueError, match=f"{FACTS} is not as it was written"):
         Exported(other)
 
 
