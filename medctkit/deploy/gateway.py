@@ -219,15 +219,18 @@ class Gateway:
             one.becomes("ready")
         if any(time.time() < self._not_before.get(of, 0) for of in (None, one.folder)):
             return
-        if self._send(name, answers):
+        made = _read(answers)
+        if not made:
+            log.warning("series %s: its answer cannot be read, and is made again", name)
+            return one.becomes("trying", "its answer could not be read")
+        if self._send(one, made):
             log.info("series %s: answered", name)
             one.becomes("sent")
 
-    def _send(self, name: str, answer: Path) -> bool:
+    def _send(self, one: "Series", answers: list[Dataset]) -> bool:
         from pynetdicom import AE
 
-        answers = [dcmread(file) for file in sorted(answer.glob("*.dcm"))]
-        entity = AE(self.title)
+        name, entity = one.folder.name, AE(self.title)
         for made in answers:
             entity.add_requested_context(made.SOPClassUID, made.file_meta.TransferSyntaxUID)
         peer = self.destination
@@ -243,13 +246,13 @@ class Gateway:
             codes = [link.send_c_store(made).get("Status") for made in answers]
         except (RuntimeError, ValueError) as error:  # the link broke; a kind of object is not taken
             log.warning("series %s waits: %s, from %s", name, type(error).__name__, peer.title)
-            return self._later(answer.parent)
+            return self._later(one.folder)
         finally:
             link.release()
         refused = [code for code in codes if code is None or not (code == 0 or code >> 12 == 0xB)]
         if refused:
             log.warning("series %s waits: %s answers with %s", name, peer.title, refused[0])
-            return self._later(answer.parent)
+            return self._later(one.folder)
         return True
 
     def _later(self, of: Path | None) -> bool:
@@ -312,6 +315,14 @@ def _going_on() -> Iterator[None]:
         yield
     except Exception as error:
         log.error("the queue stumbled: %s", type(error).__name__)
+
+
+def _read(folder: Path) -> list[Dataset]:
+    """The objects of an answer; none if one of them cannot be read."""
+    try:
+        return [dcmread(file) for file in sorted(folder.glob("*.dcm"))]
+    except Exception:  # whatever a damaged file may do to a parser
+        return []
 
 
 def _digest(text: str) -> str:

@@ -111,6 +111,19 @@ def test_answer_waits_for_its_destination_and_is_made_once(queue, slices):
     assert len(made) == 1
 
 
+@pytest.mark.parametrize("spoil", [lambda path: path.write_bytes(b"no DICOM"), lambda path: path.unlink()])
+def test_an_answer_that_cannot_be_read_any_more_is_made_again(queue, slices, spoil):
+    nobody = free_port()
+    with gateway(queue, nobody).serving(0) as own:
+        send(slices, own)
+        wait_until(lambda: states(queue) == ["ready"])
+    for made in queue.glob("*/*/answer/*.dcm"):
+        spoil(made)
+    with archive() as (port, kept), gateway(queue, port).serving(0):
+        wait_until(lambda: states(queue) == ["sent"])
+    assert sorted(made.Modality for made in kept) == ["OT", "SR"]
+
+
 @pytest.mark.slow
 def test_late_slices_are_a_new_answer(queue, slices, tmp_path):
     late = tmp_path / "late"
