@@ -109,9 +109,16 @@ class CTCLIPConfig(PretrainedConfig):
         size = vision["image_size"]
         if isinstance(size, list) and len(size) != 2:
             raise ValueError(f"vision_config 'image_size' must be an int or [h, w], got {size!r}")
-        for window in vision["windows"] or ():
-            if len(window) != 2 or not window[0] < window[1]:
-                raise ValueError(f"vision_config 'windows' must be pairs of HU, the lower end first, got {window!r}")
+        try:
+            bad = [
+                window
+                for window in vision["windows"] or ()
+                if not 0 < float(window[1]) - float(window[0]) or window[2:]
+            ]
+        except (TypeError, ValueError, LookupError):  # no numbers, or not two
+            bad = [vision["windows"]]
+        if bad:
+            raise ValueError(f"vision_config 'windows' must be pairs of HU, the lower end first, got {bad[0]!r}")
         others = ("image_size", "windows")
         sizes = [(f"vision_config {key!r}", value) for key, value in vision.items() if key not in others]
         sizes += [("vision_config 'image_size'", value) for value in (size if isinstance(size, list) else [size])]
@@ -128,6 +135,7 @@ class CTCLIPConfig(PretrainedConfig):
         ):
             if n % of[divisor]:
                 raise ValueError(f"{name} {n} must be a multiple of {divisor} {of[divisor]}")
+        PreprocessConfig.for_shape(self.volume_shape, self.spacing)  # refuses what is no spacing
 
     @property
     def volume_shape(self) -> tuple[int, int, int]:

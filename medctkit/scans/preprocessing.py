@@ -78,7 +78,7 @@ class PreprocessConfig:
     @classmethod
     def for_shape(cls, shape: tuple[int, int, int], spacing: Sequence[float] | None = None) -> "PreprocessConfig":
         """So many voxels along each axis (z, x, y) of `spacing` mm; None: of the released field of view, 360 mm."""
-        z, x, y = spacing or (FIELD_OF_VIEW / n for n in shape)
+        z, x, y = checked_spacing([FIELD_OF_VIEW / n for n in shape] if spacing is None else spacing, "(z, x, y)")
         return cls((z, x, y), shape, antialias=max(z, x, y) > ANTIALIAS_TARGET)
 
 

@@ -228,6 +228,10 @@ def test_configuration_survives_the_disk(tmp_path):
         ({"dim": 0}, None, "vision_config 'dim' must be a whole number of at least 1, got 0"),
         ({"heads": 2.5}, None, "'heads' must be a whole number of at least 1, got 2.5"),
         ({"windows": [[40, -160]]}, None, r"'windows' must be pairs of HU, the lower end first, got \[40, -160\]"),
+        ({"windows": [[0, 1], [1, 2, 3]]}, None, r"pairs of HU, the lower end first, got \[1, 2, 3\]"),
+        ({"windows": 5}, None, "pairs of HU, the lower end first, got 5"),
+        ({"windows": "lung"}, None, "pairs of HU, the lower end first, got 'lung'"),
+        ({"windows": [["a", "b"]]}, None, r"pairs of HU, the lower end first, got \[\['a', 'b'\]\]"),
         ({"depth": 4}, None, "unknown vision_config key 'depth'; expected dim, codebook_size"),
         ([4], None, "vision_config must be a dict, got list"),
         (None, {"hiden_size": 4}, "unknown text_config key 'hiden_size'; expected fields of BertConfig"),
@@ -240,6 +244,12 @@ def test_impossible_configurations_are_refused(vision, text, message):
         CTCLIPConfig(vision, text)
     with pytest.raises(ValueError, match="projection_dim must be .* got '512'"):
         CTCLIPConfig(projection_dim="512")
+
+
+@pytest.mark.parametrize("spacing", ["1.5", 5, [1, 2], [0, 1, 1], [1, None, 1], []])
+def test_a_configuration_with_another_spacing_than_three_lengths_is_refused(spacing):
+    with pytest.raises(ValueError, match="spacing .*: expected three positive lengths in mm"):
+        CTCLIPConfig(spacing=spacing)
 
 
 # --- the released layout and its loader ---------------------------------------------------------

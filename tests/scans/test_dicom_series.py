@@ -221,6 +221,8 @@ def test_links_that_lead_nowhere_are_named(tmp_path):
         (dict(SamplesPerPixel=3, PhotometricInterpretation="RGB"), "holds RGB with 3 .* Get the original slices"),
         (dict(Rows=65535, Columns=65535), r"its header claims \(8, 65535, 65535\) voxels, 128 GiB: more than any CT"),
         (dict(Rows=600), r"000.dcm can't be read: truncated .*240 bytes of pixels, its header says 12000 \(600 x 10\)"),
+        (dict(Rows=11), r"000.dcm can't be read: truncated .*240 bytes of pixels, its header says 220 \(11 x 10\)"),
+        (dict(Columns=9), r"240 bytes of pixels, its header says 216 \(12 x 9\)"),
         (dict(Rows=None), "000.dcm can't be read: .*it has no Rows"),
         (dict(BitsAllocated=12), "000.dcm is damaged, or no CT: BitsAllocated 12, BitsStored 16"),
         (dict(HighBit=11), "HighBit 11, PixelRepresentation 1; a CT has 12 to 16 of 16 bits"),
