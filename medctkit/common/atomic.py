@@ -1,10 +1,12 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and folders that one process works in at a time."""
 
 import os
 import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 
 @contextmanager
@@ -33,3 +35,25 @@ def replace_all(contents: Mapping[str, bytes], folder: Path) -> list[Path]:
         for name, content in contents.items():
             stack.enter_context(replacing(folder / name)).write_bytes(content)
     return [folder / name for name in contents]
+
+
+@contextmanager
+def alone(folder: str | os.PathLike) -> Iterator[None]:
+    """Hold a folder, made where it is missing, for a block: what another process has begun there is not taken away.
+
+    Raises:
+        ValueError: another one holds it.
+    """
+    folder = Path(folder).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"another process is at work in {folder}; wait for its end, or give another folder") from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows does it on release
+            Path(lock.lock_file).unlink()
+        lock.release()

@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from tqdm.auto import tqdm
 
 from medctkit.cohort.dataset import CTReportDataset
-from medctkit.common.atomic import replacing
+from medctkit.common.atomic import alone, replacing
 from medctkit.common.digests import digest_of_facts
 from medctkit.common.provenance import made_with, write_json
 from medctkit.deploy.export import export, write_facts
@@ -87,8 +88,7 @@ def deploy_table(
         ValueError, ImportError: see `export`.
     """
     folder, threads = Path(folder).expanduser(), torch.get_num_threads()
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".models-") as scratch:
+    with alone(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".models-") as scratch:
         model, variants = build(base, adapter, folder, scratch, prompts)
         classifier = ZeroShotClassifier(model, base.tokenizer, prompts)
         known = {"model": digests(model), "studies": [row["study"] for row in [*valid.rows, *test.rows]]}
@@ -108,7 +108,7 @@ def deploy_table(
             found = {}
             for name in variants:
                 key = digest_of_facts(known | {"variant": name, "threads": threads})
-                found[name] = _kept(folder / "measured" / f"{slug(name)}.npz", key, lambda: measured(name))  # noqa: B023
+                found[name] = _kept(_kept_in(folder, name), key, lambda: measured(name))  # noqa: B023
         scores = {name: classifier.scores_from_embeddings(one["embeds"]) for name, one in found.items()}
         on_valid = classifier.scores_from_embeddings(found[BASE]["valid"])
     thresholds, rows = thresholds_from_validation(_labels(valid), on_valid), {}
@@ -129,7 +129,10 @@ def deploy_table(
         table.to_csv(temporary)
     facts = {"studies": {"valid": len(valid), "test": len(test)}, "limits": asdict(limits)}
     write_json(facts | {"rows": rows, "made_with": made_with(seed)}, folder / "table.json")
-    shutil.rmtree(folder / "measured")
+    for name in found:
+        _kept_in(folder, name).unlink(missing_ok=True)
+    with suppress(OSError):  # there is something else in it
+        (folder / "measured").rmdir()
     return table
 
 
@@ -233,6 +236,10 @@ def _outputs(do: Callable[..., Any], dataset: CTReportDataset, bar: Any) -> dict
         bar.update(len(indices))
     embeds, codes = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return {"embeds": embeds, "codes": codes.astype(np.int32)}
+
+
+def _kept_in(folder: Path, name: str) -> Path:
+    return folder / "measured" / f"{slug(name)}.npz"
 
 
 def _kept(path: Path, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:

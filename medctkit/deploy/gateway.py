@@ -23,11 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from pydicom import Dataset, dcmread
 from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage
 
-from medctkit.common.atomic import replacing
+from medctkit.common.atomic import alone, replacing
 from medctkit.common.provenance import write_json
 from medctkit.deploy.answer import write_answer
 
@@ -119,14 +118,10 @@ class Gateway:
         for kind in (CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage):
             entity.add_supported_context(kind, ALL_TRANSFER_SYNTAXES)
         entity.add_supported_context("1.2.840.10008.1.1")  # C-ECHO
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._stop.clear()
         worker = threading.Thread(target=self._work, name="answers")
         with ExitStack() as stack:
-            try:
-                stack.enter_context(FileLock(self.folder / ".lock").acquire(timeout=0))
-            except Timeout:
-                raise ValueError(f"{self.folder}: another gateway works there; give a folder of its own") from None
+            stack.enter_context(alone(self.folder))
             for name in ("pynetdicom", "pydicom", "highdicom"):  # they quote headers
                 logging.getLogger(name).setLevel(logging.CRITICAL + 1)
             _config.LOG_HANDLER_LEVEL = "none"

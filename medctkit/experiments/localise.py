@@ -28,7 +28,7 @@ from medctkit.attention.localisation import (
 from medctkit.attention.maps import has_rollout
 from medctkit.cohort.dataset import load_split, prepared_dir
 from medctkit.cohort.manifest import load_manifest
-from medctkit.common.atomic import replacing
+from medctkit.common.atomic import alone, replacing
 from medctkit.common.csv_tables import write_table
 from medctkit.common.provenance import made_with, records, write_json
 from medctkit.common.templates import filled
@@ -90,54 +90,55 @@ def measure_localisation(
         numeric = pd.api.types.is_numeric_dtype
         return {name: part.to_numpy(None if numeric(part) else str) for name, part in table.items()}
 
-    regions = Regions(**kept("regions", lambda: vars(find_regions(rows, config, grid))))
-    chosen, few = some_of_each(regions, EACH, seed), Regions(*(part[:FEW] for part in vars(regions).values()))
+    with alone(output_dir):
+        regions = Regions(**kept("regions", lambda: vars(find_regions(rows, config, grid))))
+        chosen, few = some_of_each(regions, EACH, seed), Regions(*(part[:FEW] for part in vars(regions).values()))
 
-    def relevant(model: Model) -> dict[str, np.ndarray]:
-        every = relevance_of_regions(model, base.tokenizer, dataset, regions, every=True)
-        own, others = own_and_others(every, regions)
-        rollout = {"rollout": rollout_of_regions(model, dataset, regions)} if has_rollout(model) else {}
-        return {"relevance": own, OTHERS: others} | rollout
+        def relevant(model: Model) -> dict[str, np.ndarray]:
+            every = relevance_of_regions(model, base.tokenizer, dataset, regions, every=True)
+            own, others = own_and_others(every, regions)
+            rollout = {"rollout": rollout_of_regions(model, dataset, regions)} if has_rollout(model) else {}
+            return {"relevance": own, OTHERS: others} | rollout
 
-    def tested(model: Model) -> dict[str, np.ndarray]:
-        return columns(faithfulness(model, base.tokenizer, dataset, chosen, seed=seed))
+        def tested(model: Model) -> dict[str, np.ndarray]:
+            return columns(faithfulness(model, base.tokenizer, dataset, chosen, seed=seed))
 
-    def sane(model: Model) -> dict[str, np.ndarray]:
-        plain = merge_lora(model) if model is models["adapted"] else model
-        return columns(sanity_check(plain, base.tokenizer, dataset, few, seed).reset_index())
+        def sane(model: Model) -> dict[str, np.ndarray]:
+            plain = merge_lora(model) if model is models["adapted"] else model
+            return columns(sanity_check(plain, base.tokenizer, dataset, few, seed).reset_index())
 
-    maps: dict[str, np.ndarray] = {}
-    checks, faithful = [], []
-    for name, model in models.items():
-        maps |= {f"{name}, {kind}": of for kind, of in kept(f"{name}_maps", relevant, model).items()}
-        values = pd.DataFrame(kept(f"{name}_faithfulness", tested, model))
-        faithful.append(faithfulness_table(chosen, values, seed=seed).assign(model=name))
-        checks.append(pd.DataFrame(kept(f"{name}_sanity", sane, model)).assign(model=name))
-    maps[CONTRAST] = contrast_of_regions(dataset, regions, grid)
-    compared = [("adapted minus base", "base, relevance", "adapted, relevance")]
-    compared += [(f"{name}: own minus {OTHERS}", f"{name}, {OTHERS}", f"{name}, relevance") for name in models]
-    differences = []
-    for said, one, other in compared:
-        differences.append(paired_difference(regions, maps[one], maps[other], seed=seed).assign(difference=said))
-    command = f"medctkit localise {output_dir} --manifest {manifest_path} --seed {seed} --studies {len(rows)}"
-    table = localisation_table(regions, maps, seed=seed)
-    write_table(table, output_dir / "localisation.csv")
-    with replacing(output_dir / "localisation.png") as temporary:
-        localisation_figure(table).savefig(temporary, format="png", dpi=110)
-    found = {
-        "means": table[table["finding"] == "mean"].drop(columns="finding"),
-        "differences": pd.concat(differences, ignore_index=True),
-        "faithfulness": pd.concat(faithful, ignore_index=True),
-        "sanity": pd.concat(checks, ignore_index=True),
-    }
-    made = {"command": command, "studies": len(np.unique(regions.study)), "regions": len(regions.study)}
-    content: dict[str, Any] = {name: records(part) for name, part in found.items()}
-    of = {"base": digests(base.model)[0], "patch_mm": patch_in_mm(config, grid)}
-    content["made_with"] = made_with(seed) | made | of
-    write_json(content, output_dir / "localisation.json")
-    with replacing(output_dir / "localisation.md") as temporary:
-        temporary.write_text(localisation_page(content), encoding="utf-8")
-    shutil.rmtree(output_dir / "localisation_work")
+        maps: dict[str, np.ndarray] = {}
+        checks, faithful = [], []
+        for name, model in models.items():
+            maps |= {f"{name}, {kind}": of for kind, of in kept(f"{name}_maps", relevant, model).items()}
+            values = pd.DataFrame(kept(f"{name}_faithfulness", tested, model))
+            faithful.append(faithfulness_table(chosen, values, seed=seed).assign(model=name))
+            checks.append(pd.DataFrame(kept(f"{name}_sanity", sane, model)).assign(model=name))
+        maps[CONTRAST] = contrast_of_regions(dataset, regions, grid)
+        compared = [("adapted minus base", "base, relevance", "adapted, relevance")]
+        compared += [(f"{name}: own minus {OTHERS}", f"{name}, {OTHERS}", f"{name}, relevance") for name in models]
+        differences = []
+        for said, one, other in compared:
+            differences.append(paired_difference(regions, maps[one], maps[other], seed=seed).assign(difference=said))
+        command = f"medctkit localise {output_dir} --manifest {manifest_path} --seed {seed} --studies {len(rows)}"
+        table = localisation_table(regions, maps, seed=seed)
+        write_table(table, output_dir / "localisation.csv")
+        with replacing(output_dir / "localisation.png") as temporary:
+            localisation_figure(table).savefig(temporary, format="png", dpi=110)
+        found = {
+            "means": table[table["finding"] == "mean"].drop(columns="finding"),
+            "differences": pd.concat(differences, ignore_index=True),
+            "faithfulness": pd.concat(faithful, ignore_index=True),
+            "sanity": pd.concat(checks, ignore_index=True),
+        }
+        made = {"command": command, "studies": len(np.unique(regions.study)), "regions": len(regions.study)}
+        content: dict[str, Any] = {name: records(part) for name, part in found.items()}
+        of = {"base": digests(base.model)[0], "patch_mm": patch_in_mm(config, grid)}
+        content["made_with"] = made_with(seed) | made | of
+        write_json(content, output_dir / "localisation.json")
+        with replacing(output_dir / "localisation.md") as temporary:
+            temporary.write_text(localisation_page(content), encoding="utf-8")
+        shutil.rmtree(output_dir / "localisation_work")
     return found
 
 

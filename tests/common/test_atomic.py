@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from medctkit.common.atomic import replacing
+from medctkit.common.atomic import alone, replacing
 
 
 def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path):
@@ -39,3 +39,16 @@ def test_writers_at_once_do_not_mix(tmp_path):
         thread.join()
     assert (tmp_path / "file.txt").read_text() in {letter * 1000 for letter in "abcd"}
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_is_held_by_one_at_a_time_and_left_as_it_was(tmp_path):
+    folder = tmp_path / "new"
+    with alone(folder):
+        with pytest.raises(ValueError, match=f"another process is at work in {folder}"), alone(folder):
+            raise AssertionError("it came in")
+        (folder / "result").write_text("kept")
+    with pytest.raises(ZeroDivisionError), alone(folder):
+        raise ZeroDivisionError
+    with alone(folder):
+        pass
+    assert [path.name for path in folder.iterdir()] == ["result"]

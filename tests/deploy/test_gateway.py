@@ -208,7 +208,7 @@ def test_folder_is_one_gateways_and_what_else_is_in_it_stays(queue):
     other.parent.mkdir(parents=True)
     other.touch()
     with gateway(queue, 1).serving(0):
-        with pytest.raises(ValueError, match="another gateway"), gateway(queue, 1).serving(0):
+        with pytest.raises(ValueError, match="another process is at work"), gateway(queue, 1).serving(0):
             pass
     with gateway(queue, 1).serving(0):
         assert other.exists()

@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from medctkit.cohort.dataset import CTReportDataset, collate, prepared_dir
 from medctkit.cohort.manifest import load_manifest
-from medctkit.common.atomic import replacing
+from medctkit.common.atomic import alone, replacing
 from medctkit.common.csv_tables import write_table
 from medctkit.common.processes import accelerator_for, worker_pool
 from medctkit.common.provenance import differences, made_with, write_json
@@ -197,44 +197,45 @@ def compare_methods(
     left = [job for job in expected if not score.done(job)]
     untrained = [job for job in left if score(job) is None]
     print(f"{len(expected)} runs, {len(expected) - len(untrained)} of them there", flush=True)
-    if left:
-        for rows in (train, valid, test, at_home):
-            CTReportDataset(rows, base.preprocess_config, cache_dir).prepare()
-        threads = max(1, (os.cpu_count() or 1) // workers)
-        scored = len(test) + len(at_home)
-        print(_what_it_costs(untrained, settings, origin, base, len(valid), scored, workers, threads), flush=True)
-        running: dict[Future, str] = {}
-        with (
-            worker_pool(workers, _start_worker, threads, manifest_path, cache_dir, origin, home) as pool,
-            tqdm(total=len(untrained), desc="comparing", unit="run") as bar,
-        ):
-            try:
-                while True:
-                    busy = set(running.values())
-                    waiting = [job for job in wanted().values() if job.name not in busy and not score.done(job)]
-                    for job in waiting[: workers - len(running)]:
-                        running[pool.submit(_work, job, settings, made_of(job), output_dir)] = job.name
-                        bar.total += score(job) is not None  # a sweep's best, to be scored on test studies
-                    if not running:
-                        break
-                    done, _ = wait(running, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        future.result()  # the first that fails ends it
-                        del running[future]
-                        bar.update()
-            except BrokenProcessPool:
-                raise OSError(
-                    "a worker process died, most often for want of memory. Runs that were finished are kept: the same "
-                    "command goes on from here, if need be with fewer --jobs"
-                ) from None
-        for folder in (output_dir / "work").glob("*-seed*"):
-            shutil.rmtree(folder, ignore_errors=True)
-        with suppress(OSError):  # there is something else in it
-            (output_dir / "work").rmdir()
-    if "methods" in groups and not (output_dir / "costs.csv").is_file():
-        learnt_from = CTReportDataset(train, base.preprocess_config, cache_dir)
-        write_table(measure_costs(learnt_from, settings, origin=origin), output_dir / "costs.csv")
-    collect(output_dir, test.to_dict("records"), at_home.to_dict("records"), seeds)
+    with alone(output_dir):
+        if left:
+            for rows in (train, valid, test, at_home):
+                CTReportDataset(rows, base.preprocess_config, cache_dir).prepare()
+            threads = max(1, (os.cpu_count() or 1) // workers)
+            scored = len(test) + len(at_home)
+            print(_what_it_costs(untrained, settings, origin, base, len(valid), scored, workers, threads), flush=True)
+            running: dict[Future, str] = {}
+            with (
+                worker_pool(workers, _start_worker, threads, manifest_path, cache_dir, origin, home) as pool,
+                tqdm(total=len(untrained), desc="comparing", unit="run") as bar,
+            ):
+                try:
+                    while True:
+                        busy = set(running.values())
+                        waiting = [job for job in wanted().values() if job.name not in busy and not score.done(job)]
+                        for job in waiting[: workers - len(running)]:
+                            running[pool.submit(_work, job, settings, made_of(job), output_dir)] = job.name
+                            bar.total += score(job) is not None  # a sweep's best, to be scored on test studies
+                        if not running:
+                            break
+                        done, _ = wait(running, return_when=FIRST_COMPLETED)
+                        for future in done:
+                            future.result()  # the first that fails ends it
+                            del running[future]
+                            bar.update()
+                except BrokenProcessPool:
+                    raise OSError(
+                        "a worker process died, most often for want of memory. Runs that were finished are kept: the "
+                        "same command goes on from here, if need be with fewer --jobs"
+                    ) from None
+            for folder in (output_dir / "work").glob("*-seed*"):
+                shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # there is something else in it
+                (output_dir / "work").rmdir()
+        if "methods" in groups and not (output_dir / "costs.csv").is_file():
+            learnt_from = CTReportDataset(train, base.preprocess_config, cache_dir)
+            write_table(measure_costs(learnt_from, settings, origin=origin), output_dir / "costs.csv")
+        collect(output_dir, test.to_dict("records"), at_home.to_dict("records"), seeds)
     return output_dir
 
 
