@@ -31,7 +31,7 @@ def accelerator_for(
         tracker: "tensorboard" (where it is missing: no logging), "none", or another that accelerate knows.
 
     Raises:
-        ValueError: a tracker that is not known here, or not installed.
+        ValueError: a tracker that is not known here, or not installed; accelerate set up to accumulate gradients itself.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -45,7 +45,13 @@ def accelerator_for(
         raise ValueError(f"tracker {tracker!r} is not installed (pip install {tracker}), or not one of none, {known}")
     logs = output_dir is not None and (is_tensorboard_available() if tracker == "tensorboard" else tracker != "none")
     board = {"log_with": tracker, "project_dir": output_dir} if logs else {}
-    return Accelerator(mixed_precision=mixed_precision, **board)
+    accelerator = Accelerator(mixed_precision=mixed_precision, **board)
+    if (steps := accelerator.gradient_accumulation_steps) != 1:
+        raise ValueError(
+            f"accelerate is set up for {steps} gradient accumulation steps, expected 1: `micro_batch_size` cuts batches "
+            "here. Leave --gradient_accumulation_steps out, or set it to 1 in accelerate's configuration"
+        )
+    return accelerator
 
 
 def process_and_processes() -> tuple[int, int]:
