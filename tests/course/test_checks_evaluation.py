@@ -82,6 +82,7 @@ def test_copies_of_volumes_bring_no_certainty(cohort):
     assert by_volumes < by_patients == pytest.approx(width(1, patients))
     given = labels, scores, patients
     assert f"stays {by_patients:.3f} wide" in is_right("04.3", by_patients, by_volumes, *given)
+    is_right("04.3", by_patients, width(2, np.array([f"copy {i}" for i in range(160)])), *given)  # drawn otherwise
     is_wrong("04.3", by_volumes, by_patients, *given, because="wrong order")
     is_wrong("04.3", by_patients, by_patients, *given, because="still draws patients")
     is_wrong("04.3", by_patients, width(1, np.arange(80)), *given, because="Stack labels and scores twice")
