@@ -31,7 +31,7 @@ def accelerator_for(
         tracker: "tensorboard" (where it is missing: no logging), "none", or another that accelerate knows.
 
     Raises:
-        ValueError: a tracker that is not known here, or not installed; accelerate set up to accumulate gradients itself.
+        ValueError: a tracker that is not known here, or not installed; accelerate is set up to accumulate gradients.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -48,8 +48,8 @@ def accelerator_for(
     accelerator = Accelerator(mixed_precision=mixed_precision, **board)
     if (steps := accelerator.gradient_accumulation_steps) != 1:
         raise ValueError(
-            f"accelerate is set up for {steps} gradient accumulation steps, expected 1: `micro_batch_size` cuts batches "
-            "here. Leave --gradient_accumulation_steps out, or set it to 1 in accelerate's configuration"
+            f"accelerate is set up for {steps} gradient accumulation steps, expected 1: `micro_batch_size` cuts "
+            "batches here. Leave --gradient_accumulation_steps out, or set it to 1 in accelerate's configuration"
         )
     return accelerator
 
