@@ -8,7 +8,6 @@ bench/adapters.json and the tables of docs/deploy.md.
 
 import argparse
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from unittest import mock
 
+import psutil
 import torch
 import transformers
 from printing import publish
@@ -29,9 +29,7 @@ MB = 1e6
 
 def resident():
     """Bytes that this process has in memory now."""
-    if Path("/proc/self/statm").is_file():
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return 1024 * int(subprocess.check_output(["ps", "-o", "rss=", "-p", str(os.getpid())]))
+    return psutil.Process().memory_info().rss
 
 
 def milliseconds(calls, repeats):

@@ -11,7 +11,6 @@ import copy
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from unittest import mock
 
-from printing import publish
+from printing import peak_bytes, publish
 
 RANK = 24
 # Of Merlin's package: spacing (x, y, z) in its transforms, towards right, front, head; its text tower's sizes (those of
@@ -90,8 +89,7 @@ def measure(name, counts):
         with torch.no_grad():
             model.encode_image(volume)
         found["cpu_seconds_of_a_volume"] = time.process_time() - started
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        found["peak_memory_bytes"] = peak * (1 if sys.platform == "darwin" else 1024)
+        found["peak_memory_bytes"] = peak_bytes()
     model = model.to("meta")
     for preset, pattern in (dict.fromkeys(model.parts.presets) if ours else MERLIN_LORA).items():
         with torch.device("meta"):

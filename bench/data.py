@@ -7,7 +7,6 @@ voxels, made once), and the bars of the project are checked. Writes bench/data.j
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from printing import all_met, show, write
+from printing import all_met, peak_bytes, show, write
 
 HERE = Path(__file__).resolve().parent
 WORK = HERE.parent / "runs" / "bench"
@@ -68,20 +67,14 @@ def straightforward(scan):
     return values.float()
 
 
-def peak_megabytes():
-    """The most memory this process has had, MB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e6 if platform.system() == "Darwin" else 1e3)
-
-
 def alone(name):
     """In a process of its own: the most memory before and after one call."""
     from medctkit.scans.preprocessing import preprocess
 
     call, scan = {"straightforward": straightforward, "medctkit": preprocess}[name], volume()
-    before = peak_megabytes()
+    before = peak_bytes() / 1e6
     call(scan)
-    after = peak_megabytes()
+    after = peak_bytes() / 1e6
     print(json.dumps({"peak_mb": after, "peak_beside_the_volume_mb": after - before}))
 
 

@@ -5,7 +5,6 @@
 
 import argparse
 import os
-import resource
 import sys
 import time
 from importlib.metadata import version
@@ -13,7 +12,7 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # one core; before numpy is imported
 
-from printing import all_met, write
+from printing import all_met, peak_bytes, write
 
 from medctkit.phantom.study import generate
 
@@ -36,7 +35,7 @@ def main():
     arguments = parser.parse_args()
     seconds(range(6), (16, 32, 32))  # compiled, once on a machine
     found = {"small_s": min(seconds(range(40), SMALL) for _ in range(3)), "full_s": seconds([3], FULL)}
-    found["full_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    found["full_gb"] = peak_bytes() / 1e9
     met = all_met((found[n] <= bar, f"{n:8} {found[n]:.3g}, at most {bar:g}") for n, bar in BARS.items())
     found["made_with"] = {"command": "make bench", "cores": 1, **{n: version(n) for n in ("numpy", "scipy", "numba")}}
     write(found, arguments.output)

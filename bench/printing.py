@@ -1,6 +1,7 @@
 """How the measuring programs print what they found, write it down, and put it on a page."""
 
 import json
+import sys
 from pathlib import Path
 
 from medctkit.common.atomic import replacing
@@ -19,6 +20,14 @@ def write_block(page, name, lines):
     path, begin, end = PAGES / page, f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     before, _, rest = path.read_text(encoding="utf-8").partition(begin)
     path.write_text(before + block(name, lines) + rest.partition(end)[2], encoding="utf-8")
+
+
+def peak_bytes():
+    """The most memory that this process has had."""
+    import resource  # there is none on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def write(found, path):

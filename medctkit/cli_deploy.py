@@ -25,14 +25,14 @@ def say(text: object, err: bool = False) -> None:
 
 def with_adapter(model: str, tokenizer: Path | None, adapter: Path | None) -> Any:
     """A base model, with its adapter where there is one; says so where that is of a run that is not finished."""
-    from medctkit.lora.adapter import load_adapter
+    from medctkit.lora.methods import load_trained
     from medctkit.model.base_model import load_base
     from medctkit.training.checkpoints import WORK
 
     if adapter is not None and adapter.resolve().parent.name == WORK:
         say(f"{adapter} is the best so far of a run that is not finished", err=True)
     base = load_base(model, tokenizer)
-    return base if adapter is None else replace(base, model=load_adapter(base.model, adapter))
+    return base if adapter is None else replace(base, model=load_trained(base.model, adapter))
 
 
 @deploying.command()
@@ -84,10 +84,10 @@ def export(
     """Write base and adapter as a folder that needs ONNX Runtime and NumPy alone, once it is proven equal."""
     from medctkit.deploy.export import export as write
     from medctkit.experiments.adapt import Origin
-    from medctkit.lora.adapter import load_adapter
+    from medctkit.lora.methods import load_trained
 
     base = Origin.of(run).load()
-    model = load_adapter(base.model, run.expanduser() / "adapter")
+    model = load_trained(base.model, run.expanduser() / "adapter")
     say(f"wrote {write(model, base.tokenizer, out, prompts, text)}, equal for batches of 1, 2 and 3")
 
 

@@ -119,7 +119,7 @@ def faithfulness(
             without = study_from_row(dataset.rows[study] | {FINDINGS[k]: 0}).volume
             twin = preprocess(without, dataset.config)
             fall = classifier.scores(pixels[None])[0] - classifier.scores(twin[None])[0]
-            falls = {"own finding": fall[k], "17 others": fall[others].mean()}
+            falls = {"own finding": fall[k], f"{len(others)} others": fall[others].mean()}
             row |= {f"fall of the probability: {of}": value for of, value in falls.items()}
             changed = ((pixels - twin).abs() > CHANGE).float()
             size = tuple(n // g for n, g in zip(pixels.shape[1:], here["relevance"].shape, strict=True))

@@ -22,6 +22,7 @@ from safetensors.numpy import save
 
 from medctkit.cohort.manifest import has_file, reading_arguments, volume_from_row
 from medctkit.common.atomic import replacing
+from medctkit.common.digests import sha256_of
 from medctkit.scans.preprocessing import PreprocessConfig, preprocess
 from medctkit.scans.stored import files_below
 
@@ -42,8 +43,7 @@ def digest_of(path: str | os.PathLike) -> str:
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file or folder")
     if not path.is_dir():
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     inside = sorted(digest_of(file) for file in files_below(path) if file.is_file())
     return hashlib.sha256("".join(inside).encode()).hexdigest()
 

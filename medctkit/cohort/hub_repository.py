@@ -46,18 +46,16 @@ class HubRepository:
 
     def ask(self, question: Callable[[HfApi], Answer], about: str) -> Answer:
         """Call `question` with the hub's API, twice where the fault may pass; its errors are explained."""
-        try:
-            return question(HfApi(endpoint=self.endpoint))
-        except Exception as error:
-            explained = self._explained(error, about)
-            lasting = (PermissionError, FileNotFoundError)
-            if not isinstance(explained, OSError) or explained.errno is not None or isinstance(explained, lasting):
-                raise explained from None
-        time.sleep(WAIT)
-        try:
-            return question(HfApi(endpoint=self.endpoint))
-        except Exception as error:
-            raise self._explained(error, about) from None
+        last, lasting = False, (PermissionError, FileNotFoundError)
+        while True:
+            try:
+                return question(HfApi(endpoint=self.endpoint))
+            except Exception as error:
+                said = self._explained(error, about)
+                if last or not isinstance(said, OSError) or said.errno is not None or isinstance(said, lasting):
+                    raise said from None
+            last = True
+            time.sleep(WAIT)
 
     def _explained(self, error: BaseException, about: str) -> BaseException:
         """The built-in exception that says what went wrong at `about` and what to do; others as they are."""

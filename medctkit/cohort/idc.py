@@ -21,6 +21,7 @@ import pandas as pd
 from medctkit.cohort.nodules import LEAST_READERS, NODULE
 from medctkit.cohort.open_data import OpenPlan, manifest_row, split_of
 from medctkit.cohort.selection import some_of
+from medctkit.common.extras import require
 
 LIDC = "lidc_idri"
 NODULES = {LIDC: "dicom_lidc_idri_nodules"}  # collection -> whose segmentations of nodules
@@ -100,10 +101,9 @@ def chest_series(table: pd.DataFrame) -> pd.DataFrame:
 def _client() -> Any:
     root = logging.getLogger()
     before = root.handlers[:], root.level
-    try:
-        from idc_index import IDCClient
-    except ImportError:
-        raise ModuleNotFoundError("Imaging Data Commons needs idc-index: pip install 'medctkit[open]'") from None
+    require("open", "idc_index")
+    from idc_index import IDCClient
+
     root.handlers[:], root.level = before  # its import sets up everyone's log
     logging.getLogger("idc_index").setLevel(logging.CRITICAL)  # it logs what we look for ourselves, and raise
     return IDCClient()

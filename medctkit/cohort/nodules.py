@@ -83,4 +83,4 @@ def _voxels(drawing: "pydicom.Dataset", volume: CTVolume, file: Path) -> np.ndar
     index = np.rint(np.concatenate(found)).astype(int)
     if len(index) and not ((index >= 0) & (index < volume.shape)).all():
         raise ValueError(f"{file} lies outside of the scan; it is a segmentation of another")
-    return np.ravel_multi_index(tuple(index.T), volume.shape)
+    return np.unique(np.ravel_multi_index(tuple(index.T), volume.shape))  # two drawn slices may come to one resampled

@@ -28,6 +28,7 @@ from medctkit.cohort.cache import VolumeCache, checksum_of, content_of, key_of, 
 from medctkit.cohort.contents import Contents, stamp_of
 from medctkit.cohort.manifest import has_file
 from medctkit.common.csv_tables import begins_with, write_table
+from medctkit.common.extras import require
 from medctkit.common.processes import worker_pool
 from medctkit.common.text import as_bytes, printable
 from medctkit.scans.preprocessing import PreprocessConfig
@@ -231,10 +232,9 @@ def _on_cluster(todo: list[dict], config: PreprocessConfig, cache: VolumeCache, 
         ImportError: no dask.
         ConnectionError: no scheduler answers.
     """
-    try:
-        from distributed import Client, as_completed
-    except ImportError:
-        raise ImportError("a scheduler needs dask, which is not installed: pip install 'medctkit[cluster]'") from None
+    require("cluster", "distributed")
+    from distributed import Client, as_completed
+
     try:
         client = Client(scheduler, timeout=PATIENCE)
     except (OSError, ValueError) as error:

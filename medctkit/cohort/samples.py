@@ -1,6 +1,5 @@
 """Real chest CTs to look at: a small one that comes with the package, one of full resolution that anyone may fetch."""
 
-import hashlib
 import os
 from dataclasses import replace
 from importlib.resources import files
@@ -9,6 +8,7 @@ from pathlib import Path
 from medctkit.cohort.idc import plan_idc
 from medctkit.cohort.manifest import load_manifest, volume_from_row
 from medctkit.cohort.open_data import LICENCES, fetch
+from medctkit.common.digests import sha256_of
 from medctkit.scans.volumes import CTVolume, read_volume
 
 FILE = Path(str(files("medctkit") / "assets" / "sample_ct" / "ct-64.nrrd"))
@@ -34,7 +34,7 @@ def sample_ct(which: str = "small", folder: str | os.PathLike | None = None) -> 
         OSError: no network, or no room.
     """
     if which == "small":
-        if hashlib.sha256(FILE.read_bytes()).hexdigest() != SHA256:
+        if sha256_of(FILE) != SHA256:
             raise ValueError(f"{FILE} is not the scan that came with the package; install medctkit again")
         volume, said = read_volume(FILE), ATTRIBUTION
     elif which == "idc":

@@ -23,11 +23,10 @@ def as_bytes(n: int) -> str:
     return f"{n} B"
 
 
-def listed(texts: Iterable[str], total: int | None = None) -> str:
-    """The first few texts, one a line, and how many more there are of `total` (by default: of them)."""
+def listed(texts: Iterable[str]) -> str:
+    """The first few texts, one a line, and how many more there are."""
     texts = list(texts)
-    total = len(texts) if total is None else total
-    more = [f"... and {total - SHOWN} more"] if total > SHOWN else []
+    more = [f"... and {len(texts) - SHOWN} more"] if len(texts) > SHOWN else []
     return "\n".join(texts[:SHOWN] + more)
 
 

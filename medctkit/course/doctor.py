@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from medctkit.course import colab
 
 Row = tuple[bool, str, str]
-OPTIONAL = ("cluster", "tensorboard")  # extras one can do without; the course wants "notebooks"
+OPTIONAL = ("cluster", "deploy", "tensorboard")  # extras one can do without; the course wants "notebooks"
 MINI_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 

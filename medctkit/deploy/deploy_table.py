@@ -28,7 +28,8 @@ from medctkit.deploy.exported import FACTS, Exported
 from medctkit.deploy.quantise import KINDS, quantise
 from medctkit.deploy.trial import Variant, outputs, peak_bytes, seconds, trial
 from medctkit.findings import FINDINGS
-from medctkit.lora.adapter import load_adapter, merge_lora
+from medctkit.lora.adapter import merge_lora
+from medctkit.lora.methods import load_trained
 from medctkit.metrics.bootstrap import RESAMPLES
 from medctkit.metrics.scores import compare, thresholds_from_validation
 from medctkit.model.base_model import BaseModel
@@ -75,7 +76,7 @@ def deploy_table(
     """Build every variant, measure it, and leave in `folder` table.csv, table.json and the exports that pass `limits`.
 
     Interrupted, the same call goes on: what was measured of the same model and studies is not measured again. The
-    `base` is fresh, the `adapter` what `save_adapter` wrote; `valid` studies give the thresholds, `test` studies the
+    `base` is fresh, the `adapter` what `save_trained` wrote; `valid` studies give the thresholds, `test` studies the
     changes, with intervals from `resamples` of the patients, drawn by `seed`. For `prompts` see `ZeroShotClassifier`.
 
     Returns:
@@ -142,7 +143,7 @@ def build(
     """The adapted model, and every variant of it that can be made here: exports in `folder`, others in `scratch`."""
     own, merged, adapter = Path(scratch) / "base", Path(scratch) / "merged", Path(adapter).expanduser()
     base.model.save_pretrained(own)
-    model = load_adapter(base.model, adapter)
+    model = load_trained(base.model, adapter)
     merge_lora(model).save_pretrained(merged)
     onnx = export(model, base.tokenizer, folder / "onnx-float32", prompts)
     variants = {BASE: Variant(own, adapter), "merged float32": Variant(merged)}

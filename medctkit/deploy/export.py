@@ -74,7 +74,7 @@ def export(
     base, adapter = digests(model)
     classifier = ZeroShotClassifier(model, tokenizer, prompts)
     stating, denying = classifier.text_embeds()
-    plain = merge_lora(model) if hasattr(model, "peft_config") else model
+    plain: Any = merge_lora(model)
     if plain.temperature.device.type != "cpu":  # whoever gave it goes on with it where it is
         plain = copy.deepcopy(plain).cpu()
     config = plain.preprocess_config

@@ -12,9 +12,8 @@ from medctkit.common.csv_tables import begins_with
 from medctkit.common.provenance import as_json
 from medctkit.model.base_model import BaseModel
 from medctkit.model.fingerprint import digests, vocabulary_of
+from medctkit.scans.formats import READERS
 from medctkit.zero_shot.prompts import Prompts
-
-SUFFIXES = (".nii.gz", ".nii", ".mha", ".zip", ".nrrd", ".mhd", ".nhdr", ".dcm")
 
 
 def facts_of(base: BaseModel, prompts: Prompts = "paper") -> dict[str, str]:
@@ -27,7 +26,8 @@ def facts_of(base: BaseModel, prompts: Prompts = "paper") -> dict[str, str]:
 def case_of(path: str | os.PathLike) -> str:
     """The name of a scan: that of its file or folder, without the suffix of a volume."""
     name = Path(path).expanduser().resolve().name
-    suffix = next((end for end in SUFFIXES if name.lower().endswith(end)), "")
+    ends = sorted((end for reader in READERS.values() for end in reader.suffixes), key=len, reverse=True)
+    suffix = next((end for end in ends if name.lower().endswith(end)), "")
     return name[: len(name) - len(suffix)]
 
 

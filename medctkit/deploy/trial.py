@@ -72,12 +72,12 @@ def _load(variant: Variant, volumes: np.ndarray, threads: int) -> None:
     import torch
 
     from medctkit.deploy.export import Vision
-    from medctkit.lora.adapter import load_adapter
+    from medctkit.lora.methods import load_trained
     from medctkit.model.ct_clip import CTCLIPModel
 
     torch.set_num_threads(threads)
     model: Any = CTCLIPModel.from_pretrained(variant.folder).eval()
-    model = model if variant.adapter is None else load_adapter(model, variant.adapter)
+    model = model if variant.adapter is None else load_trained(model, variant.adapter)
     dtype = torch.bfloat16 if variant.bf16 else torch.float32
     vision = Vision(model.to(dtype)).eval()
 

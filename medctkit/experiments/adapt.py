@@ -191,7 +191,7 @@ def adapt(
     if accelerator_for().is_main_process:
         trained, total = count_trainable(model), sum(p.numel() for p in model.parameters())
         steps = config.steps_for(len(train))
-        passes, validations = steps * config.batch_size / len(train), 1 + steps // config.evaluate_every
+        passes, validations = steps * config.batch_size / len(train), 1 - (-steps // config.evaluate_every)
         print(
             f"training {trained:,} of {total:,} parameters: {steps} steps of {config.batch_size} volumes "
             f"({passes:.1f} passes over {len(train):,} studies), {validations} validations on {len(valid):,}",

@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike
 
 from medctkit.findings import FINDINGS
 from medctkit.metrics.bootstrap import interval
-from medctkit.metrics.scores import evaluate, mean_draws, thresholds_from_validation
+from medctkit.metrics.scores import evaluate, mean_auroc, mean_draws, thresholds_from_validation
 from medctkit.model.base_model import BaseModel
 from medctkit.scans.hounsfield import check_hu
 from medctkit.scans.preprocessing import HU_LIMIT, PreprocessConfig, preprocess
@@ -91,7 +91,10 @@ def unused_bootstrap(test: Answers, resamples: int = 1000, seed: int = 0) -> lis
 
 
 def thresholds_on_test(test: Answers, valid: Answers) -> list[Defect]:
-    """Thresholds chosen on the test labels, against those from validation; over findings with both classes in both."""
+    """Thresholds chosen on the test labels, against those from validation; over findings with both classes in both.
+
+    Nothing, where there is no such finding.
+    """
     test.mean()
     try:
         honest = thresholds_from_validation(valid.labels, valid.scores, valid.findings)
@@ -99,7 +102,7 @@ def thresholds_on_test(test: Answers, valid: Answers) -> list[Defect]:
         raise ValueError(f"validation studies: {error}") from error
     both = _both_classes(test.labels) & _both_classes(valid.labels)
     if not both.any():
-        raise ValueError("no finding has positive and negative studies in both validation and test; give more studies")
+        return []
     labels, scores = np.asarray(test.labels, float)[:, both], np.asarray(test.scores, float)[:, both]
     judged = Answers(labels, scores, test.patients, list(compress(test.findings, both)))
     public, right = (judged.mean(limits) for limits in ("roc-corner-on-test", honest[both]))
@@ -178,7 +181,7 @@ def prompt_mismatch(
     found = []
     for prompts in (asked, trained):
         scores = ZeroShotClassifier(base.model, base.tokenizer, prompts).scores_from_embeddings(test.embeddings)
-        found.append((_auroc(test.labels, scores), 100 * np.mean(scores >= 0.5)))
+        found.append((mean_auroc(test.labels, scores), 100 * np.mean(scores >= 0.5)))
     numbers = zip(("mean AUROC", "answers of 0.5 and above"), ("AUROC", "%"), *found, strict=True)
     return _defects("prompts other than in training", *numbers)
 
@@ -210,8 +213,11 @@ def scans_prepared_otherwise(
     measurement: there is one path, so nothing to differ.
 
     `volumes` are n scans in HU, or a sequence that reads them one by one; `labels` (n, 18), NaN where unknown; `seed`
-    draws which scans have which intercept.
+    draws which scans have which intercept. Nothing is returned where no finding has both classes in them.
     """
+    labels = np.asarray(labels, float)
+    if not _both_classes(labels).any():
+        return []
     classifier, config, n = ZeroShotClassifier(base.model, base.tokenizer), base.preprocess_config, len(volumes)
     scores, floor = np.empty((2 + len(INTERCEPTS), n, len(FINDINGS))), np.empty((1 + len(INTERCEPTS), n))
     passed, off = np.zeros((len(INTERCEPTS), n)), np.empty((n, 2))
@@ -231,7 +237,7 @@ def scans_prepared_otherwise(
         off[i] = difference.max().item(), difference.mean().item()
     rare = np.random.default_rng(seed).permutation(n) < round(SHARE_8192 * n)
     mixed = np.where(rare[:, None], scores[2], scores[1])
-    auroc, *public, clipped = (_auroc(labels, found) for found in (*scores[:-1], mixed, scores[-1]))
+    auroc, *public, clipped = (mean_auroc(labels, found) for found in (*scores[:-1], mixed, scores[-1]))
     texts = (*(f"intercept {i:g}" for i in INTERCEPTS), "both intercepts as often as in CT-RATE")
     scans, lowest = f"mean AUROC of {n} scans", floor.mean(1)
     rescaled = _defects(
@@ -300,10 +306,6 @@ def _defects(name: str, *numbers: tuple, source: str = REPOSITORY) -> list[Defec
     """Numbers (quantity, unit, public, right) of a defect with what there is to say about it."""
     texts = DEFECTS[name] | {"source": source}
     return [Defect(name, what, unit, float(a), float(b), **texts) for what, unit, a, b in numbers]
-
-
-def _auroc(labels: Any, scores: Any) -> float:
-    return Answers(labels, scores, np.arange(len(labels))).mean()["auroc"]
 
 
 def _both_classes(labels: Any) -> np.ndarray:

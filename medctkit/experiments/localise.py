@@ -34,14 +34,16 @@ from medctkit.common.provenance import made_with, records, write_json
 from medctkit.common.templates import filled
 from medctkit.experiments.adapt import Origin
 from medctkit.experiments.report.page import with_ends
-from medctkit.lora.adapter import load_adapter, merge_lora
+from medctkit.findings import FINDINGS
+from medctkit.lora.adapter import merge_lora
+from medctkit.lora.methods import load_trained
 from medctkit.model.fingerprint import digests
 from medctkit.model.protocol import Model
 from medctkit.scans.preprocessing import PreprocessConfig
 
 FEW = 60  # regions of the sanity check
 EACH = 3  # regions of each finding whose maps are tested for faithfulness
-OTHERS = "17 other prompts"
+OTHERS = f"{len(FINDINGS) - 1} other prompts"
 
 
 def measure_localisation(
@@ -64,11 +66,11 @@ def measure_localisation(
 
     Raises:
         FileNotFoundError: no finished run in `output_dir`.
-        ValueError: a run whose files were changed since; real scans without masks.
+        ValueError: a run whose files were changed since; real scans without masks; findings in one study only.
     """
     output_dir, origin = Path(output_dir).expanduser(), Origin.of(output_dir)
     base = origin.load()
-    models = {"base": base.model, "adapted": load_adapter(origin.load().model, output_dir / "adapter")}
+    models = {"base": base.model, "adapted": load_trained(origin.load().model, output_dir / "adapter")}
     manifest = load_manifest(manifest_path)
     grid, config = base.model.config.grid, base.preprocess_config
     dataset = load_split(manifest, origin.hospital, "test", config, prepared_dir(manifest_path, output_dir, cache_dir))
@@ -82,7 +84,7 @@ def measure_localisation(
         file = work / f"{name}.npz"
         if not file.exists():
             with replacing(file) as temporary, temporary.open("wb") as stream:
-                np.savez(stream, allow_pickle=False, **make(*given))
+                np.savez(stream, **make(*given))  # type: ignore[arg-type]
         with np.load(file) as arrays:
             return dict(arrays)
 
@@ -92,6 +94,11 @@ def measure_localisation(
 
     with alone(output_dir):
         regions = Regions(**kept("regions", lambda: vars(find_regions(rows, config, grid))))
+        if len(np.unique(regions.study)) < 2 or len(FINDINGS) < 2:
+            raise ValueError(
+                f"{len(np.unique(regions.study))} of {len(rows)} test studies show one of {len(FINDINGS)} finding(s); "
+                "expected two of each at least: maps are held against those of another study and another prompt"
+            )
         chosen, few = some_of_each(regions, EACH, seed), Regions(*(part[:FEW] for part in vars(regions).values()))
 
         def relevant(model: Model) -> dict[str, np.ndarray]:
@@ -104,8 +111,7 @@ def measure_localisation(
             return columns(faithfulness(model, base.tokenizer, dataset, chosen, seed=seed))
 
         def sane(model: Model) -> dict[str, np.ndarray]:
-            plain = merge_lora(model) if model is models["adapted"] else model
-            return columns(sanity_check(plain, base.tokenizer, dataset, few, seed).reset_index())
+            return columns(sanity_check(merge_lora(model), base.tokenizer, dataset, few, seed).reset_index())
 
         maps: dict[str, np.ndarray] = {}
         checks, faithful = [], []

@@ -117,8 +117,8 @@ def _refuse_unmatched(model: nn.Module, patterns: Mapping[str, str]) -> None:
             )
 
 
-def merge_lora(model: PeftModel) -> Model:
-    """A plain model with the active adapter added into its weights; `model` itself is left as it is.
+def merge_lora(model: PeftModel | Model) -> Model:
+    """A plain model with the active adapter added into its weights, itself if there is none; `model` is left as it is.
 
     Both copies are in memory at once (1.1 GB each at full size). To swap adapters instead, use peft's own
     `model.set_adapter(name)`, and `with model.disable_adapter():` for the base.
@@ -127,6 +127,8 @@ def merge_lora(model: PeftModel) -> Model:
         ValueError: weights in half precision, where the update would be rounded away; an adapter that is switched off.
     """
     _refuse_wrapped(model)
+    if not isinstance(model, PeftModel):
+        return model
     if any(layer.disable_adapters for layer in model.modules() if hasattr(layer, "adapter_layer_names")):
         raise ValueError("the adapter is switched off, and would be merged all the same; for the base, load it alone")
     for name, p in model.named_parameters():

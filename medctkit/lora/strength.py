@@ -96,7 +96,7 @@ def intruder_dimensions(before: Model, after: Model, leading: int = 10, below: f
     """
     pattern = re.compile("|".join(presets_of(parts_of(before))["paper"].patterns.values()))
     old = {name: module.weight for name, module in before.named_modules() if pattern.fullmatch(name)}
-    trained = dict((merge_lora(after) if hasattr(after, "peft_config") else after).named_modules())
+    trained = dict(merge_lora(after).named_modules())
     found = []
     for name, weight in old.items():
         u, new = (torch.linalg.svd(w.detach(), full_matrices=False)[0] for w in (weight, trained[name].weight))

@@ -58,9 +58,13 @@ def recalibrated(method: str, labels: np.ndarray, scores: np.ndarray, new: np.nd
 def choose_recalibration(labels: np.ndarray, scores: np.ndarray, patients: ArrayLike) -> dict[str, float]:
     """Mean Brier score of each of `RECALIBRATIONS` on validation studies that its curve has not seen; least is best.
 
-    The studies are cut into five parts by patients (n,); of two patients to four, into as many.
+    The studies are cut into five parts by patients (n,); of two patients to four, into as many. With one patient only
+    "none" has a score, the others NaN.
     """
-    folds = list(GroupKFold(min(FOLDS, len(np.unique(patients)))).split(scores, groups=patients))
+    parts = min(FOLDS, len(np.unique(patients)))
+    if parts < 2:
+        return dict.fromkeys(RECALIBRATIONS, np.nan) | {"none": float(np.nanmean((scores - labels) ** 2))}
+    folds = list(GroupKFold(parts).split(scores, groups=patients))
     found = {}
     for method in RECALIBRATIONS:
         unseen = np.empty_like(scores)

@@ -10,7 +10,6 @@ Shapes: b batch, x y z voxels towards right, front and head, n tokens of one tex
 
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertModel
 
+from medctkit.common.extras import require
 from medctkit.model.ct_clip import RELEASED_TEXT
 from medctkit.model.protocol import Parts, refuse_other_ids, refuse_other_input
 from medctkit.model.weights import read_weights, refuse_bad_numbers, refuse_other_shapes
@@ -113,12 +113,12 @@ class Colipri(nn.Module):
         It has a switch of its own for that, whose call current versions of torch refuse.
         """
         for block in self.image_encoder.backbone.eva.blocks:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = partial(checkpoint, type(block).forward.__get__(block), use_reentrant=False)
 
 
 def build(config: Any, temperature: float = 1.0) -> Colipri:
     """COLIPRI of the library's classes, weights random, in evaluation mode; `config` is its `load_model_config()`."""
-    _refuse_without_library()
+    require("open", "colipri")
     from colipri.model.multimodal import instantiate  # hydra's
     from colipri.model.text import TextEncoder
 
@@ -156,7 +156,7 @@ def load_colipri() -> tuple[Colipri, Path]:
         OSError: no network, and not downloaded yet.
         ValueError: see `from_file`.
     """
-    _refuse_without_library()
+    require("open", "colipri")
     from colipri.checkpoint import load_model_config
 
     config = load_model_config()
@@ -171,8 +171,3 @@ def load_colipri() -> tuple[Colipri, Path]:
             "account; after that HF_HUB_OFFLINE=1 goes without a network"
         ) from error
     return from_file(Path(weights), config), folder
-
-
-def _refuse_without_library() -> None:
-    if find_spec("colipri") is None:
-        raise ModuleNotFoundError('COLIPRI needs its package: pip install "medctkit[open]"; see docs/base_models.md')

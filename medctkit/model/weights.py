@@ -97,7 +97,7 @@ def refuse_other_shapes(found: Mapping[str, torch.Tensor], expected: Mapping[str
     wrong = [name for name in {**there, **expected} if there.get(name) != expected.get(name)]
     if wrong:
         lines = (f"  {n}: saved {there.get(n, 'none')}, model {expected.get(n, 'none')}" for n in wrong)
-        raise ValueError(f"{message}. Tensors that differ:\n{listed(lines, len(wrong))}")
+        raise ValueError(f"{message}. Tensors that differ:\n{listed(lines)}")
 
 
 def refuse_bad_numbers(tensors: Mapping[str, torch.Tensor], source: Any) -> None:

@@ -15,19 +15,18 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import Subset
 
 from medctkit.cohort.cache import content_of, key_of
-from medctkit.common.atomic import replacing
+from medctkit.common.atomic import alone, replacing
 from medctkit.common.digests import sha256_of
 from medctkit.common.processes import in_main_process
 from medctkit.common.provenance import differences, write_json
@@ -68,7 +67,6 @@ class Run:
         self.history: list[dict[str, float]] = []
         self.best: dict[str, torch.Tensor] = {}
         self._started = time.perf_counter()
-        self._lock = FileLock(output_dir / ".lock")
 
     @property
     def seconds(self) -> float:
@@ -89,26 +87,15 @@ class Run:
         Raises:
             ValueError: a run is at work there; a damaged checkpoint; another run's folder; in all processes.
         """
-        try:
+        with ExitStack() as self._held:
             if found := in_main_process(self._found):
                 self._restore(*found)
             yield
-        finally:
-            if self._lock.is_locked:
-                if self.finished:
-                    self._clear()
-                with suppress(OSError):  # Windows does it on release
-                    Path(self._lock.lock_file).unlink()
-                self._lock.release()
 
     def _found(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
         """What is in the folder of this run: counts and tensors, no tensors where it is finished; None: nothing."""
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            busy = f"another run is at work in {self.output_dir}"
-            raise ValueError(f"{busy}; wait for its end, or give another output_dir") from None
+        self._held.enter_context(alone(self.output_dir))
+        self._held.callback(self._ended)
         if (self.output_dir / RECORD).is_file():
             record = finished_run(self.output_dir)
             what, way_out = f"{self.output_dir} is of a run that is finished", "Give another output_dir, or delete"
@@ -128,6 +115,10 @@ class Run:
             )
         self._clear()  # of a run that ended before its first checkpoint
         return None
+
+    def _ended(self) -> None:
+        if self.finished:
+            self._clear()
 
     def _clear(self) -> None:
         """Take away what a run writes while it works, and the folder of it, unless there is something else in it."""

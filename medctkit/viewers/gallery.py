@@ -12,7 +12,7 @@ from medctkit.phantom.study import generate
 from medctkit.scans.volumes import CTVolume, read_volume
 from medctkit.viewers.drawing.rendering import PLANES, render
 
-SHAPE = (160, 256, 256)
+SHAPE, SEED = (160, 256, 256), 30  # of the first finding; the next has the next
 HEIGHT, GAP = 300, 4  # of a slice, and below and beside it, pixels
 
 
@@ -34,17 +34,15 @@ def page(scans: Sequence[CTVolume], places: Sequence[Sequence[int]]) -> Image.Im
     return Image.fromarray(np.vstack(rows))
 
 
-def draw_twins(folder: Path, seed: int = 30) -> list[Path]:
+def draw_twins(folder: Path) -> list[Path]:
     """Write a page for each finding: three planes through its mask, beside the same patient without it.
 
-    Args:
-        folder: made if it is not there.
-        seed: of the first finding; the next has the next.
+    The `folder` is made if it is not there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for i, name in enumerate(CT_RATE):
-        sick, twin = (generate(seed + i, findings=f, shape=SHAPE) for f in ([name], []))
+        sick, twin = (generate(SEED + i, findings=f, shape=SHAPE) for f in ([name], []))
         mask = sick.masks[name]
         place = [int(mask.sum(axis=tuple({0, 1, 2} - {axis})).argmax()) for axis in PLANES.values()]
         written.append(folder / f"{name.lower().replace(' ', '_')}.png")
@@ -53,16 +51,15 @@ def draw_twins(folder: Path, seed: int = 30) -> list[Path]:
     return written
 
 
-def draw_beside_real(picture: Path, scan: Path, seed: int = 30) -> Path:
+def draw_beside_real(picture: Path, scan: Path) -> Path:
     """Write one page: a healthy phantom and a real scan in the same planes, half way up, back and left in each.
 
     Args:
         picture: to write.
         scan: as `read_volume` takes it.
-        seed: of the phantom.
     """
     real = read_volume(scan).reoriented()
-    drawn = generate(seed, findings=[], shape=SHAPE).volume
+    drawn = generate(SEED, findings=[], shape=SHAPE).volume
     at = (0.6, 0.5, 0.35)
     places = [[int(share * n) for share, n in zip(at, volume.hu.shape, strict=True)] for volume in (drawn, real)]
     picture.parent.mkdir(parents=True, exist_ok=True)

@@ -4,14 +4,17 @@ import json
 
 import pandas as pd
 import pytest
+import torch
 from dicom_peers import write_phantom
 from tiny import randomise_adapter
 from typer.testing import CliRunner
 
 from medctkit.cli import app
+from medctkit.cli_deploy import with_adapter
 from medctkit.deploy.predict import case_of, facts_of
 from medctkit.findings import FINDINGS
 from medctkit.lora.adapter import add_lora, save_adapter
+from medctkit.lora.methods import apply_method, save_trained
 from medctkit.model.base_model import load_base
 from medctkit.model.fingerprint import digests
 from medctkit.quickstart import classify
@@ -70,3 +73,12 @@ def test_adapter_is_used_and_named(tmp_path):
     assert base["scores"] != with_adapter["scores"]
     assert base["model"]["base"] == with_adapter["model"]["base"]
     assert (base["model"]["adapter"], with_adapter["model"]["adapter"]) == ("none", digests(adapted)[1])
+
+
+def test_what_was_trained_without_an_adapter_is_taken_as_well(tmp_path):
+    trained = apply_method(load_base().model, "bitfit")
+    with torch.no_grad():
+        for p in trained.parameters():
+            p.add_(0.01 * p.requires_grad)
+    save_trained(trained, tmp_path / "adapter")
+    assert digests(with_adapter("mini", None, tmp_path / "adapter").model) == digests(trained)

@@ -61,6 +61,12 @@ def measured(few, adapted):
     return done.output, json.loads((adapted / "localisation.json").read_text())
 
 
+def test_one_study_alone_is_refused_before_any_map(few, adapted, monkeypatch):
+    monkeypatch.setattr(localise, "relevance_of_regions", None)
+    done = CliRunner().invoke(app, ["localise", str(adapted), "--manifest", str(few), "--studies", "1"])
+    assert done.exit_code == 1 and "expected two of each at least" in done.stderr
+
+
 @pytest.mark.slow
 def test_the_command_writes_what_it_prints(adapted, measured):
     printed, found = measured

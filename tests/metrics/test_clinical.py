@@ -43,6 +43,8 @@ def test_recalibration_is_fitted_on_validation_and_mends_what_can_be_mended(meth
     order = np.argsort(shown[new, 0])
     assert (np.diff(mended[order, 0]) >= 0).all(), "the order of scores stays"
     chosen = clinical.choose_recalibration(labels[old], shown[old], np.arange(2000))
+    alone = clinical.choose_recalibration(labels[old], shown[old], np.zeros(2000))
+    assert min(alone, key=alone.__getitem__) == "none" and alone["none"] == pytest.approx(chosen["none"])
     assert chosen["none"] > chosen[method] and set(chosen) == set(clinical.RECALIBRATIONS)
 
 

@@ -463,7 +463,7 @@ def test_two_runs_do_not_work_in_one_folder(tokenizer, tmp_path):
 
     def meanwhile(row):
         if row["step"] == 1:
-            with pytest.raises(ValueError, match="another run is at work in .*; wait for its end") as caught:
+            with pytest.raises(ValueError, match="another process is at work in .*; wait for its end") as caught:
                 run(tokenizer, tmp_path)
             refused.append(caught)
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from medctkit.common.atomic import replacing
 from medctkit.experiments.compare.results import (
     KINDS,
-    TEXTS,
+    LABELS,
     Results,
     base_of,
     forgetting_table,
@@ -102,7 +102,7 @@ def figure_studies(results: Results) -> Figure:
     _base_line(results, axes)
     for name in ("lora", "full", PROBE, "hu-boxes"):
         rows, (colour, marker) = table[table["method"] == name], MARKS[name]
-        label = TEXTS[name][0] + _ONLY * (name in (PROBE, "hu-boxes"))
+        label = LABELS[name] + _ONLY * (name in (PROBE, "hu-boxes"))
         if len(rows):
             _band(axes, rows, "studies", colour, marker=marker, label=label)
     sizes = sorted(set(table["studies"]) - {0})
@@ -155,7 +155,7 @@ FIGURES = {  # name of the file: the group whose runs it needs, what draws it
     "methods": ("methods", figure_methods),
     "studies": ("studies", figure_studies),
     "rivals": ("rivals", figure_rivals),
-    "forgetting": ("rivals", figure_forgetting),
+    "forgetting": ("forgetting", figure_forgetting),
 }
 
 

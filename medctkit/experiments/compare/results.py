@@ -27,11 +27,7 @@ from medctkit.zero_shot.prompts import PROMPTS
 
 SAVED = Path(str(files("medctkit") / "assets" / "comparison"))
 KEYS = ["group", "method", "rank", "studies", "learning_rate", "dialect", "variant"]
-TEXTS = {  # label, what it trains, paper
-    BASE: ("base model", "Nothing: the base model as it is, zero-shot.", ""),
-}
-TEXTS |= {name: (rival.label, rival.does, rival.source) for name, rival in RIVALS.items()}
-TEXTS |= {name: (method.label, method.trains, method.paper) for name, method in METHODS.items()}
+LABELS = {BASE: "base model"} | {name: method.label for name, method in (RIVALS | METHODS).items()}
 KINDS = ("free", "same labels", "trained")  # no label of the target hospital; labels, but no gradient; both
 EQUAL = 0.8  # of the way from the base model's validation score to LoRA's best: the score for `steps_to_equal`
 
@@ -93,7 +89,7 @@ def base_of(results: Results) -> list[str]:
 
 def label_of(method: str, variant: str = "") -> str:
     """What a method, or a variant of it, is called: "LoRA, replay"."""
-    return TEXTS[method][0] + f", {variant}" * bool(variant)
+    return LABELS[method] + f", {variant}" * bool(variant)
 
 
 def difference_of_means(
@@ -169,15 +165,11 @@ def _ordered(table: pd.DataFrame, order: Iterable[str]) -> pd.DataFrame:
 
 
 def method_table(results: Results, group: str = "methods") -> pd.DataFrame:
-    """A row for each method, the base model first: what it trains, what it scores on test studies, what it costs."""
+    """A row for each method, the base model first: what it scores on test studies, and what it costs."""
     table = pooled(results, group).merge(results.costs, on="method", how="left")
-    for i, column in ((1, "trains"), (2, "paper")):
-        table[column] = [TEXTS[name][i] for name in table["method"]]
     table["any_prompt"] = table["method"] != PROBE
     table.loc[~table["method"].isin(METHODS), "dialect"] = "-"
-    full = table.loc[table["method"] == "full", "trainable"]
-    table["trainable_share"] = table["trainable"] / (full.iloc[0] if len(full) else np.nan)
-    return _ordered(table, TEXTS)
+    return _ordered(table, LABELS)
 
 
 def rivals_table(results: Results) -> pd.DataFrame:
@@ -185,7 +177,7 @@ def rivals_table(results: Results) -> pd.DataFrame:
 
     Returns:
         `pooled`, a row for the base model, each free fix, each rival, LoRA in either encoder and in both, and full
-        fine-tuning; and `does`, `kind` (one of `KINDS`), `labels` (what it does with labels of the target hospital:
+        fine-tuning; and `kind` (one of `KINDS`), `labels` (what it does with labels of the target hospital:
         none, choose, learn), and `lora_over` with its ends (LoRA minus this, paired).
     """
     table = pooled(results, "rivals")
@@ -194,7 +186,6 @@ def rivals_table(results: Results) -> pd.DataFrame:
         KINDS[0] if labels == "none" else KINDS[1] if method in RIVALS else KINDS[2]
         for method, labels in zip(table["method"], table["labels"], strict=True)
     ]
-    table["does"] = [TEXTS[name][1] for name in table["method"]]
     table["chosen"] = [
         f"{row.learning_rate:g}{'*' if row.at_edge else ''}, {row.dialect}" if row.method in METHODS else row.chosen
         for row in table.itertuples()
@@ -283,7 +274,7 @@ def strength_table(results: Results) -> pd.DataFrame:
             names = names_of(results, "forgetting", method) if strength else base
             what = "" if strength in (0, 1) else f"/strength {strength:g}"
             of, home = results.mean_draws(names, what), results.mean_draws(names, f"{what}/home")
-            row: dict[str, Any] = {"method": method, "label": TEXTS[method][0], "strength": strength}
+            row: dict[str, Any] = {"method": method, "label": LABELS[method], "strength": strength}
             over, home_over = of - results.mean_draws(base), home - results.mean_draws(base, "/home")
             rows.append(row | _with_intervals({"auroc": of, "over_base": over, "home_over_base": home_over}))
     return pd.DataFrame(rows)

@@ -11,7 +11,6 @@ import os
 import random
 import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -50,7 +49,7 @@ from medctkit.experiments.compare.runs import (
     unpacked,
 )
 from medctkit.findings import FINDINGS
-from medctkit.lora.methods import METHODS, apply_method, save_trained, trained_bytes
+from medctkit.lora.methods import METHODS, apply_method
 from medctkit.metrics.bootstrap import mean_of_findings, metric_draws, patient_weights
 from medctkit.model.base_model import BaseModel
 from medctkit.training.loop import step_gradients
@@ -265,7 +264,7 @@ def _what_it_costs(
     finally:
         torch.set_num_threads(before)
     steps = settings.steps_for(size)
-    volumes = (1 + steps // settings.evaluate_every) * valid + scored
+    volumes = (1 - (-steps // settings.evaluate_every)) * valid + scored
     trained = [job for job in left if job.trains and job.method != "lora-text"]  # whose volumes are seen once for all
     passes = sum(min(1.0, (job.studies or size) / size) * steps * step + volumes * embed for job in trained)
     return (
@@ -355,21 +354,19 @@ def _draws(
 def measure_costs(
     train: Dataset, settings: FineTuneConfig, repeats: int = 5, origin: Origin = PHANTOMS
 ) -> pd.DataFrame:
-    """Seconds, memory and bytes of an optimiser step of each method, alone on the machine, one after the other.
+    """Seconds and memory of an optimiser step of each method, alone on the machine, one after the other.
 
     Returns:
         A row for each of `METHODS`: `seconds_per_step` (median), `peak_bytes` (of one step: weights, inputs,
-        activations, gradients, optimiser), both also relative to full fine-tuning, `file_bytes`, batch size and device.
+        activations, gradients, optimiser), both also relative to full fine-tuning, batch size and device.
     """
     tokenizer, rows = origin.load().tokenizer, []
     batch = collate(tokenizer)([train[i] for i in range(settings.batch_size)])
     for name in METHODS:
         torch.manual_seed(0)
         model = apply_method(origin.load().model, name)
-        with tempfile.TemporaryDirectory() as folder:
-            size = trained_bytes(save_trained(model, folder))
         seconds, peak = _cost(model, batch, tokenizer, repeats)
-        rows.append({"method": name, "seconds_per_step": seconds, "peak_bytes": peak, "file_bytes": size})
+        rows.append({"method": name, "seconds_per_step": seconds, "peak_bytes": peak})
     table = pd.DataFrame(rows)
     for column in ("seconds_per_step", "peak_bytes"):
         table[f"{column}_of_full"] = table[column] / table.loc[table["method"] == "full", column].item()
