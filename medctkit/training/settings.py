@@ -33,6 +33,7 @@ class FineTuneConfig:
         max_grad_norm: longer gradients are scaled down to this norm.
         contrastive_weight: weight of `contrastive_loss`.
         prompt_weight: weight of `finding_prompt_loss`.
+        prevalence: let that loss also teach how common each finding is, which moves scores and orders none.
         anchor_weight: weight of the mean distance, 1 - cosine, of each volume's embedding from its `anchor`, the base
             model's, which each study of the data set then has to have.
         prompts: for each of the 18 findings, sentences that state and that deny it; every step draws one of each. Not
@@ -59,6 +60,7 @@ class FineTuneConfig:
     max_grad_norm: float = 1.0
     contrastive_weight: float = 1.0
     prompt_weight: float = 1.0
+    prevalence: bool = False
     anchor_weight: float = 0.0
     prompts: Prompts = field(default_factory=report_prompts, repr=False)
     max_length: int = 128
@@ -100,6 +102,11 @@ class FineTuneConfig:
                 f"others in its batch; got {self.batch_size}. Raise it, or set contrastive_weight=0"
             )
         if self.prompt_weight > 0:
+            if self.batch_size < 2 and not self.prevalence:
+                raise ValueError(
+                    "batch_size must be at least 2 for the per-finding loss, which tells volumes that have a finding "
+                    "from the others in their batch; got 1. Raise it, or set prevalence=True"
+                )
             check_prompts(self.prompts)
 
     def values(self, *without: str) -> dict[str, Any]:

@@ -218,7 +218,7 @@ def test_volumes_seen_once_train_the_text_encoder_as_volumes_do(data, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("variant", ["unseen", "noise-20", "replay", "anchor-1"])
+@pytest.mark.parametrize("variant", ["prevalence", "contrastive", "unseen", "noise-20", "replay", "anchor-1"])
 def test_every_variant_trains(data, tmp_path, monkeypatch, variant):
     monkeypatch.setitem(vars(data), "replay", data.home)
     found = run_job(Job("forgetting", "lora", 16, learning_rate=1e-3, variant=variant), data, TOY, tmp_path)

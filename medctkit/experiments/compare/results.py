@@ -51,7 +51,7 @@ class Results:
         """Whether a group has runs of its own, not only such as other groups share with it."""
         runs = self.runs[self.runs["group"] == group]
         own = {"rivals": runs["method"].isin(set(RIVALS) - {PROBE}), "noise": runs["variant"] != ""}
-        own |= {"unseen": own["noise"], "forgetting": own["noise"]}
+        own |= dict.fromkeys(("loss", "unseen", "forgetting"), own["noise"])
         own |= {"ranks": (runs["method"] == "lora") & (runs["rank"] != METHODS["lora"].rank)}
         own |= {"studies": (runs["method"] != BASE) & (runs["studies"] < runs["studies"].max())}
         return bool(own.get(group, runs["method"] != BASE).any())
