@@ -3,11 +3,11 @@
 * contrastive, `contrastive_loss`: each volume has to find its own report among the batch's reports and the
   other way round (InfoNCE in both directions; CLIP, Radford et al. 2021, arXiv 2103.00020; CT-CLIP, Hamamci
   et al. 2024, arXiv 2403.17834);
-* per-finding prompts, `finding_prompt_loss`: for each of the 18 findings the volume has to be nearer to a
-  sentence that states the finding than to one that denies it, or the reverse (the idea of CT-CLIP's
-  VocabFine, arXiv 2403.17834). It asks which volumes of the batch have the finding, not how common it is. It learns
-  from labels: what it trains is prompt-based and supervised, not zero-shot.
-  The prompts of the evaluation are refused, so that these sentences at least are new to it.
+* per-finding prompts, `finding_prompt_loss`: for each of the 18 findings a volume's margin, its similarity to a
+  sentence that states the finding minus that to one that denies it, has to be higher than the batch's where the finding
+  is there, and lower where it is not (after the idea of CT-CLIP's VocabFine, arXiv 2403.17834). It learns from labels:
+  what it trains is prompt-based and supervised, not zero-shot. The prompts of the evaluation are refused, so that these
+  sentences at least are new to it.
 """
 
 import math
@@ -82,12 +82,14 @@ def finding_prompt_loss(
     scale: torch.Tensor | float,
     prevalence: bool = False,
 ) -> torch.Tensor:
-    """Cross-entropy of the softmax over each finding's two similarities, averaged over known labels.
+    """Cross-entropy of each finding's margins, centred on their mean over the batch; averaged over known labels.
 
-    A base model that is new to a hospital has the margins of a finding, the differences of the two, nearly all too high
-    or too low. To move them all is the quickest way down, and tells no volume from another. So a finding's margins are
-    taken from their mean in the batch, and have an intercept as in logistic regression: the logarithm of the odds of
-    the finding there.
+    A margin is a volume's similarity to the sentence that states the finding minus that to the one that denies it. At a
+    new hospital nearly all margins of a finding are too high, or too low: to move them all is the quickest way down,
+    and tells no volume from another. So they are centred, and the log odds of the finding in the batch take the place
+    of the intercept of logistic regression (1/2 is added to both counts, so that they are finite). The level of the
+    scores is not trained, then. Where all or none of the batch have a finding there is no order to learn: its margins
+    are drawn together, weakly.
 
     Args:
         image_embeds: (b, p), L2-normalised.
@@ -95,7 +97,7 @@ def finding_prompt_loss(
         negative_embeds: (18, p), sentences that deny it.
         labels: (b, 18), 1 present, 0 absent, NaN unknown, which counts nowhere.
         scale: factor on the cosines, exp(temperature) for CT-CLIP.
-        prevalence: take the margins as they are; the loss then also teaches how common each finding is.
+        prevalence: take the margins as they are; the loss then also fits how common each finding is.
     """
     margin = scale * image_embeds @ (positive_embeds - negative_embeds).T  # (b, p) (p, 18) -> (b, 18)
     known = ~labels.isnan()

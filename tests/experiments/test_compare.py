@@ -225,6 +225,13 @@ def test_every_variant_trains(data, tmp_path, monkeypatch, variant):
     assert len(found["history"]) == 2 and not [name for name in found["scores"] if "strength" in name]
 
 
+def test_each_loss_is_another():
+    jobs_of = [Job("loss", "lora", 16, variant=variant) for variant in ("", "prevalence", "contrastive")]
+    plain, prevalence, contrastive = (one_run.settings_of(job, SETTINGS, {}) for job in jobs_of)
+    assert prevalence == plain | {"prevalence": True} and not plain["prevalence"]
+    assert contrastive == plain | {"contrastive_weight": 1.0} and not plain["contrastive_weight"]
+
+
 def test_a_sweep_leaves_test_studies_alone_and_its_best_run_is_not_trained_again(data, tmp_path, monkeypatch):
     swept = run_job(Job(SWEEP, "bitfit", learning_rate=1e-2), data, TOY, tmp_path)
     assert swept["validation_auroc"] and not {"scores", "auroc", "home", "calibration_error"} & set(swept)

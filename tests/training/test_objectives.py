@@ -73,8 +73,7 @@ def test_the_per_finding_loss_asks_which_volumes_have_a_finding_and_not_how_comm
     margins = torch.tensor([[0.3, -2.0], [-1.0, 0.5], [0.1, 0.0], [2.0, 9.0]])
 
     def loss(margins, **how):
-        images = torch.cat([margins, torch.ones(len(margins), 1)], dim=1)  # their products with the sentences
-        return finding_prompt_loss(images, torch.eye(3)[:2], torch.zeros(2, 3), labels[: len(margins)], 1.0, **how)
+        return finding_prompt_loss(margins, torch.eye(2), torch.zeros(2, 2), labels, 1.0, **how)
 
     shifted = margins + torch.tensor([5.0, -3.0])
     assert loss(shifted).item() == pytest.approx(loss(margins).item(), rel=1e-5)

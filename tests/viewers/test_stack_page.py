@@ -54,7 +54,7 @@ def image(url):
 def test_every_slice_is_there_in_every_window(page, scan):
     data = data_of(page)
     (of_scan,) = data["scans"]
-    assert [len(slices) for slices in of_scan] == [32, 32] and len(data["texts"]) == 32
+    assert [len(slices) for slices in of_scan] == [32, 32] and len(data["texts"][0]) == 32
     for slices, window in zip(of_scan, ((-600, 1500), (40, 400)), strict=True):
         for index in (0, 13, 31):
             shown = np.asarray(image(slices[index]).convert("L")).astype(float)
@@ -64,7 +64,7 @@ def test_every_slice_is_there_in_every_window(page, scan):
 
 
 def test_texts_say_slice_place_and_what_is_marked(page, scan):
-    texts, step = data_of(page)["texts"], scan.volume.spacing[0]
+    (texts,), step = data_of(page)["texts"], scan.volume.spacing[0]
     assert [text.split(", ")[1].split("; ")[0] for text in texts[::31]] == ["I 155 mm", "S 155 mm"]
     filled = scan.masks["Lung nodule"].any(axis=(1, 2))
     for index, text in enumerate(texts):
@@ -122,7 +122,7 @@ def test_names_cannot_break_out_of_the_page(tmp_path):
     marked, look = LinkedScans(volume, {name: volume.hu == 0}), Look(masks=(name,))
     written = write_stack_page(tmp_path / "p.html", marked, "axial", {name: (0, 100)}, look, name).read_text()
     assert written.count("<script>") == 1 and written.count("</script>") == 2
-    assert name in data_of(written)["names"][0] and any(name in text for text in data_of(written)["texts"])
+    assert name in data_of(written)["names"][0] and any(name in text for text in data_of(written)["texts"][0])
 
 
 def test_a_second_scan_lies_beside_the_first_at_the_same_scale_and_place(tmp_path):
@@ -137,8 +137,21 @@ def test_a_second_scan_lies_beside_the_first_at_the_same_scale_and_place(tmp_pat
     assert [image(slices[0]).size for slices in (thin, thick)] == [(448, 448), (336, 336)]
     bright = [[np.asarray(image(url).convert("L")).mean() > 128 for url in slices] for slices in (thin, thick)]
     assert bright == [[i == 6 for i in range(9)], [i == 3 for i in range(5)]]
-    assert data["texts"][6] == "thin: axial slice 6 of 0 to 8, S 60 mm; thick: axial slice 3 of 0 to 4, S 60 mm"
+    assert [of[6] for of in data["texts"]] == [
+        "thin: axial slice 6 of 0 to 8, S 60 mm", "thick: axial slice 3 of 0 to 4, S 60 mm"
+    ]  # fmt: skip
+    assert [image["alt"].partition(":")[0] for image in Page(written).all("img")] == ["thin", "thick"]
+    assert "The two scans are\nlinked by the distance from the middle of each scan." in written
     assert [attributes["src"] for attributes in Page(written).all("img")] == [thin[4], thick[2]]
+
+
+def test_where_a_second_scan_does_not_reach_nothing_is_shown(tmp_path):
+    whole, part = (CTVolume(np.zeros((n, 20, 20), np.int16), (10.0, 4.0, 4.0)) for n in (9, 5))
+    pair = LinkedScans(whole, None, part, ("whole", "part"))
+    data = data_of(write_stack_page(tmp_path / "p.html", pair, "axial", {"soft": (0, 300)}, Look(), "Two").read_text())
+    assert data["there"] == [None, None, 0, 1, 2, 3, 4, None, None]
+    assert data["texts"][1][6].startswith("part: axial slice 4 of 0 to 4")
+    assert data["texts"][1][7] == "part: does not reach this place"
 
 
 def test_bad_input_leaves_no_file(linked, tmp_path):

@@ -3,12 +3,15 @@ const index = document.getElementById("index"), slices = [...document.querySelec
 const layers = [...document.querySelectorAll(".layer")], opacities = [...document.querySelectorAll(".opacity")];
 function show() {
   const i = Number(index.value), window_ = Number(document.querySelector("[name=window]:checked").value);
+  const said = data.texts.map(of => of[i]);
   slices.forEach((slice, n) => {
-    slice.src = data.scans[n][window_][n ? data.there[i] : i];
-    slice.alt = data.texts[i] + "; " + data.names[window_];
+    const shown = n ? data.there[i] : i;
+    slice.hidden = shown === null;
+    if (!slice.hidden) slice.src = data.scans[n][window_][shown];
+    slice.alt = said[n] + "; " + data.names[window_];
   });
-  document.getElementById("text").textContent = data.texts[i];
-  index.setAttribute("aria-valuetext", data.texts[i]);
+  document.getElementById("text").textContent = said.join("; ");
+  index.setAttribute("aria-valuetext", said.join("; "));
   layers.forEach((layer, n) => {
     const picture = data.layers[n][i];
     layer.hidden = !picture;

@@ -30,7 +30,7 @@ REPLAYED, REPLAY_SHARE = 64, 0.25  # patients of the source hospital; their shar
 VARIANTS = {  # of a run: what is done to its loss, or to the studies that it learns from
     "prevalence": "its per-finding loss also teaches how common each finding is",
     "contrastive": "it learns from reports too, by the contrastive loss, which weighs as much",
-    "unseen": "no label of four findings, and no report, which speaks of them",
+    "unseen": "no label of four findings",
     "noise-5": "5 % of the labels flipped",
     "noise-10": "10 % of the labels flipped",
     "noise-20": "20 % of the labels flipped",

@@ -1,8 +1,8 @@
 """The runs of the comparison: which there are, and how one is done; `run_all` does them all.
 
-Every run starts from the same base model and gets the same objectives, steps, batches, validations and seeds; methods
-differ in what they train and in their learning rate, which validation studies choose: a grid is swept until its best
-lies between others, or to its end. The words of the per-finding loss are chosen for LoRA in either encoder and in both;
+Every run starts from the same base model and gets the same loss (but in "loss"), steps, batches, validations and seeds;
+methods differ in what they train and in their learning rate, which validation studies choose: a grid is swept until its
+best lies between others, or to its end. The words of the per-finding loss are chosen for LoRA in either encoder and in both;
 all other methods have LoRA's. Test studies are scored at the end of the runs with the rates chosen, and choose nothing.
 """
 
@@ -235,7 +235,7 @@ def _config(job: Job, settings: FineTuneConfig) -> FineTuneConfig:
     rate = job.learning_rate or settings.learning_rate
     own: dict[str, Any] = dict(batch_size=batch_size, learning_rate=rate, seed=job.seed)
     own["rate_of_b"] = METHODS[job.method].rate_of_b
-    if job.variant == "unseen":
+    if job.variant == "unseen":  # reports speak of what is held out
         own["contrastive_weight"] = 0.0
     if job.variant == "prevalence":
         own["prevalence"] = True

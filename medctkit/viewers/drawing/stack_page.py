@@ -2,7 +2,7 @@
 
 Slider, mouse wheel and keys choose the slice; masks and a heat map are layers with an opacity of their own. The text
 under the picture and the picture's alternative text say which slice it is, where it lies and what is marked in it. A
-second scan lies beside the first, at the same scale, and shows the same place.
+second scan lies beside the first, at the same scale, and shows the same place, or nothing where it does not reach it.
 Nothing of the scan's header goes into the page.
 """
 
@@ -20,7 +20,7 @@ from PIL import Image
 from medctkit.common.atomic import replacing
 from medctkit.common.templates import filled
 from medctkit.scans.heat_map import HeatMap
-from medctkit.viewers.drawing.linked_scans import LinkedScans
+from medctkit.viewers.drawing.linked_scans import NOT_REACHED, LinkedScans
 from medctkit.viewers.drawing.rendering import (
     MARKS,
     PLANES,
@@ -78,14 +78,14 @@ def write_stack_page(
     masked = [f"rgb{scan.colours[name]}" for name in look.masks]
     style = filled("stack.css", sizes=sizes, stops=stops, colours=masked)
     script = filled("stack.js")
-    texts = [_text(scan, plane, i, look.masks) for i in numbers]
-    there: list[int] = []  # for each slice of the first that of the second
+    texts = [[_text(scan, plane, i, look.masks) for i in numbers]]
+    there: list[int | None] = []  # for each slice of the first that of the second
     if len(linked.scans) > 1:
         middle, (first, other) = [n // 2 for n in scan.volume.shape], linked.scans
-        voxels = [(*middle[:axis], i, *middle[axis + 1 :]) for i in numbers]
-        there = [linked.voxels((d, h, w))[1][axis] for d, h, w in voxels]
-        beside = [_text(other, plane, i, ()) for i in there]
-        texts = [f"{first.name}: {a}; {other.name}: {b}" for a, b in zip(texts, beside, strict=True)]
+        voxels = [linked.in_second((*middle[:axis], i, *middle[axis + 1 :])) for i in numbers]  # type: ignore[arg-type]
+        there = [voxel and voxel[axis] for voxel in voxels]
+        beside = [NOT_REACHED if i is None else _text(other, plane, i, ()) for i in there]
+        texts = [[f"{one.name}: {said}" for said in of] for one, of in ((first, texts[0]), (other, beside))]
     data = {
         "scans": [_grey(each, plane, size, windows) for each, size in zip(linked.scans, sizes, strict=True)],
         "there": there,
@@ -95,7 +95,7 @@ def write_stack_page(
     }
     page = filled(
         "stack.html", title=title, plane=plane, windows=list(windows), layers=layers, data=data,
-        first=len(numbers) // 2, marks=list(zip(("left", "right", "top", "bottom"), MARKS[plane], strict=True)),
+        first=len(numbers) // 2, how=linked.how if there else "", marks=list(zip(("left", "right", "top", "bottom"), MARKS[plane], strict=True)),
         style=style, style_digest=_digest(style), script=script, script_digest=_digest(script),
     )  # fmt: skip
     with replacing(path) as temporary:
