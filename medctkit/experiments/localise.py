@@ -94,9 +94,10 @@ def measure_localisation(
 
     with alone(output_dir):
         regions = Regions(**kept("regions", lambda: vars(find_regions(rows, config, grid))))
-        if len(np.unique(regions.study)) < 2 or len(FINDINGS) < 2:
+        showing = len(np.unique(regions.study))
+        if showing < 2 or len(FINDINGS) < 2:
             raise ValueError(
-                f"{len(np.unique(regions.study))} of {len(rows)} test studies show one of {len(FINDINGS)} finding(s); "
+                f"{showing} of {len(rows)} test studies show one of {len(FINDINGS)} finding(s); "
                 "expected two of each at least: maps are held against those of another study and another prompt"
             )
         chosen, few = some_of_each(regions, EACH, seed), Regions(*(part[:FEW] for part in vars(regions).values()))
@@ -137,7 +138,7 @@ def measure_localisation(
             "faithfulness": pd.concat(faithful, ignore_index=True),
             "sanity": pd.concat(checks, ignore_index=True),
         }
-        made = {"command": command, "studies": len(np.unique(regions.study)), "regions": len(regions.study)}
+        made = {"command": command, "studies": showing, "regions": len(regions.study)}
         content: dict[str, Any] = {name: records(part) for name, part in found.items()}
         of = {"base": digests(base.model)[0], "patch_mm": patch_in_mm(config, grid)}
         content["made_with"] = made_with(seed) | made | of

@@ -61,9 +61,8 @@ def test_two_processes_give_the_bytes_of_one_and_of_a_cluster(phantoms, cluster,
 
 def test_a_scheduler_needs_dask(phantoms, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
-    with pytest.raises(
-        ImportError, match=r"needs distributed, which is not installed: pip install .medctkit\[cluster\]"
-    ):
+    said = r"needs distributed, which is not installed: pip install 'medctkit\[cluster\]'$"
+    with pytest.raises(ImportError, match=said):
         prepare(phantoms[:2], SMALL, tmp_path, scheduler="tcp://127.0.0.1:9")
 
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from medctkit.deploy import deploy_table as tables
 from medctkit.deploy.deploy_table import BASE, Limits, as_text, deploy_table
-from medctkit.deploy.exported import Exported
+from medctkit.deploy.exported import FACTS, Exported
 from medctkit.deploy.quantise import KINDS, quantise
 from medctkit.deploy.trial import Variant, outputs, peak_bytes, trial
 from medctkit.findings import FINDINGS
@@ -138,6 +138,9 @@ class TestTable:
         assert kind in card and "not yet" in card and ("OpenVINO" in card) == kind.startswith("openvino")
         with pytest.raises(ValueError, match=f"is {kind} already"):
             quantise(out, tmp_path / "again", kind)
+        (out / FACTS).write_bytes((made[1] / "onnx-float32" / FACTS).read_bytes())
+        with pytest.raises(ValueError, match="is not as it was written"):
+            Exported(out)
 
     def test_what_cannot_be_quantised_is_refused(self, made, tmp_path, monkeypatch):
         source = made[1] / "onnx-float32"
