@@ -5,6 +5,7 @@ same link on a code host, in JupyterLab and on the site.
 """
 
 import builtins
+import json
 import re
 from importlib.metadata import version as version_of
 
@@ -49,7 +50,7 @@ html_theme = "sphinx_book_theme"
 html_title = "medctkit"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
-html_extra_path = ["static/index.html", "../notebooks/images/viewer.html"]
+html_extra_path = ["static/index.html", "../notebooks/images/viewer.html", "../notebooks/stacks"]
 html_theme_options = {
     "home_page_in_toc": True,
     "navbar_persistent": [],
@@ -79,6 +80,17 @@ def docstring_is_prose(app, what, name, obj, options, lines: list[str]) -> None:
     lines[:] = [""] * (what == "property") + text.split("\n")
 
 
+def viewers_are_stacks(app, docname: str, source: list[str]) -> None:
+    """A viewer needs a kernel: its stack of slices, at the root of the site, needs none."""
+    from tools.offline_pages import frame_stack  # here, so that the tests can read this file alone
+
+    if docname.startswith("notebooks/"):
+        notebook = json.loads(source[0])
+        for output in (output for cell in notebook["cells"] for output in cell.get("outputs", ())):
+            frame_stack(output, "../")
+        source[0] = json.dumps(notebook)
+
+
 def figures_have_words(app, doctree) -> None:
     """A figure that a cell drew is named, for those who do not see it, after the section it stands in."""
     from docutils import nodes  # here, so that the tests can read this file without Sphinx
@@ -103,5 +115,6 @@ def names_of_python_are_no_links(app, doctree) -> None:
 def setup(app) -> None:
     """Called by Sphinx."""
     app.connect("autodoc-process-docstring", docstring_is_prose, priority=400)  # before napoleon's 500
+    app.connect("source-read", viewers_are_stacks)
     app.connect("doctree-read", figures_have_words)
     app.connect("doctree-read", names_of_python_are_no_links)

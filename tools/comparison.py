@@ -21,6 +21,7 @@ PAGE = ROOT / "docs" / "comparison.md"
 FILES = ("comparison.csv", "draws.npz", "costs.csv")
 MARK = re.compile(r"<!-- (\w+): begin -->\n.*?<!-- \1: end -->", re.S)
 SAID = {  # under a table: pairs that are compared in words
+    "loss": [("lora", f"lora, {name}", where) for where in ("", "/home") for name in ("prevalence", "contrastive")],
     "placement": [(name, "lora", "") for name in ("lora-mlp", "lora-all", "lora-vision", "lora-text")],
     "methods": [
         (name, "lora", "") for name in ("full", "dora", "rslora", "lora+", "pissa", "oft", "vera", "ia3", "bitfit")

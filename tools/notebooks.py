@@ -6,6 +6,7 @@ where what comes out is of another kind than what is committed.
 
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -21,10 +22,12 @@ from medctkit.cli import told
 from medctkit.common.atomic import replacing
 from medctkit.course.exercises import STRICT
 from tools.notebook_outputs import cleaned, differences, noise
+from tools.offline_pages import with_stacks_kept
 
 ROOT = Path(__file__).resolve().parent.parent
 COHORT = "data_manifest.csv"
 COLAB_CELL = Path(__file__).parent / "colab_cell.py"
+STACKS = "stacks"  # beside the notebooks: their viewers as pages, for the site
 LARGEST = 2_000_000  # bytes of a committed notebook
 BAR = "{desc:<26} {bar:30} {n}/{total} cells, {elapsed}"
 _TITLE = re.compile(r"# Exercise (\d\d\.[1-9]): \S.*")
@@ -298,13 +301,22 @@ def render(notebooks: Sequence[Path], keep: Path | None = None) -> None:
             solved.unlink()
         for path in notebooks:
             source = assembled(nbformat.read(path, as_version=4), _solutions_of(path))
+            for stale in executed.glob(f"{path.stem}-stack-*"):
+                stale.unlink()
             nbformat.write(source, folder / path.name)
+            nbformat.write(with_stacks_kept(folder / path.name, executed), folder / path.name)
             page = execute(folder / path.name, executed / path.name, folder=folder)
             ran = nbformat.read(executed / path.name, as_version=4)
             for said in noise(ran):
                 print(f"{path.name}: not committed: {said}")
             text = nbformat.writes(cleaned(source, ran)) + "\n"
             _refuse(path, text, (folder.parent, root, Path.home()))
+            stacks = path.parent / STACKS
+            stacks.mkdir(exist_ok=True)
+            for stale in stacks.glob(f"{path.stem}-stack-*"):
+                stale.unlink()
+            for stack in executed.glob(f"{path.stem}-stack-*"):
+                shutil.copyfile(stack, stacks / stack.name)
             with replacing(path) as temporary:
                 temporary.write_text(text, encoding="utf-8")
             print(f"{path.name}: {len(text) / 1e6:.2f} MB; with its widgets: {page}")

@@ -1,7 +1,8 @@
 """Executed notebooks as pages that need neither a kernel nor a network: `make demo` hands them over.
 
-Viewers become their stacks of slices, each a page of its own in a frame; equations are set by a MathJax that lies
-beside the pages; the cell for Colab is left out, and parameters are shown once, with the values that were used.
+Viewers become their stacks of slices, each a page of its own in a frame, here and on the documentation site; equations
+are set by a MathJax that lies beside the pages; the cell for Colab is left out, and parameters are shown once, with the
+values that were used.
 """
 
 import html
@@ -64,6 +65,13 @@ def with_stacks_kept(source: Path, folder: Path) -> Any:
     return notebook
 
 
+def frame_stack(output: Any, folder: str = "") -> None:
+    """Where a notebook's output is a viewer with a stack, put the stack in its place, which lies in `folder`."""
+    if stack := output.get("metadata", {}).get(STACK):
+        frame = f'<iframe src="{html.escape(folder + stack)}" title="a stack of slices" style="width:100%;height:800px;border:0">'
+        output["data"] = {"text/html": f"{frame}</iframe>"}
+
+
 def write_page(
     source: Path, executed: Path, parameters: Mapping[str, Any], lessons: Collection[str] = ()
 ) -> tuple[Path, str | None]:
@@ -90,9 +98,7 @@ def write_page(
             data = output.get("data", {})
             for kind in {"image/png", "image/jpeg"} & set(data) if first is None else ():
                 first = f"data:{kind};base64,{data[kind].strip()}"
-            if stack := output.get("metadata", {}).get(STACK):
-                frame = f'<iframe src="{html.escape(stack)}" title="slices" style="width:100%;height:800px;border:0">'
-                output.data = {"text/html": f"{frame}</iframe>"}
+            frame_stack(output)
     folded = Config(TagRemovePreprocessor={"enabled": True, "remove_input_tags": {"hide-input"}})  # imports
     exporter = HTMLExporter(config=folded, raw_template=_PAGE, embed_images=True)
     resources = {"metadata": {"name": source.stem, "path": str(source.parent)}}

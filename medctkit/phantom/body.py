@@ -240,25 +240,30 @@ class Body:
             seen = tree.first > 0.16 * self.edge
             self.tubes(share, *bent(tree.start, tree.end, tree.parent, tree.first, tree.last, seen))
         raster.paint(self.hu, share, 0.85 * t.blood + 0.15 * t.muscle)
-        self.bronchi(self.lumens > max(1.15, 0.35 * self.edge), 1.0, 1.0)
+        self.bronchi(self.lumens > max(1.15, 0.35 * self.edge))
 
-    def bronchi(self, chosen: np.ndarray, widen: float, thicken: float) -> np.ndarray:
-        """Paint bronchi; returns the share (d, h, w) of their walls and lumens.
+    def bronchi(
+        self, chosen: np.ndarray, thicken: float = 1.0, wall: float = -60.0, within: np.ndarray | float = 1.0
+    ) -> np.ndarray:
+        """Paint the patient's bronchi; returns the share (d, h, w) of their walls and lumens.
 
         Args:
             chosen: (n,) of the arteries' branches, those whose bronchi are painted.
-            widen: factor of the lumen.
             thicken: factor of the wall.
+            wall: HU; what is thinner than a voxel is drawn wider and paler.
+            within: share (d, h, w) of each voxel that may change.
         """
-        lumen, parent = self.lumens * widen, self.arteries.parent
+        lumen, parent = self.lumens, self.arteries.parent
         come = np.where(parent >= 0, np.minimum(lumen[parent], lumen * 1.25), lumen)
         start, end = beside(self.arteries, lumen)
         start, end, come, lumen = bent(start, end, parent, come, lumen, chosen)
-        wall = (0.35 + 0.1 * lumen / widen) * thicken
+        thick = (0.35 + 0.1 * lumen) * thicken
         outer, inner = self.everything, self.everything
-        self.tubes(outer, start, end, come + wall, lumen + wall)
+        self.tubes(outer, start, end, come + thick, lumen + thick)
         self.tubes(inner, start, end, come, lumen)
-        raster.paint(self.hu, outer, -60.0)
+        outer *= within
+        inner *= within
+        raster.paint(self.hu, outer, wall)
         raster.paint(self.hu, inner, -960.0)
         return outer
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from medctkit.phantom import raster
 from medctkit.phantom.body import HEART, OESOPHAGUS, Body, Drawn, curve, in_chest
-from medctkit.phantom.places import SIDES, fill, lung_share, severity
+from medctkit.phantom.places import SIDES, around, fill, severity
 
 
 def joined(a: np.ndarray, b: np.ndarray, soft: float = 14.0) -> np.ndarray:
@@ -51,8 +51,6 @@ def cardiomegaly(body: Body, rng: np.random.Generator) -> Drawn:
     room = (body.lung > -20) | (body.soft > -9)
     share = inside * np.maximum(above, body.soft > 0) * room
     grown = np.where((body.hu < 15) & ((body.soft < 0) | (depth > 0)), share, 0).astype(np.float32)
-    fat = np.clip((depth + 4) / body.edge + 0.5, 0, 1) * (1 - inside) * lung_share(body) * above
-    raster.paint(body.hu, fat.astype(np.float32), body.tissue.fat)
     fill(body, grown, body.tissue.myocardium)
     raster.paint(body.hu, grown * (body.lung < 0), body.tissue.myocardium)  # the fat that the heart lay in
     more = scale - 1
@@ -65,18 +63,25 @@ def cardiomegaly(body: Body, rng: np.random.Generator) -> Drawn:
 @in_chest
 def pericardial_effusion(body: Body, rng: np.random.Generator) -> Drawn:
     """Fluid between two layers of fat around the heart, thicker below and behind; it takes the lung's room."""
-    thickness = rng.uniform(8, 18)
-    z, y = body.z[:, None, None] / body.patient.scale[0], body.y[None, :, None] / body.patient.scale[1]
-    uneven = thickness * (0.75 + 0.35 * np.clip((y + 50) / 45, -0.6, 1) + 0.3 * np.clip((-z - 25) / 35, -1, 1))
+    from scipy.ndimage import distance_transform_edt
+
+    thickness, centre = rng.uniform(8, 18), body.patient.place(np.array([HEART[0]], float))[0]
+    box = around(body, centre, np.array(HEART[1]) * body.patient.scale + 34)
+    near, hollow = body.part(box), 12.0  # mm: the sac spans what is narrower than twice that between parts of the heart
+    above = np.clip((near.z[:, None, None] - body.floor[box[1:]][None] + 3) / body.edge, 0, 1)
+    heart = (near.soft > -1.5) & (heart_depth(near) > 0) & (above > 0)
+    z, y = near.z[:, None, None] / body.patient.scale[0], near.y[None, :, None] / body.patient.scale[1]
+    uneven = thickness * (0.8 + 0.2 * np.clip((y + 50) / 45, -0.6, 1) + 0.2 * np.clip((-z - 25) / 35, -1, 1))
     uneven = (uneven + 4) * np.clip((24 - z) / 26, 0, 1) - 4  # none above the roots of the great vessels
-    sac, own = heart_depth(body) + uneven + 4, body.soft + np.minimum(uneven, 15.5)
-    sac = (np.minimum(sac, own) - joined(-sac, -own, 10.0)) / 2  # no crease where the two meet
-    above = np.clip((body.z[:, None, None] - body.floor[None] + 3) / body.edge, 0, 1)
-    room = (body.hu < -20) & (body.lung > -16) & (sac > -12)
+    far = distance_transform_edt(~heart, body.step) if heart.any() else np.full(near.shape, 99.0)
+    sac = distance_transform_edt(far < uneven + hollow, body.step) - hollow
+    room = (near.hu < -20) & (near.lung > -16)
     outer, layer = (np.clip(part / body.edge + 0.5, 0, 1) * above * room for part in (sac, sac + 2.5))
-    raster.paint(body.hu, layer.astype(np.float32), body.tissue.fat)
-    share = (outer * np.clip((-1.5 - body.soft) / body.edge + 0.5, 0, 1)).astype(np.float32)
-    raster.paint(body.hu, share, rng.uniform(2, 20))
+    raster.paint(near.hu, layer.astype(np.float32), body.tissue.fat)
+    share = body.everything
+    share[box] = outer * np.clip((-1.5 - near.soft) / body.edge + 0.5, 0, 1)
+    raster.paint(near.hu, np.ascontiguousarray(share[box]), rng.uniform(2, 20))
+    body.hu[box] = near.hu
     return share, dict(size_mm=round(thickness), severity=severity((thickness - 8) / 10))
 
 
@@ -85,8 +90,8 @@ def hiatal_hernia(body: Body, rng: np.random.Generator) -> Drawn:
     """Stomach that has slipped up behind the heart beside fat: a wall, food and fluid, often a level of air above."""
     radius = rng.uniform(20, 36)
     place = body.patient.place
-    centre = place(np.array([[-68 + 0.5 * radius, -10, 10 + rng.uniform(-3, 8)]]))
-    radii = np.array([[radius * 1.05, radius * 0.8, radius]])
+    centre = place(np.array([[-68 + 0.5 * radius, -1 - 0.35 * radius, 12 + rng.uniform(-3, 8)]]))
+    radii = np.array([[radius * 1.05, radius * 0.75, radius]])
     lumps = np.concatenate([centre, centre + rng.normal(0, 0.16, (4, 3)) * radii])
     sizes = np.concatenate([radii, np.repeat(radii * 0.78, 4, 0)])
     neck = np.concatenate(
@@ -104,14 +109,14 @@ def hiatal_hernia(body: Body, rng: np.random.Generator) -> Drawn:
     aorta = body.everything
     points, wide = body.course("aorta")
     body.line(aorta, points, wide + 1)
-    room = np.clip((-2 - heart_depth(body)) / body.edge + 0.5, 0, 1) * (1 - aorta) * (body.hu < 150)
+    room = np.clip((8 - heart_depth(body)) / body.edge + 0.5, 0, 1) * (1 - aorta) * (body.hu < 150)
     low = np.clip((body.z[:, None, None] - body.floor[None] + 22) / 6, 0, 1)  # below lies the stomach itself
     fat, wall, inner = ((part * room * low).astype(np.float32) for part in layers)
     raster.paint(body.hu, fat * (body.hu < -110), body.tissue.fat)
     raster.paint(body.hu, wall, body.tissue.muscle)
     raster.paint(body.hu, inner, float(rng.uniform(8, 38)))
-    if rng.random() < 0.7:
-        level = centre[0, 1] - rng.uniform(0.05, 0.5) * radii[0, 1]
+    if rng.random() < 0.85:
+        level = centre[0, 1] + rng.uniform(-0.2, 0.5) * radii[0, 1]
         air = np.clip((level - body.y) / body.edge + 0.5, 0, 1)[None, :, None] * pouch
         raster.paint(body.hu, (inner * air).astype(np.float32), -960.0)
     return wall, dict(size_mm=round(2 * radius), severity=severity((radius - 20) / 16))
@@ -144,6 +149,7 @@ def lymphadenopathy(body: Body, rng: np.random.Generator) -> Drawn:
             body.balls(share, np.concatenate([centre, lobules]), np.concatenate([radii, np.repeat(radii * 0.75, 3, 0)]))
             largest, count = max(largest, short), count + 1
     share[(body.hu >= 25) | (body.airway >= 0.2)] = 0
+    share *= np.clip((6 - body.lung) / body.edge + 0.5, 0, 1)  # a node lies in fat and bulges little into the lung
     raster.paint(body.hu, share, value)
     return share, dict(location=names[chosen[0]], size_mm=round(largest), count=count)
 
@@ -173,7 +179,8 @@ def arterial_calcification(body: Body, rng: np.random.Generator) -> Drawn:
         along = np.linspace(0, rng.normal(0, 5), 5)[:, None]
         path = points[i] + (radii[i] - 0.6) * (np.cos(angle) * side + np.sin(angle) * other) + along * ahead[i]
         own = body.everything
-        body.line(own, path, rng.uniform(1.2, 2.6))
+        body.line(own, path, rng.uniform(1.1, 2.0))
+        own[(body.airway > 0.05) | (body.lung > 2)] = 0
         raster.paint(body.hu, own, rng.uniform(800, 1400))
         mark(share, own)
     return share, dict(location="aortic arch", severity=severity((count - 9) / 15))

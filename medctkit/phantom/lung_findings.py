@@ -80,7 +80,7 @@ def mosaic(body: Body, rng: np.random.Generator) -> Drawn:
 @in_chest
 def septal_thickening(body: Body, rng: np.random.Generator) -> Drawn:
     """Thick septa: lines that stand on the pleura and arcades of 1 to 2 cm behind it, at the bases first."""
-    thickness, degree = rng.uniform(1.2, 1.8), rng.random()
+    thickness, degree = rng.uniform(0.8, 1.3), rng.random()
     size, reach = rng.uniform(12, 16), 13 + 9 * degree
     # lobules stand in two layers under the pleura, so that the septa between those of a layer are square to it
     seeds, height = [], -5 + 60 * degree
@@ -112,12 +112,12 @@ def opacity(body: Body, rng: np.random.Generator) -> Drawn:
     """Ground glass: hazy patches with soft edges through which vessels and bronchi still show."""
     count = int(rng.integers(1, 6))
     centre, lobes = spots(body, rng, count, depth=(3, 30), back=(-70, 80))
-    share, delta = body.everything, rng.uniform(210, 330)
+    share, delta = body.everything, rng.uniform(260, 380)
     for c in centre:
         radii = rng.uniform(15, 36, 3)
         lumps = c + rng.normal(0, 0.5, (7, 3)) * radii
         blob = body.everything
-        body_edge, body.edge = body.edge, max(body.edge, 9.0)
+        body_edge, body.edge = body.edge, max(body.edge, 6.0)
         body.balls(blob, np.concatenate([[c], lumps]), np.concatenate([[radii], radii * rng.uniform(0.4, 0.8, (7, 1))]))
         body.edge = body_edge
         np.maximum(share, blob, out=share)
@@ -159,14 +159,20 @@ def consolidation(body: Body, rng: np.random.Generator) -> Drawn:
     near.hu += haze * (1 - filled) * 420 * np.clip(-(near.hu + 200) / 600, 0, 1)
     fill(near, filled, rng.uniform(28, 48) + 0.12 * max(body.tissue.blood - 45, 0))
     body.hu[box] = near.hu
-    share, air, shown = body.everything, body.everything, fed & (body.lumens > 0.75)
-    lumen = 1.35 * body.lumens
-    start, end = beside(body.arteries, lumen)
-    body.tubes(air, *bent(start, end, body.arteries.parent, lumen, lumen * 0.9, shown))
+    share = body.everything
     share[box] = filled
-    raster.paint(body.hu, air * (share > 0.3), -880.0)
+    bronchograms(body, share, fed)
     share[box] = np.maximum(filled, np.where(haze > 0.2, haze, 0))
     return share, dict(told(lobes), count=count)
+
+
+def bronchograms(body: Body, share: np.ndarray, chosen: np.ndarray) -> None:
+    """Paint the air that stays in bronchi of `chosen` (n,) branches, where a share (d, h, w) of dense lung is high."""
+    air, lumen = body.everything, 1.3 * body.lumens
+    start, end = beside(body.arteries, lumen)
+    shown = chosen & (body.lumens > max(1.2, 0.3 * body.edge))
+    body.tubes(air, *bent(start, end, body.arteries.parent, lumen, 0.9 * lumen, shown))
+    raster.paint(body.hu, air * (share > 0.3), -880.0)
 
 
 @in_chest
@@ -258,22 +264,29 @@ def atelectasis(body: Body, rng: np.random.Generator) -> Drawn:
             found = np.clip((wide / 2 - np.abs(sheet)) / body.edge + 0.5, 0, 1) * (thick[None] / wide) * inside[box]
             np.maximum(share[box], np.where(found > 0.05, found, 0), out=share[box], casting="same_kind")
     fill(body, share, 32.0 + 0.2 * max(body.tissue.blood - 45, 0))
+    if wedge:
+        bronchograms(body, share, np.isin(body.arteries.lobe, (3, 5)))
     return share, dict(side=side, location="lower lobe", kind="subsegmental" if wedge else "linear")
 
 
 @in_chest
 def fibrosis(body: Body, rng: np.random.Generator) -> Drawn:
-    """Old scars: a ragged cap on the pleura, bands from it towards the hilum, wide bronchi and some calcium in it."""
+    """Old scars: a ragged cap on the pleura, bands from it towards the hilum, wide bronchi and some calcium in it.
+
+    They shrink: lung, vessels and fissures between the scar and the hilum are drawn towards it, outside the mask.
+    """
     sides, side = sides_of(rng, 0.45)
     apical = rng.random() < 0.7
     share, calcium, air = body.everything, body.everything, body.everything
-    inside = lung_share(body)
     rough = rng.integers(2**31), rng.integers(2**31)
     for s in sides:
         lobes = ((1,) if s < 0 else (4,)) if apical else ((3,) if s < 0 else (5,))
         places, _ = spots(body, rng, 12, lobes, (3, 9), (68, 104) if apical else (-85, -45), (-20, 80))
         c = places[np.argmax((1.0 if apical else -0.5) * places[:, 0] + 0.4 * s * places[:, 2] + rng.normal(0, 6, 12))]
         reach = rng.uniform(24, 36)
+        hub = np.array([c[0] - 58 if apical else c[0] + 50, 0.3 * c[1], 0.6 * c[2]])
+        retract(body, c, hub, rng.uniform(9, 15))
+        inside = lung_share(body)
         box = around(body, c, 1.12 * reach * np.array([0.8, 1, 1]))
         part, own = body.part(box), body.everything
         d2 = (((part.z - c[0]) / (0.8 * reach))[:, None, None] ** 2 + ((part.y - c[1]) / reach)[None, :, None] ** 2
@@ -287,7 +300,6 @@ def fibrosis(body: Body, rng: np.random.Generator) -> Drawn:
             + 0.08 * min(1, 1.2 / body.edge) * fine
         )
         own[box] = np.clip((cap - 0.52) * 3.2 * min(1, 2.4 / body.edge) + 0.5, 0, 1) * np.minimum(near * 5, 1)
-        hub = np.array([c[0] - 58 if apical else c[0] + 50, 0.3 * c[1], 0.6 * c[2]])
         n = int(rng.integers(8, 13))
         start = c + rng.normal(0, 0.38 * reach, (n, 3)) * (1, 1, 0.6)
         for a in start:
@@ -310,33 +322,58 @@ def fibrosis(body: Body, rng: np.random.Generator) -> Drawn:
     return np.maximum(share, calcium), dict(side=side, location="apical" if apical else "basal")
 
 
+def retract(body: Body, scar: np.ndarray, hub: np.ndarray, pull: float) -> None:
+    """Draw the lung between a scar (3,) and the hilum (3,) towards the scar, by `pull` mm at most; mm."""
+    way = (scar - hub) / np.linalg.norm(scar - hub)
+    centre = 0.65 * scar + 0.35 * hub
+    box = around(body, centre, np.full(3, 64.0))
+    near = body.part(box)
+    squares = ((axis - c) ** 2 for axis, c in zip((near.z, near.y, near.x), centre, strict=True))
+    far = sum(part.reshape(shape) for part, shape in zip(squares, ((-1, 1, 1), (1, -1, 1), (1, 1, -1)), strict=True))
+    amount = pull * np.clip(1 - far / 60**2, 0, 1) * np.clip((near.lung - 3) / 20, 0, 1)  # at the pleura it stays
+    lung_raster.drawn_in(near.hu.copy(), near.hu, amount.astype(np.float32), body.step, way)
+    body.hu[box] = near.hu
+
+
 # ---- pleura ----
 
 
 @in_chest
 def pleural_effusion(body: Body, rng: np.random.Generator) -> Drawn:
-    """Fluid that settles behind the lung, rises at the outer wall, and takes the lung's room on its side."""
+    """Fluid in a crescent behind the lung, thickest at the base, which takes the lung's room on its side."""
     sides, side = sides_of(rng, 0.5)
     amount = rng.uniform(0.1, 0.6)
     share, squeezed, p = body.everything, body.everything, body.patient
     left = body.lobes > 3
     for s in sides:
         own = amount * rng.uniform(0.75, 1.0) if len(sides) == 2 else amount
-        z, x = body.z / p.scale[0], np.abs(body.x) / p.scale[2]
-        level = 78 - 125 * own + np.maximum(z + 60, 0) * (0.55 - 0.35 * own)  # mm in the atlas, lower is more
-        meniscus = 16 * np.clip((x - 78) / 46, 0, 1) ** 2
-        surface = (level[:, None] - meniscus[None, :]) * p.scale[1]
         on_side = left if s > 0 else (body.lobes > 0) & ~left
         box = box_of(on_side, 0)
         near = body.part(box)
-        depth = near.y[None, :, None] - surface[box[0], None, box[2]] + 0.4 * near.noise(28.0, int(rng.integers(2**31)))
         room = lung_share(near) * on_side[box]
+        top = 200 * own - 62  # where it thins out, in the atlas
+        z, x = near.z / p.scale[0], (s * near.x / p.scale[2] - 70) / 55
+        thick = (12 + 95 * own) * np.clip((top - z) / (top + 95), 0, 1.3) ** 1.5
+        depth = thick[:, None] * (1 + 0.5 * x**2) * p.scale[1]  # it climbs at the outer wall and at the spine
+        depth = depth[:, None] - behind(near)[:, None] + near.y[None, :, None]
+        depth += np.minimum(0.12 * thick, 2.0)[:, None, None] * near.noise(28.0, int(rng.integers(2**31)))
+        wet = (thick > 0)[:, None, None]
         for found, into in ((depth / body.edge + 0.5, share), ((depth + 9) / 9, squeezed)):
-            np.maximum(into[box], np.clip(found, 0, 1) * room, out=into[box], casting="same_kind")
+            np.maximum(into[box], np.clip(found, 0, 1) * room * wet, out=into[box], casting="same_kind")
     squeezed *= 1 - share
     body.hu += squeezed * 330 * np.clip(-(body.hu + 100) / 650, 0, 1)  # lung that the fluid presses together
     fill(body, share, rng.uniform(4, 18), 300.0)
-    return share, dict(side=side, severity=severity(amount, (0.25, 0.42)), size_mm=round(115 * amount))
+    return share, dict(side=side, severity=severity(amount, (0.25, 0.42)), size_mm=round(12 + 95 * amount))
+
+
+def behind(body: Body) -> np.ndarray:
+    """Where a lung ends behind (d, w), mm: fluid of a patient on the back gathers in front of it."""
+    inside = body.lung > 0
+    last = body.shape[1] - 1 - np.argmax(inside[:, ::-1], axis=1)
+    last = np.minimum(last, body.shape[1] - 2)[:, None]
+    here, beyond = (np.take_along_axis(body.lung, last + i, axis=1)[:, 0] for i in (0, 1))
+    part = np.clip(here / np.maximum(here - beyond, 1e-3), 0, 1)
+    return np.where(inside.any(axis=1), body.y[last[:, 0]] + part * body.step[1], -np.inf)
 
 
 def blurred(values: np.ndarray, sigma: np.ndarray) -> np.ndarray:

@@ -18,19 +18,23 @@ BODY_LOW, BODY_STEP = np.array([-134.0, -148.0, -196.0]), 4.0
 UNIT = 0.25  # mm to one unit of a stored distance
 BEND_LOW, BEND_STEP, BEND_KNOTS = np.array([-200.0, -200.0, -200.0]), 12.5, 33
 LOBES = ("", "right upper lobe", "middle lobe", "right lower lobe", "left upper lobe", "left lower lobe")
-# How the middle of the chest differs between people: the axis along which a place of the atlas moves, its centre and
-# how far around it things move along, (z, y, x) in mm; the standard deviation, mm, and what each year after 58 adds.
+# How chests differ from the atlas, whose subject has a slender middle and flat domes, and from each other: the axis
+# along which a place of the atlas moves, its centre and how far around it things move along, (z, y, x) in mm; by how
+# much on average, the standard deviation, mm, and what each year after 58 adds.
 MIDDLE = (
-    (0, (52, -24, 8), (26, 40, 34), 5.0, 0.15),  # the arch: up
-    (2, (52, -20, 12), (28, 40, 30), 4.0, 0.05),  # to the left
-    (2, (95, -36, 0), (32, 34, 32), 4.5, -0.02),  # the trachea
-    (1, (95, -36, 0), (32, 34, 32), 3.0, 0.0),
-    (2, (-22, -50, 56), (42, 42, 34), 8.0, 0.06),  # the left border of the heart
-    (2, (-22, -46, -22), (42, 40, 28), 4.0, 0.0),  # the right one
-    (0, (-30, -52, 48), (36, 44, 38), 6.0, -0.03),  # the apex
-    (1, (-26, -84, 24), (40, 30, 46), 5.0, 0.0),  # the front of the heart
-    (2, (4, 16, 14), (34, 24, 24), 4.0, 0.06),  # the aorta, where it runs down
-    (2, (-44, 6, 10), (26, 24, 24), 4.5, 0.04),
+    (0, (52, -24, 8), (26, 40, 34), 0.0, 5.0, 0.15),  # the arch: up
+    (2, (52, -20, 12), (28, 40, 30), 0.0, 4.0, 0.05),  # to the left
+    (2, (95, -36, 0), (32, 34, 32), 0.0, 4.5, -0.02),  # the trachea
+    (1, (95, -36, 0), (32, 34, 32), 0.0, 3.0, 0.0),
+    (2, (-22, -50, 56), (42, 42, 34), 9.0, 8.0, 0.06),  # the left border of the heart
+    (2, (-22, -46, -22), (42, 40, 28), -4.0, 4.0, 0.0),  # the right one
+    (0, (-30, -52, 48), (36, 44, 38), -2.0, 6.0, -0.03),  # the apex
+    (1, (-26, -84, 24), (40, 30, 46), 0.0, 5.0, 0.0),  # the front of the heart
+    (1, (-20, -10, 14), (34, 26, 44), 5.0, 4.0, 0.0),  # its back
+    (2, (4, 16, 14), (34, 24, 24), 2.0, 4.0, 0.06),  # the aorta, where it runs down
+    (2, (-44, 6, 10), (26, 24, 24), 3.0, 4.5, 0.04),
+    (0, (-62, -22, -66), (40, 48, 34), 9.0, 4.0, 0.0),  # the top of the right dome
+    (0, (-66, -22, 68), (40, 48, 34), 7.0, 4.0, 0.0),  # of the left one
 )
 FISSURES = ("right_oblique", "right_horizontal", "left_oblique")
 
@@ -141,9 +145,9 @@ class Patient:
         left = 1 / (1 + np.exp(-at / 15))[None, None, :]
         right_dome, left_dome = rng.normal(2, 8), rng.normal(0, 7)
         bend[0] -= _below() * (left * left_dome + (1 - left) * right_dome)  # each dome has a height of its own
-        for axis, centre, widths, spread, aging in MIDDLE:
+        for axis, centre, widths, mean, spread, aging in MIDDLE:
             z, y, x = (np.exp(-0.5 * ((at - c) / w) ** 2) for c, w in zip(centre, widths, strict=True))
-            move = np.clip(rng.normal(0, spread), -2 * spread, 2 * spread) + aging * (age - 58)
+            move = mean + np.clip(rng.normal(0, spread), -2 * spread, 2 * spread) + aging * (age - 58)
             bend[axis] -= move * z[:, None, None] * y[:, None] * x
         fissures = np.stack([
             rng.multivariate_normal(table[f"{name}_mean"], 0.4 * table[f"{name}_cov"], method="cholesky")
@@ -161,7 +165,7 @@ class Patient:
             cushion=float(np.clip(rng.normal(3.5, 3) + 0.3 * fat + 0.03 * (age - 58), 0, 14)),
             heart=float(rng.uniform(1.16, 1.34)),
             aorta=float(np.exp(rng.normal(-0.02 + 0.004 * (age - 58), 0.07))),
-            bone=float(np.clip(rng.normal(185 - 1.7 * (age - 50), 28), 70, 270)),
+            bone=float(np.clip(rng.normal(160 - 1.7 * (age - 50), 28), 60, 270)),
             seed=int(rng.integers(2**31)),
         )
 

@@ -419,7 +419,9 @@ def paint_tissues(hu, fields, z, y, x, scale, edge, tile, fissures, middle, midd
                     value += min(max(bone / edge + 0.5, 0.0), 1.0) * (shell - value)
                 if lung > -edge and cushion > 0:
                     near = max(0.0, 1 - (qx / 62) ** 2) * max(0.0, 1 - (max(qy - 2, 0.0) / 18) ** 2)
-                    if near > 0:
+                    if near > 0:  # fat lies in lobes, most in front and beside the apex of the heart
+                        lobes = 0.45 + 0.7 * speckle(tile, z[i] / 33, y[j] / 33 + 7, x[k] / 33)
+                        near *= min(max(lobes + 0.8 * min(max((-qy - 50) / 30, 0.0), 1.0), 0.0), 1.9)
                         lung -= cushion * near * min(1.0, max(0.0, (100 - qz) / 60))
                         fields[0, i, j, k] = lung
                 if lung > -edge:
@@ -429,12 +431,12 @@ def paint_tissues(hu, fields, z, y, x, scale, edge, tile, fissures, middle, midd
                         my = min(max((qy - middle_low[1]) / middle_step, 0.0), middle.shape[1] - 1.001)
                         left = qx > middle[int(mz), int(my)]
                         v, u = qy / 100, qx / 100
-                        sheet = 0.0
+                        sheet, wave = 0.0, 3.2 * speckle(tile, qy / 37, qx / 37, 0.37)  # no fissure is flat
                         for f in range(3):
                             if (f < 2) == left:
                                 continue
                             c = fissures[f]
-                            gap = qz - (c[0] + c[1] * v + c[2] * u + c[3] * v * v + c[4] * u * v + c[5] * u * u)
+                            gap = qz - (c[0] + c[1] * v + c[2] * u + c[3] * v * v + c[4] * u * v + c[5] * u * u) - wave
                             if abs(gap) > 3 * edge + 3:
                                 continue
                             gap /= np.sqrt(1 + ((c[1] + 2 * c[3] * v + c[4] * u) / 100) ** 2)
@@ -445,6 +447,6 @@ def paint_tissues(hu, fields, z, y, x, scale, edge, tile, fissures, middle, midd
                             sheet = max(
                                 sheet, min(max(0.5 - (abs(gap) - 0.35) / edge, 0.0), 1.0) * min(1.0, 0.8 / edge)
                             )
-                        dense += 330 * sheet
+                        dense += 330 * sheet * min(max(0.6 + 0.2 * wave, 0.1), 1.0)  # and most are incomplete
                     value += min(max(lung / edge + 0.5, 0.0), 1.0) * (dense - value)
                 hu[i, j, k] = value

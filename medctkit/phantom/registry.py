@@ -59,7 +59,7 @@ _PAINTED: tuple[tuple[str, int, Painter], ...] = (
     ("Mosaic attenuation pattern", 1, lung_findings.mosaic),
     ("Interlobular septal thickening", 1, lung_findings.septal_thickening),
     ("Lung opacity", 1, lung_findings.opacity),
-    ("Consolidation", 3, lung_findings.consolidation),
+    ("Consolidation", 4, lung_findings.consolidation),  # water in place of air: no hospital sees it paler
     ("Atelectasis", 4, lung_findings.atelectasis),  # a collapsed lobe moves what lies in its neighbours
     ("Lung nodule", 3, lung_findings.nodule),
     ("Pulmonary fibrotic sequela", 2, lung_findings.fibrosis),

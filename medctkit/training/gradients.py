@@ -1,16 +1,17 @@
-"""The gradient of a large contrastive batch in little memory, over several processes.
+"""The gradient of a large batch in little memory, over several processes.
 
-In a contrastive batch each volume is told apart from all the others, so the loss cannot be cut into small batches
-and added up. But the encoders only meet in the loss. Caching the gradients of the embeddings (Gao et al. 2021,
-"Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", arXiv 2101.06983) uses that:
+Both losses compare the volumes of a batch: one tells each apart from all reports, the other centres margins on their
+mean. So they cannot be cut into small batches and added up. But the encoders only meet in the loss. Caching the
+gradients of the embeddings (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited
+Setup", arXiv 2101.06983) uses that:
 
 1. embed every small batch without keeping anything for the backward pass;
 2. compute the loss on all embeddings, and from it the gradient of each embedding;
 3. embed every small batch again, now keeping what the backward pass needs, and send its gradients back.
 
 The result is the gradient of the whole batch, exactly, in the memory of one small batch, for one more forward pass.
-With several processes step 2 sees the embeddings of all of them, so that each volume is told apart from everybody's
-reports; each process then does step 3 for its own volumes, and the gradients are added up.
+With several processes step 2 sees the embeddings of all of them; each process then does step 3 for its own volumes,
+and the gradients are added up.
 
 `EmbeddedBatch` is steps 1 and 3; step 2 is in sight in `loop.step_gradients`.
 """

@@ -193,7 +193,7 @@ def step_gradients(
     batch = EmbeddedBatch(model, small_batches, parts, config, accelerator, prompts, step)  # forward: (b, p) each
     losses = joint_loss(
         batch.images, batch.texts, batch.prompts, batch.known, model.temperature.float(),
-        config.contrastive_weight, config.prompt_weight, config.anchor_weight,
+        config.contrastive_weight, config.prompt_weight, config.anchor_weight, config.prevalence,
     )  # fmt: skip
     refuse_non_finite("loss", losses["loss"], step, batch.suspects)
     accelerator.backward(losses["loss"])  # from the loss back to the embeddings

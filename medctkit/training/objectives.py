@@ -3,10 +3,11 @@
 * contrastive, `contrastive_loss`: each volume has to find its own report among the batch's reports and the
   other way round (InfoNCE in both directions; CLIP, Radford et al. 2021, arXiv 2103.00020; CT-CLIP, Hamamci
   et al. 2024, arXiv 2403.17834);
-* per-finding prompts, `finding_prompt_loss`: for each of the 18 findings the volume has to be nearer to a
-  sentence that states the finding than to one that denies it, or the reverse (the idea of CT-CLIP's
-  VocabFine, arXiv 2403.17834). It learns from labels: what it trains is prompt-based and supervised, not zero-shot.
-  The prompts of the evaluation are refused, so that these sentences at least are new to it.
+* per-finding prompts, `finding_prompt_loss`: for each of the 18 findings a volume's margin, its similarity to a
+  sentence that states the finding minus that to one that denies it, has to be higher than the batch's where the finding
+  is there, and lower where it is not (after the idea of CT-CLIP's VocabFine, arXiv 2403.17834). It learns from labels:
+  what it trains is prompt-based and supervised, not zero-shot. The prompts of the evaluation are refused, so that these
+  sentences at least are new to it.
 """
 
 import math
@@ -79,8 +80,16 @@ def finding_prompt_loss(
     negative_embeds: torch.Tensor,
     labels: torch.Tensor,
     scale: torch.Tensor | float,
+    prevalence: bool = False,
 ) -> torch.Tensor:
-    """Cross-entropy of the softmax over each finding's two similarities, averaged over known labels.
+    """Cross-entropy of each finding's margins, centred on their mean over the batch; averaged over known labels.
+
+    A margin is a volume's similarity to the sentence that states the finding minus that to the one that denies it. At a
+    new hospital nearly all margins of a finding are too high, or too low: to move them all is the quickest way down,
+    and tells no volume from another. So they are centred, and the log odds of the finding in the batch take the place
+    of the intercept of logistic regression (1/2 is added to both counts, so that they are finite). The level of the
+    scores is not trained, then. Where all or none of the batch have a finding there is no order to learn: its margins
+    are drawn together, weakly.
 
     Args:
         image_embeds: (b, p), L2-normalised.
@@ -88,11 +97,16 @@ def finding_prompt_loss(
         negative_embeds: (18, p), sentences that deny it.
         labels: (b, 18), 1 present, 0 absent, NaN unknown, which counts nowhere.
         scale: factor on the cosines, exp(temperature) for CT-CLIP.
+        prevalence: take the margins as they are; the loss then also fits how common each finding is.
     """
     margin = scale * image_embeds @ (positive_embeds - negative_embeds).T  # (b, p) (p, 18) -> (b, 18)
     known = ~labels.isnan()
     if not known.any():
         return margin.sum() * 0.0
+    if not prevalence:
+        n, present = known.sum(0), labels.nan_to_num(0.0).sum(0)
+        mean = torch.where(known, margin, 0.0).sum(0) / n.clamp(min=1)
+        margin = margin - mean + torch.log((present + 0.5) / (n - present + 0.5))
     return F.binary_cross_entropy_with_logits(margin[known], labels[known].to(margin.dtype))
 
 
@@ -140,6 +154,7 @@ def joint_loss(
     contrastive_weight: float,
     prompt_weight: float,
     anchor_weight: float = 0.0,
+    prevalence: bool = False,
 ) -> dict[str, torch.Tensor]:
     """The objectives and their weighted sum `loss`; an objective of weight 0 is left out.
 
@@ -152,6 +167,7 @@ def joint_loss(
         contrastive_weight: of `contrastive`.
         prompt_weight: of `prompts`.
         anchor_weight: of `moved`, how far the volumes' embeddings are from their anchors.
+        prevalence: see `finding_prompt_loss`.
     """
     lacking = (contrastive_weight and texts is None) or (prompt_weight and prompts is None)
     if lacking or (anchor_weight and "anchor" not in batch):
@@ -161,7 +177,7 @@ def joint_loss(
         losses["contrastive"] = contrastive_loss(images, texts, temperature, batch["report_id"])
     if prompt_weight and prompts is not None:
         stated, denied = prompts.chunk(2)  # (36, p) -> 2 of (18, p)
-        losses["prompts"] = finding_prompt_loss(images, stated, denied, batch["labels"], temperature.exp())
+        losses["prompts"] = finding_prompt_loss(images, stated, denied, batch["labels"], temperature.exp(), prevalence)
     if anchor_weight:
         losses["moved"] = 1 - F.cosine_similarity(images, batch["anchor"]).mean()
     weights = {"contrastive": contrastive_weight, "prompts": prompt_weight, "moved": anchor_weight}

@@ -16,13 +16,14 @@ class FineTuneConfig:
     """Settings of `finetune`, checked on construction.
 
     LoRA stands, and needs, a learning rate about ten times that of full fine-tuning (Biderman et al. 2024, "LoRA
-    Learns Less and Forgets Less", arXiv 2405.09673): start between 1e-4 and 1e-3 and halve it where the loss jumps.
+    Learns Less and Forgets Less", arXiv 2405.09673): sweep it by factors of 3, from 1e-4 on;
+    where the loss jumps, go lower.
     What was best for each method here is in the table of `medctkit compare`.
 
     Args:
         steps: optimiser steps; give this or `epochs`.
         epochs: passes over the training data (may be fractional).
-        batch_size: volumes per optimiser step, over all processes; also how many reports a volume is told apart from.
+        batch_size: volumes per optimiser step, over all processes; also how many of them the losses compare.
         micro_batch_size: volumes in memory at a time, in each process; None: the process's whole share of the batch.
             Gradients are the same, for one more forward pass.
         learning_rate: its peak, after warm-up; falls to zero along a cosine.
@@ -33,6 +34,8 @@ class FineTuneConfig:
         max_grad_norm: longer gradients are scaled down to this norm.
         contrastive_weight: weight of `contrastive_loss`.
         prompt_weight: weight of `finding_prompt_loss`.
+        prevalence: let that loss also fit how common each finding is, which moves scores and orders none. Without it
+            their level is not trained: choose thresholds, or recalibrate, on validation patients.
         anchor_weight: weight of the mean distance, 1 - cosine, of each volume's embedding from its `anchor`, the base
             model's, which each study of the data set then has to have.
         prompts: for each of the 18 findings, sentences that state and that deny it; every step draws one of each. Not
@@ -59,6 +62,7 @@ class FineTuneConfig:
     max_grad_norm: float = 1.0
     contrastive_weight: float = 1.0
     prompt_weight: float = 1.0
+    prevalence: bool = False
     anchor_weight: float = 0.0
     prompts: Prompts = field(default_factory=report_prompts, repr=False)
     max_length: int = 128
@@ -100,6 +104,11 @@ class FineTuneConfig:
                 f"others in its batch; got {self.batch_size}. Raise it, or set contrastive_weight=0"
             )
         if self.prompt_weight > 0:
+            if self.batch_size < 2 and not self.prevalence:
+                raise ValueError(
+                    "batch_size must be at least 2 for the per-finding loss, which tells volumes that have a finding "
+                    "from the others in their batch; got 1. Raise it, or set prevalence=True"
+                )
             check_prompts(self.prompts)
 
     def values(self, *without: str) -> dict[str, Any]:

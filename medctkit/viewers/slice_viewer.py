@@ -405,13 +405,13 @@ class SliceViewer:
     def to_html(self, path: str | os.PathLike, plane: str = "axial", title: str | None = None) -> Path:
         """Save a plane's whole stack as one HTML file that works without a kernel: see `write_stack_page`.
 
-        It has the window, masks and heat map that are shown now, and a second window to switch to; of two volumes it
-        has the first. Its heading is the title, or the volume's name.
+        It has the window, masks and heat map that are shown now, and a second window to switch to; two volumes lie
+        beside each other. Its heading is the title, or the volumes' names.
         """
         second = "mediastinum" if self.preset.value == "lung" else "lung"
         windows = {self.preset.value: self.look.window, second: WINDOWS[second]}
-        title = title or self.scans[0].name or "CT"
-        return write_stack_page(path, self.scans[0], plane, windows, self.look, title)
+        title = title or " and ".join(scan.name for scan in self.scans) or "CT"
+        return write_stack_page(path, self._linked, plane, windows, self.look, title)
 
     def close(self) -> None:
         """Remove the widget, and let go of the volumes."""

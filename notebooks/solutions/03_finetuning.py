@@ -45,7 +45,7 @@ check("03.3", info_nce_of_groups)
 
 # %%
 # Exercise 03.4: When to stop
-history = result.history  # columns step, loss, contrastive, prompts, score (validation AUROC), ...
+history = result.history  # columns step, loss, prompts, score (validation AUROC), ...
 # <solution> chosen_step = ...  # your code
 chosen_step = history.loc[history["score"].idxmax(), "step"]
 # </solution>

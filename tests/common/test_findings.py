@@ -134,7 +134,7 @@ def cohort(folder):
     columns = "study patient split hospital seed scan reconstruction".split() + [*OWN, "report", "checksum", "path"]
     pd.DataFrame(rows, columns=columns).to_csv(folder / "mine.csv", index=False)
     torch.manual_seed(0)
-    text = TEXT | {"vocab_size": 394, "max_position_embeddings": 64}
+    text = TEXT | {"vocab_size": 395, "max_position_embeddings": 64}
     config = CTCLIPConfig(VISION, text, projection_dim=16, spacing=(12.5, 3.0, 3.0))
     CTCLIPModel(config).save_pretrained(folder / "base")
     (folder / "own.csv").write_text(TABLE)

@@ -24,7 +24,7 @@ def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
     vision = dict(dim=16, codebook_size=16, image_size=48, num_frames=32, patch_size=8, temporal_patch_size=8)
     vision |= dict(spatial_depth=1, temporal_depth=1, dim_head=8, heads=2)
-    text = dict(vocab_size=394, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    text = dict(vocab_size=395, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     model = CTCLIPModel(CTCLIPConfig(vision, text, spacing=(10.0, 7.5, 7.5)))
     state = {name: torch.zeros(entry.shape) for name, entry in released_layout(model.config).items()}
     file = tmp_path_factory.mktemp("released") / "tiny.pt"

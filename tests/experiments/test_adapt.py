@@ -110,7 +110,7 @@ def test_load_base(checkpoint, tmp_path, monkeypatch):
         (("nowhere",), FileNotFoundError, r"nowhere: expected mini, .*a model's folder .* or a checkpoint file"),
         ((folder,), FileNotFoundError, "has no tokenizer: expected a tokenizer.json or vocab.txt"),
         (("mini", FOLDER), ValueError, "the mini model has a tokenizer of its own"),
-        ((tmp_path, FOLDER), ValueError, "has 394 words, the model knows 50; it is the tokenizer of another model"),
+        ((tmp_path, FOLDER), ValueError, "has 395 words, the model knows 50; it is the tokenizer of another model"),
     ):
         with pytest.raises(error, match=message):
             load_base(*arguments)

@@ -218,11 +218,18 @@ def test_volumes_seen_once_train_the_text_encoder_as_volumes_do(data, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("variant", ["unseen", "noise-20", "replay", "anchor-1"])
+@pytest.mark.parametrize("variant", ["prevalence", "contrastive", "unseen", "noise-20", "replay", "anchor-1"])
 def test_every_variant_trains(data, tmp_path, monkeypatch, variant):
     monkeypatch.setitem(vars(data), "replay", data.home)
     found = run_job(Job("forgetting", "lora", 16, learning_rate=1e-3, variant=variant), data, TOY, tmp_path)
     assert len(found["history"]) == 2 and not [name for name in found["scores"] if "strength" in name]
+
+
+def test_each_loss_is_another():
+    jobs_of = [Job("loss", "lora", 16, variant=variant) for variant in ("", "prevalence", "contrastive")]
+    plain, prevalence, contrastive = (one_run.settings_of(job, SETTINGS, {}) for job in jobs_of)
+    assert prevalence == plain | {"prevalence": True} and not plain["prevalence"]
+    assert contrastive == plain | {"contrastive_weight": 1.0} and not plain["contrastive_weight"]
 
 
 def test_a_sweep_leaves_test_studies_alone_and_its_best_run_is_not_trained_again(data, tmp_path, monkeypatch):

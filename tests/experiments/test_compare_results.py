@@ -310,8 +310,10 @@ def test_an_interval_that_leaves_its_value_out_is_drawn():
 
 def test_what_is_there_is_shown_and_what_is_missing_is_said(tmp_path):
     results = hand_made()
-    assert set(tables.all_tables(results)) == set(tables.TABLES) - {"placement"}
-    assert "--only placement; runs still" in tables.missing(results) and "--only placement" in tables.show_all(results)
+    assert set(tables.all_tables(results)) == set(tables.TABLES) - {"loss", "placement"}
+    assert "--only loss,placement; runs still" in tables.missing(
+        results
+    ) and "--only loss,placement" in tables.show_all(results)
     methods = Results(results.runs[results.runs["group"] == "methods"], results.draws, results.costs)
     assert set(tables.all_tables(methods)) == {"methods"} and "rivals,unseen,placement,forgetting" in tables.missing(
         methods
@@ -342,7 +344,7 @@ def test_missing_results_say_how_to_make_them(tmp_path, monkeypatch):
 
 def test_runs_that_are_missing_are_named_with_their_number():
     said = tables.missing(hand_made())
-    assert said.startswith("not measured yet: medctkit compare FOLDER --only placement")
+    assert said.startswith("not measured yet: medctkit compare FOLDER --only loss,placement")
     assert "LoRA, replay (1 of 2)" in said and "DoRA (0 of 2)" in said and "CORAL" not in said
     assert "LoRA, rank 8 (1 of 2)" in said and "LoRA, rank 64 (0 of 2)" in said
     assert "LoRA, 16 studies (1 of 2)" in said and "HU in boxes, 64 studies (0 of 2)" in said

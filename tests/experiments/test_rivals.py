@@ -214,5 +214,5 @@ def test_held_out_labels_are_unknown_and_no_loss_sees_them(data):
         labels = torch.stack([item["labels"] for item in Changed(batch, held_out)])
         losses.append(joint_loss(images, None, prompts, {"labels": labels}, torch.zeros(()), 0.0, 1.0)["loss"])
     assert torch.equal(*losses)
-    settings = settings_of(Job("unseen", "lora", 16, variant="unseen"), SETTINGS, {})
+    settings = settings_of(Job("unseen", "lora", 16, variant="unseen"), replace(SETTINGS, contrastive_weight=1.0), {})
     assert settings["contrastive_weight"] == 0, "reports speak of them"

@@ -29,7 +29,8 @@ IN_LUNG = (
     "Pleural effusion",
     "Bronchiectasis",
 )
-PRESSES = ("Atelectasis", "Pleural effusion")  # they say that they move or press lung outside their masks
+# they say that they move or press lung outside their masks
+PRESSES = ("Atelectasis", "Pleural effusion", "Pulmonary fibrotic sequela")
 
 
 def drawn(seed, findings, shape=SHAPE, **more):
@@ -91,6 +92,28 @@ def test_atelectasis_takes_volume(healthy):
     lost = [air(healthy[s]) - air(drawn(s, ["Atelectasis"])) for s in SEEDS]
     masks = [drawn(s, ["Atelectasis"]).masks["Atelectasis"].sum() for s in SEEDS]
     assert sum(lost) > sum(masks)
+
+
+def behind(voxels):
+    """Where any of voxels (d, h, w) lies farther back in the same row."""
+    return np.flip(np.cumsum(np.flip(voxels, 1), 1), 1) > 0
+
+
+def test_fluid_of_a_patient_on_the_back_lies_behind_the_air():
+    for seed in range(4):
+        sick = drawn(seed, ["Pleural effusion"])
+        lung = (sick.volume.hu < -700) & behind(sick.volume.hu > -300)
+        fluid = sick.masks["Pleural effusion"]
+        assert (fluid & behind(lung)).sum() < 0.01 * fluid.sum()
+
+
+@pytest.mark.parametrize("hospital", HOSPITALS)
+def test_a_consolidation_is_as_dense_as_water_at_any_hospital(hospital):
+    """And darker where air stays in its bronchi; a hospital whose disease is milder does not see it paler."""
+    for seed in range(3):
+        sick = drawn(seed, ["Consolidation"], (80, 160, 160), hospital=hospital)
+        core = ndimage.binary_erosion(sick.masks["Consolidation"], iterations=3)
+        assert np.median(sick.volume.hu[core]) > -20, (seed, np.median(sick.volume.hu[core]))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import base64
 import copy
 import io
 import os
+import runpy
 import time
 from pathlib import Path
 
@@ -210,6 +211,10 @@ Path(output_dir).mkdir(parents=True)  # fails where results of an earlier run li
 image = w.Image(value=base64.b64decode("PICTURE"), format="png")
 w.VBox([w.IntSlider(7), image])
 """
+VIEWER = """import numpy as np
+from medctkit.scans.volumes import CTVolume
+from medctkit.viewers import SliceViewer
+SliceViewer(CTVolume(np.zeros((4, 6, 6), np.int16), (2.0, 2.0, 2.0)))"""
 CHECKS = """@checks("88.1")
 def halves(half):
     if half(8) != 4:
@@ -241,7 +246,8 @@ def clone(tmp_path_factory):
         parameters,
         new_code_cell(LESSON.replace("PICTURE", picture()), id="lesson"),
     ]
-    cells += [new_code_cell(CHECKS, id="checks"), exercise_cell("# Exercise 88.1: halve")]
+    cells += [new_code_cell(VIEWER, id="viewer"), new_code_cell(CHECKS, id="checks")]
+    cells += [exercise_cell("# Exercise 88.1: halve")]
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), folder / "88_tiny.ipynb")
     result = run("render", root)
@@ -257,20 +263,29 @@ def test_rendered_notebooks_show_what_a_code_host_can_show(clone):
     root, said, content = clone
     notebook = nbformat.reads(content.decode(), as_version=4)
     assert notebook.metadata == {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
-    assert [cell.id for cell in notebook.cells] == ["title", "colab", "parameters", "lesson", "checks", "exercise"]
-    lesson, exercise = notebook.cells[3], notebook.cells[5]
+    assert [cell.id for cell in notebook.cells] == "title colab parameters lesson viewer checks exercise".split()
+    lesson, viewer, exercise = notebook.cells[3], notebook.cells[4], notebook.cells[6]
     assert kinds(lesson) == ["text", "image/png"] and lesson.outputs[0].text == "<object object>\n"
     assert lesson.outputs[1].data["image/png"].strip() == picture()
+    assert kinds(viewer) == ["image/jpeg"] and viewer.outputs[0].metadata == {"medctkit-stack": "88_tiny-stack-1.html"}
     assert exercise.source == STUDENTS and "Not done yet." in exercise.outputs[0].data["text/html"]
     assert all(set(cell.metadata) <= {"tags"} for cell in notebook.cells if not course.is_tagged(cell, "colab"))
     assert "not committed: import base64, sys: study,patient" in said
     assert str(root) not in content.decode() and (root / "runs" / "render" / "88_tiny.html").is_file()
 
 
-def test_rendering_again_gives_the_same_bytes(clone):
+def test_rendering_again_gives_the_same_bytes_and_the_site_shows_the_viewers_as_stacks(clone):
     root, _, content = clone
+    stacks = root / "notebooks" / "stacks"
+    (stacks / "88_tiny-stack-7.html").write_text("of an earlier rendering")
     assert run("render", root).exit_code == 0
     assert (root / "notebooks" / "88_tiny.ipynb").read_bytes() == content
+    assert [path.name for path in stacks.iterdir()] == ["88_tiny-stack-1.html"]
+    assert "axial slice 2 of 0 to 3" in (stacks / "88_tiny-stack-1.html").read_text()
+    source = [content.decode()]
+    runpy.run_path(str(course.ROOT / "docs" / "conf.py"))["viewers_are_stacks"](None, "notebooks/88_tiny", source)
+    (shown,) = nbformat.reads(source[0], as_version=4).cells[4].outputs
+    assert [*shown.data] == ["text/html"] and '<iframe src="../88_tiny-stack-1.html"' in shown.data["text/html"]
 
 
 def test_a_check_on_some_patients_leaves_the_cohort_as_it_is(tmp_path):
@@ -349,7 +364,7 @@ def test_a_solution_that_is_not_right_fails_the_check(clone):
     file.write_text(before)
     assert result.exit_code == 1
     assert (
-        "88_tiny.ipynb failed in cell 6" in result.output
+        "88_tiny.ipynb failed in cell 7" in result.output
         and "NotSolved" in result.output
         and "not half" in result.output
     )

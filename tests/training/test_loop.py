@@ -70,6 +70,7 @@ def test_learning_rate_rises_then_falls_along_a_cosine():
             "FineTuneConfig.mixed_precision must be 'no', 'bf16', 'fp16' or 'auto', got 'fp8'",
         ),
         ({"batch_size": 1}, "batch_size must be at least 2 for the contrastive objective"),
+        ({"batch_size": 1, "contrastive_weight": 0}, "got 1. Raise it, or set prevalence=True"),
         ({"contrastive_weight": 0, "prompt_weight": 0}, "are both 0: nothing to learn from; raise one"),
         ({"prompts": {}}, "none for Medical material, Arterial wall calcification"),
         (

@@ -63,7 +63,26 @@ def test_finding_prompt_loss_is_the_cross_entropy_of_the_pair():
         for k in range(18):
             s, d = math.exp(scale * (images[i] @ stated[k])), math.exp(scale * (images[i] @ denied[k]))
             terms.append(-math.log((s if labels[i, k] else d) / (s + d)))
-    assert finding_prompt_loss(images, stated, denied, labels, scale).item() == pytest.approx(sum(terms) / 36, rel=1e-5)
+    loss = finding_prompt_loss(images, stated, denied, labels, scale, prevalence=True)
+    assert loss.item() == pytest.approx(sum(terms) / 36, rel=1e-5)
+
+
+def test_the_per_finding_loss_asks_which_volumes_have_a_finding_and_not_how_common_it_is():
+    """Margins that are all higher by the same are as good; those that know nothing cost what the shares cost."""
+    labels = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [1.0, math.nan]])
+    margins = torch.tensor([[0.3, -2.0], [-1.0, 0.5], [0.1, 0.0], [2.0, 9.0]])
+
+    def loss(margins, **how):
+        return finding_prompt_loss(margins, torch.eye(2), torch.zeros(2, 2), labels, 1.0, **how)
+
+    shifted = margins + torch.tensor([5.0, -3.0])
+    assert loss(shifted).item() == pytest.approx(loss(margins).item(), rel=1e-5)
+    assert loss(shifted, prevalence=True) > 2 * loss(margins, prevalence=True)
+    shares = torch.tensor([2.5 / 5, 1.5 / 4])  # (present + 1/2) / (n + 1)
+    entropy = F.binary_cross_entropy(shares.expand(4, 2)[~labels.isnan()], labels[~labels.isnan()])
+    assert loss(torch.full((4, 2), 7.0)).item() == pytest.approx(entropy.item(), rel=1e-5)
+    ordered = torch.where(labels == 1, 1.0, -1.0)
+    assert loss(3 * ordered) < loss(ordered) < loss(0 * ordered) < loss(-ordered)
 
 
 def test_unknown_labels_count_nowhere():
@@ -87,6 +106,9 @@ def test_the_joint_loss_is_the_weighted_sum_and_leaves_out_what_has_no_weight():
     prompts, temperature = F.normalize(torch.randn(36, 8), dim=1), torch.tensor(1.0)
     batch = {"report_id": torch.arange(4), "labels": torch.randint(0, 2, (4, 18))}
     both = joint_loss(images, texts, prompts, batch, temperature, 2.0, 0.5)
+    assert (
+        joint_loss(images, texts, prompts, batch, temperature, 2.0, 0.5, prevalence=True)["prompts"] != both["prompts"]
+    )
     assert both["contrastive"] == contrastive_loss(images, texts, 1.0)
     assert both["prompts"] == finding_prompt_loss(images, prompts[:18], prompts[18:], batch["labels"], math.e)
     assert both["loss"].item() == pytest.approx(2 * both["contrastive"].item() + 0.5 * both["prompts"].item())

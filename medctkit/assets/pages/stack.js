@@ -1,12 +1,17 @@
 const data = JSON.parse(document.getElementById("data").textContent);
-const index = document.getElementById("index"), slice = document.getElementById("slice");
+const index = document.getElementById("index"), slices = [...document.querySelectorAll(".slice")];
 const layers = [...document.querySelectorAll(".layer")], opacities = [...document.querySelectorAll(".opacity")];
 function show() {
   const i = Number(index.value), window_ = Number(document.querySelector("[name=window]:checked").value);
-  slice.src = data.windows[window_][i];
-  slice.alt = data.texts[i] + "; " + data.names[window_];
-  document.getElementById("text").textContent = data.texts[i];
-  index.setAttribute("aria-valuetext", data.texts[i]);
+  const said = data.texts.map(of => of[i]);
+  slices.forEach((slice, n) => {
+    const shown = n ? data.there[i] : i;
+    slice.hidden = shown === null;
+    if (!slice.hidden) slice.src = data.scans[n][window_][shown];
+    slice.alt = said[n] + "; " + data.names[window_];
+  });
+  document.getElementById("text").textContent = said.join("; ");
+  index.setAttribute("aria-valuetext", said.join("; "));
   layers.forEach((layer, n) => {
     const picture = data.layers[n][i];
     layer.hidden = !picture;
@@ -15,7 +20,7 @@ function show() {
   });
 }
 function step(by) { index.value = Number(index.value) + by; show(); }
-document.getElementById("stack").addEventListener("wheel", event => {
+document.getElementById("scans").addEventListener("wheel", event => {
   event.preventDefault();
   step(event.deltaY < 0 ? 1 : -1);
 }, { passive: false });

@@ -27,8 +27,10 @@ from medctkit.zero_shot.prompts import Prompts
 HELD_OUT = ("Pleural effusion", "Emphysema", "Hiatal hernia", "Bronchiectasis")
 CAN_HOLD_OUT = set(HELD_OUT) < set(FINDINGS)  # they are among the findings in use, which may be other ones
 REPLAYED, REPLAY_SHARE = 64, 0.25  # patients of the source hospital; their share of what is learnt from
-VARIANTS = {  # of a run: what is done to the studies that it learns from
-    "unseen": "no label of four findings, and no report, which speaks of them",
+VARIANTS = {  # of a run: what is done to its loss, or to the studies that it learns from
+    "prevalence": "its per-finding loss also teaches how common each finding is",
+    "contrastive": "it learns from reports too, by the contrastive loss, which weighs as much",
+    "unseen": "no label of four findings",
     "noise-5": "5 % of the labels flipped",
     "noise-10": "10 % of the labels flipped",
     "noise-20": "20 % of the labels flipped",

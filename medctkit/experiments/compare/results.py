@@ -51,7 +51,7 @@ class Results:
         """Whether a group has runs of its own, not only such as other groups share with it."""
         runs = self.runs[self.runs["group"] == group]
         own = {"rivals": runs["method"].isin(set(RIVALS) - {PROBE}), "noise": runs["variant"] != ""}
-        own |= {"unseen": own["noise"], "forgetting": own["noise"]}
+        own |= dict.fromkeys(("loss", "unseen", "forgetting"), own["noise"])
         own |= {"ranks": (runs["method"] == "lora") & (runs["rank"] != METHODS["lora"].rank)}
         own |= {"studies": (runs["method"] != BASE) & (runs["studies"] < runs["studies"].max())}
         return bool(own.get(group, runs["method"] != BASE).any())
@@ -241,8 +241,8 @@ def unseen_table(results: Results) -> pd.DataFrame:
 
     Returns:
         A row for each of "held out" (the mean of `HELD_OUT`) and "seen" (of the other findings), and each set of
-        prompts: `base`, `adapted` (LoRA without the held-out findings and without reports), `gain` between them, and
-        `taught` (LoRA with all findings and reports) and `taught_gain`, with their ends.
+        prompts: `base`, `adapted` (LoRA without the held-out findings), `gain` between them, and `taught` (LoRA
+        with all findings) and `taught_gain`, with their ends.
     """
     of_run = {"base": (BASE,), "adapted": ("lora", "unseen"), "taught": ("lora",)}
     names = {what: names_of(results, "unseen", *run) for what, run in of_run.items()}

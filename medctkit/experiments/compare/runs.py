@@ -1,8 +1,8 @@
 """The runs of the comparison: which there are, and how one is done; `run_all` does them all.
 
-Every run starts from the same base model and gets the same objectives, steps, batches, validations and seeds; methods
-differ in what they train and in their learning rate, which validation studies choose: a grid is swept until its best
-lies between others, or to its end. The words of the per-finding loss are chosen for LoRA in either encoder and in both;
+Every run starts from the same base model and gets the same loss (but in "loss"), steps, batches, validations and seeds;
+methods differ in what they train and in their learning rate, which validation studies choose: a grid is swept until its
+best lies between others, or to its end. The words of the per-finding loss are chosen for LoRA in either encoder and in both;
 all other methods have LoRA's. Test studies are scored at the end of the runs with the rates chosen, and choose nothing.
 """
 
@@ -43,10 +43,11 @@ DIALECTS = ("target", "source")  # whose sentences the per-finding loss speaks i
 PLACEMENTS = ("lora", "lora-vision", "lora-text")  # choose their dialect as their learning rate; others have lora's
 BASE, PROBE, SWEEP = "base", "linear-probe", "learning-rates"
 STRENGTHS = (0.25, 0.5, 0.75, 1.25, 1.5)  # of LoRA and full fine-tuning, beside 0, the base model, and 1
+OWN_RATE = ("prevalence", "contrastive", "unseen")  # variants that choose a learning rate of their own
 MOST_RATES = 7  # of a sweep; then it ends, wherever its best lies
 
 # What all runs share; a run has its own learning rate and seed, and a smaller batch where there are fewer studies.
-SETTINGS = FineTuneConfig(steps=80, batch_size=16, evaluate_every=20)
+SETTINGS = FineTuneConfig(steps=80, batch_size=16, evaluate_every=20, contrastive_weight=0.0)
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,10 @@ class Job:
     def tuned(self) -> "Job":
         """The run, without rate and seed, whose learning rate and dialect it has: with all studies, all of them right.
 
-        Only a rank and what is held out make another rate; sizes, noise and remedies have that of the plain method.
+        Only a rank, what is held out and another loss make another rate; sizes, noise and remedies have that of the
+        plain method.
         """
-        return Job(SWEEP, self.method, self.rank, variant=self.variant * (self.variant == "unseen"))
+        return Job(SWEEP, self.method, self.rank, variant=self.variant * (self.variant in OWN_RATE))
 
 
 LORA = Job(SWEEP, "lora", METHODS["lora"].rank)  # whose dialect the others have
@@ -107,6 +109,8 @@ def _of(group: str, *methods: str, **other: Any) -> list[Job]:
 # By question, most needed first, the runs of one seed; they have no learning rate yet.
 GROUPS: dict[str, list[Job]] = {
     "rivals": _of("rivals", BASE, *RIVALS, *PLACEMENTS, "full"),
+    "loss": _of("loss", BASE, "lora")
+    + [job for v in ("prevalence", "contrastive") for job in _of("loss", "lora", variant=v)],
     "unseen": _of("unseen", BASE, "lora") + _of("unseen", "lora", variant="unseen"),
     "placement": _of("placement", BASE, *PLACEMENTS, "lora-mlp", "lora-all"),
     "methods": _of("methods", BASE, PROBE, *METHODS),
@@ -231,8 +235,12 @@ def _config(job: Job, settings: FineTuneConfig) -> FineTuneConfig:
     rate = job.learning_rate or settings.learning_rate
     own: dict[str, Any] = dict(batch_size=batch_size, learning_rate=rate, seed=job.seed)
     own["rate_of_b"] = METHODS[job.method].rate_of_b
-    if job.variant == "unseen":
+    if job.variant == "unseen":  # reports speak of what is held out
         own["contrastive_weight"] = 0.0
+    if job.variant == "prevalence":
+        own["prevalence"] = True
+    if job.variant == "contrastive":
+        own["contrastive_weight"] = settings.prompt_weight
     if job.variant.startswith("anchor-"):
         own["anchor_weight"] = float(job.variant.removeprefix("anchor-"))
     return replace(settings, **own, prompts=report_prompts(job.dialect))

@@ -69,6 +69,11 @@ TABLES: dict[str, Shown] = {
         "Lora over: LoRA minus this, paired on the same resamples of test patients.",
     ),
     "findings": Shown("rivals", lambda found: finding_table(found).reset_index(), "finding base lora boxes lora_over"),
+    "loss": Shown(
+        "loss", lambda found: method_table(found, "loss"),
+        f"{_SCORES} auroc_sd stayed learning_rate dialect test_calibration_error home_over_base",
+        "; ".join(f"{name}: {VARIANTS[name]}" for name in ("prevalence", "contrastive")),
+    ),
     "unseen": Shown(
         "unseen", unseen_table, "findings prompts base adapted gain taught taught_gain",
         f"Held out of every loss and choice of 'adapted': {', '.join(HELD_OUT)}. 'taught' was taught them too.",

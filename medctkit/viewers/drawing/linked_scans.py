@@ -8,6 +8,8 @@ from medctkit.scans.heat_map import HeatMap
 from medctkit.scans.volumes import CTVolume
 from medctkit.viewers.drawing.rendering import Scan, Voxel
 
+NOT_REACHED = "does not reach this place"
+
 
 class LinkedScans:
     """A scan, and perhaps a second one that moves along with it.
@@ -54,10 +56,14 @@ class LinkedScans:
         """What a second scan has at the place of a voxel of the first, and by what the two are linked."""
         if len(self.scans) == 1:
             return []
-        second, (_, where) = self.scans[1], self._in_each(voxel)
-        there = second.nearest(where)
-        outside = np.abs(where - there).max() > 0.5 + 1e-6
-        return [f"{second.name}: {'does not reach this place' if outside else second.described(there)}", self.how]
+        second, there = self.scans[1], self.in_second(voxel)
+        return [f"{second.name}: {second.described(there) if there else NOT_REACHED}", self.how]
+
+    def in_second(self, voxel: Voxel) -> Voxel | None:
+        """The voxel of the second scan at the place of a voxel of the first; None where it does not reach."""
+        where = self._in_each(voxel)[1]
+        there = self.scans[1].nearest(where)
+        return None if np.abs(where - there).max() > 0.5 + 1e-6 else there
 
     def _in_each(self, voxel: Voxel) -> list[np.ndarray]:
         """Where a voxel of the first scan lies in each: indices (d, h, w) with fractions."""

@@ -1,7 +1,8 @@
 """A stack of slices as one HTML file that needs neither a kernel nor a network: to hand out, to mail, to hang in.
 
 Slider, mouse wheel and keys choose the slice; masks and a heat map are layers with an opacity of their own. The text
-under the picture and the picture's alternative text say which slice it is, where it lies and what is marked in it.
+under the picture and the picture's alternative text say which slice it is, where it lies and what is marked in it. A
+second scan lies beside the first, at the same scale, and shows the same place, or nothing where it does not reach it.
 Nothing of the scan's header goes into the page.
 """
 
@@ -19,6 +20,7 @@ from PIL import Image
 from medctkit.common.atomic import replacing
 from medctkit.common.templates import filled
 from medctkit.scans.heat_map import HeatMap
+from medctkit.viewers.drawing.linked_scans import NOT_REACHED, LinkedScans
 from medctkit.viewers.drawing.rendering import (
     MARKS,
     PLANES,
@@ -39,21 +41,26 @@ _HEIGHT = 448  # of the picture, pixels, or its width where it is wider
 
 
 def write_stack_page(
-    path: str | os.PathLike, scan: Scan, plane: str, windows: Mapping[str, tuple[float, float]], look: Look, title: str
+    path: str | os.PathLike,
+    linked: LinkedScans,
+    plane: str,
+    windows: Mapping[str, tuple[float, float]],
+    look: Look,
+    title: str,
 ) -> Path:
-    """Write a `scan`'s stack in a `plane` to `path`, a self-contained HTML page; written whole or not at all.
+    """Write the stacks of `linked` scans in a `plane` to `path`, a self-contained HTML page, whole or not at all.
 
-    There are `windows` in HU to choose from; the masks and the heat map of `look` become layers, its window is not
-    used; `title` is the heading.
+    There are `windows` in HU to choose from; the masks and the heat map of `look` become layers of the first, its
+    window is not used; `title` is the heading.
 
     Raises:
         ValueError: unknown plane.
     """
-    path, volume = Path(path).expanduser(), scan.volume
-    slice_of(volume.hu, plane, 0)  # refuses an unknown plane
-    millimetres = slice_mm(volume, plane)
-    size = in_pixels(millimetres, _HEIGHT / max(millimetres))
-    numbers = range(volume.shape[PLANES[plane]])
+    path, scan = Path(path).expanduser(), linked.scans[0]
+    slice_of(scan.volume.hu, plane, 0)  # refuses an unknown plane
+    scale = _HEIGHT / max(slice_mm(scan.volume, plane))
+    sizes = [in_pixels(slice_mm(each.volume, plane), scale) for each in linked.scans]
+    axis, numbers = PLANES[plane], range(scan.volume.shape[PLANES[plane]])
     layers: list[dict[str, Any]] = []
     if look.heat_map is not None:
         low, high = look.heat_map.limits
@@ -69,20 +76,26 @@ def write_stack_page(
         })  # fmt: skip
     stops = [f"rgb({r} {g} {b})" for r, g, b in colour_table(look.colour_map)[::51]]
     masked = [f"rgb{scan.colours[name]}" for name in look.masks]
-    style = filled("stack.css", width=size[0], height=size[1], stops=stops, colours=masked)
+    style = filled("stack.css", sizes=sizes, stops=stops, colours=masked)
     script = filled("stack.js")
+    texts = [[_text(scan, plane, i, look.masks) for i in numbers]]
+    there: list[int | None] = []  # for each slice of the first that of the second
+    if len(linked.scans) > 1:
+        middle, (first, other) = [n // 2 for n in scan.volume.shape], linked.scans
+        voxels = [linked.in_second((*middle[:axis], i, *middle[axis + 1 :])) for i in numbers]  # type: ignore[arg-type]
+        there = [voxel and voxel[axis] for voxel in voxels]
+        beside = [NOT_REACHED if i is None else _text(other, plane, i, ()) for i in there]
+        texts = [[f"{one.name}: {said}" for said in of] for one, of in ((first, texts[0]), (other, beside))]
     data = {
-        "windows": [
-            [_image(draw_slice(scan, plane, i, size, Look(pair)).convert("L"), quality=QUALITY) for i in numbers]
-            for pair in windows.values()
-        ],
+        "scans": [_grey(each, plane, size, windows) for each, size in zip(linked.scans, sizes, strict=True)],
+        "there": there,
         "names": [f"{name} window, centre {c:g} HU, width {w:g} HU" for name, (c, w) in windows.items()],
-        "texts": [_text(scan, plane, i, look.masks) for i in numbers],
+        "texts": texts,
         "layers": [layer["slices"] for layer in layers],
     }
     page = filled(
         "stack.html", title=title, plane=plane, windows=list(windows), layers=layers, data=data,
-        first=len(numbers) // 2, marks=list(zip(("left", "right", "top", "bottom"), MARKS[plane], strict=True)),
+        first=len(numbers) // 2, how=linked.how if there else "", marks=list(zip(("left", "right", "top", "bottom"), MARKS[plane], strict=True)),
         style=style, style_digest=_digest(style), script=script, script_digest=_digest(script),
     )  # fmt: skip
     with replacing(path) as temporary:
@@ -99,6 +112,15 @@ def _image(picture: Image.Image, **how: Any) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, "webp", **how)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _grey(scan: Scan, plane: str, size: tuple[int, int], windows: Mapping[str, tuple[float, float]]) -> list[list[str]]:
+    """A scan's slices in each window."""
+    numbers = range(scan.volume.shape[PLANES[plane]])
+    return [
+        [_image(draw_slice(scan, plane, i, size, Look(pair)).convert("L"), quality=QUALITY) for i in numbers]
+        for pair in windows.values()
+    ]
 
 
 def _tint(look: Look, scan: Scan, plane: str, index: int) -> str | None:
