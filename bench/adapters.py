@@ -13,14 +13,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from unittest import mock
 
 import psutil
 import torch
 import transformers
-from printing import publish
+from printing import made_with, publish
 
 HERE = Path(__file__).resolve().parent
 ABOARD, MIXED, VOLUMES, REPEATS = (1, 20, 100), 4, 8, 5
@@ -168,11 +167,8 @@ def main():
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         found[size] = json.loads(done.stdout.splitlines()[-1])
     found.setdefault("full", found["mini"])
-    found["made_with"] = {
-        "command": "make bench",
-        "device": f"{platform.machine()}, one thread",
-        "versions": {name: version(name) for name in ("medctkit", "torch", "peft", "transformers")},
-    }
+    device = f"{platform.machine()}, one thread"
+    found["made_with"] = made_with("make bench", "medctkit torch peft transformers", device=device)
     publish("adapters", found, "deploy.md", page(found), arguments.output)
 
 

@@ -5,11 +5,10 @@ It writes bench/base.json and its place in docs/phantoms.md; about 4 minutes on 
 """
 
 import argparse
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from printing import all_met, publish
+from printing import all_met, made_with, publish
 from tqdm.auto import tqdm
 
 from medctkit.cohort.dataset import CTReportDataset
@@ -81,7 +80,7 @@ def main():
     arguments = parser.parse_args()
     found = measured(arguments.cache_dir)
     all_met(bars(found))
-    found["made_with"] = {"command": "python bench/base.py", **{name: version(name) for name in ("medctkit", "torch")}}
+    found["made_with"] = made_with("python bench/base.py", "medctkit torch")
     publish("base", found, "phantoms.md", page(found), arguments.output)
 
 

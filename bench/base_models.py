@@ -15,11 +15,10 @@ import subprocess
 import sys
 import time
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 from unittest import mock
 
-from printing import peak_bytes, publish
+from printing import made_with, peak_bytes, publish
 
 RANK = 24
 # Of Merlin's package: spacing (x, y, z) in its transforms, towards right, front, head; its text tower's sizes (those of
@@ -161,9 +160,8 @@ def main():
         found[name] = json.loads(done.stdout.splitlines()[-1])
         print(name, found[name], flush=True)
     command = "python bench/base_models.py --counts" if arguments.counts else "make bench-open"
-    found["made_with"] = {"command": command, "weights": "random", "threads": 1, "processor": processor()}
-    packages = ("medctkit", "torch", "transformers", "peft", "colipri", "merlin-vlm", "timm")
-    found["made_with"]["versions"] = {package: version(package) for package in packages}
+    packages = "medctkit torch transformers peft colipri merlin-vlm timm"
+    found["made_with"] = made_with(command, packages, weights="random", threads=1, processor=processor())
     publish("base_models", found, "base_models.md", page(found), arguments.output)
 
 

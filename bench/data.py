@@ -6,15 +6,15 @@ voxels, made once), and the bars of the project are checked. Writes bench/data.j
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from printing import all_met, peak_bytes, show, write
+from printing import all_met, made_with, peak_bytes, show, this_machine
+
+from medctkit.common.provenance import write_json
 
 HERE = Path(__file__).resolve().parent
 WORK = HERE.parent / "runs" / "bench"
@@ -183,15 +183,9 @@ def main():
         found[name] = bench()
         show(name, found[name])
     met = all_met(bars(found))
-    found["made_with"] = {
-        "command": "make bench",
-        "cpu": f"{platform.machine()}, {os.cpu_count()} cores",
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "seed": SEED,
-        "versions": {n: version(n) for n in ("medctkit", "torch", "numpy", "nibabel", "blosc2", "distributed")},
-    }
-    write(found, HERE / "data.json")
+    packages = "medctkit torch numpy nibabel blosc2 distributed"
+    found["made_with"] = made_with("make bench", packages, **this_machine(), seed=SEED)
+    write_json(found, HERE / "data.json")
     sys.exit(not met)
 
 

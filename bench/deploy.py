@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from printing import write
 
-from medctkit.common.provenance import made_with
+from medctkit.common.provenance import made_with, write_json
 from medctkit.deploy.deploy_table import BASE, as_text, build, cost
 from medctkit.deploy.trial import trial
 from medctkit.lora.adapter import add_lora, save_adapter
@@ -87,7 +86,7 @@ def main():
     if arguments.page:
         print(page(found))
         return
-    write(found, arguments.output)
+    write_json(found, arguments.output)
 
 
 if __name__ == "__main__":

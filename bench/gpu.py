@@ -24,7 +24,8 @@ import transformers
 from gpu_lab import SEED, Lab
 from gpu_rows import rows
 from memory import BAR_BATCH, BAR_BYTES
-from printing import write
+
+from medctkit.common.provenance import write_json
 
 HERE = Path(__file__).resolve().parent
 GOAL = 0.4  # of the measured bf16 rate, by the vision encoder at batch 8
@@ -46,7 +47,7 @@ class Table:
     def write(self):
         """Write the file, by another name first."""
         found = self.head | {"rows": [*self.rows.values()], "bars": self.bars()}
-        write(found, self.output)
+        write_json(found, self.output)
 
     def bars(self):
         """The best figure for each bar so far, None if there is none."""

@@ -8,15 +8,15 @@ while it runs that counts nowhere here; bench/gpu.py measures one where there is
 import argparse
 import sys
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from unittest import mock
 
 import torch
 import transformers
-from printing import all_met, write
+from printing import all_met, made_with
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from medctkit.common.provenance import write_json
 from medctkit.lora.adapter import add_lora
 from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel
 from medctkit.training.loop import step_gradients
@@ -166,16 +166,16 @@ def main():
     met = all_met([(at_bar <= BAR_BYTES, said)])
     found |= {
         "against_the_bar": {"batch": BAR_BATCH, "bytes": at_bar, "bar": BAR_BYTES},
-        "made_with": {
-            "command": "make bench",
-            "model": "toy" if arguments.tiny else "full size",
-            "device": "tensors without data, CPU dispatch with the casts of a GPU's autocast",
-            "precision": "bf16 autocast",
-            "tokens_per_report": WORDS,
-            "versions": {name: version(name) for name in ("medctkit", "torch", "transformers", "peft", "accelerate")},
-        },
+        "made_with": made_with(
+            "make bench",
+            "medctkit torch transformers peft accelerate",
+            model="toy" if arguments.tiny else "full size",
+            device="tensors without data, CPU dispatch with the casts of a GPU's autocast",
+            precision="bf16 autocast",
+            tokens_per_report=WORDS,
+        ),
     }
-    write(found, arguments.output)
+    write_json(found, arguments.output)
     sys.exit(not met)
 
 

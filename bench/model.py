@@ -10,13 +10,13 @@ import platform
 import sys
 import time
 from collections import defaultdict
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from printing import all_met, write
+from printing import all_met, made_with
 from torch.utils.flop_counter import FlopCounterMode
 
+from medctkit.common.provenance import write_json
 from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel
 
 HERE = Path(__file__).resolve().parent
@@ -135,19 +135,15 @@ def main():
     shares = {name: seconds[name] / (PUBLIC_SECONDS[name] * PUBLIC_RATE / rate) for name in BARS}
     said = "{}: {:.3f} of the public code's time, at most {:.3f}"
     met = all_met((shares[name] <= bar, said.format(name, shares[name], bar)) for name, bar in BARS.items())
+    device = f"CPU, {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    how = {"device": device, "precision": "float32", "seed": SEED}
     found = {
         "matrix_product_gflop_per_second": rate,
         "parts": table,
         "against_the_public_code": {n: {"share_of_public_seconds": shares[n], "bar": bar} for n, bar in BARS.items()},
-        "made_with": {
-            "command": "make bench",
-            "device": f"CPU, {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-            "precision": "float32",
-            "seed": SEED,
-            "versions": {name: version(name) for name in ("medctkit", "torch", "transformers")},
-        },
+        "made_with": made_with("make bench", "medctkit torch transformers", **how),
     }
-    write(found, HERE / "model.json")
+    write_json(found, HERE / "model.json")
     sys.exit(not met)
 
 

@@ -7,13 +7,13 @@ import argparse
 import os
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # one core; before numpy is imported
 
-from printing import all_met, peak_bytes, write
+from printing import all_met, made_with, peak_bytes
 
+from medctkit.common.provenance import write_json
 from medctkit.phantom.study import generate
 
 HERE = Path(__file__).resolve().parent
@@ -37,8 +37,8 @@ def main():
     found = {"small_s": min(seconds(range(40), SMALL) for _ in range(3)), "full_s": seconds([3], FULL)}
     found["full_gb"] = peak_bytes() / 1e9
     met = all_met((found[n] <= bar, f"{n:8} {found[n]:.3g}, at most {bar:g}") for n, bar in BARS.items())
-    found["made_with"] = {"command": "make bench", "cores": 1, **{n: version(n) for n in ("numpy", "scipy", "numba")}}
-    write(found, arguments.output)
+    found["made_with"] = made_with("make bench", "numpy scipy numba", cores=1)
+    write_json(found, arguments.output)
     sys.exit(not met)
 
 

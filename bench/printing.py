@@ -1,10 +1,12 @@
 """How the measuring programs print what they found, write it down, and put it on a page."""
 
-import json
+import os
+import platform
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
-from medctkit.common.atomic import replacing
+from medctkit.common.provenance import write_json
 
 HERE = Path(__file__).resolve().parent
 PAGES = HERE.parent / "docs"
@@ -30,16 +32,21 @@ def peak_bytes():
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def write(found, path):
-    """Write JSON, whole or not at all; the package's `write_json` brings torch, whose memory would be measured."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+def made_with(command, packages, **more):
+    """What a number needs beside it; the `packages` have spaces between them."""
+    return {"command": command, **more, "versions": {name: version(name) for name in packages.split()}}
+
+
+def this_machine():
+    """Its processor, its system and its Python."""
+    cpu = f"{platform.machine()}, {os.cpu_count()} cores"
+    return {"cpu": cpu, "system": platform.system(), "python": platform.python_version()}
 
 
 def publish(name, found, page, lines, output=None):
     """Print the lines and write what was found: to bench/<name>.json and the page, or to `output` alone."""
     print(*lines, sep="\n")
-    write(found, output or HERE / f"{name}.json")
+    write_json(found, output or HERE / f"{name}.json")
     if output is None:
         write_block(page, name, lines)
 

@@ -8,17 +8,16 @@ project are checked. Writes bench/viewers.json.
 import argparse
 import gc
 import io
-import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from printing import all_met, show, write
+from printing import all_met, made_with, show, this_machine
+
+from medctkit.common.provenance import write_json
 
 HERE = Path(__file__).resolve().parent
 COARSE, FACTOR, SPACING = (80, 160, 160), 3, (1.5, 0.75, 0.75)  # a phantom, each voxel made to 3 x 3 x 3; mm
@@ -184,16 +183,9 @@ def main():
     for name, values in found.items():
         show(name, values)
     met = all_met(bars(found))
-    found["made_with"] = {
-        "command": "make bench",
-        "volume": " x ".join(map(str, volume.shape)),
-        "cpu": f"{platform.machine()}, {os.cpu_count()} cores",
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "seed": SEED,
-        "versions": {n: version(n) for n in ("medctkit", "numpy", "pillow", "matplotlib", "ipywidgets", "ipympl")},
-    }
-    write(found, chosen.output)
+    packages, shape = "medctkit numpy pillow matplotlib ipywidgets ipympl", " x ".join(map(str, volume.shape))
+    found["made_with"] = made_with("make bench", packages, volume=shape, **this_machine(), seed=SEED)
+    write_json(found, chosen.output)
     sys.exit(not met)
 
 

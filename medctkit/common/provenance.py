@@ -6,16 +6,18 @@ import subprocess
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
-import torch
+from typing import TYPE_CHECKING, Any
 
 from medctkit.common.atomic import replacing
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def made_with(seed: int, data: str = "phantom") -> dict:
     """Seed, device, versions, commit and data ("phantom", "CT-RATE", "real CT"): what a number needs beside it."""
+    import torch  # here: who only writes JSON can do without
+
     threads = torch.get_num_threads()
     device = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
     if torch.cuda.is_available():
@@ -41,7 +43,7 @@ def commit() -> str | None:
         return None
 
 
-def records(table: pd.DataFrame) -> list[dict]:
+def records(table: "pd.DataFrame") -> list[dict]:
     """The rows of a table as plain data, for JSON: None where there is no value."""
     return table.astype(object).where(table.notna(), None).to_dict("records")
 
