@@ -54,16 +54,12 @@ class Rival:
 
     Attributes:
         label: in tables and figures.
-        does: a sentence.
-        source: where it comes from.
         labels: what it does with the target hospital's labels: "none", "choose" or "learn".
         score: takes the studies, and which of the training studies it may use.
         settings: all that it depends on beside the studies; written into its result.
     """
 
     label: str
-    does: str
-    source: str
     labels: str
     score: Callable[[Data, Sequence[int]], Scored]
     settings: dict[str, Any] = field(default_factory=dict)
@@ -110,16 +106,14 @@ def _best_fixed(data: Data, studies: Sequence[int]) -> Scored:
     return best(each, data.labels("valid"))
 
 
-def _free(
-    label: str, does: str, source: str = "", changes: Sequence[str] = (), aligned: str = "", wording: str = "paper"
-) -> Rival:
+def _free(label: str, changes: Sequence[str] = (), aligned: str = "", wording: str = "paper") -> Rival:
     def score(data: Data, studies: Sequence[int]) -> Scored:
         return replace(fixed(data, studies, changes, aligned, wording), chosen="")
 
     wordings = WORDINGS[wording]()
     said = wordings if isinstance(wordings, str) else sha256(repr(wordings).encode()).hexdigest()[:16]
     settings = {"changes": list(changes), "aligned": aligned, "wording": f"{wording}: {said}"}
-    return Rival(label, does, source, "none", score, settings | {"quantiles": len(LEVELS)})
+    return Rival(label, "none", score, settings | {"quantiles": len(LEVELS)})
 
 
 # --- rivals that use the same labels -------------------------------------------------------------------
@@ -214,56 +208,31 @@ def _ridge(data: Data, studies: Sequence[int]) -> Scored:
 
 
 RIVALS: dict[str, Rival] = {
-    "registration": _free(
-        "registration", "Each scan moved so that its lungs lie where they lie at home.", changes=("registration",)
-    ),
-    "intensities": _free(
-        "intensities, each scan", "Quantiles of the HU within the body of each scan mapped to those of home.",
-        "Nyul and Udupa 1999, Magn Reson Med 42:1072", changes=("intensities",),
-    ),
-    "hospital-intensities": _free(
-        "intensities, one map", "One map of HU for the hospital, from its mean quantiles to those of home.",
-        changes=("hospital intensities",),
-    ),
-    "recentring": _free(
-        "re-centred embeddings", "The mean of the hospital's embeddings moved to that of home.", aligned="re-centred"
-    ),
-    "coral": _free(
-        "CORAL", "Mean and covariance of the hospital's embeddings made those of home.",
-        "Sun et al. 2016, arXiv 1511.05547", aligned="CORAL",
-    ),
-    "ensemble": _free(
-        "prompt ensemble", "Eight wordings of each prompt, averaged.", "Radford et al. 2021, arXiv 2103.00020",
-        wording="ensemble",
-    ),
-    "home-wording": _free(
-        "home's wording", "Prompts in the sentences of the reports that the base model learnt from.",
-        wording="home's wording",
-    ),
-    "wording": _free(
-        "the hospital's wording", "Prompts in the sentences of the hospital's own reports.",
-        wording="the hospital's wording",
-    ),
+    # each scan moved so that its lungs lie where they lie at home
+    "registration": _free("registration", changes=("registration",)),
+    # quantiles of the HU within the body mapped to those of home (Nyul and Udupa 1999, Magn Reson Med 42:1072)
+    "intensities": _free("intensities, each scan", changes=("intensities",)),
+    "hospital-intensities": _free("intensities, one map", changes=("hospital intensities",)),
+    # the mean of the hospital's embeddings made that of home; CORAL: and the covariance (see `fixes.coral`)
+    "recentring": _free("re-centred embeddings", aligned="re-centred"),
+    "coral": _free("CORAL", aligned="CORAL"),
+    # eight wordings of each prompt, averaged (Radford et al. 2021, arXiv 2103.00020)
+    "ensemble": _free("prompt ensemble", wording="ensemble"),
+    # prompts in the sentences of the reports that the base model learnt from, or of the hospital's own
+    "home-wording": _free("home's wording", wording="home's wording"),
+    "wording": _free("the hospital's wording", wording="the hospital's wording"),
     "all-free": _free(
-        "free fixes together", "Registration, intensities of each scan, re-centring and the prompt ensemble.",
-        changes=("registration", "intensities"), aligned="re-centred", wording="ensemble",
+        "free fixes together", changes=("registration", "intensities"), aligned="re-centred", wording="ensemble"
     ),
     "best-free": Rival(
-        "free fixes, best choice", "The combination of all these that validation studies choose.", "", "choose",
-        _best_fixed, {"moved": MOVED, "aligned": ["", *ALIGNED], "wordings": [*WORDINGS], "quantiles": len(LEVELS)},
+        "free fixes, best choice", "choose", _best_fixed,
+        {"moved": MOVED, "aligned": ["", *ALIGNED], "wordings": [*WORDINGS], "quantiles": len(LEVELS)},
     ),
     "hu-boxes": Rival(
-        "HU in boxes", "Logistic regression on shares of HU bands in 4 x 4 x 4 boxes; no neural network.", "", "learn",
-        _boxes, {"bands": BANDS, "boxes": BOXES, "C": STRENGTHS, "roots": [False, True], "moved": ["", "registration"]},
+        "HU in boxes", "learn", _boxes,
+        {"bands": BANDS, "boxes": BOXES, "C": STRENGTHS, "roots": [False, True], "moved": ["", "registration"]},
     ),
-    "linear-probe": Rival(
-        "linear probe",
-        "{0} logistic regressions on frozen image embeddings. It knows these {0} answers only.".format(len(FINDINGS)),
-        "Alain and Bengio 2016, arXiv 1610.01644", "learn", _probe,
-        {"C": STRENGTHS},
-    ),
-    "ridge": Rival(
-        "ridge", "One matrix between the frozen encoders, in closed form: volumes to reports, or to true sentences.",
-        "", "learn", _ridge, {"strengths": RIDGES, "to": ["reports", "labels"]},
-    ),
+    # Alain and Bengio 2016, arXiv 1610.01644; it knows the findings it learnt only
+    "linear-probe": Rival("linear probe", "learn", _probe, {"C": STRENGTHS}),
+    "ridge": Rival("ridge", "learn", _ridge, {"strengths": RIDGES, "to": ["reports", "labels"]}),
 }  # fmt: skip
