@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from medctkit.cohort.dataset import CTReportDataset
 from medctkit.common.atomic import alone, replacing
 from medctkit.common.digests import digest_of_facts
+from medctkit.common.kept import kept
 from medctkit.common.provenance import made_with, write_json
 from medctkit.deploy.export import export, write_facts
 from medctkit.deploy.exported import FACTS, Exported
@@ -109,31 +110,31 @@ def deploy_table(
             found = {}
             for name in variants:
                 key = digest_of_facts(known | {"variant": name, "threads": threads})
-                found[name] = _kept(_kept_in(folder, name), key, lambda: measured(name))  # noqa: B023
+                found[name] = kept(_kept_in(folder, name), key, lambda: measured(name))  # noqa: B023
         scores = {name: classifier.scores_from_embeddings(one["embeds"]) for name, one in found.items()}
         on_valid = classifier.scores_from_embeddings(found[BASE]["valid"])
-    thresholds, rows = thresholds_from_validation(_labels(valid), on_valid), {}
-    for name, one in found.items():
-        row = {key: value for key, value in one.items() if np.ndim(value) == 0 and key != "key"}
-        row["codes"] = float((one["codes"] != found[BASE]["codes"]).mean())
-        row |= changes(test, scores[BASE], scores[name], thresholds, resamples, seed)
-        broken = limits.broken(row)
-        row["verdict"] = "base" if name == BASE else f"do not ship: {'; '.join(broken)}" if broken else "ship"
-        rows[name] = row
-        if broken and (folder / slug(name)).is_dir():
-            shutil.rmtree(folder / slug(name))
-        elif (folder / slug(name) / FACTS).is_file():
-            measured_ = f"a score changes by up to {row['score']:.3f}, {row['answers']:.2%} of the answers flip"
-            write_facts(folder / slug(name), Exported(folder / slug(name)).facts | {"measured": measured_})
-    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("variant")
-    with replacing(folder / "table.csv") as temporary:
-        table.to_csv(temporary)
-    facts = {"studies": {"valid": len(valid), "test": len(test)}, "limits": asdict(limits)}
-    write_json(facts | {"rows": rows, "made_with": made_with(seed)}, folder / "table.json")
-    for name in found:
-        _kept_in(folder, name).unlink(missing_ok=True)
-    with suppress(OSError):  # there is something else in it
-        (folder / "measured").rmdir()
+        thresholds, rows = thresholds_from_validation(_labels(valid), on_valid), {}
+        for name, one in found.items():
+            row = {key: value for key, value in one.items() if np.ndim(value) == 0}
+            row["codes"] = float((one["codes"] != found[BASE]["codes"]).mean())
+            row |= changes(test, scores[BASE], scores[name], thresholds, resamples, seed)
+            broken = limits.broken(row)
+            row["verdict"] = "base" if name == BASE else f"do not ship: {'; '.join(broken)}" if broken else "ship"
+            rows[name] = row
+            if broken and (folder / slug(name)).is_dir():
+                shutil.rmtree(folder / slug(name))
+            elif (folder / slug(name) / FACTS).is_file():
+                measured_ = f"a score changes by up to {row['score']:.3f}, {row['answers']:.2%} of the answers flip"
+                write_facts(folder / slug(name), Exported(folder / slug(name)).facts | {"measured": measured_})
+        table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("variant")
+        with replacing(folder / "table.csv") as temporary:
+            table.to_csv(temporary)
+        facts = {"studies": {"valid": len(valid), "test": len(test)}, "limits": asdict(limits)}
+        write_json(facts | {"rows": rows, "made_with": made_with(seed)}, folder / "table.json")
+        for name in found:
+            _kept_in(folder, name).unlink(missing_ok=True)
+        with suppress(OSError):  # there is something else in it
+            (folder / "measured").rmdir()
     return table
 
 
@@ -241,16 +242,3 @@ def _outputs(do: Callable[..., Any], dataset: CTReportDataset, bar: Any) -> dict
 
 def _kept_in(folder: Path, name: str) -> Path:
     return folder / "measured" / f"{slug(name)}.npz"
-
-
-def _kept(path: Path, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What was made and written down before under the same key, or else is now; numbers as numbers."""
-    if path.is_file():
-        with np.load(path, allow_pickle=False) as file:
-            if str(file["key"]) == key:
-                return {name: value.item() if value.ndim == 0 else value for name, value in file.items()}
-    path.parent.mkdir(exist_ok=True)
-    found = make() | {"key": key}
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **found)
-    return found

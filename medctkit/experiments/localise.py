@@ -1,6 +1,5 @@
 """Base and adapted model on a hospital's test phantoms: do their maps lie on the findings, and mean anything?"""
 
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -30,6 +29,7 @@ from medctkit.cohort.dataset import load_split, prepared_dir
 from medctkit.cohort.manifest import load_manifest
 from medctkit.common.atomic import alone, replacing
 from medctkit.common.csv_tables import write_table
+from medctkit.common.kept import kept
 from medctkit.common.provenance import made_with, records, write_json
 from medctkit.common.templates import filled
 from medctkit.experiments.adapt import Origin
@@ -76,24 +76,17 @@ def measure_localisation(
     dataset = load_split(manifest, origin.hospital, "test", config, prepared_dir(manifest_path, output_dir, cache_dir))
     rows = dataset.rows[:studies]
     key = repr([seed, [digests(m) for m in models.values()], [(row["study"], row["checksum"]) for row in rows]])
-    work = output_dir / "localisation_work" / hashlib.sha256(key.encode()).hexdigest()[:12]
-    work.mkdir(parents=True, exist_ok=True)
+    work = output_dir / "localisation_work"
 
-    def kept(name: str, make: Callable[..., dict[str, np.ndarray]], *given: Any) -> dict[str, np.ndarray]:
-        """Arrays that an interrupted run made, or `make` makes now of what is `given`."""
-        file = work / f"{name}.npz"
-        if not file.exists():
-            with replacing(file) as temporary, temporary.open("wb") as stream:
-                np.savez(stream, **make(*given))  # type: ignore[arg-type]
-        with np.load(file) as arrays:
-            return dict(arrays)
+    def done(name: str, make: Callable[..., dict[str, np.ndarray]], *given: Any) -> dict[str, np.ndarray]:
+        return kept(work / f"{name}.npz", key, lambda: make(*given))
 
     def columns(table: pd.DataFrame) -> dict[str, np.ndarray]:
         numeric = pd.api.types.is_numeric_dtype
         return {name: part.to_numpy(None if numeric(part) else str) for name, part in table.items()}
 
     with alone(output_dir):
-        regions = Regions(**kept("regions", lambda: vars(find_regions(rows, config, grid))))
+        regions = Regions(**done("regions", lambda: vars(find_regions(rows, config, grid))))
         showing = len(np.unique(regions.study))
         if showing < 2 or len(FINDINGS) < 2:
             raise ValueError(
@@ -117,10 +110,10 @@ def measure_localisation(
         maps: dict[str, np.ndarray] = {}
         checks, faithful = [], []
         for name, model in models.items():
-            maps |= {f"{name}, {kind}": of for kind, of in kept(f"{name}_maps", relevant, model).items()}
-            values = pd.DataFrame(kept(f"{name}_faithfulness", tested, model))
+            maps |= {f"{name}, {kind}": of for kind, of in done(f"{name}_maps", relevant, model).items()}
+            values = pd.DataFrame(done(f"{name}_faithfulness", tested, model))
             faithful.append(faithfulness_table(chosen, values, seed=seed).assign(model=name))
-            checks.append(pd.DataFrame(kept(f"{name}_sanity", sane, model)).assign(model=name))
+            checks.append(pd.DataFrame(done(f"{name}_sanity", sane, model)).assign(model=name))
         maps[CONTRAST] = contrast_of_regions(dataset, regions, grid)
         compared = [("adapted minus base", "base, relevance", "adapted, relevance")]
         compared += [(f"{name}: own minus {OTHERS}", f"{name}, {OTHERS}", f"{name}, relevance") for name in models]
@@ -145,7 +138,7 @@ def measure_localisation(
         write_json(content, output_dir / "localisation.json")
         with replacing(output_dir / "localisation.md") as temporary:
             temporary.write_text(localisation_page(content), encoding="utf-8")
-        shutil.rmtree(output_dir / "localisation_work")
+        shutil.rmtree(work)
     return found
 
 

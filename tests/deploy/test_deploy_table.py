@@ -14,6 +14,7 @@ import torch
 from tiny import PROMPTS, randomise_adapter, tiny_ct_clip, tiny_tokenizer
 from typer.testing import CliRunner
 
+from medctkit.common.kept import kept
 from medctkit.deploy import deploy_table as tables
 from medctkit.deploy.deploy_table import BASE, Limits, as_text, deploy_table
 from medctkit.deploy.exported import FACTS, Exported
@@ -193,7 +194,7 @@ def test_what_was_measured_is_not_measured_again_unless_it_is_of_something_else(
         return {"ms_1": 2.5, "codes": np.arange(3)}
 
     for key, times in (("a", 1), ("a", 1), ("b", 2)):
-        found = tables._kept(tmp_path / "measured" / "one.npz", key, make)
+        found = kept(tmp_path / "measured" / "one.npz", key, make)
         assert len(made) == times and found["ms_1"] == 2.5 and list(found["codes"]) == [0, 1, 2]
 
 
