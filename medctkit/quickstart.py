@@ -176,29 +176,21 @@ def classify(
 
 
 def predict_study(
-    path: str | os.PathLike,
-    folder: str | os.PathLike,
-    base: BaseModel,
-    series: str | None = None,
-    prompts: Prompts = "paper",
+    path: str | os.PathLike, folder: str | os.PathLike, base: BaseModel, series: str | None = None
 ) -> Classified:
     """Classify one scan, and write table, JSON, the VLM3D challenge's form and picture; see `write_prediction`.
 
     Raises:
         ValueError: see `read_volume` and `ZeroShotClassifier`.
     """
-    found = classify(read_volume(path, series=series), base, prompts=prompts)
-    facts, picture = predict.facts_of(base, prompts), found._repr_png_()[0]
-    predict.write_prediction(folder, predict.case_of(path), found.scores, facts, picture)
+    found = classify(read_volume(path, series=series), base)
+    picture = found._repr_png_()[0]
+    predict.write_prediction(folder, predict.case_of(path), found.scores, predict.facts_of(base), picture)
     return found
 
 
 def answer_study(
-    path: str | os.PathLike,
-    base: BaseModel,
-    series: str | None = None,
-    prompts: Prompts = "paper",
-    with_map: bool = True,
+    path: str | os.PathLike, base: BaseModel, series: str | None = None, with_map: bool = True
 ) -> list[Dataset]:
     """Classify one DICOM study, and say so in DICOM: report, picture and, `with_map`, a segmentation.
 
@@ -213,10 +205,10 @@ def answer_study(
 
     refuse_other_than_dicom(path)
     volume = read_volume(path, series=series)
-    found, facts, heat_map = classify(volume, base, prompts=prompts), predict.facts_of(base, prompts), None
+    found, facts, heat_map = classify(volume, base), predict.facts_of(base), None
     if with_map:
         at = int(found.table["score"].argmax())
-        stating, denying = (side[at][0] for side in prompt_sentences(prompts, FINDINGS))
+        stating, denying = (side[at][0] for side in prompt_sentences("paper", FINDINGS))
         pixels = preprocess(volume, base.preprocess_config)
         values = relevance(base.model, base.tokenizer, pixels, stating, denying)
         heat_map = patch_map(values, volume, base.preprocess_config, f"Relevance to {FINDINGS[at]}")

@@ -6,12 +6,13 @@ once, and are read from the cache from then on.
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch.utils.data import Dataset
@@ -131,6 +132,11 @@ def report_ids(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.T
     """A number (b,) for each tokenised report (b, n), the same for the same tokens in whatever batch."""
     reports = (ids[mask.bool()].numpy().tobytes() for ids, mask in zip(input_ids, attention_mask, strict=True))
     return torch.tensor([int.from_bytes(blake2b(report, digest_size=8).digest(), signed=True) for report in reports])
+
+
+def labels_of(rows: Sequence[Mapping]) -> np.ndarray:
+    """Labels (n, 18) of rows of a manifest; NaN where unknown."""
+    return np.array([[float(row[name]) for name in FINDINGS] for row in rows])
 
 
 def load_split(

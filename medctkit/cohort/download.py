@@ -23,13 +23,13 @@ from typing import Any
 
 from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import WeakFileLock
 from tqdm.auto import tqdm
 
 from medctkit.cohort.contents import Contents, stamp_of
 from medctkit.cohort.ct_rate import TABLES
 from medctkit.cohort.hub_repository import HubRepository
 from medctkit.cohort.selection import Selection, read_names, select
+from medctkit.common.atomic import alone
 from medctkit.common.csv_tables import read_table
 from medctkit.common.text import as_bytes, counted, listed
 
@@ -153,7 +153,7 @@ def download(plan: Plan, *, workers: int = 4, verify: bool = False) -> Outcome:
     doesn't keep the others from being fetched.
 
     Raises:
-        OSError: another download is writing into the same folder.
+        ValueError: another download is writing into the same folder.
     """
     # huggingface_hub 0.x, which Colab has, shows a bar of its own for each file
     one_bar = "tqdm_class" in inspect.signature(hf_hub_download).parameters
@@ -211,10 +211,7 @@ def download(plan: Plan, *, workers: int = 4, verify: bool = False) -> Outcome:
     with ExitStack() as stack:
         records = plan.destination / _RECORDS
         records.mkdir(parents=True, exist_ok=True)
-        try:
-            stack.enter_context(WeakFileLock(records / "medctkit.lock", timeout=1))
-        except TimeoutError:
-            raise OSError(f"another download writes into {plan.destination}: wait, or choose another folder") from None
+        stack.enter_context(alone(plan.destination))
         verified = Contents(records / "verified.csv")
         bar = stack.enter_context(tqdm(total=left, disable=not left, unit="B", unit_scale=True, desc="download"))
         pool = stack.enter_context(ThreadPoolExecutor(workers))

@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from medctkit.cohort.dataset import CTReportDataset
+from medctkit.cohort.dataset import CTReportDataset, labels_of
 from medctkit.common.atomic import alone, replacing
 from medctkit.common.digests import digest_of_facts
 from medctkit.common.kept import kept
@@ -28,7 +28,6 @@ from medctkit.deploy.export import export, write_facts
 from medctkit.deploy.exported import FACTS, Exported
 from medctkit.deploy.quantise import KINDS, quantise
 from medctkit.deploy.trial import Variant, outputs, peak_bytes, seconds, trial
-from medctkit.findings import FINDINGS
 from medctkit.lora.adapter import merge_lora
 from medctkit.lora.methods import load_trained
 from medctkit.metrics.bootstrap import RESAMPLES
@@ -113,7 +112,7 @@ def deploy_table(
                 found[name] = kept(_kept_in(folder, name), key, lambda: measured(name))  # noqa: B023
         scores = {name: classifier.scores_from_embeddings(one["embeds"]) for name, one in found.items()}
         on_valid = classifier.scores_from_embeddings(found[BASE]["valid"])
-        thresholds, rows = thresholds_from_validation(_labels(valid), on_valid), {}
+        thresholds, rows = thresholds_from_validation(labels_of(valid.rows), on_valid), {}
         for name, one in found.items():
             row = {key: value for key, value in one.items() if np.ndim(value) == 0}
             row["codes"] = float((one["codes"] != found[BASE]["codes"]).mean())
@@ -182,7 +181,9 @@ def changes(
     arguments are those of `compare`.
     """
     patients = [row["patient"] for row in test.rows]
-    table = compare(_labels(test), before, after, patients, thresholds, thresholds, resamples=resamples, seed=seed)
+    table = compare(
+        labels_of(test.rows), before, after, patients, thresholds, thresholds, resamples=resamples, seed=seed
+    )
     of_findings = table["auroc"].drop("mean").fillna(np.inf)
     flips = (before >= thresholds) != (after >= thresholds)
     return {f"auroc{end}": float(table.loc["mean", f"auroc{end}"]) for end in ("", "_low", "_high")} | {
@@ -223,10 +224,6 @@ def as_text(table: pd.DataFrame) -> str:
 
 def _volumes(dataset: CTReportDataset, indices: Sequence[int]) -> np.ndarray:
     return np.stack([dataset[i]["pixel_values"].numpy() for i in indices])
-
-
-def _labels(dataset: CTReportDataset) -> np.ndarray:
-    return np.array([[float(row[name]) for name in FINDINGS] for row in dataset.rows])
 
 
 def _outputs(do: Callable[..., Any], dataset: CTReportDataset, bar: Any) -> dict[str, np.ndarray]:

@@ -13,14 +13,13 @@ from medctkit.common.provenance import as_json
 from medctkit.model.base_model import BaseModel
 from medctkit.model.fingerprint import digests, vocabulary_of
 from medctkit.scans.formats import READERS
-from medctkit.zero_shot.prompts import Prompts
 
 
-def facts_of(base: BaseModel, prompts: Prompts = "paper") -> dict[str, str]:
+def facts_of(base: BaseModel) -> dict[str, str]:
     """What the scores come from: version of the kit, prompts, digests of base model, adapter and vocabulary."""
     own, adapter = digests(base.model)
     model = {"base": own, "adapter": adapter, "vocabulary": vocabulary_of(base.tokenizer)}
-    return {"version": version("medctkit"), **model, "prompts": prompts if isinstance(prompts, str) else "own"}
+    return {"version": version("medctkit"), **model, "prompts": "paper"}
 
 
 def case_of(path: str | os.PathLike) -> str:

@@ -163,6 +163,12 @@ def with_interval(name: str, draws: np.ndarray, mirrored: bool = False) -> dict[
     return {name: draws[0], f"{name}_low": low, f"{name}_high": high}
 
 
+def error_bars(table: Any, name: str = "auroc") -> np.ndarray:
+    """Lengths (2, n) of both ends of the intervals of n rows; percentiles of few patients may leave the value out."""
+    value, low, high = (getattr(table, name + end) for end in ("", "_low", "_high"))
+    return np.maximum([value - low, high - value], 0).reshape(2, -1)
+
+
 def mean_of_findings(values: np.ndarray) -> np.ndarray:
     """Mean over the findings that have a value; (m, k) -> (m,)."""
     known = ~np.isnan(values)

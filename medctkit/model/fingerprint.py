@@ -1,6 +1,7 @@
 """Which weights and words these are: digests over every value, so that they differ if any does."""
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -39,6 +40,14 @@ def add_tensor(digest: Any, name: str, tensor: torch.Tensor) -> None:
     """Add name, type, shape and every value of a tensor to a digest of hashlib."""
     digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
     digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def digest_of_tensors(tensors: Mapping[str, torch.Tensor], text: str = "") -> str:
+    """A digest of a text, and of tensors as `add_tensor` takes them, by name."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        add_tensor(digest, name, tensors[name])
+    return digest.hexdigest()
 
 
 def vocabulary_of(tokenizer: Any) -> str:

@@ -32,7 +32,7 @@ from medctkit.common.processes import in_main_process
 from medctkit.common.provenance import differences, write_json
 from medctkit.findings import CT_RATE, FACTS, FINDINGS, refuse_other_findings
 from medctkit.lora.methods import restore_trained, save_trained
-from medctkit.model.fingerprint import add_tensor, digests, vocabulary_of
+from medctkit.model.fingerprint import add_tensor, digest_of_tensors, digests, vocabulary_of
 from medctkit.model.protocol import Model
 from medctkit.model.weights import write_weights
 from medctkit.training.settings import FineTuneConfig
@@ -172,7 +172,7 @@ class Run:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(counts)
         with replacing(self.file) as temporary:
-            write_weights(tensors, temporary, {"medctkit": text, "sha256": _digest_of(text, tensors)})
+            write_weights(tensors, temporary, {"medctkit": text, "sha256": digest_of_tensors(tensors, text)})
 
     def finish(self) -> None:
         """The best parameters onto the model and into `adapter`, and `run.json`."""
@@ -192,13 +192,6 @@ class Run:
             counts = {name: getattr(self, name) for name in _COUNTS}
             record = {"state": "finished", "made_of": dict(self.made_of), "files": sums} | counts
             write_json(record, self.output_dir / RECORD)
-
-
-def _digest_of(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        add_tensor(digest, name, tensors[name])
-    return digest.hexdigest()
 
 
 def finished_run(output_dir: str | os.PathLike) -> dict[str, Any]:
@@ -271,7 +264,7 @@ def read(path: Path, made_of: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
             text = file.metadata()["medctkit"]
             rest, told = json.loads(text), file.metadata()["sha256"]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if told != _digest_of(text, tensors):
+        if told != digest_of_tensors(tensors, text):
             raise ValueError("it is not what was written")
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged, or no checkpoint of medctkit: {error}. {way_out}") from None

@@ -17,7 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from medctkit.cohort.cache import content_of, key_of
-from medctkit.cohort.dataset import CTReportDataset
+from medctkit.cohort.dataset import CTReportDataset, labels_of
 from medctkit.cohort.manifest import has_file, load_manifest, study_from_row, validate_manifest, volume_from_row
 from medctkit.common.digests import digest_of_facts
 from medctkit.common.text import counted
@@ -102,7 +102,7 @@ class Cases:
         table = load_manifest(manifest) if isinstance(manifest, str | os.PathLike) else validate_manifest(manifest)
         self.dataset = CTReportDataset(table[:limit], preprocess_config, cache_dir)
         self.rows = self.dataset.rows
-        self.labels = np.array([[float(row[name]) for name in FINDINGS] for row in self.rows])
+        self.labels = labels_of(self.rows)
         self.classifiers = {name: ZeroShotClassifier(model, tokenizer, prompts) for name, model in models.items()}
         self._made_of = {name: describe(model, preprocess_config) for name, model in models.items()}
         self._keys = [self._key(row) for row in self.rows]

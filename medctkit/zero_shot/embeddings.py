@@ -24,12 +24,12 @@ from torch.utils.data import Dataset, Subset
 from tqdm.auto import tqdm
 
 from medctkit.cohort.cache import content_of, key_of
-from medctkit.cohort.dataset import CTReportDataset
+from medctkit.cohort.dataset import CTReportDataset, labels_of
 from medctkit.common.atomic import replacing
 from medctkit.common.processes import in_main_process, process_and_processes
 from medctkit.common.provenance import differences
 from medctkit.findings import FINDINGS, refuse_other_findings
-from medctkit.model.fingerprint import add_tensor, digests
+from medctkit.model.fingerprint import digest_of_tensors, digests
 from medctkit.model.weights import write_weights
 from medctkit.scans.preprocessing import PreprocessConfig
 from medctkit.zero_shot.classifier import Embedded, ZeroShotClassifier
@@ -52,13 +52,6 @@ def describe(model: nn.Module, preprocess_config: PreprocessConfig) -> dict[str,
     }
 
 
-def _digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        add_tensor(digest, name, tensor)
-    return digest.hexdigest()
-
-
 def save_embeddings(embedded: Embedded, path: str | os.PathLike, made_of: Mapping[str, Any]) -> None:
     """Write embeddings, whole or not at all: a safetensors file, 2 kB for each volume at full size.
 
@@ -72,7 +65,7 @@ def save_embeddings(embedded: Embedded, path: str | os.PathLike, made_of: Mappin
         "embeddings": embedded.embeddings.detach().to("cpu", torch.float32).contiguous(),
         "labels": torch.from_numpy(np.ascontiguousarray(embedded.labels, dtype=np.float32)),
     }
-    rest = {"made_of": dict(made_of), "findings": FINDINGS, "sha256": _digest_of(tensors)}
+    rest = {"made_of": dict(made_of), "findings": FINDINGS, "sha256": digest_of_tensors(tensors)}
     rest |= {"studies": list(map(str, embedded.studies)), "patients": list(map(str, embedded.patients))}
     rest |= {"versions": {"medctkit": version("medctkit"), "torch": torch.__version__}}  # told, not compared
     path = Path(path).expanduser()
@@ -95,7 +88,7 @@ def load_embeddings(path: str | os.PathLike, made_of: Mapping[str, Any] | None =
         with safe_open(str(path), "pt") as file:
             rest = json.loads(file.metadata()["medctkit"])
             tensors = {name: file.get_tensor(name) for name in ("embeddings", "labels")}
-        if rest["sha256"] != _digest_of(tensors):
+        if rest["sha256"] != digest_of_tensors(tensors):
             raise ValueError("its numbers are not those that were written")
         patients, studies = (np.array(rest[name]) for name in ("patients", "studies"))
         embedded = Embedded(tensors["embeddings"], tensors["labels"].numpy(), patients, studies)
@@ -206,7 +199,7 @@ def embed_manifest(
 
     embedded = Embedded(
         torch.stack([found[study] for study in studies]),
-        np.array([[float(row[name]) for name in FINDINGS] for row in rows], dtype=np.float32),
+        labels_of(rows).astype(np.float32),
         np.array([row["patient"] for row in rows]),
         np.array(studies),
     )

@@ -26,6 +26,7 @@ from medctkit.cohort.ct_rate import TABLES, volume_path
 from medctkit.cohort.download import CT_RATE, TEXT_ENCODER, WEIGHTS, download, plan_files
 from medctkit.cohort.hub_repository import HubRepository
 from medctkit.cohort.selection import select, study_names
+from medctkit.common.atomic import alone
 from medctkit.findings import FINDINGS
 
 VOLUMES = [
@@ -364,12 +365,9 @@ def test_a_file_that_is_in_the_way_is_not_lost(plan, tmp_path):
 
 
 def test_two_downloads_into_one_folder_do_not_mix(plan, tmp_path):
-    from huggingface_hub.utils import WeakFileLock
-
     download(plan())
-    with WeakFileLock(tmp_path / "there" / ".cache" / "huggingface" / "medctkit.lock"):
-        with pytest.raises(OSError, match="another download writes into .*there: wait, or choose another folder"):
-            download(plan())
+    with alone(tmp_path / "there"), pytest.raises(ValueError, match="another process is at work in .*there; wait"):
+        download(plan())
 
 
 def test_what_is_missing_or_forbidden_does_not_keep_the_rest_back(plan, server):

@@ -19,8 +19,8 @@ from medctkit.cohort.manifest import load_manifest, write_manifest
 from medctkit.findings import FINDINGS
 from medctkit.lora.adapter import add_lora, load_adapter, save_adapter
 from medctkit.model.base_model import load_mini_base
+from medctkit.model.fingerprint import digest_of_tensors
 from medctkit.scans.preprocessing import PreprocessConfig
-from medctkit.zero_shot import embeddings
 from medctkit.zero_shot.classifier import Embedded, ZeroShotClassifier
 from medctkit.zero_shot.embeddings import (
     describe,
@@ -113,7 +113,7 @@ def test_damaged_and_other_files_are_refused(embedded, tmp_path):
             load_embeddings(path)
     tensors = {"embeddings": torch.zeros(1, 3), "labels": torch.zeros(1, 18)}
     rest = {"made_of": {}, "findings": FINDINGS[::-1], "studies": ["a"], "patients": ["p"]}
-    rest["sha256"] = embeddings._digest_of(tensors)
+    rest["sha256"] = digest_of_tensors(tensors)
     save_file(tensors, path, metadata={"medctkit": json.dumps(rest)})
     with pytest.raises(
         ValueError, match="made with the findings Interlobular septal thickening, .*; in use are Medical material"

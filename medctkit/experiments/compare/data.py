@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from medctkit.cohort.dataset import CTReportDataset, at_hand, rows_of
+from medctkit.cohort.dataset import CTReportDataset, at_hand, labels_of, rows_of
 from medctkit.cohort.manifest import build_default_manifest, load_manifest
 from medctkit.common.processes import accelerator_for
 from medctkit.experiments.adapt import Origin
@@ -192,4 +192,4 @@ def parts(table: pd.DataFrame, origin: Origin, home: str) -> list[pd.DataFrame]:
 
 def truth(rows: Sequence[Mapping]) -> tuple[np.ndarray, np.ndarray]:
     """Labels (n, 18) and patients (n,) of rows of a manifest."""
-    return np.array([[float(row[f]) for f in FINDINGS] for row in rows]), np.array([row["patient"] for row in rows])
+    return labels_of(rows), np.array([row["patient"] for row in rows])

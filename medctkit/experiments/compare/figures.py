@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -25,6 +24,7 @@ from medctkit.experiments.compare.results import (
 from medctkit.experiments.compare.runs import BASE, PROBE
 from medctkit.findings import FINDINGS
 from medctkit.lora.methods import METHODS
+from medctkit.metrics.bootstrap import error_bars
 
 AUROC = f"mean test AUROC of {len(FINDINGS)} findings"
 _ONLY = f" ({len(FINDINGS)} answers only)"
@@ -48,13 +48,7 @@ def _axes(title: str, x: str, y: str, size: tuple[float, float] = (9, 5)) -> tup
 
 def _base_line(results: Results, axes: Axes, draw: str = "axhline") -> None:
     base = results.mean_draws(base_of(results))[0]
-    getattr(axes, draw)(base, color=MARKS[BASE][0], linestyle="--", linewidth=1.2, label=f"base model, {base:.3f}")
-
-
-def _errors(row: Any, name: str) -> np.ndarray:
-    """Lengths (2, n) of both ends of the intervals of n rows; percentiles of few patients may leave the value out."""
-    value, low, high = (getattr(row, name + end) for end in ("", "_low", "_high"))
-    return np.maximum([value - low, high - value], 0).reshape(2, -1)
+    getattr(axes, draw)(base, color=MARKS[BASE][0], linestyle="--", linewidth=1.2, label=f"{LABELS[BASE]}, {base:.3f}")
 
 
 def _legend(axes: Axes, title: str) -> None:
@@ -86,7 +80,7 @@ def figure_methods(results: Results) -> Figure:
         colour, marker = MARKS[row.method]
         label = f"{row.label}, {row.auroc:.3f}" + ("" if row.any_prompt else _ONLY)
         style: dict[str, Any] = {"color": colour, "marker": marker, "label": label, "capsize": 2, "zorder": 3}
-        axes.errorbar(x, row.auroc, _errors(row, "auroc"), **style)
+        axes.errorbar(x, row.auroc, error_bars(row), **style)
     axes.margins(x=0.08, y=0.12)
     _legend(axes, "mean AUROC, 95 % interval")
     return figure
@@ -123,7 +117,7 @@ def figure_rivals(results: Results) -> Figure:
         rows = table[table["kind"] == kind]
         if len(rows):
             places = [list(table.index).index(i) for i in rows.index]
-            bars: dict[str, Any] = {"xerr": _errors(rows, "auroc"), "fmt": "o", "capsize": 3}
+            bars: dict[str, Any] = {"xerr": error_bars(rows), "fmt": "o", "capsize": 3}
             axes.errorbar(rows["auroc"], places, **bars, color=colour, label=kind)
     axes.set_yticks(range(len(table)), [f"{row.label}  {row.auroc:.3f}" for row in table.itertuples()])
     axes.invert_yaxis()
@@ -142,7 +136,7 @@ def figure_forgetting(results: Results) -> Figure:
         label = f"{row.label}, {row.over_base:+.3f} / {row.home_over_base:+.3f}"
         style: dict[str, Any] = {"color": colour, "marker": marker, "capsize": 2, "linewidth": 1, "label": label}
         style |= {"fillstyle": "none"} if row.variant else {}
-        style |= {"xerr": _errors(row, "home_over_base"), "yerr": _errors(row, "over_base")}
+        style |= {"xerr": error_bars(row, "home_over_base"), "yerr": error_bars(row, "over_base")}
         axes.errorbar(row.home_over_base, row.over_base, **style)
     if results.has("forgetting"):
         for method, rows in strength_table(results).groupby("method"):

@@ -4,7 +4,6 @@ Colours are told apart by colour-blind people (Okabe and Ito); base is blue, ada
 """
 
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
@@ -12,7 +11,7 @@ from sklearn.metrics import roc_curve
 from medctkit.experiments.clinical import GRID
 from medctkit.experiments.measure import Measurement
 from medctkit.findings import FINDINGS
-from medctkit.metrics.bootstrap import BINS
+from medctkit.metrics.bootstrap import BINS, error_bars
 
 COLOURS = {"base": "#0072B2", "adapted": "#D55E00"}
 DIFFERENCE = "#009E73"
@@ -20,11 +19,6 @@ DIFFERENCE = "#009E73"
 
 def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
-
-
-def _bars(table: pd.DataFrame) -> np.ndarray:
-    """Lengths (2, n) of error bars; percentiles of few resamples may leave the value out."""
-    return np.maximum([table["auroc"] - table["auroc_low"], table["auroc_high"] - table["auroc"]], 0)
 
 
 def forest(measured: Measurement) -> Figure:
@@ -36,14 +30,14 @@ def forest(measured: Measurement) -> Figure:
     places = np.arange(len(order))
     for (name, colour), shift in zip(COLOURS.items(), (0.15, -0.15), strict=True):
         table, at = measured.tables[name].loc[order], places + shift
-        left.errorbar(table["auroc"], at, xerr=_bars(table), fmt="o", color=colour, ms=5, lw=1.2, label=name)
+        left.errorbar(table["auroc"], at, xerr=error_bars(table), fmt="o", color=colour, ms=5, lw=1.2, label=name)
     left.axvline(0.5, color="grey", ls=":", label="chance")
     positives = measured.tables["base"].loc[order, "positives"]
     names = [f"{name} ({positives[name]})" if name != "mean" else "mean of findings" for name in order]
     left.set(yticks=places, yticklabels=names, xlabel="AUROC, 95 % interval", title="test patients (positive studies)")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     table = difference.loc[order]
-    right.errorbar(table["auroc"], places, xerr=_bars(table), fmt="s", color=DIFFERENCE, ms=5, lw=1.2)
+    right.errorbar(table["auroc"], places, xerr=error_bars(table), fmt="s", color=DIFFERENCE, ms=5, lw=1.2)
     right.axvline(0, color="grey", ls=":")
     right.set(xlabel="adapted minus base, 95 % interval", title="paired difference in AUROC")
     for axes in (left, right):
@@ -135,7 +129,7 @@ def prompt_sensitivity(measured: Measurement) -> Figure:
     for (name, colour), shift in zip(COLOURS.items(), (-0.1, 0.1), strict=True):
         rows = measured.prompts[measured.prompts["model"] == name].set_index("set").loc[sets]
         places = np.arange(len(sets)) + shift
-        axes.errorbar(rows["auroc"], places, xerr=_bars(rows), fmt="o", color=colour, lw=1.2, label=name)
+        axes.errorbar(rows["auroc"], places, xerr=error_bars(rows), fmt="o", color=colour, lw=1.2, label=name)
     axes.set(yticks=range(len(sets)), yticklabels=sets, xlabel="mean AUROC, 95 % interval", ylabel="prompts")
     axes.set_title("the same images, asked in other words")
     axes.margins(y=0.3)
