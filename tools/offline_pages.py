@@ -68,8 +68,9 @@ def with_stacks_kept(source: Path, folder: Path) -> Any:
 def frame_stack(output: Any, folder: str = "") -> None:
     """Where a notebook's output is a viewer with a stack, put the stack in its place, which lies in `folder`."""
     if stack := output.get("metadata", {}).get(STACK):
-        frame = f'<iframe src="{html.escape(folder + stack)}" title="a stack of slices" style="width:100%;height:800px;border:0">'
-        output["data"] = {"text/html": f"{frame}</iframe>"}
+        source, style = html.escape(folder + stack), "width:100%;height:800px;border:0"
+        frame = f'<iframe src="{source}" title="a stack of slices" style="{style}"></iframe>'
+        output["data"] = {"text/html": frame}
 
 
 def write_page(

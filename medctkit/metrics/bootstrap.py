@@ -65,14 +65,20 @@ def auroc_draws(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> 
     return found
 
 
+def with_both_classes(labels: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Columns of labels (n, k) that hold both classes, each with which of its labels are known (n,)."""
+    for k, column in enumerate(labels.T):
+        known = ~np.isnan(column)
+        if len(np.unique(column[known])) == 2:
+            yield k, known
+
+
 def _parts(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> Iterator[tuple]:
     """Some resamples of a finding with both classes: which, its column, its known labels and scores, the weights."""
-    for k in range(labels.shape[1]):
-        known = ~np.isnan(labels[:, k])
-        if len(np.unique(labels[known, k])) == 2:
-            for at in range(0, weights.shape[1], AT_A_TIME):
-                some = slice(at, at + AT_A_TIME)
-                yield some, k, labels[known, k], scores[known, k], weights[known, some]
+    for k, known in with_both_classes(labels):
+        for at in range(0, weights.shape[1], AT_A_TIME):
+            some = slice(at, at + AT_A_TIME)
+            yield some, k, labels[known, k], scores[known, k], weights[known, some]
 
 
 def _ranked(label: np.ndarray, score: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:

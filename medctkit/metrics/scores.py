@@ -41,6 +41,7 @@ from medctkit.metrics.bootstrap import (
     mean_of_findings,
     metric_draws,
     patient_weights,
+    with_both_classes,
     with_interval,
 )
 
@@ -189,11 +190,10 @@ def mean_auroc(labels: np.ndarray, scores: np.ndarray) -> float:
     Raises:
         ValueError: no finding has both classes.
     """
-    known = [~np.isnan(column) for column in labels.T]
-    both = [k for k, here in enumerate(known) if len(np.unique(labels[here, k])) == 2]
-    if not both:
+    found = [roc_auc_score(labels[known, k], scores[known, k]) for k, known in with_both_classes(labels)]
+    if not found:
         raise ValueError("no finding has both positive and negative studies in the validation data")
-    return float(np.mean([roc_auc_score(labels[known[k], k], scores[known[k], k]) for k in both]))
+    return float(np.mean(found))
 
 
 def thresholds_from_validation(labels: ArrayLike, scores: ArrayLike, findings: Sequence[str] = FINDINGS) -> np.ndarray:
@@ -307,12 +307,10 @@ def _thresholds(labels: np.ndarray, scores: np.ndarray, thresholds: ArrayLike) -
 
 def _roc_corner(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
     found = np.full(labels.shape[1], 0.5)
-    for k in range(labels.shape[1]):
-        known = ~np.isnan(labels[:, k])
-        if len(np.unique(labels[known, k])) == 2:
-            false, true, limits = roc_curve(labels[known, k], scores[known, k], drop_intermediate=False)
-            best = 1 + int(np.argmin(np.hypot(false, 1 - true)[1:]))  # the first point is "nobody", at infinity
-            found[k] = limits[best]
+    for k, known in with_both_classes(labels):
+        false, true, limits = roc_curve(labels[known, k], scores[known, k], drop_intermediate=False)
+        best = 1 + int(np.argmin(np.hypot(false, 1 - true)[1:]))  # the first point is "nobody", at infinity
+        found[k] = limits[best]
     return found
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_data, tiny_model, tiny_tokenizer
+from tiny import randomise_adapter, tiny_data, tiny_model, tiny_tokenizer
 from torch import nn
 
 from medctkit.attention import maps as attention
@@ -24,10 +24,7 @@ def model():
     for module in model.modules():  # an adapter that does something, attention that is not flat
         if isinstance(module, AttentionLayer):
             nn.init.normal_(module.q_scale, 1.0, 0.3)
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(weight, std=0.2)
-    return model
+    return randomise_adapter(model)
 
 
 @pytest.fixture(scope="module")

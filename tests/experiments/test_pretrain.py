@@ -258,9 +258,3 @@ def test_a_warm_start_lowers_each_loss(run, tmp_path):
     read(run, embeds)
     losses.append(run.sentence_loss(embeds, texts).item())
     assert losses[1] < losses[0] - 0.1
-
-
-def test_no_report_holds_a_prompt_of_the_evaluation(pool):
-    train = pretrain.Pool([pool / "chunk_0000.npy", pool / "chunk_0001.npy"])
-    reports = [train.report(i, wording) for i in range(16) for wording in range(20)]
-    assert not any("is present" in report or "is not present" in report for report in reports)

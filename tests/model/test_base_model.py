@@ -6,13 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import randomise_adapter, tiny_model
 from torch import nn
 
 from medctkit.cohort.dataset import rows_of
 from medctkit.cohort.manifest import load_manifest
 from medctkit.experiments import adapt as experiment
-from medctkit.findings import FINDINGS
 from medctkit.lora.adapter import add_lora
 from medctkit.lora.counting import parameter_table
 from medctkit.lora.methods import load_trained, save_trained
@@ -22,6 +21,7 @@ from medctkit.model.ct_clip import CTCLIPConfig
 from medctkit.model.protocol import Parts, VisionLanguageModel
 from medctkit.scans.preprocessing import PreprocessConfig
 from medctkit.zero_shot.classifier import ZeroShotClassifier
+from medctkit.zero_shot.prompts import PROMPTS, prompt_sentences
 
 MANIFEST = Path(__file__).resolve().parents[2] / "data_manifest.csv"
 
@@ -50,7 +50,8 @@ def test_it_is_small_and_loads_without_pickle():
 
 def test_the_tokenizer_knows_every_word_of_prompts_and_reports():
     tokenizer = load_mini_base().tokenizer
-    texts = [f"{f} is not present." for f in FINDINGS] + ["Adjacent jejunum, quiz: zebra-like XYZ (42 mm)?"]
+    texts = [s for name in PROMPTS for side in prompt_sentences(name) for sentences in side for s in sentences]
+    texts += ["Adjacent jejunum, quiz: zebra-like XYZ (42 mm)?"]
     texts += load_manifest(MANIFEST)["report"].head(300).tolist()
     longest = 0
     for words in tokenizer(texts)["input_ids"]:
@@ -120,9 +121,7 @@ def test_a_base_model_can_be_added(tmp_path, monkeypatch):
     table = parameter_table(model).set_index("component")
     assert table["trainable"].to_dict() == {"temperature": 0, "look": 40, "text_encoder": 48, "sum": 88}
     assert table.loc["sum", "total"] == table.loc["sum", "live"] == sum(p.numel() for p in toy.parameters())
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_() if "lora_B" in name else None
+    randomise_adapter(model, std=1)
     scores = ZeroShotClassifier(model, base.tokenizer).scores(volumes)
     assert scores.shape == (2, 18) and not np.allclose(scores, before)
     save_trained(model, tmp_path)

@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-import torch
-from tiny import PatchesOnly, tiny_ct_clip, tiny_model, tiny_tokenizer
+from tiny import PatchesOnly, randomise_adapter, tiny_ct_clip, tiny_model, tiny_tokenizer
 
 from medctkit.attention import maps as attention
 from medctkit.attention.localisation import patch_shares
@@ -144,10 +143,7 @@ def test_controls_offer_what_the_model_has_and_the_choice_needs(viewer):
 
 
 def test_an_adapter_has_a_strength_of_which_0_is_the_base_model(study, models, config):
-    adapted = add_lora(tiny_ct_clip({"heads": 2}), "paper", r=2).eval()
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            parameter.add_(0.5 * (".lora_B." in name))
+    adapted = randomise_adapter(add_lora(tiny_ct_clip({"heads": 2}), "paper", r=2).eval())
     both = {"plain": models["deep"], "adapted": adapted}
     viewer = AttentionViewer(study.volume, both, tiny_tokenizer(), config, height=120)
     assert viewer.strength.layout.display == "none"

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny import tiny_model, tiny_tokenizer
+from tiny import randomise_adapter, tiny_model, tiny_tokenizer
 
 from medctkit.cohort.dataset import CTReportDataset
 from medctkit.cohort.manifest import load_manifest, study_from_row, write_manifest
@@ -39,13 +39,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def models():
     """A tiny model before and after some training, which here is noise in its adapter."""
-    base, adapted = tiny_model().eval(), tiny_model().eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    return {"base": base, "adapted": adapted}
+    return {"base": tiny_model().eval(), "adapted": randomise_adapter(tiny_model().eval(), std=1, seed=1)}
 
 
 @pytest.fixture(scope="module")

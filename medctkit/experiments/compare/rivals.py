@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from medctkit.experiments.compare.data import Data
 from medctkit.experiments.compare.fixes import BANDS, BOXES, LEVELS, coral, hu_boxes, recentred
 from medctkit.findings import FINDINGS
+from medctkit.metrics.bootstrap import with_both_classes
 from medctkit.metrics.scores import mean_auroc
 from medctkit.training.objectives import report_prompts
 from medctkit.zero_shot.prompts import Prompts
@@ -142,14 +143,13 @@ def logistic(
     """
     scaler = StandardScaler().fit(train)
     x, *seen = (scaler.transform(split) for split in (train, valid, test))
-    known = ~np.isnan(labels)
-    both = [k for k in range(len(FINDINGS)) if len(np.unique(labels[known[:, k], k])) == 2]
+    both = dict(with_both_classes(labels))
     one_class = tuple(name for k, name in enumerate(FINDINGS) if k not in both)
 
     def scored(strength: float) -> Scored:
         scores = [np.full((len(split), len(FINDINGS)), 0.5) for split in seen]
-        for k in both:
-            model = LogisticRegression(C=strength, max_iter=2000).fit(x[known[:, k]], labels[known[:, k], k])
+        for k, known in both.items():
+            model = LogisticRegression(C=strength, max_iter=2000).fit(x[known], labels[known, k])
             for split, out in zip(seen, scores, strict=True):
                 out[:, k] = model.predict_proba(split)[:, 1]
         return Scored(scores[0], scores[1], f"C = {strength:g}", len(both) * (train.shape[1] + 1), one_class)

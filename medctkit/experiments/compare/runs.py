@@ -2,8 +2,9 @@
 
 Every run starts from the same base model and gets the same loss (but in "loss"), steps, batches, validations and seeds;
 methods differ in what they train and in their learning rate, which validation studies choose: a grid is swept until its
-best lies between others, or to its end. The words of the per-finding loss are chosen for LoRA in either encoder and in both;
-all other methods have LoRA's. Test studies are scored at the end of the runs with the rates chosen, and choose nothing.
+best lies between others, or to its end. The words of the per-finding loss are chosen for LoRA in either encoder and in
+both; all other methods have LoRA's. Test studies are scored at the end of the runs with the rates chosen, and choose
+nothing.
 """
 
 import base64

@@ -95,7 +95,8 @@ def write_stack_page(
     }
     page = filled(
         "stack.html", title=title, plane=plane, windows=list(windows), layers=layers, data=data,
-        first=len(numbers) // 2, how=linked.how if there else "", marks=list(zip(("left", "right", "top", "bottom"), MARKS[plane], strict=True)),
+        first=len(numbers) // 2, how=linked.how if there else "",
+        marks=list(zip(("left", "right", "top", "bottom"), MARKS[plane], strict=True)),
         style=style, style_digest=_digest(style), script=script, script_digest=_digest(script),
     )  # fmt: skip
     with replacing(path) as temporary:
