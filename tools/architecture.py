@@ -14,7 +14,7 @@ import typer
 
 import medctkit
 from medctkit import lora
-from medctkit.common.atomic import replacing
+from medctkit.common.atomic import write_text
 
 GREY, BLUE, GREEN, ORANGE, INK = "#eceff1", "#d6e6f2", "#d9ecdf", "#d55e00", "#263238"
 HERE = {"03": ("cosine",), "05": ("scan", "patches", "spatial", "temporal")}  # parts that a notebook is about
@@ -145,8 +145,7 @@ def pictures() -> dict[str, str]:
 def main(folder: Annotated[Path, typer.Argument(help="Where the pictures are written.", file_okay=False)]) -> None:
     """Draw CT-CLIP with its LoRA, whole and with what a notebook is about."""
     for name, svg in pictures().items():
-        with replacing(folder / name) as temporary:
-            temporary.write_text(svg, encoding="utf-8")
+        write_text(folder / name, svg)
         typer.echo(f"wrote {folder / name}")
 
 

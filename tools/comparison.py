@@ -10,7 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from medctkit.common.atomic import replacing
+from medctkit.common.atomic import replacing, write_text
 from medctkit.experiments.compare.figures import write_figures
 from medctkit.experiments.compare.results import SAVED, Results, load_results
 from medctkit.experiments.compare.runs import GROUPS
@@ -75,8 +75,7 @@ def main(folder: Path | None = None) -> None:
             with replacing(SAVED / name) as temporary:
                 shutil.copyfile(folder / name, temporary)
     pictures = write_figures(results, ROOT / "notebooks" / "images")
-    with replacing(PAGE) as temporary:
-        temporary.write_text(written(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
+    write_text(PAGE, written(PAGE.read_text(encoding="utf-8"), results))
     print(f"{PAGE.relative_to(ROOT)}; {', '.join(path.name for path in pictures)}. {missing(results)}")
 
 

@@ -19,7 +19,7 @@ from unittest import mock
 import typer
 
 from medctkit.cli import told
-from medctkit.common.atomic import replacing
+from medctkit.common.atomic import write_text
 from medctkit.course.exercises import STRICT
 from tools.notebook_outputs import cleaned, differences, noise
 from tools.offline_pages import with_stacks_kept
@@ -167,8 +167,7 @@ def export_html(notebook: Path) -> Path:
 
     page, _ = HTMLExporter().from_filename(str(notebook))
     target = notebook.with_suffix(".html")
-    with replacing(target) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_text(target, page)
     return target
 
 
@@ -317,8 +316,7 @@ def render(notebooks: Sequence[Path], keep: Path | None = None) -> None:
                 stale.unlink()
             for stack in executed.glob(f"{path.stem}-stack-*"):
                 shutil.copyfile(stack, stacks / stack.name)
-            with replacing(path) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+            write_text(path, text)
             print(f"{path.name}: {len(text) / 1e6:.2f} MB; with its widgets: {page}")
 
 
@@ -424,8 +422,7 @@ def exercises_command(names: Names = None, notebooks_dir: Folder = ROOT / "noteb
     with told():
         for path in _chosen(notebooks_dir, names):
             notebook = assembled(nbformat.read(path, as_version=4), _solutions_of(path))
-            with replacing(path) as temporary:
-                temporary.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
+            write_text(path, nbformat.writes(notebook) + "\n")
 
 
 @app.command("render")

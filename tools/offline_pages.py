@@ -17,7 +17,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from medctkit.common.atomic import replacing
+from medctkit.common.atomic import write_text
 from medctkit.metrics.scores import BLIND, COLUMNS, ROWS
 from tools.notebook_outputs import cleaned
 
@@ -105,8 +105,7 @@ def write_page(
     resources = {"metadata": {"name": source.stem, "path": str(source.parent)}}
     page, _ = exporter.from_notebook_node(notebook, resources=resources)
     path = executed.with_suffix(".html")
-    with replacing(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path, first
 
 
@@ -127,6 +126,5 @@ def write_index(folder: Path, metrics: Mapping[str, Any], pages: Mapping[Path, s
         lessons.append((path.name, text.strip().partition("\n")[0].lstrip("# "), picture))
     template = Environment(autoescape=True, undefined=StrictUndefined).from_string(INDEX.read_text(encoding="utf-8"))
     page = template.render(metrics=metrics, lessons=lessons, columns=COLUMNS, rows=ROWS, blind=BLIND)
-    with replacing(folder / "index.html") as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_text(folder / "index.html", page)
     return folder / "index.html"

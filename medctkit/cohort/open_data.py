@@ -15,7 +15,7 @@ import pandas as pd
 
 from medctkit.cohort.download import refuse_no_room
 from medctkit.cohort.manifest import write_manifest
-from medctkit.common.atomic import replacing
+from medctkit.common.atomic import write_text
 from medctkit.common.text import as_bytes, counted
 from medctkit.findings import FINDINGS
 
@@ -60,8 +60,7 @@ def fetch(plan: OpenPlan) -> tuple[Path, Mapping[str, str]]:
     Raises:
         OSError: nothing came.
     """
-    with replacing(plan.destination / LICENCES) as temporary:
-        temporary.write_text("\n".join(plan.licences) + "\n", encoding="utf-8")
+    write_text(plan.destination / LICENCES, "\n".join(plan.licences) + "\n")
     failures = plan.transfer()
     whole = plan.table[~plan.table["study"].isin(failures)]
     if not len(whole):

@@ -28,6 +28,12 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         raise
 
 
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text in UTF-8, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def replace_all(contents: Mapping[str, bytes], folder: Path) -> list[Path]:
     """Write files of these names into a folder, which take their names when all of them are whole, or none does."""
     folder.mkdir(parents=True, exist_ok=True)

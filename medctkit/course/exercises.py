@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-from medctkit.common.atomic import replacing
+from medctkit.common.atomic import write_text
 
 # Where the checks of a notebook are. They import this module, so that they are imported by name, when asked for.
 CHECKS = {
@@ -154,8 +154,7 @@ def progress(folder: str | os.PathLike) -> None:
     file = Path(folder) / "solved.txt"
     file.parent.mkdir(parents=True, exist_ok=True)
     solved = _SOLVED | set(file.read_text(encoding="utf-8").split() if file.is_file() else ())
-    with replacing(file) as temporary:
-        temporary.write_text("\n".join(sorted(solved)), encoding="utf-8")
+    write_text(file, "\n".join(sorted(solved)))
     marks = {name: "●" if name in solved else "○" for name in sorted(_REGISTERED)}
     print(f"{len(solved & marks.keys())} of {len(marks)} exercises of the course solved")
     print("   ".join(f"{number} {''.join(m for name, m in marks.items() if name[:2] == number)}" for number in CHECKS))

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from medctkit.common.atomic import replacing
+from medctkit.common.atomic import write_text
 from medctkit.common.extras import require
 from medctkit.common.provenance import made_with, write_json
 from medctkit.common.templates import filled
@@ -140,8 +140,7 @@ def write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
     write_json(sealed(facts, folder), folder / FACTS)
     size = sum(file.stat().st_size for file in folder.glob("vision.*")) / 1e6
     card = filled("export.md", facts=facts, megabytes=size, tolerance=TOLERANCE)
-    with replacing(folder / "README.md") as temporary:
-        temporary.write_text(card, encoding="utf-8")
+    write_text(folder / "README.md", card)
 
 
 def prove(exported: Any, vision: nn.Module, shape: tuple[int, ...], seed: int = 0) -> dict[str, float]:

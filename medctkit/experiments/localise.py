@@ -27,7 +27,7 @@ from medctkit.attention.localisation import (
 from medctkit.attention.maps import has_rollout
 from medctkit.cohort.dataset import load_split, prepared_dir
 from medctkit.cohort.manifest import load_manifest
-from medctkit.common.atomic import alone, replacing
+from medctkit.common.atomic import alone, replacing, write_text
 from medctkit.common.csv_tables import write_table
 from medctkit.common.kept import kept
 from medctkit.common.provenance import made_with, records, write_json
@@ -136,8 +136,7 @@ def measure_localisation(
         of = {"base": digests(base.model)[0], "patch_mm": patch_in_mm(config, grid)}
         content["made_with"] = made_with(seed) | made | of
         write_json(content, output_dir / "localisation.json")
-        with replacing(output_dir / "localisation.md") as temporary:
-            temporary.write_text(localisation_page(content), encoding="utf-8")
+        write_text(output_dir / "localisation.md", localisation_page(content))
         shutil.rmtree(work)
     return found
 

@@ -24,7 +24,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from medctkit.common.atomic import replacing
+from medctkit.common.atomic import replacing, write_text
 from medctkit.common.processes import accelerator_for, worker_pool
 from medctkit.common.provenance import made_with
 from medctkit.experiments.warm_start import SHARPNESS, WarmStart, align, common_phrases, reconstruct
@@ -128,8 +128,7 @@ def _make_chunk(task: tuple[int, Path]) -> None:
         study = generate(seed, "source", shape=SHAPE)
         volumes[i] = (preprocess(study.volume, config) * 1000).round().numpy()
         facts.append({"labels": study.labels, "details": study.details, "contrast": study.contrast})
-    with replacing(folder / f"chunk_{index:04d}.json") as temporary:
-        temporary.write_text(json.dumps(facts))
+    write_text(folder / f"chunk_{index:04d}.json", json.dumps(facts))
     with replacing(folder / f"chunk_{index:04d}.npy") as temporary, temporary.open("wb") as file:
         np.save(file, volumes)
 
@@ -241,8 +240,7 @@ def make_tokenizer(reports: Iterable[str], size: int, folder: Path) -> Any:
     start += [f"##{c}" for c in string.ascii_lowercase + string.digits]
     words = sorted((w for w, n in counts.items() if n > 1 and len(w) > 1), key=lambda w: (-counts[w], w))
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "vocab.txt") as temporary:
-        temporary.write_text("\n".join([*start, *words[: size - len(start)]]) + "\n")
+    write_text(folder / "vocab.txt", "\n".join([*start, *words[: size - len(start)]]) + "\n")
     tokenizer = BertTokenizerFast(
         vocab=str(folder / "vocab.txt"), do_lower_case=True, model_max_length=MINI_TEXT["max_position_embeddings"]
     )

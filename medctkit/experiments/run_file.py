@@ -12,7 +12,7 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
-from medctkit.common.atomic import replacing
+from medctkit.common.atomic import write_text
 from medctkit.experiments.adapt import DEFAULT, FULL_SIZE, Adaptation
 
 NAME = "run.yaml"
@@ -43,9 +43,8 @@ def write_run_file(path: str | os.PathLike, asked: Mapping[str, Any], settings: 
         for finding, (states, denies) in settings.prompts.items()
     }
     said = {name: None if asked.get(name) is None else ASKED[name](asked[name]) for name in ASKED}
-    with replacing(path) as temporary:
-        text = yaml.safe_dump(said | {"settings": found}, sort_keys=False, allow_unicode=True, width=120)
-        temporary.write_text(f"# medctkit finetune OUTPUT_DIR --config {path.name} does this again\n{text}", "utf-8")
+    text = yaml.safe_dump(said | {"settings": found}, sort_keys=False, allow_unicode=True, width=120)
+    write_text(path, f"# medctkit finetune OUTPUT_DIR --config {path.name} does this again\n{text}")
     return path
 
 

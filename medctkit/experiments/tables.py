@@ -11,7 +11,7 @@ import pandas as pd
 from medctkit.cohort import ct_rate
 from medctkit.cohort.dataset import load_split, prepared_dir
 from medctkit.cohort.manifest import load_manifest
-from medctkit.common.atomic import replacing
+from medctkit.common.atomic import replacing, write_text
 from medctkit.common.csv_tables import begins_with, write_table
 from medctkit.common.processes import accelerator_for
 from medctkit.common.provenance import made_with, write_json
@@ -68,8 +68,7 @@ def write_findings(tables: Mapping[str, pd.DataFrame], folder: Path) -> tuple[Pa
         name: [f"{r.auroc:.3f} ({r.auroc_low:.3f} to {r.auroc_high:.3f})" for r in table.itertuples()]
         for name, table in tables.items()
     }, names).rename_axis("AUROC (95 \\% interval)")  # fmt: skip
-    with replacing(folder / "findings.tex") as temporary:
-        temporary.write_text(shown.to_latex().replace("nan (nan to nan)", "--"), encoding="utf-8")
+    write_text(folder / "findings.tex", shown.to_latex().replace("nan (nan to nan)", "--"))
     return folder / "findings.csv", folder / "findings.tex"
 
 

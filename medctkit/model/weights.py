@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from medctkit.common.atomic import replacing
+from medctkit.common.atomic import write_text
 from medctkit.common.digests import sha256_of
 from medctkit.common.text import listed, stand_in
 
@@ -72,8 +72,7 @@ def write_weights(tensors: Mapping[str, torch.Tensor], path: Path, metadata: Map
 
 def write_sum(path: Path) -> None:
     """Write the SHA-256 of a file of weights beside it, for `read_weights` to find."""
-    with replacing(path.with_name(SUMS)) as temporary:
-        temporary.write_text(f"{sha256_of(path)}  {path.name}\n", encoding="utf-8")
+    write_text(path.with_name(SUMS), f"{sha256_of(path)}  {path.name}\n")
 
 
 def _refuse_other_sum(path: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from medctkit.common.atomic import replacing
+from medctkit.common.atomic import replacing, write_text
 from medctkit.experiments.audit import audit_figure
 from medctkit.experiments.measure import Home, Measurement
 from medctkit.experiments.report import figures
@@ -343,6 +343,5 @@ def write_report(measured: Measurement, output_dir: str | os.PathLike) -> Path:
         with replacing(output_dir / "report_figures" / f"{name}.png") as temporary:
             temporary.write_bytes(picture)
     for name, text in (("report.md", to_markdown(page)), ("report.html", to_html(page, pictures))):
-        with replacing(output_dir / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(output_dir / name, text)
     return output_dir / "report.html"

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from medctkit.common.atomic import replacing
+from medctkit.common.atomic import write_text
 from medctkit.common.templates import filled
 from medctkit.scans.heat_map import HeatMap
 from medctkit.viewers.drawing.linked_scans import NOT_REACHED, LinkedScans
@@ -99,8 +99,7 @@ def write_stack_page(
         marks=list(zip(("left", "right", "top", "bottom"), MARKS[plane], strict=True)),
         style=style, style_digest=_digest(style), script=script, script_digest=_digest(script),
     )  # fmt: skip
-    with replacing(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path
 
 
