@@ -409,7 +409,7 @@ one_run.GROUPS["ranks"] = [one_run.Job("ranks", "base"), *(one_run.Job("ranks", 
 one_run.MOST_RATES = 3
 os.cpu_count = lambda: 1  # tensors this small lose time to threads that wait for each other
 if __name__ == "__main__":
-    toy = comparison.FineTuneConfig(steps=1, batch_size=4, evaluate_every=1)
+    toy = one_run.replace(one_run.SETTINGS, steps=1, batch_size=4, evaluate_every=1)
     origin = comparison.Origin(*sys.argv[4:], "target")
     comparison.compare_methods(sys.argv[1], sys.argv[2], ["ranks"], 1, toy, 1, sys.argv[3], origin)
 """
@@ -481,7 +481,7 @@ def test_the_home_folder_is_found(toy_cohort, origin, tmp_path, monkeypatch):
 def test_the_command_refuses_what_it_does_not_know(tmp_path):
     result = CliRunner().invoke(app, ["compare", str(tmp_path), "--only", "rank"])
     assert result.exit_code == 1
-    assert "unknown group 'rank'; choose from rivals, unseen, placement, methods, forgetting" in result.output
+    assert "unknown group 'rank'; choose from rivals, loss, unseen, placement, methods, forgetting" in result.output
     with pytest.raises(ValueError, match="seeds and workers must be at least 1, got 0 and 1"):
         compare_methods("data_manifest.csv", tmp_path, seeds=0)
     assert not os.listdir(tmp_path)

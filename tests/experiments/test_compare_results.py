@@ -315,9 +315,9 @@ def test_what_is_there_is_shown_and_what_is_missing_is_said(tmp_path):
         results
     ) and "--only loss,placement" in tables.show_all(results)
     methods = Results(results.runs[results.runs["group"] == "methods"], results.draws, results.costs)
-    assert set(tables.all_tables(methods)) == {"methods"} and "rivals,unseen,placement,forgetting" in tables.missing(
-        methods
-    )
+    assert set(tables.all_tables(methods)) == {
+        "methods"
+    } and "rivals,loss,unseen,placement,forgetting" in tables.missing(methods)
     assert [path.stem for path in figures.write_figures(methods, tmp_path)] == ["methods"]
     assert tables.show_all(load_results())
     tables.write_tables(results, tmp_path)
