@@ -165,8 +165,7 @@ def finetune(
     instead = {other: None for name, other in (("steps", "epochs"), ("epochs", "steps")) if name in ctx.obj}
     settings = settings_of(model, chosen | instead | ctx.obj)
     asked["hospital"] = asked["hospital"] or ("target" if model == "mini" else None)
-    tokenizer = asked["tokenizer"]
-    origin = Origin(model, None if tokenizer is None else str(tokenizer), asked["hospital"])
+    origin = Origin(model, asked["tokenizer"], asked["hospital"])
     first = accelerator_for().is_main_process
     if first:
         there = is_tensorboard_available()

@@ -13,7 +13,7 @@ from medctkit.common.text import printable
 deploying = typer.Typer(add_completion=False)
 Study = Annotated[Path, typer.Argument(help="One scan: a folder of DICOM slices, a .zip of one, or a file.")]
 Asked = Annotated[str, typer.Option("--model", help="mini (knows phantoms only), a folder, or a file of weights.")]
-Tokenizer = Annotated[Path | None, typer.Option(help="Its folder, for a file of weights.")]
+Tokenizer = Annotated[str | None, typer.Option(help="Its folder, for a file of weights.")]
 OfModel = Annotated[Path | None, typer.Option(help="Folder of an adapter; by default the base model alone.")]
 OneOf = Annotated[str | None, typer.Option(help="Which of several: its UID, number or description.")]
 
@@ -23,7 +23,7 @@ def say(text: object, err: bool = False) -> None:
     typer.echo(printable(text), err=err)
 
 
-def with_adapter(model: str, tokenizer: Path | None, adapter: Path | None) -> Any:
+def with_adapter(model: str, tokenizer: str | None, adapter: Path | None) -> Any:
     """A base model, with its adapter where there is one; says so where that is of a run that is not finished."""
     from medctkit.lora.methods import load_trained
     from medctkit.model.base_model import load_base

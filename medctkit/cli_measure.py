@@ -61,7 +61,7 @@ def evaluate(
         raise ValueError(f"{file}: there is no folder {file.parent}; make it, or give another name")
     first = accelerator_for().is_main_process
     if base:
-        origin = Origin(model, None if tokenizer is None else str(tokenizer), hospital)
+        origin = Origin(model, tokenizer, hospital)
         said = tables.measure_base(manifest, output_dir, origin, file, seed, cache_dir, batch_size)
         return say(said) if first else None
     if first:
@@ -158,7 +158,7 @@ def compare(
 
     possible = [name for name in GROUPS if name != "unseen" or CAN_HOLD_OUT]
     groups = possible if only is None else [name.strip() for name in only.split(",")]
-    origin = Origin(model, None if tokenizer is None else str(tokenizer), hospital)
+    origin = Origin(model, tokenizer, hospital)
     compare_methods(manifest, output_dir, groups, seeds, replace(SETTINGS, steps=steps), jobs, cache_dir, origin, home)
     results = load_results(output_dir)
     written = write_figures(results, output_dir)

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from medctkit.common.atomic import replacing, write_text
 from medctkit.common.processes import accelerator_for, worker_pool
 from medctkit.common.provenance import made_with
-from medctkit.experiments.warm_start import SHARPNESS, WarmStart, align, common_phrases, reconstruct
+from medctkit.experiments.warm_start import SHARPNESS, WarmStart, align, common_phrases, descend, reconstruct
 from medctkit.findings import CT_RATE, refuse_other_findings
 from medctkit.metrics.scores import mean_auroc
 from medctkit.model.ct_clip import CTCLIPConfig, CTCLIPModel
@@ -428,11 +428,7 @@ class Pretraining:
             group["lr"] = config.learning_rate * group["share"] * min(1.0, self.step / config.warmup_steps, left)
         self.model.train()
         losses = self.losses(texts, self.generator("moves", self.step))
-        losses["loss"].backward()
-        learnt = [p for group in self.optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(learnt, config.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        descend(self.optimizer, losses["loss"], config.max_grad_norm)
         self.codebook.update()
         self.seconds += time.perf_counter() - started
         return {"step": self.step, **{name: value.item() for name, value in losses.items()}}

@@ -118,8 +118,7 @@ def reconstruct(run: Pretraining, kept: Path) -> None:
 
     usual = band_roots(some(64), patch).flatten(0, -2)
     mean, spread = usual.mean(0), usual.std(0).clamp(min=0.05)  # a rare band counts as much as a common one
-    learnt = [*vision.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(learnt, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW([*vision.parameters(), *head.parameters()], betas=(0.9, 0.98))
     parts, steps, done = {"vision": vision, "head": head, "optimizer": optimizer}, config.reconstruct_steps, 0
     if kept.exists():
         state = run.read(kept)
@@ -135,11 +134,7 @@ def reconstruct(run: Pretraining, kept: Path) -> None:
             codebook.start(vision, (some(8) for _ in range(16)))
         volumes = some(config.reconstruct_batch)
         told = head(SHARPNESS * vision(volumes))
-        loss = (told - (band_roots(volumes, patch) - mean) / spread).pow(2).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(learnt, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        descend(optimizer, (told - (band_roots(volumes, patch) - mean) / spread).pow(2).mean())
         codebook.update()
         if step % run.config.evaluate_every == 0:
             state = {name: part.state_dict() for name, part in parts.items()} | {"codebook": codebook.state()}
@@ -229,11 +224,7 @@ def read(run: Pretraining, embeds: torch.Tensor) -> None:
     for step, texts in enumerate(tqdm(run.reading(batches), total=len(batches), desc="reading", unit="step"), 1):
         _set_rate(optimizer, config.read_rate, step, config.read_steps)
         images = embeds[texts["index"]]
-        loss = run.sentence_loss(images, texts) + 0.01 * run.phrase_loss(images, texts)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(learnt, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        descend(optimizer, run.sentence_loss(images, texts) + 0.01 * run.phrase_loss(images, texts))
 
 
 @torch.no_grad()
@@ -248,6 +239,14 @@ def _spread_texts(run: Pretraining) -> None:
     hook.remove()
     mean = F.normalize(torch.cat(seen).mean(0), dim=0)
     projection.weight -= torch.outer(projection.weight @ mean, mean)
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor, longest: float = 1.0) -> None:
+    """One step down a loss, its gradient scaled down to the norm `longest` if it is longer."""
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], longest)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, steps: int) -> None:

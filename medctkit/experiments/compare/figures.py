@@ -145,19 +145,19 @@ def figure_forgetting(results: Results) -> Figure:
     return figure
 
 
-FIGURES = {  # name of the file: the group whose runs it needs, what draws it
-    "methods": ("methods", figure_methods),
-    "studies": ("studies", figure_studies),
-    "rivals": ("rivals", figure_rivals),
-    "forgetting": ("forgetting", figure_forgetting),
+FIGURES = {  # group whose runs it needs, and name of the file: what draws it
+    "methods": figure_methods,
+    "studies": figure_studies,
+    "rivals": figure_rivals,
+    "forgetting": figure_forgetting,
 }
 
 
 def write_figures(results: Results, folder: str | os.PathLike) -> list[Path]:
     """Write those figures as PNG whose runs are there; returns their paths."""
     written = []
-    for name, (group, draw) in FIGURES.items():
-        if results.has(group):
+    for name, draw in FIGURES.items():
+        if results.has(name):
             figure, path = draw(results), Path(folder) / f"{name}.png"
             with replacing(path) as temporary:
                 figure.savefig(temporary, format="png", dpi=120)
