@@ -209,7 +209,7 @@ def test_a_folder_of_another_run_is_refused_before_anything_is_loaded(few, origi
         patched.setattr(Run, "finish", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
         adapt(few, tmp_path, settings=quick, origin=origin)
     monkeypatch.setattr(Origin, "load", None)  # fails when called
-    with pytest.raises(ValueError, match=r"is of another run.*learning_rate: 0.0003 there, 0.0001 here"):
+    with pytest.raises(ValueError, match=r"is of another run.*learning_rate: 0.003 there, 0.0001 here"):
         adapt(few, tmp_path, settings=replace(quick, learning_rate=1e-4), origin=origin)
 
 
