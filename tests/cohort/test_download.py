@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 from ct_rate_imitation import row_of, write_tables
-from hub_imitation import COMMIT, HubImitation, closed_port
+from hub_imitation import COMMIT, HubImitation
 from hypothesis import given
 from hypothesis import strategies as st
+from ports import free_port
 from typer.testing import CliRunner
 
 from medctkit import cli
@@ -231,7 +232,7 @@ def test_a_repository_or_file_that_does_not_exist(plan):
 
 
 def test_no_network(plan, monkeypatch):
-    address = closed_port()
+    address = f"http://127.0.0.1:{free_port()}"
     monkeypatch.setenv("HF_ENDPOINT", address)
     with pytest.raises(ConnectionError, match=rf"no connection to {address} \(\[Errno 111\] .*HTTPS_PROXY.*login node"):
         plan()

@@ -3,11 +3,11 @@
 import io
 import re
 
-import nibabel as nib
 import numpy as np
 import pytest
 from IPython.core.formatters import PNGFormatter
 from PIL import Image
+from scan_files import to_nifti
 
 from medctkit.findings import FINDINGS, PREVALENCE
 from medctkit.model.base_model import load_mini_base
@@ -56,7 +56,7 @@ def test_scores_are_those_of_the_classifier_for_a_phantom_with_its_truth_and_for
     assert set(table.index[table["truth"] == "present"]) == {"Pleural effusion", "Emphysema"}
     assert "Pleural effusion" in repr(result)
     path = tmp_path / "scan.nii.gz"
-    nib.save(nib.Nifti1Image(study.volume.hu.transpose(2, 1, 0), study.volume.affine[:, [2, 1, 0, 3]]), path)
+    to_nifti(path, study.volume)
     result = classify(path, mini)
     np.testing.assert_allclose(result.table["score"], table["score"], atol=1e-4)
     assert result.title.startswith("read from NIfTI file scan.nii.gz")

@@ -77,7 +77,8 @@ class Orthanc:
 @contextmanager
 def running(folder, peers):
     """Orthanc until the block ends; `peers` are those that it may send to, {name: (title, host, port)}."""
-    from dicom_peers import free_port, wait_until
+    from dicom_peers import wait_until
+    from ports import free_port
 
     server, program = Orthanc(free_port(), free_port()), shutil.which("Orthanc", path=PATH)
     settings = {

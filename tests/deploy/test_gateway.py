@@ -11,7 +11,8 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from dicom_peers import PATIENT, archive, free_port, send, values_of, wait_until, write_phantom
+from dicom_peers import PATIENT, archive, send, values_of, wait_until, write_phantom
+from ports import free_port
 from pydicom import dcmread
 from scan_files import change
 

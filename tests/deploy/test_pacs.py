@@ -5,7 +5,8 @@ import json
 import numpy as np
 import orthanc
 import pytest
-from dicom_peers import PATIENT, free_port, values_of, wait_until, write_phantom
+from dicom_peers import PATIENT, values_of, wait_until, write_phantom
+from ports import free_port
 from pydicom import dcmread
 
 from medctkit.deploy.answer import write_answer

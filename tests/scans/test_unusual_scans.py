@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from headers import itk, mha, nifti, nrrd, pixdim, saved
-from scan_files import LPS, SPACING, chest, write_dicom, write_itk, write_nifti
+from scan_files import LPS, SPACING, chest, to_nifti, write_dicom, write_itk, write_nifti
 
 from medctkit.phantom.study import generate
 from medctkit.scans import stored
@@ -123,12 +123,6 @@ def circle(hu, radius, value):
 @pytest.fixture(scope="module")
 def phantom():
     return generate(2, findings=[], shape=(30, 60, 60)).volume
-
-
-def to_nifti(path, volume, hu=None):
-    hu = volume.hu if hu is None else hu
-    nib.save(nib.Nifti1Image(hu.transpose(2, 1, 0), volume.affine[:, [2, 1, 0, 3]]), path)
-    return path
 
 
 @pytest.mark.parametrize("value", [-9999, -32768, -1e30, NAN])

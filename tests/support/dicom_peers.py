@@ -1,9 +1,8 @@
 """A small CT series, and someone on loopback who sends it and takes answers."""
 
 import time
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from functools import cache
-from socket import socket
 
 from pydicom import dcmread
 from pynetdicom import AE, ALL_TRANSFER_SYNTAXES, AllStoragePresentationContexts, evt
@@ -82,12 +81,6 @@ def wait_until(true, seconds=100):
     while not true():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.05)
-
-
-def free_port():
-    with closing(socket()) as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
 
 
 def values_of(report, name):

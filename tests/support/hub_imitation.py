@@ -83,13 +83,6 @@ class HubImitation:
             server.server_close()
 
 
-def closed_port():
-    """Address of a port on which nobody listens."""
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{opened.getsockname()[1]}"
-
-
 def _start(imitation, handler):
     class Server(ThreadingHTTPServer):
         daemon_threads, block_on_close = True, False

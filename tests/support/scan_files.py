@@ -54,6 +54,11 @@ def write_nifti(path, hu, affine=None, **header):
     return path
 
 
+def to_nifti(path, volume, hu=None):
+    """A volume, or other values on its voxels, as a NIfTI file that lies where it lies."""
+    return write_nifti(path, volume.hu if hu is None else hu, volume.affine[:, [2, 1, 0, 3]])
+
+
 def write_itk(path, hu, direction=(1, 0, 0, 0, 1, 0, 0, 0, 1), spacing=SPACING, compressed=False):
     image = sitk.GetImageFromArray(hu)
     image.SetSpacing(spacing[::-1])

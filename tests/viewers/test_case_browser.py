@@ -4,11 +4,11 @@ import re
 import threading
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scan_files import to_nifti
 from tiny import randomise_adapter, tiny_model, tiny_tokenizer
 
 from medctkit.cohort.dataset import CTReportDataset
@@ -64,8 +64,7 @@ def mixed(rows, tmp_path_factory):
     """The phantoms, a real scan whose labels are partly unknown, and two files that cannot be read."""
     folder = tmp_path_factory.mktemp("scans")
     scan = study_from_row(rows.iloc[0], (40, 60, 60)).volume
-    affine = scan.affine[:, [2, 1, 0, 3]]
-    nib.save(nib.Nifti1Image(scan.hu.transpose(2, 1, 0), affine), folder / "real.nii.gz")
+    to_nifti(folder / "real.nii.gz", scan)
     (folder / "broken.nii.gz").write_bytes(b"no scan")
     extra = []
     for name in ("real", "broken", "missing"):
