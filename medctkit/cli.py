@@ -20,15 +20,19 @@ from medctkit.cli_maintain import maintaining
 from medctkit.cli_measure import DEFAULT_MANIFEST, Adapted, Cache, Manifest, Model, Seed, measuring
 
 
+# What is stopped here goes on where it was; any other command begins anew
+GOES_ON = ("finetune", "prepare", "download", "localise", "embed", "compare", "deploy-table", "gateway", "pretrain")
+
+
 @contextmanager
-def told() -> Iterator[None]:
+def told(ctx: Any) -> Iterator[None]:
     """What goes wrong is told without a traceback, and in the exit code; a mistake of ours keeps its traceback."""
     try:
         yield
     except (typer.Exit, typer.Abort):  # RuntimeErrors too
         raise
     except KeyboardInterrupt:
-        say("stopped; the same command goes on from here", err=True)
+        say(f"stopped; the same command {'goes on from here' if ctx.invoked_subcommand in GOES_ON else 'begins anew'}", err=True)
         raise typer.Exit(130) from None
     except (FloatingPointError, ImportError, OSError, ValueError) as error:
         say(f"error: {error}", err=True)
@@ -56,10 +60,21 @@ class _Commands(TyperGroup):
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")  # where a terminal lacks a letter
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that nothing is left behind
-        with told():
+        with _terminated_as_by_ctrl_c(), told(ctx):
             return super().invoke(ctx)
+
+
+@contextmanager
+def _terminated_as_by_ctrl_c() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does, so that nothing is left behind; afterwards it is the caller's again."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)  # None: no handler of Python's
 
 
 app = typer.Typer(

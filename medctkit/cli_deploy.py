@@ -100,6 +100,7 @@ def deploy_table(
     """Measure each way to deploy: size, memory, time, and what changes; what changes too much is not left there.
 
     Test studies go through eight variants, one of which takes several times as long: the minutes are told first.
+    Stop it and start it again as you like.
     """
     from medctkit.cohort.dataset import load_split, prepared_dir
     from medctkit.cohort.manifest import load_manifest

@@ -32,7 +32,10 @@ def pretrain(
         "runs/pretraining"
     ),
 ) -> None:
-    """Make the mini base model anew: four minutes on a GPU, hours on two cores, after the phantoms are drawn."""
+    """Make the mini base model anew: four minutes on a GPU, hours on two cores, after the phantoms are drawn.
+
+    Stop it and start it again as you like.
+    """
     from medctkit.experiments.pretrain import pretrain as run
 
     record = run(output_dir, pool_dir)

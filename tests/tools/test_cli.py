@@ -4,6 +4,7 @@ import errno
 import html
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +98,33 @@ def test_what_goes_wrong_is_told_a_mistake_of_ours_has_its_traceback(monkeypatch
     monkeypatch.setattr(doctor, "check_all", failing)
     result = run("doctor")
     assert result.exit_code == 1 and (result.output.strip() == told if told else result.exception is error)
+
+
+@pytest.mark.parametrize(
+    ("command", "stopped", "does"),
+    [
+        (["prepare", MANIFEST, "out"], "medctkit.cohort.manifest.load_manifest", "goes on from here"),
+        (["evaluate", "run"], "medctkit.experiments.tables.scores_file", "begins anew"),
+        (["doctor"], "medctkit.course.doctor.check_all", "begins anew"),
+    ],
+)
+def test_a_command_that_is_stopped_says_what_it_does_when_it_is_called_again(monkeypatch, command, stopped, does):
+    monkeypatch.setattr(stopped, lambda *_: signal.raise_signal(signal.SIGINT))
+    result = run(*command)
+    assert result.exit_code == 130 and result.output.strip() == f"stopped; the same command {does}"
+
+
+def test_the_commands_that_go_on_are_those_that_say_so_in_their_help():
+    texts = {name: command.help for name, command in typer.main.get_command(cli.app).commands.items()}
+    assert {name for name, text in texts.items() if re.search("start it again|run again", text)} == {*cli.GOES_ON}
+
+
+def test_the_callers_own_way_to_end_is_his_again(monkeypatch):
+    seen = []
+    monkeypatch.setattr(doctor, "check_all", lambda: seen.append(signal.getsignal(signal.SIGTERM)) or [])
+    before = signal.getsignal(signal.SIGTERM)
+    assert run("doctor").exit_code == 0 and seen == [signal.default_int_handler]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_terminal_that_lacks_letters_gets_others(monkeypatch):
