@@ -70,7 +70,8 @@ def load_base(model: str | Path = "mini", tokenizer: str | Path | None = None) -
 
     Raises:
         FileNotFoundError: no such model, or no tokenizer.
-        ValueError: see `CTCLIPModel.from_released_checkpoint`; a tokenizer of another model.
+        ValueError: see `CTCLIPConfig.from_pretrained` and `CTCLIPModel.from_released_checkpoint`; a tokenizer that
+            cannot be read, or of another model.
         TypeError: a model of `BASES` that does not keep the protocol.
     """
     if str(model) in BASES:
@@ -100,6 +101,7 @@ def preprocess_config_of(model: str | Path) -> PreprocessConfig:
 
     Raises:
         FileNotFoundError: no such model.
+        ValueError: see `CTCLIPConfig.from_pretrained`.
     """
     if str(model) in ("released", "colipri"):
         return PreprocessConfig() if str(model) == "released" else INPUT
@@ -131,8 +133,9 @@ def _tokenizer_in(folder: Path) -> Any:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
         raise FileNotFoundError(f"{folder} has no tokenizer: expected a tokenizer.json or vocab.txt there")
     try:
-        tokenizer = BertTokenizerFast.from_pretrained(folder)
-        tokenizer(["words"])
+        # on the left, whatever its files say, stands the token that a sentence is read from
+        tokenizer = BertTokenizerFast.from_pretrained(folder, padding_side="right")
+        tokenizer(["word", "one word more"], padding=True)["attention_mask"]
     except Exception as error:  # tokenizers raises nothing more special
         raise ValueError(f"the tokenizer in {folder} cannot be read: {error}. Download it again") from error
     return tokenizer

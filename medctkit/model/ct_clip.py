@@ -12,6 +12,7 @@ Shapes: b batch, c channel, d h w depth, rows, columns, t depth patches, n token
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -54,6 +55,7 @@ RELEASED_TEXT: dict[str, Any] = {  # BERT-base
     "max_position_embeddings": 512,
     "type_vocab_size": 2,
 }
+_LARGEST, _MOST_LAYERS = 1_000_000, 1000  # a size beyond is a mistake, which would fill the memory first
 # arguments of `from_pretrained` that say where the files are
 _PLACE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -72,8 +74,8 @@ class CTCLIPConfig(PretrainedConfig):
         spacing: of the volumes' voxels, mm along their axes (z, x, y); None: the released field of view, 360 mm.
 
     Raises:
-        ValueError: an unknown key, a size that is not a positive whole number, an image that does not divide
-            into patches.
+        ValueError: an unknown key, a size that is no whole number from 1 to a million (layers: a thousand), an image
+            that does not divide into patches.
     """
 
     model_type = "ct-clip"
@@ -95,6 +97,35 @@ class CTCLIPConfig(PretrainedConfig):
         self.projection_dim, self.vocabulary, self.spacing = projection_dim, vocabulary, spacing
         self._validate()
         super().__init__(**kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "CTCLIPConfig":  # type: ignore[override]
+        """Read a config.json, as transformers does.
+
+        Raises:
+            OSError: no such folder or repository, or a config.json that is not JSON.
+            ValueError: it says something else than the sizes of a CT-CLIP.
+        """
+        try:
+            found = None
+            with suppress(AttributeError, TypeError):
+                found, _ = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
+            if not isinstance(found, dict):
+                raise ValueError("it holds no names with values")
+            if (kind := found.get("model_type")) != cls.model_type:
+                raise ValueError(f"model_type is {kind!r}, expected {cls.model_type!r}")
+            config = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            if not getattr(config.dtype or torch.float32, "is_floating_point", False):
+                raise ValueError(f"dtype is {config.dtype!r}, expected one with a point, such as 'float32'")
+            released_layout(config)  # BERT looks at its fields when it is made
+            return config
+        except OSError:
+            raise
+        except Exception as error:  # transformers raises many
+            what = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: its config.json is not that of a CT-CLIP: {what}. Get it again"
+            ) from error
 
     def _validate(self) -> None:
         vision, text = self.vision_config, self.text_config
@@ -124,8 +155,9 @@ class CTCLIPConfig(PretrainedConfig):
         sizes += [("vision_config 'image_size'", value) for value in (size if isinstance(size, list) else [size])]
         sizes += [(f"text_config {key!r}", text[key]) for key in RELEASED_TEXT]
         for name, value in [*sizes, ("projection_dim", self.projection_dim)]:
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+            most = _MOST_LAYERS if name.endswith(("depth'", "layers'")) else _LARGEST
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+                raise ValueError(f"{name} must be a whole number of 1 to {most:,}, got {value!r}")
         depth, rows, columns = self.volume_shape
         for name, n, divisor, of in (
             ("num_frames", depth, "temporal_patch_size", vision),

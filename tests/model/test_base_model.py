@@ -1,6 +1,8 @@
 """The shipped mini base model: knows its own hospital, less so the other; nothing of the test data is in it."""
 
 import copy
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +77,58 @@ def test_what_a_model_wants_is_known_without_its_weights(tmp_path):
     assert preprocess_config_of("mini") == load_mini_base().preprocess_config == mini
     CTCLIPConfig({"num_frames": 120}).save_pretrained(tmp_path)
     assert preprocess_config_of(tmp_path).shape == (120, 480, 480)
+
+
+GIVEN = json.loads((FOLDER / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([], "holds no names with values"),
+        ("ct-clip", "holds no names with values"),
+        (None, "holds no names with values"),
+        ({}, "model_type is None, expected 'ct-clip'"),
+        (GIVEN | {"model_type": "bert"}, "model_type is 'bert', expected 'ct-clip'"),
+        (GIVEN | {"projection_dim": "96"}, "projection_dim must be .* got '96'"),
+        (GIVEN | {"text_config": GIVEN["text_config"] | {"hidden_size": -128}}, "'hidden_size' must be .* got -128"),
+        (GIVEN | {"text_config": GIVEN["text_config"] | {"hidden_act": "sharp"}}, "KeyError: 'sharp'"),
+        (GIVEN | {"text_config": GIVEN["text_config"] | {"layer_norm_eps": "x"}}, r"layer_norm_eps.*\(value: 'x'\)"),
+        (GIVEN | {"id2label": ["a"]}, "AttributeError: 'list'"),
+        (GIVEN | {"dtype": "int8"}, "dtype is torch.int8, expected one with a point"),
+        (GIVEN | {"dtype": 5}, "dtype is 5, expected one with a point"),
+    ],
+)
+def test_a_configuration_of_something_else_is_named_with_what_is_wrong(tmp_path, content, message):
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    for load in (preprocess_config_of, load_base):
+        with pytest.raises(ValueError, match=rf"(?s){tmp_path}: its config.json is not that of a CT-CLIP: .*{message}"):
+            load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pad_token": None}, "cannot be read: Asking to pad"),
+        ({"model_input_names": ["ids"]}, "cannot be read: 'attention_mask'"),
+        ([], "cannot be read"),
+    ],
+)
+def test_settings_of_a_tokenizer_that_no_batch_can_be_made_with_are_told(tmp_path, changes, message):
+    shutil.copytree(FOLDER, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes if changes else changes))
+    with pytest.raises(ValueError, match=f"the tokenizer in {tmp_path} {message}"):
+        load_base(tmp_path)
+
+
+def test_a_sentence_begins_at_the_left_whatever_a_tokenizer_says(tmp_path):
+    mini = load_mini_base().tokenizer
+    mini.padding_side = "left"
+    shutil.copytree(FOLDER, tmp_path, dirs_exist_ok=True)
+    mini.save_pretrained(tmp_path)
+    words = load_base(tmp_path).tokenizer(["Emphysema.", "There is no emphysema."], padding=True)["input_ids"]
+    assert {ids[0] for ids in words} == {mini.cls_token_id}
 
 
 def test_weights_in_half_precision_are_computed_with_in_float32(tmp_path):

@@ -222,11 +222,11 @@ def test_configuration_survives_the_disk(tmp_path):
     [
         ({"image_size": 50}, None, "image_size 50 must be a multiple of patch_size 20"),
         ({"image_size": [480, 490]}, None, "image_size 490 must be a multiple of patch_size 20"),
-        ({"image_size": [0, 480]}, None, "image_size.* at least 1, got 0"),
+        ({"image_size": [0, 480]}, None, "image_size.* 1 to 1,000,000, got 0"),
         ({"image_size": [1, 2, 3]}, None, r"image_size.* int or \[h, w\], got \[1, 2, 3\]"),
         ({"num_frames": 241}, None, "num_frames 241 must be a multiple of temporal_patch_size 10"),
-        ({"dim": 0}, None, "vision_config 'dim' must be a whole number of at least 1, got 0"),
-        ({"heads": 2.5}, None, "'heads' must be a whole number of at least 1, got 2.5"),
+        ({"dim": 0}, None, "vision_config 'dim' must be a whole number of 1 to 1,000,000, got 0"),
+        ({"heads": 2.5}, None, "'heads' must be a whole number of 1 to 1,000,000, got 2.5"),
         ({"windows": [[40, -160]]}, None, r"'windows' must be pairs of HU, the lower end first, got \[40, -160\]"),
         ({"windows": [[0, 1], [1, 2, 3]]}, None, r"pairs of HU, the lower end first, got \[1, 2, 3\]"),
         ({"windows": 5}, None, "pairs of HU, the lower end first, got 5"),
@@ -236,6 +236,7 @@ def test_configuration_survives_the_disk(tmp_path):
         ([4], None, "vision_config must be a dict, got list"),
         (None, {"hiden_size": 4}, "unknown text_config key 'hiden_size'; expected fields of BertConfig"),
         (None, {"hidden_size": 100}, "hidden_size 100 must be a multiple of num_attention_heads 12"),
+        ({"spatial_depth": 10**9}, None, "'spatial_depth' must be a whole number of 1 to 1,000, got 1000000000"),
         (None, {"num_hidden_layers": -1}, "text_config 'num_hidden_layers' must be .* got -1"),
     ],
 )
