@@ -278,13 +278,11 @@ class Series:
         self.folder, self.latest = folder, self.latest_of(folder)
         files = sorted((folder / "slices").glob("*.dcm"))
         self.slices = _digest("\n".join(f"{path.name} {path.stat().st_mtime_ns}" for path in files))
-        try:
+        self.state, self.tries, self.reason = "", 0, ""
+        with suppress(OSError, ValueError, KeyError, TypeError):  # of a series that is new, or has a damaged file
             found = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            found = {}
-        known = found if found.get("slices") == self.slices else {}
-        self.state, self.tries = str(known.get("state", "")), int(known.get("tries", 0))
-        self.reason = str(known.get("reason", ""))
+            if found["slices"] == self.slices:
+                self.state, self.tries, self.reason = str(found["state"]), int(found["tries"]), str(found["reason"])
 
     @staticmethod
     def latest_of(folder: Path) -> float:

@@ -4,6 +4,7 @@ YAML is data here: it is read by a `yaml.SafeLoader`, and every name and value i
 """
 
 import os
+import reprlib
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields, replace
@@ -62,7 +63,7 @@ def read_run_file(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, An
         raise FileNotFoundError(f"no run file at {path}; `medctkit finetune` writes a {NAME} beside each adapter")
     try:
         found = yaml.load(path.read_bytes(), _EachNameOnce) or {}
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # 2026-02-30 is a date to YAML, and none
         raise ValueError(f"{path} is not YAML: {error}") from None
     if not isinstance(found, dict) or not isinstance(found.get("settings", {}), dict):
         raise ValueError(f"{path}: expected names with values, and below `settings` those of the settings")
@@ -99,5 +100,6 @@ def _typed(path: Path, name: str, value: Any, wanted: Any) -> Any:
             return float(value)
     elif isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)):
         return value
-    expected = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in kinds)
-    raise ValueError(f"{path}: {name} must be {expected}, got {value!r}")
+    names = {type(None): "nothing", str: "text (in quotes, if it looks like a number)"}
+    expected = " or ".join(names.get(kind, kind.__name__) for kind in kinds)
+    raise ValueError(f"{path}: {name} must be {expected}, got {reprlib.repr(value)}")

@@ -40,6 +40,7 @@ from medctkit.training.settings import FineTuneConfig
 NAME, WORK, RECORD, HISTORY = "checkpoint.safetensors", "unfinished", "run.json", "history.csv"
 CHANGES_NOTHING = ("prompts", "workers", "checkpoint_every", "tracker")  # of settings; prompts have a digest
 _COUNTS = ("step", "history", "best_step", "best_score", "seconds")  # written as JSON
+_KINDS = dict(step=int, history=list, best_step=int, best_score=int | float, seconds=int | float, made_of=dict)
 _AVERAGES = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
 
 
@@ -194,6 +195,11 @@ class Run:
             write_json(record, self.output_dir / RECORD)
 
 
+def _refuse_other_kinds(record: Any) -> None:
+    if wrong := [name for name, kind in _KINDS.items() if not isinstance(record[name], kind)]:
+        raise TypeError(f"{wrong[0]} is {record[wrong[0]]!r:.80}")
+
+
 def finished_run(output_dir: str | os.PathLike) -> dict[str, Any]:
     """What `run.json` says of the finished run of a folder, whose files are the ones that it wrote.
 
@@ -212,7 +218,7 @@ def finished_run(output_dir: str | os.PathLike) -> dict[str, Any]:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         changed = [name for name, told in record["files"].items() if sha256_of(output_dir / name) != told]
-        float(record["step"]), float(record["best_step"]), float(record["best_score"]), dict(record["made_of"])
+        _refuse_other_kinds(record)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is damaged, or a file that it names is gone: {error}. Do the run again") from None
     if changed:
@@ -237,14 +243,14 @@ def refuse_other_settings(output_dir: str | os.PathLike, config: FineTuneConfig)
         ValueError: it has; see also `finished_run`.
     """
     output_dir = Path(output_dir).expanduser()
-    try:
-        if (output_dir / RECORD).is_file():
-            there = finished_run(output_dir)["made_of"]
-        else:
+    if (output_dir / RECORD).is_file():
+        there = finished_run(output_dir)["made_of"]
+    else:
+        try:
             with safe_open(str(output_dir / WORK / NAME), "pt") as file:
-                there = json.loads(file.metadata()["medctkit"])["made_of"]
-    except (OSError, SafetensorError, KeyError, TypeError):  # nothing there, or damaged, which `read` will say
-        return
+                there = dict(json.loads(file.metadata()["medctkit"])["made_of"])
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):  # none, or damaged, which `read` will say
+            return
     here = config.values(*CHANGES_NOTHING)
     what, way_out = f"{output_dir} is of another run", "Give another output_dir, or delete it"
     refuse_other_run(what, {name: there.get(name) for name in here}, here, way_out)
@@ -266,6 +272,7 @@ def read(path: Path, made_of: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if told != digest_of_tensors(tensors, text):
             raise ValueError("it is not what was written")
+        _refuse_other_kinds(rest)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged, or no checkpoint of medctkit: {error}. {way_out}") from None
     refuse_other_findings(f"the run of {path}, not finished", rest["made_of"].get("findings", CT_RATE))

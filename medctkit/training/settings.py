@@ -88,6 +88,7 @@ class FineTuneConfig:
         micro, divisor = self.micro_batch_size, f"None or a divisor of batch_size {self.batch_size}"
         require(micro is None or (micro >= 1 and self.batch_size % micro == 0), "micro_batch_size", divisor)
         require(self.workers >= 0, "workers", "at least 0")
+        require(0 <= self.seed < 2**63, "seed", "from 0 to 2**63 - 1")
         require(self.patience is None or self.patience >= 1, "patience", "at least 1, or None")
         for name in ("learning_rate", "rate_of_b", "max_grad_norm"):
             require(0 < getattr(self, name) < math.inf, name, "a number above 0")

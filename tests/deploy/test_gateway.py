@@ -17,7 +17,7 @@ from pydicom import dcmread
 from scan_files import change
 
 from medctkit.deploy.answer import answer
-from medctkit.deploy.gateway import OUT_OF_RESOURCES, Gateway, Limits, Peer
+from medctkit.deploy.gateway import OUT_OF_RESOURCES, Gateway, Limits, Peer, Series
 from medctkit.findings import FINDINGS
 from medctkit.scans.volumes import read_volume
 
@@ -224,6 +224,13 @@ def test_series_that_ends_the_process_each_time_is_given_up(queue, slices, caplo
         wait_until(lambda: states(queue) == ["failed"])
     state = json.loads(next(queue.glob("*/*/state.json")).read_text())
     assert state["tries"] == 3 and state["reason"].startswith("MemoryError")
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "{", '{"slices": "%s", "state": "sent", "tries": "x", "reason": ""}'])
+def test_a_damaged_state_is_that_of_a_new_series(tmp_path, content):
+    (tmp_path / "slices").mkdir()
+    (tmp_path / "state.json").write_text(content.replace("%s", Series(tmp_path).slices))
+    assert (Series(tmp_path).state, Series(tmp_path).tries, Series(tmp_path).reason) == ("", 0, "")
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from medctkit.cli import app
@@ -23,7 +24,7 @@ from medctkit.experiments.tables import scores_file
 from medctkit.findings import FINDINGS
 from medctkit.phantom.study import generate
 from medctkit.scans.volumes import CTVolume
-from medctkit.training.checkpoints import HISTORY, RECORD, WORK, Run, finished_run
+from medctkit.training.checkpoints import HISTORY, RECORD, WORK, Run, finished_run, read, refuse_other_settings
 
 SCORES = dict.fromkeys(FINDINGS, 0.5)
 
@@ -252,11 +253,22 @@ def test_damaged_records_are_told(tmp_path):
     (tmp_path / RECORD).write_text(json.dumps({"files": {}, "made_of": {}, "step": 1}))
     with pytest.raises(ValueError, match=r"run\.json is damaged"):
         finished_run(tmp_path)
-    whole = {"files": {}, "made_of": {}, "step": 1, "best_step": 1, "best_score": 0.5}
+    whole = {"files": {}, "made_of": {}, "step": 1, "best_step": 1, "best_score": 0.5, "seconds": 1, "history": []}
+    for wrong in ([], "run", None, whole | {"step": "1"}, whole | {"made_of": []}, whole | {"files": []}):
+        (tmp_path / RECORD).write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=r"run\.json is damaged"):
+            finished_run(tmp_path)
     (tmp_path / RECORD).write_text(json.dumps(whole))
     (tmp_path / "origin.json").write_text(json.dumps({"model": 5}))
     with pytest.raises(ValueError, match=r"origin\.json does not say what was adapted"):
         Origin.of(tmp_path)
+    (tmp_path / RECORD).unlink()
+    (tmp_path / WORK).mkdir()
+    for text in ("[", "[]", '{"made_of": [1]}'):
+        save_file({"a": np.zeros(1)}, tmp_path / WORK / "checkpoint.safetensors", {"medctkit": text, "sha256": "0"})
+        refuse_other_settings(tmp_path, DEFAULT.config(0))  # no error: there is nothing to hold the settings against
+        with pytest.raises(ValueError, match=r"checkpoint\.safetensors is damaged, or no checkpoint .* Delete"):
+            read(tmp_path / WORK / "checkpoint.safetensors", {})
 
 
 @pytest.mark.skipif(os.name != "posix", reason="file names are bytes on Linux and macOS alone")

@@ -61,6 +61,7 @@ def test_learning_rate_rises_then_falls_along_a_cosine():
         ({"steps": None, "epochs": math.inf}, "FineTuneConfig.epochs must be a number above 0, got inf"),
         ({"micro_batch_size": 3}, "FineTuneConfig.micro_batch_size must be None or a divisor of batch_size 4, got 3"),
         ({"workers": -1}, "FineTuneConfig.workers must be at least 0, got -1"),
+        ({"seed": -1}, "FineTuneConfig.seed must be from 0 to 2"),
         ({"checkpoint_every": 0}, "FineTuneConfig.checkpoint_every must be at least 1, got 0"),
         ({"learning_rate": -1e-3}, "FineTuneConfig.learning_rate must be a number above 0, got -0.001"),
         ({"learning_rate": math.nan}, "FineTuneConfig.learning_rate must be a number above 0, got nan"),
