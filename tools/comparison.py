@@ -18,7 +18,7 @@ from medctkit.experiments.compare.tables import TABLES, all_tables, best_free_te
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "comparison.md"
-FILES = ("comparison.csv", "draws.npz", "costs.csv")
+FILES = ("comparison.csv", "draws.npz", "costs.csv", "diverged.csv")
 MARK = re.compile(r"<!-- (\w+): begin -->\n.*?<!-- \1: end -->", re.S)
 SAID = {  # under a table: pairs that are compared in words
     "loss": [("lora", f"lora, {name}", where) for where in ("", "/home") for name in ("prevalence", "contrastive")],

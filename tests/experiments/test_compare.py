@@ -279,7 +279,12 @@ def test_collected_draws_are_those_of_the_metrics(data, tmp_path):
         found = run_job(job, data, TOY, tmp_path) | {"made_with": comparison.made_with(0), "settings": {}}
         keys = ("method", "rank", "studies", "learning_rate", "dialect", "variant", "seed")
         write_result(tmp_path, job, **found | {key: getattr(job, key) for key in keys})
+    lost = next(job for job in one_run.GROUPS["studies"] if job.method == "hu-boxes")
+    asked = {key: getattr(lost, key) for key in keys}
+    write_result(tmp_path, lost, diverged="loss is nan", settings={}, made_with=comparison.made_with(0), **asked)
     collect(tmp_path, data.test.rows, data.home.rows, 1)
+    (row,) = load_results(tmp_path).diverged.to_dict("records")
+    assert (row["name"], row["studies"], row["variant"], row["diverged"]) == (lost.name, lost.studies, "", "loss is nan")
     results, scores = load_results(tmp_path), unpacked(read_result(tmp_path, Job("methods", BASE))["scores"])
     labels, patients = one_run.truth(data.test.rows)
     held_out = [FINDINGS.index(name) for name in HELD_OUT]

@@ -1,6 +1,7 @@
 """What is made of a comparison's runs: seeds pooled, paired differences, tables, their text, and figures."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,7 @@ from scipy import stats
 from medctkit.experiments.compare import figures, tables
 from medctkit.experiments.compare import results as compared
 from medctkit.experiments.compare.data import HELD_OUT
-from medctkit.experiments.compare.results import Results, load_results, pooled
+from medctkit.experiments.compare.results import DIVERGED, Results, load_results, pooled
 from medctkit.experiments.compare.runs import BASE, GROUPS, PROBE, STRENGTHS
 from medctkit.findings import FINDINGS
 from medctkit.lora.methods import METHODS
@@ -351,3 +352,21 @@ def test_runs_that_are_missing_are_named_with_their_number():
     few = hand_made()
     few.runs["studies"] = few.runs["studies"].replace(1301, 300)
     assert "256 studies" in tables.missing(few) and "1024 studies" not in tables.missing(few), "no run has so many"
+
+
+def test_runs_that_diverged_are_told_from_those_still_to_be_done(tmp_path):
+    results = hand_made()
+    rows = [
+        ("forgetting", "a", "lora", 16, 1301, "replay", 1, "loss is nan"),
+        ("forgetting", "b", "lora", 16, 1301, "anchor-10", 0, "loss is nan"),
+        ("ranks", "c", "lora", 64, 1301, "", 1, "loss is nan"),
+    ]
+    results = replace(results, diverged=pd.DataFrame(rows, columns=DIVERGED))
+    before, said = tables.missing(hand_made()), tables.missing(results)
+    assert "LoRA, replay (1 of 2)" in before and "diverged" not in before
+    to_do, diverged = said.split("; diverged, and left out: ")
+    assert diverged == "LoRA, replay (1 of 2), LoRA, anchor-10 (1 of 2), LoRA, rank 64 (1 of 2)"
+    assert "LoRA, replay" not in to_do and "LoRA, anchor-10 (0 of 2)" in to_do and "LoRA, rank 64 (0 of 2)" in to_do
+    assert said in tables.show_all(results)
+    with pytest.raises(ValueError, match="'forgetting' has no run of 'lora, anchor-10': all 1 diverged"):
+        tables.verdict(results, "forgetting", "lora", "lora, anchor-10")

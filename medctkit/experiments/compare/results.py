@@ -9,7 +9,7 @@ resample. Findings with one class in the test studies, or in a resample of them,
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from medctkit.zero_shot.prompts import PROMPTS
 
 SAVED = Path(str(files("medctkit") / "assets" / "comparison"))
 KEYS = ["group", "method", "rank", "studies", "learning_rate", "dialect", "variant"]
+DIVERGED = ["group", "name", "method", "rank", "studies", "variant", "seed", "diverged"]
 LABELS = {BASE: "base model"} | {name: method.label for name, method in (RIVALS | METHODS).items()}
 KINDS = ("free", "same labels", "trained")  # no label of the target hospital; labels, but no gradient; both
 EQUAL = 0.8  # of the way from the base model's validation score to LoRA's best: the score for `steps_to_equal`
@@ -35,6 +36,8 @@ EQUAL = 0.8  # of the way from the base model's validation score to LoRA's best:
 @dataclass(frozen=True)
 class Results:
     """What `medctkit compare` wrote: a row for each job, and seconds and memory of a step of each method, if measured.
+
+    `diverged` has a row for each job, sweeps apart, whose training came to an end with something that is not finite.
 
     `draws` has for each run's name its mean AUROC on the test studies, then on each bootstrap resample of their
     patients; resample i is the same in all runs. Where tables need them, there are also "NAME/home", the same of the
@@ -46,6 +49,7 @@ class Results:
     runs: pd.DataFrame
     draws: dict[str, np.ndarray]
     costs: pd.DataFrame
+    diverged: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=DIVERGED))
 
     def has(self, group: str) -> bool:
         """Whether a group has runs of its own, not only such as other groups share with it."""
@@ -73,9 +77,12 @@ def load_results(folder: str | os.PathLike = SAVED) -> Results:
         draws = {name: file[name] for name in file.files}
     runs = pd.read_csv(folder / "comparison.csv", dtype={"chosen": str, "variant": str})
     runs = runs.fillna({"dialect": "target", "variant": "", "chosen": "", "history": "[]"})
-    costs = folder / "costs.csv"
     columns = ["method", "seconds_per_step", "seconds_per_step_of_full", "peak_bytes", "peak_bytes_of_full"]
-    return Results(runs, draws, pd.read_csv(costs) if costs.is_file() else pd.DataFrame(columns=columns))
+    costs, diverged = (
+        pd.read_csv(path, dtype={"variant": str}) if path.is_file() else pd.DataFrame(columns=names)
+        for path, names in ((folder / "costs.csv", columns), (folder / "diverged.csv", DIVERGED))
+    )
+    return Results(runs, draws, costs, diverged.fillna({"variant": ""}))
 
 
 def _with_intervals(draws: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -231,7 +238,9 @@ def names_of(results: Results, group: str, method: str, variant: str = "") -> tu
     runs = results.runs[results.runs["group"] == group]
     found = runs.loc[(runs["method"] == method) & (runs["variant"] == variant), "name"]
     if found.empty:
-        run = f"{method}, {variant}" if variant else method
+        run, lost = f"{method}, {variant}" if variant else method, results.diverged
+        if n := ((lost["group"] == group) & (lost["method"] == method) & (lost["variant"] == variant)).sum():
+            raise ValueError(f"group {group!r} has no run of {run!r}: all {n} diverged")
         raise ValueError(f"group {group!r} has no run of {run!r} yet. medctkit compare FOLDER --only {group}")
     return tuple(found)
 

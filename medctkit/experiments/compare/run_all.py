@@ -275,7 +275,7 @@ def _what_it_costs(
 
 def collect(output_dir: Path, test_rows: Sequence[Mapping], home_rows: Sequence[Mapping], seeds: int) -> None:
     """Write what `load_results` reads, with a row for each job that has a result, and `tables.json`."""
-    from medctkit.experiments.compare.results import load_results
+    from medctkit.experiments.compare.results import DIVERGED, load_results
     from medctkit.experiments.compare.tables import write_tables
 
     while any(output_dir.glob(f"runs/*-seed{seeds}.json")):
@@ -287,9 +287,12 @@ def collect(output_dir: Path, test_rows: Sequence[Mapping], home_rows: Sequence[
         groups.setdefault(job.name, set()).add(job.group)
     studies = {"test": truth(test_rows), "home": truth(home_rows)}
     rows: list[dict] = []
+    diverged: list[dict] = []
     draws: dict[str, np.ndarray] = {}
     for job in listed:
         found = read_result(output_dir, job)
+        if found is not None and job.group != SWEEP and "diverged" in found:
+            diverged.append({"group": job.group, "name": job.name} | {key: found.get(key) for key in DIVERGED[2:]})
         if found is None or (job.group != SWEEP and "scores" not in found):  # not there, diverged, or not scored yet
             continue
         if job.group != SWEEP and job.name not in draws:
@@ -310,6 +313,7 @@ def collect(output_dir: Path, test_rows: Sequence[Mapping], home_rows: Sequence[
     with replacing(output_dir / "draws.npz") as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **draws)  # type: ignore[arg-type]
     write_table(pd.DataFrame(rows), output_dir / "comparison.csv")
+    write_table(pd.DataFrame(diverged, columns=DIVERGED), output_dir / "diverged.csv")
     write_tables(load_results(output_dir), output_dir)
 
 

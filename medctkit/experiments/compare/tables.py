@@ -25,7 +25,7 @@ from medctkit.experiments.compare.results import (
     strength_table,
     unseen_table,
 )
-from medctkit.experiments.compare.runs import BASE, GROUPS
+from medctkit.experiments.compare.runs import BASE, GROUPS, Job
 from medctkit.findings import FINDINGS
 from medctkit.lora.methods import METHODS
 
@@ -146,21 +146,34 @@ def all_tables(results: Results) -> dict[str, pd.DataFrame]:
 
 
 def missing(results: Results) -> str:
-    """What was not measured yet, with the command that does it, or not as often as the rest; "" if nothing is."""
-    groups, seeds = [group for group in GROUPS if not results.has(group)], results.runs["seed"].nunique()
-    few, every = {}, results.runs["studies"].max()  # all training studies, where they were ever used
+    """What was not measured, with the command that does it, or less often than the rest, and what diverged; or ""."""
+    groups, every = [group for group in GROUPS if not results.has(group)], results.runs["studies"].max()
+    seeds = len({*results.runs["seed"], *results.diverged["seed"]})
+    few, lost = {}, {}
     for job in (job for group in GROUPS if group not in groups for job in GROUPS[group]):
-        runs, wanted = results.runs[results.runs["group"] == job.group], seeds if job.trains or job.studies else 1
-        for key in ("method", "variant", "rank"):
-            value = getattr(job, key)
-            runs = runs if value is None else runs[runs[key] == value]
-        runs = runs if job.method == BASE else runs[runs["studies"] == (job.studies or every)]
-        if len(runs) < wanted and (job.studies or 0) < every:  # larger sizes are left out
-            of = f", rank {job.rank}" * (job.group == "ranks") + f", {job.studies} studies" * bool(job.studies)
-            few[label_of(job.method, job.variant) + of] = f"{len(runs)} of {wanted}"
+        if (job.studies or 0) >= every:  # larger sizes are left out
+            continue
+        done, diverged = (_of_job(table, job, every) for table in (results.runs, results.diverged))
+        wanted = seeds if job.trains or job.studies else 1
+        of = f", rank {job.rank}" * (job.group == "ranks") + f", {job.studies} studies" * bool(job.studies)
+        name = label_of(job.method, job.variant) + of
+        if diverged:
+            lost[name] = f"{diverged} of {wanted}"
+        if done + diverged < wanted:
+            few[name] = f"{done} of {wanted}"
     said = [f"not measured yet: medctkit compare FOLDER --only {','.join(groups)}"] if groups else []
-    said += [f"runs still to be done: {', '.join(f'{name} ({n})' for name, n in few.items())}"] if few else []
+    for what, runs in (("runs still to be done", few), ("diverged, and left out", lost)):
+        said += [f"{what}: {', '.join(f'{name} ({n})' for name, n in runs.items())}"] if runs else []
     return "; ".join(said)
+
+
+def _of_job(table: pd.DataFrame, job: Job, every: float) -> int:
+    """How many rows are of a job with any seed; `every`: all training studies, where they were ever used."""
+    same = table["group"] == job.group
+    for key in ("method", "variant", "rank"):
+        value = getattr(job, key)
+        same &= value is None or table[key] == value
+    return int((same & (job.method == BASE or table["studies"] == (job.studies or every))).sum())
 
 
 def show_all(results: Results) -> str:
