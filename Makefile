@@ -63,14 +63,9 @@ docs-links: setup  ## check the links that lead out of the site; needs a network
 	$(PY) -m sphinx -c docs -b linkcheck -E -q . build/links
 
 bench: setup  ## measure speed and memory, check the bars, write bench/*.json: about 10 minutes
-	$(PY) bench/data.py
-	$(PY) bench/model.py
-	$(PY) bench/memory.py
-	$(PY) bench/gpu.py
-	$(PY) bench/viewers.py
-	$(PY) bench/phantoms.py
-	$(PY) bench/base.py
-	$(PY) bench/adapters.py
+	@missed=; for part in data model memory gpu viewers phantoms base adapters; do \
+		echo "bench/$$part.py"; $(PY) bench/$$part.py || missed="$$missed $$part"; \
+	done; test -z "$$missed" || { echo "missed a bar, or failed:$$missed"; exit 1; }
 
 bench-open: setup  ## measure three base models side by side, write bench/base_models.json: about 15 minutes
 	@$(PY) -m tools.open_env .venv-open

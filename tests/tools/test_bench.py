@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -162,6 +163,24 @@ def test_what_the_repository_says_about_the_viewer_is_within_the_bars_and_of_a_v
     found = json.loads((BENCH / "viewers.json").read_text())
     assert all(met for met, _ in bench("viewers").bars(found))
     assert found["made_with"]["volume"] == "240 x 480 x 480" and found["memory"]["steps"] == 300
+
+
+def test_of_each_phantom_the_fastest_of_its_repeats_counts(bench, monkeypatch):
+    took = iter([3.0, 1.0, 2.0, 5.0, 9.0, 4.0])
+    monkeypatch.setattr(bench("phantoms"), "once", lambda seed, shape: next(took))
+    assert bench("phantoms").seconds(range(2), (1, 1, 1), repeats=3) == (1 + 4) / 2
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
+def test_make_bench_runs_all_parts_and_fails_in_the_end_if_one_did(tmp_path):
+    python = tmp_path / "env" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\ncase "$1" in bench/model.py | bench/base.py) exit 1 ;; esac\n')
+    python.chmod(0o755)
+    command = ["make", "-f", BENCH.parent / "Makefile", "bench", "PYTHON=true"]
+    environment = os.environ | {"VIRTUAL_ENV": str(tmp_path / "env")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode and done.stdout.count("bench/") == 8 and "failed: model base\n" in done.stdout
 
 
 def test_the_page_of_base_models_says_what_was_measured(bench):
