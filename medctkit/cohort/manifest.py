@@ -182,6 +182,8 @@ def _cell_rules(table: pd.DataFrame, real: pd.Series) -> Iterator[tuple]:
     for name in ("study", "patient", "hospital", "scan"):
         text = table[name].astype(str)
         yield name, ~given(table[name]) | (text.str.strip() != text), "a name, without spaces around it"
+        number = given(table[name]) & ~table[name].map(lambda cell: isinstance(cell, str)).astype(bool)
+        yield name, number, "text: 007 is not 7, nor 1E5 100000; load_manifest reads names as they were written"
     yield "study", given(table["study"]) & table["study"].duplicated(), "a name that occurs once"
     phantoms = sorted(HOSPITALS)
     elsewhere = ~real & given(table["hospital"]) & ~table["hospital"].isin(phantoms)

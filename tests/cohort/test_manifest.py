@@ -25,7 +25,9 @@ from medctkit.cohort.manifest import (
     without_leaks,
     write_manifest,
 )
+from medctkit.common.csv_tables import read_table
 from medctkit.common.text import folded
+from medctkit.experiments.tables import write_scores
 from medctkit.findings import FINDINGS
 
 SHIPPED = Path(__file__).resolve().parents[2] / "data_manifest.csv"
@@ -127,6 +129,22 @@ def test_names_that_look_like_numbers_or_like_nothing_stay_as_they_are(tmp_path)
     assert found["study"].tolist()[:4] == ["01", "02", "03", "04"]
     assert found["patient"].tolist()[:4] == ["NA", "NA", "NA", "008"]
     assert found["age"].tolist() == ["60"] * 4 + [""], "columns that nobody knows are kept"
+
+
+NAMES = ["1E5", "100000", "007", "1.0", "nan", "NA", "None", "inf", "1e400", "0x10", "TRUE", "-1"]
+
+
+def test_names_stay_the_text_that_was_written_through_every_table(tmp_path):
+    rows = [real_rows()[0] | dict.fromkeys(("study", "patient", "scan", "hospital"), name) for name in NAMES]
+    found = loaded(tmp_path, as_csv([row | {"path": f"{i}.nii"} for i, row in enumerate(rows)]))
+    write_manifest(found, tmp_path / "again.csv")
+    scores = {"base": np.full((len(NAMES), len(FINDINGS)), 0.5)}
+    write_scores(tmp_path / "scores.csv", *found[["study", "patient"]].to_numpy().T, scores["base"], scores)
+    assert read_table(tmp_path / "scores.csv", ["patient"])["patient"][:: len(FINDINGS)].tolist() == NAMES
+    for column in ("study", "patient", "scan", "hospital"):
+        assert load_manifest(tmp_path / "again.csv")[column].tolist() == NAMES
+        with pytest.raises(ValueError, match=f"column '{column}': got 100000.0, expected text: 007 is not 7"):
+            validate_manifest(found.assign(**{column: pd.to_numeric(found[column], errors="coerce")}).iloc[:2])
 
 
 def test_labels_of_real_scans_may_be_unknown(tmp_path):
