@@ -7,12 +7,14 @@ is usual with this data. Nodules under 3 mm were not drawn.
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from medctkit.cohort.manifest import has_file, is_empty, study_from_row, volume_from_row
+from medctkit.scans.stored import decode
 from medctkit.scans.volumes import CTVolume
 
 if TYPE_CHECKING:
@@ -49,15 +51,20 @@ def nodule_mask(folder: str | Path, volume: CTVolume) -> np.ndarray:
 
     Raises:
         FileNotFoundError: no segmentation in the folder.
-        ValueError: a segmentation that lies outside of the volume.
+        ValueError: a file that is no DICOM segmentation, or one that lies outside of the volume.
     """
     import pydicom
 
     readers = defaultdict(list)
     for file in sorted(Path(folder).expanduser().rglob("*.dcm")):
-        drawing = pydicom.dcmread(file)
-        number = re.search(NODULE, drawing.get("SeriesDescription", ""))
-        readers[number[1] if number else drawing.SeriesInstanceUID].append(_voxels(drawing, volume, file))
+        drawing = decode(partial(pydicom.dcmread, file), str(file))
+        number = re.search(NODULE, str(drawing.get("SeriesDescription")))
+        index = decode(partial(_voxels, drawing, volume), f"{file}, as a DICOM segmentation,")
+        if len(index) and not ((index >= 0) & (index < volume.shape)).all():
+            raise ValueError(f"{file} lies outside of the scan; it is a segmentation of another")
+        # two drawn slices may come to one resampled
+        voxels = np.unique(np.ravel_multi_index(tuple(index.T), volume.shape))
+        readers[number[1] if number else str(drawing.get("SeriesInstanceUID"))].append(voxels)
     if not readers:
         raise FileNotFoundError(f"{folder}: no DICOM segmentation (*.dcm) in there; fetch it again")
     mask = np.zeros(volume.shape, bool)
@@ -68,8 +75,8 @@ def nodule_mask(folder: str | Path, volume: CTVolume) -> np.ndarray:
     return mask
 
 
-def _voxels(drawing: "pydicom.Dataset", volume: CTVolume, file: Path) -> np.ndarray:
-    """Which voxels of the volume (flat indices) a segmentation fills; it has frames for some of the slices only."""
+def _voxels(drawing: "pydicom.Dataset", volume: CTVolume) -> np.ndarray:
+    """Which voxels (n, 3) of the volume a segmentation fills; it has frames for some of the slices only."""
     shared, frames, found = drawing.SharedFunctionalGroupsSequence[0], drawing.PerFrameFunctionalGroupsSequence, []
     pictures, to_index = drawing.pixel_array.reshape(-1, drawing.Rows, drawing.Columns), np.linalg.inv(volume.affine)
     for picture, frame in zip(pictures, frames, strict=True):
@@ -80,7 +87,4 @@ def _voxels(drawing: "pydicom.Dataset", volume: CTVolume, file: Path) -> np.ndar
         lps = np.array(frame.PlanePositionSequence[0].ImagePositionPatient, float)
         lps = lps + np.outer(columns * float(steps[1]), across) + np.outer(rows * float(steps[0]), down)
         found.append((lps * (-1, -1, 1)) @ to_index[:3, :3].T + to_index[:3, 3])
-    index = np.rint(np.concatenate(found)).astype(int)
-    if len(index) and not ((index >= 0) & (index < volume.shape)).all():
-        raise ValueError(f"{file} lies outside of the scan; it is a segmentation of another")
-    return np.unique(np.ravel_multi_index(tuple(index.T), volume.shape))  # two drawn slices may come to one resampled
+    return np.rint(np.concatenate(found)).astype(int)

@@ -97,8 +97,15 @@ def some_of(patients: Iterable[str], number: int | None, seed: int | None) -> li
 
 
 def read_names(path: str | os.PathLike) -> list[str]:
-    """Names from a text file, one a line, or from the first column of a CSV file with the header VolumeName."""
-    lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
+    """Names from a text file, one a line, or from the first column of a CSV file with the header VolumeName.
+
+    Raises:
+        ValueError: no text in UTF-8.
+    """
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8 ({error}); save the names as UTF-8, one a line") from None
     names = [line.partition("#")[0].partition(",")[0].strip(' "') for line in lines]
     return [name for name in names if name and name != "VolumeName"]
 

@@ -66,8 +66,8 @@ def _read_prompts(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f'{path}: no such file; expected JSON, {{"stating": [...], "denying": [...]}}')
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        found = json.loads(path.read_bytes())  # with the mark of an editor or without, in UTF-8 or UTF-16
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not readable as JSON: {error}. Compare it with assets/prompts.json") from None
     if isinstance(found, Mapping) and set(found) & set(PROMPTS):
         raise ValueError(f"{path} holds the sets {', '.join(found)}; keep one: what stands between its braces")

@@ -182,6 +182,9 @@ def test_names_come_from_files_or_the_command_line(tmp_path):
     assert study_names([",".join(HUNDRED)]) == HUNDRED, "longer than the name of a file can be"
     with pytest.raises(FileNotFoundError, match=r"nowhere\.txt: there is no such file of names"):
         study_names(["nowhere.txt"])
+    (tmp_path / "names.txt").write_bytes("valid_1".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"names\.txt is not text in UTF-8"):
+        study_names([str(tmp_path / "names.txt")])
 
 
 # --- before the download ---------------------------------------------------------------------------------

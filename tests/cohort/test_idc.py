@@ -12,9 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from open_imitations import buckets
-from pydicom import dcmread
-from pydicom.sr.codedict import codes
-from scan_files import write_dicom
+from scan_files import write_dicom, write_drawing
 from typer.testing import CliRunner
 
 import medctkit
@@ -34,19 +32,6 @@ pytestmark = pytest.mark.open
 PATIENTS = {"LIDC-IDRI-0001": 4, "LIDC-IDRI-0028": 0, "LIDC-IDRI-0022": 1}
 SHAPE = (64, 40, 40)
 SHIPPED = str(idc_index_data.IDC_INDEX_PARQUET_FILEPATH)
-
-
-def write_drawing(folder, files, mask, description):
-    """One reader's segmentation of a nodule, by highdicom; only slices that hold some of it have a frame."""
-    source = [dcmread(file) for file in files]
-    code = codes.SCT.Nodule
-    told = highdicom.seg.SegmentDescription(1, "Nodule", code, code, "MANUAL")
-    drawing = highdicom.seg.Segmentation(
-        source, mask.astype(np.uint8), "BINARY", [told], highdicom.UID(), 1, highdicom.UID(), 1,
-        "nobody", "phantom", "1", "1", omit_empty_frames=True, series_description=description,
-    )  # fmt: skip
-    folder.mkdir(parents=True)
-    drawing.save_as(folder / "drawing.dcm")
 
 
 @pytest.fixture(scope="module")

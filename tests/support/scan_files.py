@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pydicom import dcmread, dcmwrite
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate, get_frame
+from pydicom.sr.codedict import codes
 from pydicom.uid import (
     CTImageStorage,
     DeflatedExplicitVRLittleEndian,
@@ -180,6 +181,21 @@ def enhanced(files, path):
     whole.PixelData = b"".join(pixels)
     whole.save_as(path)
     return path
+
+
+def write_drawing(folder, files, mask, description):
+    """One reader's segmentation of a nodule, by highdicom; only slices that hold some of it have a frame."""
+    import highdicom
+
+    source = [dcmread(file) for file in files]
+    code = codes.SCT.Nodule
+    told = highdicom.seg.SegmentDescription(1, "Nodule", code, code, "MANUAL")
+    drawing = highdicom.seg.Segmentation(
+        source, mask.astype(np.uint8), "BINARY", [told], highdicom.UID(), 1, highdicom.UID(), 1,
+        "nobody", "phantom", "1", "1", omit_empty_frames=True, series_description=description,
+    )  # fmt: skip
+    folder.mkdir(parents=True)
+    drawing.save_as(folder / "drawing.dcm")
 
 
 def values(folder, series=None, spacing=None, **choices):

@@ -204,6 +204,12 @@ def test_a_file_of_prompts_that_cannot_be_used_is_named(tmp_path):
         file.write_text(content)
         with pytest.raises(ValueError, match=message):
             prompt_sentences(file)
+    file.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="own.json is not readable as JSON"):
+        prompt_sentences(file)
+    for encoding in ("utf-8-sig", "utf-16"):  # as editors on Windows save it
+        file.write_text(json.dumps(PROMPTS["paper"]), encoding)
+        assert prompt_sentences(file) == prompt_sentences("paper")
 
 
 def test_a_prompt_longer_than_the_text_encoder_is_named(mini):
