@@ -92,7 +92,7 @@ def load_embeddings(path: str | os.PathLike, made_of: Mapping[str, Any] | None =
             raise ValueError("its numbers are not those that were written")
         patients, studies = (np.array(rest[name]) for name in ("patients", "studies"))
         embedded = Embedded(tensors["embeddings"], tensors["labels"].numpy(), patients, studies)
-        there, findings = rest["made_of"], tuple(rest["findings"])
+        there, findings = dict(rest["made_of"]), tuple(rest["findings"])
         _check(embedded, len(findings))
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(

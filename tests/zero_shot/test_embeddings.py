@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from several import in_two_processes
 from tiny import randomise_adapter, tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
@@ -107,6 +108,13 @@ def test_damaged_and_other_files_are_refused(embedded, tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="is damaged, or no file of embeddings: .* Delete it and embed anew"):
             load_embeddings(path)
+    save_embeddings(embedded, path, {})
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    metadata["medctkit"] = json.dumps(json.loads(metadata["medctkit"]) | {"made_of": 5})
+    save_file(load_file(path), path, metadata=metadata)
+    with pytest.raises(ValueError, match="is damaged, or no file of embeddings"):
+        load_embeddings(path, {"base model": "c"})
     for metadata in (None, {"medctkit": "{}"}, {"medctkit": "["}):
         save_file({"embeddings": torch.zeros(2, 3), "labels": torch.zeros(2, 18)}, path, metadata=metadata)
         with pytest.raises(ValueError, match="is damaged, or no file of embeddings"):
