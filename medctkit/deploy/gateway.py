@@ -108,7 +108,7 @@ class Gateway:
         """Listen and work until the block ends; yields the port, which is a free one for 0.
 
         Raises:
-            OSError: the port is taken.
+            OSError: the port is taken, or the address is not this machine's.
             ValueError: another gateway works in the folder.
         """
         from pynetdicom import AE, ALL_TRANSFER_SYNTAXES, _config, evt
@@ -130,7 +130,11 @@ class Gateway:
             for left in self.folder.glob("*/*/slices/.*.tmp"):
                 left.unlink()
             handlers: Any = [(evt.EVT_C_STORE, self._store), (evt.EVT_C_ECHO, lambda event: SUCCESS)]
-            server: Any = entity.start_server((host, port), block=False, evt_handlers=handlers)
+            try:
+                server: Any = entity.start_server((host, port), block=False, evt_handlers=handlers)
+            except OSError as error:
+                why = f"cannot listen at {host}:{port} ({error.strerror}); give another port, or an address of this machine"
+                raise OSError(error.errno, why) from None
             worker.start()
             stack.callback(worker.join)
             stack.callback(self._stop.set)

@@ -335,6 +335,12 @@ def test_what_cannot_be_called_is_told_at_once(text):
         Peer.of(text)
 
 
+def test_a_port_that_is_taken_is_named(tmp_path):
+    with gateway(tmp_path / "a", 1).serving(0) as port, pytest.raises(OSError, match=f"listen at 127.0.0.1:{port} "):
+        with gateway(tmp_path / "b", 1).serving(port):
+            pass
+
+
 def test_an_address_may_be_of_any_kind():
     assert Peer.of("MY PACS@[::1]:104") == Peer("::1", 104, "MY PACS")
     assert Peer.of("PACS@pacs.example.org:11112") == Peer("pacs.example.org", 11112, "PACS")
