@@ -22,6 +22,9 @@ _MOST_HEADER = 2**20  # bytes
 _MM = {"mm", "millimeter", "millimeters", "millimetre", "millimetres"}
 _AXES = ("NDims", "dimension"), ("DimSize", "sizes")  # in MetaImage, where others may be comments, and NRRD
 _DATA_FILE = ("ElementDataFile", "data file", "datafile")
+_SPACING = ("spacings", "space directions", "ElementSpacing", "ElementSize")
+_NUMBERS = ("spacings", "ElementSpacing", "ElementSize", "Offset", "Position", "Origin")  # with blanks between them
+_NUMBERS += ("TransformMatrix", "Rotation", "Orientation")
 _SKIPS = ("line skip", "lineskip", "byte skip", "byteskip", "HeaderSize")
 
 
@@ -39,6 +42,10 @@ def read_itk(path: Path, spacing: Sequence[float] | None, stored_as: str | None 
     three = r"[+-]?\d+(\s+[+-]?\d+){2}"
     if not re.fullmatch({"3": three, "4": rf"{three}\s+1"}.get(axes, "(?!)"), sizes):  # MetaIO survives these
         raise ValueError(f"{axes}-D, shape ({sizes}): a CT volume has three axes; save the one to read")
+    for name in _NUMBERS:
+        if "," in fields.get(name, "") and (spacing is None or name not in _SPACING):
+            found = f"its header has {name} {fields[name]}, of which SimpleITK reads what stands before a comma"
+            raise ValueError(f"{found}; write points" + ", or pass spacing=(d, h, w) in mm" * (name in _SPACING))
     voxels, start = _voxel_file(path, fields, end)
     reader = sitk.ImageFileReader()
     reader.SetImageIO("MetaImageIO" if "DimSize" in fields else "NrrdImageIO")  # and no other that knows these bytes
@@ -52,8 +59,7 @@ def read_itk(path: Path, spacing: Sequence[float] | None, stored_as: str | None 
     if reader.GetNumberOfComponents() != 1 or "complex" in name:
         raise ValueError(f"voxels of type {name} (colour or vectors): not a CT")
     if spacing is None:
-        given = ("spacings", "space directions", "ElementSpacing", "ElementSize")
-        check_steps(reader.GetSpacing()[2::-1], blank=not any(name in fields for name in given))
+        check_steps(reader.GetSpacing()[2::-1], blank=not any(name in fields for name in _SPACING))
         units = set(fields.get("space units", fields.get("units", "")).replace('"', " ").split()) - _MM
         if units:
             raise ValueError(f"its header has lengths in {sorted(units)}, expected mm; pass spacing=(d, h, w) in mm")
@@ -135,19 +141,22 @@ def _check_voxels(voxels: Path, start: int, fields: dict[str, str], shape: Seque
     size, claimed = max(voxels.stat().st_size - start, 0), math.prod(shape) * itemsize
     if encoding != "raw":
         check_claim(shape, itemsize, size)
-        size = _unpacked_size(voxels, start, claimed)
+        size, packed = _unpacked_size(voxels, start, claimed)
+        told = fields.get("CompressedDataSize", "0")  # 0: to the end of a file of its own
+        if "DimSize" in fields and not (told.isdecimal() and (int(told) >= packed or (int(told) == 0 and not start))):
+            raise damaged(f"its header has CompressedDataSize {told}, and its compressed voxels are {packed} bytes")
     if size < claimed or all(fields.get(name, "0") == "0" for name in _SKIPS):  # else something else comes first
         return check_bytes(size, claimed, shape)
     return []
 
 
-def _unpacked_size(path: Path, start: int, claimed: int) -> int:
-    """Bytes in a zlib or gzip stream, which ITK would read without looking at its checksum."""
-    unpack, total = zlib.decompressobj(wbits=47), 0  # 47: either kind
+def _unpacked_size(path: Path, start: int, claimed: int) -> tuple[int, int]:
+    """Bytes in a zlib or gzip stream, which ITK would read without looking at its checksum, and bytes of the stream."""
+    unpack, total, read = zlib.decompressobj(wbits=47), 0, 0  # 47: either kind
     with open(path, "rb") as file:
         file.seek(start)
         while not unpack.eof and total <= claimed and (packed := file.read(1 << 14)):
-            total += len(decode(partial(unpack.decompress, packed)))
+            total, read = total + len(decode(partial(unpack.decompress, packed))), read + len(packed)
     if not unpack.eof and total <= claimed:
         raise damaged("its compressed voxels end too early")
-    return total
+    return total, read - len(unpack.unused_data)

@@ -66,6 +66,7 @@ def test_spacing_mends_a_header_without_sizes(tmp_path):
             nifti(pixdim=pixdim(1, 1, 1), sform_code=0, qform_code=0),
             nifti(pixdim=pixdim(NAN, -1, 0), sform_code=0, qform_code=1),
             mha("ElementSpacing", "Comment"),
+            mha(" 12.5", " 12,5"),
             nrrd("kinds:", 'space units: "um" "um" "um"\nkinds:'),
             nrrd("space directions: (7.7000000000000002,0,0) (0,8,0) (0,0,12.5)\n", ""),
             nifti(xyzt_units=5),  # unknown
@@ -197,6 +198,7 @@ READ_ALL_THE_SAME = {
     "bytes after the voxels, MetaImage": with_more(mha(), b"more"),
     "bytes after the voxels, NRRD": with_more(nrrd(), b"more"),
     "bytes after the voxels, packed NRRD": with_more(itk("scan.nrrd", compressed=True), b"more"),
+    "packed voxels in a file of their own": itk("scan.mhd", "CompressedDataSize", "Comment", compressed=True),
     "a qform nobody needs": nifti(qform_code=1, quatern_b=1, quatern_c=1),
     "a qform of NaN": nifti(qform_code=1, quatern_b=NAN),
     "an sform nobody needs": nifti(srow_x=[0, 0, 0, 0], qform_code=1),
