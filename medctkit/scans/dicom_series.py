@@ -27,6 +27,7 @@ _MOST_UNLIKE = 20  # HU by which slices may differ more with their own rescaling
 # what the slices of one scan have in common: how many numbers, within 0.001
 _IN_COMMON = {"ImageOrientationPatient": 6, "PixelSpacing": 2, "Rows": 1, "Columns": 1}
 _NOT_HU = {"OD", "MGML", "PCT", "Z_EFF", "ED", "EDW"}  # RescaleType: density, concentration, atomic number ...
+_PROJECTIONS = {"MIP", "MINIP", "MIN IP", "MAXIMUM", "MINIMUM"}  # in ImageType: of several slices the densest, say
 _SPACING = "; pass spacing=(d, h, w) in mm"
 _RESAMPLE = "or pass resample=True to interpolate"
 
@@ -59,6 +60,10 @@ def read_dicom(
         warnings.simplefilter("ignore")  # pydicom's, of each unusual value; those that matter are checked here
         slices, notes = chosen_series(path, series)
         slices, which = _one_acquisition(slices, acquisition)
+        kind = slices[0].text("ImageType").upper()
+        if acquisition is None and _PROJECTIONS & set(kind.split("/")):
+            found = f"{slices[0].name} is a projection through several slices, no slice (ImageType {kind})"
+            raise ValueError(f"{found}; get the series that it was made from, or pass acquisition='all' to read it so")
         axes, pixel = _common_geometry(slices, spacing)
         slices, copies = _in_order(slices, np.cross(*axes), reader)
         if str(acquisition).strip() != "all":

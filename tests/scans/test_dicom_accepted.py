@@ -89,6 +89,14 @@ def test_scans_that_only_the_numbers_of_their_slices_tell_apart(tmp_path, number
     check(tmp_path, acquisition=None if good else "all")
 
 
+@pytest.mark.parametrize("kind", ["DERIVED/SECONDARY/MIP", "DERIVED/SECONDARY/AXIAL/MINIMUM"])
+def test_a_projection_through_slices_is_read_only_when_asked_for(tmp_path, kind):
+    write_dicom(tmp_path, chest(), ImageType=kind.split("/"))
+    with pytest.raises(ValueError, match=rf"000.dcm is a projection .*\(ImageType {kind}\); get the series"):
+        read_volume(tmp_path)
+    check(tmp_path, acquisition="all")
+
+
 def test_a_choice_among_slices_of_one_acquisition(tmp_path):
     write_dicom(tmp_path, chest(), AcquisitionNumber=3)
     check(tmp_path, acquisition=3)
