@@ -19,20 +19,22 @@ from medctkit.cli_deploy import Tokenizer, deploying, say
 from medctkit.cli_maintain import maintaining
 from medctkit.cli_measure import DEFAULT_MANIFEST, Adapted, Cache, Manifest, Model, Seed, measuring
 
-
 # What is stopped here goes on where it was; any other command begins anew
 GOES_ON = ("finetune", "prepare", "download", "localise", "embed", "compare", "deploy-table", "gateway", "pretrain")
 
 
 @contextmanager
-def told(ctx: Any) -> Iterator[None]:
+def told(ctx: Any = None) -> Iterator[None]:
     """What goes wrong is told without a traceback, and in the exit code; a mistake of ours keeps its traceback."""
     try:
         yield
     except (typer.Exit, typer.Abort):  # RuntimeErrors too
         raise
     except KeyboardInterrupt:
-        say(f"stopped; the same command {'goes on from here' if ctx.invoked_subcommand in GOES_ON else 'begins anew'}", err=True)
+        say(
+            f"stopped; the same command {'goes on from here' if ctx and ctx.invoked_subcommand in GOES_ON else 'begins anew'}",
+            err=True,
+        )
         raise typer.Exit(130) from None
     except (FloatingPointError, ImportError, OSError, ValueError) as error:
         say(f"error: {error}", err=True)

@@ -63,8 +63,8 @@ def nodule_mask(folder: str | Path, volume: CTVolume) -> np.ndarray:
         if len(index) and not ((index >= 0) & (index < volume.shape)).all():
             raise ValueError(f"{file} lies outside of the scan; it is a segmentation of another")
         # two drawn slices may come to one resampled
-        voxels = np.unique(np.ravel_multi_index(tuple(index.T), volume.shape))
-        readers[number[1] if number else str(drawing.get("SeriesInstanceUID"))].append(voxels)
+        filled = np.unique(np.ravel_multi_index(tuple(index.T), volume.shape))
+        readers[number[1] if number else str(drawing.get("SeriesInstanceUID"))].append(filled)
     if not readers:
         raise FileNotFoundError(f"{folder}: no DICOM segmentation (*.dcm) in there; fetch it again")
     mask = np.zeros(volume.shape, bool)

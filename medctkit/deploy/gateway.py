@@ -133,7 +133,7 @@ class Gateway:
             try:
                 server: Any = entity.start_server((host, port), block=False, evt_handlers=handlers)
             except OSError as error:
-                why = f"cannot listen at {host}:{port} ({error.strerror}); give another port, or an address of this machine"
+                why = f"cannot listen at {host}:{port} ({error.strerror}); give another port, or this machine's address"
                 raise OSError(error.errno, why) from None
             worker.start()
             stack.callback(worker.join)

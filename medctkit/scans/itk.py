@@ -23,8 +23,8 @@ _MM = {"mm", "millimeter", "millimeters", "millimetre", "millimetres"}
 _AXES = ("NDims", "dimension"), ("DimSize", "sizes")  # in MetaImage, where others may be comments, and NRRD
 _DATA_FILE = ("ElementDataFile", "data file", "datafile")
 _SPACING = ("spacings", "space directions", "ElementSpacing", "ElementSize")
-_NUMBERS = ("spacings", "ElementSpacing", "ElementSize", "Offset", "Position", "Origin")  # with blanks between them
-_NUMBERS += ("TransformMatrix", "Rotation", "Orientation")
+_NUMBERS = {"spacings", "ElementSpacing", "ElementSize", "Offset", "Position", "Origin"}  # with blanks between them
+_NUMBERS |= {"TransformMatrix", "Rotation", "Orientation"}
 _SKIPS = ("line skip", "lineskip", "byte skip", "byteskip", "HeaderSize")
 
 
@@ -42,8 +42,8 @@ def read_itk(path: Path, spacing: Sequence[float] | None, stored_as: str | None 
     three = r"[+-]?\d+(\s+[+-]?\d+){2}"
     if not re.fullmatch({"3": three, "4": rf"{three}\s+1"}.get(axes, "(?!)"), sizes):  # MetaIO survives these
         raise ValueError(f"{axes}-D, shape ({sizes}): a CT volume has three axes; save the one to read")
-    for name in _NUMBERS:
-        if "," in fields.get(name, "") and (spacing is None or name not in _SPACING):
+    for name in fields:
+        if name in _NUMBERS and "," in fields[name] and (spacing is None or name not in _SPACING):
             found = f"its header has {name} {fields[name]}, of which SimpleITK reads what stands before a comma"
             raise ValueError(f"{found}; write points" + ", or pass spacing=(d, h, w) in mm" * (name in _SPACING))
     voxels, start = _voxel_file(path, fields, end)

@@ -19,7 +19,9 @@ def test_a_file_that_is_no_segmentation_is_named(tmp_path):
 
 
 def test_a_nodule_is_where_half_of_its_readers_drew_it(tmp_path):
-    tags = dict(StudyInstanceUID="1.2.3", FrameOfReferenceUID="1.2.4", PositionReferenceIndicator="", SliceThickness=12.5)
+    tags = dict(
+        StudyInstanceUID="1.2.3", FrameOfReferenceUID="1.2.4", PositionReferenceIndicator="", SliceThickness=12.5
+    )
     tags |= dict.fromkeys(("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber"), "")
     tags |= dict.fromkeys(("StudyDate", "StudyTime", "StudyID", "ReferringPhysicianName"), "") | {"InstanceNumber": 1}
     scan = write_dicom(tmp_path / "scan", chest(), **tags)

@@ -226,7 +226,7 @@ def test_series_that_ends_the_process_each_time_is_given_up(queue, slices, caplo
     assert state["tries"] == 3 and state["reason"].startswith("MemoryError")
 
 
-@pytest.mark.parametrize("content", ["[]", "null", "{", '{"slices": "%s", "state": "sent", "tries": "x", "reason": ""}'])
+@pytest.mark.parametrize("content", ["[]", "null", "{", '{"slices": "%s", "state": "sent", "tries": "x", "reason": 1}'])
 def test_a_damaged_state_is_that_of_a_new_series(tmp_path, content):
     (tmp_path / "slices").mkdir()
     (tmp_path / "state.json").write_text(content.replace("%s", Series(tmp_path).slices))

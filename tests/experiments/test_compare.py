@@ -284,7 +284,12 @@ def test_collected_draws_are_those_of_the_metrics(data, tmp_path):
     write_result(tmp_path, lost, diverged="loss is nan", settings={}, made_with=comparison.made_with(0), **asked)
     collect(tmp_path, data.test.rows, data.home.rows, 1)
     (row,) = load_results(tmp_path).diverged.to_dict("records")
-    assert (row["name"], row["studies"], row["variant"], row["diverged"]) == (lost.name, lost.studies, "", "loss is nan")
+    assert (row["name"], row["studies"], row["variant"], row["diverged"]) == (
+        lost.name,
+        lost.studies,
+        "",
+        "loss is nan",
+    )
     results, scores = load_results(tmp_path), unpacked(read_result(tmp_path, Job("methods", BASE))["scores"])
     labels, patients = one_run.truth(data.test.rows)
     held_out = [FINDINGS.index(name) for name in HELD_OUT]

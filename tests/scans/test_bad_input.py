@@ -183,8 +183,14 @@ BAD_ITK = [
     (flipped(nrrd(compressed=True), 7), f"{DAMAGED} (Error -3 while"),
     (flipped(mha(compressed=True), 2), f"{DAMAGED} (Error -3 while"),
     (mha("CompressedData = False", "CompressedData = True"), DAMAGED),
-    (mha("CompressedDataSize = ", "CompressedDataSize = 6\nComment = ", compressed=True), "CompressedDataSize 6, and its"),
-    (mhd("CompressedDataSize = ", "CompressedDataSize = 6\nComment = ", compressed=True), "CompressedDataSize 6, and its"),
+    (
+        mha("CompressedDataSize = ", "CompressedDataSize = 6\nComment = ", compressed=True),
+        "CompressedDataSize 6, and",
+    ),
+    (
+        mhd("CompressedDataSize = ", "CompressedDataSize = 6\nComment = ", compressed=True),
+        "CompressedDataSize 6, and",
+    ),
     (mha("CompressedDataSize", "Comment", compressed=True), "CompressedDataSize 0, and its compressed voxels are"),
     (mha(" 12.5", " 12,5"), "has ElementSpacing 7.7...12,5, of which...; write points, or pass spacing=(d, h, w)"),
     (mha("Offset = 0 0 0", "Offset = 0,5 0 0"), "has Offset 0,5 0 0, of which...before a comma; write points"),
