@@ -31,10 +31,8 @@ def told(ctx: Any = None) -> Iterator[None]:
     except (typer.Exit, typer.Abort):  # RuntimeErrors too
         raise
     except KeyboardInterrupt:
-        say(
-            f"stopped; the same command {'goes on from here' if ctx and ctx.invoked_subcommand in GOES_ON else 'begins anew'}",
-            err=True,
-        )
+        goes_on = ctx is not None and ctx.invoked_subcommand in GOES_ON
+        say(f"stopped; the same command {'goes on from here' if goes_on else 'begins anew'}", err=True)
         raise typer.Exit(130) from None
     except (FloatingPointError, ImportError, OSError, ValueError) as error:
         say(f"error: {error}", err=True)
