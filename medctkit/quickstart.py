@@ -82,28 +82,26 @@ class Classified:
         placed = "place" in self.table
         what, most = ("place", 100) if placed else ("score", 1)
         table = self.table.sort_values(what, ascending=False, ignore_index=True)
-        usual = 100 * (1 - table["usual"]) if placed else table["usual"]
-        ax.barh(table.index, table[what], color=table["truth"].map(COLOURS))
-        ax.plot(usual, table.index, "k|", ms=13)
+        ends = table[what]
+        ax.barh(table.index, ends, color=table["truth"].map(COLOURS))
+        handles = [Patch(color=COLOURS[name], label=f"truth: {name}") for name in COLOURS if name in set(table["truth"])]
+        if placed:  # a share of scans says nothing on an axis of scores
+            usual = 100 * (1 - table["usual"])
+            whose = "CT-RATE" if PREVALENCE == CT_RATE_PREVALENCE else "your table"
+            handles += ax.plot(usual, table.index, "k|", ms=13, label=f"as many have it in {whose} as lie right of it")
+            ends = np.maximum(ends, usual)
         values = table[what].map("{:.0f}".format if placed else "{:.2f}".format)
         ax.set_yticks(
             table.index, [f"{name}  {value:>3}" for name, value in zip(table["finding"], values, strict=True)]
         )
-        for row, tick in zip(table.itertuples(), usual, strict=True):
-            if row.truth == "present":
-                ax.text(max(getattr(row, what), tick) + 0.02 * most, row.Index, "present", va="center", fontsize=9)
+        present = table.index[table["truth"] == "present"]
+        for row in present:
+            ax.text(ends[row] + 0.02 * most, row, "present", va="center", fontsize=9)
         nearer = "score: nearer to “... is not present.” (0) or to “... is present.” (1)"
         lower = "place of the score: of 100 other phantoms, how many score lower"
-        ax.set(xlim=(0, 1.2 * most), xlabel=lower if placed else nearer)
+        ax.set(xlim=(0, 1.2 * most if len(present) else most), xlabel=lower if placed else nearer)
         ax.invert_yaxis()
-        shown = [name for name in COLOURS if (table["truth"] == name).any()]
-        handles = [Patch(color=COLOURS[name], label=f"truth: {name}") for name in shown]
-        whose = "CT-RATE" if PREVALENCE == CT_RATE_PREVALENCE else "your table"
-        tick_says = (
-            f"as many have it in {whose} as lie right of it" if placed else f"share of {whose}'s scans that have it"
-        )
-        ticks = ax.plot([], [], "k|", ms=13, label=tick_says)
-        ax.legend(handles=[*handles, *ticks], loc="lower right", bbox_to_anchor=(1.02, 1), ncols=3, frameon=False)
+        ax.legend(handles=handles, loc="lower right", bbox_to_anchor=(1.02, 1), ncols=3, frameon=False)
 
     def _repr_png_(self) -> tuple[bytes, dict]:
         buffer = io.BytesIO()

@@ -112,16 +112,21 @@ class AttentionViewer:
         second = [self.layer, self.head, self.prompt, self.stating, self.denying]
         boxes = [w.HBox(row, layout={"flex_flow": "row wrap"}) for row in (first, second)]
         self.widget = w.VBox([*boxes, self.slices.widget, self.messages.widget, self.caption])
-        if marked in self.masks:  # its outline, where most of it is
-            self.slices.opacity.value = 0
-            self.slices.mask_boxes[marked].value = True
+        self.slices.opacity.value = 0
+        self._outline(marked)
 
     # --- what happens when ---
+
+    def _outline(self, finding: str) -> None:
+        """Of the masks the one of this finding, if it has one, and the crosshair where most of it is."""
+        for name, box in self.slices.mask_boxes.items() if finding in self.masks else ():
+            box.value = name == finding
 
     def _chose_prompt(self) -> None:
         if self.prompt.value != OWN:
             with self.messages.quietly():
                 self.stating.value, self.denying.value = self.prompts[self.prompt.value]
+            self._outline(self.prompt.value)
             self._draw()
 
     def _typed(self) -> None:
@@ -202,6 +207,8 @@ class AttentionViewer:
             if self._patch is None:
                 raise ValueError("the crosshair is outside of what the model sees; click a place further inside")
             values = once(lambda: attend(model, pixels)).of_query(part, self.layer.value, head, self._patch)
+        if shown == "speaks for a prompt":
+            shown = f"speaks for {self.prompt.value}"
         found = patch_map(values * values.size, self.volume, self.config, f"{name}: {shown}, times chance")
         return replace(found, smooth=False)  # patches as the squares that they are
 

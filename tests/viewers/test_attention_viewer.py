@@ -82,7 +82,8 @@ def test_every_map_is_the_one_that_the_package_computes(viewer, study, models, c
         np.testing.assert_allclose(shown(viewer).values, 8 * values, atol=1e-5, err_msg=show)  # times chance
         there = attention.patch_map(values, study.volume, config)
         np.testing.assert_array_equal(shown(viewer).affine, there.affine)
-        assert show in viewer.caption.value and shown(viewer).name == f"deep: {show}, times chance"
+        named = show.replace("a prompt", "Pleural effusion")
+        assert show in viewer.caption.value and shown(viewer).name == f"deep: {named}, times chance"
         if "layer" in SHOWN[show]:
             named = "mean of heads" if head is None else "head 1"
             assert f"layer {viewer.layer.value} of 0 to {viewer.layer.max}, {named}" in viewer.caption.value
