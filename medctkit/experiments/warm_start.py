@@ -242,7 +242,7 @@ def _spread_texts(run: Pretraining) -> None:
 
 
 def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor, longest: float = 1.0) -> None:
-    """One step down a loss, its gradient scaled down to the norm `longest` if it is longer."""
+    """One step down a loss, a scalar, its gradient scaled down to the norm `longest` if it is longer."""
     loss.backward()
     torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], longest)
     optimizer.step()

@@ -32,6 +32,7 @@ def adapted(origin, tmp_path_factory):
     torch.manual_seed(0)
     save_adapter(add_lora(origin.load().model, "paper", r=4, init_lora_weights=False), folder / "adapter")
     finished = {"state": "finished", "made_of": {}, "files": {}, "step": 1, "best_step": 1, "best_score": 0.5}
+    finished |= {"history": [], "seconds": 1.0}
     write_json(finished, folder / RECORD)
     write_json(asdict(origin), folder / ORIGIN)
     return folder
