@@ -84,7 +84,8 @@ class Classified:
         table = self.table.sort_values(what, ascending=False, ignore_index=True)
         ends = table[what]
         ax.barh(table.index, ends, color=table["truth"].map(COLOURS))
-        handles = [Patch(color=COLOURS[name], label=f"truth: {name}") for name in COLOURS if name in set(table["truth"])]
+        said = set(table["truth"])
+        handles = [Patch(color=of, label=f"truth: {name}") for name, of in COLOURS.items() if name in said]
         if placed:  # a share of scans says nothing on an axis of scores
             usual = 100 * (1 - table["usual"])
             whose = "CT-RATE" if PREVALENCE == CT_RATE_PREVALENCE else "your table"

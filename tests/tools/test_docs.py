@@ -155,7 +155,7 @@ def test_the_front_door_shows_what_notebook_04_measured():
 
 
 def test_what_prose_says_of_the_comparison_is_what_it_found():
-    from medctkit.experiments.compare.results import load_results, method_table, rivals_table
+    from medctkit.experiments.compare.results import load_results, method_table, pooled, rivals_table
 
     over = pd.concat([rivals_table(load_results()), method_table(load_results(), "placement")]).set_index("method")
     said = {method: f"{over.loc[[method], 'over_base'].iloc[0]:.3f}" for method in over.index}
@@ -164,6 +164,9 @@ def test_what_prose_says_of_the_comparison_is_what_it_found():
         "CHANGELOG.md": ("lora", "home-wording", "hu-boxes"),
         "docs/reproduction.md": ("lora", "home-wording", "hu-boxes"),
     }
+    few = pooled(load_results(), "studies").set_index(["studies", "method"])["auroc"]
+    lora, boxes = (f"{few[64, method]:.3f}" for method in ("lora", "hu-boxes"))
+    assert f"LoRA has {lora}, the regression {boxes}" in (ROOT / "README.md").read_text()
     lacking = [(page, m) for page, of in quoted.items() for m in of if said[m] not in (ROOT / page).read_text()]
     assert lacking == [], said
 

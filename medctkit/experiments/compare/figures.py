@@ -28,13 +28,13 @@ from medctkit.metrics.bootstrap import error_bars
 
 AUROC = f"mean test AUROC of {len(FINDINGS)} findings"
 _ONLY = f" ({len(FINDINGS)} answers only)"
-# Colours of Okabe and Ito, which the colour-blind can tell apart; where one comes twice, another marker
-_OKABE = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#000000")
-_METHODS = ("lora", "full", PROBE, "lora-vision", "lora-text", "dora", "bitfit")
-_OTHERS = [name for name in (*METHODS, "hu-boxes") if name not in _METHODS]
+# A colour and a marker for each: those of Okabe and Ito, which the colour-blind can tell apart, then of Paul Tol
+_COLOURS = "0072B2 D55E00 009E73 E69F00 56B4E9 CC79A7 000000".split()
+_COLOURS += "882255 332288 999933 44AA99 661100 117733 AA4499 DDCC77 888888".split()
+_FIRST = ("lora", "full", PROBE, "lora-vision", "lora-text", "dora", "bitfit", "hu-boxes")
+_NAMES = [*_FIRST, *(name for name in METHODS if name not in _FIRST)]
 MARKS = {BASE: ("#555555", "")}
-MARKS |= {name: (_OKABE[i % 7], "o^s<>Dv"[i % 7]) for i, name in enumerate(_METHODS)}
-MARKS |= {name: (_OKABE[i % 7], "PX*hdp8H"[i % 8]) for i, name in enumerate(_OTHERS)}
+MARKS |= {name: (f"#{of}", mark) for name, of, mark in zip(_NAMES, _COLOURS, "o^s<>DvPX*hdp8H1", strict=True)}
 
 
 def _axes(title: str, x: str, y: str, size: tuple[float, float] = (9, 5)) -> tuple[Figure, Axes]:
@@ -100,7 +100,9 @@ def figure_studies(results: Results) -> Figure:
         if len(rows):
             _band(axes, rows, "studies", colour, marker=marker, label=label)
     sizes = sorted(set(table["studies"]) - {0})
-    axes.set_xticks(sizes, [f"{n:,.0f}" for n in sizes])
+    # numbers of neighbours would overlap
+    named = [n for n, after in zip(sizes, [*sizes[1:], 2 * sizes[-1]], strict=True) if after > 1.5 * n]
+    axes.set_xticks(named, [f"{n:,.0f}" for n in named])
     axes.minorticks_off()
     axes.legend(loc="upper left", frameon=False, fontsize=9)
     return figure

@@ -95,7 +95,7 @@ TABLES: dict[str, Shown] = {
     "noise": Shown("noise", noise_table, "flipped trained lost measured_base measured measured_gain"),
     "ranks": Shown("ranks", lambda found: pooled(found, "ranks").sort_values("rank"), f"rank {_TAUGHT}"),
 }  # fmt: skip
-_FORMS = {"learning_rate": "g", "strength": "g", "peak_bytes": ".2g", "intruders": ".1f", "seconds_per_step": ".2f"}
+_FORMS = {"learning_rate": "g", "strength": "g", "peak_bytes": ",.0f", "intruders": ".1f", "seconds_per_step": ".2f"}
 _FORMS |= dict.fromkeys(
     ("trainable", "adapter_bytes", "studies", "seeds", "rank", "flipped", "steps_to_equal", "stayed"), ",.0f"
 )
