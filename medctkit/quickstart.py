@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -85,7 +86,9 @@ class Classified:
         ends = table[what]
         ax.barh(table.index, ends, color=table["truth"].map(COLOURS))
         said = set(table["truth"])
-        handles = [Patch(color=of, label=f"truth: {name}") for name, of in COLOURS.items() if name in said]
+        handles: list[Artist] = [
+            Patch(color=of, label=f"truth: {name}") for name, of in COLOURS.items() if name in said
+        ]
         if placed:  # a share of scans says nothing on an axis of scores
             usual = 100 * (1 - table["usual"])
             whose = "CT-RATE" if PREVALENCE == CT_RATE_PREVALENCE else "your table"
