@@ -149,7 +149,10 @@ def lymphadenopathy(body: Body, rng: np.random.Generator) -> Drawn:
             body.balls(share, np.concatenate([centre, lobules]), np.concatenate([radii, np.repeat(radii * 0.75, 3, 0)]))
             largest, count = max(largest, short), count + 1
     share[(body.hu >= 25) | (body.airway >= 0.2)] = 0
-    share *= np.clip((6 - body.lung) / body.edge + 0.5, 0, 1)  # a node lies in fat and bulges little into the lung
+    fat = 6 - body.lung  # a node lies in fat and bulges little into the lung
+    fat /= body.edge
+    fat += 0.5
+    share *= np.clip(fat, 0, 1, out=fat)
     raster.paint(body.hu, share, value)
     return share, dict(location=names[chosen[0]], size_mm=round(largest), count=count)
 
@@ -158,8 +161,9 @@ def lymphadenopathy(body: Body, rng: np.random.Generator) -> Drawn:
 
 
 def mark(share: np.ndarray, own: np.ndarray) -> None:
-    """Add one thing to a share (d, h, w); what is thinner than a voxel counts by its strongest voxels."""
-    np.maximum(share, own / max(float(own.max()), 1e-6), out=share)
+    """Add one thing, `own`, to a share (d, h, w); what is thinner than a voxel counts by its strongest voxels."""
+    own /= max(float(own.max()), 1e-6)
+    np.maximum(share, own, out=share)
 
 
 @in_chest
