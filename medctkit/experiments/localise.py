@@ -29,6 +29,7 @@ from medctkit.cohort.dataset import load_split, prepared_dir
 from medctkit.cohort.manifest import load_manifest
 from medctkit.common.atomic import alone, replacing, write_text
 from medctkit.common.csv_tables import write_table
+from medctkit.common.digests import digest_of_facts
 from medctkit.common.kept import kept
 from medctkit.common.provenance import made_with, records, write_json
 from medctkit.common.templates import filled
@@ -75,7 +76,8 @@ def measure_localisation(
     grid, config = base.model.config.grid, base.preprocess_config
     dataset = load_split(manifest, origin.hospital, "test", config, prepared_dir(manifest_path, output_dir, cache_dir))
     rows = dataset.rows[:studies]
-    key = repr([seed, [digests(m) for m in models.values()], [(row["study"], row["checksum"]) for row in rows]])
+    drawn = [(row["study"], row["checksum"]) for row in rows]
+    key = digest_of_facts([seed, [digests(m) for m in models.values()], drawn])
     work = output_dir / "localisation_work"
 
     def done(name: str, make: Callable[..., dict[str, np.ndarray]], *given: Any) -> dict[str, np.ndarray]:

@@ -112,7 +112,8 @@ class AttentionViewer:
         second = [self.layer, self.head, self.prompt, self.stating, self.denying]
         boxes = [w.HBox(row, layout={"flex_flow": "row wrap"}) for row in (first, second)]
         self.widget = w.VBox([*boxes, self.slices.widget, self.messages.widget, self.caption])
-        self.slices.opacity.value = 0
+        if marked in self.masks:
+            self.slices.opacity.value = 0
         self._outline(marked)
 
     # --- what happens when ---
